@@ -1,0 +1,64 @@
+"""Watch how far each training sample moves W_up, drop those that move it most, train on the rest.
+
+Names are imported when they are first used, so that whatever needs no model needs no torch either.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .config import ColumnMapping, InputError, ResonanceConfig
+    from .recorder import Recorder
+    from .resonance import Resonance, literal
+    from .rows import load_rows, map_columns
+    from .scores import Provenance, ScoreTable, Trust
+    from .scoring import score_dataset
+    from .selection import DataSelector, Selection
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "ColumnMapping": "config",
+    "DataSelector": "selection",
+    "InputError": "config",
+    "Provenance": "scores",
+    "Recorder": "recorder",
+    "Resonance": "resonance",
+    "ResonanceConfig": "config",
+    "ScoreTable": "scores",
+    "Selection": "selection",
+    "Trust": "scores",
+    "literal": "resonance",
+    "load_rows": "rows",
+    "map_columns": "rows",
+    "score_dataset": "scoring",
+}
+
+__all__ = [
+    "ColumnMapping",
+    "DataSelector",
+    "InputError",
+    "Provenance",
+    "Recorder",
+    "Resonance",
+    "ResonanceConfig",
+    "ScoreTable",
+    "Selection",
+    "Trust",
+    "literal",
+    "load_rows",
+    "map_columns",
+    "score_dataset",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f".{_HOME[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

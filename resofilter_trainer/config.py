@@ -1,0 +1,105 @@
+"""What a person can choose, as plain dataclasses. Knows nothing of data, models or torch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+Update = Literal["adamw", "sgd"]
+Norm = Literal["mean_abs", "l2"]
+
+
+class InputError(ValueError):
+    """Something the user passed cannot work; the message is one line: what, why, what to do.
+
+    The commands print it and exit with 2. Anything else that escapes is a bug of ours.
+    """
+
+
+@dataclass(frozen=True)
+class ResonanceConfig:
+    """How a sample's resonance is measured. The defaults are ResoFilter's released ones (methods 1.1).
+
+    Attributes:
+        n_layers: how many of the last decoder layers are measured; the score is the mean over them.
+        update: the optimizer whose first, fresh step is measured: `"adamw"`, or `"sgd"`, the plain step
+            `lr * g` (no momentum, no weight decay).
+        norm: how one matrix of changes becomes a number: `"mean_abs"`, or `"l2"`, the Frobenius norm.
+        lr: learning rate of that step. It scales every score and changes no ranking.
+        eps: AdamW's eps. The score saturates where gradients exceed it; a larger eps spreads the scores.
+        weight_decay: AdamW's decoupled weight decay.
+        up_projection: regex over dotted module names, for model families that are not known.
+    """
+
+    n_layers: int = 3
+    update: Update = "adamw"
+    norm: Norm = "mean_abs"
+    lr: float = 1e-5
+    eps: float = 1e-8
+    weight_decay: float = 0.01
+    up_projection: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.n_layers < 1:
+            raise InputError(f"n_layers must be at least 1, got {self.n_layers}.")
+        one_of("update", self.update, get_args(Update))
+        one_of("norm", self.norm, get_args(Norm))
+        if not (0 < self.lr < math.inf and 0 < self.eps < math.inf and 0 <= self.weight_decay < math.inf):
+            raise InputError(
+                "lr and eps must be above 0 and weight_decay at least 0, and all finite, "
+                f"got lr={self.lr}, eps={self.eps}, weight_decay={self.weight_decay}."
+            )
+
+
+@dataclass(frozen=True)
+class ColumnMapping:
+    """Which columns of the user's dataset are the prompt and the completion, the messages, or the text.
+
+    With nothing set, the dataset is left as it is: TRL's own names (`prompt` and `completion`, `messages`,
+    `text`, `input_ids`) are understood already.
+
+    Attributes:
+        prompt_column: the prompt; several columns (instruction, input) are joined by a blank line, empty ones
+            left out.
+        completion_column: what the model should learn to answer.
+        messages_column: a list of `{"role", "content"}` messages.
+        text_column: plain text, every token of which is learnt.
+        separator: put between prompt and completion where the prompt does not end in white space.
+        conversational: make a user message of the prompt and an assistant message of the completion, so that the
+            tokenizer's chat template applies.
+    """
+
+    prompt_column: str | Sequence[str] | None = None
+    completion_column: str | None = None
+    messages_column: str | None = None
+    text_column: str | None = None
+    separator: str = "\n"
+    conversational: bool = False
+
+    def __post_init__(self) -> None:
+        if (self.prompt_column is None) != (self.completion_column is None):
+            raise InputError("prompt_column and completion_column go together: pass both, or neither.")
+        ways = [self.prompt_column, self.messages_column, self.text_column]
+        if sum(way is not None for way in ways) > 1:
+            raise InputError("Pass one of prompt_column with completion_column, messages_column, or text_column.")
+
+    @property
+    def prompt_columns(self) -> list[str]:
+        """The prompt's columns, in the order in which they are joined; empty when none is mapped."""
+        if self.prompt_column is None:
+            return []
+        return [self.prompt_column] if isinstance(self.prompt_column, str) else list(self.prompt_column)
+
+    @property
+    def columns(self) -> list[str]:
+        """Every column the mapping names."""
+        others = (self.completion_column, self.messages_column, self.text_column)
+        return self.prompt_columns + [column for column in others if column is not None]
+
+
+def one_of(name: str, value: object, allowed: Sequence[object]) -> None:
+    """Raise InputError unless `value` is one of `allowed`."""
+    if value not in allowed:
+        raise InputError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}.")

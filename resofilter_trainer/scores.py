@@ -1,0 +1,222 @@
+"""What was measured, row by row, and from what. Knows nothing of models or policies: Parquet in, Parquet out."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from .config import InputError
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+SCORES_FILE = "scores.parquet"
+KEY = "resofilter_scores"  # the Parquet metadata that holds the provenance
+LAYER = "layer_"  # layer_27, layer_28, ... : the change of one layer
+
+
+@dataclass(frozen=True)
+class Trust:
+    """How far the scores of one table can be trusted.
+
+    Attributes:
+        agreement: rank correlation (Spearman) of a random subset's scores with the same rows' scores measured alone
+            and in other batches, the lower of the two. 1 is perfect; numerical noise lowers it. None where fewer than
+            three rows could be compared.
+        rows: size of that subset.
+        saturation: share of the possible range (0 to lr) that lies between the smallest and the largest score; None
+            where the update has no bound. Small means that the ranking rests on small differences.
+    """
+
+    agreement: float | None
+    rows: int
+    saturation: float | None
+
+    @property
+    def trusted(self) -> bool:
+        """Whether the agreement is at least 0.95, or unknown."""
+        return self.agreement is None or self.agreement >= 0.95
+
+    def __str__(self) -> str:
+        agreement = "unknown, too few rows" if self.agreement is None else f"{self.agreement:.4f}"
+        saturation = "" if self.saturation is None else f", {self.saturation:.3%} of the possible range in use"
+        text = f"rank agreement {agreement} over {self.rows} rows scored again alone and in other batches{saturation}"
+        if self.trusted:
+            return text
+        return f"{text}; below 0.95 the ranking is partly noise: use a larger eps (1e-4), norm='l2', or float32"
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """What a table of scores was measured from. Tables are mixed or reused only where all but names agree.
+
+    Attributes:
+        model, source: the names of the model and of the dataset, as the user gave them. For people; not compared.
+        weights, tokenizer, template, dataset: hashes of the weights, the tokenizer, its chat template, and the token
+            ids and labels that were scored.
+        rows: number of rows in the user's dataset.
+        config: the ResonanceConfig.
+        preparation: how rows became tokens: column mapping, lengths, masking, precision.
+        versions: of this package and of those that compute.
+        trust: see `Trust`; not compared.
+    """
+
+    model: str
+    weights: str
+    tokenizer: str
+    template: str
+    dataset: str
+    rows: int
+    config: Mapping[str, Any]
+    preparation: Mapping[str, Any]
+    versions: Mapping[str, str]
+    source: Mapping[str, Any] = field(default_factory=dict)
+    trust: Trust | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("config", "preparation", "versions", "source"):  # as JSON has them: lists, no tuples
+            object.__setattr__(self, name, json.loads(json.dumps(getattr(self, name))))
+
+    def differences(self, other: Provenance) -> list[str]:
+        """What keeps the two apart, in words; empty where scores of both belong together."""
+        found = []
+        for name in ("weights", "tokenizer", "template", "dataset", "rows", "config", "preparation", "versions"):
+            mine, theirs = getattr(self, name), getattr(other, name)
+            if mine == theirs:
+                continue
+            if isinstance(mine, Mapping):
+                keys = sorted(key for key in {*mine, *theirs} if mine.get(key) != theirs.get(key))
+                found += [f"{key} ({mine.get(key)} / {theirs.get(key)})" for key in keys]
+            elif name == "weights":
+                found.append(f"model weights ({self.model} {mine[:8]} / {other.model} {theirs[:8]})")
+            else:
+                found.append(f"{name} ({str(mine)[:8]} / {str(theirs)[:8]})")
+        return found
+
+    def to_json(self) -> str:
+        """As it is stored in the Parquet file's metadata."""
+        return json.dumps(dataclasses.asdict(self), sort_keys=True)
+
+    @classmethod
+    def from_json(cls, text: str) -> Provenance:
+        """Undo `to_json`."""
+        values = json.loads(text)
+        trust = values.pop("trust")
+        return cls(**values, trust=None if trust is None else Trust(**trust))
+
+
+@dataclass(frozen=True)
+class ScoreTable:
+    """One line for every row of the user's dataset: its score, or the reason why it has none.
+
+    Columns: `sample_id` (int64, position in the user's dataset), `score` (float64, mean absolute weight change, about
+    lr), `loss` (float64, mean over the sample's learnt tokens, in nats), `num_tokens` (int64, tokens learnt),
+    `layer_<i>` (float64, each measured layer's change) and `reason` (why there is no score; null where there is one).
+    """
+
+    table: pa.Table
+    provenance: Provenance
+
+    def __len__(self) -> int:
+        return self.table.num_rows
+
+    def column(self, name: str) -> np.ndarray:
+        """A numeric column; NaN where a row has no value."""
+        numeric = [column for column in self.table.column_names if column != "reason"]
+        if name not in numeric:
+            raise InputError(f"The scores have no column '{name}' of numbers. They have: {', '.join(numeric)}.")
+        return self.table[name].to_numpy()
+
+    @property
+    def reasons(self) -> list[str | None]:
+        """Why each row has no score; None where it has one."""
+        return self.table["reason"].to_pylist()
+
+    @property
+    def scored(self) -> np.ndarray:
+        """Bool, which rows have a score."""
+        return self.table["reason"].is_null().to_numpy()
+
+    def to_pandas(self) -> pd.DataFrame:
+        """All columns, one line per row of the dataset."""
+        return self.table.to_pandas()
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write to a Parquet file, or to `scores.parquet` in a folder; whole or not at all. Returns the file."""
+        return save_parquet(self.table, file_at(path, SCORES_FILE), {KEY: self.provenance.to_json()})
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> ScoreTable:
+        """Read what `save` wrote. Raises InputError for a missing, truncated or foreign file."""
+        table, metadata = load_parquet(file_at(path, SCORES_FILE), KEY, "scores")
+        return cls(table, Provenance.from_json(metadata))
+
+    @classmethod
+    def join(cls, tables: Sequence[ScoreTable]) -> ScoreTable:
+        """Parts of one dataset's scores as one table, in the dataset's order.
+
+        Raises:
+            InputError: the parts come from different models, data or settings, or a row is in two of them.
+        """
+        first = tables[0]
+        for other in tables[1:]:
+            differences = first.provenance.differences(other.provenance)
+            if differences:
+                raise InputError(f"These scores do not belong together, they differ in {'; '.join(differences)}.")
+        table = pa.concat_tables([each.table for each in tables]).sort_by("sample_id")
+        ids = table["sample_id"].to_numpy()
+        repeated = ids[1:][ids[1:] == ids[:-1]]
+        if len(repeated):
+            raise InputError(f"Row {repeated[0]} is scored twice: the same part was passed more than once.")
+        return cls(table, first.provenance)
+
+
+def save_parquet(table: pa.Table, path: Path, metadata: Mapping[str, str]) -> Path:
+    """Write a table and its metadata beside the target, then rename: the file is whole or not there."""
+    check_folder(path.parent)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        pq.write_table(table.replace_schema_metadata(dict(metadata)), part)
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+    return path
+
+
+def check_folder(path: Path) -> None:
+    """Raise InputError where a folder cannot be because a file has its name."""
+    blocking = next((each for each in (path, *path.parents) if each.exists() and not each.is_dir()), None)
+    if blocking is not None:
+        raise InputError(f"'{blocking}' is a file, not a folder: nothing can be written there. Choose another output.")
+
+
+def load_parquet(path: Path, key: str, what: str) -> tuple[pa.Table, str]:
+    """The table at `path` and the metadata under `key`; `what` names the content in the errors."""
+    if not path.is_file():
+        raise InputError(f"No {what} at '{path}'. Pass the folder or the file that they were written to.")
+    try:
+        table = pq.read_table(path)
+    except (pa.ArrowInvalid, OSError) as error:
+        raise InputError(
+            f"'{path}' cannot be read, it is cut off or no Parquet file ({error}). Make it again."
+        ) from error
+    metadata = (table.schema.metadata or {}).get(key.encode())
+    if metadata is None:
+        raise InputError(f"'{path}' is a Parquet file, but holds no {what} of resofilter.")
+    return table, metadata.decode()
+
+
+def file_at(path: str | os.PathLike[str], name: str) -> Path:
+    """`path` itself if it names a Parquet file, else the file called `name` in that folder."""
+    path = Path(path)
+    return path if path.suffix == ".parquet" else path / name

@@ -1,0 +1,208 @@
+"""From scores to decisions: keep or drop, with a reason, for every row. Knows nothing of models: sees arrays.
+
+Function first: `drop_share(values, 0.5, "largest")` decides; `DataSelector` only holds the settings.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+import numpy as np
+import pyarrow as pa
+
+from .config import InputError, one_of
+from .scores import ScoreTable, file_at, load_parquet, save_parquet
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from datasets import Dataset
+
+SELECTION_FILE = "selection.parquet"
+KEY = "resofilter_selection"  # the Parquet metadata that holds policy and provenance
+KEPT = "kept"
+Drop = Literal["largest", "smallest", "both"]
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Keep or drop, with a reason, for every row of the user's dataset.
+
+    Attributes:
+        keep: (N,) bool, in the dataset's order.
+        reason: N strings; `"kept"` for those that stay.
+        policy: the settings that decided, for people and for repeating.
+        provenance: of the scores, as JSON.
+    """
+
+    keep: np.ndarray
+    reason: Sequence[str]
+    policy: Mapping[str, Any]
+    provenance: str
+
+    def __len__(self) -> int:
+        return len(self.keep)
+
+    @property
+    def sample_ids(self) -> np.ndarray:
+        """Positions, in the user's dataset, of the rows that stay, ascending."""
+        return np.flatnonzero(self.keep)
+
+    def apply(self, dataset: Dataset) -> Dataset:
+        """The rows that stay, in their original order.
+
+        Raises:
+            InputError: the dataset has another number of rows than was scored.
+        """
+        if len(dataset) != len(self):
+            raise InputError(
+                f"The selection was made for {len(self)} rows and the dataset has {len(dataset)}. "
+                "Apply it to the dataset as it was scored, before any filtering or shuffling."
+            )
+        return dataset.select(self.sample_ids)
+
+    def to_pandas(self) -> pd.DataFrame:
+        """`sample_id`, `keep` and `reason`, one line per row of the dataset."""
+        return self._table().to_pandas()
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write to a Parquet file, or to `selection.parquet` in a folder; whole or not at all. Returns the file."""
+        policy = dict(self.policy)
+        if isinstance(policy.get("keep"), Mapping):
+            policy["keep_of_groups"] = list(policy.pop("keep").items())  # JSON's keys are strings, groups need not be
+        metadata = json.dumps({"policy": policy, "provenance": self.provenance})
+        return save_parquet(self._table(), file_at(path, SELECTION_FILE), {KEY: metadata})
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Selection:
+        """Read what `save` wrote. Raises InputError for a missing, truncated or foreign file."""
+        table, metadata = load_parquet(file_at(path, SELECTION_FILE), KEY, "selection")
+        values = json.loads(metadata)
+        policy = values["policy"]
+        if "keep_of_groups" in policy:
+            policy["keep"] = dict(policy.pop("keep_of_groups"))
+        return cls(table["keep"].to_numpy(), table["reason"].to_pylist(), policy, values["provenance"])
+
+    def _table(self) -> pa.Table:
+        return pa.table({"sample_id": np.arange(len(self)), "keep": self.keep, "reason": list(self.reason)})
+
+
+@dataclass(frozen=True)
+class DataSelector:
+    """Drops the rows whose training would change the weights most; by default the larger half (methods 1.2).
+
+    Attributes:
+        keep: share of the scored rows that stays, above 0 and at most 1; 0.5 unless a threshold is given. With
+            groups, the share of each group, or a mapping from group to share.
+        drop: which end goes: the `"largest"`, the `"smallest"`, or `"both"` in equal parts.
+        threshold: an absolute score instead of a share: rows beyond it go.
+        by: the column that is ranked. `"score"`, or for a baseline `"loss"`, `"num_tokens"` or a layer's.
+
+    Rows without a score are dropped for the reason they have none, and count for no share.
+    """
+
+    keep: float | Mapping[Any, float] | None = None
+    drop: Drop = "largest"
+    threshold: float | None = None
+    by: str = "score"
+
+    def __post_init__(self) -> None:
+        one_of("drop", self.drop, get_args(Drop))
+        if self.keep is not None and self.threshold is not None:
+            raise InputError("Pass keep, a share of the rows, or threshold, an absolute score; not both.")
+        if self.threshold is not None and (self.drop == "both" or not math.isfinite(self.threshold)):
+            raise InputError("A threshold is one finite number, with drop='largest' or drop='smallest'.")
+        for share in self._shares():
+            if isinstance(share, bool) or not 0 < share <= 1:
+                raise InputError(f"keep is the share that stays, above 0 and at most 1, got {share}.")
+
+    def select(self, *tables: ScoreTable, groups: Sequence[Any] | None = None) -> Selection:
+        """Decide for every row of the dataset.
+
+        Args:
+            tables: the scores; several are taken as parts of one dataset's.
+            groups: each row's group, N values in the dataset's order; shares then hold within each group.
+
+        Raises:
+            InputError: the tables do not belong together or leave out rows; a group has no share.
+        """
+        scores = ScoreTable.join(tables)
+        rows = scores.provenance.rows
+        if len(scores) != rows:
+            raise InputError(f"The dataset has {rows} rows and the scores cover {len(scores)}. Pass all parts.")
+        if groups is not None and len(groups) != rows:
+            raise InputError(f"There are {rows} rows and {len(groups)} groups: every row needs one.")
+        if groups is None and isinstance(self.keep, Mapping):
+            raise InputError("keep has a share for each group: say which group each row is in (groups=).")
+        keep = np.zeros(rows, dtype=bool)
+        reason = [why or KEPT for why in scores.reasons]
+        values = scores.column(self.by)
+        for group, members in _members(groups, scores.scored).items():
+            keep[members], dropped = self._decide(values[members], group)
+            for row in members[~keep[members]]:
+                reason[row] = dropped
+        return Selection(keep, reason, dataclasses.asdict(self), scores.provenance.to_json())
+
+    def _decide(self, values: np.ndarray, group: Any) -> tuple[np.ndarray, str]:
+        of_group = "" if group is None else f" of group {group}"
+        what = "" if self.by == "score" else f" by {self.by}"
+        if self.threshold is not None and self.drop == "largest":
+            return values <= self.threshold, f"{self.by} above {self.threshold:g}"
+        if self.threshold is not None:
+            return values >= self.threshold, f"{self.by} below {self.threshold:g}"
+        share = self._share(group)
+        ends = "largest and smallest" if self.drop == "both" else self.drop
+        return drop_share(values, share, self.drop), f"{ends} {float(1 - _exact(share)):.4g}{of_group}{what}"
+
+    def _share(self, group: Any) -> float:
+        if not isinstance(self.keep, Mapping):
+            return 0.5 if self.keep is None else self.keep
+        if group not in self.keep:
+            raise InputError(f"keep has no share for group '{group}'. It has: {', '.join(map(str, self.keep))}.")
+        return self.keep[group]
+
+    def _shares(self) -> list[float]:
+        if isinstance(self.keep, Mapping):
+            return list(self.keep.values())
+        return [] if self.keep is None else [self.keep]
+
+
+def drop_share(values: np.ndarray, keep: float, drop: Drop) -> np.ndarray:
+    """Which of `values` stay when `floor(N * (1 - keep))` of them go.
+
+    As in the released code (methods 1.2), rows are sorted by value, descending and stably, and the first go: of equal
+    values the earlier row goes first. `"smallest"` sorts ascending; `"both"` takes half from either end, the odd one
+    from the largest.
+
+    Returns:
+        (N,) bool.
+    """
+    count = math.floor(len(values) * (1 - _exact(keep)))
+    largest = {"largest": count, "smallest": 0, "both": (count + 1) // 2}[drop]
+    stays = np.ones(len(values), dtype=bool)
+    stays[np.argsort(-values, kind="stable")[:largest]] = False
+    ascending = np.argsort(values, kind="stable")
+    stays[ascending[stays[ascending]][: count - largest]] = False
+    return stays
+
+
+def _exact(share: float) -> Fraction:
+    """The share as it was written: 1 - 0.9 is a tenth, not a little less."""
+    return Fraction(repr(float(share)))
+
+
+def _members(groups: Sequence[Any] | None, scored: np.ndarray) -> dict[Any, np.ndarray]:
+    """The scored rows of each group, ascending; all under None where there are no groups."""
+    if groups is None:
+        return {None: np.flatnonzero(scored)}
+    members: dict[Any, list[int]] = {}
+    for row in np.flatnonzero(scored).tolist():
+        members.setdefault(groups[row], []).append(row)
+    return {group: np.array(rows) for group, rows in members.items()}
