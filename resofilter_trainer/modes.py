@@ -1,0 +1,64 @@
+"""A model in another mode for a while, and put back. Knows nothing of what is done in between."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Without dropout; every module's own mode is put back."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+@contextlib.contextmanager
+def requiring_grad(parameters: Iterable[nn.Parameter], required: bool) -> Iterator[None]:
+    """With `requires_grad` set alike for all; each parameter's own is put back."""
+    flags = {parameter: parameter.requires_grad for parameter in parameters}
+    for parameter in flags:
+        parameter.requires_grad_(required)
+    try:
+        yield
+    finally:
+        for parameter, flag in flags.items():
+            parameter.requires_grad_(flag)
+
+
+def own_precision(model: nn.Module) -> contextlib.AbstractContextManager[Any]:
+    """Let a float64 model compute in float64 throughout.
+
+    The models of transformers "upcast" to float32 inside norms, attention, routers and rotary embeddings. For a
+    float64 model that is a downcast, whose noise depends on the shape of the batch.
+    """
+    double = any(parameter.dtype == torch.float64 for parameter in model.parameters())
+    return _Float32MeansFloat64() if double else contextlib.nullcontext()
+
+
+class _Float32MeansFloat64(TorchFunctionMode):
+    """Reads every request for float32 as one for float64."""
+
+    def __torch_function__(
+        self, function: Callable[..., Any], types: Sequence[type], args: Any = (), kwargs: Any = None
+    ) -> Any:
+        if function is Tensor.float:
+            function = Tensor.double
+        args = tuple(torch.float64 if argument is torch.float32 else argument for argument in args)
+        kwargs = {name: torch.float64 if value is torch.float32 else value for name, value in (kwargs or {}).items()}
+        return function(*args, **kwargs)
+
+
+def at_least_float32(tensor: Tensor) -> Tensor:
+    """The tensor in float32, or as it is where it is float32 or float64 already."""
+    return tensor.float() if tensor.dtype in (torch.bfloat16, torch.float16) else tensor

@@ -1,0 +1,174 @@
+"""The score for whole batches, from one shared backward. Knows nothing of datasets, files or trainers.
+
+    forward    ... layer L-3 [a | out] ... layer L-1 [a | out] -> head, at learnt positions -> sum of sample losses
+    backward                 b <- ...................... b <-                               <-
+    each sample: b^T a, a tile at a time -> update -> sum
+
+The backward stops at the lowest measured up-projection: below it nothing needs a gradient. No parameter's gradient is
+formed, no random number drawn, and the model is left as it was found.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from .config import InputError, ResonanceConfig
+from .gradients import block_gradients, gram_is_cheaper, spans, squared_norm, tiles
+from .losses import learnt_positions, sample_losses
+from .modes import at_least_float32, evaluating, own_precision, requiring_grad
+from .resonance import Resonance
+from .up_projection import UpProjection, find_up_projections
+from .updates import size_of_change, tile_sum, unchanged_sum
+
+
+class Recorder:
+    """Measures the samples of a batch of any size as `literal` measures them one by one.
+
+    A context manager: inside it, the model's parameters are frozen and its dropout is off.
+
+    >>> with Recorder(model, ResonanceConfig()) as record:
+    ...     measured = record(batch)    # measured.score: (B,)
+
+    Args:
+        model: a causal language model of any floating dtype. Products are in float32, or in float64 for a float64
+            model; a bfloat16 forward, by weights or by autocast, brings bfloat16's noise and no more.
+        config: which step is measured and how.
+
+    Raises:
+        InputError: the model has no up-projection that is known.
+    """
+
+    def __init__(self, model: nn.Module, config: ResonanceConfig) -> None:
+        self.model = model
+        self.config = config
+        up_projections = find_up_projections(model, config.n_layers, config.up_projection)
+        self.layer_indices = sorted({each.layer for each in up_projections})
+        self._modules: dict[nn.Module, list[UpProjection]] = {}
+        self._entries = np.zeros(len(self.layer_indices), dtype=np.int64)
+        for each in up_projections:
+            self._modules.setdefault(each.module, []).append(each)
+            self._entries[self._column(each)] += each.up(each.parameter).numel()
+        self._calls: list[_Call] | None = None
+        self._stack = contextlib.ExitStack()
+
+    def __enter__(self) -> Recorder:
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(evaluating(self.model))
+            stack.enter_context(requiring_grad(self.model.parameters(), False))
+            for module, up_projections in self._modules.items():
+                hook = partial(self._catch, up_projections)
+                stack.callback(module.register_forward_hook(hook, with_kwargs=True).remove)
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stack.close()
+
+    def __call__(self, batch: Mapping[str, Tensor]) -> Resonance:
+        """Measure a batch: `input_ids`, `attention_mask` and `labels`, each (B, T), padded on either side."""
+        with torch.enable_grad(), own_precision(self.model):
+            losses, calls = self._forward(batch)
+            gradients = torch.autograd.grad(losses.sum(), [call.output for call in calls])
+            sums = np.zeros((len(losses), len(self._entries)))
+            for call, b in zip(calls, gradients, strict=True):
+                change = call_sums(call, b, batch["attention_mask"], self.config)
+                sums[:, self._column(call.up_projections[0])] += change.cpu().numpy()
+        return Resonance(
+            loss=losses.detach().cpu().numpy(),
+            num_tokens=learnt_positions(batch["labels"]).sum(1).cpu().numpy(),
+            layers=size_of_change(sums, self._entries, self.config),
+        )
+
+    def _forward(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, list[_Call]]:
+        calls: list[_Call] = []
+        self._calls = calls
+        try:
+            losses = sample_losses(self.model, batch)
+        finally:
+            self._calls = None
+        if not calls:
+            raise RuntimeError(
+                "The forward pass called no up-projection. A compiled model drops the hooks: pass the original."
+            )
+        return losses, calls
+
+    def _catch(
+        self, up_projections: list[UpProjection], module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any
+    ) -> None:
+        """Forward hook. Where nothing below needs a gradient, the graph begins at this output."""
+        if self._calls is None:
+            return
+        if any(call.up_projections is up_projections for call in self._calls):
+            raise InputError(
+                f"'{up_projections[0].name}' is used twice in a forward pass, its weights are shared by layers: not "
+                "supported. Measure layers that are used once, by n_layers or up_projection."
+            )
+        output = output[0] if isinstance(output, tuple) else output
+        if not output.requires_grad:
+            output.requires_grad_()
+        self._calls.append(_Call(up_projections, args, kwargs, output))
+
+    def _column(self, each: UpProjection) -> int:
+        return self.layer_indices.index(each.layer)
+
+
+@dataclass(frozen=True)
+class _Call:
+    """One call of a hooked module: the up-projections in it, what went in and what came out."""
+
+    up_projections: Sequence[UpProjection]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    output: Tensor
+
+
+def call_sums(call: _Call, b: Tensor, attention_mask: Tensor, config: ResonanceConfig) -> Tensor:
+    """What one call adds to each sample's sum, (B,) float64 for `size_of_change`; `b` is the gradient at its output."""
+    b = b.view(*attention_mask.shape, -1)  # OPT and others flatten (B, T) before the feed-forward
+    if call.up_projections[0].kind == "experts":
+        return _block_sums(call, b, spans(b, attention_mask), config)
+    a = call.args[0].detach().view(*attention_mask.shape, -1)
+    with torch.autocast(b.device.type, enabled=False):
+        return _linear_sums(call.up_projections[0], a, b, spans(b, attention_mask), config)
+
+
+def _linear_sums(each: UpProjection, a: Tensor, b: Tensor, runs: Sequence[slice], config: ResonanceConfig) -> Tensor:
+    a, b = at_least_float32(a), at_least_float32(b[..., each.outputs])
+    if each.kind == "conv1d":
+        a, b = b, a  # its weight is (I, O)
+    weight = at_least_float32(each.up(each.parameter).detach())
+    norm_only = config.update == "sgd" and config.norm == "l2"
+    sums = []
+    for sample, run in enumerate(runs):
+        own_a, own_b = a[sample, run], b[sample, run]
+        if norm_only and gram_is_cheaper(len(own_a), a.shape[-1], b.shape[-1]):
+            sums.append(squared_norm(own_a, own_b))
+        else:
+            parts = [tile_sum(gradient, weight[rows], config) for rows, gradient in tiles(own_a, own_b)]
+            sums.append(torch.stack(parts).sum())
+    return torch.stack(sums)
+
+
+def _block_sums(call: _Call, b: Tensor, runs: Sequence[slice], config: ResonanceConfig) -> Tensor:
+    block, parameters = call.up_projections[0].module, [each.parameter for each in call.up_projections]
+    sums = torch.zeros(len(runs), dtype=torch.float64, device=b.device)
+    for sample, run in enumerate(runs):
+        gradients = block_gradients(block, parameters, call.args, call.kwargs, b, sample, run)
+        for each, gradient in zip(call.up_projections, gradients, strict=True):
+            weight = at_least_float32(each.up(each.parameter).detach())
+            if gradient is None:
+                sums[sample] += unchanged_sum(weight.numel(), config)
+            else:
+                sums[sample] += tile_sum(at_least_float32(each.up(gradient)).clone(), weight, config)
+    return sums
