@@ -1,0 +1,257 @@
+"""The commands: resofilter demo | score | select | env. Knows arguments and console lines, and leaves the work alone.
+
+Each command imports what it needs when it runs: `select` and `env` never import torch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import importlib.metadata
+import os
+import platform
+import sys
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+from .config import ColumnMapping, InputError, Norm, ResonanceConfig, Update
+
+PACKAGES = ("resofilter_trainer", "torch", "transformers", "trl", "peft", "datasets", "accelerate", "evaluate")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run one command. Input that cannot work ends with one line and exit code 2."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    parser = _parser()
+    args = parser.parse_args(argv)
+    with exit_on_input_error(f"resofilter {args.command}"):
+        if args.config:  # its values stand before the command line's, so that those win
+            args = parser.parse_args([args.command, *_yaml_arguments(args), *argv[argv.index(args.command) + 1 :]])
+        args.run(args)
+
+
+@contextlib.contextmanager
+def exit_on_input_error(program: str) -> Iterator[None]:
+    """Turn an InputError into one line on stderr and exit code 2, and an interrupt into 130."""
+    try:
+        yield
+    except InputError as error:
+        print(f"{program}: error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        print(f"{program}: interrupted", file=sys.stderr)
+        raise SystemExit(130) from None
+
+
+def run_score(args: argparse.Namespace) -> None:
+    """Score a dataset and say what came out."""
+    for name in ("model", "dataset", "output"):
+        if getattr(args, name) is None:
+            raise InputError(f"--{name} is missing.")
+    import torch
+    from trl import SFTConfig
+
+    from .rows import load_rows
+    from .scoring import score_dataset
+
+    sft = SFTConfig(
+        output_dir=args.output,
+        max_length=args.max_length,
+        per_device_train_batch_size=args.per_device_train_batch_size,
+        assistant_only_loss=args.assistant_only_loss,
+        completion_only_loss=args.completion_only_loss,
+        chat_template_path=args.chat_template_path,
+        trust_remote_code=args.trust_remote_code,
+        bf16=args.bf16,
+        use_cpu=not torch.accelerator.is_available(),
+        report_to="none",
+    )
+    scores = score_dataset(
+        args.model,
+        load_rows(args.dataset, args.split, args.dataset_config),
+        args=sft,
+        config=_from(args, ResonanceConfig),
+        output=args.output,
+        drop_duplicates=args.drop_duplicates,
+        drop_empty=args.drop_empty,
+        source={"dataset": args.dataset, "split": args.split, "name": args.dataset_config},
+        **dataclasses.asdict(_from(args, ColumnMapping)),
+    )
+    print(summary(scores))
+    print(f"Scores: {Path(args.output) / 'scores.parquet'}")
+    print(f"Next: resofilter select {args.output} --keep 0.5 --output kept")
+
+
+def summary(scores: Any) -> str:
+    """What a table of scores holds, in a few lines."""
+    values = scores.column("score")[scores.scored]
+    span = f"{values.min():.6g} to {values.max():.6g}, mean {values.mean():.6g}"
+    lines = [f"{len(scores)} rows, {len(values)} scored: {span}"]
+    for reason, count in Counter(why for why in scores.reasons if why is not None).most_common(5):
+        lines.append(f"  {count} not scored: {reason}")
+    limit = scores.provenance.preparation["max_length"]
+    if limit is not None and (full := int((scores.column("length") == limit).sum())):
+        lines.append(f"  {full} fill max_length {limit}: they are cut there, or exactly as long")
+    lines.append(f"Trust: {scores.provenance.trust}")
+    return "\n".join(lines)
+
+
+def run_select(args: argparse.Namespace) -> None:
+    """Decide on scores that were saved, and write the decision and the rows that stay."""
+    from .scores import ScoreTable, check_folder
+    from .selection import DataSelector
+
+    if args.output is None:
+        raise InputError("--output is missing: a folder for the selection and the rows that stay.")
+    check_folder(Path(args.output))
+    selector = DataSelector(keep=args.keep, drop=args.drop, threshold=args.threshold, by=args.by)
+    scores = ScoreTable.join([ScoreTable.load(path) for path in args.scores])
+    dataset = _scored_dataset(args, scores.provenance.source)
+    if args.group_column and (dataset is None or args.group_column not in dataset.column_names):
+        raise InputError(f"--group_column {args.group_column}: no such column, or no dataset; pass --dataset.")
+    selection = selector.select(scores, groups=dataset[args.group_column] if args.group_column else None)
+    if not selection.keep.any():
+        raise InputError(f"There is no row that stays, of {len(selection)}. Choose another threshold or share.")
+    rows = None if dataset is None else selection.apply(dataset)
+    print(f"Selection: {selection.save(args.output)}")
+    for reason, count in Counter(selection.reason).most_common(10):
+        print(f"  {count:>8} {reason}")
+    if rows is None:
+        print("The scores name no dataset to filter. In Python: Selection.load(...).apply(dataset).")
+    else:
+        rows.save_to_disk(Path(args.output) / "dataset")
+        print(f"Rows that stay: {Path(args.output) / 'dataset'} (datasets.load_from_disk)")
+
+
+def run_env(args: argparse.Namespace) -> None:
+    """Print what a bug report needs."""
+    print(f"python {platform.python_version()} on {platform.system()} {platform.machine()}, {os.cpu_count()} cores")
+    for package in PACKAGES:
+        try:
+            print(f"{package} {importlib.metadata.version(package)}")
+        except importlib.metadata.PackageNotFoundError:
+            print(f"{package} is not installed")
+
+
+def run_demo(args: argparse.Namespace) -> None:
+    """Run the embedded demo."""
+    from .demo.run import run
+
+    run(Path(args.output or f"resofilter-demo/seed-{args.seed}"), args.seed)
+
+
+def _scored_dataset(args: argparse.Namespace, source: Any) -> Any:
+    """The dataset that was scored: from --dataset, or as the scores remember it; None where they do not."""
+    name = args.dataset or source.get("dataset")
+    if name is None:
+        return None
+    from .rows import load_rows
+
+    return load_rows(name, args.split or source.get("split") or "train", source.get("name"))
+
+
+def _from(args: argparse.Namespace, kind: type) -> Any:
+    return kind(**{field.name: getattr(args, field.name) for field in dataclasses.fields(kind)})
+
+
+def _yaml_arguments(args: argparse.Namespace) -> list[str]:
+    """A YAML file's values as they would stand on the command line, to be checked like those."""
+    import yaml
+
+    try:
+        values = yaml.safe_load(Path(args.config).read_text())
+    except (OSError, yaml.YAMLError) as error:
+        raise InputError(f"--config {args.config} cannot be read: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict | None):
+        raise InputError(f"--config {args.config} must hold a mapping, 'name: value' on each line.")
+    arguments: list[str] = []
+    known = {action.dest for action in args.parser._actions if action.option_strings} - {"help", "config"}
+    for name, value in (values or {}).items():
+        if name not in known:
+            raise InputError(f"--config {args.config}: '{args.command}' has no argument '{name}'.")
+        if isinstance(getattr(args, name), bool) and isinstance(value, bool):  # a flag
+            arguments += [f"--{name}"] if value else []
+        elif value is not None:
+            listed = value if isinstance(value, list) else [value]
+            arguments += [f"--{name}", *map(str, listed)]
+    return arguments
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="resofilter", description="Score, select, train.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, run, add, text in (
+        ("demo", run_demo, _demo_arguments, "the whole method in some minutes, on data that it makes"),
+        ("score", run_score, _score_arguments, "measure how far each row of a dataset would move W_up"),
+        ("select", run_select, _select_arguments, "decide which rows stay, from scores"),
+        ("env", run_env, lambda _: None, "print the versions, for a bug report"),
+    ):
+        command = commands.add_parser(name, help=text, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        command.set_defaults(run=run, parser=command)
+        command.add_argument("--config", help="a YAML file with any of these arguments")
+        add(command)
+    return parser
+
+
+def _demo_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--output", help="folder for everything that it leaves (default: resofilter-demo/seed-<seed>)")
+    parser.add_argument("--seed", type=int, default=0)
+
+
+def _score_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", help="a name on the hub, or a folder")
+    parser.add_argument("--dataset", help="a name on the hub, a JSON, JSONL, CSV or Parquet file, or a folder")
+    parser.add_argument("--split", default="train")
+    parser.add_argument("--dataset_config", help="the configuration of a dataset on the hub")
+    parser.add_argument("--output", help="folder for the scores")
+    parser.add_argument("--drop_duplicates", action="store_true", help="leave out rows whose prompt repeats another's")
+    parser.add_argument("--drop_empty", action="store_true", help="leave out rows with an empty completion")
+    columns = parser.add_argument_group("columns")
+    columns.add_argument("--prompt_column", nargs="+", help="one column, or several to be joined: instruction input")
+    columns.add_argument("--completion_column")
+    columns.add_argument("--messages_column")
+    columns.add_argument("--text_column")
+    columns.add_argument("--separator", default="\n", help="put between prompt and completion")
+    columns.add_argument("--conversational", action="store_true", help="make messages of prompt and completion")
+    tokens = parser.add_argument_group("tokens, as in SFTConfig")
+    tokens.add_argument("--max_length", type=int, default=1024)
+    tokens.add_argument("--per_device_train_batch_size", type=int, default=8)
+    tokens.add_argument("--assistant_only_loss", action="store_true")
+    tokens.add_argument("--completion_only_loss", type=_true_or_false)
+    tokens.add_argument("--chat_template_path")
+    tokens.add_argument("--trust_remote_code", action="store_true")
+    tokens.add_argument("--bf16", action="store_true", help="a bfloat16 autocast forward; products stay float32")
+    measure = parser.add_argument_group("measure")
+    defaults = ResonanceConfig()
+    measure.add_argument("--n_layers", type=int, default=defaults.n_layers)
+    measure.add_argument("--update", default=defaults.update, help=" or ".join(get_args(Update)))
+    measure.add_argument("--norm", default=defaults.norm, help=" or ".join(get_args(Norm)))
+    measure.add_argument("--lr", type=float, default=defaults.lr)
+    measure.add_argument("--eps", type=float, default=defaults.eps)
+    measure.add_argument("--weight_decay", type=float, default=defaults.weight_decay)
+    measure.add_argument("--up_projection", help="regex over module names, for a model family that is not known")
+
+
+def _select_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("scores", nargs="+", help="folders or files of scores; several are parts of one dataset's")
+    parser.add_argument("--output", help="folder for the selection and the rows that stay")
+    parser.add_argument("--keep", type=float, help="share that stays (default: 0.5)")
+    parser.add_argument("--drop", default="largest", help="which end goes: largest, smallest or both")
+    parser.add_argument("--threshold", type=float, help="an absolute score instead of a share")
+    parser.add_argument("--by", default="score", help="the column that is ranked: score, loss, num_tokens, layer_<i>")
+    parser.add_argument("--group_column", help="a column of the dataset: the share holds within each of its groups")
+    parser.add_argument("--dataset", help="the dataset that was scored, if it moved since")
+    parser.add_argument("--split")
+
+
+def _true_or_false(text: str) -> bool:
+    if text.lower() not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"true or false, not {text!r}")
+    return text.lower() == "true"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,121 @@
+"""From rows to the tokens and labels that SFTTrainer would train on, by TRL's own preparation, not a copy of it.
+
+A column with each row's place in the user's dataset goes through with the rest, so that a row which the preparation
+drops is missed and one that it moves is found.
+"""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import xxhash
+from datasets import Dataset
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
+from trl import SFTConfig, SFTTrainer
+
+from .config import InputError
+from .losses import IGNORE
+from .rows import first_line
+
+ROW = "resofilter_row"
+
+
+@dataclass(frozen=True)
+class PreparedRows:
+    """The rows that can be scored, as tokens.
+
+    Attributes:
+        dataset: `input_ids`, `labels` and `ROW`, the place in the user's dataset; every row has a learnt token.
+        lengths: (N,) tokens of each row.
+        largest_token: the largest token id.
+        fingerprint: hash of all token ids, labels and places.
+        reasons: for the user's other rows, by place, why they cannot be scored.
+        template: the chat template that was used, or an empty string.
+    """
+
+    dataset: Dataset
+    lengths: np.ndarray
+    largest_token: int
+    fingerprint: str
+    reasons: dict[int, str]
+    template: str
+
+    @property
+    def sample_ids(self) -> np.ndarray:
+        """(N,) each row's place in the user's dataset."""
+        return np.array(self.dataset[ROW])
+
+
+def prepare(dataset: Dataset, processing_class: PreTrainedTokenizerBase, args: SFTConfig) -> PreparedRows:
+    """Tokenise, mask and truncate as SFTTrainer does.
+
+    Args:
+        dataset: the user's rows, or some of them, under TRL's column names and with a `ROW` column.
+        processing_class: the tokenizer; it is copied, and a missing pad token is no error.
+        args: lengths and masking. Packing, padding-free batches and shuffling change no sample and are left out.
+
+    Raises:
+        InputError: TRL refuses the dataset, or no row has a token to learn.
+    """
+    asked = dataset[ROW]
+    tokens, template = _by_trl(dataset, copy.deepcopy(processing_class), args)
+    lengths, learnt, largest, fingerprint = _survey(tokens)
+    kept = learnt > 0
+    within = "" if args.max_length is None else f" within max_length {args.max_length}"
+    scored = set(np.array(tokens[ROW])[kept].tolist())
+    reasons = {row: f"no token to learn{within}" for row in asked if row not in scored}
+    if not scored:
+        raise InputError(f"None of the {len(reasons)} rows has a token to learn{within}: every label is masked.")
+    if not kept.all():
+        tokens, lengths = tokens.select(np.flatnonzero(kept)), lengths[kept]
+    return PreparedRows(tokens, lengths, largest, fingerprint, reasons, template)
+
+
+def _by_trl(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, args: SFTConfig) -> tuple[Dataset, str]:
+    """The dataset as SFTTrainer holds it once it is built, around a stand-in for the model."""
+    args = copy.copy(args)
+    args.packing = args.padding_free = args.shuffle_dataset = False
+    args.gradient_checkpointing = args.activation_offloading = args.use_liger_kernel = args.push_to_hub = False
+    args.report_to, args.eval_strategy, args.disable_tqdm = [], "no", True
+    args.model_init_kwargs = args.router_aux_loss_coef = None
+    stand_in = LlamaForCausalLM(
+        LlamaConfig(vocab_size=len(tokenizer), hidden_size=2, intermediate_size=2, num_hidden_layers=1,
+                    num_attention_heads=1, num_key_value_heads=1)
+    )  # fmt: skip
+    with tempfile.TemporaryDirectory() as folder:
+        args.output_dir = folder
+        try:
+            trainer = SFTTrainer(stand_in, args=args, train_dataset=dataset, processing_class=tokenizer)
+        except (ValueError, RuntimeError, KeyError, TypeError, AttributeError, OSError) as error:
+            raise InputError(f"TRL cannot prepare this dataset: {first_line(error)}") from error
+    template = trainer.chat_template or getattr(trainer.processing_class, "chat_template", None) or ""
+    return trainer.train_dataset.select_columns([ROW, "input_ids", "labels"]), str(template)
+
+
+def _survey(tokens: Dataset) -> tuple[np.ndarray, np.ndarray, int, str]:
+    """Each row's length and number of learnt tokens, (N,) each, the largest token id, and a hash of it all."""
+    lengths, learnt, largest, digest = [np.empty(0, int)], [np.empty(0, int)], 0, xxhash.xxh3_128()
+    for table in _arrow_batches(tokens):
+        ids, labels = table["input_ids"].combine_chunks(), table["labels"].combine_chunks()
+        length = pc.list_value_length(labels).to_numpy()
+        is_learnt = labels.flatten().to_numpy() != IGNORE
+        ends = np.cumsum(length)
+        starts = ends - length
+        is_learnt[starts[length > 0]] = False  # nothing predicts the first token
+        so_far = np.concatenate([[0], np.cumsum(is_learnt)])
+        lengths.append(length)
+        learnt.append(so_far[ends] - so_far[starts])
+        largest = max(largest, pc.max(ids.flatten()).as_py() or 0)
+        for array in (table[ROW].to_numpy(), length, ids.flatten().to_numpy(), labels.flatten().to_numpy()):
+            digest.update(array.astype(np.int64).tobytes())
+    return np.concatenate(lengths), np.concatenate(learnt), largest, digest.hexdigest()
+
+
+def _arrow_batches(dataset: Dataset) -> Iterator[pa.Table]:
+    yield from dataset.with_format("arrow").iter(batch_size=1000)

@@ -1,0 +1,73 @@
+"""What a scoring pass was made from, as hashes and settings. Knows models and tokenizers, not how they are used."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import xxhash
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from trl import SFTConfig
+
+from .config import ColumnMapping, ResonanceConfig
+from .preparation import PreparedRows
+from .scores import Provenance
+
+PACKAGES = ("resofilter_trainer", "torch", "transformers", "trl")
+
+
+def describe(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prepared: PreparedRows,
+    rows: int,
+    args: SFTConfig,
+    config: ResonanceConfig,
+    columns: ColumnMapping,
+    source: Mapping[str, Any],
+) -> Provenance:
+    """The provenance of scores that this model, these rows and these settings would give."""
+    preparation = {
+        **dataclasses.asdict(columns),
+        "prompt_column": columns.prompt_columns,
+        "max_length": args.max_length,
+        "completion_only_loss": args.completion_only_loss,
+        "assistant_only_loss": args.assistant_only_loss,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "autocast": "bfloat16" if args.bf16 else None,
+    }
+    return Provenance(
+        model=str(model.config.name_or_path or type(model).__name__),
+        weights=hash_weights(model),
+        tokenizer=hash_tokenizer(tokenizer),
+        template=_hash_text(prepared.template),
+        dataset=prepared.fingerprint,
+        rows=rows,
+        config=dataclasses.asdict(config),
+        preparation=preparation,
+        versions={package: importlib.metadata.version(package) for package in PACKAGES},
+        source=dict(source),
+    )
+
+
+def hash_weights(model: nn.Module) -> str:
+    """Of every parameter's name, shape, dtype and bytes, in order; tied ones count once."""
+    digest = xxhash.xxh3_128()
+    for name, parameter in model.named_parameters():
+        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
+        digest.update(parameter.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def hash_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Of the vocabulary and the special tokens."""
+    return _hash_text(json.dumps([sorted(tokenizer.get_vocab().items()), repr(tokenizer.special_tokens_map)]))
+
+
+def _hash_text(text: str) -> str:
+    return xxhash.xxh3_128(text.encode()).hexdigest()

@@ -1,0 +1,203 @@
+"""The user's rows: where they come from, which column is what, which are empty or repeated.
+
+Knows datasets, not models: a row is a dict here, and its place in the dataset is its `sample_id`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
+
+from .config import ColumnMapping, InputError
+
+FILE_FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
+KNOWN_PAIRS = [
+    (("instruction", "input"), "output"),
+    (("instruction",), "output"),
+    (("question",), "answer"),
+    (("query",), "response"),
+    (("problem",), "solution"),
+]
+
+
+def load_rows(source: str, split: str = "train", name: str | None = None) -> Dataset:
+    """The rows of a dataset, wherever it lies.
+
+    Args:
+        source: a JSON, JSONL, CSV or Parquet file, a folder written by `save_to_disk`, a folder of data files, or
+            a name on the hub.
+        split: which split, where there are several.
+        name: which configuration of a dataset on the hub.
+
+    Raises:
+        InputError: it is not there, cannot be read or reached, has no such split, or has no rows.
+    """
+    path = Path(source)
+    try:
+        if path.is_file():
+            found = load_dataset(_format(path), data_files={split: str(path)}, split=split)
+        elif (path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file():
+            found = load_from_disk(source)
+        elif not path.is_dir() and (looks_local(source) or path.suffix in FILE_FORMATS):
+            raise InputError(f"There is no dataset at '{source}'. Pass a file, a folder, or a name on the hub.")
+        else:
+            found = load_dataset(source, name, split=split)
+    except InputError:
+        raise
+    except Exception as error:  # datasets, the hub and pyarrow each raise their own
+        if path.exists() and _says_empty(error):
+            raise InputError(f"The dataset '{source}' has no rows.") from error
+        raise InputError(f"The dataset '{source}' cannot be loaded: {first_line(error)}") from error
+    if isinstance(found, DatasetDict):
+        if split not in found:
+            raise InputError(f"'{source}' has no split '{split}'. It has: {', '.join(found)}.")
+        found = found[split]
+    if len(found) == 0:
+        raise InputError(f"The dataset '{source}' has no rows.")
+    return found
+
+
+def map_columns(dataset: Dataset, mapping: ColumnMapping, text_field: str = "text") -> Dataset:
+    """The dataset under TRL's column names: `prompt` and `completion`, `messages`, or `text`.
+
+    Args:
+        dataset: the user's rows.
+        mapping: which columns are which; where nothing is mapped, TRL's own names must be there already.
+        text_field: the name TRL is told to look for text under.
+
+    Raises:
+        InputError: the dataset has no rows, a mapped column is missing, or no column is usable.
+    """
+    if len(dataset) == 0:
+        raise InputError("The dataset has no rows.")
+    columns = dataset.column_names
+    missing = [column for column in mapping.columns if column not in columns]
+    if missing:
+        raise InputError(f"The dataset has no column '{missing[0]}'. It has: {', '.join(columns)}.")
+    if mapping.prompt_columns:
+        return dataset.map(_prompt_and_completion, fn_kwargs={"mapping": mapping}, remove_columns=columns)
+    if mapping.messages_column:
+        mapped = dataset.select_columns([mapping.messages_column]).rename_columns(
+            _to(mapping.messages_column, "messages")
+        )
+    elif mapping.text_column:
+        mapped = dataset.select_columns([mapping.text_column]).rename_columns(_to(mapping.text_column, text_field))
+    elif _usable(columns, text_field):
+        mapped = dataset
+    else:
+        raise InputError(f"No column of the dataset can be trained on. It has: {', '.join(columns)}. {_hint(columns)}")
+    _check_types(mapped, text_field)
+    return mapped
+
+
+def empty_rows(dataset: Dataset, text_field: str = "text") -> list[int]:
+    """Rows, by TRL's column names, with nothing to learn: an empty completion, answer or text."""
+    return [row for row, example in enumerate(dataset) if _is_blank(_target(example, text_field))]
+
+
+def duplicate_rows(dataset: Dataset, text_field: str = "text") -> dict[int, int]:
+    """Rows whose prompt repeats an earlier row's exactly, and that row (methods 1.1, step 1: the first is kept).
+
+    Of messages, everything before the last answer is the prompt; plain text is compared whole.
+    """
+    first: dict[str, int] = {}
+    repeated = {}
+    for row, example in enumerate(dataset):
+        earlier = first.setdefault(repr(_query(example, text_field)), row)
+        if earlier != row:
+            repeated[row] = earlier
+    return repeated
+
+
+def looks_local(name: str) -> bool:
+    """Whether a name is a path for sure: no name on the hub begins with a slash, a dot or a tilde."""
+    return Path(name).is_absolute() or name.startswith((".", "~"))
+
+
+def first_line(error: BaseException) -> str:
+    """An error of another library as one line; of datasets' "error while generating", the cause."""
+    if type(error).__name__.startswith("DatasetGeneration") and error.__cause__ is not None:
+        error = error.__cause__
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__
+
+
+def _says_empty(error: BaseException) -> bool:
+    """Whether an error of datasets means that there was nothing to read."""
+    return isinstance(error, StopIteration | IndexError) or "no data" in str(error)
+
+
+def _format(path: Path) -> str:
+    suffixes = [suffix for suffix in path.suffixes if suffix in FILE_FORMATS]
+    if not suffixes:
+        raise InputError(f"'{path}' is no data file that is known. Known: {', '.join(FILE_FORMATS)}.")
+    return FILE_FORMATS[suffixes[-1]]
+
+
+def _prompt_and_completion(example: Mapping[str, Any], mapping: ColumnMapping) -> dict[str, Any]:
+    parts = [str(example[column]) for column in mapping.prompt_columns if not _is_blank(example[column])]
+    prompt, completion = "\n\n".join(parts), example[str(mapping.completion_column)]
+    completion = "" if completion is None else str(completion)
+    if mapping.conversational:
+        return {
+            "prompt": [{"role": "user", "content": prompt}],
+            "completion": [{"role": "assistant", "content": completion}],
+        }
+    return {"prompt": prompt if prompt[-1:].isspace() else prompt + mapping.separator, "completion": completion}
+
+
+def _to(old: str, new: str) -> dict[str, str]:
+    return {} if old == new else {old: new}
+
+
+def _check_types(dataset: Dataset, text_field: str) -> None:
+    """Raise InputError where a column that TRL reads holds neither text nor messages, by the first row."""
+    example = dataset[0]
+    for name in ("prompt", "completion", "messages", "conversations", text_field):
+        value = example.get(name)
+        is_text = isinstance(value, str) and name not in ("messages", "conversations")
+        are_messages = isinstance(value, list) and all(isinstance(each, Mapping) for each in value)
+        if not (value is None or is_text or are_messages):
+            raise InputError(f"Column '{name}' holds {type(value).__name__}, not text or a list of messages.")
+
+
+def _usable(columns: list[str], text_field: str) -> bool:
+    pairs = "prompt" in columns and "completion" in columns
+    return pairs or any(name in columns for name in ("input_ids", "messages", "conversations", text_field))
+
+
+def _hint(columns: list[str]) -> str:
+    for prompts, completion in KNOWN_PAIRS:
+        if {*prompts, completion} <= set(columns):
+            return f"Say which is which: --prompt_column {' '.join(prompts)} --completion_column {completion}."
+    return "Say which is which: --prompt_column X --completion_column Y, --messages_column X, or --text_column X."
+
+
+def _target(example: Mapping[str, Any], text_field: str) -> Any:
+    """What the row teaches: the completion, the last message, or the text."""
+    for name in ("input_ids", "completion", "messages", "conversations"):
+        if name in example:
+            return example[name]
+    return example[text_field]
+
+
+def _query(example: Mapping[str, Any], text_field: str) -> Any:
+    """What the row is asked: the prompt, the messages before the last, or the whole text."""
+    if "input_ids" in example:
+        return example["input_ids"]
+    if "prompt" in example:
+        return example["prompt"]
+    for name in ("messages", "conversations"):
+        if name in example:
+            return example[name][:-1]
+    return example[text_field]
+
+
+def _is_blank(value: Any) -> bool:
+    """None, white space, an empty list, or messages of which the last says nothing."""
+    if isinstance(value, list) and value and isinstance(value[-1], Mapping):
+        return _is_blank(value[-1].get("content", value[-1].get("value")))
+    return value is None or (isinstance(value, str) and not value.strip()) or value == []

@@ -1,0 +1,276 @@
+"""The scoring pass: every row of a dataset, once, and how far the scores can be trusted.
+
+Knows batches, devices and processes. The measuring is the recorder's, the tokens are TRL's.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from datasets import Dataset
+from tqdm.auto import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from trl import SFTConfig
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+
+from .comparison import rank_correlation
+from .config import ColumnMapping, InputError, ResonanceConfig
+from .preparation import ROW, PreparedRows, prepare
+from .provenance import describe
+from .recorder import Recorder
+from .resonance import Resonance
+from .rows import duplicate_rows, empty_rows, first_line, looks_local, map_columns
+from .scores import LAYER, SCORES_FILE, Provenance, ScoreTable, Trust, check_folder, file_at
+
+TRUST_ROWS = 64  # measured again, to see how far numerical noise reaches
+
+
+def score_dataset(
+    model: str | PreTrainedModel,
+    dataset: Dataset,
+    processing_class: PreTrainedTokenizerBase | None = None,
+    args: SFTConfig | None = None,
+    config: ResonanceConfig | None = None,
+    output: str | os.PathLike[str] | None = None,
+    *,
+    drop_duplicates: bool = False,
+    drop_empty: bool = False,
+    source: Mapping[str, Any] | None = None,
+    **columns: Any,
+) -> ScoreTable:
+    """Score every row of a dataset by how far training on it would move W_up (ResoFilter; methods 1).
+
+    Args:
+        model: a causal language model, or the name or folder of one, which is then loaded in float32.
+        dataset: rows in any format that SFTTrainer takes, or any columns, with `columns` saying which is which.
+        processing_class: the tokenizer; the model's own by default.
+        args: SFTTrainer's: lengths, masking, batch size, device, and `bf16` for a forward in bfloat16 autocast. By
+            default SFTConfig's own, without bf16.
+        config: which step is measured and how; by default the paper's.
+        output: a folder to write `scores.parquet` to. Scores of the same model, data and settings that lie there
+            already are returned as they are.
+        drop_duplicates: leave out rows whose prompt repeats an earlier one, as the paper does.
+        drop_empty: leave out rows with an empty completion, which are an error otherwise.
+        source: where the dataset came from, for the provenance.
+        **columns: `prompt_column`, `completion_column` and the other fields of `ColumnMapping`.
+
+    Returns:
+        A line for every row: its score, or the reason why it has none.
+
+    Raises:
+        InputError: nothing can be scored, a row's loss is not finite, or `output` holds scores of something else.
+    """
+    config, mapping = config or ResonanceConfig(), ColumnMapping(**columns)
+    args = args or SFTConfig(output_dir="unused", bf16=False, report_to="none")
+    _check_arguments(args, output)
+    rows, reasons = _rows_to_score(dataset, mapping, args.dataset_text_field, drop_duplicates, drop_empty)
+    model, tokenizer = load_model(model, processing_class, args)
+    prepared = prepare(rows, tokenizer, args)
+    reasons.update(prepared.reasons)
+    _check_vocabulary(model, prepared)
+    provenance = describe(model, tokenizer, prepared, len(dataset), args, config, mapping, source or {})
+    earlier = _scores_at(output, provenance)
+    if earlier is not None:
+        return earlier
+    with Recorder(_placed(model, args), config) as record:
+        scoring = _Pass(record, prepared, args)
+        measured = scoring.measure_all()
+        trust = scoring.trust(measured)
+    if not trust.trusted:
+        warnings.warn(f"Scores to be taken with care: {trust}.", stacklevel=2)
+    table = _table(measured, record.layer_indices, prepared, reasons, len(dataset))
+    scores = ScoreTable(table, dataclasses.replace(provenance, trust=trust))
+    if output is not None and PartialState().is_main_process:
+        scores.save(output)
+    return scores
+
+
+@dataclass(frozen=True)
+class _Pass:
+    """Batches of prepared rows, taken through the recorder."""
+
+    record: Recorder
+    prepared: PreparedRows
+    args: SFTConfig
+
+    def measure_all(self) -> Resonance:
+        """Every row, in the order in which they were prepared."""
+        order = np.argsort(-self.prepared.lengths, kind="stable")  # rows of one length share a batch: little padding
+        measured = self._measure(self._split(order), "Scoring")
+        return _reordered(measured, np.argsort(order, kind="stable"))
+
+    def trust(self, measured: Resonance) -> Trust:
+        """Measure a random subset again, alone and in other batches, and compare the ranks."""
+        rows = np.random.default_rng(0).permutation(len(measured.loss))[:TRUST_ROWS]
+        before = measured.score[rows]
+        alone = self._measure([rows[i : i + 1] for i in range(len(rows))], "Scoring some again, alone")
+        mixed = self._measure(self._split(rows), "Scoring some again, in other batches")
+        agreements = [rank_correlation(before, again.score) for again in (alone, mixed)]
+        bounded = self.record.config.update == "adamw" and self.record.config.norm == "mean_abs"
+        spread = float(np.ptp(measured.score)) / self.record.config.lr
+        return Trust(
+            agreement=None if len(rows) < 3 else min(agreements),
+            rows=len(rows),
+            saturation=spread if bounded else None,
+        )
+
+    def _split(self, rows: np.ndarray) -> list[np.ndarray]:
+        size = self.args.per_device_train_batch_size
+        return [rows[start : start + size] for start in range(0, len(rows), size)]
+
+    def _measure(self, batches: Sequence[np.ndarray], label: str) -> Resonance:
+        """The rows of all batches, in the batches' order. Each process takes its share; each gets everything."""
+        state = PartialState()
+        mine = range(state.process_index, len(batches), state.num_processes)
+        bar = tqdm(mine, desc=label, unit="batch", disable=self.args.disable_tqdm or not state.is_main_process)
+        found = [(number, self._measure_batch(batches[number])) for number in bar]
+        if state.num_processes > 1:
+            found = sorted(gather_object(found), key=lambda each: each[0])
+        return Resonance(
+            loss=np.concatenate([each.loss for _, each in found]),
+            num_tokens=np.concatenate([each.num_tokens for _, each in found]),
+            layers=np.concatenate([each.layers for _, each in found]),
+        )
+
+    def _measure_batch(self, rows: np.ndarray) -> Resonance:
+        examples = [self.prepared.dataset[int(row)] for row in rows]
+        batch = DataCollatorForLanguageModeling(pad_token_id=0)(examples)
+        device = next(self.record.model.parameters()).device
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=bool(self.args.bf16)):
+            measured = self.record({name: tensor.to(device) for name, tensor in batch.items()})
+        broken = ~(np.isfinite(measured.loss) & np.isfinite(measured.score))
+        if broken.any():
+            first = int(np.flatnonzero(broken)[0])
+            raise InputError(
+                f"Row {examples[first][ROW]} of the dataset has loss {measured.loss[first]} and score "
+                f"{measured.score[first]}: nothing was written. Are the weights sound? Try float32, or drop the row."
+            )
+        return measured
+
+
+def load_model(
+    model: str | PreTrainedModel, processing_class: PreTrainedTokenizerBase | None, args: SFTConfig
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The model, from its name in float32 as SFTTrainer loads it, and its tokenizer.
+
+    Raises:
+        InputError: either cannot be found, reached or read.
+    """
+    remote = {"trust_remote_code": args.trust_remote_code}
+    if isinstance(model, str) and looks_local(model) and not Path(model).is_dir():
+        raise InputError(f"There is no model at '{model}'. Pass a folder, or a name on the hub.")
+    try:
+        if isinstance(model, str):
+            model = AutoModelForCausalLM.from_pretrained(
+                model, **{"dtype": torch.float32, **remote, **(args.model_init_kwargs or {})}
+            )
+        tokenizer = processing_class or AutoTokenizer.from_pretrained(model.config.name_or_path, **remote)
+    except Exception as error:  # transformers, safetensors and the hub each raise their own
+        name = model if isinstance(model, str) else model.config.name_or_path
+        raise InputError(f"The model '{name}' or its tokenizer cannot be loaded: {first_line(error)}") from error
+    return model, tokenizer
+
+
+def _rows_to_score(
+    dataset: Dataset, mapping: ColumnMapping, text_field: str, drop_duplicates: bool, drop_empty: bool
+) -> tuple[Dataset, dict[int, str]]:
+    """The rows under TRL's names, each with its place, and why others are left out."""
+    rows = map_columns(dataset, mapping, text_field)
+    reasons: dict[int, str] = {}
+    if drop_duplicates:
+        repeated = duplicate_rows(rows, text_field)
+        reasons |= {row: f"same prompt as row {first}" for row, first in repeated.items()}
+    empty = [row for row in empty_rows(rows, text_field) if row not in reasons]
+    if empty and not drop_empty:
+        listed = ", ".join(map(str, empty[:5])) + (", ..." if len(empty) > 5 else "")
+        raise InputError(
+            f"{len(empty)} of {len(rows)} rows teach nothing, their completion is empty: rows {listed}. "
+            "Remove them, or leave them out with --drop_empty (drop_empty=True)."
+        )
+    reasons |= dict.fromkeys(empty, "empty completion")
+    if len(reasons) == len(rows):
+        raise InputError(f"All {len(rows)} rows are empty or repeated: there is nothing to score.")
+    rows = rows.add_column(ROW, np.arange(len(rows)))
+    return rows.select([row for row in range(len(rows)) if row not in reasons]), reasons
+
+
+def _check_arguments(args: SFTConfig, output: str | os.PathLike[str] | None) -> None:
+    if args.per_device_train_batch_size < 1:
+        raise InputError(f"per_device_train_batch_size must be at least 1, got {args.per_device_train_batch_size}.")
+    if args.max_length is not None and args.max_length < 1:
+        raise InputError(f"max_length must be at least 1, got {args.max_length}.")
+    if args.fp16:
+        raise InputError("Gradients near eps vanish in float16, and their ranking with them. Score in bf16 or float32.")
+    if output is not None:
+        check_folder(file_at(output, SCORES_FILE).parent)
+
+
+def _check_vocabulary(model: PreTrainedModel, prepared: PreparedRows) -> None:
+    size = model.get_input_embeddings().num_embeddings
+    if prepared.largest_token >= size:
+        raise InputError(
+            f"The tokenizer makes token {prepared.largest_token} and the model knows {size}: they do not belong "
+            "together. Pass the model's own tokenizer, or resize the model's embeddings first."
+        )
+
+
+def _scores_at(output: str | os.PathLike[str] | None, provenance: Provenance) -> ScoreTable | None:
+    """Scores that lie at `output` already, if they are of the same; None where there are none."""
+    if output is None or not file_at(output, SCORES_FILE).exists():
+        return None
+    there = ScoreTable.load(output)
+    differences = there.provenance.differences(provenance)
+    if differences:
+        raise InputError(
+            f"'{output}' holds scores of something else, they differ in {'; '.join(differences)} (there / here). "
+            "Choose another folder, or remove that one."
+        )
+    return there
+
+
+def _placed(model: PreTrainedModel, args: SFTConfig) -> PreTrainedModel:
+    """The model on the device that training would use; one that is spread over devices stays where it is."""
+    if getattr(model, "hf_device_map", None) is None:
+        model.to(args.device)
+    return model
+
+
+def _reordered(measured: Resonance, order: np.ndarray) -> Resonance:
+    return Resonance(measured.loss[order], measured.num_tokens[order], measured.layers[order])
+
+
+def _table(
+    measured: Resonance, layers: Sequence[int], prepared: PreparedRows, reasons: Mapping[int, str], rows: int
+) -> pa.Table:
+    """One line for every row of the user's dataset."""
+    ids = prepared.sample_ids
+    missing = np.ones(rows, dtype=bool)
+    missing[ids] = False
+
+    def column(values: np.ndarray) -> pa.Array:
+        spread = np.zeros(rows, dtype=values.dtype)
+        spread[ids] = values
+        return pa.array(spread, mask=missing)
+
+    return pa.table(
+        {
+            "sample_id": np.arange(rows),
+            "score": column(measured.score),
+            "loss": column(measured.loss),
+            "num_tokens": column(measured.num_tokens),
+            "length": column(prepared.lengths),
+            **{f"{LAYER}{layer}": column(measured.layers[:, i]) for i, layer in enumerate(layers)},
+            "reason": pa.array([reasons.get(row) for row in range(rows)], pa.string()),
+        }
+    )

@@ -1,0 +1,145 @@
+"""The scoring pass: every row accounted for, whatever the batches; and what is said of the scores."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+from trl import SFTConfig
+
+from resofilter_trainer import InputError, ResonanceConfig, ScoreTable, literal, score_dataset
+
+ROWS = [{"question": f"what is {i} + {i % 5} ?", "answer": "so " * (i % 4) + str(i + i % 5)} for i in range(30)]
+COLUMNS = {"prompt_column": "question", "completion_column": "answer"}
+
+
+def arguments(**settings) -> SFTConfig:
+    return SFTConfig(output_dir="unused", **{"bf16": False, "report_to": "none", "use_cpu": True, **settings})
+
+
+@pytest.fixture(scope="module")
+def dataset() -> Dataset:
+    return Dataset.from_list(ROWS)
+
+
+def test_scores_are_the_literal_procedures_on_the_trainers_tokens(dataset, tiny_llama, tokenizer) -> None:
+    model = tiny_llama(dtype=torch.float64)
+    scores = score_dataset(model, dataset, tokenizer, arguments(), **COLUMNS)
+    samples = []
+    for row in ROWS:
+        prompt = tokenizer(row["question"] + "\n")["input_ids"]
+        ids = tokenizer(row["question"] + "\n" + row["answer"] + "<eos>")["input_ids"]
+        labels = [-100] * len(prompt) + ids[len(prompt) :]
+        samples.append({"input_ids": torch.tensor(ids), "labels": torch.tensor(labels)})
+    truth = literal(model, samples, ResonanceConfig())
+    assert np.abs(scores.column("score") - truth.score).max() < 1e-6 * np.ptp(truth.score)
+    np.testing.assert_allclose(scores.column("loss"), truth.loss, rtol=1e-10)
+    np.testing.assert_array_equal(scores.column("num_tokens"), truth.num_tokens)
+    np.testing.assert_allclose(scores.column("layer_3"), truth.layers[:, 2], rtol=1e-9)
+    assert scores.to_pandas()["score"].dtype == np.float64
+
+
+@pytest.mark.parametrize("size", [1, 7, 30])
+def test_the_batch_size_changes_nothing(size, dataset, tiny_llama, tokenizer) -> None:
+    model = tiny_llama(dtype=torch.float64)
+    whole = score_dataset(model, dataset, tokenizer, arguments(), **COLUMNS)
+    found = score_dataset(model, dataset, tokenizer, arguments(per_device_train_batch_size=size), **COLUMNS)
+    np.testing.assert_allclose(found.column("score"), whole.column("score"), rtol=1e-12)
+
+
+def test_every_row_has_a_score_or_a_reason(tiny_llama, tokenizer) -> None:
+    rows = [*ROWS[:4], ROWS[1], {"question": "long " * 40, "answer": "4"}, {"question": "blank", "answer": " "}]
+    scores = score_dataset(
+        tiny_llama(),
+        Dataset.from_list(rows),
+        tokenizer,
+        arguments(max_length=48),
+        drop_duplicates=True,
+        drop_empty=True,
+        **COLUMNS,
+    )
+    assert scores.reasons == [None] * 4 + [
+        "same prompt as row 1",
+        "no token to learn within max_length 48",
+        "empty completion",
+    ]
+    np.testing.assert_array_equal(np.isnan(scores.column("score")), ~scores.scored)
+    assert scores.column("sample_id").tolist() == list(range(7))
+
+
+def test_the_subset_is_scored_again_and_float64_agrees_with_itself(dataset, tiny_llama, tokenizer) -> None:
+    scores = score_dataset(tiny_llama(dtype=torch.float64), dataset, tokenizer, arguments(), **COLUMNS)
+    trust = scores.provenance.trust
+    assert trust.rows == 30
+    assert trust.agreement > 0.9999
+    assert trust.saturation == pytest.approx(np.ptp(scores.column("score")) / 1e-5)
+
+
+def test_a_ranking_that_is_noise_is_called_so(dataset, tiny_llama, tokenizer) -> None:
+    # random weights and eps 1e-8: the scores lie within 1e-4 of each other, less than bfloat16 can tell apart
+    with pytest.warns(UserWarning, match=r"below 0.95 .* larger eps .* norm='l2', or float32"):
+        scores = score_dataset(tiny_llama(), dataset, tokenizer, arguments(bf16=True), **COLUMNS)
+    assert not scores.provenance.trust.trusted
+
+
+def test_scores_of_the_same_are_reused_and_of_another_refused(dataset, tiny_llama, tokenizer, tmp_path) -> None:
+    first = score_dataset(tiny_llama(), dataset, tokenizer, arguments(), output=tmp_path, **COLUMNS)
+    written = (tmp_path / "scores.parquet").stat().st_mtime_ns
+    again = score_dataset(tiny_llama(), dataset, tokenizer, arguments(), output=tmp_path, **COLUMNS)
+    assert again.table.equals(first.table)
+    for other in (
+        lambda: score_dataset(tiny_llama(seed=1), dataset, tokenizer, arguments(), output=tmp_path, **COLUMNS),
+        lambda: score_dataset(
+            tiny_llama(), dataset, tokenizer, arguments(), ResonanceConfig(eps=1e-6), tmp_path, **COLUMNS
+        ),
+        lambda: score_dataset(
+            tiny_llama(), dataset.select(range(9)), tokenizer, arguments(), output=tmp_path, **COLUMNS
+        ),
+    ):
+        with pytest.raises(InputError, match="holds scores of something else"):
+            other()
+    assert (tmp_path / "scores.parquet").stat().st_mtime_ns == written
+    assert ScoreTable.load(tmp_path).provenance == first.provenance
+
+
+def test_the_model_is_left_as_it_was(dataset, tiny_llama, tokenizer) -> None:
+    model = tiny_llama().train()
+    forward = model.forward
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    score_dataset(model, dataset, tokenizer, arguments(), **COLUMNS)
+    assert model.training
+    assert model.forward == forward
+    assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_a_tokenizer_of_another_model_is_refused(dataset, tiny_llama, tokenizer) -> None:
+    model = tiny_llama()
+    model.resize_token_embeddings(100)
+    with pytest.raises(InputError, match="they do not belong together"):
+        score_dataset(model, dataset, tokenizer, arguments(), **COLUMNS)
+
+
+def test_float16_is_refused(dataset, tiny_llama, tokenizer) -> None:
+    args = arguments()
+    args.fp16 = True
+    with pytest.raises(InputError, match="vanish in float16"):
+        score_dataset(tiny_llama(), dataset, tokenizer, args, **COLUMNS)
+
+
+@pytest.mark.slow
+def test_two_processes_give_the_scores_of_one(tmp_path, tiny_model_dir) -> None:
+    source = tmp_path / "rows.jsonl"
+    Dataset.from_list(ROWS).to_json(source)
+    command = ["-m", "resofilter_trainer.cli", "score", "--model", tiny_model_dir, "--dataset", source]
+    command += ["--prompt_column", "question", "--completion_column", "answer", "--output"]
+    launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes"]
+    for processes in (1, 2):
+        run = [sys.executable, *launch, str(processes), *command, tmp_path / str(processes)]
+        subprocess.run(list(map(str, run)), check=True, timeout=300)
+    one, two = (ScoreTable.load(tmp_path / str(processes)) for processes in (1, 2))
+    np.testing.assert_allclose(two.column("score"), one.column("score"), rtol=1e-9)
