@@ -1,0 +1,141 @@
+"""Make the demo's base model: a small Llama trained from scratch on right word problems, every token learnt.
+
+    python recipes/pretrain_demo_base.py --output resofilter_trainer/demo/base
+
+About ten minutes on two CPU cores. Training stops while the model still makes mistakes, so that the demo's
+fine-tuning has something to improve. Weights are stored as float16; load them with `dtype=torch.float32`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import time
+from collections.abc import Iterator
+
+import torch
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from resofilter_trainer.demo.problems import Problem, final_answer, make_problems
+
+FIRST_SEED = 1_000_000_000  # far from the demo's seeds: its problems must be new to the model
+WORDS_DIGITS_REST = Regex(r" ?[A-Za-z]+|\d| ?#+|[^A-Za-z\d\s]|\s")
+END, PAD = "<|end|>", "<|pad|>"
+
+
+def make_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
+    """Byte-level BPE: any text survives encode and decode; digits are tokens, and the words of `texts` are too."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(WORDS_DIGITS_REST, behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=1024,
+        min_frequency=2,
+        special_tokens=[PAD, END],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token=PAD, eos_token=END, clean_up_tokenization_spaces=False
+    )
+
+
+def make_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
+    """Just under 0.9 million parameters, 1.8 MB as float16."""
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=128,
+            intermediate_size=384,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            max_position_embeddings=256,
+            tie_word_embeddings=True,
+            pad_token_id=tokenizer.pad_token_id,
+            bos_token_id=None,
+            eos_token_id=tokenizer.eos_token_id,
+        )
+    )
+
+
+def batches(tokenizer: PreTrainedTokenizerFast, batch_size: int, seed: int) -> Iterator[dict[str, Tensor]]:
+    """New problems for ever, right-padded; padding is not learnt."""
+    while True:
+        seed += 1
+        problems = make_problems(100 * batch_size, seed=seed)
+        texts = [problem.prompt + problem.completion + tokenizer.eos_token for problem in problems]
+        for first in range(0, len(texts), batch_size):
+            batch = tokenizer(
+                texts[first : first + batch_size], padding=True, return_tensors="pt", padding_side="right"
+            )
+            ids, mask = batch["input_ids"], batch["attention_mask"]
+            yield {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}
+
+
+def pretrain(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, args: argparse.Namespace) -> None:
+    """Plain AdamW on the mean loss of all tokens."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_factor(step, args.steps))
+    start = time.perf_counter()
+    model.train()
+    for step, batch in zip(range(1, args.steps + 1), batches(tokenizer, args.batch_size, args.seed), strict=False):
+        loss = model(**batch).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        if step % 100 == 0:
+            print(f"step {step:5d}  loss {loss.item():.4f}  {time.perf_counter() - start:5.0f} s", flush=True)
+
+
+def learning_rate_factor(step: int, num_steps: int, warmup: int = 50) -> float:
+    """Linear from 0 to 1, then a cosine from 1 to a tenth."""
+    return min(1.0, (step + 1) / warmup) * (0.55 + 0.45 * math.cos(math.pi * step / num_steps))
+
+
+@torch.no_grad()
+def accuracy(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, problems: list[Problem]) -> float:
+    """Share of problems whose greedily written final answer is the true one."""
+    model.eval()
+    prompts = tokenizer([p.prompt for p in problems], padding=True, padding_side="left", return_tensors="pt")
+    written = model.generate(**prompts, max_new_tokens=64, do_sample=False)[:, prompts["input_ids"].shape[1] :]
+    completions = tokenizer.batch_decode(written, skip_special_tokens=True)
+    right = [final_answer(text) == problem.answer for text, problem in zip(completions, problems, strict=True)]
+    return sum(right) / len(right)
+
+
+def parse_args() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", required=True, help="folder to write the model and the tokenizer to")
+    parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--seed", type=int, default=FIRST_SEED)
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_args()
+    torch.manual_seed(args.seed)
+    held_out = make_problems(1000, seed=args.seed)
+    tokenizer = make_tokenizer([problem.prompt + problem.completion for problem in held_out])
+    tokenizer.save_pretrained(args.output)
+    model = make_model(tokenizer)
+    print(f"{model.num_parameters():,} parameters, {len(tokenizer)} tokens")
+    pretrain(model, tokenizer, args)
+    model.half().save_pretrained(args.output)
+    print(f"accuracy {accuracy(model.float(), tokenizer, held_out):.3f} with the weights as stored")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,39 @@
+"""The demo's picture: scores of right and wrong rows with the cut, and the accuracies. Knows matplotlib."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from ..scores import ScoreTable
+from ..selection import Selection
+
+if TYPE_CHECKING:
+    from .run import Outcome
+
+RIGHT, WRONG, NEUTRAL = "#0072b2", "#d55e00", "#999999"  # told apart by colour-blind eyes as well
+
+
+def draw(scores: ScoreTable, selection: Selection, wrong: np.ndarray, outcomes: Sequence[Outcome], path: Path) -> None:
+    """Write the picture to `path`."""
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=(3, 2))
+    lr = scores.provenance.config["lr"]
+    distance = np.maximum(1 - scores.column("score") / lr, 1e-9)  # the score saturates at lr
+    bins = np.geomspace(distance.min(), distance.max(), 60)
+    left.hist(
+        [distance[~wrong], distance[wrong]], bins=bins, stacked=True, color=[RIGHT, WRONG], label=["right", "wrong"]
+    )
+    left.axvline(distance[selection.keep].min(), color="black", linestyle="--", label="cut: what is right of it goes")
+    left.set(xscale="log", xlabel="1 - score / lr (larger changes to the right)", ylabel="rows", title="Resonance")
+    left.invert_xaxis()
+    left.legend()
+    colours = [NEUTRAL, NEUTRAL, RIGHT, NEUTRAL]
+    bars = right.bar([each.name for each in outcomes], [each.accuracy for each in outcomes], color=colours)
+    right.bar_label(bars, [f"{each.accuracy:.3f}\n{each.wrong_share:.0%} wrong" for each in outcomes])
+    right.set(ylabel="held-out exact match", title="After training on", ylim=(0, 1.1))
+    figure.savefig(path, dpi=120)
