@@ -12,6 +12,7 @@ import importlib.metadata
 import os
 import platform
 import sys
+import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -24,6 +25,7 @@ PACKAGES = ("resofilter_trainer", "torch", "transformers", "trl", "peft", "datas
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run one command. Input that cannot work ends with one line and exit code 2."""
+    warnings.filterwarnings("ignore", category=FutureWarning)  # of the libraries below, on their own arguments
     argv = list(sys.argv[1:] if argv is None else argv)
     parser = _parser()
     args = parser.parse_args(argv)

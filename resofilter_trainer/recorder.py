@@ -57,7 +57,7 @@ class Recorder:
         for each in up_projections:
             self._modules.setdefault(each.module, []).append(each)
             self._entries[self._column(each)] += each.up(each.parameter).numel()
-        self._calls: list[_Call] | None = None
+        self._calls: dict[nn.Module, _Call] | None = None
         self._stack = contextlib.ExitStack()
 
     def __enter__(self) -> Recorder:
@@ -79,19 +79,24 @@ class Recorder:
         """Measure a batch: `input_ids`, `attention_mask` and `labels`, each (B, T), padded on either side."""
         with torch.enable_grad(), own_precision(self.model):
             losses, calls = self._forward(batch)
-            gradients = torch.autograd.grad(losses.sum(), [call.output for call in calls])
+            outputs = [call.output for call in calls.values()]
+            gradients = torch.autograd.grad(losses.sum(), outputs, allow_unused=True)
+            b_of = dict(zip(calls, gradients, strict=True))
             sums = np.zeros((len(losses), len(self._entries)))
-            for call, b in zip(calls, gradients, strict=True):
-                change = call_sums(call, b, batch["attention_mask"], self.config)
-                sums[:, self._column(call.up_projections[0])] += change.cpu().numpy()
+            for module, up_projections in self._modules.items():
+                column = sums[:, self._column(up_projections[0])]
+                if b_of.get(module) is None:  # the loss does not depend on it: no gradient, no step
+                    column += sum(unchanged_sum(each.up(each.parameter), self.config) for each in up_projections)
+                else:
+                    column += call_sums(calls[module], b_of[module], batch["attention_mask"], self.config).cpu().numpy()
         return Resonance(
             loss=losses.detach().cpu().numpy(),
             num_tokens=learnt_positions(batch["labels"]).sum(1).cpu().numpy(),
             layers=size_of_change(sums, self._entries, self.config),
         )
 
-    def _forward(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, list[_Call]]:
-        calls: list[_Call] = []
+    def _forward(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, dict[nn.Module, _Call]]:
+        calls: dict[nn.Module, _Call] = {}
         self._calls = calls
         try:
             losses = sample_losses(self.model, batch)
@@ -109,7 +114,7 @@ class Recorder:
         """Forward hook. Where nothing below needs a gradient, the graph begins at this output."""
         if self._calls is None:
             return
-        if any(call.up_projections is up_projections for call in self._calls):
+        if module in self._calls:
             raise InputError(
                 f"'{up_projections[0].name}' is used twice in a forward pass, its weights are shared by layers: not "
                 "supported. Measure layers that are used once, by n_layers or up_projection."
@@ -117,7 +122,7 @@ class Recorder:
         output = output[0] if isinstance(output, tuple) else output
         if not output.requires_grad:
             output.requires_grad_()
-        self._calls.append(_Call(up_projections, args, kwargs, output))
+        self._calls[module] = _Call(up_projections, args, kwargs, output)
 
     def _column(self, each: UpProjection) -> int:
         return self.layer_indices.index(each.layer)
@@ -168,7 +173,7 @@ def _block_sums(call: _Call, b: Tensor, runs: Sequence[slice], config: Resonance
         for each, gradient in zip(call.up_projections, gradients, strict=True):
             weight = at_least_float32(each.up(each.parameter).detach())
             if gradient is None:
-                sums[sample] += unchanged_sum(weight.numel(), config)
+                sums[sample] += unchanged_sum(weight, config)
             else:
                 sums[sample] += tile_sum(at_least_float32(each.up(gradient)).clone(), weight, config)
     return sums

@@ -149,6 +149,15 @@ def test_a_sample_without_a_learnt_token_has_no_loss_and_spoils_nothing() -> Non
     assert (found.loss[1], found.num_tokens[1]) == (0, 0)
 
 
+def test_a_layer_that_the_loss_does_not_depend_on_is_not_changed() -> None:
+    model, samples = build("llama", torch.float64), make_samples(3)
+    model.model.layers[1].forward = lambda hidden_states, **kwargs: hidden_states  # skipped, as layerdrop does
+    for config in SETTINGS.values():
+        found, truth = record_all(model, samples, config), literal(model, samples, config)
+        np.testing.assert_allclose(found.layers, truth.layers, rtol=1e-9)
+        assert (found.layers[:, 1] == 0).all()
+
+
 def test_a_forward_that_bypasses_the_hooks_is_an_error() -> None:
     model = build("llama", torch.float32)
     with Recorder(model, ResonanceConfig()) as record:
