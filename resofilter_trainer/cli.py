@@ -11,6 +11,7 @@ import dataclasses
 import importlib.metadata
 import os
 import platform
+import shutil
 import sys
 import warnings
 from collections import Counter
@@ -118,13 +119,14 @@ def run_select(args: argparse.Namespace) -> None:
     if not selection.keep.any():
         raise InputError(f"There is no row that stays, of {len(selection)}. Choose another threshold or share.")
     rows = None if dataset is None else selection.apply(dataset)
+    if rows is not None:
+        _save_dataset(rows, Path(args.output) / "dataset")
     print(f"Selection: {selection.save(args.output)}")
     for reason, count in Counter(selection.reason).most_common(10):
         print(f"  {count:>8} {reason}")
     if rows is None:
         print("The scores name no dataset to filter. In Python: Selection.load(...).apply(dataset).")
     else:
-        rows.save_to_disk(Path(args.output) / "dataset")
         print(f"Rows that stay: {Path(args.output) / 'dataset'} (datasets.load_from_disk)")
 
 
@@ -155,6 +157,14 @@ def _scored_dataset(args: argparse.Namespace, source: Any) -> Any:
     return load_rows(name, args.split or source.get("split") or "train", source.get("name"))
 
 
+def _save_dataset(rows: Any, folder: Path) -> None:
+    """Write beside the target, then rename: the dataset is whole or as it was."""
+    part = folder.with_name(f".{folder.name}.{os.getpid()}.part")
+    rows.save_to_disk(part)
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(part, folder)
+
+
 def _from(args: argparse.Namespace, kind: type) -> Any:
     return kind(**{field.name: getattr(args, field.name) for field in dataclasses.fields(kind)})
 
@@ -176,9 +186,10 @@ def _yaml_arguments(args: argparse.Namespace) -> list[str]:
             raise InputError(f"--config {args.config}: '{args.command}' has no argument '{name}'.")
         if isinstance(getattr(args, name), bool) and isinstance(value, bool):  # a flag
             arguments += [f"--{name}"] if value else []
-        elif value is not None:
-            listed = value if isinstance(value, list) else [value]
-            arguments += [f"--{name}", *map(str, listed)]
+        elif isinstance(value, list):
+            arguments += [f"--{name}", *map(str, value)]
+        elif value is not None or getattr(args, name) is not None:
+            arguments.append(f"--{name}={'none' if value is None else value}")
     return arguments
 
 
@@ -219,7 +230,7 @@ def _score_arguments(parser: argparse.ArgumentParser) -> None:
     columns.add_argument("--separator", default="\n", help="put between prompt and completion")
     columns.add_argument("--conversational", action="store_true", help="make messages of prompt and completion")
     tokens = parser.add_argument_group("tokens, as in SFTConfig")
-    tokens.add_argument("--max_length", type=int, default=1024)
+    tokens.add_argument("--max_length", type=_length, default=1024, help="tokens of a row, or none")
     tokens.add_argument("--per_device_train_batch_size", type=int, default=8)
     tokens.add_argument("--assistant_only_loss", action="store_true")
     tokens.add_argument("--completion_only_loss", type=_true_or_false)
@@ -247,6 +258,10 @@ def _select_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--group_column", help="a column of the dataset: the share holds within each of its groups")
     parser.add_argument("--dataset", help="the dataset that was scored, if it moved since")
     parser.add_argument("--split")
+
+
+def _length(text: str) -> int | None:
+    return None if text.lower() == "none" else int(text)
 
 
 def _true_or_false(text: str) -> bool:

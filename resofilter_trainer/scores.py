@@ -47,7 +47,7 @@ class Trust:
         return self.agreement is None or self.agreement >= 0.95
 
     def __str__(self) -> str:
-        agreement = "unknown, too few rows" if self.agreement is None else f"{self.agreement:.4f}"
+        agreement = "unknown (too few rows)" if self.agreement is None else f"{self.agreement:.4f}"
         saturation = "" if self.saturation is None else f", {self.saturation:.3%} of the possible range in use"
         text = f"rank agreement {agreement} over {self.rows} rows scored again alone and in other batches{saturation}"
         if self.trusted:
@@ -158,7 +158,10 @@ class ScoreTable:
     def load(cls, path: str | os.PathLike[str]) -> ScoreTable:
         """Read what `save` wrote. Raises InputError for a missing, truncated or foreign file."""
         table, metadata = load_parquet(file_at(path, SCORES_FILE), KEY, "scores")
-        return cls(table, Provenance.from_json(metadata))
+        try:
+            return cls(table, Provenance.from_json(metadata))
+        except (TypeError, KeyError, ValueError) as error:
+            raise InputError(f"The scores at '{path}' were written by another version. Make them again.") from error
 
     @classmethod
     def join(cls, tables: Sequence[ScoreTable]) -> ScoreTable:

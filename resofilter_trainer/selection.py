@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import numbers
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -120,7 +121,7 @@ class DataSelector:
         if self.threshold is not None and (self.drop == "both" or not math.isfinite(self.threshold)):
             raise InputError("A threshold is one finite number, with drop='largest' or drop='smallest'.")
         for share in self._shares():
-            if isinstance(share, bool) or not 0 < share <= 1:
+            if isinstance(share, bool) or not isinstance(share, numbers.Real) or not 0 < share <= 1:
                 raise InputError(f"keep is the share that stays, above 0 and at most 1, got {share}.")
 
     def select(self, *tables: ScoreTable, groups: Sequence[Any] | None = None) -> Selection:

@@ -275,6 +275,7 @@ def test_several_prompt_columns(place, scored, tmp_path):
     assert split.provenance.dataset == joined.provenance.dataset != ScoreTable.load(scored).provenance.dataset
 
 
+@pytest.mark.filterwarnings("ignore:Scores to be taken with care")  # bfloat16 on random weights: rightly so
 def test_bf16_works_without_a_gpu(place, scored, tmp_path):
     scores = score(place, tmp_path / "out", "--bf16")
     assert scores.provenance.preparation["autocast"] == "bfloat16"
@@ -293,6 +294,17 @@ def test_yaml_is_read_and_the_command_line_wins(place, tmp_path):
     assert scores.provenance.config["n_layers"] == 2
     assert scores.provenance.config["eps"] == 1e-4
     assert [name for name in scores.table.column_names if name.startswith("layer_")] == ["layer_2", "layer_3"]
+
+
+def test_yaml_may_hold_lists_flags_and_text_that_begins_with_a_dash(place, tmp_path):
+    rows = write(tmp_path / "rows.jsonl", [{"a": "x", "b": "y", "c": "z"}, {"a": "x", "b": "y", "c": ""}] * 2)
+    (tmp_path / "run.yaml").write_text(
+        'prompt_column: [a, b]\ncompletion_column: c\ndrop_empty: true\ndrop_duplicates: false\nseparator: "--"\n'
+    )
+    scores = score(place, tmp_path / "out", "--config", tmp_path / "run.yaml", dataset=rows)
+    assert scores.reasons == [None, "empty completion"] * 2
+    assert scores.provenance.preparation["prompt_column"] == ["a", "b"]
+    assert scores.provenance.preparation["separator"] == "--"
 
 
 @pytest.mark.parametrize(

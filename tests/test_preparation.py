@@ -12,7 +12,7 @@ from resofilter_trainer import InputError
 from resofilter_trainer.preparation import ROW, prepare
 
 PAIRS = [{"prompt": f"what is {i} + 1 ? ", "completion": "x " * i + str(i + 1)} for i in range(1, 9)]
-FORMATS = {
+FORMATS: dict[str, tuple[list[dict], dict]] = {
     "prompt and completion": (PAIRS, {}),
     "whole sequence of a pair": (PAIRS, {"completion_only_loss": False}),
     "conversational pair": (

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from resofilter_trainer.config import InputError
-from resofilter_trainer.scores import SCORES_FILE, Provenance, ScoreTable, Trust
+from resofilter_trainer.scores import SCORES_FILE, Provenance, ScoreTable, Trust, save_parquet
 from resofilter_trainer.selection import DataSelector
 
 AWKWARD = [1e-5, 0.1 + 0.2, 5e-324, np.nextafter(1e-5, 1), 0.0, 1 / 3]  # no decimal shorter than 17 digits tells them
@@ -266,3 +266,11 @@ def test_trust_ends_below_95_hundredths_and_says_what_to_do(agreement, trusted):
     trust = Trust(agreement=agreement, rows=8, saturation=0.5)
     assert trust.trusted is trusted
     assert ("larger eps" in str(trust)) is not trusted
+
+
+def test_scores_of_another_version_are_told_apart_from_broken_ones(tmp_path):
+    scores = make_scores([1e-5])
+    other = '{"model": "m", "trust": null, "unknown": 1}'
+    save_parquet(scores.table, tmp_path / "scores.parquet", {"resofilter_scores": other})
+    with pytest.raises(InputError, match="written by another version"):
+        ScoreTable.load(tmp_path)

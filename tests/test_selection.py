@@ -326,3 +326,8 @@ def test_a_saved_selection_is_the_same_and_can_be_repeated(policy, tmp_path):
     assert loaded.provenance == scores.provenance.to_json()
     assert loaded.policy == selection.policy
     assert same(DataSelector(**loaded.policy).select(scores, groups=groups), selection)
+
+
+def test_keep_that_is_no_number_is_refused():
+    with pytest.raises(InputError, match="keep is the share that stays"):
+        DataSelector(keep="half")

@@ -76,7 +76,7 @@ def training_arguments(output: Path, seed: int) -> SFTConfig:
     return SFTConfig(
         output_dir=str(output),
         num_train_epochs=2,
-        learning_rate=5e-4,
+        learning_rate=3e-4,
         per_device_train_batch_size=16,
         lr_scheduler_type="cosine",
         warmup_steps=0.05,
