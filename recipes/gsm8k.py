@@ -12,7 +12,9 @@ The defaults are the paper's (methods 1.1 and 1.3): Gemma-2-2B base, learning ra
 
 Pass one scores every training row with the untrained model; pass two trains on what is kept. Both take SFTConfig's
 arguments. The paper's float32 is the default; with `--bf16 true` both passes run in bfloat16 autocast, on a GPU several
-times faster, and the line on trust says what the scores lose by it.
+times faster, and the line on trust says what the ranking loses by it.
+
+`accelerate launch` turns every exit code but 0 into 1; `python recipes/gsm8k.py` keeps the 2 of input that cannot work.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from pathlib import Path
 
 from accelerate import PartialState
 from datasets import Dataset
-from trl import ModelConfig, SFTConfig, SFTTrainer, TrlParser, get_peft_config, get_quantization_config
+from trl import ModelConfig, SFTConfig, SFTTrainer, TrlParser, get_peft_config
 
 from resofilter_trainer import (
     ColumnMapping,
@@ -39,6 +41,8 @@ from resofilter_trainer import (
 from resofilter_trainer.cli import exit_on_input_error, summary
 from resofilter_trainer.config import Norm, Update
 from resofilter_trainer.evaluation import exact_match
+from resofilter_trainer.metrics.final_answer import final_answer
+from resofilter_trainer.rows import first_line
 
 
 @dataclass
@@ -63,6 +67,10 @@ class RecipeArguments:
     score_weight_decay: float = field(default=0.01, metadata={"help": "weight decay of the measured step"})
     up_projection: str | None = field(default=None, metadata={"help": "regex, for an unknown model family"})
     max_new_tokens: int = field(default=256, metadata={"help": "where an answer is cut off"})
+
+    def columns(self) -> ColumnMapping:
+        """Which columns of the training rows are which."""
+        return ColumnMapping(prompt_column=self.prompt_column, completion_column=self.completion_column)
 
     def resonance(self) -> ResonanceConfig:
         """The scoring pass's settings."""
@@ -100,8 +108,7 @@ class PaperModel(ModelConfig):
 
 
 def main() -> None:
-    parser = TrlParser((RecipeArguments, PaperTraining, PaperModel))
-    recipe, training, model = parser.parse_args_and_config()
+    recipe, training, model = parse()
     training.model_init_kwargs = {
         "dtype": model.dtype,
         "revision": model.model_revision,
@@ -109,12 +116,14 @@ def main() -> None:
         **(training.model_init_kwargs or {}),
     }
     selector = DataSelector(keep=recipe.keep)
-    train = training_rows(recipe)
+    train = load_rows(recipe.dataset_name, "train", configuration(recipe.dataset_name, recipe))
     test = test_rows(recipe)
 
     scores = score_rows(train, recipe, training, model)
     selection = selector.select(scores)
-    trainer = train_on(selection.apply(train), training, model)
+    if PartialState().is_main_process:
+        selection.save(str(training.output_dir))
+    trainer = train_on(map_columns(selection.apply(train), recipe.columns()), training, model)
     accuracy = exact_match(
         trainer.accelerator.unwrap_model(trainer.model),
         trainer.processing_class,
@@ -128,22 +137,33 @@ def main() -> None:
     trainer.end()
 
 
-def training_rows(recipe: RecipeArguments) -> Dataset:
-    """The training split as prompt and completion."""
-    mapping = ColumnMapping(prompt_column=recipe.prompt_column, completion_column=recipe.completion_column)
-    return map_columns(load_rows(recipe.dataset_name, "train", configuration(recipe.dataset_name, recipe)), mapping)
+def parse() -> tuple[RecipeArguments, SFTConfig, ModelConfig]:
+    """The command line and the YAML file, by TRL's own parser."""
+    try:
+        recipe, training, model = TrlParser((RecipeArguments, PaperTraining, PaperModel)).parse_args_and_config()
+    except (OSError, ValueError) as error:
+        raise InputError(first_line(error)) from error
+    if model.load_in_4bit or model.load_in_8bit:
+        raise InputError("Quantised models are not scored yet: leave out --load_in_4bit and --load_in_8bit.")
+    return recipe, training, model
 
 
 def test_rows(recipe: RecipeArguments) -> Dataset:
     """The test split as prompt and completion."""
     name = recipe.test_dataset_name or recipe.dataset_name
     mapping = ColumnMapping(prompt_column="question", completion_column="answer")
-    return map_columns(load_rows(name, "test", configuration(name, recipe)), mapping)
+    rows = map_columns(load_rows(name, "test", configuration(name, recipe)), mapping)
+    unmarked = [row for row, text in enumerate(rows["completion"]) if final_answer(text) is None]
+    if unmarked:
+        raise InputError(f"Row {unmarked[0]} of the test split has no final answer after '####': nothing to compare.")
+    return rows
 
 
 def configuration(name: str, recipe: RecipeArguments) -> str | None:
     """The configuration to load: GSM8K on the hub has no default one."""
-    return "main" if name == "openai/gsm8k" else recipe.dataset_config
+    if recipe.dataset_config and name == recipe.dataset_name:
+        return recipe.dataset_config
+    return "main" if name == "openai/gsm8k" else None
 
 
 def score_rows(train: Dataset, recipe: RecipeArguments, training: SFTConfig, model: ModelConfig) -> ScoreTable:
@@ -157,7 +177,13 @@ def score_rows(train: Dataset, recipe: RecipeArguments, training: SFTConfig, mod
         config=recipe.resonance(),
         output=Path(str(training.output_dir)) / "scores",
         drop_duplicates=True,
-        source={"dataset": recipe.dataset_name, "split": "train", "name": recipe.dataset_config},
+        prompt_column=recipe.prompt_column,
+        completion_column=recipe.completion_column,
+        source={
+            "dataset": recipe.dataset_name,
+            "split": "train",
+            "name": configuration(recipe.dataset_name, recipe),
+        },
     )
     if PartialState().is_main_process:
         print(summary(scores))
@@ -167,11 +193,7 @@ def score_rows(train: Dataset, recipe: RecipeArguments, training: SFTConfig, mod
 def train_on(rows: Dataset, training: SFTConfig, model: ModelConfig) -> SFTTrainer:
     """Pass two: SFTTrainer on the rows that stay."""
     trainer = SFTTrainer(
-        model=model.model_name_or_path,
-        args=training,
-        train_dataset=rows,
-        quantization_config=get_quantization_config(model),
-        peft_config=get_peft_config(model),
+        model=model.model_name_or_path, args=training, train_dataset=rows, peft_config=get_peft_config(model)
     )
     trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
     trainer.save_model(training.output_dir)
@@ -188,7 +210,6 @@ def write_results(
 ) -> None:
     """The selection and the result, beside the scores and the model."""
     output = Path(str(training.output_dir))
-    selection.save(output)
     trust = scores.provenance.trust
     results = {
         "rows": len(selection),

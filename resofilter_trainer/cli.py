@@ -58,6 +58,7 @@ def run_score(args: argparse.Namespace) -> None:
     from trl import SFTConfig
 
     from .rows import load_rows
+    from .scores import SCORES_FILE, file_at
     from .scoring import score_dataset
 
     sft = SFTConfig(
@@ -69,7 +70,7 @@ def run_score(args: argparse.Namespace) -> None:
         chat_template_path=args.chat_template_path,
         trust_remote_code=args.trust_remote_code,
         bf16=args.bf16,
-        use_cpu=not torch.accelerator.is_available(),
+        use_cpu=not torch.cuda.is_available(),
         report_to="none",
     )
     scores = score_dataset(
@@ -84,7 +85,7 @@ def run_score(args: argparse.Namespace) -> None:
         **dataclasses.asdict(_from(args, ColumnMapping)),
     )
     print(summary(scores))
-    print(f"Scores: {Path(args.output) / 'scores.parquet'}")
+    print(f"Scores: {file_at(args.output, SCORES_FILE)}")
     print(f"Next: resofilter select {args.output} --keep 0.5 --output kept")
 
 
@@ -109,13 +110,16 @@ def run_select(args: argparse.Namespace) -> None:
 
     if args.output is None:
         raise InputError("--output is missing: a folder for the selection and the rows that stay.")
+    if Path(args.output).suffix == ".parquet":
+        raise InputError(f"--output {args.output} is a folder's place: the selection and the rows go there.")
     check_folder(Path(args.output))
     selector = DataSelector(keep=args.keep, drop=args.drop, threshold=args.threshold, by=args.by)
     scores = ScoreTable.join([ScoreTable.load(path) for path in args.scores])
     dataset = _scored_dataset(args, scores.provenance.source)
+    _check_kept_folder(Path(args.output), args.dataset or scores.provenance.source.get("dataset"))
     if args.group_column and (dataset is None or args.group_column not in dataset.column_names):
         raise InputError(f"--group_column {args.group_column}: no such column, or no dataset; pass --dataset.")
-    selection = selector.select(scores, groups=dataset[args.group_column] if args.group_column else None)
+    selection = selector.select(scores, groups=dataset[args.group_column][:] if args.group_column else None)
     if not selection.keep.any():
         raise InputError(f"There is no row that stays, of {len(selection)}. Choose another threshold or share.")
     rows = None if dataset is None else selection.apply(dataset)
@@ -142,6 +146,8 @@ def run_env(args: argparse.Namespace) -> None:
 
 def run_demo(args: argparse.Namespace) -> None:
     """Run the embedded demo."""
+    if args.seed < 0:
+        raise InputError(f"--seed must be at least 0, got {args.seed}.")
     from .demo.run import run
 
     run(Path(args.output or f"resofilter-demo/seed-{args.seed}"), args.seed)
@@ -152,17 +158,32 @@ def _scored_dataset(args: argparse.Namespace, source: Any) -> Any:
     name = args.dataset or source.get("dataset")
     if name is None:
         return None
-    from .rows import load_rows
+    from .rows import hash_rows, load_rows
 
-    return load_rows(name, args.split or source.get("split") or "train", source.get("name"))
+    dataset = load_rows(name, args.split or source.get("split") or "train", source.get("name"))
+    if source.get("content") not in (None, hash_rows(dataset)):
+        raise InputError(f"'{name}' is not what was scored: rows differ, or their order. Score it again.")
+    return dataset
+
+
+def _check_kept_folder(output: Path, source: str | None) -> None:
+    """Raise InputError where the rows that stay would replace anything but those of an earlier selection."""
+    folder = output / "dataset"
+    ours = (output / "selection.parquet").exists()
+    if folder.exists() and (not ours or (source is not None and folder.resolve() == Path(source).resolve())):
+        raise InputError(f"'{folder}' holds something that is no earlier selection. Choose another output.")
 
 
 def _save_dataset(rows: Any, folder: Path) -> None:
     """Write beside the target, then rename: the dataset is whole or as it was."""
     part = folder.with_name(f".{folder.name}.{os.getpid()}.part")
-    rows.save_to_disk(part)
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(part, folder)
+    try:
+        rows.save_to_disk(part)
+        if folder.exists():
+            shutil.rmtree(folder)
+        os.replace(part, folder)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
 
 
 def _from(args: argparse.Namespace, kind: type) -> Any:

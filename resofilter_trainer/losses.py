@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -59,7 +60,7 @@ def _head_only_at(index: Tensor, positions: int, model: nn.Module) -> Iterator[N
         hidden = args[0]
         if hidden.shape[:-1].numel() != positions:
             return None
-        return hidden.flatten(0, -2)[index][None], *args[1:]
+        return hidden.flatten(0, -2)[index.to(hidden.device)][None], *args[1:]
 
     head: nn.Module | None = model.get_output_embeddings()  # type: ignore[operator]
     handle = None if head is None else head.register_forward_pre_hook(keep)
@@ -74,6 +75,7 @@ def _forward_arguments(model: nn.Module, batch: Mapping[str, Tensor]) -> dict[st
     """The batch without its labels. With padding on the left, positions count from each sample's first token."""
     mask = batch["attention_mask"]
     arguments = {"input_ids": batch["input_ids"], "attention_mask": mask, "use_cache": False}
-    if not mask[:, 0].all() and "position_ids" in inspect.signature(model.forward).parameters:
+    inner = model.get_base_model() if isinstance(model, PeftModel) else model
+    if not mask[:, 0].all() and "position_ids" in inspect.signature(inner.forward).parameters:
         arguments["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)
     return arguments

@@ -92,7 +92,7 @@ def _by_trl(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, args: SFTConfi
         args.output_dir = folder
         try:
             trainer = SFTTrainer(stand_in, args=args, train_dataset=dataset, processing_class=tokenizer)
-        except (ValueError, RuntimeError, KeyError, TypeError, AttributeError, OSError) as error:
+        except Exception as error:  # TRL, tokenizers and templates each raise their own
             raise InputError(f"TRL cannot prepare this dataset: {first_line(error)}") from error
     template = trainer.chat_template or getattr(trainer.processing_class, "chat_template", None) or ""
     return trainer.train_dataset.select_columns([ROW, "input_ids", "labels"]), str(template)

@@ -38,6 +38,8 @@ def describe(
         "max_length": args.max_length,
         "completion_only_loss": args.completion_only_loss,
         "assistant_only_loss": args.assistant_only_loss,
+        "model_config": _hash_text(json.dumps(_settings(model), sort_keys=True, default=str)),
+        "attention": model.config._attn_implementation,
         "dtype": str(model.dtype).removeprefix("torch."),
         "autocast": "bfloat16" if args.bf16 else None,
     }
@@ -53,6 +55,12 @@ def describe(
         versions={package: importlib.metadata.version(package) for package in PACKAGES},
         source=dict(source),
     )
+
+
+def _settings(model: PreTrainedModel) -> dict[str, Any]:
+    """The model's configuration, without where it lies and who wrote it."""
+    aside = ("name_or_path", "_name_or_path", "transformers_version", "use_cache")
+    return {name: value for name, value in model.config.to_dict().items() if name not in aside}
 
 
 def hash_weights(model: nn.Module) -> str:

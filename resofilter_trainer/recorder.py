@@ -39,8 +39,8 @@ class Recorder:
     ...     measured = record(batch)    # measured.score: (B,)
 
     Args:
-        model: a causal language model of any floating dtype. Products are in float32, or in float64 for a float64
-            model; a bfloat16 forward, by weights or by autocast, brings bfloat16's noise and no more.
+        model: a causal language model in float32, float64 or bfloat16. Products are in float32, or in float64 for a
+            float64 model; a bfloat16 forward, by weights or by autocast, brings bfloat16's noise and no more.
         config: which step is measured and how.
 
     Raises:

@@ -59,13 +59,16 @@ def literal(model: nn.Module, samples: Sequence[Mapping[str, Tensor]], config: R
     start = {name: value.detach().clone() for name, value in model.state_dict().items()}
     losses, layers = [], []
     with evaluating(model), requiring_grad(model.parameters(), True), own_precision(model):
-        for sample in samples:
+        try:
+            for sample in samples:
+                model.load_state_dict(start)
+                before = [each.up(each.parameter).detach().clone() for each in up_projections]
+                losses.append(_one_step(model, sample, config))
+                after = [each.up(each.parameter).detach() for each in up_projections]
+                changes = [old - new for old, new in zip(before, after, strict=True)]
+                layers.append(_layer_values(up_projections, changes, config))
+        finally:
             model.load_state_dict(start)
-            before = [each.up(each.parameter).detach().clone() for each in up_projections]
-            losses.append(_one_step(model, sample, config))
-            changes = [old - each.up(each.parameter).detach() for each, old in zip(up_projections, before, strict=True)]
-            layers.append(_layer_values(up_projections, changes, config))
-        model.load_state_dict(start)
     tokens = [int((sample["labels"][1:] != IGNORE).sum()) for sample in samples]
     return Resonance(np.array(losses), np.array(tokens), np.array(layers))
 

@@ -5,10 +5,12 @@ Knows datasets, not models: a row is a dict here, and its place in the dataset i
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import xxhash
 from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 
 from .config import ColumnMapping, InputError
@@ -112,6 +114,14 @@ def duplicate_rows(dataset: Dataset, text_field: str = "text") -> dict[int, int]
     return repeated
 
 
+def hash_rows(dataset: Dataset) -> str:
+    """Of all columns and values, in order: another order or another value gives another hash."""
+    digest = xxhash.xxh3_128()
+    for batch in dataset.with_format(None).iter(batch_size=1000):
+        digest.update(json.dumps(batch, sort_keys=True, default=str).encode())
+    return digest.hexdigest()
+
+
 def looks_local(name: str) -> bool:
     """Whether a name is a path for sure: no name on the hub begins with a slash, a dot or a tilde."""
     return Path(name).is_absolute() or name.startswith((".", "~"))
@@ -138,6 +148,11 @@ def _format(path: Path) -> str:
 
 
 def _prompt_and_completion(example: Mapping[str, Any], mapping: ColumnMapping) -> dict[str, Any]:
+    for column in mapping.columns:
+        if isinstance(example[column], list | Mapping):
+            raise InputError(
+                f"Column '{column}' holds {type(example[column]).__name__}, not text: make text of it first."
+            )
     parts = [str(example[column]) for column in mapping.prompt_columns if not _is_blank(example[column])]
     prompt, completion = "\n\n".join(parts), example[str(mapping.completion_column)]
     completion = "" if completion is None else str(completion)
@@ -197,7 +212,9 @@ def _query(example: Mapping[str, Any], text_field: str) -> Any:
 
 
 def _is_blank(value: Any) -> bool:
-    """None, white space, an empty list, or messages of which the last says nothing."""
+    """None, white space, an empty list, or messages of which the last neither says nor calls anything."""
     if isinstance(value, list) and value and isinstance(value[-1], Mapping):
-        return _is_blank(value[-1].get("content", value[-1].get("value")))
+        last = value[-1]
+        says = last.get("content", last.get("value", last.get("text")))  # a message, ShareGPT's, or a part of one
+        return not last.get("tool_calls") and _is_blank(says)
     return value is None or (isinstance(value, str) and not value.strip()) or value == []

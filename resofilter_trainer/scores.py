@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,9 +30,9 @@ class Trust:
     """How far the scores of one table can be trusted.
 
     Attributes:
-        agreement: rank correlation (Spearman) of a random subset's scores with the same rows' scores measured alone
-            and in other batches, the lower of the two. 1 is perfect; numerical noise lowers it. None where fewer than
-            three rows could be compared.
+        agreement: rank correlation (Spearman) of a random subset's scores with the same rows' scores measured alone,
+            without autocast, and in other batches; the lower of the two. 1 is perfect, numerical noise lowers it. What
+            bfloat16 weights lost when they were made, it cannot see. None where there are fewer than three rows.
         rows: size of that subset.
         saturation: share of the possible range (0 to lr) that lies between the smallest and the largest score; None
             where the update has no bound. Small means that the ranking rests on small differences.
@@ -60,7 +61,8 @@ class Provenance:
     """What a table of scores was measured from. Tables are mixed or reused only where all but names agree.
 
     Attributes:
-        model, source: the names of the model and of the dataset, as the user gave them. For people; not compared.
+        model, source: the names of the model and of the dataset, as the user gave them, and a hash of its rows. Not
+            compared.
         weights, tokenizer, template, dataset: hashes of the weights, the tokenizer, its chat template, and the token
             ids and labels that were scored.
         rows: number of rows in the user's dataset.
@@ -119,8 +121,9 @@ class ScoreTable:
     """One line for every row of the user's dataset: its score, or the reason why it has none.
 
     Columns: `sample_id` (int64, position in the user's dataset), `score` (float64, mean absolute weight change, about
-    lr), `loss` (float64, mean over the sample's learnt tokens, in nats), `num_tokens` (int64, tokens learnt),
-    `layer_<i>` (float64, each measured layer's change) and `reason` (why there is no score; null where there is one).
+    lr), `loss` (float64, mean over the sample's learnt tokens, in nats), `num_tokens` (int64, tokens learnt), `length`
+    (int64, all tokens), `layer_<i>` (float64, each measured layer's change) and `reason` (why there is no score). What
+    a row does not have is null; pandas then shows whole numbers as floats.
     """
 
     table: pa.Table
@@ -170,6 +173,8 @@ class ScoreTable:
         Raises:
             InputError: the parts come from different models, data or settings, or a row is in two of them.
         """
+        if not tables:
+            raise InputError("There are no scores: pass one table or more.")
         first = tables[0]
         for other in tables[1:]:
             differences = first.provenance.differences(other.provenance)
@@ -197,10 +202,16 @@ def save_parquet(table: pa.Table, path: Path, metadata: Mapping[str, str]) -> Pa
 
 
 def check_folder(path: Path) -> None:
-    """Raise InputError where a folder cannot be because a file has its name."""
+    """Raise InputError where a folder cannot be made or written to."""
     blocking = next((each for each in (path, *path.parents) if each.exists() and not each.is_dir()), None)
     if blocking is not None:
         raise InputError(f"'{blocking}' is a file, not a folder: nothing can be written there. Choose another output.")
+    there = next(each for each in (path.absolute(), *path.absolute().parents) if each.exists())
+    try:
+        with tempfile.TemporaryFile(dir=there):
+            pass
+    except OSError as error:
+        raise InputError(f"Nothing can be written to '{there}' ({error.strerror}). Choose another output.") from error
 
 
 def load_parquet(path: Path, key: str, what: str) -> tuple[pa.Table, str]:

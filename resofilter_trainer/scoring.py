@@ -30,10 +30,11 @@ from .preparation import ROW, PreparedRows, prepare
 from .provenance import describe
 from .recorder import Recorder
 from .resonance import Resonance
-from .rows import duplicate_rows, empty_rows, first_line, looks_local, map_columns
+from .rows import duplicate_rows, empty_rows, first_line, hash_rows, looks_local, map_columns
 from .scores import LAYER, SCORES_FILE, Provenance, ScoreTable, Trust, check_folder, file_at
 
 TRUST_ROWS = 64  # measured again, to see how far numerical noise reaches
+VANISHING = "Gradients near eps vanish in float16, and their ranking with them. Score in bf16 or float32."
 
 
 def score_dataset(
@@ -62,7 +63,7 @@ def score_dataset(
             already are returned as they are.
         drop_duplicates: leave out rows whose prompt repeats an earlier one, as the paper does.
         drop_empty: leave out rows with an empty completion, which are an error otherwise.
-        source: where the dataset came from, for the provenance.
+        source: where the dataset came from, for the provenance: `dataset`, `split` and `name` as for `load_rows`.
         **columns: `prompt_column`, `completion_column` and the other fields of `ColumnMapping`.
 
     Returns:
@@ -70,6 +71,9 @@ def score_dataset(
 
     Raises:
         InputError: nothing can be scored, a row's loss is not finite, or `output` holds scores of something else.
+
+    As in SFTTrainer, the model moves to the device of `args`, and Python's, numpy's and torch's random numbers start
+    from `args.seed`.
     """
     config, mapping = config or ResonanceConfig(), ColumnMapping(**columns)
     args = args or SFTConfig(output_dir="unused", bf16=False, report_to="none")
@@ -78,13 +82,14 @@ def score_dataset(
     model, tokenizer = load_model(model, processing_class, args)
     prepared = prepare(rows, tokenizer, args)
     reasons.update(prepared.reasons)
-    _check_vocabulary(model, prepared)
-    provenance = describe(model, tokenizer, prepared, len(dataset), args, config, mapping, source or {})
+    _check_model(model, prepared)
+    source = {**(source or {}), "content": hash_rows(dataset)}
+    provenance = describe(model, tokenizer, prepared, len(dataset), args, config, mapping, source)
     earlier = _scores_at(output, provenance)
     if earlier is not None:
         return earlier
     with Recorder(_placed(model, args), config) as record:
-        scoring = _Pass(record, prepared, args)
+        scoring = _Pass(record, prepared, args, autocast=bool(args.bf16))
         measured = scoring.measure_all()
         trust = scoring.trust(measured)
     if not trust.trusted:
@@ -103,6 +108,7 @@ class _Pass:
     record: Recorder
     prepared: PreparedRows
     args: SFTConfig
+    autocast: bool
 
     def measure_all(self) -> Resonance:
         """Every row, in the order in which they were prepared."""
@@ -111,10 +117,11 @@ class _Pass:
         return _reordered(measured, np.argsort(order, kind="stable"))
 
     def trust(self, measured: Resonance) -> Trust:
-        """Measure a random subset again, alone and in other batches, and compare the ranks."""
+        """Measure a random subset again, alone (without autocast) and in other batches, and compare the ranks."""
         rows = np.random.default_rng(0).permutation(len(measured.loss))[:TRUST_ROWS]
         before = measured.score[rows]
-        alone = self._measure([rows[i : i + 1] for i in range(len(rows))], "Scoring some again, alone")
+        exact = dataclasses.replace(self, autocast=False)
+        alone = exact._measure([rows[i : i + 1] for i in range(len(rows))], "Scoring some again, alone")
         mixed = self._measure(self._split(rows), "Scoring some again, in other batches")
         agreements = [rank_correlation(before, again.score) for again in (alone, mixed)]
         bounded = self.record.config.update == "adamw" and self.record.config.norm == "mean_abs"
@@ -147,7 +154,7 @@ class _Pass:
         examples = [self.prepared.dataset[int(row)] for row in rows]
         batch = DataCollatorForLanguageModeling(pad_token_id=0)(examples)
         device = next(self.record.model.parameters()).device
-        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=bool(self.args.bf16)):
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=self.autocast):
             measured = self.record({name: tensor.to(device) for name, tensor in batch.items()})
         broken = ~(np.isfinite(measured.loss) & np.isfinite(measured.score))
         if broken.any():
@@ -211,12 +218,14 @@ def _check_arguments(args: SFTConfig, output: str | os.PathLike[str] | None) -> 
     if args.max_length is not None and args.max_length < 1:
         raise InputError(f"max_length must be at least 1, got {args.max_length}.")
     if args.fp16:
-        raise InputError("Gradients near eps vanish in float16, and their ranking with them. Score in bf16 or float32.")
+        raise InputError(VANISHING)
     if output is not None:
         check_folder(file_at(output, SCORES_FILE).parent)
 
 
-def _check_vocabulary(model: PreTrainedModel, prepared: PreparedRows) -> None:
+def _check_model(model: PreTrainedModel, prepared: PreparedRows) -> None:
+    if model.dtype == torch.float16:
+        raise InputError(VANISHING)
     size = model.get_input_embeddings().num_embeddings
     if prepared.largest_token >= size:
         raise InputError(

@@ -205,5 +205,8 @@ def _members(groups: Sequence[Any] | None, scored: np.ndarray) -> dict[Any, np.n
         return {None: np.flatnonzero(scored)}
     members: dict[Any, list[int]] = {}
     for row in np.flatnonzero(scored).tolist():
-        members.setdefault(groups[row], []).append(row)
+        try:
+            members.setdefault(groups[row], []).append(row)
+        except TypeError as error:
+            raise InputError(f"A group is text or a number, row {row}'s is {type(groups[row]).__name__}.") from error
     return {group: np.array(rows) for group, rows in members.items()}

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import make_tokenizer
-from datasets import load_from_disk
+from datasets import Dataset, load_from_disk
 from transformers import LlamaForCausalLM, MambaConfig, MambaForCausalLM, PreTrainedModel
 
 from resofilter_trainer.cli import main
@@ -299,12 +299,12 @@ def test_yaml_is_read_and_the_command_line_wins(place, tmp_path):
 def test_yaml_may_hold_lists_flags_and_text_that_begins_with_a_dash(place, tmp_path):
     rows = write(tmp_path / "rows.jsonl", [{"a": "x", "b": "y", "c": "z"}, {"a": "x", "b": "y", "c": ""}] * 2)
     (tmp_path / "run.yaml").write_text(
-        'prompt_column: [a, b]\ncompletion_column: c\ndrop_empty: true\ndrop_duplicates: false\nseparator: "--"\n'
+        'prompt_column: [a, b]\ncompletion_column: c\ndrop_empty: true\ndrop_duplicates: false\nseparator: "-> "\n'
     )
     scores = score(place, tmp_path / "out", "--config", tmp_path / "run.yaml", dataset=rows)
     assert scores.reasons == [None, "empty completion"] * 2
     assert scores.provenance.preparation["prompt_column"] == ["a", "b"]
-    assert scores.provenance.preparation["separator"] == "--"
+    assert scores.provenance.preparation["separator"] == "-> "
 
 
 @pytest.mark.parametrize(
@@ -427,7 +427,7 @@ def test_select_refuses_scores_of_two_models(place, scored, other_model, tmp_pat
 def test_select_refuses_rows_that_are_not_those_scored(place, scored, tmp_path, capsys):
     shorter = write(tmp_path / "rows.jsonl", ROWS[:5])
     message = refused(capsys, "select", scored, "--dataset", shorter, "--output", tmp_path / "out")
-    assert "12 rows and the dataset has 5" in message
+    assert "is not what was scored" in message
     assert not (tmp_path / "out").exists()
 
 
@@ -463,3 +463,35 @@ sys.exit(", ".join({{"torch", "transformers", "trl"}} & set(sys.modules)) or 0)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     assert len(load_from_disk(tmp_path / "dataset")) == 6
+
+
+# ---- select: what must not be lost
+
+
+def test_select_never_replaces_the_dataset_that_was_scored(place, tmp_path, capsys):
+    own = tmp_path / "own"
+    Dataset.from_list(ROWS).save_to_disk(own / "dataset")
+    score(place, tmp_path / "scores", dataset=own / "dataset")
+    capsys.readouterr()
+    assert "no earlier selection" in refused(capsys, "select", tmp_path / "scores", "--output", own)
+    assert len(load_from_disk(own / "dataset")) == len(ROWS)
+
+
+def test_select_again_replaces_its_own_rows(scored, tmp_path):
+    for keep, stay in (("0.5", 6), ("0.25", 3)):
+        main(["select", str(scored), "--keep", keep, "--output", str(tmp_path / "kept")])
+        assert len(load_from_disk(tmp_path / "kept" / "dataset")) == stay
+
+
+def test_rows_that_changed_since_they_were_scored_are_refused(place, tmp_path, capsys):
+    rows = write(tmp_path / "rows.jsonl", ROWS)
+    score(place, tmp_path / "scores", dataset=rows)
+    write(rows, ROWS[::-1])
+    capsys.readouterr()
+    assert "is not what was scored" in refused(capsys, "select", tmp_path / "scores", "--output", tmp_path / "kept")
+    assert not (tmp_path / "kept").exists()
+
+
+def test_a_folder_that_cannot_be_written_to_is_refused_before_the_work(place, capsys):
+    usual = ["--model", place.model, "--dataset", place.rows]
+    assert "Nothing can be written" in refused(capsys, "score", *usual, "--output", "/proc/resofilter/x")

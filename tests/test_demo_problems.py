@@ -117,3 +117,11 @@ def test_impossible_arguments_are_refused(arguments):
 )
 def test_final_answer(completion, answer):
     assert final_answer(completion) == answer
+
+
+def test_no_held_out_problem_is_one_that_the_base_was_trained_on() -> None:
+    # recipes/pretrain_demo_base.py: 1,750 batches of 32, drawn 3,200 at a time from the seeds after its own
+    trained_on = {problem.prompt for draw in range(1, 19) for problem in make_problems(3200, seed=1_000_000_000 + draw)}
+    for seed in range(5):
+        held_out = make_problems(400, seed=1_000_000 + seed)
+        assert not trained_on & {problem.prompt for problem in held_out}

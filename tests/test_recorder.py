@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from families import FAMILIES, tiny
+from peft import LoraConfig, get_peft_model
 from samples import collate, error_over_spread, make_samples, record_all
 
 from resofilter_trainer import InputError, Recorder, ResonanceConfig, literal
@@ -53,8 +54,9 @@ def test_float32_agrees_at_eps_1e_4(family: str, norm: str) -> None:
     model = build(family, torch.float32, **WIDE.get(family, {"hidden_size": 64, "intermediate_size": 128}))
     samples, config = make_samples(), ResonanceConfig(eps=1e-4, norm=norm)
     truth = literal(model, samples, config)
-    for size, side in ((1, "right"), (3, "left"), (8, "right")):
-        assert error_over_spread(record_all(model, samples, config, size, side), truth) < 1e-4
+    for size in (1, 3, 8):
+        for side in ("right", "left"):
+            assert error_over_spread(record_all(model, samples, config, size, side), truth) < 1e-4
 
 
 @pytest.mark.parametrize("norm", ["mean_abs", "l2"])
@@ -172,3 +174,12 @@ def test_weights_that_two_layers_share_are_refused() -> None:
     model.model.layers[2].mlp = model.model.layers[1].mlp
     with pytest.raises(InputError, match="shared"):
         record_all(model, make_samples(2), ResonanceConfig())
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_an_adapter_that_changes_nothing_yet_changes_no_score(side: str) -> None:
+    samples, config = make_samples(5), ResonanceConfig()
+    truth = record_all(build("gpt2", torch.float64), samples, config)
+    lora = LoraConfig(target_modules=["c_attn", "c_fc"], fan_in_fan_out=True)
+    wrapped = get_peft_model(build("gpt2", torch.float64), lora).double()
+    assert error_over_spread(record_all(wrapped, samples, config, side=side), truth) < 1e-6

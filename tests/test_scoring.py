@@ -91,7 +91,10 @@ def test_scores_of_the_same_are_reused_and_of_another_refused(dataset, tiny_llam
     written = (tmp_path / "scores.parquet").stat().st_mtime_ns
     again = score_dataset(tiny_llama(), dataset, tokenizer, arguments(), output=tmp_path, **COLUMNS)
     assert again.table.equals(first.table)
+    turned = tiny_llama()
+    turned.config.rms_norm_eps = 1e-3
     for other in (
+        lambda: score_dataset(turned, dataset, tokenizer, arguments(), output=tmp_path, **COLUMNS),
         lambda: score_dataset(tiny_llama(seed=1), dataset, tokenizer, arguments(), output=tmp_path, **COLUMNS),
         lambda: score_dataset(
             tiny_llama(), dataset, tokenizer, arguments(), ResonanceConfig(eps=1e-6), tmp_path, **COLUMNS
@@ -129,6 +132,8 @@ def test_float16_is_refused(dataset, tiny_llama, tokenizer) -> None:
     args.fp16 = True
     with pytest.raises(InputError, match="vanish in float16"):
         score_dataset(tiny_llama(), dataset, tokenizer, args, **COLUMNS)
+    with pytest.raises(InputError, match="vanish in float16"):
+        score_dataset(tiny_llama(dtype=torch.float16), dataset, tokenizer, arguments(), **COLUMNS)
 
 
 @pytest.mark.slow

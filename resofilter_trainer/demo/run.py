@@ -84,6 +84,7 @@ def training_arguments(output: Path, seed: int) -> SFTConfig:
         bf16=False,
         activation_checkpointing=False,
         dataloader_pin_memory=False,
+        use_cpu=not torch.cuda.is_available(),
         save_strategy="no",
         logging_strategy="no",
         report_to="none",
