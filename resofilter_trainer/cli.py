@@ -17,7 +17,7 @@ import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, NoReturn, get_args
 
 from .config import ColumnMapping, InputError, Norm, ResonanceConfig, Update
 
@@ -27,6 +27,7 @@ PACKAGES = ("resofilter_trainer", "torch", "transformers", "trl", "peft", "datas
 def main(argv: Sequence[str] | None = None) -> None:
     """Run one command. Input that cannot work ends with one line and exit code 2."""
     warnings.filterwarnings("ignore", category=FutureWarning)  # of the libraries below, on their own arguments
+    warnings.filterwarnings("ignore", message="Scores to be taken with care")  # the summary says it
     argv = list(sys.argv[1:] if argv is None else argv)
     parser = _parser()
     args = parser.parse_args(argv)
@@ -99,7 +100,8 @@ def summary(scores: Any) -> str:
     limit = scores.provenance.preparation["max_length"]
     if limit is not None and (full := int((scores.column("length") == limit).sum())):
         lines.append(f"  {full} fill max_length {limit}: they are cut there, or exactly as long")
-    lines.append(f"Trust: {scores.provenance.trust}")
+    trust = scores.provenance.trust
+    lines.append(f"{'Trust' if trust.trusted else 'Warning'}: {trust}")
     return "\n".join(lines)
 
 
@@ -214,8 +216,15 @@ def _yaml_arguments(args: argparse.Namespace) -> list[str]:
     return arguments
 
 
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong with an argument in one line, without the whole usage."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="resofilter", description="Score, select, train.")
+    parser = _Parser(prog="resofilter", description="Score, select, train.")
     commands = parser.add_subparsers(dest="command", required=True)
     for name, run, add, text in (
         ("demo", run_demo, _demo_arguments, "the whole method in some minutes, on data that it makes"),
@@ -231,7 +240,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _demo_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--output", help="folder for everything that it leaves (default: resofilter-demo/seed-<seed>)")
+    parser.add_argument("--output", help="folder for everything that it leaves; if none, resofilter-demo/seed-SEED")
     parser.add_argument("--seed", type=int, default=0)
 
 
@@ -272,7 +281,7 @@ def _score_arguments(parser: argparse.ArgumentParser) -> None:
 def _select_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("scores", nargs="+", help="folders or files of scores; several are parts of one dataset's")
     parser.add_argument("--output", help="folder for the selection and the rows that stay")
-    parser.add_argument("--keep", type=float, help="share that stays (default: 0.5)")
+    parser.add_argument("--keep", type=float, help="share that stays; half, if there is no threshold")
     parser.add_argument("--drop", default="largest", help="which end goes: largest, smallest or both")
     parser.add_argument("--threshold", type=float, help="an absolute score instead of a share")
     parser.add_argument("--by", default="score", help="the column that is ranked: score, loss, num_tokens, layer_<i>")

@@ -49,29 +49,38 @@ def generate(
 ) -> list[str]:
     """The greedy continuation of each prompt, without special tokens, in the prompts' order."""
     state = PartialState()
-    texts = [prompt if isinstance(prompt, str) else _chat(tokenizer, prompt) for prompt in prompts]
+    chat = any(not isinstance(prompt, str) for prompt in prompts)
+    texts = [_from_template(tokenizer, prompt) for prompt in prompts] if chat else list(prompts)
+    special = not chat  # a template writes its special tokens itself
     order = sorted(range(len(texts)), key=lambda row: len(texts[row]))  # similar lengths together: little padding
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
     mine = batches[state.process_index :: state.num_processes]
     found: list[tuple[int, str]] = []
     with torch.no_grad(), evaluating(model):
         for rows in tqdm(mine, desc="Answering", unit="batch", disable=not state.is_main_process):
-            found += zip(rows, _continue(model, tokenizer, [texts[row] for row in rows], max_new_tokens), strict=True)
+            some = [texts[row] for row in rows]
+            found += zip(rows, _continue(model, tokenizer, some, special, max_new_tokens), strict=True)
     if state.num_processes > 1:
         found = gather_object(found)
     return [text for _, text in sorted(found)]
 
 
 def _continue(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: list[str], max_new_tokens: int
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: list[str], special: bool, max_new_tokens: int
 ) -> list[str]:
-    inputs = tokenizer(texts, padding=True, padding_side="left", return_tensors="pt", return_token_type_ids=False)
-    inputs = inputs.to(model.device)
+    inputs = tokenizer(
+        texts,
+        add_special_tokens=special,
+        padding=True,
+        padding_side="left",
+        return_tensors="pt",
+        return_token_type_ids=False,
+    ).to(model.device)
     written = model.generate(
         **inputs, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=tokenizer.pad_token_id
     )
     return tokenizer.batch_decode(written[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
 
-def _chat(tokenizer: PreTrainedTokenizerBase, messages: Any) -> str:
+def _from_template(tokenizer: PreTrainedTokenizerBase, messages: Any) -> str:
     return str(tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))

@@ -77,6 +77,13 @@ def prepare(dataset: Dataset, processing_class: PreTrainedTokenizerBase, args: S
     return PreparedRows(tokens, lengths, largest, fingerprint, reasons, template)
 
 
+class _Preparer(SFTTrainer):
+    """SFTTrainer as far as the dataset; it trains nothing, so there is nothing to report to TRL's statistics."""
+
+    def _send_telemetry(self) -> None:
+        pass
+
+
 def _by_trl(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, args: SFTConfig) -> tuple[Dataset, str]:
     """The dataset as SFTTrainer holds it once it is built, around a stand-in for the model."""
     args = copy.copy(args)
@@ -91,7 +98,7 @@ def _by_trl(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, args: SFTConfi
     with tempfile.TemporaryDirectory() as folder:
         args.output_dir = folder
         try:
-            trainer = SFTTrainer(stand_in, args=args, train_dataset=dataset, processing_class=tokenizer)
+            trainer = _Preparer(stand_in, args=args, train_dataset=dataset, processing_class=tokenizer)
         except Exception as error:  # TRL, tokenizers and templates each raise their own
             raise InputError(f"TRL cannot prepare this dataset: {first_line(error)}") from error
     template = trainer.chat_template or getattr(trainer.processing_class, "chat_template", None) or ""

@@ -73,6 +73,11 @@ def map_columns(dataset: Dataset, mapping: ColumnMapping, text_field: str = "tex
     Raises:
         InputError: the dataset has no rows, a mapped column is missing, or no column is usable.
     """
+    if not isinstance(dataset, Dataset):
+        raise InputError(
+            f"A dataset is needed, got {type(dataset).__name__}. Pass one split of a DatasetDict, a list through "
+            "Dataset.from_list; streaming is not supported yet."
+        )
     if len(dataset) == 0:
         raise InputError("The dataset has no rows.")
     columns = dataset.column_names

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
+import torch
 from datasets import Dataset
 from trl import SFTConfig
 
@@ -39,8 +42,16 @@ def test_a_bfloat16_forward_ranks_as_float32_does() -> None:
     assert rank_correlation(full, half) >= 0.99
 
 
+@pytest.fixture
+def every_core() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(os.cpu_count() or 1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.mark.slow
-def test_the_whole_demo_leaves_what_it_says_and_repeats_itself(tmp_path) -> None:
+def test_the_whole_demo_leaves_what_it_says_and_repeats_itself(tmp_path, every_core) -> None:
     found = []
     for folder in (tmp_path / "first", tmp_path / "again"):
         main(["demo", "--output", str(folder), "--seed", "3"])

@@ -354,3 +354,17 @@ def test_text_is_compared_whole():
 
 def test_token_ids_are_compared_whole():
     assert duplicate_rows(Dataset.from_dict({"input_ids": [[1, 2], [1], [1, 2]]})) == {2: 0}
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        DatasetDict(train=Dataset.from_list([{"text": "a"}])),
+        Dataset.from_list([{"text": "a"}]).to_iterable_dataset(),
+        [{"text": "a"}],
+    ],
+    ids=["splits", "stream", "list"],
+)
+def test_what_is_no_dataset_is_refused(given):
+    with pytest.raises(InputError, match="A dataset is needed, got "):
+        map_columns(given, ColumnMapping())
