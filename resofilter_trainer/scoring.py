@@ -76,7 +76,7 @@ def score_dataset(
     from `args.seed`.
     """
     config, mapping = config or ResonanceConfig(), ColumnMapping(**columns)
-    args = args or SFTConfig(output_dir="unused", bf16=False, report_to="none")
+    args = args or SFTConfig(output_dir="unused", bf16=False, use_cpu=not torch.cuda.is_available(), report_to="none")
     _check_arguments(args, output)
     rows, reasons = _rows_to_score(dataset, mapping, args.dataset_text_field, drop_duplicates, drop_empty)
     model, tokenizer = load_model(model, processing_class, args)
@@ -219,6 +219,8 @@ def _check_arguments(args: SFTConfig, output: str | os.PathLike[str] | None) -> 
         raise InputError(f"max_length must be at least 1, got {args.max_length}.")
     if args.fp16:
         raise InputError(VANISHING)
+    if args.device.type == "mps":
+        raise InputError("Apple's GPU has no float64, in which scores are summed up. Pass use_cpu=True.")
     if output is not None:
         check_folder(file_at(output, SCORES_FILE).parent)
 
