@@ -56,6 +56,7 @@ def run_score(args: argparse.Namespace) -> None:
         if getattr(args, name) is None:
             raise InputError(f"--{name} is missing.")
     import torch
+    from accelerate import PartialState
     from trl import SFTConfig
 
     from .rows import load_rows
@@ -85,9 +86,10 @@ def run_score(args: argparse.Namespace) -> None:
         source={"dataset": args.dataset, "split": args.split, "name": args.dataset_config},
         **dataclasses.asdict(_from(args, ColumnMapping)),
     )
-    print(summary(scores))
-    print(f"Scores: {file_at(args.output, SCORES_FILE)}")
-    print(f"Next: resofilter select {args.output} --keep 0.5 --output kept")
+    if PartialState().is_main_process:
+        print(summary(scores))
+        print(f"Scores: {file_at(args.output, SCORES_FILE)}")
+        print(f"Next: resofilter select {args.output} --keep 0.5 --output kept")
 
 
 def summary(scores: Any) -> str:

@@ -160,7 +160,7 @@ class DataSelector:
             return values >= self.threshold, f"{self.by} below {self.threshold:g}"
         share = self._share(group)
         ends = "largest and smallest" if self.drop == "both" else self.drop
-        return drop_share(values, share, self.drop), f"{ends} {float(1 - _exact(share)):.4g}{of_group}{what}"
+        return drop_share(values, share, self.drop), f"{ends} {float(100 - 100 * _exact(share)):.4g} %{of_group}{what}"
 
     def _share(self, group: Any) -> float:
         if not isinstance(self.keep, Mapping):

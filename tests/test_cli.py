@@ -349,7 +349,7 @@ def test_kept_rows_are_those_of_the_selection_in_original_order(scored, tmp_path
     assert scores[selection.keep].max() < scores[~selection.keep].min()
     assert kept == [row for row, stays in zip(ROWS, selection.keep, strict=True) if stays]
     printed = capsys.readouterr().out
-    assert "9 largest 0.75" in printed
+    assert "9 largest 75 %" in printed
     assert "3 kept" in printed
     assert str(tmp_path / "selection.parquet") in printed
     assert str(tmp_path / "dataset") in printed

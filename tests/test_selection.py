@@ -88,14 +88,14 @@ def test_keeping_everything_keeps_everything(drop):
 def test_half_goes_by_default_and_the_reason_says_so():
     selection = DataSelector().select(make_scores([1.0, 4.0, 2.0, 3.0]))
     assert selection.keep.tolist() == [True, False, True, False]
-    assert list(selection.reason) == ["kept", "largest 0.5", "kept", "largest 0.5"]
+    assert list(selection.reason) == ["kept", "largest 50 %", "kept", "largest 50 %"]
     assert selection.sample_ids.tolist() == [0, 2]
 
 
 def test_rows_without_score_keep_their_reason_and_count_for_no_share():
     selection = DataSelector(keep=0.5).select(make_scores([None, 1.0, 4.0, None, 2.0, 3.0, None]))
     assert selection.keep.tolist() == [False, True, False, False, True, False, False]
-    assert list(selection.reason) == [WHY, "kept", "largest 0.5", WHY, "kept", "largest 0.5", WHY]
+    assert list(selection.reason) == [WHY, "kept", "largest 50 %", WHY, "kept", "largest 50 %", WHY]
 
 
 @pytest.mark.parametrize(
@@ -121,7 +121,7 @@ def test_another_column_can_be_ranked():
     scores = make_scores([1.0, 4.0, 2.0, 3.0])  # num_tokens: 3, 4, 5, 6
     selection = DataSelector(keep=0.5, by="num_tokens").select(scores)
     assert selection.keep.tolist() == [True, True, False, False]
-    assert selection.reason[3] == "largest 0.5 by num_tokens"
+    assert selection.reason[3] == "largest 50 % by num_tokens"
 
 
 @pytest.mark.parametrize("by", ["bogus", "reason"])
@@ -147,7 +147,7 @@ def test_each_group_may_have_its_own_share():
     groups = ["easy", "hard"] * 4
     selection = DataSelector(keep={"easy": 0.25, "hard": 1.0}).select(scores, groups=groups)
     assert selection.sample_ids.tolist() == [0, 1, 3, 5, 7]
-    assert selection.reason[2] == "largest 0.75 of group easy"
+    assert selection.reason[2] == "largest 75 % of group easy"
 
 
 def test_unscored_rows_count_for_no_share_of_their_group():
@@ -237,7 +237,7 @@ def test_to_pandas_has_a_line_for_every_row():
     assert frame.to_dict("list") == {
         "sample_id": [0, 1, 2],
         "keep": [True, False, False],
-        "reason": ["kept", WHY, "largest 0.5"],
+        "reason": ["kept", WHY, "largest 50 %"],
     }
 
 
