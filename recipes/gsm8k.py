@@ -4,8 +4,8 @@
     accelerate launch recipes/gsm8k.py --config recipes/gsm8k.yaml --keep 0.25
     accelerate launch recipes/gsm8k.py --model_name_or_path MODEL --dataset_name folder/ --use_peft --lora_r 16
 
-The defaults are the paper's (methods 1.1 and 1.3): Gemma-2-2B base, learning rate 1e-5, one epoch, effective batch 16,
-768 tokens, the last three layers, half of the rows. For its MetaMathQA:
+The defaults are the paper's (ResoFilter, arXiv 2412.14809): Gemma-2-2B base, learning rate 1e-5, one epoch, effective
+batch 16, 768 tokens, the last three layers, half of the rows. For its MetaMathQA:
 
     accelerate launch recipes/gsm8k.py --dataset_name meta-math/MetaMathQA --dataset_config default \
         --prompt_column query --completion_column response --test_dataset_name openai/gsm8k
@@ -87,7 +87,7 @@ class RecipeArguments:
 
 @dataclass
 class PaperTraining(SFTConfig):
-    """SFTConfig with the paper's defaults (methods 1.3)."""
+    """SFTConfig with the paper's defaults (ResoFilter, released training settings)."""
 
     output_dir: str | None = field(default="runs/gsm8k", metadata={"help": "folder for everything that it leaves"})
     learning_rate: float = field(default=1e-5, metadata={"help": "initial learning rate of the training"})

@@ -20,7 +20,7 @@ class InputError(ValueError):
 
 @dataclass(frozen=True)
 class ResonanceConfig:
-    """How a sample's resonance is measured. The defaults are ResoFilter's released ones (methods 1.1).
+    """How a sample's resonance is measured. The defaults are ResoFilter's released ones (arXiv 2412.14809).
 
     Attributes:
         n_layers: how many of the last decoder layers are measured; the score is the mean over them.

@@ -1,6 +1,6 @@
 """The score: how far one optimizer step on one sample moves W_up. Knows nothing of datasets, files or trainers.
 
-    resonance(sample) = mean over the last n layers of mean |W_up - W_up'|        (ResoFilter; methods 1.1)
+    resonance(sample) = mean over the last n layers of mean |W_up - W_up'|    (ResoFilter, arXiv 2412.14809)
 
 `literal` is that sentence done by the book: one sample, a fresh optimizer, one step, the difference, the weights put
 back. It is slow and it is the oracle; `recorder.py` has the same numbers for whole batches.
@@ -44,7 +44,7 @@ class Resonance:
 
 
 def literal(model: nn.Module, samples: Sequence[Mapping[str, Tensor]], config: ResonanceConfig) -> Resonance:
-    """The released procedure, done by the book (methods 1.1, step 4).
+    """The released procedure, done by the book (ResoFilter, released code).
 
     Args:
         model: a causal language model in float32 or float64. All its parameters are trained and put back.

@@ -106,7 +106,7 @@ def empty_rows(dataset: Dataset, text_field: str = "text") -> list[int]:
 
 
 def duplicate_rows(dataset: Dataset, text_field: str = "text") -> dict[int, int]:
-    """Rows whose prompt repeats an earlier row's exactly, and that row (methods 1.1, step 1: the first is kept).
+    """Rows whose prompt repeats an earlier row's exactly, and that row (ResoFilter, released code: the first is kept).
 
     Of messages, everything before the last answer is the prompt; plain text is compared whole.
     """

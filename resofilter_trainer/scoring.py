@@ -50,7 +50,7 @@ def score_dataset(
     source: Mapping[str, Any] | None = None,
     **columns: Any,
 ) -> ScoreTable:
-    """Score every row of a dataset by how far training on it would move W_up (ResoFilter; methods 1).
+    """Score every row of a dataset by how far training on it would move W_up (ResoFilter).
 
     Args:
         model: a causal language model, or the name or folder of one, which is then loaded in float32.

@@ -97,7 +97,7 @@ class Selection:
 
 @dataclass(frozen=True)
 class DataSelector:
-    """Drops the rows whose training would change the weights most; by default the larger half (methods 1.2).
+    """Drops the rows whose training would change the weights most; by default the larger half (ResoFilter).
 
     Attributes:
         keep: share of the scored rows that stays, above 0 and at most 1; 0.5 unless a threshold is given. With
@@ -178,7 +178,7 @@ class DataSelector:
 def drop_share(values: np.ndarray, keep: float, drop: Drop) -> np.ndarray:
     """Which of `values` stay when `floor(N * (1 - keep))` of them go.
 
-    As in the released code (methods 1.2), rows are sorted by value, descending and stably, and the first go: of equal
+    As in ResoFilter's released code, rows are sorted by value, descending and stably, and the first go: of equal
     values the earlier row goes first. `"smallest"` sorts ascending; `"both"` takes half from either end, the odd one
     from the largest.
 

@@ -2,7 +2,7 @@
 
 The first step of a fresh optimizer has a closed form, so no optimizer is built and no weight is touched:
 
-    adamw   (w - w') / lr = g / (|g| + eps) + weight_decay * w      (ResoFilter, released code; methods 1.4)
+    adamw   (w - w') / lr = g / (|g| + eps) + weight_decay * w      (derived from ResoFilter's released step)
     sgd     (w - w') / lr = g
 
 A matrix of changes becomes one number, `mean_abs` or `l2`, from a sum over its entries. AdamW's entries lie close to
