@@ -18,7 +18,8 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from resofilter_trainer.demo.problems import Problem, final_answer, make_problems
+from resofilter_trainer.demo.problems import make_problems
+from resofilter_trainer.evaluation import exact_match
 
 FIRST_SEED = 1_000_000_000  # far from the demo's seeds: its problems must be new to the model
 WORDS_DIGITS_REST = Regex(r" ?[A-Za-z]+|\d| ?#+|[^A-Za-z\d\s]|\s")
@@ -102,17 +103,6 @@ def learning_rate_factor(step: int, num_steps: int, warmup: int = 50) -> float:
     return min(1.0, (step + 1) / warmup) * (0.55 + 0.45 * math.cos(math.pi * step / num_steps))
 
 
-@torch.no_grad()
-def accuracy(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, problems: list[Problem]) -> float:
-    """Share of problems whose greedily written final answer is the true one."""
-    model.eval()
-    prompts = tokenizer([p.prompt for p in problems], padding=True, padding_side="left", return_tensors="pt")
-    written = model.generate(**prompts, max_new_tokens=64, do_sample=False)[:, prompts["input_ids"].shape[1] :]
-    completions = tokenizer.batch_decode(written, skip_special_tokens=True)
-    right = [final_answer(text) == problem.answer for text, problem in zip(completions, problems, strict=True)]
-    return sum(right) / len(right)
-
-
 def parse_args() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -134,7 +124,9 @@ def main() -> None:
     print(f"{model.num_parameters():,} parameters, {len(tokenizer)} tokens")
     pretrain(model, tokenizer, args)
     model.half().save_pretrained(args.output)
-    print(f"accuracy {accuracy(model.float(), tokenizer, held_out):.3f} with the weights as stored")
+    prompts, answers = [problem.prompt for problem in held_out], [problem.completion for problem in held_out]
+    accuracy = exact_match(model.float(), tokenizer, prompts, answers, max_new_tokens=64, batch_size=200)
+    print(f"accuracy {accuracy:.3f} with the weights as stored")
 
 
 if __name__ == "__main__":

@@ -9,7 +9,8 @@ from collections import Counter
 import pytest
 
 from resofilter_trainer.config import InputError
-from resofilter_trainer.demo.problems import Problem, final_answer, make_problems
+from resofilter_trainer.demo.problems import Problem, make_problems
+from resofilter_trainer.metrics.final_answer import final_answer
 
 CHANGES = re.compile(r"(buys|finds|gets|gives|loses|sells) (?:[A-Z][a-z]+ )?(\d+)")
 STEPS = re.compile(r"(\d+)([+-])(\d+)=(\d+)\.")

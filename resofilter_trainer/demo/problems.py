@@ -13,7 +13,6 @@ A wrong row is fluent and well formed, and wrong in one of three ways:
 from __future__ import annotations
 
 import random
-import re
 from collections.abc import Collection
 from dataclasses import dataclass
 from itertools import accumulate
@@ -29,8 +28,6 @@ GAINS = ("buys {n} more", "finds {n} more", "gets {n} from {friend}")
 LOSSES = ("gives {friend} {n}", "loses {n}", "sells {n}")
 STEPS = (2, 3, 4)
 SLIPS = tuple(slip for slip in range(-10, 11) if slip)
-
-FINAL_ANSWER = re.compile(r"####\s*(-?\d+)")
 
 
 @dataclass(frozen=True)
@@ -89,12 +86,6 @@ def make_problems(
         seen.add(story.prompt)
         problems.append(Problem(story.prompt, COMPLETIONS[kind](story, rng), story.amounts[-1], kind))
     return problems
-
-
-def final_answer(completion: str) -> int | None:
-    """The number after the last `####`, or None where there is none."""
-    answers = FINAL_ANSWER.findall(completion)
-    return int(answers[-1]) if answers else None
 
 
 def _shuffled_kinds(num_rows: int, wrong_share: float, rng: random.Random) -> list[Kind]:
