@@ -8,9 +8,11 @@ For a block that is no linear map, such as fused experts, the block is run again
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -20,19 +22,51 @@ TILE_ENTRIES = {"cpu": 1 << 18}  # a megabyte of float32: stays in the cache of 
 TILE_ENTRIES_ELSEWHERE = 1 << 25  # few launches, 128 MB
 
 
-def spans(b: Tensor, attention_mask: Tensor) -> list[slice]:
+@dataclass(frozen=True)
+class Segment:
+    """Where one sample lies in a batch: in which row, and at which of its tokens."""
+
+    row: int
+    tokens: slice
+
+
+def segments_of(batch: Mapping[str, Tensor]) -> list[Segment]:
+    """The samples of a batch: its rows without their padding, or the parts of a padding-free batch's one row.
+
+    Args:
+        batch: `attention_mask` (B, T), 0 on padding; or, without one, `position_ids` (1, T) that begin anew at 0 with
+            every sample.
+    """
+    mask = batch.get("attention_mask")
+    if mask is None and "position_ids" in batch:
+        starts = (batch["position_ids"][0] == 0).nonzero()[:, 0].tolist()
+        ends = [*starts[1:], batch["position_ids"].shape[1]]
+        return [Segment(0, slice(start, end)) for start, end in zip(starts, ends, strict=True)]
+    if mask is None:
+        return [Segment(row, slice(0, tokens.shape[0])) for row, tokens in enumerate(batch["input_ids"])]
+    return [Segment(row, _run(tokens)) for row, tokens in enumerate(mask.bool().cpu().numpy())]
+
+
+def spans(b: Tensor, segments: Sequence[Segment]) -> list[Segment]:
     """Where each sample's gradient lives: the shortest run of tokens outside which it is zero.
 
     Args:
-        b: (B, T, O) loss gradient. Padding has none, nor has what comes after the last learnt token.
-        attention_mask: (B, T), 0 on padding.
+        b: (B, T, O) loss gradient. What comes after the last learnt token has none.
+        segments: the samples.
     """
-    used = (b != 0).any(-1).logical_and(attention_mask.bool()).cpu().numpy()
+    used = (b != 0).any(-1).cpu().numpy()
     runs = []
-    for row in used:
-        positions = row.nonzero()[0]
-        runs.append(slice(int(positions[0]), int(positions[-1]) + 1) if len(positions) else slice(0, 0))
+    for each in segments:
+        run = _run(used[each.row, each.tokens])
+        offset = each.tokens.start
+        runs.append(Segment(each.row, slice(offset + run.start, offset + run.stop)))
     return runs
+
+
+def _run(used: np.ndarray) -> slice:
+    """From the first to the last position in use."""
+    positions = used.nonzero()[0]
+    return slice(int(positions[0]), int(positions[-1]) + 1) if len(positions) else slice(0, 0)
 
 
 def tiles(a: Tensor, b: Tensor) -> Iterator[tuple[slice, Tensor]]:
@@ -70,8 +104,7 @@ def block_gradients(
     args: Sequence[Any],
     kwargs: Mapping[str, Any],
     b: Tensor,
-    sample: int,
-    run: slice,
+    where: Segment,
 ) -> tuple[Tensor | None, ...]:
     """One sample's gradients of parameters anywhere inside a block, by running the block again on its tokens.
 
@@ -80,25 +113,24 @@ def block_gradients(
         parameters: whose gradients are wanted.
         args, kwargs: what the block was called with.
         b: (B, T, H) loss gradient at its output.
-        sample: the sample's place in the batch.
-        run: its tokens.
+        where: the sample's tokens.
 
     Returns:
         The gradients, None for a parameter that none of these tokens used.
     """
-    own = partial(_own_tokens, shape=b.shape[:2], sample=sample, run=run)
+    own = partial(_own_tokens, shape=b.shape[:2], where=where)
     with torch.enable_grad(), requiring_grad(parameters, True):
         output = block(*map(own, args), **{name: own(value) for name, value in kwargs.items()})
         output = output[0] if isinstance(output, tuple) else output
         return torch.autograd.grad(output, parameters, own(b).view_as(output), allow_unused=True)
 
 
-def _own_tokens(value: Any, shape: torch.Size, sample: int, run: slice) -> Any:
+def _own_tokens(value: Any, shape: torch.Size, where: Segment) -> Any:
     """One sample's run of a tensor with an entry for each token, (B, T, ...) or (B * T, ...); all else as it is."""
     if not isinstance(value, Tensor):
         return value
     if value.shape[:2] == shape:
-        return value[sample : sample + 1, run].detach()
+        return value[where.row : where.row + 1, where.tokens].detach()
     if value.shape[:1] == (shape.numel(),):
-        return value.unflatten(0, shape)[sample, run].detach()
+        return value.unflatten(0, shape)[where.row, where.tokens].detach()
     return value

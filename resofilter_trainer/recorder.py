@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from .config import InputError, ResonanceConfig
-from .gradients import block_gradients, gram_is_cheaper, spans, squared_norm, tiles
+from .gradients import Segment, block_gradients, gram_is_cheaper, segments_of, spans, squared_norm, tiles
 from .losses import learnt_positions, sample_losses
 from .modes import at_least_float32, evaluating, own_precision, requiring_grad
 from .resonance import Resonance
@@ -57,7 +57,7 @@ class Recorder:
         for each in up_projections:
             self._modules.setdefault(each.module, []).append(each)
             self._entries[self._column(each)] += each.up(each.parameter).numel()
-        self._calls: dict[nn.Module, _Call] | None = None
+        self._calls: dict[nn.Module, Call] | None = None
         self._stack = contextlib.ExitStack()
 
     def __enter__(self) -> Recorder:
@@ -82,21 +82,25 @@ class Recorder:
             outputs = [call.output for call in calls.values()]
             gradients = torch.autograd.grad(losses.sum(), outputs, allow_unused=True)
             b_of = dict(zip(calls, gradients, strict=True))
-            sums = np.zeros((len(losses), len(self._entries)))
+            segments, sums = segments_of(batch), np.zeros((len(losses), len(self._entries)))
             for module, up_projections in self._modules.items():
                 column = sums[:, self._column(up_projections[0])]
                 if b_of.get(module) is None:  # the loss does not depend on it: no gradient, no step
                     column += sum(unchanged_sum(each.up(each.parameter), self.config) for each in up_projections)
                 else:
-                    column += call_sums(calls[module], b_of[module], batch["attention_mask"], self.config).cpu().numpy()
+                    column += (
+                        call_sums(calls[module], b_of[module], batch["input_ids"].shape, segments, self.config)
+                        .cpu()
+                        .numpy()
+                    )
         return Resonance(
             loss=losses.detach().cpu().numpy(),
             num_tokens=learnt_positions(batch["labels"]).sum(1).cpu().numpy(),
             layers=size_of_change(sums, self._entries, self.config),
         )
 
-    def _forward(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, dict[nn.Module, _Call]]:
-        calls: dict[nn.Module, _Call] = {}
+    def _forward(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, dict[nn.Module, Call]]:
+        calls: dict[nn.Module, Call] = {}
         self._calls = calls
         try:
             losses = sample_losses(self.model, batch)
@@ -122,14 +126,14 @@ class Recorder:
         output = output[0] if isinstance(output, tuple) else output
         if not output.requires_grad:
             output.requires_grad_()
-        self._calls[module] = _Call(up_projections, args, kwargs, output)
+        self._calls[module] = Call(up_projections, args, kwargs, output)
 
     def _column(self, each: UpProjection) -> int:
         return self.layer_indices.index(each.layer)
 
 
 @dataclass(frozen=True)
-class _Call:
+class Call:
     """One call of a hooked module: the up-projections in it, what went in and what came out."""
 
     up_projections: Sequence[UpProjection]
@@ -138,25 +142,52 @@ class _Call:
     output: Tensor
 
 
-def call_sums(call: _Call, b: Tensor, attention_mask: Tensor, config: ResonanceConfig) -> Tensor:
-    """What one call adds to each sample's sum, (B,) float64 for `size_of_change`; `b` is the gradient at its output."""
-    b = b.view(*attention_mask.shape, -1)  # OPT and others flatten (B, T) before the feed-forward
+def call_sums(
+    call: Call,
+    b: Tensor,
+    shape: torch.Size,
+    segments: Sequence[Segment],
+    config: ResonanceConfig,
+    scales: Tensor | None = None,
+) -> Tensor:
+    """What one call adds to each sample's sum, (N,) float64 for `size_of_change`.
+
+    Args:
+        call: what went into the hooked module.
+        b: loss gradient at its output, (B, T, O) or flattened.
+        shape: (B, T), of the batch.
+        segments: N samples.
+        config: which step is measured and how.
+        scales: (N,) what to multiply a sample's gradient by, where the loss is not the sum of the samples' own means.
+    """
+    b = b.view(*shape, -1)  # OPT and others flatten (B, T) before the feed-forward
+    runs = spans(b, segments)
+    factors = [None] * len(runs) if scales is None else list(scales)
     if call.up_projections[0].kind == "experts":
-        return _block_sums(call, b, spans(b, attention_mask), config)
-    a = call.args[0].detach().view(*attention_mask.shape, -1)
+        return _block_sums(call, b, runs, factors, config)
+    a = call.args[0].detach().view(*shape, -1)
     with torch.autocast(b.device.type, enabled=False):
-        return _linear_sums(call.up_projections[0], a, b, spans(b, attention_mask), config)
+        return _linear_sums(call.up_projections[0], a, b, runs, factors, config)
 
 
-def _linear_sums(each: UpProjection, a: Tensor, b: Tensor, runs: Sequence[slice], config: ResonanceConfig) -> Tensor:
+def _linear_sums(
+    each: UpProjection,
+    a: Tensor,
+    b: Tensor,
+    runs: Sequence[Segment],
+    factors: Sequence[Tensor | None],
+    config: ResonanceConfig,
+) -> Tensor:
     a, b = at_least_float32(a), at_least_float32(b[..., each.outputs])
-    if each.kind == "conv1d":
-        a, b = b, a  # its weight is (I, O)
     weight = at_least_float32(each.up(each.parameter).detach())
     norm_only = config.update == "sgd" and config.norm == "l2"
     sums = []
-    for sample, run in enumerate(runs):
-        own_a, own_b = a[sample, run], b[sample, run]
+    for run, factor in zip(runs, factors, strict=True):
+        own_a, own_b = a[run.row, run.tokens], b[run.row, run.tokens]
+        if factor is not None:
+            own_b = own_b * factor
+        if each.kind == "conv1d":
+            own_a, own_b = own_b, own_a  # its weight is (I, O)
         if norm_only and gram_is_cheaper(len(own_a), a.shape[-1], b.shape[-1]):
             sums.append(squared_norm(own_a, own_b))
         else:
@@ -165,15 +196,18 @@ def _linear_sums(each: UpProjection, a: Tensor, b: Tensor, runs: Sequence[slice]
     return torch.stack(sums)
 
 
-def _block_sums(call: _Call, b: Tensor, runs: Sequence[slice], config: ResonanceConfig) -> Tensor:
+def _block_sums(
+    call: Call, b: Tensor, runs: Sequence[Segment], factors: Sequence[Tensor | None], config: ResonanceConfig
+) -> Tensor:
     block, parameters = call.up_projections[0].module, [each.parameter for each in call.up_projections]
     sums = torch.zeros(len(runs), dtype=torch.float64, device=b.device)
-    for sample, run in enumerate(runs):
-        gradients = block_gradients(block, parameters, call.args, call.kwargs, b, sample, run)
+    for sample, (run, factor) in enumerate(zip(runs, factors, strict=True)):
+        gradients = block_gradients(block, parameters, call.args, call.kwargs, b, run)
         for each, gradient in zip(call.up_projections, gradients, strict=True):
             weight = at_least_float32(each.up(each.parameter).detach())
             if gradient is None:
                 sums[sample] += unchanged_sum(weight, config)
-            else:
-                sums[sample] += tile_sum(at_least_float32(each.up(gradient)).clone(), weight, config)
+                continue
+            own = at_least_float32(each.up(gradient)).clone()
+            sums[sample] += tile_sum(own if factor is None else own.mul_(factor), weight, config)
     return sums
