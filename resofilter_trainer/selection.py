@@ -160,7 +160,7 @@ class DataSelector:
             return values >= self.threshold, f"{self.by} below {self.threshold:g}"
         share = self._share(group)
         ends = "largest and smallest" if self.drop == "both" else self.drop
-        return drop_share(values, share, self.drop), f"{ends} {float(100 - 100 * _exact(share)):.4g} %{of_group}{what}"
+        return drop_share(values, share, self.drop), f"{ends} {per_cent_dropped(share)}{of_group}{what}"
 
     def _share(self, group: Any) -> float:
         if not isinstance(self.keep, Mapping):
@@ -185,13 +185,27 @@ def drop_share(values: np.ndarray, keep: float, drop: Drop) -> np.ndarray:
     Returns:
         (N,) bool.
     """
-    count = math.floor(len(values) * (1 - _exact(keep)))
+    return drop_count(values, dropped_of(len(values), keep), drop)
+
+
+def drop_count(values: np.ndarray, count: int, drop: Drop) -> np.ndarray:
+    """Which of `values` stay when `count` of them go, in the order of `drop_share`; (N,) bool."""
     largest = {"largest": count, "smallest": 0, "both": (count + 1) // 2}[drop]
     stays = np.ones(len(values), dtype=bool)
     stays[np.argsort(-values, kind="stable")[:largest]] = False
     ascending = np.argsort(values, kind="stable")
     stays[ascending[stays[ascending]][: count - largest]] = False
     return stays
+
+
+def dropped_of(rows: int, keep: float) -> int:
+    """How many of `rows` go where the share `keep` stays: `floor(N * (1 - keep))` (ResoFilter, released code)."""
+    return math.floor(rows * (1 - _exact(keep)))
+
+
+def per_cent_dropped(keep: float) -> str:
+    """The share that goes, for people: `50 %`."""
+    return f"{float(100 - 100 * _exact(keep)):.4g} %"
 
 
 def _exact(share: float) -> Fraction:

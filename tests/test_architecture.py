@@ -20,6 +20,10 @@ ORDER = [
     "scores",
     "selection",
     "comparison",
+    "drift",
+    "plan",
+    "measurements",
+    "filtering",
     "modes",
     "up_projection",
     "updates",
@@ -27,15 +31,19 @@ ORDER = [
     "losses",
     "resonance",
     "recorder",
+    "training_recorder",
+    "shrinking",
     "rows",
     "preparation",
     "provenance",
     "scoring",
     "evaluation",
+    "trainer_access",
+    "callback",
     "demo",
     "cli",
 ]
-CHEAP = ["config", "scores", "selection", "comparison"]
+CHEAP = ["config", "scores", "selection", "comparison", "drift", "plan", "measurements", "filtering"]
 HEAVY = {"torch", "transformers", "datasets", "trl", "accelerate", "peft", "evaluate"}
 
 

@@ -1,0 +1,198 @@
+"""Which rows the next epoch of a run trains on. Knows scores and policies, no model, no Trainer."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import numbers
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol, get_args
+
+import numpy as np
+import pyarrow as pa
+
+from .config import InputError, one_of
+from .scores import ScoreTable
+from .selection import KEPT, DataSelector, Selection, drop_count, dropped_of, per_cent_dropped
+
+When = Literal["training", "before"]
+
+
+class Policy(Protocol):
+    """Anything that decides as `DataSelector` does."""
+
+    def select(self, scores: ScoreTable, /) -> Selection:
+        """Keep or drop, with a reason, for every row of the dataset."""
+        ...
+
+
+@dataclass(frozen=True)
+class FilterConfig:
+    """What is dropped, how much of it, and when.
+
+    Attributes:
+        keep: the share of the whole dataset that an epoch trains on: a number for every epoch from `start_epoch` on,
+            or a list with a share for each epoch, of which the last repeats. Or a `DataSelector`, whose share is meant
+            in the same way.
+        threshold: an absolute score instead: rows above it go.
+        selector: any policy instead, asked at the end of every epoch; rows that are dropped already have no score for
+            it.
+        when: `"training"`, where an epoch's own scores decide on the next, or `"before"`, where the scores at the
+            starting weights decide on every epoch.
+        start_epoch: the first epoch, counted from 0, that trains on fewer rows. 1, or 0 with `when="before"`.
+        readmit: whether dropped rows are ranked again, by their last score; otherwise they stay dropped.
+        correct_drift: whether the change of the model during an epoch is taken out of its scores (see `drift`). None:
+            where the order of the rows is random, which is the condition for it.
+    """
+
+    keep: float | Sequence[float] | DataSelector | None = None
+    threshold: float | None = None
+    selector: Policy | None = None
+    when: When = "training"
+    start_epoch: int | None = None
+    readmit: bool = False
+    correct_drift: bool | None = None
+
+    def __post_init__(self) -> None:
+        one_of("when", self.when, get_args(When))
+        ways = [name for name in ("keep", "threshold", "selector") if getattr(self, name) is not None]
+        if len(ways) > 1:
+            raise InputError(f"Pass one of keep, threshold and selector, got {' and '.join(ways)}.")
+        for name, kind in (("threshold", numbers.Real), ("start_epoch", numbers.Integral)):
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, kind)):
+                raise InputError(f"{name} must be a {'whole ' * (kind is numbers.Integral)}number, got {value!r}.")
+        if self.selector is not None and not callable(getattr(self.selector, "select", None)):
+            raise InputError(f"selector must have a method select(scores), got {self.selector!r}.")
+        if self.start_epoch is not None and isinstance(self.keep, Sequence):
+            raise InputError("A list of shares says itself when filtering begins: leave start_epoch out.")
+        if self.first < (1 if self.when == "training" else 0):
+            raise InputError(
+                f"start_epoch={self.start_epoch}: the first epoch has no scores to decide by. "
+                "Begin at 1, or measure with when='before'."
+            )
+        listed = self.keep if isinstance(self.keep, Sequence) else [self._share]
+        if not listed:
+            raise InputError("keep is an empty list: give a share, or a list with a share for each epoch.")
+        for share in listed:
+            if isinstance(share, bool) or not isinstance(share, numbers.Real) or not 0 < share <= 1:
+                raise InputError(f"keep is the share that stays, above 0 and at most 1, got {share}.")
+        if isinstance(self.keep, Sequence) and self.when == "training" and listed[0] != 1:
+            raise InputError(
+                f"keep begins with {listed[0]}: the first epoch has no scores to decide by. "
+                "Begin the list with 1.0, or measure with when='before'."
+            )
+        if not self.readmit and any(later > earlier for earlier, later in itertools.pairwise(listed)):
+            raise InputError("keep rises, but rows once dropped stay dropped. Pass readmit=True to take them back.")
+        _ = self.policy  # a threshold that is none is refused now
+
+    @property
+    def first(self) -> int:
+        """The first epoch that may train on fewer rows."""
+        if self.start_epoch is None:
+            return 1 if self.when == "training" else 0
+        return self.start_epoch
+
+    @property
+    def policy(self) -> Policy:
+        """Who decides."""
+        if self.selector is not None:
+            return self.selector
+        if self.threshold is not None:
+            return DataSelector(threshold=self.threshold)
+        return self.keep if isinstance(self.keep, DataSelector) else DataSelector()
+
+    @property
+    def _share(self) -> float:
+        """The one share, where there is one."""
+        keep = self.keep.keep if isinstance(self.keep, DataSelector) else self.keep
+        if isinstance(keep, Mapping):
+            raise InputError("keep has a share for each group: in training, pass a policy of your own as selector=.")
+        return 0.5 if keep is None or isinstance(keep, Sequence) else keep
+
+    @property
+    def has_shares(self) -> bool:
+        """Whether the number of rows of every epoch is known beforehand."""
+        policy = self.policy
+        return self.selector is None and isinstance(policy, DataSelector) and policy.threshold is None
+
+    def shares(self, epochs: int) -> list[float]:
+        """The share of each epoch, of a run of so many. Raises InputError for a list that is longer than the run."""
+        if not isinstance(self.keep, Sequence):
+            return [1.0 if epoch < self.first else self._share for epoch in range(epochs)]
+        if len(self.keep) > epochs:
+            raise InputError(f"keep has {len(self.keep)} shares and the run {epochs} epochs: leave some out.")
+        return [*self.keep, *[self.keep[-1]] * (epochs - len(self.keep))]
+
+    def sizes(self, epochs: int, rows: int) -> list[int]:
+        """Rows of each epoch, of `rows` in all; all of them where a policy will decide."""
+        if not self.has_shares:
+            return [rows] * epochs
+        return [rows - dropped_of(rows, share) for share in self.shares(epochs)]
+
+    def to_json(self) -> dict[str, Any]:
+        """For people, and to compare a run with the one it goes on with."""
+        found = {each.name: getattr(self, each.name) for each in dataclasses.fields(self)}
+        found["keep"] = dataclasses.asdict(self.keep) if isinstance(self.keep, DataSelector) else self.keep
+        found["selector"] = None if self.selector is None else repr(self.selector)
+        return found
+
+
+def decide(
+    config: FilterConfig, epoch: int, share: float, scores: ScoreTable, rows: np.ndarray, last: Selection
+) -> Selection:
+    """The rows of an epoch.
+
+    Args:
+        config: what is dropped.
+        epoch: which epoch is decided on, counted from 0.
+        share: the share of `rows` that is to stay, where shares decide.
+        scores: the last score of every row of the user's dataset.
+        rows: (N,) the user's rows that can be trained on.
+        last: what the epoch before trained on.
+
+    Returns:
+        Of all rows of the user's dataset. A row without a measurement stays. Of those that go, the rows whose score is
+        not a number go first; where none has to go, they stay too.
+    """
+    candidates = rows if config.readmit else rows[last.keep[rows]]
+    by = config.policy.by if isinstance(config.policy, DataSelector) else "score"
+    values, measured = scores.column(by), scores.column("epoch") >= 0
+    broken = candidates[measured[candidates] & ~np.isfinite(values[candidates])]
+    judged = candidates[measured[candidates] & np.isfinite(values[candidates])]
+    keep, reason = last.keep.copy(), list(last.reason)
+    keep[candidates] = True
+    when = "" if config.when == "before" else f", after epoch {epoch}"
+    policy = config.policy
+    if config.has_shares and isinstance(policy, DataSelector):
+        count = len(candidates) - (len(rows) - dropped_of(len(rows), share))
+        keep[broken[: max(count, 0)]] = False
+        stays = drop_count(values[judged], min(max(count - len(broken), 0), len(judged)), policy.drop)
+        keep[judged] = stays
+        why = dict.fromkeys(judged[~stays], _share_reason(policy, share))
+    else:
+        found = policy.select(_only(scores, judged))
+        keep[judged], keep[broken] = found.keep[judged], False
+        why = {row: found.reason[row] for row in judged[~found.keep[judged]]}
+    for row in candidates:
+        reason[row] = KEPT if keep[row] else f"{why.get(row, f'{by} is {values[row]}')}{when}"
+    return Selection(keep, reason, {**config.to_json(), "epoch": epoch}, scores.provenance.to_json())
+
+
+def _share_reason(policy: DataSelector, share: float) -> str:
+    ends = "largest and smallest" if policy.drop == "both" else policy.drop
+    what = "" if policy.by == "score" else f" by {policy.by}"
+    return f"{ends} {per_cent_dropped(share)}{what}"
+
+
+def _only(scores: ScoreTable, rows: np.ndarray) -> ScoreTable:
+    """The same table, in which only these rows have a score."""
+    hidden = np.ones(len(scores), dtype=bool)
+    hidden[rows] = False
+    reasons = [why or ("not ranked" if hide else None) for why, hide in zip(scores.reasons, hidden, strict=True)]
+    columns = {name: scores.table[name] for name in scores.table.column_names}
+    for name in columns:
+        if name not in ("sample_id", "reason"):
+            columns[name] = pa.array(scores.table[name].to_numpy(), mask=hidden)
+    return ScoreTable(pa.table({**columns, "reason": pa.array(reasons, pa.string())}), scores.provenance)

@@ -1,0 +1,153 @@
+"""How many rows, micro-batches and steps each epoch has when rows become fewer. Arithmetic: knows no data, no Trainer.
+
+    rows of an epoch -> slots -> micro-batches of every process -> updates of `accumulation` micro-batches
+
+The Trainer counts once, for the whole dataset, and steps its optimizer after every `accumulation` micro-batches, or
+after the last one of a *full* epoch. So an epoch on fewer rows must end where an update ends. Its last update is
+filled up with filler slots, whose labels are masked: they have no loss, no token and no gradient.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Batching:
+    """How rows become updates.
+
+    Attributes:
+        rows: rows of the whole dataset.
+        per_process: rows of one process's micro-batch.
+        processes: how many share the rows.
+        accumulation: micro-batches of one update.
+        drop_last: whether rows that fill no micro-batch are left out of their epoch.
+    """
+
+    rows: int
+    per_process: int
+    processes: int = 1
+    accumulation: int = 1
+    drop_last: bool = False
+
+    @property
+    def per_micro_batch(self) -> int:
+        """Rows of one micro-batch over all processes."""
+        return self.per_process * self.processes
+
+    def micro_batches(self, rows: int) -> int:
+        """Micro-batches of an epoch on `rows` of the rows."""
+        full = self._needed(self.rows)
+        if rows == self.rows:
+            return full
+        steps = math.ceil(self._needed(rows) / self.accumulation)
+        return min(steps * self.accumulation, full)  # as many updates as a full epoch: ends where that one ends
+
+    def steps(self, rows: int) -> int:
+        """Updates of an epoch on `rows` of the rows."""
+        return math.ceil(self.micro_batches(rows) / self.accumulation)
+
+    def slots(self, order: np.ndarray) -> np.ndarray:
+        """An epoch's rows as its batches take them.
+
+        Args:
+            order: (K,) rows in the order of the epoch; all of them are left as they are.
+
+        Returns:
+            (S,) rows, or `~row` for a filler that looks like that row. The rows of the last update are spread over
+            its micro-batches, so that none is made of fillers alone where there are rows enough.
+        """
+        if len(order) == self.rows:
+            return order
+        total = self.micro_batches(len(order))
+        whole = (self.steps(len(order)) - 1) * self.accumulation * self.per_micro_batch
+        if self.drop_last:
+            order = order[: self._needed(len(order)) * self.per_micro_batch]
+        rest = order[whole:]
+        chunks = total * self.processes - whole // self.per_process
+        if self.processes == 1 and not self.drop_last and math.ceil(len(rest) / self.per_process) == chunks:
+            return order  # the last micro-batch is smaller, as the last of any epoch may be
+        filled = np.full((chunks, self.per_process), ~order[0])
+        for chunk, rows in enumerate(np.array_split(rest, chunks)):
+            filled[chunk, : len(rows)] = rows
+        return np.concatenate([order[:whole], filled.ravel()])
+
+    def _needed(self, rows: int) -> int:
+        whole, left = divmod(rows, self.per_micro_batch)
+        return max(1, whole) if self.drop_last and rows != self.rows else whole + bool(left and not self.drop_last)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How many rows each epoch trains on, and what follows from it.
+
+    Attributes:
+        batching: how rows become updates.
+        sizes: rows of each epoch.
+        epochs: number of epochs; the last may be a part of one.
+        max_steps: the number of updates where the user fixed it; every epoch then has as many as one on all rows.
+    """
+
+    batching: Batching
+    sizes: Sequence[int]
+    epochs: float
+    max_steps: int | None = None
+
+    def micro_batches(self, epoch: int) -> int:
+        """Micro-batches of an epoch, counted from 0."""
+        return self.batching.micro_batches(self._rows(epoch))
+
+    def steps(self, epoch: int) -> int:
+        """Updates of an epoch, counted from 0."""
+        return self.batching.steps(self._rows(epoch))
+
+    @property
+    def total(self) -> int:
+        """Updates of the whole run."""
+        if self.max_steps is not None:
+            return self.max_steps
+        last = len(self.sizes) - 1
+        of_last = math.ceil(self.epochs * self.steps(last)) - last * self.steps(last)  # rounded as the Trainer does
+        return sum(self.steps(epoch) for epoch in range(last)) + of_last
+
+    def _rows(self, epoch: int) -> int:
+        return self.batching.rows if self.max_steps is not None else self.sizes[epoch]
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far along its schedule the learning rate is at each step, when the number of steps changes on the way.
+
+    The schedule is made once, for `scheduled` steps. A change of the total stretches what is left of it, so that the
+    learning rate is continuous and ends where it should.
+
+    Attributes:
+        scheduled: steps the schedule was made for.
+        knots: (step, step of the schedule), ascending; straight lines lie between them.
+    """
+
+    scheduled: int
+    knots: tuple[tuple[int, float], ...]
+
+    @classmethod
+    def of(cls, total: int) -> Progress:
+        """One that goes as planned."""
+        return cls(total, ((0, 0), (total, total)))
+
+    def at(self, step: int) -> float:
+        """The step of the schedule at a step of the run."""
+        right = min(max(bisect_right([knot[0] for knot in self.knots], step), 1), len(self.knots) - 1)
+        (start, low), (end, high) = self.knots[right - 1], self.knots[right]
+        return low + (step - start) * (high - low) / (end - start)
+
+    def replanned(self, step: int, total: int) -> Progress:
+        """The same until `step`, then straight to the schedule's end at `total`."""
+        if total == self.knots[-1][0] or total <= step:
+            return self
+        before = tuple(knot for knot in self.knots if knot[0] < step)
+        return Progress(self.scheduled, (*before, (step, min(self.at(step), self.scheduled)), (total, self.scheduled)))
