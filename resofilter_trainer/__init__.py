@@ -9,6 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .callback import ResonanceCallback
     from .config import ColumnMapping, InputError, ResonanceConfig
     from .recorder import Recorder
     from .resonance import Resonance, literal
@@ -26,6 +27,7 @@ _HOME = {
     "Provenance": "scores",
     "Recorder": "recorder",
     "Resonance": "resonance",
+    "ResonanceCallback": "callback",
     "ResonanceConfig": "config",
     "ScoreTable": "scores",
     "Selection": "selection",
@@ -43,6 +45,7 @@ __all__ = [
     "Provenance",
     "Recorder",
     "Resonance",
+    "ResonanceCallback",
     "ResonanceConfig",
     "ScoreTable",
     "Selection",

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import copy
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -23,7 +24,7 @@ from .config import InputError
 from .losses import IGNORE
 from .rows import first_line
 
-ROW = "resofilter_row"
+ROW = "resofilter_row"  # the place in the user's dataset
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ def prepare(dataset: Dataset, processing_class: PreTrainedTokenizerBase, args: S
     """
     asked = dataset[ROW]
     tokens, template = _by_trl(dataset, copy.deepcopy(processing_class), args)
-    lengths, learnt, largest, fingerprint = _survey(tokens)
+    lengths, learnt, largest, fingerprint = survey(tokens)
     kept = learnt > 0
     within = "" if args.max_length is None else f" within max_length {args.max_length}"
     scored = set(np.array(tokens[ROW])[kept].tolist())
@@ -75,6 +76,29 @@ def prepare(dataset: Dataset, processing_class: PreTrainedTokenizerBase, args: S
     if not kept.all():
         tokens, lengths = tokens.select(np.flatnonzero(kept)), lengths[kept]
     return PreparedRows(tokens, lengths, largest, fingerprint, reasons, template)
+
+
+def prepared_already(dataset: Dataset, collate: Callable[[list[Any]], Any]) -> PreparedRows:
+    """The rows that a trainer holds, as it would train on them; their places are those in its own dataset.
+
+    Args:
+        dataset: with `input_ids` and `labels`, or whatever the collator makes these of.
+        collate: the trainer's collator.
+    """
+    if {"input_ids", "labels"} <= set(dataset.column_names):
+        tokens = dataset.select_columns(["input_ids", "labels"])
+    else:
+        tokens = dataset.map(_collated, fn_kwargs={"collate": collate}, remove_columns=dataset.column_names)
+    lengths, _, largest, fingerprint = survey(tokens)
+    tokens = tokens.add_column(ROW, np.arange(len(tokens)))
+    return PreparedRows(tokens, lengths, largest, fingerprint, {}, "")
+
+
+def _collated(example: dict[str, Any], collate: Callable[[list[Any]], Any]) -> dict[str, Any]:
+    """One example as the collator makes it, without padding."""
+    batch = collate([example])
+    mask = batch["attention_mask"][0].bool()
+    return {name: batch[name][0][mask].tolist() for name in ("input_ids", "labels")}
 
 
 class _Preparer(SFTTrainer):
@@ -105,8 +129,12 @@ def _by_trl(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, args: SFTConfi
     return trainer.train_dataset.select_columns([ROW, "input_ids", "labels"]), str(template)
 
 
-def _survey(tokens: Dataset) -> tuple[np.ndarray, np.ndarray, int, str]:
-    """Each row's length and number of learnt tokens, (N,) each, the largest token id, and a hash of it all."""
+def survey(tokens: Dataset) -> tuple[np.ndarray, np.ndarray, int, str]:
+    """Look at every token of a dataset with `input_ids` and `labels`, and with `ROW` or without.
+
+    Returns:
+        Each row's length and number of learnt tokens, (N,) each, the largest token id, and a hash of it all.
+    """
     lengths, learnt, largest, digest = [np.empty(0, int)], [np.empty(0, int)], 0, xxhash.xxh3_128()
     for table in _arrow_batches(tokens):
         ids, labels = table["input_ids"].combine_chunks(), table["labels"].combine_chunks()
@@ -119,7 +147,8 @@ def _survey(tokens: Dataset) -> tuple[np.ndarray, np.ndarray, int, str]:
         lengths.append(length)
         learnt.append(so_far[ends] - so_far[starts])
         largest = max(largest, pc.max(ids.flatten()).as_py() or 0)
-        for array in (table[ROW].to_numpy(), length, ids.flatten().to_numpy(), labels.flatten().to_numpy()):
+        places = [table[ROW].to_numpy()] if ROW in table.column_names else []
+        for array in (*places, length, ids.flatten().to_numpy(), labels.flatten().to_numpy()):
             digest.update(array.astype(np.int64).tobytes())
     return np.concatenate(lengths), np.concatenate(learnt), largest, digest.hexdigest()
 

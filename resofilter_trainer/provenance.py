@@ -6,16 +6,18 @@ import dataclasses
 import importlib.metadata
 import json
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 import xxhash
+from datasets import Dataset
 from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
 from trl import SFTConfig
 
 from .config import ColumnMapping, ResonanceConfig
-from .preparation import PreparedRows
+from .preparation import PreparedRows, survey
+from .rows import hash_rows
 from .scores import Provenance
 
 PACKAGES = ("resofilter_trainer", "torch", "transformers", "trl")
@@ -55,6 +57,52 @@ def describe(
         versions={package: importlib.metadata.version(package) for package in PACKAGES},
         source=dict(source),
     )
+
+
+def describe_training(
+    trainer: Trainer,
+    rows: int,
+    config: ResonanceConfig,
+    filtering: Mapping[str, Any],
+) -> Provenance:
+    """The provenance of scores that are measured while this trainer trains, from its weights as they are now.
+
+    Args:
+        trainer: about to begin.
+        rows: rows in the user's dataset.
+        config: which step is measured and how.
+        filtering: what is dropped and when; scores depend on it from the second epoch on.
+    """
+    args, model, tokenizer = trainer.args, cast(Any, trainer.model), trainer.processing_class
+    dataset = trainer.train_dataset
+    known = isinstance(tokenizer, PreTrainedTokenizerBase)
+    preparation = {
+        "max_length": getattr(args, "max_length", None),
+        "completion_only_loss": getattr(args, "completion_only_loss", None),
+        "assistant_only_loss": getattr(args, "assistant_only_loss", None),
+        "model_config": _hash_text(json.dumps(_settings(model), sort_keys=True, default=str)),
+        "attention": model.config._attn_implementation,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "autocast": "bfloat16" if args.bf16 else None,
+        "filtering": dict(filtering),
+    }
+    return Provenance(
+        model=str(model.config.name_or_path or type(model).__name__),
+        weights=hash_weights(model),
+        tokenizer=hash_tokenizer(tokenizer) if known else "",
+        template=_hash_text(str(getattr(tokenizer, "chat_template", None) or "")),
+        dataset=_fingerprint(dataset) if isinstance(dataset, Dataset) else "",
+        rows=rows,
+        config=dataclasses.asdict(config),
+        preparation=preparation,
+        versions={package: importlib.metadata.version(package) for package in PACKAGES},
+    )
+
+
+def _fingerprint(dataset: Dataset) -> str:
+    if {"input_ids", "labels"} <= set(dataset.column_names):
+        return survey(dataset.select_columns(["input_ids", "labels"]))[3]
+    return hash_rows(dataset)
 
 
 def _settings(model: PreTrainedModel) -> dict[str, Any]:

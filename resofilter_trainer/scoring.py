@@ -19,8 +19,15 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from datasets import Dataset
+from torch import nn
 from tqdm.auto import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TrainingArguments,
+)
 from trl import SFTConfig
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
@@ -88,17 +95,29 @@ def score_dataset(
     earlier = _scores_at(output, provenance)
     if earlier is not None:
         return earlier
-    with Recorder(_placed(model, args), config) as record:
-        scoring = _Pass(record, prepared, args, autocast=bool(args.bf16))
-        measured = scoring.measure_all()
-        trust = scoring.trust(measured)
-    if not trust.trusted:
-        warnings.warn(f"Scores to be taken with care: {trust}.", stacklevel=2)
-    table = _table(measured, record.layer_indices, prepared, reasons, len(dataset))
+    measured, layers, trust = score_prepared(_placed(model, args), prepared, args, config)
+    table = _table(measured, layers, prepared, reasons, len(dataset))
     scores = ScoreTable(table, dataclasses.replace(provenance, trust=trust))
     if output is not None and PartialState().is_main_process:
         scores.save(output)
     return scores
+
+
+def score_prepared(
+    model: nn.Module, prepared: PreparedRows, args: TrainingArguments, config: ResonanceConfig
+) -> tuple[Resonance, list[int], Trust]:
+    """Score rows that are tokens already, where the model is.
+
+    Returns:
+        What was measured of the rows in their order, which layers, and how far it can be trusted.
+    """
+    with Recorder(model, config) as record:
+        scoring = _Pass(record, prepared, args, autocast=bool(args.bf16))
+        measured = scoring.measure_all()
+        trust = scoring.trust(measured)
+    if not trust.trusted:
+        warnings.warn(f"Scores to be taken with care: {trust}.", stacklevel=3)
+    return measured, record.layer_indices, trust
 
 
 @dataclass(frozen=True)
@@ -107,7 +126,7 @@ class _Pass:
 
     record: Recorder
     prepared: PreparedRows
-    args: SFTConfig
+    args: TrainingArguments
     autocast: bool
 
     def measure_all(self) -> Resonance:

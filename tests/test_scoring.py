@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 
@@ -142,9 +143,11 @@ def test_two_processes_give_the_scores_of_one(tmp_path, tiny_model_dir) -> None:
     Dataset.from_list(ROWS).to_json(source)
     command = ["-m", "resofilter_trainer.cli", "score", "--model", tiny_model_dir, "--dataset", source]
     command += ["--prompt_column", "question", "--completion_column", "answer", "--output"]
-    launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes"]
+    launch = ["-m", "torch.distributed.run", "--nproc_per_node"]  # accelerate launch --cpu starts one process only
     for processes in (1, 2):
         run = [sys.executable, *launch, str(processes), *command, tmp_path / str(processes)]
-        subprocess.run(list(map(str, run)), check=True, timeout=300)
+        env = {**os.environ, "TRANSFORMERS_VERBOSITY": "warning"}  # with progress bars
+        done = subprocess.run(list(map(str, run)), check=True, timeout=300, capture_output=True, text=True, env=env)
+        assert f"0/{4 // processes}" in done.stderr  # the first process has its share of four batches
     one, two = (ScoreTable.load(tmp_path / str(processes)) for processes in (1, 2))
     np.testing.assert_allclose(two.column("score"), one.column("score"), rtol=1e-9)

@@ -1,0 +1,181 @@
+"""What a callback needs of the Trainer and is not handed: the trainer itself, which rows it holds, what it can do.
+
+Knows transformers' Trainer and TRL's SFTTrainer, nothing of scores. Everything here is about versions of theirs.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import os
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from accelerate.utils import DistributedType
+from datasets import Dataset
+from peft import PeftModel
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import Trainer, TrainingArguments, get_scheduler
+from transformers.trainer_callback import ProgressCallback
+from trl import SFTConfig, SFTTrainer
+
+from .config import InputError
+from .plan import Batching, Progress
+
+
+def calling_trainer() -> tuple[Trainer, str | None]:
+    """The trainer that fires the event which is being handled, and the checkpoint that it goes on from.
+
+    A callback is handed neither, and without the trainer nothing can be logged through its trackers. So they are read
+    off the call stack.
+    """
+    frame = inspect.currentframe()
+    while frame is not None:
+        trainer = frame.f_locals.get("self")
+        if isinstance(trainer, Trainer) and "resume_from_checkpoint" in frame.f_locals:
+            checkpoint = frame.f_locals["resume_from_checkpoint"]
+            return trainer, None if checkpoint is None else os.fspath(checkpoint)
+        frame = frame.f_back
+    raise RuntimeError("This version of transformers fires its events in another way: no Trainer was found.")
+
+
+def check_trainer(trainer: Trainer, train_dataloader: Any) -> None:
+    """Raise InputError for a setting under which rows or gradients cannot be told apart; it says what to change."""
+    args = cast(SFTConfig, trainer.args)
+    dataset = train_dataloader.dataset
+    accelerator = trainer.accelerator
+    strategy = args.train_sampling_strategy
+    sharded = "score first (resofilter score), then train on the selection"
+    refusals = [
+        (isinstance(dataset, torch.utils.data.IterableDataset), "a streaming dataset", "Load it as a Dataset"),
+        (_is_packed(args, dataset), "packed rows", "Set packing=False; padding_free=True wastes no padding either"),
+        (strategy == "batch_rebalance", "train_sampling_strategy='batch_rebalance'", "Use 'random'"),
+        (args.accelerator_config.dispatch_batches is True, "dispatch_batches=True", "Leave it unset"),
+        (args.torch_compile, "torch_compile=True, which drops hooks", "Set torch_compile=False"),
+        (args.fp16, "fp16, in which gradients near eps vanish", "Use bf16=True or float32"),
+        (args.n_gpu > 1, "nn.DataParallel", "Use accelerate launch, or show one GPU by CUDA_VISIBLE_DEVICES"),
+        (accelerator.distributed_type == DistributedType.FSDP, "FSDP, which shards weights and gradients", sharded),
+        (accelerator.distributed_type == DistributedType.DEEPSPEED, "DeepSpeed", sharded),
+        (accelerator.parallelism_config is not None, "parallelism within a sample", "Leave parallelism_config unset"),
+        (_learns_prompts(trainer.model), "prompt learning, which adds tokens", "Use LoRA, or train all weights"),
+    ]
+    for refused, what, remedy in refusals:
+        if refused:
+            raise InputError(f"ResonanceCallback cannot work with {what}. {remedy}.")
+    if len(dataset) == 0:
+        raise InputError("The dataset has no rows to train on.")
+
+
+def batching_of(trainer: Trainer, train_dataloader: Any) -> Batching:
+    """How this trainer makes updates of rows. Raises InputError for a dataset that fills no batch."""
+    args, processes = trainer.args, trainer.args.world_size
+    per_process = args.train_batch_size // (processes if args.accelerator_config.split_batches else 1)
+    rows, drop_last = len(train_dataloader.dataset), args.dataloader_drop_last
+    if drop_last and rows < per_process * processes:
+        raise InputError(f"{rows} rows fill no batch of {per_process * processes}: leave out dataloader_drop_last.")
+    return Batching(rows, per_process, processes, args.gradient_accumulation_steps, drop_last)
+
+
+def user_rows(trainer: Trainer) -> tuple[np.ndarray, int]:
+    """The place, in the dataset that the user passed, of each row that is trained on, and the number of its rows.
+
+    SFTTrainer first maps all rows, which makes a table in the user's order, then drops those with every label masked
+    and shuffles, which only list the table's rows in another way. Where it maps nothing it drops nothing, and its
+    shuffling is known by the seed. A plain Trainer leaves the dataset as it is.
+    """
+    dataset, args = cast(Any, trainer.train_dataset), cast(SFTConfig, trainer.args)
+    rows = np.arange(len(dataset))
+    if not isinstance(trainer, SFTTrainer) or not isinstance(dataset, Dataset):
+        return rows, len(rows)
+    prepared = not (args.dataset_kwargs or {}).get("skip_prepare_dataset", False)
+    if prepared and args.max_length is not None:
+        listed = dataset._indices
+        return (rows if listed is None else listed.column(0).to_numpy()), dataset.data.num_rows
+    if args.shuffle_dataset:
+        rows = np.random.default_rng(args.seed).permutation(len(rows))
+    return rows, len(rows)
+
+
+def dropped_reason(args: TrainingArguments) -> str:
+    """Why SFTTrainer left a row out."""
+    return f"no token to learn within max_length {getattr(args, 'max_length', None)}"
+
+
+def token_weight(trainer: Trainer, num_items: Any, micro_batches: int, own_tokens: int) -> Any:
+    """What the loss of a micro-batch multiplies each token's own loss by.
+
+    Args:
+        num_items: learnt tokens of the whole update, as the Trainer counts them; None where it does not.
+        micro_batches: how many the update has.
+        own_tokens: learnt tokens of this micro-batch.
+    """
+    if num_items is None or trainer.loss_is_scaled_for_ga is False:  # a mean of means
+        return 1 / (max(own_tokens, 1) * micro_batches)
+    return (trainer.accelerator.num_processes if trainer.args.average_tokens_across_devices else 1) / num_items
+
+
+def follow_progress(trainer: Trainer, progress: Progress, begin: bool) -> None:
+    """Make the learning rate follow its schedule at another pace. A schedule of the user's own is left alone.
+
+    Args:
+        begin: whether no step was made yet, so that the first learning rate is set too.
+    """
+    args, scheduler = trainer.args, trainer.lr_scheduler
+    if not trainer._created_lr_scheduler or not isinstance(scheduler, LambdaLR):
+        return
+    stand_in = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=args.learning_rate)
+    schedule = get_scheduler(
+        args.lr_scheduler_type,
+        stand_in,
+        num_warmup_steps=args.get_warmup_steps(progress.scheduled),
+        num_training_steps=progress.scheduled,
+        scheduler_specific_kwargs=args.lr_scheduler_kwargs,
+    ).lr_lambdas[0]
+    # a partial, as the original is: a function would be saved in another way
+    scheduler.lr_lambdas = [functools.partial(_at_pace, schedule, progress)] * len(scheduler.lr_lambdas)
+    if begin:
+        for group, base in zip(cast(Any, trainer.optimizer).param_groups, scheduler.base_lrs, strict=True):
+            group["lr"] = base * schedule(progress.at(0))
+
+
+def set_total(trainer: Trainer, total: int, intervals: bool) -> None:
+    """Tell the Trainer and its progress bar how many steps the run has.
+
+    Args:
+        intervals: whether logging, evaluation and saving, where they are a share of the run, follow.
+    """
+    trainer.state.max_steps = total
+    if intervals:
+        trainer.state.compute_steps(trainer.args, total)
+    for callback in trainer.callback_handler.callbacks:
+        bar = getattr(callback, "training_bar", None) if isinstance(callback, ProgressCallback) else None
+        if bar is not None:
+            bar.total = total
+            bar.refresh()
+
+
+def log(trainer: Trainer, scalars: dict[str, float]) -> None:
+    """Through the trainer's history and trackers; what else is due to be logged stays due."""
+    due = trainer.control.should_log
+    Trainer.log(trainer, dict(scalars))  # not the trainer's own: TRL's would add, and clear, its running averages
+    trainer.control.should_log = due
+
+
+def checkpoint_folder(checkpoint: str | None, trainer: Trainer) -> Path:
+    """Where a checkpoint keeps what belongs to this package; by default of the one at the current step."""
+    default = os.path.join(cast(str, trainer.args.output_dir), f"checkpoint-{trainer.state.global_step}")
+    return Path(checkpoint or default) / "resofilter"
+
+
+def _at_pace(schedule: Any, progress: Progress, step: int) -> float:
+    return float(schedule(progress.at(step)))
+
+
+def _is_packed(args: Any, dataset: Any) -> bool:
+    return bool(getattr(args, "packing", False)) or "seq_lengths" in (getattr(dataset, "column_names", None) or ())
+
+
+def _learns_prompts(model: Any) -> bool:
+    return isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning

@@ -1,0 +1,50 @@
+"""Two processes decide as one does."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+HERE = Path(__file__).parent
+
+
+def launch(output: Path, processes: int, kind: str) -> dict[str, np.ndarray]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes)]
+    folder = output / f"{kind}-{processes}"
+    done = subprocess.run(
+        [*command, str(HERE / "two_processes.py"), str(folder), str(processes), kind],
+        timeout=300,
+        cwd=HERE,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    outcome = dict(np.load(folder / "outcome.npz"))
+    assert outcome.pop("processes") == processes
+    return outcome
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kind", "sizes"), [("plain", [44, 22, 11]), ("before", [27, 22, 11]), ("ragged", [45, 23, 12])]
+)
+def test_two_processes_keep_what_one_keeps(kind, sizes, tmp_path):
+    one, two = (launch(tmp_path, processes, kind) for processes in (1, 2))
+    assert np.array_equal(one["keep"], two["keep"])
+    assert one["keep"].sum(axis=1).tolist() == sizes
+    assert one["steps"] == two["steps"]
+    same_weights = one["epoch"] <= (0 if kind == "ragged" else 2)  # two processes repeat a row to end the first epoch
+    assert same_weights.any()
+    np.testing.assert_allclose(two["measured"][same_weights], one["measured"][same_weights], rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_two_processes_go_on_where_they_were(tmp_path):
+    whole = launch(tmp_path, 2, "plain")
+    resumed = launch(tmp_path, 2, "resumed")
+    for name, value in whole.items():
+        assert np.array_equal(resumed[name], value, equal_nan=True), name

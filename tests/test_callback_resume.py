@@ -1,0 +1,51 @@
+"""From every checkpoint of many kinds of run, the end is the same: bit for bit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from peft import LoraConfig
+from training import Outcome, assert_same_end, rows, train
+
+from resofilter_trainer import DataSelector, ResonanceCallback
+
+CASES = {
+    "plain": (ResonanceCallback, {"keep": 0.5}, {}),
+    "ragged accumulation": (ResonanceCallback, {"keep": [1.0, 0.7, 0.4]}, {"gradient_accumulation_steps": 3}),
+    "accumulation, few dropped": (ResonanceCallback, {"keep": 0.9}, {"gradient_accumulation_steps": 3}),
+    "workers": (ResonanceCallback, {"keep": 0.5}, {"dataloader_num_workers": 2}),
+    "lora": (ResonanceCallback, {"keep": 0.6}, {"peft": LoraConfig(r=2, target_modules=["q_proj"], lora_dropout=0.0)}),
+    "padding-free": (ResonanceCallback, {"keep": 0.5}, {"padding_free": True, "max_length": None}),
+    "threshold": (
+        ResonanceCallback,
+        {"selector": DataSelector(threshold=5.6, by="loss")},
+        {"gradient_accumulation_steps": 2, "lr_scheduler_type": "cosine", "warmup_steps": 3},
+    ),
+    "before": (ResonanceCallback, {"keep": 0.5, "when": "before"}, {"gradient_accumulation_steps": 2}),
+    "grouped by length": (ResonanceCallback, {"keep": 0.5}, {"train_sampling_strategy": "group_by_length"}),
+    "readmitted": (ResonanceCallback, {"keep": [1.0, 0.3, 0.8], "readmit": True}, {"gradient_accumulation_steps": 2}),
+    "max_steps": (ResonanceCallback, {"keep": 0.5}, {"max_steps": 25}),
+    "dropout": (ResonanceCallback, {"keep": 0.5}, {"dropout": 0.1}),
+    "drop_last": (ResonanceCallback, {"keep": 0.5}, {"dataloader_drop_last": True, "gradient_accumulation_steps": 2}),
+    "two epochs and a part": (ResonanceCallback, {"keep": 0.5}, {"num_train_epochs": 2.4}),
+}
+
+
+def run(name: str, output: Path, tokenizer, **changes) -> Outcome:
+    make, settings, arguments = CASES[name]
+    arguments = {"dataset": rows(21), **arguments, **changes}
+    if "dropout" in arguments:
+        from training import llama
+
+        arguments["model"] = llama(len(tokenizer), attention_dropout=arguments.pop("dropout"))
+    return train(output, tokenizer, make(**settings), **arguments)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_end_is_the_same_from_every_checkpoint(name, tmp_path, tokenizer):
+    whole = run(name, tmp_path, tokenizer, save_strategy="steps", save_steps=1)
+    assert any(not selection.keep.all() for selection in whole.callback.selections)
+    for step in range(1, whole.trainer.state.global_step + 1):
+        checkpoint = str(tmp_path / f"checkpoint-{step}")
+        assert_same_end(run(name, tmp_path / "resumed", tokenizer, resume=checkpoint), whole)

@@ -1,0 +1,37 @@
+"""Run by torchrun in one or two processes: train with the callback and write down what it decided."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import numpy as np
+from conftest import make_tokenizer
+from training import rows, train
+
+from resofilter_trainer import ResonanceCallback
+
+
+def main() -> None:
+    output, processes, kind = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+    changes = {"per_device_train_batch_size": 4 // processes, "gradient_accumulation_steps": 2}
+    changes |= {"save_strategy": "steps", "save_steps": 2}
+    if kind == "resumed":
+        changes["resume"] = str(output.parent / f"plain-{processes}" / "checkpoint-6")
+    settings = {"when": "before"} if kind == "before" else {}
+    callback = ResonanceCallback(keep=[0.6 if kind == "before" else 1.0, 0.5, 0.25], eps=1e-4, **settings)
+    outcome = train(output, make_tokenizer(), callback, dataset=rows(45 if kind == "ragged" else 44), **changes)
+    if outcome.trainer.args.process_index == 0:
+        np.savez(
+            output / "outcome.npz",
+            measured=callback.scores.column("measured"),
+            score=callback.scores.column("score"),
+            epoch=callback.scores.column("epoch"),
+            keep=np.array([selection.keep for selection in callback.selections]),
+            processes=outcome.trainer.args.world_size,
+            steps=outcome.trainer.state.global_step,
+        )
+
+
+if __name__ == "__main__":
+    main()
