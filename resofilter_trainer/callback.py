@@ -199,8 +199,8 @@ class _Run:
         self.provenance = describe_training(self.trainer, self.user_rows, self.config, self._settings())
         self.progress = Progress.of(self.plan.total)
         self.callback.scores, self.callback.selections = None, [self._all_rows()]
-        for stale in self._folder.glob("selection-epoch-*.parquet"):
-            if self.args.process_index == 0:
+        if self.args.process_index == 0:
+            for stale in self._folder.glob("*-epoch-*.parquet"):
                 stale.unlink()
         if self.filter.when == "before":
             self._measure_before()
@@ -211,7 +211,7 @@ class _Run:
             self.sampler.begin(0, self._kept)
             self._replan()
             self.progress = Progress.of(self.plan.total)
-            self._write_results()
+            self._write_results(0)
             self._report("scores at the starting weights")
         elif self.epochs == 1 and self.args.should_save:
             warnings.warn(
@@ -376,7 +376,7 @@ class _Run:
         self.sampler.ended = self.epoch == self.epochs
         if not self.sampler.ended and self.error is None:
             self._replan()
-        self._write_results()
+        self._write_results(self.epoch)
         self._report(f"epoch {self.epoch} of {self.epochs}")
 
     def _score(self) -> None:
@@ -460,17 +460,21 @@ class _Run:
         """The Trainer is done."""
         if self.epoch < self.epochs and self.steps_done:  # it stopped within an epoch
             self._score()
-            self._write_results()
+            self._write_results(self.epoch + 1)
         self.uninstall()
         if self.error is not None:
             raise self.error
 
-    def _write_results(self) -> None:
-        if self.args.process_index == 0 and self.callback.scores is not None:
-            self.callback.scores.save(self._folder)
-            epoch = len(self.callback.selections) - 1
-            for each in range(epoch + 1) if self.trainer.state.global_step == 0 or epoch == 1 else [epoch]:
-                self.callback.selections[each].save(self._folder / _selection_file(each))
+    def _write_results(self, ended: int) -> None:
+        """The scores as they are, of the epoch that has ended (0: measured before any), and every selection."""
+        if self.args.process_index != 0 or self.callback.scores is None:
+            return
+        self.callback.scores.save(self._folder)
+        if ended:
+            self.callback.scores.save(self._folder / f"scores-epoch-{ended}.parquet")
+        for epoch, selection in enumerate(self.callback.selections):
+            if epoch >= ended or not (self._folder / _selection_file(epoch)).exists():
+                selection.save(self._folder / _selection_file(epoch))
 
     def _exchange(self) -> None:
         """Every process takes in what all have measured."""

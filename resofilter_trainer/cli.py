@@ -19,8 +19,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, get_args
 
-from .config import ColumnMapping, InputError, Norm, ResonanceConfig, Update
+from .config import ColumnMapping, InputError, Norm, ResonanceConfig, Update, one_of
 
+DEMO_MODES = ("two-pass", "callback")
 PACKAGES = ("resofilter_trainer", "torch", "transformers", "trl", "peft", "datasets", "accelerate", "evaluate")
 
 
@@ -152,9 +153,13 @@ def run_demo(args: argparse.Namespace) -> None:
     """Run the embedded demo."""
     if args.seed < 0:
         raise InputError(f"--seed must be at least 0, got {args.seed}.")
-    from .demo.run import run
-
-    run(Path(args.output or f"resofilter-demo/seed-{args.seed}"), args.seed)
+    one_of("--mode", args.mode, DEMO_MODES)
+    if args.mode == "callback":
+        from .demo.in_training import run
+    else:
+        from .demo.run import run
+    name = "seed" if args.mode == "two-pass" else args.mode
+    run(Path(args.output or f"resofilter-demo/{name}-{args.seed}"), args.seed)
 
 
 def _scored_dataset(args: argparse.Namespace, source: Any) -> Any:
@@ -242,7 +247,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _demo_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--output", help="folder for everything that it leaves; if none, resofilter-demo/seed-SEED")
+    parser.add_argument("--output", help="folder for everything that it leaves; if none, one in resofilter-demo/")
+    parser.add_argument("--mode", default="two-pass", help="two-pass: score, select, train; callback: in one run")
     parser.add_argument("--seed", type=int, default=0)
 
 

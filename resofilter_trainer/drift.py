@@ -2,19 +2,21 @@
 
 A sample that is measured late in an epoch meets a model that has learnt from the others: its loss is smaller, and so,
 mostly, is its score. Where the order is random, the rows measured around any one moment are a random sample of all
-rows. So a change of their median or spread is a change of the model, not of the rows, and it is taken out:
+rows. So a change of their distribution is a change of the model, not of the rows, and it is taken out: a score that
+lies at some quantile of the scores measured around it moves to that quantile of all scores.
 
-    corrected = median + (score - median at that moment) * spread / spread at that moment
+    corrected = Q_all(F_moment(score)), with F and Q straight lines between the quantiles in LEVELS
 
-The median and the spread (the interquartile range) at a moment are those of the rows measured around it; in the first
-and the last half of a window, where there are not rows enough on either side, their straight continuation.
+In the first and the last half of a window, where there are not rows enough on either side, the quantiles go straight
+on. Below the lowest of them scores keep their ratio to it, above the highest their distance, stretched as the middle.
 """
 
 from __future__ import annotations
 
 import numpy as np
 
-SMALLEST_WINDOW = 50  # rows: the median of fewer is noise, and taking out noise adds noise
+LEVELS = np.array([0.05, 0.15, 0.25, 0.35, 0.5, 0.65, 0.75, 0.85, 0.95])
+SMALLEST_WINDOW = 50  # rows: quantiles of fewer are noise, and taking out noise adds noise
 WINDOWS = 10  # otherwise a tenth of the rows
 
 
@@ -34,12 +36,11 @@ def without_drift(scores: np.ndarray, moments: np.ndarray) -> np.ndarray:
     order = finite[np.argsort(moments[finite], kind="stable")]
     window = max(SMALLEST_WINDOW, len(order) // WINDOWS)
     starts = np.unique(np.linspace(0, len(order) - window, 4 * WINDOWS).astype(int))
-    quartiles = np.array([np.quantile(scores[order[i : i + window]], [0.25, 0.5, 0.75]) for i in starts])
+    around = np.array([np.quantile(scores[order[i : i + window]], LEVELS) for i in starts])
     centres = starts + (window - 1) / 2
-    low, middle, high = (_line(centres, column, len(order)) for column in quartiles.T)
-    first, median, third = np.quantile(scores[order], [0.25, 0.5, 0.75])
+    knots = np.array([_line(centres, column, len(order)) for column in around.T])
     corrected = scores.copy()
-    corrected[order] = median + (scores[order] - middle) * _ratio(third - first, high - low)
+    corrected[order] = _mapped(scores[order], np.maximum.accumulate(knots), np.quantile(scores[order], LEVELS))
     return corrected
 
 
@@ -58,7 +59,8 @@ def on_scale_of(scores: np.ndarray, earlier: np.ndarray) -> np.ndarray:
         return scores.copy()
     low, middle, high = np.quantile(scores[common], [0.25, 0.5, 0.75])
     first, median, third = np.quantile(earlier[common], [0.25, 0.5, 0.75])
-    return median + (scores - middle) * _ratio(third - first, high - low)
+    stretch = (third - first) / (high - low) if high > low and third > first else 1.0
+    return median + (scores - middle) * stretch
 
 
 def drop_rate_by_moment(dropped: np.ndarray, moments: np.ndarray, parts: int = 10) -> np.ndarray:
@@ -67,11 +69,31 @@ def drop_rate_by_moment(dropped: np.ndarray, moments: np.ndarray, parts: int = 1
     return np.array([dropped[part].mean() for part in np.array_split(order, parts)])
 
 
+def _mapped(values: np.ndarray, knots: np.ndarray, targets: np.ndarray) -> np.ndarray:
+    """Each value moved as the knots around it move to the targets.
+
+    Args:
+        values: (N,).
+        knots: (L, N), ascending for each value.
+        targets: (L,) ascending.
+    """
+    place, every = (knots <= values).sum(axis=0), np.arange(len(values))
+    below, above = np.clip(place - 1, 0, len(targets) - 1), np.clip(place, 0, len(targets) - 1)
+    low, high = knots[below, every], knots[above, every]
+    moved = targets[below] + (values - low) * _ratio(targets[above] - targets[below], high - low)
+    over, under = place == len(targets), place == 0
+    stretch = _ratio(targets[-2] - targets[1], knots[-2] - knots[1])
+    moved[over] = (targets[-1] + (values - knots[-1]) * stretch)[over]
+    shrunk = np.where(knots[0] > 0, targets[0] * _ratio(values, knots[0]), values - knots[0] + targets[0])
+    moved[under] = shrunk[under]
+    return moved
+
+
 def _line(centres: np.ndarray, values: np.ndarray, length: int) -> np.ndarray:
     """(length,) through the values at the centres, and straight on at both ends."""
     positions = np.arange(length)
     line = np.interp(positions, centres, values)
-    reach = np.searchsorted(centres, centres[0] + centres[0])  # as far in as the end is far out
+    reach = int(np.searchsorted(centres, 2 * centres[0]))  # as far in as the end is far out
     if 0 < reach < len(centres):
         first, last = positions < centres[0], positions > centres[-1]
         line[first] += (positions[first] - centres[0]) * (values[reach] - values[0]) / (centres[reach] - centres[0])
@@ -81,7 +103,6 @@ def _line(centres: np.ndarray, values: np.ndarray, length: int) -> np.ndarray:
     return line
 
 
-def _ratio(spread: np.ndarray | float, at_the_moment: np.ndarray | float) -> np.ndarray:
-    """One where a spread is zero: nothing to stretch."""
-    spread, at_the_moment = np.asarray(spread, float), np.asarray(at_the_moment, float)
-    return np.divide(spread, at_the_moment, out=np.ones_like(at_the_moment), where=(at_the_moment > 0) & (spread > 0))
+def _ratio(above: np.ndarray, below: np.ndarray) -> np.ndarray:
+    """One where there is nothing to divide by."""
+    return np.divide(above, below, out=np.ones(np.broadcast(above, below).shape), where=below > 0)

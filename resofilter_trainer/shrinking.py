@@ -50,6 +50,7 @@ class RowCollator:
         self.inner = inner
 
     def __call__(self, examples: list[dict[str, Any]]) -> Any:
+        """Collate, in the main process or in a worker."""
         rows = [example.pop(ROW) for example in examples]
         batch = self.inner(examples)
         if FILLER in rows:

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from datasets import Dataset
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from ..comparison import auroc
@@ -102,9 +102,14 @@ def row_sets(selection: Selection, wrong: np.ndarray, seed: int) -> dict[str, np
 def train_and_test(rows: Dataset, held_out: Sequence[Problem], args: SFTConfig, name: str) -> float:
     """Fine-tune a fresh copy of the base model with SFTTrainer; returns the exact match on the held-out problems."""
     print(f"Training on {name}: {len(rows)} rows")
+    return train_with(rows, held_out, args, [])
+
+
+def train_with(rows: Dataset, held_out: Sequence[Problem], args: SFTConfig, callbacks: list[TrainerCallback]) -> float:
+    """The same, with callbacks."""
     model = AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(BASE)
-    trainer = SFTTrainer(model=model, args=args, train_dataset=rows, processing_class=tokenizer)
+    trainer = SFTTrainer(model=model, args=args, train_dataset=rows, processing_class=tokenizer, callbacks=callbacks)
     trainer.train()
     prompts, references = [p.prompt for p in held_out], [p.completion for p in held_out]
     return exact_match(model, tokenizer, prompts, references, max_new_tokens=56, batch_size=200)

@@ -1,0 +1,112 @@
+"""The demo in one run: measure and filter inside SFTTrainer, by the callback. Needs no network.
+
+two epochs on: all rows | all, then a random half | all, then what is kept | what is kept by scores at the start
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from datasets import Dataset
+
+from ..callback import STATE, ResonanceCallback
+from ..comparison import auroc, rank_correlation
+from ..drift import drop_rate_by_moment
+from ..scores import ScoreTable
+from ..selection import KEPT, Selection, drop_share
+from .problems import make_problems
+from .run import HELD_OUT, HELD_OUT_SEED, KEEP, ROWS, WRONG_SHARE, train_with, training_arguments
+
+PARTS = 10  # of an epoch, in which the rate of dropping is counted
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One training: rows of each epoch, how many of the last epoch's are wrong, and the held-out exact match."""
+
+    name: str
+    rows: list[int]
+    wrong_share: float
+    accuracy: float
+
+
+@dataclass(frozen=True)
+class RandomHalf:
+    """A policy that looks at no score."""
+
+    seed: int
+
+    def select(self, scores: ScoreTable) -> Selection:
+        """Keep a random half of the rows."""
+        keep = np.zeros(len(scores), dtype=bool)
+        keep[np.random.default_rng(self.seed).choice(len(scores), size=round(KEEP * len(scores)), replace=False)] = True
+        return Selection(keep, [KEPT if each else "random" for each in keep], {}, scores.provenance.to_json())
+
+
+def run(output: Path, seed: int) -> dict[str, object]:
+    """Run the demo, print its table, and leave the runs' scores and selections and `results.json` in `output`."""
+    started = time.perf_counter()
+    problems = make_problems(ROWS, WRONG_SHARE, seed)
+    held_out = make_problems(HELD_OUT, seed=HELD_OUT_SEED + seed, exclude={problem.prompt for problem in problems})
+    wrong = np.array([problem.kind != "clean" for problem in problems])
+    dataset = Dataset.from_list([{"prompt": p.prompt, "completion": p.completion} for p in problems])
+    outcomes = []
+    for name, callback in {
+        "all": ResonanceCallback(keep=1.0),
+        "random": ResonanceCallback(selector=RandomHalf(seed)),
+        "training": ResonanceCallback(keep=KEEP),
+        "before": ResonanceCallback(keep=KEEP, when="before"),
+    }.items():
+        print(f"Training: {name}")
+        args = copy.copy(training_arguments(output, seed))
+        args.output_dir = str(output / name)
+        accuracy = train_with(dataset, held_out, args, [callback])
+        keeps = [selection.keep for selection in callback.selections]
+        sizes = [int(keep.sum()) for keep in keeps]
+        outcomes.append(Outcome(name, sizes, float(wrong[keeps[-1]].mean()), accuracy))
+    measures = compare(output, wrong)
+    results = {"rows": [dataclasses.asdict(outcome) for outcome in outcomes], **measures, "seed": seed}
+    (output / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+    print(table(outcomes, measures))
+    print(f"Scores, selections and results.json: {output}  ({time.perf_counter() - started:.0f} s)")
+    return results
+
+
+def compare(output: Path, wrong: np.ndarray) -> dict[str, object]:
+    """Scores of the first epoch, as measured and without drift, against those at the starting weights."""
+    first = ScoreTable.load(output / "training" / STATE / "scores-epoch-1.parquet")
+    before = ScoreTable.load(output / "before" / STATE).column("score")
+    scores = {"measured": first.column("measured"), "corrected": first.column("score"), "before": before}
+    dropped = {name: ~drop_share(values, KEEP, "largest") for name, values in scores.items()}
+    moments = first.column("step")
+    return {
+        "auroc": {name: auroc(values, wrong) for name, values in scores.items()},
+        "rank_correlation_with_before": {name: rank_correlation(scores[name], before) for name in scores},
+        "same_decision_as_before": {name: float((dropped[name] == dropped["before"]).mean()) for name in scores},
+        "drop_rate_by_moment": {
+            name: drop_rate_by_moment(dropped[name], moments, PARTS).round(3).tolist() for name in scores
+        },
+    }
+
+
+def table(outcomes: Sequence[Outcome], measures: dict[str, object]) -> str:
+    """The results as text."""
+    lines = [f"{'run':12}{'rows of each epoch':>20}{'wrong rows in the last':>24}{'accuracy':>10}"]
+    for each in outcomes:
+        lines.append(f"{each.name:12}{', '.join(map(str, each.rows)):>20}{each.wrong_share:24.1%}{each.accuracy:10.3f}")
+    lines += [
+        "",
+        f"{'scores':12}{'AUROC':>8}{'rank corr. with before':>24}{'same decision':>15}   dropped in each tenth",
+    ]
+    auc, rank, same, rates = measures.values()
+    for name in auc:  # type: ignore[attr-defined]
+        shares = " ".join(f"{rate:.2f}" for rate in rates[name])  # type: ignore[index]
+        lines.append(f"{name:12}{auc[name]:8.3f}{rank[name]:24.3f}{same[name]:15.1%}   {shares}")  # type: ignore[index]
+    return "\n".join(["", *lines, ""])
