@@ -37,9 +37,11 @@ class Clock(TrainerCallback):
         self.seconds: list[float] = []
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """The rows are there."""
         self._begun = time.perf_counter()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """The weights have moved, and what was measured is taken in."""
         self.seconds.append(time.perf_counter() - self._begun)
 
 
