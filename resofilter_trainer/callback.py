@@ -1,52 +1,25 @@
-"""Measure and filter inside a Trainer's run. The only room that knows the Trainer's loop.
+"""Measure and filter inside a Trainer's run: which event does what. The work is `training_run`'s.
 
-    on_train_begin   find the rows, plan the steps, go on from a checkpoint
-    one update       fetch -> on_step_begin -> [forward, backward] x accumulation -> clip -> on_pre_optimizer_step
-                     -> step -> on_optimizer_step -> on_step_end: take in what was measured -> log, evaluate, save
-    on_epoch_end     scores -> selection -> the next epoch's rows, steps and learning rate -> log, evaluate, save
-    on_train_end     write the last scores, leave the model as it was found
-
-The Trainer counts epochs and steps for the whole dataset. The true epoch, its position and its order are kept here. An
-epoch on fewer rows ends when its sampler has no more; on resuming, the Trainer skips as many steps as it believes to
-have been made in an epoch, so it is either given those to skip, or goes on in the next of its epochs.
+on_train_begin   find the rows, plan the steps, go on from a checkpoint
+one update       fetch -> on_step_begin -> [forward, backward] x accumulation -> clip -> on_pre_optimizer_step
+                 -> step -> on_optimizer_step -> on_step_end: take in what was measured -> log, evaluate, save
+on_epoch_end     scores -> selection -> the next epoch's rows, steps and learning rate -> log, evaluate, save
+on_train_end     write the last scores, leave the model as it was found
 """
 
 from __future__ import annotations
 
-import dataclasses
-import json
-import warnings
-from collections import Counter
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
-import numpy as np
-import torch
-from accelerate.utils import gather_object
-from datasets import Dataset
-from torch.utils.data import RandomSampler
-from tqdm.auto import tqdm
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from . import trainer_access as access
-from .config import InputError, ResonanceConfig
-from .filtering import FilterConfig, Policy, When, decide
-from .gradients import segments_of
-from .losses import IGNORE
-from .measurements import Measured, Measurements
-from .plan import Plan, Progress
-from .preparation import prepared_already
-from .provenance import describe_training
-from .scores import Provenance, ScoreTable
-from .scoring import score_prepared
-from .selection import KEPT, DataSelector, Selection
-from .shrinking import ROW, IndexedRows, RowCollator, ShrinkingSampler
-from .training_recorder import MicroBatch, StepRecorder, TrainingRecorder
-from .up_projection import find_up_projections
-
-STATE = "resofilter"  # under which name the Trainer's state and the output folder hold what is ours
-OPTIMIZER = "optimizer"
+from .config import InputError, ResonanceConfig, Update, one_of
+from .filtering import FilterConfig, Policy, When
+from .scores import ScoreTable
+from .selection import DataSelector, Selection
+from .training_run import OPTIMIZER, Results, Run
 
 
 class ResonanceCallback(TrainerCallback):
@@ -62,10 +35,6 @@ class ResonanceCallback(TrainerCallback):
         update: the step that is measured: a fresh optimizer's first, `"adamw"` or `"sgd"`, in closed form and at any
             batch size; or `"optimizer"`, what this run's own optimizer did, for updates of a single sample.
         **config: the other fields of `ResonanceConfig`: `n_layers`, `norm`, `eps` and so on.
-
-    Attributes:
-        scores: a line for every row of the user's dataset, as of the last epoch that has ended; None before.
-        selections: which rows each epoch trained on, first epoch first.
 
     With `max_steps`, the run has as many steps as asked for: every epoch is as long as one on all rows, and takes the
     kept rows as often as that needs. Otherwise an epoch is one pass over the kept rows.
@@ -88,13 +57,23 @@ class ResonanceCallback(TrainerCallback):
         **config: Any,
     ) -> None:
         self.filter = FilterConfig(keep, threshold, selector, when, start_epoch, readmit, correct_drift)
+        one_of("update", update, (*get_args(Update), OPTIMIZER))
         self.by_optimizer = update == OPTIMIZER
         if self.by_optimizer and when == "before":
             raise InputError("update='optimizer' is seen while training only: leave when='before' out.")
         self.config = ResonanceConfig(update="adamw" if self.by_optimizer else update, **config)  # type: ignore[arg-type]
-        self.scores: ScoreTable | None = None
-        self.selections: list[Selection] = []
-        self._run: _Run | None = None
+        self._results = Results()
+        self._run: Run | None = None
+
+    @property
+    def scores(self) -> ScoreTable | None:
+        """A line for every row of the user's dataset, as of the last epoch that has ended; None before."""
+        return self._results.scores
+
+    @property
+    def selections(self) -> list[Selection]:
+        """Which rows each epoch trained on, first epoch first."""
+        return self._results.selections
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -105,7 +84,9 @@ class ResonanceCallback(TrainerCallback):
         trainer, checkpoint = access.calling_trainer()
         if sum(isinstance(each, ResonanceCallback) for each in trainer.callback_handler.callbacks) > 1:
             raise InputError("ResonanceCallback was added twice: add it once.")
-        self._run = _Run(self, trainer, kwargs["train_dataloader"])
+        self._results = Results()
+        loader = kwargs["train_dataloader"]
+        self._run = Run(trainer, loader, self.filter, self.config, self.by_optimizer, self._results)
         self._run.begin(checkpoint)
 
     def on_step_begin(
@@ -148,417 +129,7 @@ class ResonanceCallback(TrainerCallback):
         run.end()
 
     @property
-    def _running(self) -> _Run:
+    def _running(self) -> Run:
         if self._run is None:
             raise RuntimeError("The Trainer fired an event of a training that never began.")
         return self._run
-
-
-class _Run:
-    """One call of `trainer.train()`."""
-
-    def __init__(self, callback: ResonanceCallback, trainer: Trainer, train_dataloader: Any) -> None:
-        access.check_trainer(trainer, train_dataloader)
-        self.callback, self.filter, self.config = callback, callback.filter, callback.config
-        self.trainer, self.args, self.loader = trainer, trainer.args, train_dataloader
-        self.batching = access.batching_of(trainer, train_dataloader)
-        self.epochs = int(trainer.state.num_train_epochs)
-        self.its_total = trainer.state.max_steps
-        max_steps = self.args.max_steps if self.args.max_steps > 0 else None
-        length = min(self.args.num_train_epochs, self.epochs) if max_steps is None else self.epochs
-        sizes = self.filter.sizes(self.epochs, self.batching.rows)
-        self.plan = Plan(self.batching, sizes, length, max_steps)
-        self.sample_ids, self.user_rows = access.user_rows(trainer)
-        self.recorder, self.step_recorder = self._recorders()
-        self.random_order = isinstance(train_dataloader.get_sampler(), RandomSampler)
-        self.sampler = ShrinkingSampler(train_dataloader.get_sampler(), self.batching, max_steps is not None)
-        self.epoch, self.steps_done = 0, 0  # the true ones: steps of this epoch
-        self.pending: list[Measured] = []  # of this process, since the last exchange
-        self.micro_batches: list[np.ndarray] = []
-        self.moved: np.ndarray | None = None
-        self.skipping = self.restore_random_state = False
-        self.saved_at = -1
-        self.error: InputError | None = None
-        self.measurements = Measurements(self.batching.rows, self._layers())
-
-    # Beginning
-
-    def begin(self, checkpoint: str | None) -> None:
-        """Measure first if that is asked for, or go on where the checkpoint was; then take hold of the trainer."""
-        state = self.trainer.state
-        if state.global_step:
-            self._resume(access.checkpoint_folder(checkpoint, self.trainer))
-        else:
-            self._start()
-        self._install()
-        access.set_total(self.trainer, self.plan.total, intervals=state.global_step == 0)
-        self._follow_progress(begin=state.global_step == 0)
-        self._remember()
-
-    def _start(self) -> None:
-        self.provenance = describe_training(self.trainer, self.user_rows, self.config, self._settings())
-        self.progress = Progress.of(self.plan.total)
-        self.callback.scores, self.callback.selections = None, [self._all_rows()]
-        if self.args.process_index == 0:
-            for stale in self._folder.glob("*-epoch-*.parquet"):
-                stale.unlink()
-        if self.filter.when == "before":
-            self._measure_before()
-            self._select(0)
-            if self.error is not None:
-                raise self.error
-            self.callback.selections = self.callback.selections[1:]
-            self.sampler.begin(0, self._kept)
-            self._replan()
-            self.progress = Progress.of(self.plan.total)
-            self._write_results(0)
-            self._report("scores at the starting weights")
-        elif self.epochs == 1 and self.args.should_save:
-            warnings.warn(
-                "One epoch, measured while training: nothing is ever filtered, scores are all you get. "
-                "Train for more epochs, or pass when='before'.",
-                stacklevel=2,
-            )
-
-    def _measure_before(self) -> None:
-        """The paper's definition: one pass at the starting weights (ResoFilter, 3.1)."""
-        dataset = self.trainer.train_dataset
-        if not isinstance(dataset, Dataset):
-            raise InputError(f"when='before' needs a datasets.Dataset, got {type(dataset).__name__}.")
-        prepared = prepared_already(dataset, self.trainer.data_collator)
-        found, _, trust = score_prepared(self.trainer.model, prepared, self.args, self.config)
-        self.provenance = dataclasses.replace(self.provenance, trust=trust)
-        rows = np.arange(self.batching.rows)
-        self.measurements.add(Measured(0, 0, rows, found.loss, found.num_tokens, prepared.lengths, found.layers))
-        self.measurements.end_epoch(0, correct_drift=False)
-        self.callback.scores = self._scores()
-
-    def _resume(self, folder: Path) -> None:
-        """Go on from a checkpoint, wherever in an epoch it was made."""
-        saved = self.trainer.state.stateful_callbacks.get(STATE)
-        if saved is None:
-            raise InputError(
-                "This checkpoint was made without ResonanceCallback: which rows it has seen is not known. "
-                "Go on without the callback, or start anew with it."
-            )
-        mine = self._settings()
-        differences = [f"{name} ({old} / {mine.get(name)})" for name, old in saved["settings"].items()
-                       if old != mine.get(name)]  # fmt: skip
-        if differences:
-            raise InputError(f"This checkpoint was made with other settings (there / here): {'; '.join(differences)}.")
-        self.provenance = Provenance.from_json(saved["provenance"])
-        self.progress = Progress(saved["scheduled"], tuple((step, at) for step, at in saved["knots"]))
-        self.plan = dataclasses.replace(self.plan, sizes=saved["sizes"])
-        self.epoch, self.steps_done = saved["epoch"], saved["steps_done"]
-        self.measurements, extra = Measurements.load(folder)
-        count = min(self.epoch, self.epochs - 1) + 1
-        self.callback.selections = [Selection.load(folder / _selection_file(each)) for each in range(count)]
-        self.callback.scores = self._scores() if np.isfinite(self.measurements.score).any() else None
-        self.sampler.begin(self.epoch, self._kept)
-        order = extra["order"][extra["order"] >= 0]
-        self.sampler.order = order if len(order) else None
-        if self.epoch < self.epochs and self.steps_done >= self.plan.steps(self.epoch):
-            self._end_epoch()  # the checkpoint was made after the last step of an epoch, before its end
-        self._place()
-
-    def _place(self) -> None:
-        """Bring the Trainer's idea of where its epoch stands together with the truth."""
-        step, full = self.trainer.state.global_step, self.batching.steps(self.batching.rows)
-        its_epoch, its_steps = divmod(step, full)
-        to_skip = 0 if self.args.ignore_data_skip else its_steps
-        slots = self.batching.accumulation * self.batching.per_micro_batch
-        self.sampler.ended = self.epoch == self.epochs or step >= self.plan.total
-        if to_skip and (its_epoch, its_steps) == (self.epoch, self.steps_done):
-            return  # it skips what is to be skipped
-        self.sampler.skip, self.sampler.prefix = self.steps_done * slots, to_skip * slots
-        if to_skip and its_epoch < self.epoch:  # its epoch might end before the true one: go on in its next
-            self.skipping = self.sampler.ended = True
-        self.restore_random_state = self.steps_done > 0 and (self.skipping or not to_skip)
-
-    def _install(self) -> None:
-        base = getattr(self.loader, "base_dataloader", self.loader)
-        self._dataset, self._collate, self._sampler = base.dataset, base.collate_fn, self.sampler.inner
-        base.__dict__["dataset"] = IndexedRows(base.dataset)  # a loader refuses it as a plain attribute
-        base.collate_fn = RowCollator(base.collate_fn)
-        self.loader.set_sampler(self.sampler)
-        self._fetch = self.trainer.get_batch_samples
-        self.trainer.get_batch_samples = self.fetch
-        if self.recorder is not None:
-            self.recorder.attach()
-
-    def uninstall(self) -> None:
-        """Leave the trainer and the model as they were found."""
-        if self.recorder is not None:
-            self.recorder.detach()
-        if vars(self.trainer).pop("get_batch_samples", None) is not None:
-            base = getattr(self.loader, "base_dataloader", self.loader)
-            base.__dict__["dataset"], base.collate_fn = self._dataset, self._collate
-            self.loader.set_sampler(self._sampler)
-
-    # One update
-
-    def fetch(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Any]:
-        """The Trainer's `get_batch_samples`: the micro-batches of an update, and its number of learnt tokens."""
-        batches, num_items = self._fetch(*args, **kwargs)
-        self.micro_batches = [batch.pop(ROW).cpu().numpy() for batch in batches]
-        if self.recorder is None:
-            return batches, num_items
-        expected = []
-        for batch, rows in zip(batches, self.micro_batches, strict=True):
-            if "labels" not in batch:
-                raise InputError("The batches have no labels: ResonanceCallback needs a causal language model's.")
-            own = int((batch["labels"][:, 1:] != IGNORE).sum())
-            weight = access.token_weight(self.trainer, num_items, len(batches), own)
-            segments = segments_of(batch)[: len(rows)]
-            expected.append(MicroBatch(batch["input_ids"], batch["labels"], segments, weight))
-        self.recorder.expect(expected)
-        self.lengths = [np.array([each.tokens.stop - each.tokens.start for each in one.segments]) for one in expected]
-        return batches, num_items
-
-    def begin_step(self) -> None:
-        """On going on within an epoch, an iterator was made that the undisturbed run did not make: undo its draw."""
-        if self.restore_random_state and self.sampler.random_state is not None:
-            torch.set_rng_state(self.sampler.random_state)
-        self.restore_random_state = False
-
-    def before_optimizer(self) -> None:
-        """Remember the weights."""
-        if self.step_recorder is not None:
-            self.step_recorder.before()
-
-    def after_optimizer(self) -> None:
-        """Compare them."""
-        if self.step_recorder is not None:
-            self.moved = self.step_recorder.after()
-
-    def end_step(self, saving: bool) -> None:
-        """Take in what was measured and count the step."""
-        state = self.trainer.state
-        if self.recorder is not None:
-            parts = zip(self.micro_batches, self.recorder.take(), self.lengths, strict=True)
-            for rows, found, length in parts:
-                layers = found.layers if self.moved is None else self.moved[None]
-                self.pending.append(
-                    Measured(self.epoch, state.global_step, rows, found.loss, found.num_tokens, length, layers)
-                )
-        self.steps_done += 1
-        done, planned = self.steps_done * self.batching.accumulation, self.plan.micro_batches(self.epoch)
-        state.epoch = self.epoch + min(done, planned) / planned
-        self._remember()
-        if saving:
-            self.save_checkpoint()
-
-    # The end of an epoch
-
-    def end_epoch(self, control: TrainerControl) -> None:
-        """The Trainer's epoch has ended; the true one, mostly, too."""
-        finished = self.trainer.state.global_step >= self.plan.total and self.sampler.ended
-        if self.skipping or finished:  # it only skipped, or there was nothing left to do
-            self.skipping, self.sampler.prefix, self.sampler.ended = False, 0, finished
-            control.should_log = control.should_evaluate = control.should_save = False
-            return
-        if self.steps_done < self.plan.steps(self.epoch):
-            return  # training stops within an epoch
-        self._end_epoch()
-        if self.error is not None:
-            control.should_training_stop = True
-            control.should_save = self.args.save_strategy != "no"
-        self._remember()
-        if control.should_save:
-            self.save_checkpoint()
-
-    def _end_epoch(self) -> None:
-        self._score()
-        if self.epoch + 1 < self.epochs:
-            self._select(self.epoch + 1)
-        self.epoch, self.steps_done = self.epoch + 1, 0
-        self.sampler.begin(self.epoch, self._kept)
-        self.sampler.ended = self.epoch == self.epochs
-        if not self.sampler.ended and self.error is None:
-            self._replan()
-        self._write_results(self.epoch)
-        self._report(f"epoch {self.epoch} of {self.epochs}")
-
-    def _score(self) -> None:
-        self._exchange()
-        if self.filter.when == "training":
-            wanted = self.filter.correct_drift
-            self.measurements.end_epoch(self.epoch, self.random_order if wanted is None else wanted)
-        self.callback.scores = self._scores()
-
-    def _select(self, epoch: int) -> None:
-        """Decide on the rows of an epoch."""
-        assert self.callback.scores is not None
-        last = self.callback.selections[-1]
-        if epoch >= self.filter.first:
-            share = self.filter.shares(self.epochs)[epoch]
-            last = decide(self.filter, epoch, share, self.callback.scores, self.sample_ids, last)
-        self.callback.selections.append(last)
-        if not self._kept.any():
-            self.error = InputError(
-                f"Epoch {epoch + 1} would train on no row: {_most_common(last.reason)}. Choose another threshold or "
-                f"policy. The scores are in {self._folder}."
-            )
-
-    def _replan(self) -> None:
-        """Steps and learning rate for as many rows as there are now."""
-        kept, sizes, share_known = int(self._kept.sum()), list(self.plan.sizes), self.filter.has_shares
-        for epoch in range(self.epoch, self.epochs):
-            as_planned = share_known and epoch > self.epoch
-            sizes[epoch] = (
-                min(sizes[epoch], self.batching.rows if self.filter.readmit else kept) if as_planned else kept
-            )
-        before, self.plan = self.plan.total, dataclasses.replace(self.plan, sizes=sizes)
-        if self.plan.total != before:
-            self.progress = self.progress.replanned(self.trainer.state.global_step, self.plan.total)
-            access.set_total(self.trainer, self.plan.total, intervals=True)
-            self._follow_progress(begin=False)
-
-    def _follow_progress(self, begin: bool) -> None:
-        if self.progress != Progress.of(self.its_total):  # else its own schedule is right
-            access.follow_progress(self.trainer, self.progress, begin)
-
-    def _report(self, when: str) -> None:
-        """Scalars for the trackers, a line for the console."""
-        measurements, kept = self.measurements, self._kept
-        scores = measurements.score[np.isfinite(measurements.score)]
-        tokens = measurements.num_tokens
-        dropped_tokens = float(tokens[~kept].sum() / max(tokens.sum(), 1))
-        scalars = {"kept_share": float(kept.mean()), "dropped_token_share": dropped_tokens}
-        if len(scores):
-            quantiles = np.quantile(scores, [0.25, 0.5, 0.75])
-            scalars |= dict(zip(("score_q25", "score_q50", "score_q75"), map(float, quantiles), strict=True))
-        access.log(self.trainer, {f"{STATE}/{name}": value for name, value in scalars.items()})
-        if self.args.process_index == 0:
-            broken = int((measurements.ever & ~np.isfinite(measurements.score)).sum())
-            notes = f", {broken} rows have a score that is no number" if broken else ""
-            span = f"{scores.min():.4g} to {scores.max():.4g}" if len(scores) else "none"
-            tqdm.write(
-                f"resofilter: {when}: {int(kept.sum()):,} of {len(kept):,} rows stay, with {1 - dropped_tokens:.1%} of "
-                f"the tokens; scores {span}{notes}"
-            )
-
-    # What is kept where
-
-    def save_checkpoint(self) -> None:
-        """Tables beside the checkpoint of this step, before the Trainer writes its own files if that is possible."""
-        step = self.trainer.state.global_step
-        if self.saved_at == step:
-            return
-        self._exchange()
-        self.saved_at = step
-        if self.args.process_index == 0:
-            folder = access.checkpoint_folder(None, self.trainer)
-            order = np.full(self.batching.rows, -1)
-            if self.sampler.order is not None and self.steps_done:
-                order[: len(self.sampler.order)] = self.sampler.order
-            for epoch, selection in enumerate(self.callback.selections):
-                selection.save(folder / _selection_file(epoch))
-            self.measurements.save(folder, {"order": order})
-
-    def end(self) -> None:
-        """The Trainer is done."""
-        if self.epoch < self.epochs and self.steps_done:  # it stopped within an epoch
-            self._score()
-            self._write_results(self.epoch + 1)
-        self.uninstall()
-        if self.error is not None:
-            raise self.error
-
-    def _write_results(self, ended: int) -> None:
-        """The scores as they are, of the epoch that has ended (0: measured before any), and every selection."""
-        if self.args.process_index != 0 or self.callback.scores is None:
-            return
-        self.callback.scores.save(self._folder)
-        if ended:
-            self.callback.scores.save(self._folder / f"scores-epoch-{ended}.parquet")
-        for epoch, selection in enumerate(self.callback.selections):
-            if epoch >= ended or not (self._folder / _selection_file(epoch)).exists():
-                selection.save(self._folder / _selection_file(epoch))
-
-    def _exchange(self) -> None:
-        """Every process takes in what all have measured."""
-        pending, self.pending = self.pending, []
-        if self.args.world_size > 1:
-            pending = sorted(gather_object(pending), key=lambda each: each.step)
-        for each in pending:
-            self.measurements.add(each)
-
-    def _remember(self) -> None:
-        """The small part of the state, which the Trainer saves with its own."""
-        self.trainer.state.stateful_callbacks[STATE] = {
-            "settings": self._settings(),
-            "epoch": self.epoch,
-            "steps_done": self.steps_done,
-            "sizes": list(self.plan.sizes),
-            "scheduled": self.progress.scheduled,
-            "knots": [list(knot) for knot in self.progress.knots],
-            "provenance": self.provenance.to_json(),
-        }
-
-    def _settings(self) -> dict[str, Any]:
-        """What must be the same for a run to go on."""
-        settings = {
-            **self.filter.to_json(),
-            **dataclasses.asdict(self.config),
-            "update": OPTIMIZER if self.callback.by_optimizer else self.config.update,
-            **dataclasses.asdict(self.batching),
-            "epochs": self.plan.epochs,
-            "max_steps": self.plan.max_steps,
-            "seed": self.args.seed,
-            "data_seed": self.args.data_seed,
-        }
-        return json.loads(json.dumps(settings))
-
-    # Small things
-
-    @property
-    def _folder(self) -> Path:
-        return Path(str(self.args.output_dir)) / STATE
-
-    @property
-    def _kept(self) -> np.ndarray:
-        """(N,) bool, of the rows that can be trained on."""
-        return self.callback.selections[-1].keep[self.sample_ids]
-
-    def _all_rows(self) -> Selection:
-        reason = [access.dropped_reason(self.args)] * self.user_rows
-        for row in self.sample_ids:
-            reason[row] = KEPT
-        keep = np.array([why == KEPT for why in reason])
-        return Selection(keep, reason, {**self.filter.to_json(), "epoch": 0}, self.provenance.to_json())
-
-    def _scores(self) -> ScoreTable:
-        reasons: list[str | None] = [access.dropped_reason(self.args)] * self.user_rows
-        for row, measured in zip(self.sample_ids, self.measurements.ever, strict=True):
-            reasons[row] = None if measured else "not measured yet"
-        return self.measurements.to_scores(self.sample_ids, reasons, self.provenance)
-
-    def _layers(self) -> list[int]:
-        found = find_up_projections(self.trainer.model, self.config.n_layers, self.config.up_projection)
-        return sorted({each.layer for each in found})
-
-    def _recorders(self) -> tuple[TrainingRecorder | None, StepRecorder | None]:
-        model: Any = self.trainer.model
-        if self.filter.when == "before":
-            return None, None
-        if not self.callback.by_optimizer:
-            return TrainingRecorder(model, self.config), None
-        batching = self.batching
-        size = batching.per_micro_batch * batching.accumulation
-        if size != 1:
-            raise InputError(
-                f"update='optimizer' sees one change for a whole update, and yours has {size} samples (batch "
-                f"{batching.per_process} x accumulation {batching.accumulation} x processes {batching.processes}). "
-                "Make it 1, or use update='adamw'."
-            )
-        return TrainingRecorder(model, None), StepRecorder(model, self.config)
-
-
-def _selection_file(epoch: int) -> str:
-    return f"selection-epoch-{epoch + 1}.parquet"
-
-
-def _most_common(reasons: Sequence[str]) -> str:
-    reason, count = Counter(reasons).most_common(1)[0]
-    return f"{count} of {len(reasons)} rows have '{reason}'"

@@ -57,7 +57,7 @@ class Recorder:
         for each in up_projections:
             self._modules.setdefault(each.module, []).append(each)
             self._entries[self._column(each)] += each.up(each.parameter).numel()
-        self._calls: dict[nn.Module, Call] | None = None
+        self._calls: dict[nn.Module, tuple[Call, Tensor]] | None = None
         self._stack = contextlib.ExitStack()
 
     def __enter__(self) -> Recorder:
@@ -79,7 +79,7 @@ class Recorder:
         """Measure a batch: `input_ids`, `attention_mask` and `labels`, each (B, T), padded on either side."""
         with torch.enable_grad(), own_precision(self.model):
             losses, calls = self._forward(batch)
-            outputs = [call.output for call in calls.values()]
+            outputs = [output for _, output in calls.values()]
             gradients = torch.autograd.grad(losses.sum(), outputs, allow_unused=True)
             b_of = dict(zip(calls, gradients, strict=True))
             segments, sums = segments_of(batch), np.zeros((len(losses), len(self._entries)))
@@ -89,7 +89,7 @@ class Recorder:
                     column += sum(unchanged_sum(each.up(each.parameter), self.config) for each in up_projections)
                 else:
                     column += (
-                        call_sums(calls[module], b_of[module], batch["input_ids"].shape, segments, self.config)
+                        call_sums(calls[module][0], b_of[module], batch["input_ids"].shape, segments, self.config)
                         .cpu()
                         .numpy()
                     )
@@ -99,8 +99,8 @@ class Recorder:
             layers=size_of_change(sums, self._entries, self.config),
         )
 
-    def _forward(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, dict[nn.Module, Call]]:
-        calls: dict[nn.Module, Call] = {}
+    def _forward(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, dict[nn.Module, tuple[Call, Tensor]]]:
+        calls: dict[nn.Module, tuple[Call, Tensor]] = {}
         self._calls = calls
         try:
             losses = sample_losses(self.model, batch)
@@ -126,7 +126,7 @@ class Recorder:
         output = output[0] if isinstance(output, tuple) else output
         if not output.requires_grad:
             output.requires_grad_()
-        self._calls[module] = Call(up_projections, args, kwargs, output)
+        self._calls[module] = Call(up_projections, args, kwargs), output
 
     def _column(self, each: UpProjection) -> int:
         return self.layer_indices.index(each.layer)
@@ -134,12 +134,11 @@ class Recorder:
 
 @dataclass(frozen=True)
 class Call:
-    """One call of a hooked module: the up-projections in it, what went in and what came out."""
+    """One call of a hooked module: the up-projections in it, and what went in."""
 
     up_projections: Sequence[UpProjection]
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
-    output: Tensor
 
 
 def call_sums(

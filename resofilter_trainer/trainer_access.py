@@ -71,7 +71,8 @@ def check_trainer(trainer: Trainer, train_dataloader: Any) -> None:
 def batching_of(trainer: Trainer, train_dataloader: Any) -> Batching:
     """How this trainer makes updates of rows. Raises InputError for a dataset that fills no batch."""
     args, processes = trainer.args, trainer.args.world_size
-    per_process = args.train_batch_size // (processes if args.accelerator_config.split_batches else 1)
+    batch_size = trainer._train_batch_size  # that of args, unless auto_find_batch_size has lowered it
+    per_process = batch_size // (processes if args.accelerator_config.split_batches else 1)
     rows, drop_last = len(train_dataloader.dataset), args.dataloader_drop_last
     if drop_last and rows < per_process * processes:
         raise InputError(f"{rows} rows fill no batch of {per_process * processes}: leave out dataloader_drop_last.")

@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -55,14 +55,14 @@ class MicroBatch:
     sums: dict[nn.Module, Tensor] = field(default_factory=dict)
     losses: Tensor | None = None
 
-    @property
+    @cached_property
     def num_tokens(self) -> Tensor:
         """(N,) learnt tokens of each sample."""
         learnt = self.labels != IGNORE
         learnt[:, 0] = False
         return torch.stack([learnt[each.row, each.tokens].sum() for each in self.segments])
 
-    @property
+    @cached_property
     def scales(self) -> Tensor:
         """(N,) from a sample's part of the loss to its own mean loss."""
         return 1 / (self.token_weight * self.num_tokens.clamp(min=1))
@@ -167,7 +167,7 @@ class TrainingRecorder:
             output.requires_grad_()
         self._called.add(self._running)
         autocast = torch.is_autocast_enabled(output.device.type), torch.get_autocast_dtype(output.device.type)
-        call = Call(self._modules[module], args, kwargs, output.detach())
+        call = Call(self._modules[module], args, kwargs)
         output.register_hook(partial(self._measure, self._running, call, autocast))
 
     def _measure(self, batch: MicroBatch, call: Call, autocast: tuple[bool, torch.dtype], b: Tensor) -> None:

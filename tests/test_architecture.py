@@ -39,6 +39,7 @@ ORDER = [
     "scoring",
     "evaluation",
     "trainer_access",
+    "training_run",
     "callback",
     "demo",
     "cli",

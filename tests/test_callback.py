@@ -29,7 +29,7 @@ from resofilter_trainer import (
     Selection,
     score_dataset,
 )
-from resofilter_trainer.callback import STATE
+from resofilter_trainer.training_run import STATE
 
 EVERYTHING_STAYS = {
     "plain": {},
@@ -603,3 +603,81 @@ def test_a_dataset_smaller_than_one_update(tmp_path, tokenizer):
     outcome = train(tmp_path, tokenizer, ResonanceCallback(keep=0.5), dataset=rows(5), gradient_accumulation_steps=8)
     assert [selection.keep.sum() for selection in outcome.callback.selections] == [5, 3, 3]
     assert outcome.trainer.state.global_step == 3
+
+
+def test_begun_anew_with_a_smaller_batch(tmp_path, tokenizer):
+    class OutOfMemory(TrainerCallback):
+        armed = True
+
+        def on_step_end(self, args, state, control, **kwargs):
+            if self.armed and state.global_step == 3:
+                self.armed = False
+                raise RuntimeError("CUDA out of memory.")
+
+    callback = ResonanceCallback(keep=0.5)
+    trainer = SFTTrainer(
+        model=llama(len(tokenizer)),
+        args=arguments(tmp_path, per_device_train_batch_size=4, auto_find_batch_size=True),
+        train_dataset=rows(20),
+        processing_class=tokenizer,
+        callbacks=[callback, OutOfMemory()],
+    )
+    trainer.train()
+    assert [selection.keep.sum() for selection in callback.selections] == [20, 10, 10]
+    assert trainer.state.global_step == math.ceil(20 / 3) + 2 * math.ceil(10 / 3)
+    assert callback.scores.scored.all()
+
+
+def test_a_callback_and_a_trainer_can_be_used_again(tmp_path, tokenizer):
+    callback = ResonanceCallback(keep=0.5)
+    first = train(tmp_path, tokenizer, callback)
+    scores = callback.scores
+    train(tmp_path / "other", tokenizer, callback)
+    assert callback.scores.table.equals(scores.table)
+    first.trainer.train()
+    assert not callback.scores.table.equals(scores.table)  # the weights went on
+    assert len(callback.selections) == 3
+
+
+def test_stopped_within_an_epoch_the_scores_so_far_are_there(tmp_path, tokenizer):
+    class Stop(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            control.should_training_stop = state.global_step == 5
+
+    callback = ResonanceCallback(keep=0.5)
+    trainer = SFTTrainer(
+        model=llama(len(tokenizer)),
+        args=arguments(tmp_path),
+        train_dataset=rows(20),
+        processing_class=tokenizer,
+        callbacks=[callback, Stop()],
+    )
+    trainer.train()
+    assert trainer.state.global_step == 5
+    assert callback.scores.scored.sum() == 10
+    assert set(callback.scores.reasons) == {None, "not measured yet"}
+    assert ScoreTable.load(tmp_path / STATE).table.equals(callback.scores.table)
+
+
+def test_workers_that_persist_see_the_rows_that_are_kept(tmp_path, tokenizer):
+    settings = {"dataloader_num_workers": 2, "dataloader_persistent_workers": True, "eval_strategy": "epoch"}
+    persistent = train(tmp_path, tokenizer, ResonanceCallback(keep=0.5), evaluate=True, **settings)
+    without = train(tmp_path, tokenizer, ResonanceCallback(keep=0.5), evaluate=True, eval_strategy="epoch")
+    assert list(persistent.seen) == list(without.seen)
+    assert_same_weights(persistent, without)
+
+
+def test_padding_free_batches_that_are_padded_to_a_multiple(tmp_path, tokenizer):
+    settings = {"padding_free": True, "max_length": None, "pad_to_multiple_of": 16, "gradient_accumulation_steps": 3}
+    outcome = still(tmp_path, tokenizer, UPDATES["adamw"], **settings)
+    assert_close(outcome.callback.scores, recorded(outcome, UPDATES["adamw"]))
+    shrunk = train(tmp_path, tokenizer, ResonanceCallback(keep=0.3), **settings)
+    assert shrunk.trainer.state.global_step == 4 + 2 + 2
+
+
+def test_a_mean_of_means_is_undone(tmp_path, tokenizer):
+    """A model whose forward takes no number of items: each micro-batch's loss is its own mean."""
+    model = llama(len(tokenizer))
+    model.accepts_loss_kwargs = False
+    outcome = still(tmp_path, tokenizer, UPDATES["adamw"], model=model, gradient_accumulation_steps=2)
+    assert_close(outcome.callback.scores, recorded(outcome, UPDATES["adamw"]))

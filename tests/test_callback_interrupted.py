@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from training import rows, train
 
 from resofilter_trainer import ResonanceCallback, ScoreTable, Selection
-from resofilter_trainer.callback import STATE
+from resofilter_trainer.training_run import STATE
 
 KILLS = 20
 

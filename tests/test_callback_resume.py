@@ -42,7 +42,12 @@ def run(name: str, output: Path, tokenizer, **changes) -> Outcome:
     return train(output, tokenizer, make(**settings), **arguments)
 
 
-@pytest.mark.parametrize("name", CASES)
+FAST = ("plain", "ragged accumulation", "threshold", "max_steps")
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in CASES]
+)
 def test_the_end_is_the_same_from_every_checkpoint(name, tmp_path, tokenizer):
     whole = run(name, tmp_path, tokenizer, save_strategy="steps", save_steps=1)
     assert any(not selection.keep.all() for selection in whole.callback.selections)

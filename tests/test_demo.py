@@ -66,3 +66,19 @@ def test_the_whole_demo_leaves_what_it_says_and_repeats_itself(tmp_path, every_c
     assert rows["oracle"]["wrong_share"] == 0
     assert rows["kept"]["accuracy"] > rows["random"]["accuracy"]
     assert set(results["auroc"]) == {"resonance", "loss", "length"}
+
+
+@pytest.mark.slow
+def test_the_demo_in_one_run(tmp_path, every_core) -> None:
+    main(["demo", "--mode", "callback", "--output", str(tmp_path)])
+    results = json.loads((tmp_path / "results.json").read_text())
+    rows = {row["name"]: row for row in results["rows"]}
+    assert [row["rows"] for row in rows.values()] == [[2000, 2000], [2000, 1000], [2000, 1000], [1000, 1000]]
+    assert rows["training"]["wrong_share"] < 0.2 < 0.35 < rows["random"]["wrong_share"]
+    assert rows["before"]["wrong_share"] <= 0.1
+    measured, corrected = (np.array(results["drop_rate_by_moment"][name]) for name in ("measured", "corrected"))
+    assert np.ptp(measured) > 0.3  # dropping depends on when a row was measured
+    assert np.ptp(corrected) < 0.15
+    same = results["same_decision_as_before"]
+    assert same["corrected"] > same["measured"] > 0.65
+    assert results["rank_correlation_with_before"]["corrected"] > 0.6

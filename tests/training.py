@@ -15,7 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase,
 from trl import SFTConfig, SFTTrainer
 
 from resofilter_trainer import ResonanceCallback
-from resofilter_trainer.callback import STATE
+from resofilter_trainer.training_run import STATE
 
 UNSTABLE = ("runtime", "per_second", "num_tokens")  # log entries that depend on the clock, or that TRL restarts
 

@@ -16,11 +16,12 @@ from pathlib import Path
 import numpy as np
 from datasets import Dataset
 
-from ..callback import STATE, ResonanceCallback
+from ..callback import ResonanceCallback
 from ..comparison import auroc, rank_correlation
 from ..drift import drop_rate_by_moment
 from ..scores import ScoreTable
 from ..selection import KEPT, Selection, drop_share
+from ..training_run import STATE
 from .problems import make_problems
 from .run import HELD_OUT, HELD_OUT_SEED, KEEP, ROWS, WRONG_SHARE, train_with, training_arguments
 
