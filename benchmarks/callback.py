@@ -3,8 +3,13 @@
     python benchmarks/callback.py --json callback.json
 
 The model is a 30-layer Llama shape of 135M parameters with random weights, trained by SFTTrainer on rows of GSM8K's
-lengths and random tokens, in a fixed order. Every run is a process of its own; runs with and without the callback
-alternate, and each step is compared with the same step of the run beside it. Only ratios mean anything.
+lengths and random tokens, in a fixed order. Two ways, because the machine's noise is larger than the difference:
+
+- memory, and time of whole runs: every run is a process of its own; runs with and without the callback alternate, and
+  each step is compared with the same step of the run beside it;
+- time of pairs: within one run every batch comes twice, measured once and left alone once, in alternating order.
+
+Only ratios mean anything.
 """
 
 from __future__ import annotations
@@ -31,18 +36,44 @@ from resofilter_trainer import ResonanceCallback
 
 
 class Clock(TrainerCallback):
-    """Seconds of every step, from its first forward to the end of its optimizer step."""
+    """Seconds of every step but the first, from the end of one to the end of the next: loading, too."""
 
     def __init__(self) -> None:
         self.seconds: list[float] = []
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """The rows are there."""
-        self._begun = time.perf_counter()
+        self._ended: float | None = None
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """The weights have moved, and what was measured is taken in."""
-        self.seconds.append(time.perf_counter() - self._begun)
+        now = time.perf_counter()
+        if self._ended is not None:
+            self.seconds.append(now - self._ended)
+        self._ended = now
+
+
+class Toggle(Clock):
+    """Every batch comes twice in a row: measures it the first time, the second, the second, the first, and so on."""
+
+    def __init__(self, callback: ResonanceCallback) -> None:
+        super().__init__()
+        self._callback = callback
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """The callback has attached its recorder."""
+        self._recorder = self._callback._running.recorder
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Attach or detach it for the next step."""
+        super().on_step_end(args, state, control, **kwargs)
+        run = self._callback._running
+        wanted, recorder = measures(state.global_step), self._recorder
+        if recorder is not None and wanted != (run.recorder is not None):
+            run.recorder = recorder if wanted else None
+            recorder.attach() if wanted else recorder.detach()
+
+
+def measures(step: int) -> bool:
+    """Whether a step, counted from 0, is measured: 1, 0, 0, 1, 1, 0, 0, 1, ..."""
+    return step % 4 in (0, 3)
 
 
 def main() -> None:
@@ -50,9 +81,11 @@ def main() -> None:
     if not args.gsm8k.exists():
         sys.exit(f"skipped: there is no GSM8K at '{args.gsm8k}' to take the lengths from; pass --gsm8k train.jsonl")
     if args.run:
-        print(json.dumps(run(args, args.run == "with")))
+        print(json.dumps(run(args, args.run)))
         return
-    found: dict[str, list[dict[str, Any]]] = {"without": [], "with": []}
+    found: dict[str, list[dict[str, Any]]] = {"without": [], "with": [], "paired": []}
+    for _ in range(args.paired_rounds):
+        found["paired"].append(in_a_process("paired"))
     for round_ in range(args.rounds):
         for kind in ("without", "with") if round_ % 2 == 0 else ("with", "without"):
             found[kind].append(in_a_process(kind))
@@ -61,13 +94,17 @@ def main() -> None:
         args.json.write_text(json.dumps(found, indent=2) + "\n")
 
 
-def run(args: argparse.Namespace, with_callback: bool) -> dict[str, Any]:
-    """One training; the first step, which allocates, is left out."""
+def run(args: argparse.Namespace, kind: str) -> dict[str, Any]:
+    """One training; the first step, which allocates, is left out, of pairs the first pair."""
     torch.set_num_threads(args.threads)
     model = build_model()
     samples = make_samples(args.gsm8k, args.steps * args.batch_size, model.config.vocab_size)
     rows = [{name: tensor.tolist() for name, tensor in sample.items()} for sample in samples]
-    clock = Clock()
+    if kind == "paired":
+        batches = [rows[i : i + args.batch_size] for i in range(0, len(rows), args.batch_size)]
+        rows = [row for batch in batches for _ in range(2) for row in batch]
+    callbacks = [ResonanceCallback()] if kind != "without" else []
+    clock = Toggle(callbacks[0]) if kind == "paired" else Clock()
     with tempfile.TemporaryDirectory() as folder:
         config = SFTConfig(
             output_dir=folder,
@@ -87,10 +124,13 @@ def run(args: argparse.Namespace, with_callback: bool) -> dict[str, Any]:
             args=config,
             train_dataset=Dataset.from_list(rows),
             processing_class=_tokenizer(),
-            callbacks=[*([ResonanceCallback()] if with_callback else []), clock],
+            callbacks=[*callbacks, clock],
         )
         trainer.train()
-    return {"seconds": clock.seconds[1:], "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}
+    return {
+        "seconds": clock.seconds[1:] if kind == "paired" else clock.seconds,
+        "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+    }
 
 
 def in_a_process(kind: str) -> dict[str, Any]:
@@ -102,23 +142,28 @@ def in_a_process(kind: str) -> dict[str, Any]:
 
 
 def report(found: dict[str, list[dict[str, Any]]], args: argparse.Namespace) -> None:
-    pairs = [
-        one / other
-        for with_, without in zip(found["with"], found["without"], strict=True)
-        for one, other in zip(with_["seconds"], without["seconds"], strict=True)
-    ]
-    totals = [
-        sum(with_["seconds"]) / sum(without["seconds"])
-        for with_, without in zip(found["with"], found["without"], strict=True)
-    ]
+    pairs = [ratio for each in found["paired"] for ratio in pair_ratios(each["seconds"])]
+    print(f"step time with over without, {len(pairs)} pairs: median {statistics.median(pairs):.3f}", end="")
+    print(f", quartiles {', '.join(f'{each:.3f}' for each in statistics.quantiles(pairs, n=4)[::2])}")
+    runs = list(zip(found["with"], found["without"], strict=True))
+    if not runs:
+        return
+    steps = [one / other for a, b in runs for one, other in zip(a["seconds"], b["seconds"], strict=True)]
+    totals = [sum(a["seconds"]) / sum(b["seconds"]) for a, b in runs]
+    found = {kind: found[kind] for kind in ("without", "with")}
     memory = {kind: statistics.median(each["peak_mb"] for each in runs) for kind, runs in found.items()}
     seconds = {kind: statistics.median(s for each in runs for s in each["seconds"]) for kind, runs in found.items()}
-    print(f"batch {args.batch_size}, {args.rounds} rounds of {args.steps - 1} steps, bf16 {args.bf16}")
     for kind in found:
         print(f"{kind:8} {seconds[kind]:7.3f} s a step (median), peak memory {memory[kind]:7.0f} MB")
-    print(f"step time with over without: median of the pairs {statistics.median(pairs):.3f}, ", end="")
+    print(f"step time with over without, runs: median of the steps {statistics.median(steps):.3f}, ", end="")
     print(f"of the rounds {', '.join(f'{total:.3f}' for total in totals)}")
     print(f"peak memory with over without: {memory['with'] / memory['without']:.3f}")
+
+
+def pair_ratios(seconds: list[float]) -> list[float]:
+    """The measured step of each pair over the one that was left alone; two steps were left out before them."""
+    firsts = range(0, len(seconds) - 1, 2)
+    return [seconds[i] / seconds[i + 1] if measures(i + 2) else seconds[i + 1] / seconds[i] for i in firsts]
 
 
 def _tokenizer() -> PreTrainedTokenizerFast:
@@ -133,12 +178,13 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=9)
     parser.add_argument("--batch_size", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--paired_rounds", type=int, default=2)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--bf16", action="store_true")
     parser.add_argument("--checkpointing", action="store_true")
     parser.add_argument("--gsm8k", type=Path, default=GSM8K)
     parser.add_argument("--json", type=Path, help="write all seconds and memory here")
-    parser.add_argument("--run", choices=["with", "without"], help=argparse.SUPPRESS)
+    parser.add_argument("--run", choices=["with", "without", "paired"], help=argparse.SUPPRESS)
     return parser.parse_args()
 
 

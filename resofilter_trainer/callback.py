@@ -17,9 +17,10 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from . import trainer_access as access
 from .config import InputError, ResonanceConfig, Update, one_of
 from .filtering import FilterConfig, Policy, When
+from .results import Results
 from .scores import ScoreTable
 from .selection import DataSelector, Selection
-from .training_run import OPTIMIZER, Results, Run
+from .training_run import OPTIMIZER, Run
 
 
 class ResonanceCallback(TrainerCallback):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import json
 import numbers
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -43,7 +44,8 @@ class FilterConfig:
         start_epoch: the first epoch, counted from 0, that trains on fewer rows. 1, or 0 with `when="before"`.
         readmit: whether dropped rows are ranked again, by their last score; otherwise they stay dropped.
         correct_drift: whether the change of the model during an epoch is taken out of its scores (see `drift`). None:
-            where the order of the rows is random, which is the condition for it.
+            where the order of the rows is random, which is the condition for it. It is the score that is corrected;
+            `DataSelector(by="loss")` ranks losses as they were measured.
     """
 
     keep: float | Sequence[float] | DataSelector | None = None
@@ -135,8 +137,9 @@ class FilterConfig:
         """For people, and to compare a run with the one it goes on with."""
         found = {each.name: getattr(self, each.name) for each in dataclasses.fields(self)}
         found["keep"] = dataclasses.asdict(self.keep) if isinstance(self.keep, DataSelector) else self.keep
-        found["selector"] = None if self.selector is None else repr(self.selector)
-        return found
+        found["selector"] = None if self.selector is None else _described(self.selector)
+        plain: dict[str, Any] = json.loads(json.dumps(found, default=float))  # numbers and lists of Python's own
+        return plain
 
 
 def decide(
@@ -153,8 +156,8 @@ def decide(
         last: what the epoch before trained on.
 
     Returns:
-        Of all rows of the user's dataset. A row without a measurement stays. Of those that go, the rows whose score is
-        not a number go first; where none has to go, they stay too.
+        Of all rows of the user's dataset. A row without a measurement stays. A row whose score is not a number goes: by
+        a policy always, by a share first of all, but no more rows than the share says.
     """
     candidates = rows if config.readmit else rows[last.keep[rows]]
     by = config.policy.by if isinstance(config.policy, DataSelector) else "score"
@@ -178,6 +181,12 @@ def decide(
     for row in candidates:
         reason[row] = KEPT if keep[row] else f"{why.get(row, f'{by} is {values[row]}')}{when}"
     return Selection(keep, reason, {**config.to_json(), "epoch": epoch}, scores.provenance.to_json())
+
+
+def _described(policy: Policy) -> dict[str, Any]:
+    """What can be compared between two runs: the class, and the settings where it is a dataclass."""
+    settings: dict[str, Any] = dataclasses.asdict(policy) if dataclasses.is_dataclass(policy) else {}
+    return {"policy": type(policy).__qualname__, **settings}
 
 
 def _share_reason(policy: DataSelector, share: float) -> str:

@@ -1,10 +1,6 @@
 """How many rows, micro-batches and steps each epoch has when rows become fewer. Arithmetic: knows no data, no Trainer.
 
-    rows of an epoch -> slots -> micro-batches of every process -> updates of `accumulation` micro-batches
-
-The Trainer counts once, for the whole dataset, and steps its optimizer after every `accumulation` micro-batches, or
-after the last one of a *full* epoch. So an epoch on fewer rows must end where an update ends. Its last update is
-filled up with filler slots, whose labels are masked: they have no loss, no token and no gradient.
+rows of an epoch -> slots -> micro-batches of every process -> updates of `accumulation` micro-batches
 """
 
 from __future__ import annotations
@@ -41,45 +37,38 @@ class Batching:
         return self.per_process * self.processes
 
     def micro_batches(self, rows: int) -> int:
-        """Micro-batches of an epoch on `rows` of the rows."""
-        full = self._needed(self.rows)
-        if rows == self.rows:
-            return full
-        steps = math.ceil(self._needed(rows) / self.accumulation)
-        return min(steps * self.accumulation, full)  # as many updates as a full epoch: ends where that one ends
+        """Micro-batches of an epoch on so many rows; the last may be smaller."""
+        return rows // self.per_micro_batch if self.drop_last else math.ceil(rows / self.per_micro_batch)
 
     def steps(self, rows: int) -> int:
-        """Updates of an epoch on `rows` of the rows."""
+        """Updates of an epoch on so many rows; the last may have fewer micro-batches."""
         return math.ceil(self.micro_batches(rows) / self.accumulation)
 
     def slots(self, order: np.ndarray) -> np.ndarray:
         """An epoch's rows as its batches take them.
 
+        Several processes need batches of one size. On all rows, the first are repeated, as accelerate does it. On fewer
+        rows, fillers take their place, whose labels are masked: they have no loss, no token and no gradient, so that
+        the update is that of one process.
+
         Args:
-            order: (K,) rows in the order of the epoch; all of them are left as they are.
+            order: (K,) rows in the order of the epoch.
 
         Returns:
-            (S,) rows, or `~row` for a filler that looks like that row. The rows of the last update are spread over
-            its micro-batches, so that none is made of fillers alone where there are rows enough.
+            (S,) rows, or `~row` for a filler that looks like that row.
         """
-        if len(order) == self.rows:
+        if self.processes == 1 or self.drop_last:
             return order
-        total = self.micro_batches(len(order))
-        whole = (self.steps(len(order)) - 1) * self.accumulation * self.per_micro_batch
-        if self.drop_last:
-            order = order[: self._needed(len(order)) * self.per_micro_batch]
-        rest = order[whole:]
-        chunks = total * self.processes - whole // self.per_process
-        if self.processes == 1 and not self.drop_last and math.ceil(len(rest) / self.per_process) == chunks:
-            return order  # the last micro-batch is smaller, as the last of any epoch may be
-        filled = np.full((chunks, self.per_process), ~order[0])
-        for chunk, rows in enumerate(np.array_split(rest, chunks)):
-            filled[chunk, : len(rows)] = rows
+        size = self.per_micro_batch
+        if len(order) == self.rows:
+            return np.resize(order, self.micro_batches(len(order)) * size)
+        whole = len(order) // size * size
+        if whole == len(order):
+            return order
+        filled = np.full((self.processes, self.per_process), ~order[0])
+        for process, rows in enumerate(np.array_split(order[whole:], self.processes)):
+            filled[process, : len(rows)] = rows
         return np.concatenate([order[:whole], filled.ravel()])
-
-    def _needed(self, rows: int) -> int:
-        whole, left = divmod(rows, self.per_micro_batch)
-        return max(1, whole) if self.drop_last and rows != self.rows else whole + bool(left and not self.drop_last)
 
 
 @dataclass(frozen=True)

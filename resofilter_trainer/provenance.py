@@ -63,7 +63,7 @@ def describe_training(
     trainer: Trainer,
     rows: int,
     config: ResonanceConfig,
-    filtering: Mapping[str, Any],
+    settings: Mapping[str, Any],
 ) -> Provenance:
     """The provenance of scores that are measured while this trainer trains, from its weights as they are now.
 
@@ -71,10 +71,10 @@ def describe_training(
         trainer: about to begin.
         rows: rows in the user's dataset.
         config: which step is measured and how.
-        filtering: what is dropped and when; scores depend on it from the second epoch on.
+        settings: what must be the same for a run to go on: what is dropped and when, batches, seeds, the dataset's
+            fingerprint. Scores depend on all of it from the second epoch on.
     """
     args, model, tokenizer = trainer.args, cast(Any, trainer.model), trainer.processing_class
-    dataset = trainer.train_dataset
     known = isinstance(tokenizer, PreTrainedTokenizerBase)
     preparation = {
         "max_length": getattr(args, "max_length", None),
@@ -84,14 +84,14 @@ def describe_training(
         "attention": model.config._attn_implementation,
         "dtype": str(model.dtype).removeprefix("torch."),
         "autocast": "bfloat16" if args.bf16 else None,
-        "filtering": dict(filtering),
+        "run": dict(settings),
     }
     return Provenance(
         model=str(model.config.name_or_path or type(model).__name__),
         weights=hash_weights(model),
         tokenizer=hash_tokenizer(tokenizer) if known else "",
         template=_hash_text(str(getattr(tokenizer, "chat_template", None) or "")),
-        dataset=_fingerprint(dataset) if isinstance(dataset, Dataset) else "",
+        dataset=str(settings["dataset"]),
         rows=rows,
         config=dataclasses.asdict(config),
         preparation=preparation,
@@ -99,7 +99,10 @@ def describe_training(
     )
 
 
-def _fingerprint(dataset: Dataset) -> str:
+def fingerprint(dataset: Any) -> str:
+    """Of the tokens that a trainer holds, or of all columns; empty for what is no `datasets.Dataset`."""
+    if not isinstance(dataset, Dataset):
+        return ""
     if {"input_ids", "labels"} <= set(dataset.column_names):
         return survey(dataset.select_columns(["input_ids", "labels"]))[3]
     return hash_rows(dataset)

@@ -28,6 +28,11 @@ class IndexedRows(Dataset):
     def __init__(self, dataset: Any) -> None:
         self.dataset = dataset
 
+    def __getattr__(self, name: str) -> Any:
+        if name == "dataset":  # not there yet, while it is unpickled in a worker
+            raise AttributeError(name)
+        return getattr(self.dataset, name)  # set_epoch, column_names and the like
+
     def __len__(self) -> int:
         return len(self.dataset)
 
@@ -113,7 +118,13 @@ class ShrinkingSampler(Sampler[int]):
         if hasattr(self.inner, "set_epoch"):
             self.inner.set_epoch(epoch)
         order = np.fromiter(self.inner, dtype=np.int64)
-        return order[self.kept[order]]
+        order = order[self.kept[order]]
+        if len(order) != self.kept.sum() or len(np.unique(order)) != len(order):
+            raise InputError(
+                f"The trainer's {type(self.inner).__name__} repeats rows or leaves some out: which epoch a row belongs "
+                "to is not known. Use train_sampling_strategy='random', 'sequential' or 'group_by_length'."
+            )
+        return order
 
 
 def _mapping(example: Any) -> Mapping[str, Any]:

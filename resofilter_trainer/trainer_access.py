@@ -22,6 +22,7 @@ from transformers.trainer_callback import ProgressCallback
 from trl import SFTConfig, SFTTrainer
 
 from .config import InputError
+from .losses import IGNORE
 from .plan import Batching, Progress
 
 
@@ -59,6 +60,9 @@ def check_trainer(trainer: Trainer, train_dataloader: Any) -> None:
         (accelerator.distributed_type == DistributedType.FSDP, "FSDP, which shards weights and gradients", sharded),
         (accelerator.distributed_type == DistributedType.DEEPSPEED, "DeepSpeed", sharded),
         (accelerator.parallelism_config is not None, "parallelism within a sample", "Leave parallelism_config unset"),
+        (args.device.type == "mps", "Apple's GPU, which has no float64", "Pass use_cpu=True"),
+        (cast(Any, trainer.model).dtype == torch.float16, "float16 weights", "Load the model in float32 or bfloat16"),
+        (_averages_averages(trainer), "accumulation, where each batch's loss is its own mean", "Accumulate 1 batch"),
         (_learns_prompts(trainer.model), "prompt learning, which adds tokens", "Use LoRA, or train all weights"),
     ]
     for refused, what, remedy in refusals:
@@ -79,6 +83,12 @@ def batching_of(trainer: Trainer, train_dataloader: Any) -> Batching:
     return Batching(rows, per_process, processes, args.gradient_accumulation_steps, drop_last)
 
 
+def sampler_of(train_dataloader: Any) -> Any:
+    """The trainer's own sampler; of several processes each has a shard of its batches."""
+    batch_sampler = train_dataloader.batch_sampler
+    return getattr(batch_sampler, "batch_sampler", batch_sampler).sampler
+
+
 def user_rows(trainer: Trainer) -> tuple[np.ndarray, int]:
     """The place, in the dataset that the user passed, of each row that is trained on, and the number of its rows.
 
@@ -90,8 +100,9 @@ def user_rows(trainer: Trainer) -> tuple[np.ndarray, int]:
     rows = np.arange(len(dataset))
     if not isinstance(trainer, SFTTrainer) or not isinstance(dataset, Dataset):
         return rows, len(rows)
-    prepared = not (args.dataset_kwargs or {}).get("skip_prepare_dataset", False)
-    if prepared and args.max_length is not None:
+    if trainer._skip_prepare_dataset:
+        return rows, len(rows)
+    if args.max_length is not None:
         listed = dataset._indices
         return (rows if listed is None else listed.column(0).to_numpy()), dataset.data.num_rows
     if args.shuffle_dataset:
@@ -104,16 +115,16 @@ def dropped_reason(args: TrainingArguments) -> str:
     return f"no token to learn within max_length {getattr(args, 'max_length', None)}"
 
 
-def token_weight(trainer: Trainer, num_items: Any, micro_batches: int, own_tokens: int) -> Any:
+def token_weight(trainer: Trainer, num_items: Any, batch: Any, micro_batches: int) -> Any:
     """What the loss of a micro-batch multiplies each token's own loss by.
 
     Args:
         num_items: learnt tokens of the whole update, as the Trainer counts them; None where it does not.
+        batch: the micro-batch.
         micro_batches: how many the update has.
-        own_tokens: learnt tokens of this micro-batch.
     """
     if num_items is None or trainer.loss_is_scaled_for_ga is False:  # a mean of means
-        return 1 / (max(own_tokens, 1) * micro_batches)
+        return 1 / ((batch["labels"][:, 1:] != IGNORE).sum().clamp(min=1) * micro_batches)
     return (trainer.accelerator.num_processes if trainer.args.average_tokens_across_devices else 1) / num_items
 
 
@@ -157,6 +168,11 @@ def set_total(trainer: Trainer, total: int, intervals: bool) -> None:
             bar.refresh()
 
 
+def masked_copy(batch: Any) -> Any:
+    """A micro-batch like another that has nothing to learn."""
+    return {**batch, "labels": torch.full_like(batch["labels"], IGNORE)}
+
+
 def log(trainer: Trainer, scalars: dict[str, float]) -> None:
     """Through the trainer's history and trackers; what else is due to be logged stays due."""
     due = trainer.control.should_log
@@ -176,6 +192,11 @@ def _at_pace(schedule: Any, progress: Progress, step: int) -> float:
 
 def _is_packed(args: Any, dataset: Any) -> bool:
     return bool(getattr(args, "packing", False)) or "seq_lengths" in (getattr(dataset, "column_names", None) or ())
+
+
+def _averages_averages(trainer: Trainer) -> bool:
+    """Whether the model takes no number of items: an update that is filled up would weigh its rows less."""
+    return trainer.args.gradient_accumulation_steps > 1 and not trainer.model_accepts_loss_kwargs
 
 
 def _learns_prompts(model: Any) -> bool:

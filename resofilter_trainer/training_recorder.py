@@ -32,8 +32,8 @@ from .up_projection import UpProjection, find_up_projections
 from .updates import size_of_change, unchanged_sum
 
 NOTHING_RECORDED = (
-    "A training step went by without a measurement: the forward pass called no up-projection, or no gradient came "
-    "back to one. A compiled model drops the hooks: train without torch.compile."
+    "A training step went by without a measurement: the forward pass did not call every up-projection, or no gradient "
+    "came back to any. A compiled model drops the hooks: train without torch.compile."
 )
 
 
@@ -90,7 +90,7 @@ class TrainingRecorder:
         self._expected: list[MicroBatch] = []
         self._running: MicroBatch | None = None
         self._begun: list[MicroBatch] = []
-        self._called: set[MicroBatch] = set()
+        self._called: dict[MicroBatch, set[nn.Module]] = {}
         self._replaying = False
         self._stack = contextlib.ExitStack()
 
@@ -111,7 +111,7 @@ class TrainingRecorder:
 
     def expect(self, batches: Sequence[MicroBatch]) -> None:
         """Say which micro-batches come next. A forward on anything else is left alone."""
-        self._expected, self._begun, self._running, self._called = list(batches), [], None, set()
+        self._expected, self._begun, self._running, self._called = list(batches), [], None, {}
 
     def take(self) -> list[Resonance]:
         """What was measured of each expected micro-batch, in their order; none is expected any longer.
@@ -123,7 +123,7 @@ class TrainingRecorder:
         self.expect([])
         if self.config is not None:
             for each in batches:
-                if each not in called or (not each.sums and each.num_tokens.any()):
+                if called.get(each) != set(self._modules) or (not each.sums and each.num_tokens.any()):
                     raise RuntimeError(NOTHING_RECORDED)
         return [self._result(each) for each in batches]
 
@@ -165,7 +165,7 @@ class TrainingRecorder:
         output = output[0] if isinstance(output, tuple) else output
         if not output.requires_grad:  # all below is frozen: the graph begins here
             output.requires_grad_()
-        self._called.add(self._running)
+        self._called.setdefault(self._running, set()).add(module)
         autocast = torch.is_autocast_enabled(output.device.type), torch.get_autocast_dtype(output.device.type)
         call = Call(self._modules[module], args, kwargs)
         output.register_hook(partial(self._measure, self._running, call, autocast))
@@ -204,7 +204,8 @@ class StepRecorder:
         config: which layers, and which norm; its update, lr, eps and weight_decay are the optimizer's own.
 
     Raises:
-        InputError: an up-projection is a stack of experts under LoRA, or has another adapter than LoRA, such as DoRA.
+        InputError: an up-projection is a stack of experts under LoRA, or has another adapter than LoRA, such as DoRA;
+            or none is trained.
     """
 
     def __init__(self, model: nn.Module, config: ResonanceConfig) -> None:
@@ -213,6 +214,11 @@ class StepRecorder:
         self._before: list[Tensor] = []
         for each in self._up_projections:
             _check_adapters(each)
+        if not any(p.requires_grad for each in self._up_projections for p in (each.parameter, *_adapters(each))):
+            raise InputError(
+                "update='optimizer' sees no change: no measured up-projection is trained, nor has an adapter that is. "
+                "Use update='adamw', which needs its gradient only."
+            )
 
     def before(self) -> None:
         """Remember the weights."""
@@ -237,6 +243,10 @@ def _check_adapters(each: UpProjection) -> None:
     if module.lora_variant:
         kinds = ", ".join(sorted(type(variant).__name__ for variant in module.lora_variant.values()))
         raise InputError(f"update='optimizer' cannot merge {kinds} of '{each.name}', only plain LoRA. {CLOSED_FORM}")
+
+
+def _adapters(each: UpProjection) -> list[nn.Parameter]:
+    return [parameter for name, parameter in each.module.named_parameters() if "lora_" in name]
 
 
 CLOSED_FORM = "Use update='adamw', which needs no merged weight."

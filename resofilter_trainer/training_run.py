@@ -13,7 +13,6 @@ import json
 import warnings
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +28,11 @@ from . import trainer_access as access
 from .config import InputError, ResonanceConfig
 from .filtering import FilterConfig, decide
 from .gradients import segments_of
-from .losses import IGNORE
 from .measurements import Measured, Measurements
 from .plan import Plan, Progress
 from .preparation import prepared_already
-from .provenance import describe_training
+from .provenance import describe_training, fingerprint
+from .results import Results, remove_stale
 from .scores import Provenance, ScoreTable
 from .scoring import score_prepared
 from .selection import KEPT, Selection
@@ -43,14 +42,6 @@ from .up_projection import find_up_projections
 
 STATE = "resofilter"  # under which name the Trainer's state and the output folder hold what is ours
 OPTIMIZER = "optimizer"
-
-
-@dataclass
-class Results:
-    """What a run leaves: the scores as of the last epoch that has ended, and which rows each epoch trained on."""
-
-    scores: ScoreTable | None = None
-    selections: list[Selection] = field(default_factory=list)
 
 
 class Run:
@@ -89,11 +80,12 @@ class Run:
         self.plan = Plan(self.batching, sizes, length, max_steps)
         self.sample_ids, self.user_rows = access.user_rows(trainer)
         self.recorder, self.step_recorder = self._recorders()
-        self.random_order = isinstance(train_dataloader.get_sampler(), RandomSampler)
-        self.sampler = ShrinkingSampler(train_dataloader.get_sampler(), self.batching, max_steps is not None)
+        sampler = access.sampler_of(train_dataloader)
+        self.random_order = isinstance(sampler, RandomSampler)
+        self.sampler = ShrinkingSampler(sampler, self.batching, max_steps is not None)
         self.epoch, self.steps_done = 0, 0  # the true ones: steps of this epoch
         self.pending: list[Measured] = []  # of this process, since the last exchange
-        self.micro_batches: list[np.ndarray] = []
+        self.rows: Sequence[np.ndarray] = []  # of each micro-batch of the update
         self.moved: np.ndarray | None = None
         self.skipping = self.restore_random_state = False
         self.saved_at = (-1, -1)  # step and epoch
@@ -120,9 +112,8 @@ class Run:
         self.provenance = describe_training(self.trainer, self.user_rows, self.config, self.settings)
         self.progress = Progress.of(self.plan.total)
         self.results.scores, self.results.selections = None, [self._all_rows()]
-        if self.args.process_index == 0:
-            for stale in self._folder.glob("*-epoch-*.parquet"):
-                stale.unlink()
+        if self.args.should_save:
+            remove_stale(self._folder)
         if self.filter.when == "before":
             self._measure_before()
             self._select(0)
@@ -134,10 +125,10 @@ class Run:
             self.progress = Progress.of(self.plan.total)
             self._write_results(0)
             self._report("scores at the starting weights")
-        elif self.epochs == 1 and self.args.should_save:
+        elif self.filter.first >= self.epochs and self.filter.keep != 1 and self.args.process_index == 0:
             warnings.warn(
-                "One epoch, measured while training: nothing is ever filtered, scores are all you get. "
-                "Train for more epochs, or pass when='before'.",
+                f"Filtering would begin after {self.filter.first} of {self.epochs} epochs: nothing is ever filtered, "
+                "scores are all you get. Train for more epochs, or pass when='before'.",
                 stacklevel=2,
             )
 
@@ -173,13 +164,16 @@ class Run:
         self.epoch, self.steps_done = saved["epoch"], saved["steps_done"]
         self.measurements, extra = Measurements.load(folder)
         count = min(self.epoch, self.epochs - 1) + 1
-        self.results.selections = [Selection.load(folder / _selection_file(each)) for each in range(count)]
+        self.results.load_selections(folder, count)
         self.results.scores = self._scores() if np.isfinite(self.measurements.score).any() else None
         self.sampler.begin(self.epoch, self._kept)
         order = extra["order"][extra["order"] >= 0]
         self.sampler.order = order if len(order) else None
         if self.epoch < self.epochs and self.steps_done >= self.plan.steps(self.epoch):
-            self._end_epoch()  # the checkpoint was made after the last step of an epoch, before its end
+            self._close_epoch()  # the checkpoint was made after the last step of an epoch, before its end
+        self._check_rows(self.epoch)
+        if self.error is not None:
+            raise self.error
         self._place()
 
     def _place(self) -> None:
@@ -202,6 +196,7 @@ class Run:
         base.__dict__["dataset"] = IndexedRows(base.dataset)  # a loader refuses it as a plain attribute
         base.collate_fn = RowCollator(base.collate_fn)
         self.loader.set_sampler(self.sampler)
+        self._let_go()  # of what an earlier run left, that ended by an exception
         self._fetch = self.trainer.get_batch_samples
         self.trainer.get_batch_samples = self.fetch
         if self.recorder is not None:
@@ -211,30 +206,46 @@ class Run:
         """Leave the trainer and the model as they were found."""
         if self.recorder is not None:
             self.recorder.detach()
-        if vars(self.trainer).pop("get_batch_samples", None) is not None:
+        if self._let_go():
             base = getattr(self.loader, "base_dataloader", self.loader)
             base.__dict__["dataset"], base.collate_fn = self._dataset, self._collate
             self.loader.set_sampler(self._sampler)
 
+    def _let_go(self) -> bool:
+        """Give the trainer its own `get_batch_samples` back; whether a run had taken its place."""
+        ours = isinstance(getattr(vars(self.trainer).get("get_batch_samples"), "__self__", None), Run)
+        if ours:
+            del self.trainer.get_batch_samples
+        return ours
+
     # One update
 
-    def fetch(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Any]:
-        """The Trainer's `get_batch_samples`: the micro-batches of an update, and its number of learnt tokens."""
-        batches, num_items = self._fetch(*args, **kwargs)
-        self.micro_batches = [batch.pop(ROW).cpu().numpy() for batch in batches]
-        if self.recorder is None:
+    def fetch(self, iterator: Any, count: int, *args: Any, **kwargs: Any) -> tuple[list[Any], Any]:
+        """The Trainer's `get_batch_samples`: the micro-batches of an update, and its number of learnt tokens.
+
+        The Trainer steps its optimizer after as many micro-batches as it asks for. The last update of an epoch on
+        fewer rows may have fewer, and is filled up with micro-batches that have nothing to learn.
+        """
+        batches, num_items = self._fetch(iterator, count, *args, **kwargs)
+        if any(ROW not in batch for batch in batches):  # a later training, without the callback
             return batches, num_items
-        expected = []
-        for batch, rows in zip(batches, self.micro_batches, strict=True):
-            if "labels" not in batch:
-                raise InputError("The batches have no labels: ResonanceCallback needs a causal language model's.")
-            own = int((batch["labels"][:, 1:] != IGNORE).sum())
-            weight = access.token_weight(self.trainer, num_items, len(batches), own)
-            segments = segments_of(batch)[: len(rows)]
+        rows = [batch.pop(ROW).cpu().numpy() for batch in batches]
+        if any("labels" not in batch for batch in batches):
+            raise InputError("The batches have no labels: ResonanceCallback needs a causal language model's.")
+        if self.recorder is not None:
+            self._expect(batches, rows, num_items)
+        filled = [access.masked_copy(batches[-1]) for _ in range(count - len(batches))] if batches else []
+        return [*batches, *filled], num_items
+
+    def _expect(self, batches: Sequence[Any], rows: Sequence[np.ndarray], num_items: Any) -> None:
+        assert self.recorder is not None
+        self.rows, expected = rows, []
+        for batch, own_rows in zip(batches, rows, strict=True):
+            weight = access.token_weight(self.trainer, num_items, batch, len(batches))
+            segments = segments_of(batch)[: len(own_rows)]
             expected.append(MicroBatch(batch["input_ids"], batch["labels"], segments, weight))
-        self.recorder.expect(expected)
         self.lengths = [np.array([each.tokens.stop - each.tokens.start for each in one.segments]) for one in expected]
-        return batches, num_items
+        self.recorder.expect(expected)
 
     def begin_step(self) -> None:
         """On going on within an epoch, an iterator was made that the undisturbed run did not make: undo its draw."""
@@ -256,7 +267,7 @@ class Run:
         """Take in what was measured and count the step."""
         state = self.trainer.state
         if self.recorder is not None:
-            parts = zip(self.micro_batches, self.recorder.take(), self.lengths, strict=True)
+            parts = zip(self.rows, self.recorder.take(), self.lengths, strict=True)
             for rows, found, length in parts:
                 layers = found.layers if self.moved is None else self.moved[None]
                 self.pending.append(
@@ -279,8 +290,13 @@ class Run:
             control.should_log = control.should_evaluate = control.should_save = False
             return
         if self.steps_done < self.plan.steps(self.epoch):
-            return  # training stops within an epoch
-        self._end_epoch()
+            if control.should_training_stop:
+                return
+            raise InputError(
+                f"Another callback ended epoch {self.epoch + 1} early (should_epoch_stop): its rows are measured in "
+                "part, and the planned steps do not hold. Leave that callback out, or let it stop the training."
+            )
+        self._close_epoch()
         if self.error is not None:
             control.should_training_stop = True
             control.should_save = self.args.save_strategy != "no"
@@ -288,7 +304,7 @@ class Run:
         if control.should_save:
             self.save_checkpoint()
 
-    def _end_epoch(self) -> None:
+    def _close_epoch(self) -> None:
         self._score()
         if self.epoch + 1 < self.epochs:
             self._select(self.epoch + 1)
@@ -315,10 +331,15 @@ class Run:
             share = self.filter.shares(self.epochs)[epoch]
             last = decide(self.filter, epoch, share, self.results.scores, self.sample_ids, last)
         self.results.selections.append(last)
-        if not self._kept.any():
+        self._check_rows(epoch)
+
+    def _check_rows(self, epoch: int) -> None:
+        """Note an epoch that has no batch; what is there already is saved before the error is raised."""
+        if not self.batching.micro_batches(int(self._kept.sum())):
+            why = _most_common(self.results.selections[-1].reason)
             self.error = InputError(
-                f"Epoch {epoch + 1} would train on no row: {_most_common(last.reason)}. Choose another threshold or "
-                f"policy. The scores are in {self._folder}."
+                f"Epoch {epoch + 1} would have no batch: {why}. Start anew with another threshold or policy. "
+                f"The scores are in {self._folder}."
             )
 
     def _replan(self) -> None:
@@ -368,13 +389,12 @@ class Run:
             return
         self._exchange()
         self.saved_at = now
-        if self.args.process_index == 0:
+        if self.args.should_save:
             folder = access.checkpoint_folder(None, self.trainer)
             order = np.full(self.batching.rows, -1)
             if self.sampler.order is not None and self.steps_done:
                 order[: len(self.sampler.order)] = self.sampler.order
-            for epoch, selection in enumerate(self.results.selections):
-                selection.save(folder / _selection_file(epoch))
+            self.results.save_selections(folder)
             self.measurements.save(folder, {"order": order})
 
     def end(self) -> None:
@@ -387,15 +407,8 @@ class Run:
             raise self.error
 
     def _write_results(self, ended: int) -> None:
-        """The scores as they are, of the epoch that has ended (0: measured before any), and every selection."""
-        if self.args.process_index != 0 or self.results.scores is None:
-            return
-        self.results.scores.save(self._folder)
-        if ended:
-            self.results.scores.save(self._folder / f"scores-epoch-{ended}.parquet")
-        for epoch, selection in enumerate(self.results.selections):
-            if epoch >= ended or not (self._folder / _selection_file(epoch)).exists():
-                selection.save(self._folder / _selection_file(epoch))
+        if self.args.should_save:
+            self.results.save(self._folder, ended)
 
     def _exchange(self) -> None:
         """Every process takes in what all have measured."""
@@ -428,6 +441,8 @@ class Run:
             "max_steps": self.plan.max_steps,
             "seed": self.args.seed,
             "data_seed": self.args.data_seed,
+            "train_sampling_strategy": self.args.train_sampling_strategy,
+            "dataset": fingerprint(self.trainer.train_dataset),
         }
         return json.loads(json.dumps(settings))
 
@@ -474,10 +489,6 @@ class Run:
                 "Make it 1, or use update='adamw'."
             )
         return TrainingRecorder(model, None), StepRecorder(model, self.config)
-
-
-def _selection_file(epoch: int) -> str:
-    return f"selection-epoch-{epoch + 1}.parquet"
 
 
 def _most_common(reasons: Sequence[str]) -> str:

@@ -24,6 +24,7 @@ ORDER = [
     "plan",
     "measurements",
     "filtering",
+    "results",
     "modes",
     "up_projection",
     "updates",
@@ -44,7 +45,7 @@ ORDER = [
     "demo",
     "cli",
 ]
-CHEAP = ["config", "scores", "selection", "comparison", "drift", "plan", "measurements", "filtering"]
+CHEAP = ["config", "scores", "selection", "comparison", "drift", "plan", "measurements", "filtering", "results"]
 HEAVY = {"torch", "transformers", "datasets", "trl", "accelerate", "peft", "evaluate"}
 
 

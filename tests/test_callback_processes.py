@@ -30,7 +30,8 @@ def launch(output: Path, processes: int, kind: str) -> dict[str, np.ndarray]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("kind", "sizes"), [("plain", [44, 22, 11]), ("before", [27, 22, 11]), ("ragged", [45, 23, 12])]
+    ("kind", "sizes"),
+    [("plain", [44, 22, 11]), ("before", [27, 22, 11]), ("ragged", [45, 23, 12]), ("sequential", [44, 22, 11])],
 )
 def test_two_processes_keep_what_one_keeps(kind, sizes, tmp_path):
     one, two = (launch(tmp_path, processes, kind) for processes in (1, 2))

@@ -25,6 +25,12 @@ CASES = {
     "before": (ResonanceCallback, {"keep": 0.5, "when": "before"}, {"gradient_accumulation_steps": 2}),
     "grouped by length": (ResonanceCallback, {"keep": 0.5}, {"train_sampling_strategy": "group_by_length"}),
     "readmitted": (ResonanceCallback, {"keep": [1.0, 0.3, 0.8], "readmit": True}, {"gradient_accumulation_steps": 2}),
+    "back to all rows": (
+        ResonanceCallback,
+        {"keep": [1.0, 0.3, 1.0], "readmit": True},
+        {"gradient_accumulation_steps": 4},
+    ),
+    "saved by epoch": (ResonanceCallback, {"keep": 0.5}, {"save_strategy": "epoch", "gradient_accumulation_steps": 2}),
     "max_steps": (ResonanceCallback, {"keep": 0.5}, {"max_steps": 25}),
     "dropout": (ResonanceCallback, {"keep": 0.5}, {"dropout": 0.1}),
     "drop_last": (ResonanceCallback, {"keep": 0.5}, {"dataloader_drop_last": True, "gradient_accumulation_steps": 2}),
@@ -42,15 +48,17 @@ def run(name: str, output: Path, tokenizer, **changes) -> Outcome:
     return train(output, tokenizer, make(**settings), **arguments)
 
 
-FAST = ("plain", "ragged accumulation", "threshold", "max_steps")
+FAST = ("plain", "ragged accumulation", "threshold", "max_steps", "back to all rows", "saved by epoch")
 
 
 @pytest.mark.parametrize(
     "name", [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in CASES]
 )
 def test_the_end_is_the_same_from_every_checkpoint(name, tmp_path, tokenizer):
-    whole = run(name, tmp_path, tokenizer, save_strategy="steps", save_steps=1)
+    changes = {} if "save_strategy" in CASES[name][2] else {"save_strategy": "steps", "save_steps": 1}
+    whole = run(name, tmp_path, tokenizer, **changes)
     assert any(not selection.keep.all() for selection in whole.callback.selections)
-    for step in range(1, whole.trainer.state.global_step + 1):
-        checkpoint = str(tmp_path / f"checkpoint-{step}")
-        assert_same_end(run(name, tmp_path / "resumed", tokenizer, resume=checkpoint), whole)
+    checkpoints = sorted(tmp_path.glob("checkpoint-*"))
+    assert len(checkpoints) == (3 if "save_strategy" in CASES[name][2] else whole.trainer.state.global_step)
+    for checkpoint in checkpoints:
+        assert_same_end(run(name, tmp_path / "resumed", tokenizer, resume=str(checkpoint)), whole)

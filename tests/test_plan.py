@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 
@@ -28,19 +29,12 @@ def epochs(draw, drop_last=False):
     return batching, np.random.default_rng(draw(st.integers(0, 9))).permutation(batching.rows)[:kept]
 
 
-def needed(batching: Batching, rows: int) -> int:
-    """Micro-batches that hold so many rows."""
-    return math.ceil(rows / (batching.per_process * batching.processes))
-
-
-# ---- slots
-
-
 @given(epochs())
-def test_every_row_comes_once_and_in_order(epoch):
+def test_every_row_of_a_smaller_epoch_comes_once_and_in_order(epoch):
     batching, order = epoch
     slots = batching.slots(order)
-    assert slots[slots >= 0].tolist() == order.tolist()
+    if len(order) < batching.rows or batching.processes == 1:
+        assert slots[slots >= 0].tolist() == order.tolist()
 
 
 @given(epochs())
@@ -53,94 +47,62 @@ def test_fillers_look_like_a_row_of_the_epoch(epoch):
 @given(epochs())
 def test_slots_make_as_many_micro_batches_as_planned(epoch):
     batching, order = epoch
-    slots, planned = batching.slots(order), batching.micro_batches(len(order))
-    assert needed(batching, len(slots)) == planned
-    if batching.processes > 1 and len(order) < batching.rows:  # else a process would be without its part of the last
-        assert len(slots) == planned * batching.per_micro_batch
-
-
-@given(batchings(), st.data())
-def test_an_epoch_on_all_rows_is_left_as_it_is(batching, data):
-    order = np.array(data.draw(st.permutations(range(batching.rows))))
-    assert batching.slots(order).tolist() == order.tolist()
+    slots = batching.slots(order)
+    assert math.ceil(len(slots) / batching.per_micro_batch) == batching.micro_batches(len(order))
+    assert batching.processes == 1 or len(slots) % batching.per_micro_batch == 0  # processes need equal batches
 
 
 @given(epochs())
-def test_no_batch_of_a_process_is_fillers_alone_where_there_are_rows_enough(epoch):
+def test_one_process_needs_no_fillers(epoch):
     batching, order = epoch
-    slots = batching.slots(order)
-    whole = (batching.steps(len(order)) - 1) * batching.accumulation * batching.per_micro_batch
-    chunks = [slots[i : i + batching.per_process] for i in range(whole, len(slots), batching.per_process)]
-    assert (slots[:whole] >= 0).all()  # only the last update is filled up
-    with_rows = sum((chunk >= 0).any() for chunk in chunks)
-    assert with_rows == min(len(chunks), len(order) - whole)
+    alone = dataclasses.replace(batching, processes=1)
+    assert alone.slots(order).tolist() == order.tolist()
 
 
-def test_rows_of_the_last_update_are_spread_over_its_micro_batches():
-    batching = Batching(rows=40, per_process=2, accumulation=4)
-    assert batching.slots(np.arange(11)).tolist() == [*range(8), 8, ~0, 9, ~0, 10, ~0, ~0, ~0]
+@given(epochs())
+def test_on_all_rows_the_first_are_repeated_as_accelerate_does(epoch):
+    from accelerate.data_loader import BatchSamplerShard
+    from torch.utils.data import BatchSampler
+
+    batching, _ = epoch
+    order = np.random.default_rng(0).permutation(batching.rows)
+
+    def batches(rows):
+        sampler = BatchSampler(rows.tolist(), batching.per_process, drop_last=False)
+        shards = [BatchSamplerShard(sampler, batching.processes, each) for each in range(batching.processes)]
+        return [list(shard) for shard in shards]
+
+    if batching.processes > 1:
+        assert batches(batching.slots(order)) == batches(order)
 
 
-def test_a_last_micro_batch_of_one_process_may_be_smaller():
-    batching = Batching(rows=40, per_process=4, accumulation=2)
-    assert batching.slots(np.arange(15)).tolist() == list(range(15))
-
-
-def test_rows_fewer_than_one_update_fill_one():
-    batching = Batching(rows=40, per_process=2, processes=2, accumulation=2)
-    assert batching.slots(np.array([7])).tolist() == [7, *[~7] * 7]
-    assert batching.steps(1) == 1
-
-
-# ---- micro-batches and updates
+def test_rows_that_are_left_are_spread_over_the_processes():
+    batching = Batching(rows=20, per_process=3, processes=2)
+    assert batching.slots(np.arange(10)).tolist() == [0, 1, 2, 3, 4, 5, 6, 7, ~0, 8, 9, ~0]
 
 
 @given(epochs())
 def test_as_many_updates_as_the_rows_need(epoch):
     batching, order = epoch
-    assert batching.steps(len(order)) == math.ceil(needed(batching, len(order)) / batching.accumulation)
-
-
-@given(epochs())
-def test_every_update_is_whole_unless_the_epoch_ends_where_a_full_one_does(epoch):
-    batching, order = epoch
-    found = batching.micro_batches(len(order))
-    if batching.steps(len(order)) == batching.steps(batching.rows):
-        assert found == needed(batching, batching.rows)
-    else:
-        assert found == batching.steps(len(order)) * batching.accumulation
+    micro_batches = math.ceil(len(order) / batching.per_micro_batch)
+    assert batching.steps(len(order)) == math.ceil(micro_batches / batching.accumulation)
 
 
 def test_a_dataset_smaller_than_one_update_is_one():
-    batching = Batching(rows=5, per_process=2, accumulation=8)
-    assert [batching.micro_batches(rows) for rows in range(1, 6)] == [3] * 5  # the Trainer's epoch has no more
-    assert [batching.steps(rows) for rows in range(1, 6)] == [1] * 5
-    assert batching.slots(np.array([4, 2])).tolist() == [4, ~4, 2, ~4, ~4, ~4]
+    batching = Batching(rows=5, per_process=4, processes=2, accumulation=8)
+    assert batching.steps(5) == batching.steps(1) == 1
 
 
 @given(epochs(drop_last=True))
-def test_with_drop_last_every_micro_batch_is_full(epoch):
+def test_with_drop_last_rows_that_fill_no_micro_batch_make_none(epoch):
     batching, order = epoch
-    if len(order) == batching.rows:
-        assert batching.micro_batches(len(order)) == batching.rows // batching.per_micro_batch
-    else:
-        assert len(batching.slots(order)) == batching.micro_batches(len(order)) * batching.per_micro_batch
-
-
-@given(epochs(drop_last=True).filter(lambda epoch: len(epoch[1]) < epoch[0].rows))
-def test_with_drop_last_only_rows_that_fill_no_micro_batch_are_left_out(epoch):
-    batching, order = epoch
-    whole = len(order) // batching.per_micro_batch * batching.per_micro_batch
-    slots = batching.slots(order)
-    assert slots[slots >= 0].tolist() == order[: whole or len(order)].tolist()  # never all of them
-
-
-# ---- the whole run
+    assert batching.slots(order).tolist() == order.tolist()
+    assert batching.micro_batches(len(order)) == len(order) // batching.per_micro_batch
 
 
 @given(batchings(), st.sampled_from([1, 2, 3, 0.3, 1.1, 2.4, 2.5, 7.7]))
 def test_total_is_the_trainers_where_nothing_is_dropped(batching, length):
-    updates = math.ceil(needed(batching, batching.rows) / batching.accumulation)
+    updates = math.ceil(batching.micro_batches(batching.rows) / batching.accumulation)
     plan = Plan(batching, [batching.rows] * math.ceil(length), length)
     assert plan.total == math.ceil(length * updates)
 

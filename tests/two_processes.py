@@ -16,6 +16,8 @@ def main() -> None:
     output, processes, kind = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
     changes = {"per_device_train_batch_size": 4 // processes, "gradient_accumulation_steps": 2}
     changes |= {"save_strategy": "steps", "save_steps": 2}
+    if kind in ("sequential", "group_by_length"):
+        changes["train_sampling_strategy"] = kind
     if kind == "resumed":
         changes["resume"] = str(output.parent / f"plain-{processes}" / "checkpoint-6")
     settings = {"when": "before"} if kind == "before" else {}

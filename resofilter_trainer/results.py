@@ -1,0 +1,53 @@
+"""What a training run leaves: scores and the selection of every epoch, and the folder they lie in. Knows no model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from .scores import ScoreTable
+from .selection import Selection
+
+
+@dataclass
+class Results:
+    """Of one run.
+
+    Attributes:
+        scores: a line for every row of the user's dataset, as of the last epoch that has ended; None before.
+        selections: which rows each epoch trained on, first epoch first.
+    """
+
+    scores: ScoreTable | None = None
+    selections: list[Selection] = field(default_factory=list)
+
+    def save(self, folder: Path, ended: int) -> None:
+        """Write the scores, also under the name of the epoch that has ended (0: none has), and every selection."""
+        if self.scores is None:
+            return
+        self.scores.save(folder)
+        if ended:
+            self.scores.save(folder / f"scores-epoch-{ended}.parquet")
+        for epoch, selection in enumerate(self.selections):
+            if epoch >= ended or not (folder / selection_file(epoch)).exists():
+                selection.save(folder / selection_file(epoch))
+
+    def save_selections(self, folder: Path) -> None:
+        """Write every selection."""
+        for epoch, selection in enumerate(self.selections):
+            selection.save(folder / selection_file(epoch))
+
+    def load_selections(self, folder: Path, count: int) -> None:
+        """Undo `save_selections`. Raises InputError where one is missing."""
+        self.selections = [Selection.load(folder / selection_file(epoch)) for epoch in range(count)]
+
+
+def remove_stale(folder: Path) -> None:
+    """Remove what an earlier run left of its epochs: this one may have fewer."""
+    for stale in folder.glob("*-epoch-*.parquet"):
+        stale.unlink()
+
+
+def selection_file(epoch: int) -> str:
+    """Its name, for an epoch counted from 0; people count from 1."""
+    return f"selection-epoch-{epoch + 1}.parquet"
