@@ -69,8 +69,8 @@ class OrderSpy(TrainerCallback):
         kwargs["model"].register_forward_pre_hook(self._see, with_kwargs=True)
 
     def _see(self, model: Any, args: Any, kwargs: dict[str, Any]) -> None:
-        learnt = (kwargs["labels"] != -100).any()  # else it fills up an update
-        if model.training and torch.is_grad_enabled() and learnt:
+        in_training = model.training and torch.is_grad_enabled()
+        if in_training and (kwargs["labels"] != -100).any():  # else it fills up an update
             self._update += (kwargs["input_ids"] * (kwargs["labels"] != -100)).sum(-1).tolist()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
