@@ -39,6 +39,18 @@ class Outcome:
 
 
 @dataclass(frozen=True)
+class Ranking:
+    """Scores as a way to drop half of the rows, and how they agree with those at the starting weights."""
+
+    name: str
+    auroc: float
+    wrong_share_kept: float
+    rank_correlation_with_before: float
+    same_decision_as_before: float
+    drop_rate_by_moment: list[float]
+
+
+@dataclass(frozen=True)
 class RandomHalf:
     """A policy that looks at no score."""
 
@@ -72,42 +84,54 @@ def run(output: Path, seed: int) -> dict[str, object]:
         keeps = [selection.keep for selection in callback.selections]
         sizes = [int(keep.sum()) for keep in keeps]
         outcomes.append(Outcome(name, sizes, float(wrong[keeps[-1]].mean()), accuracy))
-    measures = compare(output, wrong)
-    results = {"rows": [dataclasses.asdict(outcome) for outcome in outcomes], **measures, "seed": seed}
+    rankings = compare(output, wrong)
+    results: dict[str, object] = {
+        "rows": [dataclasses.asdict(outcome) for outcome in outcomes],
+        "scores": [dataclasses.asdict(ranking) for ranking in rankings],
+        "seed": seed,
+    }
     (output / "results.json").write_text(json.dumps(results, indent=2) + "\n")
-    print(table(outcomes, measures))
+    print(table(outcomes, rankings))
     print(f"Scores, selections and results.json: {output}  ({time.perf_counter() - started:.0f} s)")
     return results
 
 
-def compare(output: Path, wrong: np.ndarray) -> dict[str, object]:
+def compare(output: Path, wrong: np.ndarray) -> list[Ranking]:
     """Scores of the first epoch, as measured and without drift, against those at the starting weights."""
     first = ScoreTable.load(output / "training" / STATE / "scores-epoch-1.parquet")
     before = ScoreTable.load(output / "before" / STATE).column("score")
-    scores = {"measured": first.column("measured"), "corrected": first.column("score"), "before": before}
-    dropped = {name: ~drop_share(values, KEEP, "largest") for name, values in scores.items()}
-    moments = first.column("step")
-    return {
-        "auroc": {name: auroc(values, wrong) for name, values in scores.items()},
-        "rank_correlation_with_before": {name: rank_correlation(scores[name], before) for name in scores},
-        "same_decision_as_before": {name: float((dropped[name] == dropped["before"]).mean()) for name in scores},
-        "drop_rate_by_moment": {
-            name: drop_rate_by_moment(dropped[name], moments, PARTS).round(3).tolist() for name in scores
-        },
-    }
+    dropped_before = ~drop_share(before, KEEP, "largest")
+    rankings = []
+    for name, scores in (
+        ("measured", first.column("measured")),
+        ("corrected", first.column("score")),
+        ("before", before),
+    ):
+        dropped = ~drop_share(scores, KEEP, "largest")
+        rates = drop_rate_by_moment(dropped, first.column("step"), PARTS).round(3).tolist()
+        rankings.append(
+            Ranking(
+                name,
+                auroc=auroc(scores, wrong),
+                wrong_share_kept=float(wrong[~dropped].mean()),
+                rank_correlation_with_before=rank_correlation(scores, before),
+                same_decision_as_before=float((dropped == dropped_before).mean()),
+                drop_rate_by_moment=rates,
+            )
+        )
+    return rankings
 
 
-def table(outcomes: Sequence[Outcome], measures: dict[str, object]) -> str:
+def table(outcomes: Sequence[Outcome], rankings: Sequence[Ranking]) -> str:
     """The results as text."""
     lines = [f"{'run':12}{'rows of each epoch':>20}{'wrong rows in the last':>24}{'accuracy':>10}"]
     for each in outcomes:
-        lines.append(f"{each.name:12}{', '.join(map(str, each.rows)):>20}{each.wrong_share:24.1%}{each.accuracy:10.3f}")
-    lines += [
-        "",
-        f"{'scores':12}{'AUROC':>8}{'rank corr. with before':>24}{'same decision':>15}   dropped in each tenth",
-    ]
-    auc, rank, same, rates = measures.values()
-    for name in auc:  # type: ignore[attr-defined]
-        shares = " ".join(f"{rate:.2f}" for rate in rates[name])  # type: ignore[index]
-        lines.append(f"{name:12}{auc[name]:8.3f}{rank[name]:24.3f}{same[name]:15.1%}   {shares}")  # type: ignore[index]
+        sizes = ", ".join(map(str, each.rows))
+        lines.append(f"{each.name:12}{sizes:>20}{each.wrong_share:24.1%}{each.accuracy:10.3f}")
+    title = f"{'scores':12}{'AUROC':>8}{'wrong kept':>12}{'rank corr. with before':>24}{'same decision':>15}"
+    lines += ["", f"{title}   dropped in each tenth of the epoch"]
+    for row in rankings:
+        agreement = f"{row.rank_correlation_with_before:24.3f}{row.same_decision_as_before:15.1%}"
+        rates = " ".join(f"{rate:.2f}" for rate in row.drop_rate_by_moment)
+        lines.append(f"{row.name:12}{row.auroc:8.3f}{row.wrong_share_kept:12.1%}{agreement}   {rates}")
     return "\n".join(["", *lines, ""])
