@@ -177,14 +177,18 @@ class Run:
         self._place()
 
     def _place(self) -> None:
-        """Bring the Trainer's idea of where its epoch stands together with the truth."""
+        """Bring the Trainer's idea of where its epoch stands together with the truth.
+
+        Where the two agree, it skips what is to be skipped. Else it is given other slots to skip, and then what is left
+        of the true epoch, if its own epoch has room for that: in the same epoch of both it has, an earlier one may not.
+        """
         step, full = self.trainer.state.global_step, self.batching.steps(self.batching.rows)
         its_epoch, its_steps = divmod(step, full)
         to_skip = 0 if self.args.ignore_data_skip else its_steps
         slots = self.batching.accumulation * self.batching.per_micro_batch
         self.sampler.ended = self.epoch == self.epochs or step >= self.plan.total
         if to_skip and (its_epoch, its_steps) == (self.epoch, self.steps_done):
-            return  # it skips what is to be skipped
+            return
         self.sampler.skip, self.sampler.prefix = self.steps_done * slots, to_skip * slots
         if to_skip and its_epoch < self.epoch:  # its epoch might end before the true one: go on in its next
             self.skipping = self.sampler.ended = True

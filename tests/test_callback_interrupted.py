@@ -20,6 +20,7 @@ from resofilter_trainer import ResonanceCallback, ScoreTable, Selection
 from resofilter_trainer.training_run import STATE
 
 KILLS = 20
+LIMIT = 120  # seconds, for a run of two
 
 
 def run(output: Path, tokenizer, resume: str | None) -> None:
@@ -57,7 +58,7 @@ def test_killed_at_random_moments(tmp_path, tokenizer):
     begun = time.monotonic()
     child = fork.Process(target=run, args=(whole, tokenizer, None))
     child.start()
-    child.join()
+    child.join(LIMIT)
     assert child.exitcode == 0
     duration = time.monotonic() - begun
     weights, scores, selections = end_of(whole)
@@ -76,7 +77,7 @@ def test_killed_at_random_moments(tmp_path, tokenizer):
         child.join()
         child = fork.Process(target=run, args=(output, tokenizer, last_complete(output)))
         child.start()
-        child.join()
+        child.join(LIMIT)
         assert child.exitcode == 0, attempt
         found_weights, found_scores, found_selections = end_of(output)
         assert all(torch.equal(value, found_weights[name]) for name, value in weights.items()), attempt
