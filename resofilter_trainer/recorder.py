@@ -119,10 +119,7 @@ class Recorder:
         if self._calls is None:
             return
         if module in self._calls:
-            raise InputError(
-                f"'{up_projections[0].name}' is used twice in a forward pass, its weights are shared by layers: not "
-                "supported. Measure layers that are used once, by n_layers or up_projection."
-            )
+            raise used_twice(up_projections[0])
         output = output[0] if isinstance(output, tuple) else output
         if not output.requires_grad:
             output.requires_grad_()
@@ -139,6 +136,14 @@ class Call:
     up_projections: Sequence[UpProjection]
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+
+
+def used_twice(each: UpProjection) -> InputError:
+    """The error for a module that a forward pass calls more than once."""
+    return InputError(
+        f"'{each.name}' is used twice in a forward pass, its weights are shared by layers: not supported. "
+        "Measure layers that are used once, by n_layers or up_projection."
+    )
 
 
 def call_sums(

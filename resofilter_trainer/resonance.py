@@ -66,7 +66,7 @@ def literal(model: nn.Module, samples: Sequence[Mapping[str, Tensor]], config: R
                 losses.append(_one_step(model, sample, config))
                 after = [each.up(each.parameter).detach() for each in up_projections]
                 changes = [old - new for old, new in zip(before, after, strict=True)]
-                layers.append(_layer_values(up_projections, changes, config))
+                layers.append(layer_values(up_projections, changes, config))
         finally:
             model.load_state_dict(start)
     tokens = [int((sample["labels"][1:] != IGNORE).sum()) for sample in samples]
@@ -91,10 +91,10 @@ def _one_step(model: nn.Module, sample: Mapping[str, Tensor], config: ResonanceC
     return loss.item()
 
 
-def _layer_values(
+def layer_values(
     up_projections: Sequence[UpProjection], changes: Sequence[Tensor], config: ResonanceConfig
 ) -> list[float]:
-    """Mean |change|, or its L2 norm, over all up-projections of each layer."""
+    """Mean |change|, or its L2 norm, over all up-projections of each layer, lowest layer first."""
     by_layer: dict[int, list[Tensor]] = {}
     for each, change in zip(up_projections, changes, strict=True):
         by_layer.setdefault(each.layer, []).append(change.double().flatten())

@@ -26,8 +26,8 @@ from .config import InputError, ResonanceConfig
 from .gradients import Segment
 from .losses import IGNORE
 from .modes import at_least_float32
-from .recorder import Call, call_sums
-from .resonance import Resonance
+from .recorder import Call, call_sums, used_twice
+from .resonance import Resonance, layer_values
 from .up_projection import UpProjection, find_up_projections
 from .updates import size_of_change, unchanged_sum
 
@@ -35,6 +35,7 @@ NOTHING_RECORDED = (
     "A training step went by without a measurement: the forward pass did not call every up-projection, or no gradient "
     "came back to any. A compiled model drops the hooks: train without torch.compile."
 )
+CLOSED_FORM = "Use update='adamw', which needs no merged weight."
 
 
 @dataclass(eq=False)
@@ -175,10 +176,7 @@ class TrainingRecorder:
         module, config = call.up_projections[0].module, self.config
         assert config is not None
         if module in batch.sums:
-            raise InputError(
-                f"'{call.up_projections[0].name}' is used twice in a forward pass, its weights are shared by layers: "
-                "not supported. Measure layers that are used once, by n_layers or up_projection."
-            )
+            raise used_twice(call.up_projections[0])
         device, (enabled, dtype) = b.device.type, autocast
         devices = [b.device] if device == "cuda" else []
         self._replaying = True
@@ -210,7 +208,7 @@ class StepRecorder:
 
     def __init__(self, model: nn.Module, config: ResonanceConfig) -> None:
         self._up_projections = find_up_projections(model, config.n_layers, config.up_projection)
-        self._norm = config.norm
+        self._config = config
         self._before: list[Tensor] = []
         for each in self._up_projections:
             _check_adapters(each)
@@ -226,18 +224,15 @@ class StepRecorder:
 
     def after(self) -> np.ndarray:
         """(L,) how far each measured layer has moved since, in the unit of the weights."""
-        changes: dict[int, list[Tensor]] = {}
-        for each, old in zip(self._up_projections, self._before, strict=True):
-            changes.setdefault(each.layer, []).append((_merged(each) - old).double().flatten())
+        changes = [_merged(each) - old for each, old in zip(self._up_projections, self._before, strict=True)]
         self._before = []
-        whole = [torch.cat(parts) for _, parts in sorted(changes.items())]
-        return np.array([(each.abs().mean() if self._norm == "mean_abs" else each.norm()).item() for each in whole])
+        return np.array(layer_values(self._up_projections, changes, self._config))
 
 
 def _check_adapters(each: UpProjection) -> None:
     module: Any = each.module
-    if module is each.parameter or not hasattr(module, "lora_A"):
-        if any("lora_" in name for name, _ in module.named_parameters()):
+    if not hasattr(module, "lora_A"):
+        if _adapters(each):
             raise InputError(f"update='optimizer' cannot merge LoRA into the experts of '{each.name}'. {CLOSED_FORM}")
         return
     if module.lora_variant:
@@ -247,9 +242,6 @@ def _check_adapters(each: UpProjection) -> None:
 
 def _adapters(each: UpProjection) -> list[nn.Parameter]:
     return [parameter for name, parameter in each.module.named_parameters() if "lora_" in name]
-
-
-CLOSED_FORM = "Use update='adamw', which needs no merged weight."
 
 
 @torch.no_grad()

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from datasets import Dataset
 
 from ..callback import ResonanceCallback
 from ..comparison import auroc, rank_correlation
@@ -22,8 +21,7 @@ from ..drift import drop_rate_by_moment
 from ..scores import ScoreTable
 from ..selection import KEPT, Selection, drop_share
 from ..training_run import STATE
-from .problems import make_problems
-from .run import HELD_OUT, HELD_OUT_SEED, KEEP, ROWS, WRONG_SHARE, train_with, training_arguments
+from .run import KEEP, make_data, train_with, training_arguments
 
 PARTS = 10  # of an epoch, in which the rate of dropping is counted
 
@@ -66,10 +64,7 @@ class RandomHalf:
 def run(output: Path, seed: int) -> dict[str, object]:
     """Run the demo, print its table, and leave the runs' scores and selections and `results.json` in `output`."""
     started = time.perf_counter()
-    problems = make_problems(ROWS, WRONG_SHARE, seed)
-    held_out = make_problems(HELD_OUT, seed=HELD_OUT_SEED + seed, exclude={problem.prompt for problem in problems})
-    wrong = np.array([problem.kind != "clean" for problem in problems])
-    dataset = Dataset.from_list([{"prompt": p.prompt, "completion": p.completion} for p in problems])
+    dataset, wrong, held_out = make_data(seed)
     outcomes = []
     for name, callback in {
         "all": ResonanceCallback(keep=1.0),

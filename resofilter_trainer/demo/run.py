@@ -48,10 +48,7 @@ class Outcome:
 def run(output: Path, seed: int) -> dict[str, object]:
     """Run the demo, print its table, and leave scores, selection, `results.json` and a picture in `output`."""
     started = time.perf_counter()
-    problems = make_problems(ROWS, WRONG_SHARE, seed)
-    held_out = make_problems(HELD_OUT, seed=HELD_OUT_SEED + seed, exclude={problem.prompt for problem in problems})
-    wrong = np.array([problem.kind != "clean" for problem in problems])
-    dataset = Dataset.from_list([{"prompt": p.prompt, "completion": p.completion} for p in problems])
+    dataset, wrong, held_out = make_data(seed)
     args = training_arguments(output, seed)
 
     scores = score_dataset(str(BASE), dataset, args=args, output=output)
@@ -69,6 +66,14 @@ def run(output: Path, seed: int) -> dict[str, object]:
     print(f"Trust: {scores.provenance.trust}")
     print(f"Scores, selection, results.json and picture.png: {output}  ({time.perf_counter() - started:.0f} s)")
     return results
+
+
+def make_data(seed: int) -> tuple[Dataset, np.ndarray, list[Problem]]:
+    """The rows to train on, which of them are wrong, (N,) bool, and held-out problems that are none of them."""
+    problems = make_problems(ROWS, WRONG_SHARE, seed)
+    held_out = make_problems(HELD_OUT, seed=HELD_OUT_SEED + seed, exclude={problem.prompt for problem in problems})
+    wrong = np.array([problem.kind != "clean" for problem in problems])
+    return Dataset.from_list([{"prompt": p.prompt, "completion": p.completion} for p in problems]), wrong, held_out
 
 
 def training_arguments(output: Path, seed: int) -> SFTConfig:
