@@ -29,11 +29,11 @@ def describe(
     prepared: PreparedRows,
     rows: int,
     args: SFTConfig,
-    config: ResonanceConfig,
+    config: Mapping[str, Any],
     columns: ColumnMapping,
     source: Mapping[str, Any],
 ) -> Provenance:
-    """The provenance of scores that this model, these rows and these settings would give."""
+    """The provenance of what this model, these rows and these settings, `config`, would give."""
     preparation = {
         **dataclasses.asdict(columns),
         "prompt_column": columns.prompt_columns,
@@ -52,7 +52,7 @@ def describe(
         template=_hash_text(prepared.template),
         dataset=prepared.fingerprint,
         rows=rows,
-        config=dataclasses.asdict(config),
+        config=config,
         preparation=preparation,
         versions={package: importlib.metadata.version(package) for package in PACKAGES},
         source=dict(source),

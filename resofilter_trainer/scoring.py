@@ -10,7 +10,6 @@ import os
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,8 +21,6 @@ from datasets import Dataset
 from torch import nn
 from tqdm.auto import tqdm
 from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     TrainingArguments,
@@ -33,15 +30,16 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from .comparison import rank_correlation
 from .config import ColumnMapping, InputError, ResonanceConfig
+from .loading import check_arguments, check_model, default_arguments, load_model, placed, usable_rows
 from .preparation import ROW, PreparedRows, prepare
 from .provenance import describe
 from .recorder import Recorder
 from .resonance import Resonance
-from .rows import duplicate_rows, empty_rows, first_line, hash_rows, looks_local, map_columns
-from .scores import LAYER, SCORES_FILE, Provenance, ScoreTable, Trust, check_folder, file_at
+from .rows import hash_rows
+from .scores import LAYER, SCORES_FILE, Provenance, ScoreTable, Trust, file_at
 
-TRUST_ROWS = 64  # measured again, to see how far numerical noise reaches
 VANISHING = "Gradients near eps vanish in float16, and their ranking with them. Score in bf16 or float32."
+TRUST_ROWS = 64  # measured again, to see how far numerical noise reaches
 
 
 def score_dataset(
@@ -83,19 +81,25 @@ def score_dataset(
     from `args.seed`.
     """
     config, mapping = config or ResonanceConfig(), ColumnMapping(**columns)
-    args = args or SFTConfig(output_dir="unused", bf16=False, use_cpu=not torch.cuda.is_available(), report_to="none")
-    _check_arguments(args, output)
-    rows, reasons = _rows_to_score(dataset, mapping, args.dataset_text_field, drop_duplicates, drop_empty)
+    args = args or default_arguments()
+    check_arguments(args, None if output is None else file_at(output, SCORES_FILE).parent)
+    if args.fp16:
+        raise InputError(VANISHING)
+    if args.device.type == "mps":
+        raise InputError("Apple's GPU has no float64, in which scores are summed up. Pass use_cpu=True.")
+    rows, reasons = usable_rows(dataset, mapping, args.dataset_text_field, drop_duplicates, drop_empty)
     model, tokenizer = load_model(model, processing_class, args)
     prepared = prepare(rows, tokenizer, args)
     reasons.update(prepared.reasons)
-    _check_model(model, prepared)
+    check_model(model, prepared)
+    if model.dtype == torch.float16:
+        raise InputError(VANISHING)
     source = {**(source or {}), "content": hash_rows(dataset)}
-    provenance = describe(model, tokenizer, prepared, len(dataset), args, config, mapping, source)
+    provenance = describe(model, tokenizer, prepared, len(dataset), args, dataclasses.asdict(config), mapping, source)
     earlier = _scores_at(output, provenance)
     if earlier is not None:
         return earlier
-    measured, layers, trust = score_prepared(_placed(model, args), prepared, args, config)
+    measured, layers, trust = score_prepared(placed(model, args), prepared, args, config)
     table = _table(measured, layers, prepared, reasons, len(dataset))
     scores = ScoreTable(table, dataclasses.replace(provenance, trust=trust))
     if output is not None and PartialState().is_main_process:
@@ -185,76 +189,6 @@ class _Pass:
         return measured
 
 
-def load_model(
-    model: str | PreTrainedModel, processing_class: PreTrainedTokenizerBase | None, args: SFTConfig
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The model, from its name in float32 as SFTTrainer loads it, and its tokenizer.
-
-    Raises:
-        InputError: either cannot be found, reached or read.
-    """
-    remote = {"trust_remote_code": args.trust_remote_code}
-    if isinstance(model, str) and looks_local(model) and not Path(model).is_dir():
-        raise InputError(f"There is no model at '{model}'. Pass a folder, or a name on the hub.")
-    try:
-        if isinstance(model, str):
-            model = AutoModelForCausalLM.from_pretrained(
-                model, **{"dtype": torch.float32, **remote, **(args.model_init_kwargs or {})}
-            )
-        tokenizer = processing_class or AutoTokenizer.from_pretrained(model.config.name_or_path, **remote)
-    except Exception as error:  # transformers, safetensors and the hub each raise their own
-        name = model if isinstance(model, str) else model.config.name_or_path
-        raise InputError(f"The model '{name}' or its tokenizer cannot be loaded: {first_line(error)}") from error
-    return model, tokenizer
-
-
-def _rows_to_score(
-    dataset: Dataset, mapping: ColumnMapping, text_field: str, drop_duplicates: bool, drop_empty: bool
-) -> tuple[Dataset, dict[int, str]]:
-    """The rows under TRL's names, each with its place, and why others are left out."""
-    rows = map_columns(dataset, mapping, text_field)
-    reasons: dict[int, str] = {}
-    if drop_duplicates:
-        repeated = duplicate_rows(rows, text_field)
-        reasons |= {row: f"same prompt as row {first}" for row, first in repeated.items()}
-    empty = [row for row in empty_rows(rows, text_field) if row not in reasons]
-    if empty and not drop_empty:
-        listed = ", ".join(map(str, empty[:5])) + (", ..." if len(empty) > 5 else "")
-        raise InputError(
-            f"{len(empty)} of {len(rows)} rows teach nothing, their completion is empty: rows {listed}. "
-            "Remove them, or leave them out with --drop_empty (drop_empty=True)."
-        )
-    reasons |= dict.fromkeys(empty, "empty completion")
-    if len(reasons) == len(rows):
-        raise InputError(f"All {len(rows)} rows are empty or repeated: there is nothing to score.")
-    rows = rows.add_column(ROW, np.arange(len(rows)))
-    return rows.select([row for row in range(len(rows)) if row not in reasons]), reasons
-
-
-def _check_arguments(args: SFTConfig, output: str | os.PathLike[str] | None) -> None:
-    if args.per_device_train_batch_size < 1:
-        raise InputError(f"per_device_train_batch_size must be at least 1, got {args.per_device_train_batch_size}.")
-    if args.max_length is not None and args.max_length < 1:
-        raise InputError(f"max_length must be at least 1, got {args.max_length}.")
-    if args.fp16:
-        raise InputError(VANISHING)
-    if args.device.type == "mps":
-        raise InputError("Apple's GPU has no float64, in which scores are summed up. Pass use_cpu=True.")
-    if output is not None:
-        check_folder(file_at(output, SCORES_FILE).parent)
-
-
-def _check_model(model: PreTrainedModel, prepared: PreparedRows) -> None:
-    if model.dtype == torch.float16:
-        raise InputError(VANISHING)
-    size = model.get_input_embeddings().num_embeddings
-    if prepared.largest_token >= size:
-        raise InputError(
-            f"The tokenizer makes token {prepared.largest_token} and the model knows {size}: they do not belong "
-            "together. Pass the model's own tokenizer, or resize the model's embeddings first."
-        )
-
-
 def _scores_at(output: str | os.PathLike[str] | None, provenance: Provenance) -> ScoreTable | None:
     """Scores that lie at `output` already, if they are of the same; None where there are none."""
     if output is None or not file_at(output, SCORES_FILE).exists():
@@ -267,13 +201,6 @@ def _scores_at(output: str | os.PathLike[str] | None, provenance: Provenance) ->
             "Choose another folder, or remove that one."
         )
     return there
-
-
-def _placed(model: PreTrainedModel, args: SFTConfig) -> PreTrainedModel:
-    """The model on the device that training would use; one that is spread over devices stays where it is."""
-    if getattr(model, "hf_device_map", None) is None:
-        model.to(args.device)
-    return model
 
 
 def _reordered(measured: Resonance, order: np.ndarray) -> Resonance:

@@ -37,6 +37,7 @@ ORDER = [
     "rows",
     "preparation",
     "provenance",
+    "loading",
     "scoring",
     "evaluation",
     "trainer_access",

@@ -1,0 +1,101 @@
+"""What a pass over a dataset begins with: the model and its tokenizer, the rows that can be used, and that both fit.
+
+Knows transformers' loading and the user's rows, not what is measured.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from datasets import Dataset
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from trl import SFTConfig
+
+from .config import ColumnMapping, InputError
+from .preparation import ROW, PreparedRows
+from .rows import duplicate_rows, empty_rows, first_line, looks_local, map_columns
+from .scores import check_folder
+
+
+def default_arguments() -> SFTConfig:
+    """SFTConfig's own, in float32."""
+    return SFTConfig(output_dir="unused", bf16=False, use_cpu=not torch.cuda.is_available(), report_to="none")
+
+
+def load_model(
+    model: str | PreTrainedModel, processing_class: PreTrainedTokenizerBase | None, args: SFTConfig
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The model, from its name in float32 as SFTTrainer loads it, and its tokenizer.
+
+    Raises:
+        InputError: either cannot be found, reached or read.
+    """
+    remote = {"trust_remote_code": args.trust_remote_code}
+    if isinstance(model, str) and looks_local(model) and not Path(model).is_dir():
+        raise InputError(f"There is no model at '{model}'. Pass a folder, or a name on the hub.")
+    try:
+        if isinstance(model, str):
+            model = AutoModelForCausalLM.from_pretrained(
+                model, **{"dtype": torch.float32, **remote, **(args.model_init_kwargs or {})}
+            )
+        tokenizer = processing_class or AutoTokenizer.from_pretrained(model.config.name_or_path, **remote)
+    except Exception as error:  # transformers, safetensors and the hub each raise their own
+        name = model if isinstance(model, str) else model.config.name_or_path
+        raise InputError(f"The model '{name}' or its tokenizer cannot be loaded: {first_line(error)}") from error
+    return model, tokenizer
+
+
+def usable_rows(
+    dataset: Dataset, mapping: ColumnMapping, text_field: str, drop_duplicates: bool, drop_empty: bool
+) -> tuple[Dataset, dict[int, str]]:
+    """The rows under TRL's names, each with its place, and by place why others are left out.
+
+    Raises:
+        InputError: no row is left, or there are empty ones and they are not to be left out.
+    """
+    rows = map_columns(dataset, mapping, text_field)
+    reasons: dict[int, str] = {}
+    if drop_duplicates:
+        repeated = duplicate_rows(rows, text_field)
+        reasons |= {row: f"same prompt as row {first}" for row, first in repeated.items()}
+    empty = [row for row in empty_rows(rows, text_field) if row not in reasons]
+    if empty and not drop_empty:
+        listed = ", ".join(map(str, empty[:5])) + (", ..." if len(empty) > 5 else "")
+        raise InputError(
+            f"{len(empty)} of {len(rows)} rows teach nothing, their completion is empty: rows {listed}. "
+            "Remove them, or leave them out with --drop_empty (drop_empty=True)."
+        )
+    reasons |= dict.fromkeys(empty, "empty completion")
+    if len(reasons) == len(rows):
+        raise InputError(f"All {len(rows)} rows are empty or repeated: there is nothing left.")
+    rows = rows.add_column(ROW, np.arange(len(rows)))
+    return rows.select([row for row in range(len(rows)) if row not in reasons]), reasons
+
+
+def check_arguments(args: SFTConfig, output: Path | None) -> None:
+    """Raise InputError for arguments with which nothing can be measured, or a folder that cannot be written to."""
+    if args.per_device_train_batch_size < 1:
+        raise InputError(f"per_device_train_batch_size must be at least 1, got {args.per_device_train_batch_size}.")
+    if args.max_length is not None and args.max_length < 1:
+        raise InputError(f"max_length must be at least 1, got {args.max_length}.")
+    if output is not None:
+        check_folder(output)
+
+
+def check_model(model: PreTrainedModel, prepared: PreparedRows) -> None:
+    """Raise InputError for a model that does not know the tokens of these rows."""
+    size = model.get_input_embeddings().num_embeddings
+    if prepared.largest_token >= size:
+        raise InputError(
+            f"The tokenizer makes token {prepared.largest_token} and the model knows {size}: they do not belong "
+            "together. Pass the model's own tokenizer, or resize the model's embeddings first."
+        )
+
+
+def placed(model: PreTrainedModel, args: SFTConfig) -> PreTrainedModel:
+    """The model on the device that training would use; one that is spread over devices stays where it is."""
+    if getattr(model, "hf_device_map", None) is None:
+        model.to(args.device)
+    return model
