@@ -10,17 +10,23 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .callback import ResonanceCallback
-    from .config import ColumnMapping, InputError, ResonanceConfig
+    from .cleaned_dataset import CleanedDataset
+    from .config import ColumnMapping, InputError, ResonanceConfig, TokenCleaning
     from .recorder import Recorder
     from .resonance import Resonance, literal
     from .rows import load_rows, map_columns
     from .scores import Provenance, ScoreTable, Trust
     from .scoring import score_dataset
     from .selection import DataSelector, Selection
+    from .self_evolving import self_evolve
+    from .token_cleaning import clean_dataset
+    from .token_scores import TokenScores
+    from .token_selection import TokenSelection, TokenSelector
 
 __version__ = "0.1.0"
 
 _HOME = {
+    "CleanedDataset": "cleaned_dataset",
     "ColumnMapping": "config",
     "DataSelector": "selection",
     "InputError": "config",
@@ -31,14 +37,21 @@ _HOME = {
     "ResonanceConfig": "config",
     "ScoreTable": "scores",
     "Selection": "selection",
+    "TokenCleaning": "config",
+    "TokenScores": "token_scores",
+    "TokenSelection": "token_selection",
+    "TokenSelector": "token_selection",
     "Trust": "scores",
+    "clean_dataset": "token_cleaning",
     "literal": "resonance",
     "load_rows": "rows",
     "map_columns": "rows",
     "score_dataset": "scoring",
+    "self_evolve": "self_evolving",
 }
 
 __all__ = [
+    "CleanedDataset",
     "ColumnMapping",
     "DataSelector",
     "InputError",
@@ -49,11 +62,17 @@ __all__ = [
     "ResonanceConfig",
     "ScoreTable",
     "Selection",
+    "TokenCleaning",
+    "TokenScores",
+    "TokenSelection",
+    "TokenSelector",
     "Trust",
+    "clean_dataset",
     "literal",
     "load_rows",
     "map_columns",
     "score_dataset",
+    "self_evolve",
 ]
 
 

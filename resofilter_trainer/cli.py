@@ -1,4 +1,4 @@
-"""The commands: resofilter demo | score | select | env. Knows arguments and console lines, and leaves the work alone.
+"""The commands: resofilter demo | score | select | clean | env. Knows arguments and lines, and leaves the work alone.
 
 Each command imports what it needs when it runs: `select` and `env` never import torch.
 """
@@ -19,8 +19,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, get_args
 
-from .config import ColumnMapping, InputError, Norm, ResonanceConfig, Update, one_of
+from .config import SELF, ColumnMapping, InputError, Norm, Ranking, ResonanceConfig, TokenCleaning, Update, one_of
 
+CLEANING_MODES = ("fixed", "self-evolving", "rho")
 DEMO_MODES = ("two-pass", "callback")
 PACKAGES = ("resofilter_trainer", "torch", "transformers", "trl", "peft", "datasets", "accelerate", "evaluate")
 
@@ -53,40 +54,15 @@ def exit_on_input_error(program: str) -> Iterator[None]:
 
 def run_score(args: argparse.Namespace) -> None:
     """Score a dataset and say what came out."""
-    for name in ("model", "dataset", "output"):
-        if getattr(args, name) is None:
-            raise InputError(f"--{name} is missing.")
-    import torch
+    _require(args, "model", "dataset", "output")
     from accelerate import PartialState
-    from trl import SFTConfig
 
-    from .rows import load_rows
     from .scores import SCORES_FILE, file_at
     from .scoring import score_dataset
 
-    sft = SFTConfig(
-        output_dir=args.output,
-        max_length=args.max_length,
-        per_device_train_batch_size=args.per_device_train_batch_size,
-        assistant_only_loss=args.assistant_only_loss,
-        completion_only_loss=args.completion_only_loss,
-        chat_template_path=args.chat_template_path,
-        trust_remote_code=args.trust_remote_code,
-        bf16=args.bf16,
-        use_cpu=not torch.cuda.is_available(),
-        report_to="none",
-    )
-    scores = score_dataset(
-        args.model,
-        load_rows(args.dataset, args.split, args.dataset_config),
-        args=sft,
-        config=_from(args, ResonanceConfig),
-        output=args.output,
-        drop_duplicates=args.drop_duplicates,
-        drop_empty=args.drop_empty,
-        source={"dataset": args.dataset, "split": args.split, "name": args.dataset_config},
-        **dataclasses.asdict(_from(args, ColumnMapping)),
-    )
+    sft = _sft_config(args, per_device_train_batch_size=args.per_device_train_batch_size)
+    config = _from(args, ResonanceConfig)
+    scores = score_dataset(args.model, _rows(args), args=sft, config=config, output=args.output, **_row_options(args))
     if PartialState().is_main_process:
         print(summary(scores))
         print(f"Scores: {file_at(args.output, SCORES_FILE)}")
@@ -139,6 +115,61 @@ def run_select(args: argparse.Namespace) -> None:
         print(f"Rows that stay: {Path(args.output) / 'dataset'} (datasets.load_from_disk)")
 
 
+def run_clean(args: argparse.Namespace) -> None:
+    """Mask tokens by a base and a reference model, and say what was kept."""
+    _require(args, "model", "dataset", "output")
+    one_of("--mode", args.mode, CLEANING_MODES)
+    if args.mode == "rho" and args.ranking == "global":
+        raise InputError("--mode rho ranks within each sample: leave --ranking out, or use --mode fixed.")
+    if (args.reference is None) == (args.mode != "self-evolving"):
+        raise InputError(
+            "--reference is missing: a model or LoRA adapter that was tuned on good data. Or --mode self-evolving."
+            if args.reference is None
+            else "--mode self-evolving makes its own reference: leave --reference out, or use --mode fixed."
+        )
+    ranking: Any = args.ranking or ("sample" if args.mode == "rho" else "global")
+    cleaning = TokenCleaning(
+        args.keep_tokens, args.reference or SELF, ranking, args.parts, args.group_by, args.tokens_per_batch
+    )
+    from accelerate import PartialState
+
+    from .cleaned_dataset import described
+
+    if args.mode == "self-evolving":
+        summary, reasons = _self_evolve(args, cleaning)
+    else:
+        from .token_cleaning import clean_dataset
+
+        cleaned = clean_dataset(
+            args.model, _rows(args), cleaning, args=_sft_config(args), output=args.output, **_row_options(args)
+        )
+        summary, reasons = cleaned.summary, cleaned.reasons
+    if PartialState().is_main_process:
+        print(described(summary, reasons))
+        print(f"Rows to train on, as they are: {args.output} (datasets.load_from_disk)")
+
+
+def _self_evolve(args: argparse.Namespace, cleaning: TokenCleaning) -> tuple[Any, Any]:
+    from peft import LoraConfig
+
+    from .self_evolving import self_evolve
+
+    lora = LoraConfig(r=args.lora_r, lora_alpha=16, lora_dropout=0.1, target_modules="all-linear")
+    training = _sft_config(
+        args,
+        per_device_train_batch_size=args.per_device_train_batch_size,
+        gradient_accumulation_steps=args.gradient_accumulation_steps,
+        learning_rate=args.learning_rate,
+        warmup_steps=0.03,
+        num_train_epochs=1,
+        train_sampling_strategy="sequential",
+        save_strategy="no",
+    )
+    peft_config = lora if args.lora_r else None
+    evolved = self_evolve(args.model, _rows(args), cleaning, training, peft_config=peft_config, **_row_options(args))
+    return evolved.summary, evolved.reasons
+
+
 def run_env(args: argparse.Namespace) -> None:
     """Print what a bug report needs."""
     print(f"python {platform.python_version()} on {platform.system()} {platform.machine()}, {os.cpu_count()} cores")
@@ -160,6 +191,47 @@ def run_demo(args: argparse.Namespace) -> None:
         from .demo.run import run
     name = "seed" if args.mode == "two-pass" else args.mode
     run(Path(args.output or f"resofilter-demo/{name}-{args.seed}"), args.seed)
+
+
+def _require(args: argparse.Namespace, *names: str) -> None:
+    for name in names:
+        if getattr(args, name) is None:
+            raise InputError(f"--{name} is missing.")
+
+
+def _rows(args: argparse.Namespace) -> Any:
+    from .rows import load_rows
+
+    return load_rows(args.dataset, args.split, args.dataset_config)
+
+
+def _row_options(args: argparse.Namespace) -> dict[str, Any]:
+    """What `score_dataset` and `clean_dataset` want to know of the rows."""
+    return {
+        "drop_duplicates": args.drop_duplicates,
+        "drop_empty": args.drop_empty,
+        "source": {"dataset": args.dataset, "split": args.split, "name": args.dataset_config},
+        **dataclasses.asdict(_from(args, ColumnMapping)),
+    }
+
+
+def _sft_config(args: argparse.Namespace, **training: Any) -> Any:
+    """TRL's arguments, as far as the commands have them."""
+    import torch
+    from trl import SFTConfig
+
+    return SFTConfig(
+        output_dir=args.output,
+        max_length=args.max_length,
+        assistant_only_loss=args.assistant_only_loss,
+        completion_only_loss=args.completion_only_loss,
+        chat_template_path=args.chat_template_path,
+        trust_remote_code=args.trust_remote_code,
+        bf16=args.bf16,
+        use_cpu=not torch.cuda.is_available(),
+        report_to="none",
+        **training,
+    )
 
 
 def _scored_dataset(args: argparse.Namespace, source: Any) -> Any:
@@ -237,6 +309,7 @@ def _parser() -> argparse.ArgumentParser:
         ("demo", run_demo, _demo_arguments, "the whole method in some minutes, on data that it makes"),
         ("score", run_score, _score_arguments, "measure how far each row of a dataset would move W_up"),
         ("select", run_select, _select_arguments, "decide which rows stay, from scores"),
+        ("clean", run_clean, _clean_arguments, "mask the tokens that a reference model has nothing to teach about"),
         ("env", run_env, lambda _: None, "print the versions, for a bug report"),
     ):
         command = commands.add_parser(name, help=text, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
@@ -252,12 +325,11 @@ def _demo_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0)
 
 
-def _score_arguments(parser: argparse.ArgumentParser) -> None:
+def _row_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", help="a name on the hub, or a folder")
     parser.add_argument("--dataset", help="a name on the hub, a JSON, JSONL, CSV or Parquet file, or a folder")
     parser.add_argument("--split", default="train")
     parser.add_argument("--dataset_config", help="the configuration of a dataset on the hub")
-    parser.add_argument("--output", help="folder for the scores")
     parser.add_argument("--drop_duplicates", action="store_true", help="leave out rows whose prompt repeats another's")
     parser.add_argument("--drop_empty", action="store_true", help="leave out rows with an empty completion")
     columns = parser.add_argument_group("columns")
@@ -269,12 +341,17 @@ def _score_arguments(parser: argparse.ArgumentParser) -> None:
     columns.add_argument("--conversational", action="store_true", help="make messages of prompt and completion")
     tokens = parser.add_argument_group("tokens, as in SFTConfig")
     tokens.add_argument("--max_length", type=_length, default=1024, help="tokens of a row, or none")
-    tokens.add_argument("--per_device_train_batch_size", type=int, default=8)
     tokens.add_argument("--assistant_only_loss", action="store_true")
     tokens.add_argument("--completion_only_loss", type=_true_or_false)
     tokens.add_argument("--chat_template_path")
     tokens.add_argument("--trust_remote_code", action="store_true")
     tokens.add_argument("--bf16", action="store_true", help="a bfloat16 autocast forward; products stay float32")
+
+
+def _score_arguments(parser: argparse.ArgumentParser) -> None:
+    _row_arguments(parser)
+    parser.add_argument("--output", help="folder for the scores")
+    parser.add_argument("--per_device_train_batch_size", type=int, default=8)
     measure = parser.add_argument_group("measure")
     defaults = ResonanceConfig()
     measure.add_argument("--n_layers", type=int, default=defaults.n_layers)
@@ -284,6 +361,24 @@ def _score_arguments(parser: argparse.ArgumentParser) -> None:
     measure.add_argument("--eps", type=float, default=defaults.eps)
     measure.add_argument("--weight_decay", type=float, default=defaults.weight_decay)
     measure.add_argument("--up_projection", help="regex over module names, for a model family that is not known")
+
+
+def _clean_arguments(parser: argparse.ArgumentParser) -> None:
+    _row_arguments(parser)
+    defaults = TokenCleaning()
+    parser.add_argument("--output", help="folder for the cleaned dataset, the token scores and a summary")
+    parser.add_argument("--reference", help="a model, or a LoRA adapter, tuned from the same base on good data")
+    parser.add_argument("--keep_tokens", type=float, default=defaults.keep, help="share of the tokens that stays")
+    parser.add_argument("--mode", default="fixed", help=" | ".join(CLEANING_MODES))
+    parser.add_argument("--ranking", help=" or ".join(get_args(Ranking)) + "; global, with --mode rho sample")
+    parser.add_argument("--group_by", help="a column, such as the source; what each group keeps is reported")
+    parser.add_argument("--tokens_per_batch", type=int, default=defaults.tokens_per_batch, help="padding included")
+    training = parser.add_argument_group("self-evolving: one training for each part, as in the paper")
+    training.add_argument("--parts", type=int, default=defaults.parts)
+    training.add_argument("--lora_r", type=int, default=64, help="rank of the adapters; 0 trains all weights")
+    training.add_argument("--learning_rate", type=float, default=1e-4)
+    training.add_argument("--per_device_train_batch_size", type=int, default=8)
+    training.add_argument("--gradient_accumulation_steps", type=int, default=6)
 
 
 def _select_arguments(parser: argparse.ArgumentParser) -> None:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
 Update = Literal["adamw", "sgd"]
 Norm = Literal["mean_abs", "l2"]
+Ranking = Literal["global", "sample"]
+SELF = "self"
 
 
 class InputError(ValueError):
@@ -97,6 +100,49 @@ class ColumnMapping:
         """Every column the mapping names."""
         others = (self.completion_column, self.messages_column, self.text_column)
         return self.prompt_columns + [column for column in others if column is not None]
+
+
+@dataclass(frozen=True)
+class TokenCleaning:
+    """Which tokens of the rows are learnt. The defaults are Token Cleaning's (arXiv 2502.01968).
+
+    A token's score is its loss under the base model less its loss under the reference model; the others are masked.
+
+    Attributes:
+        keep: share of the learnt tokens that stays.
+        reference: the name or folder of a model or a LoRA adapter that was trained on good data: fixed-model cleaning,
+            of all rows before the first step. Or `"self"`, the model in training itself: self-evolving cleaning.
+        ranking: `"global"`, over all rows that are cleaned together, or `"sample"`, within each row, as RHO does.
+        parts: with `"self"`, into how many parts an epoch falls. The first is learnt whole, each further one is cleaned
+            by the latest weights when its turn comes; from the second epoch on, every part is.
+        group_by: a column of the dataset, such as its source; what each group keeps is reported.
+        tokens_per_batch: tokens of a batch in which losses are measured, padding included.
+    """
+
+    keep: float = 0.6
+    reference: str = SELF
+    ranking: Ranking = "global"
+    parts: int = 5
+    group_by: str | None = None
+    tokens_per_batch: int = 4096
+
+    def __post_init__(self) -> None:
+        check_token_share(self.keep)
+        one_of("ranking", self.ranking, get_args(Ranking))
+        if isinstance(self.parts, bool) or not isinstance(self.parts, numbers.Integral) or self.parts < 2:
+            raise InputError(
+                f"parts must be a whole number of at least 2, the first is learnt whole; got {self.parts}."
+            )
+        if type(self.tokens_per_batch) is not int or self.tokens_per_batch < 1:
+            raise InputError(f"tokens_per_batch must be at least 1, got {self.tokens_per_batch}.")
+        if not isinstance(self.reference, str) or not self.reference:
+            raise InputError(f"reference is a name, a folder or 'self', got {self.reference!r}.")
+
+
+def check_token_share(keep: object) -> None:
+    """Raise InputError unless `keep` is above 0 and at most 1."""
+    if isinstance(keep, bool) or not isinstance(keep, numbers.Real) or not 0 < float(keep) <= 1:
+        raise InputError(f"keep_tokens is the share of tokens that stays, above 0 and at most 1, got {keep}.")
 
 
 def one_of(name: str, value: object, allowed: Sequence[object]) -> None:

@@ -69,7 +69,7 @@ def usable_rows(
         )
     reasons |= dict.fromkeys(empty, "empty completion")
     if len(reasons) == len(rows):
-        raise InputError(f"All {len(rows)} rows are empty or repeated: there is nothing left.")
+        raise InputError(f"All {len(rows)} rows are empty or repeated: there is nothing to score or to train on.")
     rows = rows.add_column(ROW, np.arange(len(rows)))
     return rows.select([row for row in range(len(rows)) if row not in reasons]), reasons
 

@@ -7,6 +7,7 @@ drops is missed and one that it moves is found.
 from __future__ import annotations
 
 import copy
+import dataclasses
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -34,6 +35,7 @@ class PreparedRows:
     Attributes:
         dataset: `input_ids`, `labels` and `ROW`, the place in the user's dataset; every row has a learnt token.
         lengths: (N,) tokens of each row.
+        num_tokens: (N,) those of them that are learnt.
         largest_token: the largest token id.
         fingerprint: hash of all token ids, labels and places.
         reasons: for the user's other rows, by place, why they cannot be scored.
@@ -42,6 +44,7 @@ class PreparedRows:
 
     dataset: Dataset
     lengths: np.ndarray
+    num_tokens: np.ndarray
     largest_token: int
     fingerprint: str
     reasons: dict[int, str]
@@ -51,6 +54,11 @@ class PreparedRows:
     def sample_ids(self) -> np.ndarray:
         """(N,) each row's place in the user's dataset."""
         return np.array(self.dataset[ROW])
+
+    def select(self, rows: np.ndarray) -> PreparedRows:
+        """Some of the rows, in this order; the fingerprint stays that of all."""
+        dataset, lengths, num_tokens = self.dataset.select(rows), self.lengths[rows], self.num_tokens[rows]
+        return dataclasses.replace(self, dataset=dataset, lengths=lengths, num_tokens=num_tokens)
 
 
 def prepare(dataset: Dataset, processing_class: PreTrainedTokenizerBase, args: SFTConfig) -> PreparedRows:
@@ -74,8 +82,8 @@ def prepare(dataset: Dataset, processing_class: PreTrainedTokenizerBase, args: S
     if not scored:
         raise InputError(f"None of the {len(reasons)} rows has a token to learn{within}: every label is masked.")
     if not kept.all():
-        tokens, lengths = tokens.select(np.flatnonzero(kept)), lengths[kept]
-    return PreparedRows(tokens, lengths, largest, fingerprint, reasons, template)
+        tokens, lengths, learnt = tokens.select(np.flatnonzero(kept)), lengths[kept], learnt[kept]
+    return PreparedRows(tokens, lengths, learnt, largest, fingerprint, reasons, template)
 
 
 def prepared_already(dataset: Dataset, collate: Callable[[list[Any]], Any]) -> PreparedRows:
@@ -89,9 +97,9 @@ def prepared_already(dataset: Dataset, collate: Callable[[list[Any]], Any]) -> P
         tokens = dataset.select_columns(["input_ids", "labels"])
     else:
         tokens = dataset.map(_collated, fn_kwargs={"collate": collate}, remove_columns=dataset.column_names)
-    lengths, _, largest, fingerprint = survey(tokens)
+    lengths, learnt, largest, fingerprint = survey(tokens)
     tokens = tokens.add_column(ROW, np.arange(len(tokens)))
-    return PreparedRows(tokens, lengths, largest, fingerprint, {}, "")
+    return PreparedRows(tokens, lengths, learnt, largest, fingerprint, {}, "")
 
 
 def _collated(example: dict[str, Any], collate: Callable[[list[Any]], Any]) -> dict[str, Any]:
@@ -137,20 +145,37 @@ def survey(tokens: Dataset) -> tuple[np.ndarray, np.ndarray, int, str]:
     """
     lengths, learnt, largest, digest = [np.empty(0, int)], [np.empty(0, int)], 0, xxhash.xxh3_128()
     for table in _arrow_batches(tokens):
-        ids, labels = table["input_ids"].combine_chunks(), table["labels"].combine_chunks()
-        length = pc.list_value_length(labels).to_numpy()
-        is_learnt = labels.flatten().to_numpy() != IGNORE
-        ends = np.cumsum(length)
-        starts = ends - length
-        is_learnt[starts[length > 0]] = False  # nothing predicts the first token
-        so_far = np.concatenate([[0], np.cumsum(is_learnt)])
+        ids, labels = (table[name].combine_chunks().flatten().to_numpy() for name in ("input_ids", "labels"))
+        length, is_learnt = _learnt(table)
         lengths.append(length)
-        learnt.append(so_far[ends] - so_far[starts])
-        largest = max(largest, pc.max(ids.flatten()).as_py() or 0)
+        so_far = np.concatenate([[0], np.cumsum(is_learnt)])
+        ends = np.cumsum(length)
+        learnt.append(so_far[ends] - so_far[ends - length])
+        largest = max(largest, int(ids.max(initial=0)))
         places = [table[ROW].to_numpy()] if ROW in table.column_names else []
-        for array in (*places, length, ids.flatten().to_numpy(), labels.flatten().to_numpy()):
+        for array in (*places, length, ids, labels):
             digest.update(array.astype(np.int64).tobytes())
     return np.concatenate(lengths), np.concatenate(learnt), largest, digest.hexdigest()
+
+
+def learnt_tokens(tokens: Dataset) -> tuple[np.ndarray, np.ndarray]:
+    """Of every learnt token, row after row: where in its row it stands, and its id; (N,) int32 each."""
+    positions, ids = [np.empty(0, np.int32)], [np.empty(0, np.int32)]
+    for table in _arrow_batches(tokens):
+        length, is_learnt = _learnt(table)
+        position = np.arange(len(is_learnt)) - np.repeat(np.cumsum(length) - length, length)
+        positions.append(position[is_learnt].astype(np.int32))
+        ids.append(table["input_ids"].combine_chunks().flatten().to_numpy()[is_learnt].astype(np.int32))
+    return np.concatenate(positions), np.concatenate(ids)
+
+
+def _learnt(table: pa.Table) -> tuple[np.ndarray, np.ndarray]:
+    """Each row's length, and of all their tokens whether they are learnt: nothing predicts the first of a row."""
+    labels = table["labels"].combine_chunks()
+    length = pc.list_value_length(labels).to_numpy()
+    is_learnt = labels.flatten().to_numpy() != IGNORE
+    is_learnt[(np.cumsum(length) - length)[length > 0]] = False
+    return length, is_learnt
 
 
 def _arrow_batches(dataset: Dataset) -> Iterator[pa.Table]:

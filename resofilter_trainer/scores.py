@@ -88,6 +88,12 @@ class Provenance:
         for name in ("config", "preparation", "versions", "source"):  # as JSON has them: lists, no tuples
             object.__setattr__(self, name, json.loads(json.dumps(getattr(self, name))))
 
+    @property
+    def key(self) -> str:
+        """All that is compared, as JSON: equal where scores of both belong together."""
+        aside = ("model", "source", "trust")
+        return json.dumps({name: value for name, value in dataclasses.asdict(self).items() if name not in aside})
+
     def differences(self, other: Provenance) -> list[str]:
         """What keeps the two apart, in words; empty where scores of both belong together."""
         found = []
@@ -227,7 +233,15 @@ def load_parquet(path: Path, key: str, what: str) -> tuple[pa.Table, str]:
     metadata = (table.schema.metadata or {}).get(key.encode())
     if metadata is None:
         raise InputError(f"'{path}' is a Parquet file, but holds no {what} of resofilter.")
-    return table, metadata.decode()
+    return table, decoded(metadata, path)
+
+
+def decoded(metadata: bytes, path: Path) -> str:
+    """A file's metadata as text. Raises InputError where they are none."""
+    try:
+        return metadata.decode()
+    except UnicodeDecodeError as error:
+        raise InputError(f"'{path}' is damaged: its metadata are no text. Make it again.") from error
 
 
 def file_at(path: str | os.PathLike[str], name: str) -> Path:

@@ -19,6 +19,8 @@ ORDER = [
     "config",
     "scores",
     "selection",
+    "token_scores",
+    "token_selection",
     "comparison",
     "drift",
     "plan",
@@ -38,6 +40,11 @@ ORDER = [
     "preparation",
     "provenance",
     "loading",
+    "loss_pass",
+    "reference_model",
+    "cleaned_dataset",
+    "token_cleaning",
+    "self_evolving",
     "scoring",
     "evaluation",
     "trainer_access",
@@ -46,7 +53,7 @@ ORDER = [
     "demo",
     "cli",
 ]
-CHEAP = ["config", "scores", "selection", "comparison", "drift", "plan", "measurements", "filtering", "results"]
+CHEAP = ORDER[: ORDER.index("modes")]
 HEAVY = {"torch", "transformers", "datasets", "trl", "accelerate", "peft", "evaluate"}
 
 

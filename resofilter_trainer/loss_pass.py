@@ -1,0 +1,155 @@
+"""The pass over a dataset that measures what a model loses on every learnt token. Knows batches, processes and parts.
+
+batches of one length and a token budget -> each process its share, kept in parts on the way -> every process gets all
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from datasets import Dataset
+from torch import nn
+from tqdm.auto import tqdm
+from transformers import TrainingArguments
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+
+from .config import InputError
+from .losses import token_losses_in_pieces
+from .modes import evaluating
+from .preparation import ROW, PreparedRows
+from .token_scores import load_arrow, save_arrow
+
+MOST_LOGITS = 1 << 26  # held at once: 256 MiB of float32
+SAVE_EVERY = 30.0  # seconds of work that an interrupt may cost
+PART, KEY = "part-{:08d}.arrow", "resofilter_token_losses"
+
+
+@dataclass(frozen=True)
+class Parts:
+    """A folder in which each process leaves the batches that it has done, so that an interrupted pass can go on.
+
+    Attributes:
+        folder: parts of the same pass, or none.
+        fingerprint: of everything that the losses depend on; parts of something else are not used.
+    """
+
+    folder: Path
+    fingerprint: str
+
+    def load(self) -> dict[int, np.ndarray]:
+        """The losses of every batch that is done, by its number."""
+        found: dict[int, np.ndarray] = {}
+        for path in sorted(self.folder.glob("part-*.arrow")):
+            if re.fullmatch(r"part-\d{8}\.arrow", path.name):
+                table, fingerprint = load_arrow(path, KEY, "token losses")
+                if fingerprint == self.fingerprint:
+                    losses = table["loss"].to_numpy()
+                    found |= {int(batch): np.array(loss) for batch, loss in zip(table["batch"], losses, strict=True)}
+        return found
+
+    def save(self, done: Sequence[tuple[int, np.ndarray]]) -> None:
+        """Write some batches to a part of their own."""
+        if done:
+            numbers, losses = zip(*done, strict=True)
+            table = pa.table({"batch": np.array(numbers), "loss": pa.array(losses, pa.list_(pa.float32()))})
+            save_arrow(table, self.folder / PART.format(min(numbers)), KEY, self.fingerprint)
+
+
+def measure_token_losses(
+    model: nn.Module,
+    prepared: PreparedRows,
+    args: TrainingArguments,
+    tokens_per_batch: int,
+    label: str,
+    parts: Parts | None = None,
+) -> np.ndarray:
+    """The loss of every learnt token, without dropout and without a gradient.
+
+    The batches depend on the rows and the budget alone, neither on the number of processes nor on interruptions, so
+    that the losses do not either.
+
+    Args:
+        model: a causal language model, where it is.
+        prepared: rows as tokens.
+        args: whether the forward runs in bfloat16 autocast (`bf16`), and whether a progress bar is shown.
+        tokens_per_batch: tokens of a batch, padding included; a longer row is a batch of its own.
+        label: what the progress bar says.
+        parts: where to leave what is done.
+
+    Returns:
+        (N,) float32, in nats, row after row, the same in every process.
+
+    Raises:
+        InputError: a loss is not finite; names the row.
+    """
+    state = PartialState()
+    batches = split_by_tokens(prepared.lengths, tokens_per_batch)
+    done = parts.load() if parts is not None else {}
+    todo = [number for number in range(len(batches)) if number not in done]
+    fresh: list[tuple[int, np.ndarray]] = []
+    saved, last = 0, time.monotonic()
+    mine = todo[state.process_index :: state.num_processes]
+    bar = tqdm(mine, desc=label, unit="batch", disable=args.disable_tqdm or not state.is_main_process)
+    try:
+        with evaluating(model):
+            for number in bar:
+                fresh.append((number, _losses_of(model, prepared.dataset, batches[number], args)))
+                if parts is not None and time.monotonic() - last > SAVE_EVERY:
+                    parts.save(fresh[saved:])
+                    saved, last = len(fresh), time.monotonic()
+    finally:
+        if parts is not None:
+            parts.save(fresh[saved:])
+    done |= dict(gather_object(fresh) if state.num_processes > 1 else fresh)
+    return _in_order(batches, [done[number] for number in range(len(batches))], prepared.num_tokens)
+
+
+def split_by_tokens(lengths: np.ndarray, budget: int) -> list[np.ndarray]:
+    """Positions of rows, in batches of similar lengths whose size times the longest is at most `budget`.
+
+    The longest come first: if memory does not suffice, the first batch says so.
+    """
+    order = np.argsort(-lengths, kind="stable")
+    batches, start = [], 0
+    while start < len(order):
+        size = max(budget // max(int(lengths[order[start]]), 1), 1)
+        batches.append(order[start : start + size])
+        start += size
+    return batches
+
+
+def _losses_of(model: nn.Module, dataset: Dataset, rows: np.ndarray, args: TrainingArguments) -> np.ndarray:
+    """(n,) float32, the losses of a batch's learnt tokens, in the order of its rows."""
+    examples = [dataset[int(row)] for row in rows]
+    batch = DataCollatorForLanguageModeling(pad_token_id=0)(examples)
+    device = next(model.parameters()).device
+    batch = {name: tensor.to(device) for name, tensor in batch.items()}
+    with torch.no_grad(), torch.autocast(device.type, dtype=torch.bfloat16, enabled=bool(args.bf16)):
+        losses = token_losses_in_pieces(model, batch, MOST_LOGITS)
+    if not torch.isfinite(losses).all():
+        learnt_in = (batch["labels"][:, 1:] != -100).nonzero()[:, 0]
+        row = examples[int(learnt_in[~torch.isfinite(losses)][0])][ROW]
+        raise InputError(
+            f"Row {row} of the dataset has a token whose loss is not finite. Are the weights sound? Try float32, or "
+            "drop the row."
+        )
+    return losses.float().cpu().numpy()
+
+
+def _in_order(batches: Sequence[np.ndarray], losses: Sequence[np.ndarray], counts: np.ndarray) -> np.ndarray:
+    """The losses of all batches, row after row."""
+    offsets = np.concatenate([[0], np.cumsum(counts)])
+    found = np.empty(offsets[-1], dtype=np.float32)
+    for batch, values in zip(batches, losses, strict=True):
+        for row, of_row in zip(batch, np.split(values, np.cumsum(counts[batch])[:-1]), strict=True):
+            found[offsets[row] : offsets[row + 1]] = of_row
+    return found

@@ -1,0 +1,200 @@
+"""Token cleaning: which tokens of a dataset are worth learning, by a base and a reference model.
+
+    base losses, reference losses -> TokenScores  ==saved==>  TokenSelector -> labels with -100
+
+Knows models and rows as tokens; what is measured is `loss_pass`'s, what is kept `token_selection`'s.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from accelerate import PartialState
+from datasets import Dataset
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from trl import SFTConfig
+
+from .cleaned_dataset import EMPTIED, CleanedDataset, check_output, groups_of, mask_labels, save_dataset, summarise
+from .config import SELF, ColumnMapping, InputError, TokenCleaning
+from .loading import check_arguments, check_model, default_arguments, load_model, placed, usable_rows
+from .loss_pass import Parts, measure_token_losses
+from .preparation import PreparedRows, learnt_tokens, prepare
+from .provenance import describe, hash_weights
+from .reference_model import check_vocabulary, is_adapter, load_reference, wearing
+from .rows import hash_rows
+from .scores import Provenance
+from .token_scores import TOKEN_SCORES_FILE, TokenScores
+from .token_selection import TokenSelector
+
+PARTS = "parts"  # the folder in which an interrupted pass goes on
+
+
+def clean_dataset(
+    model: str | PreTrainedModel,
+    dataset: Dataset,
+    cleaning: TokenCleaning,
+    processing_class: PreTrainedTokenizerBase | None = None,
+    args: SFTConfig | None = None,
+    output: str | os.PathLike[str] | None = None,
+    **row_options: Any,
+) -> CleanedDataset:
+    """Mask the tokens that a reference model has nothing to teach about (Token Cleaning, arXiv 2502.01968, section 3).
+
+    Args:
+        model: the base model, or its name or folder, which is then loaded in float32.
+        dataset: rows as for `score_dataset`. Labels that are masked already stay masked and are no candidates.
+        cleaning: the reference model, how much is kept and how it is ranked. Two models are held at once only where
+            `model` is one and the reference no adapter.
+        processing_class: the tokenizer of both; the base model's own by default.
+        args: SFTTrainer's: lengths, masking, device, and `bf16` for a forward in bfloat16 autocast. By default
+            SFTConfig's own, without bf16.
+        output: a folder for the cleaned dataset (`datasets.load_from_disk`), the token scores and a summary. Scores of
+            the same models and rows that lie there are used again; an interrupted pass goes on.
+        **row_options: `drop_duplicates`, `drop_empty`, `source` and the columns, as for `score_dataset`.
+
+    Raises:
+        InputError: nothing can be learnt, the reference is not there or has another vocabulary, a loss is not finite,
+            or `output` holds something else.
+    """
+    if cleaning.reference == SELF:
+        raise InputError("reference='self' cleans while training: use self_evolve, ResonanceCallback, or a reference.")
+    check_output(None if output is None else Path(output), TOKEN_SCORES_FILE)
+    adapter = is_adapter(cleaning.reference, args or default_arguments())
+    base, task = open_task(model, dataset, cleaning, processing_class, args, output, **row_options)
+    if not adapter:
+        check_vocabulary(cleaning.reference, base, task.tokenizer, task.args)
+    earlier = task.earlier()
+    base_losses = task.losses(base, "base", task.prepared, task.provenance) if earlier is None else earlier.base
+    with contextlib.ExitStack() as stack:
+        if adapter:
+            reference = stack.enter_context(wearing(base, cleaning.reference))
+        else:
+            del base  # one that was loaded here is freed before the next comes
+            reference = load_reference(cleaning.reference, task.tokenizer, task.args)
+        scores = task.scores(base_losses, reference, earlier)
+    selection = TokenSelector(cleaning.keep, cleaning.ranking).select(scores)
+    reasons = task.reasons | {int(row): EMPTIED for row in scores.sample_id[selection.emptied]}
+    summary = {
+        "reference": cleaning.reference,
+        "keep_tokens": cleaning.keep,
+        "ranking": cleaning.ranking,
+        **summarise(selection, task.tokenizer, task.groups_of(scores)),
+    }
+    cleaned = CleanedDataset(mask_labels(task.prepared.dataset, selection), selection, reasons, summary)
+    if task.folder is not None and PartialState().is_main_process:
+        save_dataset(cleaned.dataset, {**summary, "rows_left_out": len(reasons)}, task.folder)
+    return cleaned
+
+
+def score_tokens(
+    prepared: PreparedRows, base: np.ndarray, reference: np.ndarray, provenance: Provenance
+) -> TokenScores:
+    """Two models' losses of all learnt tokens of the rows, (N,) each, as a table."""
+    offsets = np.concatenate([[0], np.cumsum(prepared.num_tokens)])
+    return TokenScores(prepared.sample_ids, offsets, *learnt_tokens(prepared.dataset), base, reference, provenance)
+
+
+@dataclass(frozen=True)
+class CleaningTask:
+    """All of one cleaning but its models.
+
+    Attributes:
+        cleaning, args, tokenizer: how.
+        prepared: the rows as tokens.
+        reasons: why the user's other rows are left out, by place.
+        groups: each of the user's rows' group, or None.
+        provenance: of the base model's losses.
+        folder: where things are written, or None.
+    """
+
+    cleaning: TokenCleaning
+    args: SFTConfig
+    tokenizer: PreTrainedTokenizerBase
+    prepared: PreparedRows
+    reasons: dict[int, str]
+    groups: list[Any] | None
+    provenance: Provenance
+    folder: Path | None
+
+    def losses(self, model: PreTrainedModel, name: str, prepared: PreparedRows, provenance: Provenance) -> np.ndarray:
+        """A model's losses of all learnt tokens of some rows, (N,) float32; by its name an interrupted pass goes on."""
+        parts = None if self.folder is None else Parts(self.folder / PARTS / name, provenance.key)
+        label = f"Losses of the {name} model"
+        return measure_token_losses(model, prepared, self.args, self.cleaning.tokens_per_batch, label, parts)
+
+    def scores(self, base: np.ndarray, reference: PreTrainedModel, earlier: TokenScores | None) -> TokenScores:
+        """Those that lie in the folder, or measured, and written there."""
+        check_model(reference, self.prepared)
+        provenance = self.against(hash_weights(reference))
+        if earlier is not None:
+            self._check_same(earlier, provenance)
+            return earlier
+        losses = self.losses(reference, "reference", self.prepared, provenance)
+        scores = score_tokens(self.prepared, base, losses, provenance)
+        if self.folder is not None and PartialState().is_main_process:
+            scores.save(self.folder)
+            shutil.rmtree(self.folder / PARTS, ignore_errors=True)
+        return scores
+
+    def earlier(self) -> TokenScores | None:
+        """Token scores that lie in the folder already, if they are of the same base model and rows."""
+        if self.folder is None or not (self.folder / TOKEN_SCORES_FILE).exists():
+            return None
+        earlier = TokenScores.load(self.folder)
+        self._check_same(earlier, self.against(earlier.provenance.config.get("reference_weights")))
+        return earlier
+
+    def against(self, reference_weights: str | None) -> Provenance:
+        """The provenance of scores against a reference, by the hash of its weights."""
+        config = {**self.provenance.config, "reference_weights": reference_weights}
+        return dataclasses.replace(self.provenance, config=config)
+
+    def groups_of(self, scores: TokenScores) -> list[Any] | None:
+        """The group of each row that was scored."""
+        return None if self.groups is None else [self.groups[row] for row in scores.sample_id]
+
+    def _check_same(self, earlier: TokenScores, provenance: Provenance) -> None:
+        differences = earlier.provenance.differences(provenance)
+        if differences:
+            raise InputError(
+                f"'{self.folder}' holds token scores of something else, they differ in {'; '.join(differences)} "
+                "(there / here). Choose another folder, or remove that one."
+            )
+
+
+def open_task(
+    model: str | PreTrainedModel,
+    dataset: Dataset,
+    cleaning: TokenCleaning,
+    processing_class: PreTrainedTokenizerBase | None,
+    args: SFTConfig | None,
+    output: str | os.PathLike[str] | None,
+    *,
+    drop_duplicates: bool = False,
+    drop_empty: bool = False,
+    source: Mapping[str, Any] | None = None,
+    **columns: Any,
+) -> tuple[PreTrainedModel, CleaningTask]:
+    """The base model, where it will run, and the task. Arguments and errors as of `clean_dataset`."""
+    args, mapping = args or default_arguments(), ColumnMapping(**columns)
+    folder = None if output is None else Path(output)
+    check_arguments(args, folder)
+    groups = groups_of(dataset, cleaning.group_by)
+    rows, reasons = usable_rows(dataset, mapping, args.dataset_text_field, drop_duplicates, drop_empty)
+    base, tokenizer = load_model(model, processing_class, args)
+    prepared = prepare(rows, tokenizer, args)
+    check_model(base, prepared)
+    source = {**(source or {}), "content": hash_rows(dataset), "reference": cleaning.reference}
+    config = {"tokens_per_batch": cleaning.tokens_per_batch}
+    provenance = describe(base, tokenizer, prepared, len(dataset), args, config, mapping, source)
+    reasons = reasons | prepared.reasons
+    task = CleaningTask(cleaning, args, tokenizer, prepared, reasons, groups, provenance, folder)
+    return placed(base, args), task
