@@ -19,6 +19,9 @@ from .scores import Provenance, check_folder, decoded
 TOKEN_SCORES_FILE = "token_scores.arrow"
 KEY = "resofilter_token_scores"  # the metadata that holds the provenance
 LISTS = {"position": np.int32, "token": np.int32, "base": np.float32, "reference": np.float32}
+SCHEMA = pa.schema(
+    {"sample_id": pa.int64(), **{name: pa.large_list(pa.from_numpy_dtype(kind)) for name, kind in LISTS.items()}}
+)
 
 
 @dataclass(frozen=True)
@@ -82,14 +85,16 @@ class TokenScores:
         """Map what `save` wrote into memory. Raises InputError for a missing, truncated or foreign file."""
         table, metadata = load_arrow(token_scores_at(path), KEY, "token scores")
         try:
-            columns = {name: table[name].chunk(0) for name in ("sample_id", *LISTS)}  # written as one, and not copied
+            if table.schema.remove_metadata() != SCHEMA or table["base"].num_chunks != 1:
+                raise ValueError("other columns")
+            chunks = {name: table[name].chunk(0) for name in SCHEMA.names}  # written as one, and not copied
             return cls(
-                columns["sample_id"].to_numpy(),
-                columns["base"].offsets.to_numpy(),
-                **{name: columns[name].values.to_numpy() for name in LISTS},
+                chunks["sample_id"].to_numpy(),
+                chunks["base"].offsets.to_numpy(),
+                **{name: chunks[name].values.to_numpy() for name in LISTS},
                 provenance=Provenance.from_json(metadata),
             )
-        except (TypeError, KeyError, ValueError, IndexError, AttributeError) as error:
+        except (TypeError, KeyError, ValueError, AttributeError) as error:
             raise InputError(
                 f"The token scores at '{path}' were written by another version. Make them again."
             ) from error
@@ -117,7 +122,8 @@ def load_arrow(path: Path, key: str, what: str) -> tuple[pa.Table, str]:
         raise InputError(f"No {what} at '{path}'. Pass the folder or the file that they were written to.")
     try:
         table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
-    except (pa.ArrowInvalid, OSError) as error:
+        table.validate()
+    except (pa.ArrowException, OSError) as error:
         raise InputError(
             f"'{path}' cannot be read, it is cut off or no Arrow file ({error}). Make it again."
         ) from error

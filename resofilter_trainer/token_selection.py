@@ -12,7 +12,7 @@ from typing import Any, get_args
 import numpy as np
 import pandas as pd
 
-from .config import Ranking, check_token_share, one_of
+from .config import InputError, Ranking, check_token_share, one_of
 from .token_scores import TokenScores
 
 CHUNK = 1 << 21  # tokens that are looked at together
@@ -80,7 +80,12 @@ class TokenSelection:
 
         Args:
             groups: R values, each row's group or source.
+
+        Raises:
+            InputError: there are more or fewer groups than rows.
         """
+        if len(groups) != len(self.scores.sample_id):
+            raise InputError(f"{len(groups)} groups for {len(self.scores.sample_id)} rows: give one for each row.")
         frame = pd.DataFrame({"tokens": self.scores.num_tokens, "kept": self.kept_of_row})
         sums = frame.groupby([str(group) for group in groups]).sum()
         return {str(name): kept / tokens for name, tokens, kept in sums.itertuples() if tokens}
@@ -113,6 +118,7 @@ def keep_globally(base: np.ndarray, reference: np.ndarray, keep: float) -> np.nd
         return np.full(size, count == size)
     rounded = base - reference
     rounded.partition(size - count)  # in place: memory is what is scarce
+    _check_numbers(rounded)
     threshold = rounded[size - count]
     del rounded
     kept, undecided = np.empty(size, dtype=bool), []
@@ -142,6 +148,7 @@ def keep_by_sample(base: np.ndarray, reference: np.ndarray, offsets: np.ndarray,
         start, stop = offsets[first], offsets[last]
         counts = np.diff(offsets[first : last + 1])
         exact = base[start:stop].astype(np.float64) - reference[start:stop]
+        _check_numbers(exact)
         row = np.repeat(np.arange(len(counts)), counts)
         order = np.lexsort((-exact, row))  # by row, then by falling score; stable
         rank = np.empty(stop - start, dtype=np.int64)
@@ -150,6 +157,11 @@ def keep_by_sample(base: np.ndarray, reference: np.ndarray, offsets: np.ndarray,
         kept[start:stop] = rank < np.repeat((counts * keep).astype(np.int64), counts)
         first = last
     return kept
+
+
+def _check_numbers(values: np.ndarray) -> None:
+    if np.isnan(values.max(initial=0)):
+        raise InputError("A token's score is not a number: its loss is not finite under one of the models.")
 
 
 def _largest(values: np.ndarray, count: int) -> np.ndarray:
