@@ -15,7 +15,7 @@ from typing import Any, get_args
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from . import trainer_access as access
-from .config import InputError, ResonanceConfig, Update, one_of
+from .config import InputError, ResonanceConfig, TokenCleaning, Update, one_of
 from .filtering import FilterConfig, Policy, When
 from .results import Results
 from .scores import ScoreTable
@@ -33,6 +33,8 @@ class ResonanceCallback(TrainerCallback):
     Args:
         keep, threshold, selector, when, start_epoch, readmit, correct_drift: what is dropped and when, see
             `FilterConfig`. By default the larger half after the first epoch.
+        token_cleaning: which tokens of the rows are learnt, see `TokenCleaning`. On its own, no row is dropped but
+            those that keep no token; with `keep` and the like, scores are those of the tokens that are learnt.
         update: the step that is measured: a fresh optimizer's first, `"adamw"` or `"sgd"`, in closed form and at any
             batch size; or `"optimizer"`, what this run's own optimizer did, for updates of a single sample.
         **config: the other fields of `ResonanceConfig`: `n_layers`, `norm`, `eps` and so on.
@@ -54,9 +56,15 @@ class ResonanceCallback(TrainerCallback):
         start_epoch: int | None = None,
         readmit: bool = False,
         correct_drift: bool | None = None,
+        token_cleaning: TokenCleaning | None = None,
         update: str = "adamw",
         **config: Any,
     ) -> None:
+        if token_cleaning is not None and not isinstance(token_cleaning, TokenCleaning):
+            raise InputError(f"token_cleaning is a TokenCleaning, got {token_cleaning!r}.")
+        if token_cleaning is not None and keep is None and threshold is None and selector is None:
+            keep = 1.0
+        self.token_cleaning = token_cleaning
         self.filter = FilterConfig(keep, threshold, selector, when, start_epoch, readmit, correct_drift)
         one_of("update", update, (*get_args(Update), OPTIMIZER))
         self.by_optimizer = update == OPTIMIZER
@@ -76,6 +84,11 @@ class ResonanceCallback(TrainerCallback):
         """Which rows each epoch trained on, first epoch first."""
         return self._results.selections
 
+    @property
+    def token_stages(self) -> list[dict[str, Any]]:
+        """What each cleaning of tokens kept, in numbers and of each group, in the order in which they happened."""
+        return self._results.token_stages
+
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
@@ -87,7 +100,8 @@ class ResonanceCallback(TrainerCallback):
             raise InputError("ResonanceCallback was added twice: add it once.")
         self._results = Results()
         loader = kwargs["train_dataloader"]
-        self._run = Run(trainer, loader, self.filter, self.config, self.by_optimizer, self._results)
+        config = (self.filter, self.config, self.by_optimizer, self._results, self.token_cleaning)
+        self._run = Run(trainer, loader, *config)
         self._run.begin(checkpoint)
 
     def on_step_begin(

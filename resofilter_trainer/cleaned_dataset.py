@@ -48,8 +48,28 @@ class CleanedDataset:
     summary: Mapping[str, Any]
 
 
+def masked(dataset: Dataset, offsets: np.ndarray, position: np.ndarray, keep: np.ndarray) -> Dataset:
+    """Prepared rows with every label masked that is not kept.
+
+    Args:
+        dataset: R rows with `input_ids` and `labels`.
+        offsets, position: (R + 1,) and (N,), where their learnt tokens stand, as in `TokenScores`.
+        keep: (N,) bool.
+    """
+    digest = xxhash.xxh3_128(str(dataset._fingerprint).encode())
+    for array in (keep, offsets, position):
+        digest.update(np.ascontiguousarray(array).data)
+    arrow = dataset.with_format("arrow").map(
+        partial(_mask_batch, offsets=offsets, position=position, keep=keep),
+        with_indices=True,
+        batched=True,
+        new_fingerprint=digest.hexdigest()[:16],  # else the arrays would be pickled to make one
+    )
+    return arrow.with_format(None)
+
+
 def mask_labels(dataset: Dataset, selection: TokenSelection) -> Dataset:
-    """The rows with every label masked that is not kept; rows that keep none are left out.
+    """What is trained on: prepared rows with the labels that are kept; rows that keep none are left out.
 
     Args:
         dataset: R prepared rows, in the order of the selection's.
@@ -58,18 +78,10 @@ def mask_labels(dataset: Dataset, selection: TokenSelection) -> Dataset:
     Returns:
         `input_ids`, `labels` and `sample_id`.
     """
-    digest = xxhash.xxh3_128(str(dataset._fingerprint).encode())
-    for array in (selection.keep, selection.scores.offsets, selection.scores.position):
-        digest.update(np.ascontiguousarray(array).data)
-    masked = dataset.with_format("arrow").map(
-        partial(_mask_batch, selection=selection),
-        with_indices=True,
-        batched=True,
-        new_fingerprint=digest.hexdigest()[:16],  # else the selection would be pickled to make one
-    )
-    masked = masked.with_format(None).rename_column(ROW, SAMPLE_ID)
+    scores = selection.scores
+    cleaned = masked(dataset, scores.offsets, scores.position, selection.keep).rename_column(ROW, SAMPLE_ID)
     some = np.flatnonzero(selection.kept_of_row > 0)
-    return masked if len(some) == len(masked) else masked.select(some)
+    return cleaned if len(some) == len(cleaned) else cleaned.select(some)
 
 
 def summarise(
@@ -156,14 +168,17 @@ def save_dataset(dataset: Dataset, summary: Mapping[str, Any], folder: Path) -> 
     (folder / SUMMARY_FILE).write_text(text + "\n", encoding="utf-8")
 
 
-def _mask_batch(table: pa.Table, rows: list[int], selection: TokenSelection) -> pa.Table:
+def _mask_batch(
+    table: pa.Table, rows: list[int], offsets: np.ndarray, position: np.ndarray, keep: np.ndarray
+) -> pa.Table:
     """Some consecutive rows, with the labels that are not kept masked."""
     labels = table["labels"].combine_chunks()
     flat = labels.flatten().to_numpy().copy()
     lengths = pc.list_value_length(labels).to_numpy()
-    scores, span = selection.scores, slice(*selection.scores.offsets[[rows[0], rows[-1] + 1]])
-    starts = np.repeat(np.cumsum(lengths) - lengths, scores.num_tokens[rows[0] : rows[-1] + 1])
-    flat[(starts + scores.position[span])[~selection.keep[span]]] = IGNORE
-    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
-    column = pa.ListArray.from_arrays(pa.array(offsets), pa.array(flat))
+    ends = np.cumsum(lengths)
+    first, last = rows[0], rows[-1] + 1
+    span = slice(offsets[first], offsets[last])
+    starts = np.repeat(ends - lengths, np.diff(offsets[first : last + 1]))
+    flat[(starts + position[span])[~keep[span]]] = IGNORE
+    column = pa.ListArray.from_arrays(pa.array(np.concatenate([[0], ends]).astype(np.int32)), pa.array(flat))
     return table.set_column(table.column_names.index("labels"), "labels", column)

@@ -32,19 +32,29 @@ def load_model(
     Raises:
         InputError: either cannot be found, reached or read.
     """
-    remote = {"trust_remote_code": args.trust_remote_code}
-    if isinstance(model, str) and looks_local(model) and not Path(model).is_dir():
-        raise InputError(f"There is no model at '{model}'. Pass a folder, or a name on the hub.")
+    if isinstance(model, str):
+        model = load_weights(model, args)
+    name = model.config.name_or_path
     try:
-        if isinstance(model, str):
-            model = AutoModelForCausalLM.from_pretrained(
-                model, **{"dtype": torch.float32, **remote, **(args.model_init_kwargs or {})}
-            )
-        tokenizer = processing_class or AutoTokenizer.from_pretrained(model.config.name_or_path, **remote)
-    except Exception as error:  # transformers, safetensors and the hub each raise their own
-        name = model if isinstance(model, str) else model.config.name_or_path
-        raise InputError(f"The model '{name}' or its tokenizer cannot be loaded: {first_line(error)}") from error
+        tokenizer = processing_class or AutoTokenizer.from_pretrained(name, trust_remote_code=args.trust_remote_code)
+    except Exception as error:  # transformers and the hub each raise their own
+        raise InputError(f"The tokenizer of '{name}' cannot be loaded: {first_line(error)}") from error
     return model, tokenizer
+
+
+def load_weights(name: str, args: SFTConfig) -> PreTrainedModel:
+    """A model from its name or folder, in float32 unless `args.model_init_kwargs` says otherwise.
+
+    Raises:
+        InputError: it cannot be found, reached or read.
+    """
+    if looks_local(name) and not Path(name).is_dir():
+        raise InputError(f"There is no model at '{name}'. Pass a folder, or a name on the hub.")
+    settings = {"dtype": torch.float32, "trust_remote_code": args.trust_remote_code, **(args.model_init_kwargs or {})}
+    try:
+        return AutoModelForCausalLM.from_pretrained(name, **settings)
+    except Exception as error:  # transformers, safetensors and the hub each raise their own
+        raise InputError(f"The model '{name}' cannot be loaded: {first_line(error)}") from error
 
 
 def usable_rows(

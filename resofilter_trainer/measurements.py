@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -28,6 +29,11 @@ class Measured:
     num_tokens: np.ndarray
     length: np.ndarray
     layers: np.ndarray
+
+    def where(self, which: np.ndarray) -> Measured:
+        """Of some of the rows, (N,) bool."""
+        names = ("rows", "loss", "num_tokens", "length", "layers")
+        return dataclasses.replace(self, **{name: getattr(self, name)[which] for name in names})
 
 
 class Measurements:
@@ -62,7 +68,11 @@ class Measurements:
         return self.epoch >= 0
 
     def add(self, found: Measured) -> None:
-        """Take in one update. Of a row that comes more than once in an epoch, the first measurement counts."""
+        """Take in one update. Of a row that comes more than once in an epoch, the first measurement counts.
+
+        A row without a token to learn has no measurement.
+        """
+        found = found.where(found.num_tokens > 0)
         _, first = np.unique(found.rows, return_index=True)
         first = first[(found.rows[first] >= 0) & (self.epoch[found.rows[first]] != found.epoch)]
         rows = found.rows[first]

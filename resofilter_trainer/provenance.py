@@ -99,6 +99,19 @@ def describe_training(
     )
 
 
+def run_settings(trainer: Trainer, **settings: Any) -> dict[str, Any]:
+    """What must be the same for a run to go on: the given settings, and the trainer's that make its order and rows."""
+    args = trainer.args
+    own = {
+        "seed": args.seed,
+        "data_seed": args.data_seed,
+        "train_sampling_strategy": args.train_sampling_strategy,
+        "dataset": fingerprint(trainer.train_dataset),
+    }
+    plain: dict[str, Any] = json.loads(json.dumps({**settings, **own}))
+    return plain
+
+
 def fingerprint(dataset: Any) -> str:
     """Of the tokens that a trainer holds, or of all columns; empty for what is no `datasets.Dataset`."""
     if not isinstance(dataset, Dataset):

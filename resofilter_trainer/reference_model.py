@@ -15,7 +15,7 @@ from transformers.utils.peft_utils import find_adapter_config_file
 from trl import SFTConfig
 
 from .config import InputError
-from .loading import load_model, placed
+from .loading import load_weights, placed
 from .rows import first_line, looks_local
 
 ADAPTER = "resofilter_reference"
@@ -37,15 +37,17 @@ def is_adapter(reference: str, args: SFTConfig) -> bool:
 
 
 def check_vocabulary(
-    reference: str, base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, args: SFTConfig
+    reference: str, base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, args: SFTConfig
 ) -> None:
     """Raise InputError where a whole reference model has another vocabulary: losses of other tokens cannot be compared.
 
-    One that brings no tokenizer is compared by the size of its vocabulary.
+    Where one side brings no tokenizer, the sizes of the vocabularies are compared.
     """
-    try:
-        own = AutoTokenizer.from_pretrained(reference, trust_remote_code=args.trust_remote_code).get_vocab()
-    except Exception:  # it brings none
+    own = None
+    if tokenizer is not None:
+        with contextlib.suppress(Exception):  # it brings none
+            own = AutoTokenizer.from_pretrained(reference, trust_remote_code=args.trust_remote_code).get_vocab()
+    if tokenizer is None or own is None:
         theirs = _config(reference, args).get_text_config().vocab_size
         size = base.config.get_text_config().vocab_size
         what = None if theirs == size else f"{theirs} tokens against {size}"
@@ -60,10 +62,9 @@ def check_vocabulary(
         )
 
 
-def load_reference(reference: str, tokenizer: PreTrainedTokenizerBase, args: SFTConfig) -> PreTrainedModel:
+def load_reference(reference: str, args: SFTConfig) -> PreTrainedModel:
     """A whole reference model, on the device of `args`. Raises InputError where it cannot be loaded."""
-    model, _ = load_model(reference, tokenizer, args)
-    return placed(model, args).eval()
+    return placed(load_weights(reference, args), args).eval()
 
 
 @contextlib.contextmanager

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from .scores import ScoreTable
 from .selection import Selection
+
+TOKENS_FILE = "token_cleaning.json"
 
 
 @dataclass
@@ -16,13 +20,17 @@ class Results:
     Attributes:
         scores: a line for every row of the user's dataset, as of the last epoch that has ended; None before.
         selections: which rows each epoch trained on, first epoch first.
+        token_stages: what each cleaning of tokens kept, in numbers.
     """
 
     scores: ScoreTable | None = None
     selections: list[Selection] = field(default_factory=list)
+    token_stages: list[dict[str, Any]] = field(default_factory=list)
 
     def save(self, folder: Path, ended: int) -> None:
         """Write the scores, also under the name of the epoch that has ended (0: none has), and every selection."""
+        if self.token_stages:
+            (folder / TOKENS_FILE).write_text(json.dumps(self.token_stages, indent=2) + "\n")
         if self.scores is None:
             return
         self.scores.save(folder)

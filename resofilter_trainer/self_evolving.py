@@ -29,7 +29,7 @@ from .cleaned_dataset import EMPTIED, SAMPLE_ID, check_output, mask_labels, save
 from .config import InputError, TokenCleaning
 from .preparation import ROW, PreparedRows
 from .provenance import hash_weights
-from .token_cleaning import PARTS, CleaningTask, open_task, score_tokens
+from .token_cleaning import PARTS, CleaningTask, against, open_task, score_tokens
 from .token_scores import TokenScores
 from .token_selection import TokenSelection, TokenSelector
 
@@ -173,7 +173,7 @@ class _Evolution:
         if self._is_done(number):
             scores = TokenScores.load(path)
         else:
-            provenance = self.task.against(hash_weights(latest))
+            provenance = against(self.task.provenance, hash_weights(latest))
             losses = self.task.losses(latest, f"stage-{number}", part, provenance)
             scores = score_tokens(part, base_losses, losses, provenance)
             if PartialState().is_main_process:

@@ -67,7 +67,8 @@ def clean_dataset(
     if cleaning.reference == SELF:
         raise InputError("reference='self' cleans while training: use self_evolve, ResonanceCallback, or a reference.")
     check_output(None if output is None else Path(output), TOKEN_SCORES_FILE)
-    adapter = is_adapter(cleaning.reference, args or default_arguments())
+    args = args or default_arguments()
+    adapter = is_adapter(cleaning.reference, args)
     base, task = open_task(model, dataset, cleaning, processing_class, args, output, **row_options)
     if not adapter:
         check_vocabulary(cleaning.reference, base, task.tokenizer, task.args)
@@ -78,7 +79,7 @@ def clean_dataset(
             reference = stack.enter_context(wearing(base, cleaning.reference))
         else:
             del base  # one that was loaded here is freed before the next comes
-            reference = load_reference(cleaning.reference, task.tokenizer, task.args)
+            reference = load_reference(cleaning.reference, task.args)
         scores = task.scores(base_losses, reference, earlier)
     selection = TokenSelector(cleaning.keep, cleaning.ranking).select(scores)
     reasons = task.reasons | {int(row): EMPTIED for row in scores.sample_id[selection.emptied]}
@@ -100,6 +101,12 @@ def score_tokens(
     """Two models' losses of all learnt tokens of the rows, (N,) each, as a table."""
     offsets = np.concatenate([[0], np.cumsum(prepared.num_tokens)])
     return TokenScores(prepared.sample_ids, offsets, *learnt_tokens(prepared.dataset), base, reference, provenance)
+
+
+def against(provenance: Provenance, reference_weights: str | None) -> Provenance:
+    """The provenance of scores against a reference, by the hash of its weights."""
+    config = {**provenance.config, "reference_weights": reference_weights}
+    return dataclasses.replace(provenance, config=config)
 
 
 @dataclass(frozen=True)
@@ -133,7 +140,7 @@ class CleaningTask:
     def scores(self, base: np.ndarray, reference: PreTrainedModel, earlier: TokenScores | None) -> TokenScores:
         """Those that lie in the folder, or measured, and written there."""
         check_model(reference, self.prepared)
-        provenance = self.against(hash_weights(reference))
+        provenance = against(self.provenance, hash_weights(reference))
         if earlier is not None:
             self._check_same(earlier, provenance)
             return earlier
@@ -149,13 +156,8 @@ class CleaningTask:
         if self.folder is None or not (self.folder / TOKEN_SCORES_FILE).exists():
             return None
         earlier = TokenScores.load(self.folder)
-        self._check_same(earlier, self.against(earlier.provenance.config.get("reference_weights")))
+        self._check_same(earlier, against(self.provenance, earlier.provenance.config.get("reference_weights")))
         return earlier
-
-    def against(self, reference_weights: str | None) -> Provenance:
-        """The provenance of scores against a reference, by the hash of its weights."""
-        config = {**self.provenance.config, "reference_weights": reference_weights}
-        return dataclasses.replace(self.provenance, config=config)
 
     def groups_of(self, scores: TokenScores) -> list[Any] | None:
         """The group of each row that was scored."""
@@ -175,7 +177,7 @@ def open_task(
     dataset: Dataset,
     cleaning: TokenCleaning,
     processing_class: PreTrainedTokenizerBase | None,
-    args: SFTConfig | None,
+    args: SFTConfig,
     output: str | os.PathLike[str] | None,
     *,
     drop_duplicates: bool = False,
@@ -184,7 +186,7 @@ def open_task(
     **columns: Any,
 ) -> tuple[PreTrainedModel, CleaningTask]:
     """The base model, where it will run, and the task. Arguments and errors as of `clean_dataset`."""
-    args, mapping = args or default_arguments(), ColumnMapping(**columns)
+    mapping = ColumnMapping(**columns)
     folder = None if output is None else Path(output)
     check_arguments(args, folder)
     groups = groups_of(dataset, cleaning.group_by)

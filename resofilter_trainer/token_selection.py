@@ -60,11 +60,7 @@ class TokenSelection:
     @property
     def kept_of_row(self) -> np.ndarray:
         """(R,) how many tokens each row keeps."""
-        some = self.scores.num_tokens > 0
-        kept = np.zeros(len(some), dtype=np.int64)
-        if some.any():
-            kept[some] = np.add.reduceat(self.keep, self.scores.offsets[:-1][some], dtype=np.int64)
-        return kept
+        return kept_of_rows(self.keep, self.scores.offsets)
 
     @property
     def emptied(self) -> np.ndarray:
@@ -156,6 +152,15 @@ def keep_by_sample(base: np.ndarray, reference: np.ndarray, offsets: np.ndarray,
         rank -= np.repeat(offsets[first:last] - start, counts)
         kept[start:stop] = rank < np.repeat((counts * keep).astype(np.int64), counts)
         first = last
+    return kept
+
+
+def kept_of_rows(keep: np.ndarray, offsets: np.ndarray) -> np.ndarray:
+    """(R,) how many tokens each row keeps, of N with `keep` (N,) bool, cut into rows by `offsets` (R + 1,)."""
+    some = np.diff(offsets) > 0
+    kept = np.zeros(len(some), dtype=np.int64)
+    if some.any():
+        kept[some] = np.add.reduceat(keep, offsets[:-1][some], dtype=np.int64)
     return kept
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import inspect
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -24,6 +25,54 @@ from trl import SFTConfig, SFTTrainer
 from .config import InputError
 from .losses import IGNORE
 from .plan import Batching, Progress
+from .shrinking import IndexedRows, RowCollator, ShrinkingSampler
+
+
+class Hold:
+    """What a run changes in a trainer, and how it is put back.
+
+    Args:
+        trainer, train_dataloader: the trainer and what it iterates.
+        sampler: takes the place of the trainer's own.
+        fetch: takes the place of `trainer.get_batch_samples`, which it is given as `inner`.
+    """
+
+    def __init__(self, trainer: Trainer, train_dataloader: Any, sampler: ShrinkingSampler, fetch: Any) -> None:
+        self._trainer, self._loader, self._sampler, self._fetch = trainer, train_dataloader, sampler, fetch
+        base = getattr(train_dataloader, "base_dataloader", train_dataloader)
+        self._base, self._dataset, self._collate = base, base.dataset, base.collate_fn
+
+    def take(self) -> None:
+        """Let rows be known, and fetched by the run."""
+        self._base.__dict__["dataset"] = IndexedRows(self._dataset)  # a loader refuses it as a plain attribute
+        self._base.collate_fn = RowCollator(self._collate)
+        self._loader.set_sampler(self._sampler)
+        self._let_go()  # of what an earlier run left, that ended by an exception
+        self.inner = self._trainer.get_batch_samples
+        self._trainer.get_batch_samples = _Fetch(self._fetch)
+
+    def release(self) -> None:
+        """Leave the trainer as it was found."""
+        if self._let_go():
+            self._base.__dict__["dataset"], self._base.collate_fn = self._dataset, self._collate
+            self._loader.set_sampler(self._sampler.inner)
+
+    def _let_go(self) -> bool:
+        """Give the trainer its own `get_batch_samples` back; whether a run had taken its place."""
+        ours = isinstance(vars(self._trainer).get("get_batch_samples"), _Fetch)
+        if ours:
+            del self._trainer.get_batch_samples
+        return ours
+
+
+class _Fetch:
+    """A run's own `get_batch_samples`, to be known again."""
+
+    def __init__(self, fetch: Any) -> None:
+        self._fetch = fetch
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._fetch(*args, **kwargs)
 
 
 def calling_trainer() -> tuple[Trainer, str | None]:
@@ -166,6 +215,17 @@ def set_total(trainer: Trainer, total: int, intervals: bool) -> None:
         if bar is not None:
             bar.total = total
             bar.refresh()
+
+
+def learnt_anywhere(trainer: Trainer, batches: Sequence[Any]) -> bool:
+    """Whether any process has a token to learn in these micro-batches of an update."""
+    counts = [(batch["labels"][..., 1:] != IGNORE).sum() for batch in batches]
+    return bool(trainer.accelerator.gather(torch.stack(counts).sum()).sum() > 0)
+
+
+def at_least_one(num_items: Any) -> Any:
+    """A number of learnt tokens to divide by."""
+    return num_items.clamp(min=1) if isinstance(num_items, torch.Tensor) else num_items and max(num_items, 1)
 
 
 def masked_copy(batch: Any) -> Any:

@@ -229,6 +229,30 @@ class StepRecorder:
         return np.array(layer_values(self._up_projections, changes, self._config))
 
 
+def recorders(
+    model: nn.Module, config: ResonanceConfig, by_optimizer: bool, samples: int
+) -> tuple[TrainingRecorder, StepRecorder | None]:
+    """What measures a run: each sample in the backward, or the optimizer's own step of one sample.
+
+    Args:
+        model: what is trained.
+        config: which step is measured and how.
+        by_optimizer: whether it is the optimizer's own.
+        samples: of an update, over all processes.
+
+    Raises:
+        InputError: the optimizer's own step is wanted of several samples together.
+    """
+    if not by_optimizer:
+        return TrainingRecorder(model, config), None
+    if samples != 1:
+        raise InputError(
+            f"update='optimizer' sees one change for a whole update, and yours has {samples} samples (batch x "
+            "accumulation x processes). Make it 1, or use update='adamw'."
+        )
+    return TrainingRecorder(model, None), StepRecorder(model, config)
+
+
 def _check_adapters(each: UpProjection) -> None:
     module: Any = each.module
     if not hasattr(module, "lora_A"):

@@ -9,38 +9,39 @@ or, where its epoch might end before the true one, nothing, and the true epoch g
 from __future__ import annotations
 
 import dataclasses
-import json
 import warnings
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from accelerate.utils import gather_object
 from datasets import Dataset
 from torch.utils.data import RandomSampler
-from tqdm.auto import tqdm
 from transformers import Trainer, TrainerControl
 
 from . import trainer_access as access
-from .config import InputError, ResonanceConfig
+from .cleaned_dataset import EMPTIED
+from .cleaning_run import CleaningRun
+from .config import InputError, ResonanceConfig, TokenCleaning
 from .filtering import FilterConfig, decide
 from .gradients import segments_of
 from .measurements import Measured, Measurements
 from .plan import Plan, Progress
 from .preparation import prepared_already
-from .provenance import describe_training, fingerprint
+from .provenance import describe_training, run_settings
+from .reporting import NAME as STATE
+from .reporting import report_rows, report_tokens
 from .results import Results, remove_stale
 from .scores import Provenance, ScoreTable
 from .scoring import score_prepared
 from .selection import KEPT, Selection
-from .shrinking import ROW, IndexedRows, RowCollator, ShrinkingSampler
-from .training_recorder import MicroBatch, StepRecorder, TrainingRecorder
+from .shrinking import ROW, ShrinkingSampler
+from .training_recorder import MicroBatch, StepRecorder, TrainingRecorder, recorders
 from .up_projection import find_up_projections
 
-STATE = "resofilter"  # under which name the Trainer's state and the output folder hold what is ours
 OPTIMIZER = "optimizer"
 
 
@@ -54,6 +55,7 @@ class Run:
         config: which step is measured and how.
         by_optimizer: whether the step is the run's own optimizer's.
         results: filled in as the run goes on.
+        cleaning: which tokens are learnt; None for all.
 
     Raises:
         InputError: the trainer has a setting with which this cannot work.
@@ -67,6 +69,7 @@ class Run:
         config: ResonanceConfig,
         by_optimizer: bool,
         results: Results,
+        cleaning: TokenCleaning | None = None,
     ) -> None:
         access.check_trainer(trainer, train_dataloader)
         self.filter, self.config, self.by_optimizer, self.results = filtering, config, by_optimizer, results
@@ -79,10 +82,15 @@ class Run:
         sizes = self.filter.sizes(self.epochs, self.batching.rows)
         self.plan = Plan(self.batching, sizes, length, max_steps)
         self.sample_ids, self.user_rows = access.user_rows(trainer)
-        self.recorder, self.step_recorder = self._recorders()
+        self.recorder: TrainingRecorder | None = None
+        self.step_recorder: StepRecorder | None = None
+        if filtering.when == "training":
+            size = self.batching.per_micro_batch * self.batching.accumulation
+            self.recorder, self.step_recorder = recorders(cast(Any, trainer.model), config, by_optimizer, size)
         sampler = access.sampler_of(train_dataloader)
         self.random_order = isinstance(sampler, RandomSampler)
         self.sampler = ShrinkingSampler(sampler, self.batching, max_steps is not None)
+        self.hold = access.Hold(trainer, train_dataloader, self.sampler, self.fetch)
         self.epoch, self.steps_done = 0, 0  # the true ones: steps of this epoch
         self.pending: list[Measured] = []  # of this process, since the last exchange
         self.rows: Sequence[np.ndarray] = []  # of each micro-batch of the update
@@ -90,8 +98,21 @@ class Run:
         self.skipping = self.restore_random_state = False
         self.saved_at = (-1, -1)  # step and epoch
         self.error: InputError | None = None
-        self.measurements = Measurements(self.batching.rows, self._layers())
-        self.settings = self._settings()
+        self.tokens = None if cleaning is None else CleaningRun(trainer, cleaning)
+        if self.tokens is not None:
+            self.results.token_stages = self.tokens.stages
+        self.nothing_learnt = False  # in this update, in any process
+        found = find_up_projections(trainer.model, config.n_layers, config.up_projection)
+        self.measurements = Measurements(self.batching.rows, sorted({each.layer for each in found}))
+        self.settings = run_settings(
+            trainer,
+            **self.filter.to_json(),
+            **dataclasses.asdict(self.config) | {"update": OPTIMIZER if by_optimizer else config.update},
+            **dataclasses.asdict(self.batching),
+            epochs=self.plan.epochs,
+            max_steps=self.plan.max_steps,
+            token_cleaning=None if cleaning is None else dataclasses.asdict(cleaning),
+        )
 
     # Beginning
 
@@ -103,7 +124,9 @@ class Run:
         else:
             self._start()
         self.provenance_json = self.provenance.to_json()
-        self._install()
+        self.hold.take()
+        if self.recorder is not None:
+            self.recorder.attach()
         access.set_total(self.trainer, self.plan.total, intervals=state.global_step == 0)
         self._follow_progress(begin=state.global_step == 0)
         self._remember()
@@ -114,6 +137,8 @@ class Run:
         self.results.scores, self.results.selections = None, [self._all_rows()]
         if self.args.should_save:
             remove_stale(self._folder)
+        if self.tokens is not None:
+            self._clean_tokens(self.tokens)
         if self.filter.when == "before":
             self._measure_before()
             self._select(0)
@@ -124,7 +149,7 @@ class Run:
             self._replan()
             self.progress = Progress.of(self.plan.total)
             self._write_results(0)
-            self._report("scores at the starting weights")
+            report_rows(self.trainer, "scores at the starting weights", self.measurements, self._kept)
         elif self.filter.first >= self.epochs and self.filter.keep != 1 and self.args.process_index == 0:
             warnings.warn(
                 f"Filtering would begin after {self.filter.first} of {self.epochs} epochs: nothing is ever filtered, "
@@ -132,15 +157,32 @@ class Run:
                 stacklevel=2,
             )
 
+    def _clean_tokens(self, tokens: CleaningRun) -> None:
+        """Measure the base model; with a fixed reference, leave out the rows that keep no token."""
+        tokens.begin(self.provenance, self._folder)
+        for numbers in tokens.stages:
+            report_tokens(self.trainer, numbers)
+        if tokens.emptied.any():
+            self.results.selections = [self._all_rows()]
+            self._check_rows(0)
+            if self.error is not None:
+                raise self.error
+            self.sampler.begin(0, self._kept)
+            self._replan()
+            self.progress = Progress.of(self.plan.total)
+
     def _measure_before(self) -> None:
         """The paper's definition: one pass at the starting weights (ResoFilter, 3.1)."""
         dataset = self.trainer.train_dataset
         if not isinstance(dataset, Dataset):
             raise InputError(f"when='before' needs a datasets.Dataset, got {type(dataset).__name__}.")
-        prepared = prepared_already(dataset, self.trainer.data_collator)
+        if self.tokens is None:
+            prepared = prepared_already(dataset, self.trainer.data_collator)
+        else:
+            prepared = self.tokens.cleaned()
         found, _, trust = score_prepared(self.trainer.model, prepared, self.args, self.config)
         self.provenance = dataclasses.replace(self.provenance, trust=trust)
-        rows = np.arange(self.batching.rows)
+        rows = prepared.sample_ids
         self.measurements.add(Measured(0, 0, rows, found.loss, found.num_tokens, prepared.lengths, found.layers))
         self.measurements.end_epoch(0, correct_drift=False)
         self.results.scores = self._scores()
@@ -162,6 +204,8 @@ class Run:
         self.progress = Progress(saved["scheduled"], tuple((step, at) for step, at in saved["knots"]))
         self.plan = dataclasses.replace(self.plan, sizes=saved["sizes"])
         self.epoch, self.steps_done = saved["epoch"], saved["steps_done"]
+        if self.tokens is not None:
+            self.tokens.load(folder, self.provenance, self._folder)
         self.measurements, extra = Measurements.load(folder)
         count = min(self.epoch, self.epochs - 1) + 1
         self.results.load_selections(folder, count)
@@ -194,33 +238,11 @@ class Run:
             self.skipping = self.sampler.ended = True
         self.restore_random_state = self.steps_done > 0 and (self.skipping or not to_skip)
 
-    def _install(self) -> None:
-        base = getattr(self.loader, "base_dataloader", self.loader)
-        self._dataset, self._collate, self._sampler = base.dataset, base.collate_fn, self.sampler.inner
-        base.__dict__["dataset"] = IndexedRows(base.dataset)  # a loader refuses it as a plain attribute
-        base.collate_fn = RowCollator(base.collate_fn)
-        self.loader.set_sampler(self.sampler)
-        self._let_go()  # of what an earlier run left, that ended by an exception
-        self._fetch = self.trainer.get_batch_samples
-        self.trainer.get_batch_samples = self.fetch
-        if self.recorder is not None:
-            self.recorder.attach()
-
     def uninstall(self) -> None:
         """Leave the trainer and the model as they were found."""
         if self.recorder is not None:
             self.recorder.detach()
-        if self._let_go():
-            base = getattr(self.loader, "base_dataloader", self.loader)
-            base.__dict__["dataset"], base.collate_fn = self._dataset, self._collate
-            self.loader.set_sampler(self._sampler)
-
-    def _let_go(self) -> bool:
-        """Give the trainer its own `get_batch_samples` back; whether a run had taken its place."""
-        ours = isinstance(getattr(vars(self.trainer).get("get_batch_samples"), "__self__", None), Run)
-        if ours:
-            del self.trainer.get_batch_samples
-        return ours
+        self.hold.release()
 
     # One update
 
@@ -230,16 +252,40 @@ class Run:
         The Trainer steps its optimizer after as many micro-batches as it asks for. The last update of an epoch on
         fewer rows may have fewer, and is filled up with micro-batches that have nothing to learn.
         """
-        batches, num_items = self._fetch(iterator, count, *args, **kwargs)
+        iterator = iterator if self.tokens is None else self._cleaned(iterator, self.tokens)
+        batches, num_items = self.hold.inner(iterator, count, *args, **kwargs)
         if any(ROW not in batch for batch in batches):  # a later training, without the callback
             return batches, num_items
         rows = [batch.pop(ROW).cpu().numpy() for batch in batches]
         if any("labels" not in batch for batch in batches):
             raise InputError("The batches have no labels: ResonanceCallback needs a causal language model's.")
+        if self.tokens is not None and batches:
+            self.nothing_learnt = not access.learnt_anywhere(self.trainer, batches)
+            num_items = access.at_least_one(num_items)
         if self.recorder is not None:
             self._expect(batches, rows, num_items)
         filled = [access.masked_copy(batches[-1]) for _ in range(count - len(batches))] if batches else []
         return [*batches, *filled], num_items
+
+    def _cleaned(self, iterator: Any, tokens: CleaningRun) -> Iterator[Any]:
+        """The batches of an update with the labels masked that are not kept; a part is cleaned as it begins."""
+        for number, batch in enumerate(iterator):
+            if ROW in batch:
+                if number == 0:  # the order of the epoch is drawn by now
+                    self._enter_update(tokens)
+                rows = batch[ROW].cpu().numpy()
+                tokens.mask(batch["labels"], segments_of(batch)[: len(rows)], rows)
+            yield batch
+
+    def _enter_update(self, tokens: CleaningRun) -> None:
+        assert self.sampler.order is not None
+        part = tokens.part_at(self.steps_done, self.plan.steps(self.epoch))
+        if part is not None:
+            size = self.batching.per_micro_batch
+            slots = self.batching.slots(self.sampler.order)[: self.plan.micro_batches(self.epoch) * size]
+            size *= self.batching.accumulation
+            rows = slots[self.steps_done * size : part.stop * size]
+            report_tokens(self.trainer, tokens.clean_part(self.epoch, part.number, rows))
 
     def _expect(self, batches: Sequence[Any], rows: Sequence[np.ndarray], num_items: Any) -> None:
         assert self.recorder is not None
@@ -258,7 +304,9 @@ class Run:
         self.restore_random_state = False
 
     def before_optimizer(self) -> None:
-        """Remember the weights."""
+        """Remember the weights. An update without a token to learn is none: without gradients, nothing moves."""
+        if self.nothing_learnt:
+            cast(Any, self.trainer.model).zero_grad(set_to_none=True)
         if self.step_recorder is not None:
             self.step_recorder.before()
 
@@ -318,7 +366,7 @@ class Run:
         if not self.sampler.ended and self.error is None:
             self._replan()
         self._write_results(self.epoch)
-        self._report(f"epoch {self.epoch} of {self.epochs}")
+        report_rows(self.trainer, f"epoch {self.epoch} of {self.epochs}", self.measurements, self._kept)
 
     def _score(self) -> None:
         self._exchange()
@@ -364,26 +412,6 @@ class Run:
         if self.progress != Progress.of(self.its_total):  # else its own schedule is right
             access.follow_progress(self.trainer, self.progress, begin)
 
-    def _report(self, when: str) -> None:
-        """Scalars for the trackers, a line for the console."""
-        measurements, kept = self.measurements, self._kept
-        scores = measurements.score[np.isfinite(measurements.score)]
-        tokens = measurements.num_tokens
-        dropped_tokens = float(tokens[~kept].sum() / max(tokens.sum(), 1))
-        scalars = {"kept_share": float(kept.mean()), "dropped_token_share": dropped_tokens}
-        if len(scores):
-            quantiles = np.quantile(scores, [0.25, 0.5, 0.75])
-            scalars |= dict(zip(("score_q25", "score_q50", "score_q75"), map(float, quantiles), strict=True))
-        access.log(self.trainer, {f"{STATE}/{name}": value for name, value in scalars.items()})
-        if self.args.process_index == 0:
-            broken = int((measurements.ever & ~np.isfinite(measurements.score)).sum())
-            notes = f", {broken} rows have a score that is no number" if broken else ""
-            span = f"{scores.min():.4g} to {scores.max():.4g}" if len(scores) else "none"
-            tqdm.write(
-                f"resofilter: {when}: {int(kept.sum()):,} of {len(kept):,} rows stay, with {1 - dropped_tokens:.1%} of "
-                f"the tokens; scores {span}{notes}"
-            )
-
     # What is kept where
 
     def save_checkpoint(self) -> None:
@@ -400,6 +428,8 @@ class Run:
                 order[: len(self.sampler.order)] = self.sampler.order
             self.results.save_selections(folder)
             self.measurements.save(folder, {"order": order})
+            if self.tokens is not None:
+                self.tokens.save(folder)
 
     def end(self) -> None:
         """The Trainer is done."""
@@ -434,22 +464,6 @@ class Run:
             "provenance": self.provenance_json,
         }
 
-    def _settings(self) -> dict[str, Any]:
-        """What must be the same for a run to go on."""
-        settings = {
-            **self.filter.to_json(),
-            **dataclasses.asdict(self.config),
-            "update": OPTIMIZER if self.by_optimizer else self.config.update,
-            **dataclasses.asdict(self.batching),
-            "epochs": self.plan.epochs,
-            "max_steps": self.plan.max_steps,
-            "seed": self.args.seed,
-            "data_seed": self.args.data_seed,
-            "train_sampling_strategy": self.args.train_sampling_strategy,
-            "dataset": fingerprint(self.trainer.train_dataset),
-        }
-        return json.loads(json.dumps(settings))
-
     # Small things
 
     @property
@@ -462,37 +476,23 @@ class Run:
         return self.results.selections[-1].keep[self.sample_ids]
 
     def _all_rows(self) -> Selection:
-        reason = [access.dropped_reason(self.args)] * self.user_rows
-        for row in self.sample_ids:
-            reason[row] = KEPT
+        reason = [why or KEPT for why in self._left_out()]
         keep = np.array([why == KEPT for why in reason])
         return Selection(keep, reason, {**self.filter.to_json(), "epoch": 0}, self.provenance.to_json())
 
-    def _scores(self) -> ScoreTable:
+    def _left_out(self) -> list[str | None]:
+        """Of the user's rows, why each is not trained on in any epoch; None where it is."""
         reasons: list[str | None] = [access.dropped_reason(self.args)] * self.user_rows
-        for row, measured in zip(self.sample_ids, self.measurements.ever, strict=True):
-            reasons[row] = None if measured else "not measured yet"
+        emptied = np.zeros(self.batching.rows, dtype=bool) if self.tokens is None else self.tokens.emptied
+        for row, empty in zip(self.sample_ids, emptied, strict=True):
+            reasons[row] = EMPTIED if empty else None
+        return reasons
+
+    def _scores(self) -> ScoreTable:
+        reasons = self._left_out()
+        for row in self.sample_ids[~self.measurements.ever]:
+            reasons[row] = reasons[row] or "not measured yet"
         return self.measurements.to_scores(self.sample_ids, reasons, self.provenance)
-
-    def _layers(self) -> list[int]:
-        found = find_up_projections(self.trainer.model, self.config.n_layers, self.config.up_projection)
-        return sorted({each.layer for each in found})
-
-    def _recorders(self) -> tuple[TrainingRecorder | None, StepRecorder | None]:
-        model: Any = self.trainer.model
-        if self.filter.when == "before":
-            return None, None
-        if not self.by_optimizer:
-            return TrainingRecorder(model, self.config), None
-        batching = self.batching
-        size = batching.per_micro_batch * batching.accumulation
-        if size != 1:
-            raise InputError(
-                f"update='optimizer' sees one change for a whole update, and yours has {size} samples (batch "
-                f"{batching.per_process} x accumulation {batching.accumulation} x processes {batching.processes}). "
-                "Make it 1, or use update='adamw'."
-            )
-        return TrainingRecorder(model, None), StepRecorder(model, self.config)
 
 
 def _most_common(reasons: Sequence[str]) -> str:

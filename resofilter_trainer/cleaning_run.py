@@ -1,0 +1,255 @@
+"""Token cleaning inside one training run: which tokens are learnt, and since when. Knows a Trainer's data and model.
+
+reference="path"   before the first step: all rows, base (the starting weights) against the reference
+reference="self"   before the first step: the base losses of all rows; as each part of an epoch begins: its rows against
+                   the weights as they are then
+
+Masks act on the labels of a batch when it is fetched, in the main process, so workers never hold an old one.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from accelerate import PartialState
+from datasets import Dataset
+from torch import Tensor
+from transformers import Trainer
+
+from .cleaned_dataset import groups_of, masked
+from .config import SELF, InputError, TokenCleaning
+from .gradients import Segment
+from .loading import check_model
+from .loss_pass import measure_token_losses
+from .losses import IGNORE
+from .preparation import PreparedRows, learnt_tokens, prepared_already
+from .provenance import hash_weights
+from .reference_model import check_vocabulary, is_adapter, load_reference, wearing
+from .scores import Provenance
+from .token_cleaning import against, score_tokens
+from .token_scores import load_arrow, save_arrow
+from .token_selection import TokenSelection, TokenSelector, kept_of_rows
+
+BASE_FILE, BASE_KEY = "base_token_losses.arrow", "resofilter_base_token_losses"
+MASKS_FILE, MASKS_KEY = "token_masks.arrow", "resofilter_token_masks"
+
+
+@dataclass(frozen=True)
+class Part:
+    """Of an epoch: its number, and the update that it ends before; both counted from 0."""
+
+    number: int
+    stop: int
+
+
+class CleaningRun:
+    """The tokens of one call of `trainer.train()`.
+
+    Args:
+        trainer: about to begin, or to go on.
+        cleaning: which tokens stay.
+
+    Raises:
+        InputError: the reference is not there or has another vocabulary, or the trainer cannot train without tokens.
+
+    Attributes:
+        keep: (N,) bool, of all learnt tokens of all R rows, those that are learnt now.
+        stages: what was kept each time something was cleaned, in numbers.
+    """
+
+    def __init__(self, trainer: Trainer, cleaning: TokenCleaning) -> None:
+        dataset = trainer.train_dataset
+        if not isinstance(dataset, Dataset):
+            raise InputError(f"token_cleaning needs a datasets.Dataset, got {type(dataset).__name__}.")
+        if not trainer.model_accepts_loss_kwargs:
+            raise InputError(
+                "token_cleaning needs a model whose loss takes num_items_in_batch: this one's is a mean over each "
+                "batch, which is no number where no token is left."
+            )
+        self.trainer, self.cleaning = trainer, cleaning
+        self.loading: Any = copy.copy(trainer.args)
+        for name, default in (("trust_remote_code", False), ("model_init_kwargs", None)):  # of SFTConfig only
+            setattr(self.loading, name, getattr(trainer.args, name, default))
+        self.adapter = self.fixed and is_adapter(cleaning.reference, self.loading)
+        if self.fixed and not self.adapter:
+            check_vocabulary(cleaning.reference, trainer.model, trainer.processing_class, self.loading)
+        self.groups = groups_of(dataset, cleaning.group_by)
+        self.prepared = prepared_already(dataset, trainer.data_collator)
+        self.position, _ = learnt_tokens(self.prepared.dataset)
+        self.offsets = np.concatenate([[0], np.cumsum(self.prepared.num_tokens)])
+        self.keep = np.ones(len(self.position), dtype=bool)
+        self.stages: list[dict[str, Any]] = []
+        self.base: np.ndarray | None = None
+
+    @property
+    def fixed(self) -> bool:
+        """Whether the reference is another model than the one in training."""
+        return self.cleaning.reference != SELF
+
+    @property
+    def emptied(self) -> np.ndarray:
+        """(R,) bool, rows that keep no token for the whole run: they are left out."""
+        return (kept_of_rows(self.keep, self.offsets) == 0) & self.fixed
+
+    def begin(self, provenance: Provenance, folder: Path) -> None:
+        """Measure the base model, which the weights still are, and with a fixed reference decide on every token.
+
+        Args:
+            provenance: of the run.
+            folder: where the base losses are kept for a run that goes on, and token scores.
+        """
+        self.provenance = provenance
+        key = self._base_key()
+        try:
+            self.base = self._load_base(folder, key)
+        except InputError:  # none that are of use
+            self.base = self._measure(self.prepared, "base")
+            if not self.fixed and PartialState().is_main_process:
+                save_arrow(pa.table({"loss": self.base}), folder / BASE_FILE, BASE_KEY, key)
+        if self.fixed:
+            self._clean_all(folder)
+
+    def part_at(self, update: int, updates: int) -> Part | None:
+        """The part of an epoch that begins with an update and is cleaned then, if one does.
+
+        Args:
+            update, updates: which one of how many of the epoch, counted from 0.
+        """
+        if self.fixed:
+            return None
+        if updates < self.cleaning.parts:
+            raise InputError(
+                f"An epoch of {updates} updates cannot be cut into parts={self.cleaning.parts}: choose fewer parts, or "
+                "smaller batches."
+            )
+        bounds = [int(part[0]) for part in np.array_split(np.arange(updates), self.cleaning.parts)] + [updates]
+        number = bounds.index(update) if update in bounds else None
+        return None if number is None else Part(number, bounds[number + 1])
+
+    def clean_part(self, epoch: int, part: int, rows: np.ndarray) -> dict[str, Any]:
+        """Decide on the tokens of a part by the weights as they are; those of the very first all stay.
+
+        Args:
+            epoch, part: counted from 0.
+            rows: in the order in which they are trained on; negative ones are fillers.
+
+        Returns:
+            What was kept, in numbers.
+        """
+        assert self.base is not None
+        rows = rows[np.sort(np.unique(rows, return_index=True)[1])]
+        rows = rows[rows >= 0]
+        tokens = np.concatenate([np.arange(self.offsets[row], self.offsets[row + 1]) for row in rows])
+        own = self.prepared.select(rows)
+        whole = epoch == 0 and part == 0
+        losses = self.base[tokens] if whole else self._measure(own, "latest")
+        scores = score_tokens(own, self.base[tokens], losses, self.provenance)
+        selection = TokenSelector(1.0 if whole else self.cleaning.keep, self.cleaning.ranking).select(scores)
+        self.keep[tokens] = selection.keep
+        self.stages.append({"epoch": epoch + 1, "part": part, **self._numbers(selection, rows)})
+        return self.stages[-1]
+
+    def mask(self, labels: Tensor, segments: Sequence[Segment], rows: np.ndarray) -> None:
+        """Mask, in place, the labels of a batch that are not kept.
+
+        Args:
+            labels: (B, T).
+            segments: where each of the n samples is.
+            rows: (n,) which rows they are; negative ones are fillers.
+        """
+        for where, row in zip(segments, rows, strict=True):
+            if row < 0:
+                continue
+            own = labels[where.row, where.tokens]
+            if len(own) != self.prepared.lengths[row]:
+                raise InputError(
+                    f"Row {row} has {len(own)} tokens in its batch and {self.prepared.lengths[row]} in the dataset: "
+                    "token_cleaning needs a collator that leaves rows as they are."
+                )
+            span = slice(self.offsets[row], self.offsets[row + 1])
+            own[torch.from_numpy(self.position[span][~self.keep[span]].astype(np.int64)).to(own.device)] = IGNORE
+
+    def cleaned(self) -> PreparedRows:
+        """The rows as they are learnt now; those that keep no token are left out."""
+        dataset = masked(self.prepared.dataset, self.offsets, self.position, self.keep)
+        kept = dataclasses.replace(self.prepared, dataset=dataset, num_tokens=kept_of_rows(self.keep, self.offsets))
+        return kept.select(np.flatnonzero(~self.emptied))
+
+    def save(self, folder: Path) -> None:
+        """Write what is needed to go on into a checkpoint's folder."""
+        state = json.dumps({"tokens": len(self.keep), "stages": self.stages})
+        save_arrow(pa.table({"keep": np.packbits(self.keep)}), folder / MASKS_FILE, MASKS_KEY, state)
+
+    def load(self, folder: Path, provenance: Provenance, own: Path) -> None:
+        """Undo `save`, and find the base model's losses, which the weights no longer are.
+
+        Args:
+            folder: the checkpoint's.
+            provenance: of the run that goes on.
+            own: the folder of the run.
+
+        Raises:
+            InputError: one of them is not there, or of something else.
+        """
+        self.provenance = provenance
+        table, state = load_arrow(folder / MASKS_FILE, MASKS_KEY, "token masks")
+        saved = json.loads(state)
+        if saved["tokens"] != len(self.keep):
+            raise InputError(f"'{folder}' has masks for {saved['tokens']} tokens, and the rows {len(self.keep)}.")
+        self.keep = np.unpackbits(table["keep"].to_numpy(), count=len(self.keep)).astype(bool)
+        self.stages[:] = saved["stages"]
+        if not self.fixed:
+            beside = folder.parent.parent / own.name  # of a run that goes on in another folder
+            found = own if (own / BASE_FILE).is_file() else beside
+            self.base = self._load_base(found, self._base_key())
+
+    def _clean_all(self, folder: Path) -> None:
+        assert self.base is not None
+        reference = self.cleaning.reference
+        if self.adapter:
+            with wearing(self.trainer.model, reference) as other:
+                losses, weights = self._measure(self.prepared, "reference", other), hash_weights(other)
+        else:
+            other = load_reference(reference, self.loading)
+            check_model(other, self.prepared)
+            losses, weights = self._measure(self.prepared, "reference", other), hash_weights(other)
+            del other
+        scores = score_tokens(self.prepared, self.base, losses, against(self.provenance, weights))
+        if PartialState().is_main_process:
+            scores.save(folder)
+        selection = TokenSelector(self.cleaning.keep, self.cleaning.ranking).select(scores)
+        self.keep = selection.keep
+        self.stages.append(self._numbers(selection, np.arange(len(self.prepared.lengths))))
+
+    def _numbers(self, selection: TokenSelection, rows: np.ndarray) -> dict[str, Any]:
+        numbers: dict[str, Any] = {
+            "tokens": len(selection.keep),
+            "tokens_kept": int(selection.keep.sum()),
+            "rows_emptied": int(selection.emptied.sum()),
+        }
+        if self.groups is not None:
+            numbers["share_of_groups"] = selection.share_of_groups([self.groups[row] for row in rows])
+        return numbers
+
+    def _measure(self, prepared: PreparedRows, name: str, model: Any = None) -> np.ndarray:
+        model, label = self.trainer.model if model is None else model, f"Losses of the {name} model"
+        return measure_token_losses(model, prepared, self.trainer.args, self.cleaning.tokens_per_batch, label)
+
+    def _load_base(self, folder: Path, key: str) -> np.ndarray:
+        table, found = load_arrow(folder / BASE_FILE, BASE_KEY, "losses of the base model")
+        if found != key:
+            raise InputError(f"'{folder / BASE_FILE}' is of another model or other rows. Start anew.")
+        return np.array(table["loss"])
+
+    def _base_key(self) -> str:
+        settings = [self.prepared.fingerprint, self.cleaning.tokens_per_batch, bool(self.trainer.args.bf16)]
+        return json.dumps([self.provenance.weights, *settings, dict(self.provenance.versions)])
