@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import json
 import numbers
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, get_args
@@ -181,6 +182,12 @@ def decide(
     for row in candidates:
         reason[row] = KEPT if keep[row] else f"{why.get(row, f'{by} is {values[row]}')}{when}"
     return Selection(keep, reason, {**config.to_json(), "epoch": epoch}, scores.provenance.to_json())
+
+
+def most_common(reasons: Sequence[str]) -> str:
+    """The reason that most rows have, for people."""
+    reason, count = Counter(reasons).most_common(1)[0]
+    return f"{count} of {len(reasons)} rows have '{reason}'"
 
 
 def _described(policy: Policy) -> dict[str, Any]:

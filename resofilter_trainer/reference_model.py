@@ -77,28 +77,36 @@ def wearing(model: PreTrainedModel | PeftModel, adapter: str) -> Iterator[PeftMo
         InputError: the adapter cannot be loaded, or does not fit.
     """
     required = {parameter: parameter.requires_grad for parameter in model.parameters()}
-    whole = isinstance(model, PeftModel)
-    active = model.active_adapter if whole else None
-    worn = model
+    modules = dict(model.named_modules(remove_duplicate=False))
+    attributes = set(vars(model))
+    active = model.active_adapter if isinstance(model, PeftModel) else None
     try:
         try:
-            if whole:
-                model.load_adapter(adapter, ADAPTER, is_trainable=False)
-                model.set_adapter(ADAPTER)
-            else:
-                worn = PeftModel.from_pretrained(model, adapter, ADAPTER)
+            worn = _put_on(model, adapter)
         except Exception as error:  # peft, safetensors and torch each raise their own
             raise InputError(f"The reference adapter '{adapter}' cannot be used: {first_line(error)}") from error
         yield worn
     finally:
-        if whole:
+        if isinstance(model, PeftModel):
             model.set_adapter(active)
             if ADAPTER in model.peft_config:
                 model.delete_adapter(ADAPTER)
-        elif isinstance(worn, PeftModel):
-            worn.unload()
+        for name, module in modules.items():
+            if name and model.get_submodule(name) is not module:  # it was wrapped
+                parent, _, child = name.rpartition(".")
+                setattr(model.get_submodule(parent), child, module)
+        for name in set(vars(model)) - attributes:
+            delattr(model, name)
         for parameter, flag in required.items():
             parameter.requires_grad_(flag)
+
+
+def _put_on(model: PreTrainedModel | PeftModel, adapter: str) -> PeftModel:
+    if not isinstance(model, PeftModel):
+        return PeftModel.from_pretrained(model, adapter, ADAPTER)
+    model.load_adapter(adapter, ADAPTER, is_trainable=False)
+    model.set_adapter(ADAPTER)
+    return model
 
 
 def _config(reference: str, args: SFTConfig) -> PreTrainedConfig:

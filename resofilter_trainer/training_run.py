@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -26,7 +25,7 @@ from . import trainer_access as access
 from .cleaned_dataset import EMPTIED
 from .cleaning_run import CleaningRun
 from .config import InputError, ResonanceConfig, TokenCleaning
-from .filtering import FilterConfig, decide
+from .filtering import FilterConfig, decide, most_common
 from .gradients import segments_of
 from .measurements import Measured, Measurements
 from .plan import Plan, Progress
@@ -167,6 +166,7 @@ class Run:
             self._check_rows(0)
             if self.error is not None:
                 raise self.error
+            self.plan = dataclasses.replace(self.plan, sizes=self.filter.sizes(self.epochs, len(self._trainable)))
             self.sampler.begin(0, self._kept)
             self._replan()
             self.progress = Progress.of(self.plan.total)
@@ -381,14 +381,14 @@ class Run:
         last = self.results.selections[-1]
         if epoch >= self.filter.first:
             share = self.filter.shares(self.epochs)[epoch]
-            last = decide(self.filter, epoch, share, self.results.scores, self.sample_ids, last)
+            last = decide(self.filter, epoch, share, self.results.scores, self._trainable, last)
         self.results.selections.append(last)
         self._check_rows(epoch)
 
     def _check_rows(self, epoch: int) -> None:
         """Note an epoch that has no batch; what is there already is saved before the error is raised."""
         if not self.batching.micro_batches(int(self._kept.sum())):
-            why = _most_common(self.results.selections[-1].reason)
+            why = most_common(self.results.selections[-1].reason)
             self.error = InputError(
                 f"Epoch {epoch + 1} would have no batch: {why}. Start anew with another threshold or policy. "
                 f"The scores are in {self._folder}."
@@ -480,12 +480,18 @@ class Run:
         keep = np.array([why == KEPT for why in reason])
         return Selection(keep, reason, {**self.filter.to_json(), "epoch": 0}, self.provenance.to_json())
 
+    @property
+    def _trainable(self) -> np.ndarray:
+        """The user's rows that can be trained on."""
+        return self.sample_ids if self.tokens is None else self.sample_ids[~self.tokens.emptied]
+
     def _left_out(self) -> list[str | None]:
         """Of the user's rows, why each is not trained on in any epoch; None where it is."""
         reasons: list[str | None] = [access.dropped_reason(self.args)] * self.user_rows
-        emptied = np.zeros(self.batching.rows, dtype=bool) if self.tokens is None else self.tokens.emptied
-        for row, empty in zip(self.sample_ids, emptied, strict=True):
-            reasons[row] = EMPTIED if empty else None
+        for row in self.sample_ids:
+            reasons[row] = EMPTIED
+        for row in self._trainable:
+            reasons[row] = None
         return reasons
 
     def _scores(self) -> ScoreTable:
@@ -493,8 +499,3 @@ class Run:
         for row in self.sample_ids[~self.measurements.ever]:
             reasons[row] = reasons[row] or "not measured yet"
         return self.measurements.to_scores(self.sample_ids, reasons, self.provenance)
-
-
-def _most_common(reasons: Sequence[str]) -> str:
-    reason, count = Counter(reasons).most_common(1)[0]
-    return f"{count} of {len(reasons)} rows have '{reason}'"

@@ -44,6 +44,14 @@ def test_two_processes_keep_what_one_keeps(kind, sizes, tmp_path):
 
 
 @pytest.mark.slow
+def test_two_processes_keep_the_tokens_that_one_keeps(tmp_path):
+    one, two = (launch(tmp_path, processes, "tokens") for processes in (1, 2))
+    assert len(one["masks"]) == len(two["masks"]) > 5
+    assert np.array_equal(one["masks"], two["masks"])
+    assert len(np.unique(one["masks"], axis=0)) >= 5  # of six parts, the first whole
+
+
+@pytest.mark.slow
 def test_two_processes_go_on_where_they_were(tmp_path):
     whole = launch(tmp_path, 2, "plain")
     resumed = launch(tmp_path, 2, "resumed")

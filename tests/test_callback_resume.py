@@ -8,7 +8,7 @@ import pytest
 from peft import LoraConfig
 from training import Outcome, assert_same_end, rows, train
 
-from resofilter_trainer import DataSelector, ResonanceCallback
+from resofilter_trainer import DataSelector, ResonanceCallback, TokenCleaning
 
 CASES = {
     "plain": (ResonanceCallback, {"keep": 0.5}, {}),
@@ -34,6 +34,8 @@ CASES = {
     "max_steps": (ResonanceCallback, {"keep": 0.5}, {"max_steps": 25}),
     "dropout": (ResonanceCallback, {"keep": 0.5}, {"dropout": 0.1}),
     "drop_last": (ResonanceCallback, {"keep": 0.5}, {"dataloader_drop_last": True, "gradient_accumulation_steps": 2}),
+    "tokens": (ResonanceCallback, {"token_cleaning": TokenCleaning(0.6, parts=3)}, {"gradient_accumulation_steps": 2}),
+    "tokens and rows": (ResonanceCallback, {"token_cleaning": TokenCleaning(0.3, parts=2), "keep": 0.5}, {}),
     "two epochs and a part": (ResonanceCallback, {"keep": 0.5}, {"num_train_epochs": 2.4}),
 }
 
@@ -48,7 +50,7 @@ def run(name: str, output: Path, tokenizer, **changes) -> Outcome:
     return train(output, tokenizer, make(**settings), **arguments)
 
 
-FAST = ("plain", "ragged accumulation", "threshold", "max_steps", "back to all rows", "saved by epoch")
+FAST = ("plain", "ragged accumulation", "threshold", "max_steps", "back to all rows", "saved by epoch", "tokens")
 
 
 @pytest.mark.parametrize(
@@ -57,8 +59,11 @@ FAST = ("plain", "ragged accumulation", "threshold", "max_steps", "back to all r
 def test_the_end_is_the_same_from_every_checkpoint(name, tmp_path, tokenizer):
     changes = {} if "save_strategy" in CASES[name][2] else {"save_strategy": "steps", "save_steps": 1}
     whole = run(name, tmp_path, tokenizer, **changes)
-    assert any(not selection.keep.all() for selection in whole.callback.selections)
+    cleaned = whole.callback.token_cleaning is not None and whole.callback.token_stages
+    assert cleaned or any(not selection.keep.all() for selection in whole.callback.selections)
     checkpoints = sorted(tmp_path.glob("checkpoint-*"))
     assert len(checkpoints) == (3 if "save_strategy" in CASES[name][2] else whole.trainer.state.global_step)
     for checkpoint in checkpoints:
-        assert_same_end(run(name, tmp_path / "resumed", tokenizer, resume=str(checkpoint)), whole)
+        resumed = run(name, tmp_path / "resumed", tokenizer, resume=str(checkpoint))
+        assert_same_end(resumed, whole)
+        assert resumed.callback.token_stages == whole.callback.token_stages

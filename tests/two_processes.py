@@ -9,7 +9,9 @@ import numpy as np
 from conftest import make_tokenizer
 from training import rows, train
 
-from resofilter_trainer import ResonanceCallback
+from resofilter_trainer import ResonanceCallback, TokenCleaning
+from resofilter_trainer.cleaning_run import MASKS_FILE, MASKS_KEY
+from resofilter_trainer.token_scores import load_arrow
 
 
 def main() -> None:
@@ -21,9 +23,12 @@ def main() -> None:
     if kind == "resumed":
         changes["resume"] = str(output.parent / f"plain-{processes}" / "checkpoint-6")
     settings = {"when": "before"} if kind == "before" else {}
+    if kind == "tokens":
+        settings = {"token_cleaning": TokenCleaning(0.6, parts=2)}
     callback = ResonanceCallback(keep=[0.6 if kind == "before" else 1.0, 0.5, 0.25], eps=1e-4, **settings)
     outcome = train(output, make_tokenizer(), callback, dataset=rows(45 if kind == "ragged" else 44), **changes)
     if outcome.trainer.args.process_index == 0:
+        masks = sorted(output.glob(f"checkpoint-*/resofilter/{MASKS_FILE}"))
         np.savez(
             output / "outcome.npz",
             measured=callback.scores.column("measured"),
@@ -31,6 +36,7 @@ def main() -> None:
             epoch=callback.scores.column("epoch"),
             keep=np.array([selection.keep for selection in callback.selections]),
             processes=outcome.trainer.args.world_size,
+            masks=np.array([load_arrow(path, MASKS_KEY, "masks")[0]["keep"].to_numpy() for path in masks]),
             steps=outcome.trainer.state.global_step,
         )
 
