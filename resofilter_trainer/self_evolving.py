@@ -111,7 +111,9 @@ def self_evolve(
         )
     parts = [task.prepared.select(part) for part in np.array_split(rows, cleaning.parts)]
     evolution = _Evolution(task, args, peft_config, Path(str(args.output_dir)))
-    evolution.check_settings()
+    cleaned = {name: value for name, value in dataclasses.asdict(cleaning).items() if name != "group_by"}
+    settings = {"base model, dataset or preparation of the rows": task.provenance.key, "token cleaning": cleaned}
+    check_settings(evolution.folder / STAGES_FILE, settings | training_settings(args, peft_config))
     losses = evolution.base_losses(base, parts)
     stages, reasons = [], dict(task.reasons)
     latest = base
@@ -139,21 +141,6 @@ class _Evolution:
     args: SFTConfig
     peft_config: PeftConfig | None
     folder: Path
-
-    def check_settings(self) -> None:
-        """Raise InputError where the folder holds stages of other data or settings; else write these down."""
-        path, mine = self.folder / STAGES_FILE, self._settings()
-        if path.exists():
-            theirs = json.loads(path.read_text())
-            names = [name for name in mine if mine[name] != theirs.get(name)]
-            if names:
-                raise InputError(
-                    f"'{self.folder}' holds stages that were made with another {', '.join(names)}. Choose another "
-                    "output_dir, or remove that one."
-                )
-        elif PartialState().is_main_process:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(mine, indent=2))
 
     def base_losses(self, base: PreTrainedModel, parts: list[PreparedRows]) -> list[np.ndarray]:
         """The base model's, of every part but the first, which needs none; measured once."""
@@ -188,13 +175,7 @@ class _Evolution:
         if self._is_done(number):
             return latest if self._is_done(number + 1) else self._load(folder, latest)
         trained = train_stage(latest, stage.dataset, self.args, self.task.tokenizer, self.peft_config, folder.parent)
-        if PartialState().is_main_process:
-            part = folder.with_name(f".model.{os.getpid()}.part")
-            shutil.rmtree(part, ignore_errors=True)
-            trained.save_pretrained(part)
-            self.task.tokenizer.save_pretrained(part)
-            os.replace(part, folder)
-        PartialState().wait_for_everyone()
+        save_model(trained, self.task.tokenizer, folder)
         return trained
 
     def finish(self, evolved: Evolved) -> None:
@@ -215,17 +196,34 @@ class _Evolution:
     def _stage(self, number: int) -> Path:
         return self.folder / f"stage-{number}"
 
-    def _settings(self) -> dict[str, Any]:
-        """What must be the same for stages to belong together."""
-        settings = {
-            "base model, dataset or preparation of the rows": self.task.provenance.key,
-            "token cleaning": dataclasses.asdict(self.task.cleaning),
-            "training": {name: getattr(self.args, name) for name in TRAINING},
-            "LoRA": None if self.peft_config is None else self.peft_config.to_dict(),
-        }
-        plain: dict[str, Any] = json.loads(json.dumps(settings, default=lambda value: sorted(map(str, value))
-                                                      if isinstance(value, set) else str(value)))  # fmt: skip
-        return plain
+
+def check_settings(path: Path, settings: Mapping[str, Any]) -> None:
+    """Write down with what settings something was made; raise InputError where it was made with others.
+
+    Args:
+        path: a JSON file beside what is made.
+        settings: by the names that people know them by.
+    """
+    mine = json.loads(json.dumps(settings, default=lambda each: sorted(each) if isinstance(each, set) else str(each)))
+    if path.exists():
+        theirs = json.loads(path.read_text())
+        names = [name for name in mine if mine[name] != theirs.get(name)]
+        if names:
+            raise InputError(
+                f"What lies in '{path.parent}' was made with other settings: {', '.join(names)}. Choose another "
+                "output_dir, or remove that one."
+            )
+    elif PartialState().is_main_process:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(mine, indent=2))
+
+
+def training_settings(args: SFTConfig, peft_config: PeftConfig | None) -> dict[str, Any]:
+    """What a training's weights depend on, beside its model and rows."""
+    return {
+        "training": {name: getattr(args, name) for name in TRAINING},
+        "LoRA": None if peft_config is None else peft_config.to_dict(),
+    }
 
 
 def train_stage(
@@ -238,10 +236,23 @@ def train_stage(
 ) -> PreTrainedModel:
     """Train with SFTTrainer on rows that are tokens already, with a schedule of its own; LoRA is merged at the end."""
     args = copy.copy(args)
-    args.output_dir = str(output)
+    args.output_dir, args.model_init_kwargs = str(output), None  # the model is there already
     trainer = SFTTrainer(
         model, args, train_dataset=rows, processing_class=tokenizer, peft_config=copy.deepcopy(peft_config)
     )  # PEFT fills it in
     trainer.train()
     trained = trainer.accelerator.unwrap_model(trainer.model)
     return trained.merge_and_unload() if isinstance(trained, PeftModel) else trained
+
+
+def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Write both beside the target, then rename: the folder is whole or not there."""
+    if PartialState().is_main_process:
+        part = folder.with_name(f".{folder.name}.{os.getpid()}.part")
+        try:
+            model.save_pretrained(part)
+            tokenizer.save_pretrained(part)
+            os.replace(part, folder)
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
+    PartialState().wait_for_everyone()

@@ -1,0 +1,186 @@
+"""Token Cleaning (arXiv 2502.01968) from end to end: which tokens are worth learning, and a model tuned on them.
+
+    accelerate launch recipes/token_cleaning.py --dataset_name rows.jsonl --output_dir runs/cleaned
+    accelerate launch recipes/token_cleaning.py --config recipes/token_cleaning.yaml --mode fixed --warmup_rows 10000
+    accelerate launch recipes/token_cleaning.py --mode fixed --reference tuned/ --dataset_name rows.jsonl
+
+`--mode self-evolving`, the default, cuts the pool into five parts: the base model learns the first whole; each further
+part is cleaned by the base against the latest model, which then learns what is kept. Every stage has a schedule of its
+own, and its LoRA adapter is merged at its end.
+
+`--mode fixed` tunes a reference on a warm-up set first (the first `--warmup_rows` rows, or `--warmup_dataset_name`), or
+takes one that is there; cleans the whole pool once; and tunes the base model on what is kept. `--mode rho` ranks within
+each row.
+
+The defaults are the paper's: 60 % of the tokens, LoRA of rank 64 on all projections, learning rate 1e-4, linear, one
+epoch, unshuffled, 48 rows per step, 2048 tokens. All of SFTConfig's and ModelConfig's arguments are understood.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+from datasets import Dataset
+from trl import ModelConfig, SFTConfig, TrlParser, get_peft_config
+
+from resofilter_trainer import ColumnMapping, InputError, TokenCleaning, clean_dataset, load_rows, map_columns
+from resofilter_trainer.cleaned_dataset import described
+from resofilter_trainer.cli import CLEANING_MODES, exit_on_input_error
+from resofilter_trainer.config import SELF, Ranking, one_of
+from resofilter_trainer.loading import load_model
+from resofilter_trainer.rows import first_line
+from resofilter_trainer.self_evolving import check_settings, save_model, self_evolve, train_stage, training_settings
+
+PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+@dataclass
+class RecipeArguments:
+    """What is cleaned, and how."""
+
+    dataset_name: str | None = field(default=None, metadata={"help": "a name on the hub, a data file, or a folder"})
+    dataset_config: str | None = field(default=None, metadata={"help": "configuration on the hub"})
+    prompt_column: str | None = field(default=None, metadata={"help": "if the rows have no TRL names"})
+    completion_column: str | None = field(default=None, metadata={"help": "if the rows have no TRL names"})
+    messages_column: str | None = field(default=None, metadata={"help": "if the rows have no TRL names"})
+    mode: str = field(default="self-evolving", metadata={"help": " | ".join(CLEANING_MODES)})
+    keep_tokens: float = field(default=0.6, metadata={"help": "share of the tokens that stays"})
+    ranking: Ranking | None = field(default=None, metadata={"help": "global, or sample; with --mode rho sample"})
+    parts: int = field(default=5, metadata={"help": "of --mode self-evolving"})
+    group_by: str | None = field(default=None, metadata={"help": "a column; what each group keeps is reported"})
+    reference: str | None = field(default=None, metadata={"help": "a tuned model or adapter, instead of a warm-up"})
+    warmup_dataset_name: str | None = field(default=None, metadata={"help": "rows to tune the reference on"})
+    warmup_rows: int = field(default=10_000, metadata={"help": "how many of the first rows are the warm-up"})
+    tokens_per_batch: int = field(default=4096, metadata={"help": "of the passes that measure; padding included"})
+
+    def columns(self) -> ColumnMapping:
+        """Which columns of the rows are which."""
+        return ColumnMapping(self.prompt_column, self.completion_column, self.messages_column)
+
+    def cleaning(self, reference: str) -> TokenCleaning:
+        """The settings of the library."""
+        ranking: Ranking = self.ranking or ("sample" if self.mode == "rho" else "global")
+        return TokenCleaning(self.keep_tokens, reference, ranking, self.parts, self.group_by, self.tokens_per_batch)
+
+
+@dataclass
+class PaperTraining(SFTConfig):
+    """SFTConfig with the paper's defaults (Token Cleaning, released training settings)."""
+
+    output_dir: str | None = field(default="runs/token_cleaning", metadata={"help": "folder for everything it leaves"})
+    learning_rate: float = field(default=1e-4, metadata={"help": "initial learning rate of every training"})
+    num_train_epochs: float = field(default=1.0, metadata={"help": "epochs of every training"})
+    warmup_steps: float = field(default=0.03, metadata={"help": "steps of warm-up, or below 1 their share"})
+    gradient_accumulation_steps: int = field(default=6, metadata={"help": "batches of one optimizer step"})
+    train_sampling_strategy: str = field(default="sequential", metadata={"help": "the order of the rows"})
+    bf16: bool | None = field(default=False, metadata={"help": "bfloat16 autocast, in measuring and training"})
+    max_length: int | None = field(default=2048, metadata={"help": "tokens of a row; what is beyond is cut"})
+    save_strategy: str = field(default="no", metadata={"help": "checkpoints within a training"})
+
+
+@dataclass
+class PaperModel(ModelConfig):
+    """ModelConfig with the paper's model and LoRA; `--use_peft false` trains all weights."""
+
+    model_name_or_path: str | None = field(default="meta-llama/Llama-3.2-3B", metadata={"help": "a name or a folder"})
+    use_peft: bool = field(default=True, metadata={"help": "train LoRA adapters"})
+    lora_r: int = field(default=64, metadata={"help": "rank"})
+    lora_alpha: int = field(default=16, metadata={"help": "alpha"})
+    lora_dropout: float = field(default=0.1, metadata={"help": "dropout"})
+    lora_target_modules: list[str] | None = field(
+        default_factory=lambda: list(PROJECTIONS), metadata={"help": "which modules get adapters"}
+    )
+
+
+def main() -> None:
+    recipe, training, model = parse()
+    training.model_init_kwargs = {
+        "dtype": model.dtype if model.dtype not in (None, "auto") else "float32",
+        "revision": model.model_revision,
+        "attn_implementation": model.attn_implementation,
+        **(training.model_init_kwargs or {}),
+    }
+    recipe.cleaning(SELF)  # says what is wrong before anything is loaded
+    dataset = load_rows(str(recipe.dataset_name), "train", recipe.dataset_config)
+    columns = asdict(recipe.columns())
+    if recipe.mode == "self-evolving":
+        evolved = self_evolve(
+            str(model.model_name_or_path),
+            dataset,
+            recipe.cleaning(SELF),
+            training,
+            peft_config=get_peft_config(model),
+            **columns,
+        )
+        finish(evolved.summary, evolved.reasons, training, f"stage-{recipe.parts - 1}/model")
+        return
+    reference = recipe.reference or warm_up(dataset, recipe, training, model)
+    cleaned = clean_dataset(
+        str(model.model_name_or_path),
+        dataset,
+        recipe.cleaning(reference),
+        args=training,
+        output=Path(str(training.output_dir)) / "cleaned",
+        **columns,
+    )
+    tune(cleaned.dataset, training, model, "model")
+    finish(cleaned.summary, cleaned.reasons, training, "model")
+
+
+def parse() -> tuple[RecipeArguments, SFTConfig, ModelConfig]:
+    """The command line and the YAML file, by TRL's own parser."""
+    try:
+        recipe, training, model = TrlParser((RecipeArguments, PaperTraining, PaperModel)).parse_args_and_config()
+    except (OSError, ValueError) as error:
+        raise InputError(first_line(error)) from error
+    one_of("mode", recipe.mode, CLEANING_MODES)
+    if recipe.dataset_name is None or model.model_name_or_path is None:
+        raise InputError("--dataset_name and --model_name_or_path must be there.")
+    if recipe.mode == "self-evolving" and recipe.reference is not None:
+        raise InputError("--mode self-evolving makes its own reference: leave --reference out, or use --mode fixed.")
+    if recipe.mode == "rho" and recipe.ranking == "global":
+        raise InputError("--mode rho ranks within each sample: leave --ranking out, or use --mode fixed.")
+    if recipe.warmup_rows < 1:
+        raise InputError(f"warmup_rows must be at least 1, got {recipe.warmup_rows}.")
+    if model.load_in_4bit or model.load_in_8bit:
+        raise InputError("Quantised models are not measured yet: leave out --load_in_4bit and --load_in_8bit.")
+    return recipe, training, model
+
+
+def warm_up(dataset: Dataset, recipe: RecipeArguments, training: SFTConfig, model: ModelConfig) -> str:
+    """The reference: the base model tuned on the warm-up set, all tokens. Returns its folder."""
+    name = recipe.warmup_dataset_name
+    rows = dataset if name is None else load_rows(name, "train")
+    rows = rows.select(range(min(recipe.warmup_rows, len(rows))))
+    tune(map_columns(rows, recipe.columns(), training.dataset_text_field), training, model, "reference")
+    return str(Path(str(training.output_dir)) / "reference")
+
+
+def tune(rows: Dataset, training: SFTConfig, model: ModelConfig, name: str) -> None:
+    """Tune the base model, and write it to a folder of this name; one that is there, of the same settings, stays."""
+    folder = Path(str(training.output_dir)) / name
+    peft_config = get_peft_config(model)
+    settings = {"model": model.model_name_or_path, "rows": rows._fingerprint}
+    check_settings(folder.with_name(f"{name}.json"), settings | training_settings(training, peft_config))
+    if folder.is_dir():
+        return
+    base, tokenizer = load_model(str(model.model_name_or_path), None, training)
+    trained = train_stage(base, rows, training, tokenizer, peft_config, folder.with_name(f"{name}-training"))
+    save_model(trained, tokenizer, folder)
+
+
+def finish(summary: Mapping[str, Any], reasons: Mapping[int, str], training: SFTConfig, model: str) -> None:
+    """Say what was kept, and where everything lies."""
+    if PartialState().is_main_process:
+        output = Path(str(training.output_dir))
+        print(described(summary, reasons))
+        print(f"The model: {output / model}. Everything else: {output}")
+
+
+if __name__ == "__main__":
+    with exit_on_input_error("token_cleaning.py"):
+        main()
