@@ -127,6 +127,8 @@ def run_clean(args: argparse.Namespace) -> None:
             if args.reference is None
             else "--mode self-evolving makes its own reference: leave --reference out, or use --mode fixed."
         )
+    if args.lora_r < 0:
+        raise InputError(f"--lora_r must be at least 0, where 0 trains all weights, got {args.lora_r}.")
     ranking: Any = args.ranking or ("sample" if args.mode == "rho" else "global")
     cleaning = TokenCleaning(
         args.keep_tokens, args.reference or SELF, ranking, args.parts, args.group_by, args.tokens_per_batch

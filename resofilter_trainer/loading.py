@@ -86,8 +86,9 @@ def usable_rows(
 
 def check_arguments(args: SFTConfig, output: Path | None) -> None:
     """Raise InputError for arguments with which nothing can be measured, or a folder that cannot be written to."""
-    if args.per_device_train_batch_size < 1:
-        raise InputError(f"per_device_train_batch_size must be at least 1, got {args.per_device_train_batch_size}.")
+    for name in ("per_device_train_batch_size", "gradient_accumulation_steps"):
+        if getattr(args, name) < 1:
+            raise InputError(f"{name} must be at least 1, got {getattr(args, name)}.")
     if args.max_length is not None and args.max_length < 1:
         raise InputError(f"max_length must be at least 1, got {args.max_length}.")
     if output is not None:

@@ -5,6 +5,7 @@ batches of one length and a token budget -> each process its share, kept in part
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import time
 from collections.abc import Sequence
@@ -14,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import torch
+import xxhash
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from datasets import Dataset
@@ -93,7 +95,11 @@ def measure_token_losses(
     """
     state = PartialState()
     batches = split_by_tokens(prepared.lengths, tokens_per_batch)
-    done = parts.load() if parts is not None else {}
+    done: dict[int, np.ndarray] = {}
+    if parts is not None:
+        parts = dataclasses.replace(parts, fingerprint=f"{parts.fingerprint} {_digest(prepared, tokens_per_batch)}")
+        done = parts.load()
+        state.wait_for_everyone()  # before any process adds to the parts: all must share out the same batches
     todo = [number for number in range(len(batches)) if number not in done]
     fresh: list[tuple[int, np.ndarray]] = []
     saved, last = 0, time.monotonic()
@@ -125,6 +131,14 @@ def split_by_tokens(lengths: np.ndarray, budget: int) -> list[np.ndarray]:
         batches.append(order[start : start + size])
         start += size
     return batches
+
+
+def _digest(prepared: PreparedRows, tokens_per_batch: int) -> str:
+    """Of the rows of a pass and how they are batched."""
+    digest = xxhash.xxh3_128(str(tokens_per_batch).encode())
+    for array in (prepared.sample_ids, prepared.lengths, prepared.num_tokens):
+        digest.update(np.ascontiguousarray(array, dtype=np.int64).data)
+    return digest.hexdigest()
 
 
 def _losses_of(model: nn.Module, dataset: Dataset, rows: np.ndarray, args: TrainingArguments) -> np.ndarray:

@@ -71,13 +71,14 @@ def load_reference(reference: str, args: SFTConfig) -> PreTrainedModel:
 def wearing(model: PreTrainedModel | PeftModel, adapter: str) -> Iterator[PeftModel]:
     """The model with a LoRA adapter on it, for a while; no second copy of its weights is made.
 
-    Afterwards modules, weights, trainable parameters and the active adapter are as they were.
+    Afterwards modules and their modes, weights, trainable parameters and the active adapter are as they were.
 
     Raises:
         InputError: the adapter cannot be loaded, or does not fit.
     """
     required = {parameter: parameter.requires_grad for parameter in model.parameters()}
     modules = dict(model.named_modules(remove_duplicate=False))
+    modes = {module: module.training for module in model.modules()}
     attributes = set(vars(model))
     active = model.active_adapter if isinstance(model, PeftModel) else None
     try:
@@ -97,6 +98,8 @@ def wearing(model: PreTrainedModel | PeftModel, adapter: str) -> Iterator[PeftMo
                 setattr(model.get_submodule(parent), child, module)
         for name in set(vars(model)) - attributes:
             delattr(model, name)
+        for module, mode in modes.items():
+            module.training = mode
         for parameter, flag in required.items():
             parameter.requires_grad_(flag)
 

@@ -110,6 +110,8 @@ def self_evolve(
             f"{len(rows)} rows have tokens to learn, too few for parts={cleaning.parts}: choose fewer parts."
         )
     parts = [task.prepared.select(part) for part in np.array_split(rows, cleaning.parts)]
+    for part in parts[1:]:
+        TokenSelector(cleaning.keep, cleaning.ranking).check(part.num_tokens)
     evolution = _Evolution(task, args, peft_config, Path(str(args.output_dir)))
     cleaned = {name: value for name, value in dataclasses.asdict(cleaning).items() if name != "group_by"}
     settings = {"base model, dataset or preparation of the rows": task.provenance.key, "token cleaning": cleaned}
@@ -215,7 +217,9 @@ def check_settings(path: Path, settings: Mapping[str, Any]) -> None:
             )
     elif PartialState().is_main_process:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(mine, indent=2))
+        part = path.with_name(f".{path.name}.{os.getpid()}.part")
+        part.write_text(json.dumps(mine, indent=2))
+        os.replace(part, path)
 
 
 def training_settings(args: SFTConfig, peft_config: PeftConfig | None) -> dict[str, Any]:

@@ -72,6 +72,8 @@ def clean_dataset(
     base, task = open_task(model, dataset, cleaning, processing_class, args, output, **row_options)
     if not adapter:
         check_vocabulary(cleaning.reference, base, task.tokenizer, task.args)
+    selector = TokenSelector(cleaning.keep, cleaning.ranking)
+    selector.check(task.prepared.num_tokens)
     earlier = task.earlier()
     base_losses = task.losses(base, "base", task.prepared, task.provenance) if earlier is None else earlier.base
     with contextlib.ExitStack() as stack:
@@ -81,7 +83,7 @@ def clean_dataset(
             del base  # one that was loaded here is freed before the next comes
             reference = load_reference(cleaning.reference, task.args)
         scores = task.scores(base_losses, reference, earlier)
-    selection = TokenSelector(cleaning.keep, cleaning.ranking).select(scores)
+    selection = selector.select(scores)
     reasons = task.reasons | {int(row): EMPTIED for row in scores.sample_id[selection.emptied]}
     summary = {
         "reference": cleaning.reference,

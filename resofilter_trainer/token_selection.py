@@ -36,6 +36,12 @@ class TokenSelector:
         one_of("ranking", self.ranking, get_args(Ranking))
         check_token_share(self.keep)
 
+    def check(self, num_tokens: np.ndarray) -> None:
+        """Raise InputError where no token would stay of rows with so many, (R,): before anything is measured."""
+        total = int(num_tokens.sum())
+        if not (int(total * self.keep) if self.ranking == "global" else (num_tokens * self.keep >= 1).any()):
+            raise InputError(f"Of {total} tokens, keep_tokens={self.keep} keeps none: choose a larger share.")
+
     def select(self, scores: TokenScores) -> TokenSelection:
         """Decide for every token."""
         if self.ranking == "global":
