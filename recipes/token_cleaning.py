@@ -28,12 +28,13 @@ from datasets import Dataset
 from trl import ModelConfig, SFTConfig, TrlParser, get_peft_config
 
 from resofilter_trainer import ColumnMapping, InputError, TokenCleaning, clean_dataset, load_rows, map_columns
-from resofilter_trainer.cleaned_dataset import described
-from resofilter_trainer.cli import CLEANING_MODES, exit_on_input_error
-from resofilter_trainer.config import SELF, Ranking, one_of
-from resofilter_trainer.loading import load_model
+from resofilter_trainer.cleaned_dataset import described, groups_of
+from resofilter_trainer.cli import exit_on_input_error
+from resofilter_trainer.config import CLEANING_MODES, Ranking, cleaning_of_mode
+from resofilter_trainer.loading import load_model, usable_rows
 from resofilter_trainer.rows import first_line
-from resofilter_trainer.self_evolving import check_settings, save_model, self_evolve, train_stage, training_settings
+from resofilter_trainer.self_evolving import self_evolve
+from resofilter_trainer.stages import check_settings, save_model, train_stage, training_settings
 
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -47,6 +48,8 @@ class RecipeArguments:
     prompt_column: str | None = field(default=None, metadata={"help": "if the rows have no TRL names"})
     completion_column: str | None = field(default=None, metadata={"help": "if the rows have no TRL names"})
     messages_column: str | None = field(default=None, metadata={"help": "if the rows have no TRL names"})
+    drop_duplicates: bool = field(default=False, metadata={"help": "leave out rows whose prompt repeats another's"})
+    drop_empty: bool = field(default=False, metadata={"help": "leave out rows with an empty completion"})
     mode: str = field(default="self-evolving", metadata={"help": " | ".join(CLEANING_MODES)})
     keep_tokens: float = field(default=0.6, metadata={"help": "share of the tokens that stays"})
     ranking: Ranking | None = field(default=None, metadata={"help": "global, or sample; with --mode rho sample"})
@@ -61,10 +64,17 @@ class RecipeArguments:
         """Which columns of the rows are which."""
         return ColumnMapping(self.prompt_column, self.completion_column, self.messages_column)
 
-    def cleaning(self, reference: str) -> TokenCleaning:
+    def cleaning(self, reference: str | None) -> TokenCleaning:
         """The settings of the library."""
-        ranking: Ranking = self.ranking or ("sample" if self.mode == "rho" else "global")
-        return TokenCleaning(self.keep_tokens, reference, ranking, self.parts, self.group_by, self.tokens_per_batch)
+        return cleaning_of_mode(
+            self.mode,
+            reference,
+            self.ranking,
+            keep=self.keep_tokens,
+            parts=self.parts,
+            group_by=self.group_by,
+            tokens_per_batch=self.tokens_per_batch,
+        )
 
 
 @dataclass
@@ -104,14 +114,15 @@ def main() -> None:
         "attn_implementation": model.attn_implementation,
         **(training.model_init_kwargs or {}),
     }
-    recipe.cleaning(SELF)  # says what is wrong before anything is loaded
     dataset = load_rows(str(recipe.dataset_name), "train", recipe.dataset_config)
-    columns = asdict(recipe.columns())
+    groups_of(dataset, recipe.group_by)  # says what is wrong before anything is trained
+    usable_rows(dataset, recipe.columns(), training.dataset_text_field, recipe.drop_duplicates, recipe.drop_empty)
+    columns = asdict(recipe.columns()) | {"drop_duplicates": recipe.drop_duplicates, "drop_empty": recipe.drop_empty}
     if recipe.mode == "self-evolving":
         evolved = self_evolve(
             str(model.model_name_or_path),
             dataset,
-            recipe.cleaning(SELF),
+            recipe.cleaning(None),
             training,
             peft_config=get_peft_config(model),
             **columns,
@@ -137,13 +148,9 @@ def parse() -> tuple[RecipeArguments, SFTConfig, ModelConfig]:
         recipe, training, model = TrlParser((RecipeArguments, PaperTraining, PaperModel)).parse_args_and_config()
     except (OSError, ValueError) as error:
         raise InputError(first_line(error)) from error
-    one_of("mode", recipe.mode, CLEANING_MODES)
+    recipe.cleaning(recipe.reference)
     if recipe.dataset_name is None or model.model_name_or_path is None:
         raise InputError("--dataset_name and --model_name_or_path must be there.")
-    if recipe.mode == "self-evolving" and recipe.reference is not None:
-        raise InputError("--mode self-evolving makes its own reference: leave --reference out, or use --mode fixed.")
-    if recipe.mode == "rho" and recipe.ranking == "global":
-        raise InputError("--mode rho ranks within each sample: leave --ranking out, or use --mode fixed.")
     if recipe.warmup_rows < 1:
         raise InputError(f"warmup_rows must be at least 1, got {recipe.warmup_rows}.")
     if model.load_in_4bit or model.load_in_8bit:

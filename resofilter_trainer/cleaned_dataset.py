@@ -157,6 +157,8 @@ def save_dataset(dataset: Dataset, summary: Mapping[str, Any], folder: Path) -> 
     part = folder / f".dataset.{os.getpid()}.part"
     try:
         dataset.save_to_disk(part)
+        text = json.dumps(summary, indent=2, ensure_ascii=False)
+        (part / SUMMARY_FILE).write_text(text + "\n", encoding="utf-8")
         (folder / "state.json").unlink(missing_ok=True)
         for stale in folder.glob("data-*-of-*.arrow"):
             stale.unlink()
@@ -164,8 +166,6 @@ def save_dataset(dataset: Dataset, summary: Mapping[str, Any], folder: Path) -> 
             os.replace(path, folder / path.name)
     finally:
         shutil.rmtree(part, ignore_errors=True)
-    text = json.dumps(summary, indent=2, ensure_ascii=False)
-    (folder / SUMMARY_FILE).write_text(text + "\n", encoding="utf-8")
 
 
 def _mask_batch(

@@ -12,7 +12,8 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
-from collections.abc import Sequence
+import shutil
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,15 +28,16 @@ from transformers import Trainer
 
 from .cleaned_dataset import groups_of, masked
 from .config import SELF, InputError, TokenCleaning
-from .gradients import Segment
+from .gradients import Segment, segments_of
 from .loading import check_model
-from .loss_pass import measure_token_losses
+from .loss_pass import Parts, measure_token_losses
 from .losses import IGNORE
 from .preparation import PreparedRows, learnt_tokens, prepared_already
-from .provenance import hash_weights
+from .provenance import identity
 from .reference_model import check_vocabulary, is_adapter, load_reference, wearing
 from .scores import Provenance
-from .token_cleaning import against, score_tokens
+from .shrinking import ROW
+from .token_cleaning import PARTS, against, score_tokens
 from .token_scores import load_arrow, save_arrow
 from .token_selection import TokenSelection, TokenSelector, kept_of_rows
 
@@ -76,12 +78,13 @@ class CleaningRun:
                 "batch, which is no number where no token is left."
             )
         self.trainer, self.cleaning = trainer, cleaning
-        self.loading: Any = copy.copy(trainer.args)
+        self.reference_args: Any = copy.copy(trainer.args)
         for name, default in (("trust_remote_code", False), ("model_init_kwargs", None)):  # of SFTConfig only
-            setattr(self.loading, name, getattr(trainer.args, name, default))
-        self.adapter = self.fixed and is_adapter(cleaning.reference, self.loading)
-        if self.fixed and not self.adapter:
-            check_vocabulary(cleaning.reference, trainer.model, trainer.processing_class, self.loading)
+            setattr(self.reference_args, name, getattr(trainer.args, name, default))
+        self.adapter = self.fixed and is_adapter(cleaning.reference, self.reference_args)
+        if self.fixed:
+            tokenizer, args = trainer.processing_class, self.reference_args
+            check_vocabulary(cleaning.reference, trainer.model, tokenizer, args, self.adapter)
         self.groups = groups_of(dataset, cleaning.group_by)
         self.prepared = prepared_already(dataset, trainer.data_collator)
         self.position, _ = learnt_tokens(self.prepared.dataset)
@@ -98,25 +101,44 @@ class CleaningRun:
     @property
     def emptied(self) -> np.ndarray:
         """(R,) bool, rows that keep no token for the whole run: they are left out."""
-        return (kept_of_rows(self.keep, self.offsets) == 0) & self.fixed
+        return (kept_of_rows(self.keep, self.offsets) == 0) & (self.prepared.num_tokens > 0) & self.fixed
 
-    def begin(self, provenance: Provenance, folder: Path) -> None:
+    def begin(self, provenance: Provenance, folder: Path, updates: int) -> None:
         """Measure the base model, which the weights still are, and with a fixed reference decide on every token.
 
         Args:
             provenance: of the run.
             folder: where the base losses are kept for a run that goes on, and token scores.
+            updates: of the shortest epoch that is planned.
+
+        Raises:
+            InputError: it has fewer updates than parts, or a loss is not finite.
         """
+        refusal = self.refusal(updates)
+        if refusal is not None:
+            raise refusal
         self.provenance = provenance
         key = self._base_key()
         try:
             self.base = self._load_base(folder, key)
         except InputError:  # none that are of use
-            self.base = self._measure(self.prepared, "base")
+            parts = self._parts(folder, "base")
+            self.base = self._measure(self.prepared, "base", parts=parts)
             if not self.fixed and PartialState().is_main_process:
                 save_arrow(pa.table({"loss": self.base}), folder / BASE_FILE, BASE_KEY, key)
         if self.fixed:
             self._clean_all(folder)
+        if PartialState().is_main_process:
+            shutil.rmtree(folder / PARTS, ignore_errors=True)
+
+    def refusal(self, updates: int) -> InputError | None:
+        """Why an epoch of so many updates cannot be cleaned in parts, if it cannot."""
+        if self.fixed or updates >= self.cleaning.parts:
+            return None
+        return InputError(
+            f"An epoch of {updates} updates cannot be cut into parts={self.cleaning.parts}: choose fewer parts, or "
+            "smaller batches."
+        )
 
     def part_at(self, update: int, updates: int) -> Part | None:
         """The part of an epoch that begins with an update and is cleaned then, if one does.
@@ -126,11 +148,6 @@ class CleaningRun:
         """
         if self.fixed:
             return None
-        if updates < self.cleaning.parts:
-            raise InputError(
-                f"An epoch of {updates} updates cannot be cut into parts={self.cleaning.parts}: choose fewer parts, or "
-                "smaller batches."
-            )
         bounds = [int(part[0]) for part in np.array_split(np.arange(updates), self.cleaning.parts)] + [updates]
         number = bounds.index(update) if update in bounds else None
         return None if number is None else Part(number, bounds[number + 1])
@@ -140,43 +157,62 @@ class CleaningRun:
 
         Args:
             epoch, part: counted from 0.
-            rows: in the order in which they are trained on; negative ones are fillers.
+            rows: in the order in which they are trained on.
 
         Returns:
             What was kept, in numbers.
         """
         assert self.base is not None
         rows = rows[np.sort(np.unique(rows, return_index=True)[1])]
-        rows = rows[rows >= 0]
         tokens = np.concatenate([np.arange(self.offsets[row], self.offsets[row + 1]) for row in rows])
         own = self.prepared.select(rows)
         whole = epoch == 0 and part == 0
-        losses = self.base[tokens] if whole else self._measure(own, "latest")
-        scores = score_tokens(own, self.base[tokens], losses, self.provenance)
-        selection = TokenSelector(1.0 if whole else self.cleaning.keep, self.cleaning.ranking).select(scores)
+        base = self.base[tokens]
+        scores = score_tokens(own, base, base if whole else self._measure(own, "latest"), self.provenance)
+        selector = TokenSelector(1.0 if whole else self.cleaning.keep, self.cleaning.ranking)
+        selection = selector.select(scores)
         self.keep[tokens] = selection.keep
         self.stages.append({"epoch": epoch + 1, "part": part, **self._numbers(selection, rows)})
         return self.stages[-1]
 
-    def mask(self, labels: Tensor, segments: Sequence[Segment], rows: np.ndarray) -> None:
-        """Mask, in place, the labels of a batch that are not kept.
+    def cleaned_batches(self, iterator: Any, enter: Callable[[CleaningRun], None]) -> Iterator[Any]:
+        """The batches of an update with the labels masked that are not kept.
 
         Args:
-            labels: (B, T).
+            iterator: gives the batches, of which as many are taken as the update has.
+            enter: called once the order of the epoch is drawn, when there is a first batch.
+        """
+        for number, batch in enumerate(iterator):
+            if ROW in batch:
+                if number == 0:
+                    enter(self)
+                rows = batch[ROW].cpu().numpy()
+                batch["labels"] = self.masked(batch["labels"], segments_of(batch)[: len(rows)], rows)
+            yield batch
+
+    def masked(self, labels: Tensor, segments: Sequence[Segment], rows: np.ndarray) -> Tensor:
+        """A batch's labels, (B, T), with those masked that are not kept.
+
+        Args:
+            labels: (B, T), as the collator makes them.
             segments: where each of the n samples is.
             rows: (n,) which rows they are; negative ones are fillers.
+
+        Raises:
+            InputError: they are not the labels of the dataset.
         """
+        found = labels.cpu().numpy().copy()
         for where, row in zip(segments, rows, strict=True):
             if row < 0:
                 continue
-            own = labels[where.row, where.tokens]
-            if len(own) != self.prepared.lengths[row]:
+            own, span = found[where.row, where.tokens], slice(self.offsets[row], self.offsets[row + 1])
+            if not np.array_equal(np.flatnonzero(own[1:] != IGNORE) + 1, self.position[span]):
                 raise InputError(
-                    f"Row {row} has {len(own)} tokens in its batch and {self.prepared.lengths[row]} in the dataset: "
-                    "token_cleaning needs a collator that leaves rows as they are."
+                    f"Row {row} learns other tokens in its batch than in the dataset: token_cleaning needs a collator "
+                    "that leaves rows and labels as they are."
                 )
-            span = slice(self.offsets[row], self.offsets[row + 1])
-            own[torch.from_numpy(self.position[span][~self.keep[span]].astype(np.int64)).to(own.device)] = IGNORE
+            own[self.position[span][~self.keep[span]]] = IGNORE
+        return torch.from_numpy(found).to(labels.device)
 
     def cleaned(self) -> PreparedRows:
         """The rows as they are learnt now; those that keep no token are left out."""
@@ -217,13 +253,15 @@ class CleaningRun:
         reference = self.cleaning.reference
         if self.adapter:
             with wearing(self.trainer.model, reference) as other:
-                losses, weights = self._measure(self.prepared, "reference", other), hash_weights(other)
+                provenance = against(self.provenance, identity(other))
+                losses = self._measure(self.prepared, "reference", other, self._parts(folder, "reference", provenance))
         else:
-            other = load_reference(reference, self.loading)
+            other = load_reference(reference, self.reference_args)
             check_model(other, self.prepared)
-            losses, weights = self._measure(self.prepared, "reference", other), hash_weights(other)
+            provenance = against(self.provenance, identity(other))
+            losses = self._measure(self.prepared, "reference", other, self._parts(folder, "reference", provenance))
             del other
-        scores = score_tokens(self.prepared, self.base, losses, against(self.provenance, weights))
+        scores = score_tokens(self.prepared, self.base, losses, provenance)
         if PartialState().is_main_process:
             scores.save(folder)
         selection = TokenSelector(self.cleaning.keep, self.cleaning.ranking).select(scores)
@@ -234,15 +272,20 @@ class CleaningRun:
         numbers: dict[str, Any] = {
             "tokens": len(selection.keep),
             "tokens_kept": int(selection.keep.sum()),
-            "rows_emptied": int(selection.emptied.sum()),
+            "num_rows_emptied": int(selection.emptied.sum()),
         }
         if self.groups is not None:
             numbers["share_of_groups"] = selection.share_of_groups([self.groups[row] for row in rows])
         return numbers
 
-    def _measure(self, prepared: PreparedRows, name: str, model: Any = None) -> np.ndarray:
+    def _measure(self, prepared: PreparedRows, name: str, model: Any = None, parts: Parts | None = None) -> np.ndarray:
         model, label = self.trainer.model if model is None else model, f"Losses of the {name} model"
-        return measure_token_losses(model, prepared, self.trainer.args, self.cleaning.tokens_per_batch, label)
+        budget = self.cleaning.tokens_per_batch
+        return measure_token_losses(model, prepared, self.trainer.args, budget, label, parts)
+
+    def _parts(self, folder: Path, name: str, provenance: Provenance | None = None) -> Parts:
+        key = self._base_key() if provenance is None else f"{self._base_key()} {json.dumps(dict(provenance.config))}"
+        return Parts(folder / PARTS / name, key)
 
     def _load_base(self, folder: Path, key: str) -> np.ndarray:
         table, found = load_arrow(folder / BASE_FILE, BASE_KEY, "losses of the base model")

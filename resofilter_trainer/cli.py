@@ -19,9 +19,19 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, get_args
 
-from .config import SELF, ColumnMapping, InputError, Norm, Ranking, ResonanceConfig, TokenCleaning, Update, one_of
+from .config import (
+    CLEANING_MODES,
+    ColumnMapping,
+    InputError,
+    Norm,
+    Ranking,
+    ResonanceConfig,
+    TokenCleaning,
+    Update,
+    cleaning_of_mode,
+    one_of,
+)
 
-CLEANING_MODES = ("fixed", "self-evolving", "rho")
 DEMO_MODES = ("two-pass", "callback")
 PACKAGES = ("resofilter_trainer", "torch", "transformers", "trl", "peft", "datasets", "accelerate", "evaluate")
 
@@ -118,21 +128,21 @@ def run_select(args: argparse.Namespace) -> None:
 def run_clean(args: argparse.Namespace) -> None:
     """Mask tokens by a base and a reference model, and say what was kept."""
     _require(args, "model", "dataset", "output")
-    one_of("--mode", args.mode, CLEANING_MODES)
-    if args.mode == "rho" and args.ranking == "global":
-        raise InputError("--mode rho ranks within each sample: leave --ranking out, or use --mode fixed.")
-    if (args.reference is None) == (args.mode != "self-evolving"):
+    cleaning = cleaning_of_mode(
+        args.mode,
+        args.reference,
+        args.ranking,
+        keep=args.keep_tokens,
+        parts=args.parts,
+        group_by=args.group_by,
+        tokens_per_batch=args.tokens_per_batch,
+    )
+    if args.reference is None and args.mode != "self-evolving":
         raise InputError(
             "--reference is missing: a model or LoRA adapter that was tuned on good data. Or --mode self-evolving."
-            if args.reference is None
-            else "--mode self-evolving makes its own reference: leave --reference out, or use --mode fixed."
         )
     if args.lora_r < 0:
         raise InputError(f"--lora_r must be at least 0, where 0 trains all weights, got {args.lora_r}.")
-    ranking: Any = args.ranking or ("sample" if args.mode == "rho" else "global")
-    cleaning = TokenCleaning(
-        args.keep_tokens, args.reference or SELF, ranking, args.parts, args.group_by, args.tokens_per_batch
-    )
     from accelerate import PartialState
 
     from .cleaned_dataset import described
@@ -259,14 +269,12 @@ def _check_kept_folder(output: Path, source: str | None) -> None:
 
 def _save_dataset(rows: Any, folder: Path) -> None:
     """Write beside the target, then rename: the dataset is whole or as it was."""
-    part = folder.with_name(f".{folder.name}.{os.getpid()}.part")
-    try:
+    from .scores import replacing
+
+    with replacing(folder) as part:
         rows.save_to_disk(part)
         if folder.exists():
             shutil.rmtree(folder)
-        os.replace(part, folder)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
 
 
 def _from(args: argparse.Namespace, kind: type) -> Any:

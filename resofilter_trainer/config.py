@@ -6,12 +6,13 @@ import math
 import numbers
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 Update = Literal["adamw", "sgd"]
 Norm = Literal["mean_abs", "l2"]
 Ranking = Literal["global", "sample"]
 SELF = "self"
+CLEANING_MODES = ("fixed", "self-evolving", "rho")
 
 
 class InputError(ValueError):
@@ -127,22 +128,43 @@ class TokenCleaning:
     tokens_per_batch: int = 4096
 
     def __post_init__(self) -> None:
-        check_token_share(self.keep)
+        object.__setattr__(self, "keep", token_share(self.keep))
         one_of("ranking", self.ranking, get_args(Ranking))
-        if isinstance(self.parts, bool) or not isinstance(self.parts, numbers.Integral) or self.parts < 2:
-            raise InputError(
-                f"parts must be a whole number of at least 2, the first is learnt whole; got {self.parts}."
-            )
-        if type(self.tokens_per_batch) is not int or self.tokens_per_batch < 1:
-            raise InputError(f"tokens_per_batch must be at least 1, got {self.tokens_per_batch}.")
+        for name, least in (("parts", 2), ("tokens_per_batch", 1)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, numbers.Integral) or int(value) < least:
+                raise InputError(f"{name} must be a whole number of at least {least}, got {value!r}.")
+            object.__setattr__(self, name, int(value))
         if not isinstance(self.reference, str) or not self.reference:
             raise InputError(f"reference is a name, a folder or 'self', got {self.reference!r}.")
 
 
-def check_token_share(keep: object) -> None:
-    """Raise InputError unless `keep` is above 0 and at most 1."""
+def cleaning_of_mode(mode: str, reference: str | None, ranking: str | None, **settings: Any) -> TokenCleaning:
+    """The settings that a command's `--mode` stands for.
+
+    Args:
+        mode: one of `CLEANING_MODES`.
+        reference: a model or an adapter; None for the mode that makes its own, or where one is still to be tuned.
+        ranking: None for the mode's own.
+        **settings: the other fields of `TokenCleaning`.
+
+    Raises:
+        InputError: the mode is not known, or they do not go together.
+    """
+    one_of("--mode", mode, CLEANING_MODES)
+    if mode == "rho" and ranking == "global":
+        raise InputError("--mode rho ranks within each sample: leave --ranking out, or use --mode fixed.")
+    if mode == "self-evolving" and reference is not None:
+        raise InputError("--mode self-evolving makes its own reference: leave --reference out, or use --mode fixed.")
+    chosen: Any = ranking or ("sample" if mode == "rho" else "global")
+    return TokenCleaning(reference=reference or SELF, ranking=chosen, **settings)
+
+
+def token_share(keep: Any) -> float:
+    """A share of tokens. Raises InputError unless it is a number above 0 and at most 1."""
     if isinstance(keep, bool) or not isinstance(keep, numbers.Real) or not 0 < float(keep) <= 1:
         raise InputError(f"keep_tokens is the share of tokens that stays, above 0 and at most 1, got {keep}.")
+    return float(keep)
 
 
 def one_of(name: str, value: object, allowed: Sequence[object]) -> None:

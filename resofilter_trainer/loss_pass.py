@@ -25,7 +25,7 @@ from transformers import TrainingArguments
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from .config import InputError
-from .losses import token_losses_in_pieces
+from .losses import IGNORE, token_losses_in_pieces
 from .modes import evaluating
 from .preparation import ROW, PreparedRows
 from .token_scores import load_arrow, save_arrow
@@ -150,7 +150,7 @@ def _losses_of(model: nn.Module, dataset: Dataset, rows: np.ndarray, args: Train
     with torch.no_grad(), torch.autocast(device.type, dtype=torch.bfloat16, enabled=bool(args.bf16)):
         losses = token_losses_in_pieces(model, batch, MOST_LOGITS)
     if not torch.isfinite(losses).all():
-        learnt_in = (batch["labels"][:, 1:] != -100).nonzero()[:, 0]
+        learnt_in = (batch["labels"][:, 1:] != IGNORE).nonzero()[:, 0]
         row = examples[int(learnt_in[~torch.isfinite(losses)][0])][ROW]
         raise InputError(
             f"Row {row} of the dataset has a token whose loss is not finite. Are the weights sound? Try float32, or "

@@ -105,7 +105,7 @@ def prepared_already(dataset: Dataset, collate: Callable[[list[Any]], Any]) -> P
 def _collated(example: dict[str, Any], collate: Callable[[list[Any]], Any]) -> dict[str, Any]:
     """One example as the collator makes it, without padding."""
     batch = collate([example])
-    mask = batch["attention_mask"][0].bool()
+    mask = batch["attention_mask"][0].bool() if "attention_mask" in batch else slice(None)
     return {name: batch[name][0][mask].tolist() for name in ("input_ids", "labels")}
 
 

@@ -11,6 +11,7 @@ from typing import Any, cast
 import torch
 import xxhash
 from datasets import Dataset
+from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
 from trl import SFTConfig
@@ -119,6 +120,19 @@ def fingerprint(dataset: Any) -> str:
     if {"input_ids", "labels"} <= set(dataset.column_names):
         return survey(dataset.select_columns(["input_ids", "labels"]))[3]
     return hash_rows(dataset)
+
+
+def identity(model: PreTrainedModel | PeftModel) -> dict[str, str]:
+    """Hashes of the weights and of the settings that make losses of them, those of the active adapter included."""
+    inner = model.get_base_model() if isinstance(model, PeftModel) else model
+    settings: dict[str, Any] = {"model": _settings(inner)}
+    if isinstance(model, PeftModel):
+        adapter = model.peft_config[model.active_adapter].to_dict()
+        settings["adapter"] = {name: adapter[name] for name in adapter if name != "base_model_name_or_path"}
+    text = json.dumps(
+        settings, sort_keys=True, default=lambda each: sorted(each) if isinstance(each, set) else str(each)
+    )
+    return {"reference_weights": hash_weights(model), "reference_settings": _hash_text(text)}
 
 
 def _settings(model: PreTrainedModel) -> dict[str, Any]:

@@ -6,9 +6,11 @@ Knows transformers and PEFT, not what is measured.
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Iterator
 from pathlib import Path
 
+import torch
 from peft import PeftModel
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.peft_utils import find_adapter_config_file
@@ -29,32 +31,41 @@ def is_adapter(reference: str, args: SFTConfig) -> bool:
     """
     if looks_local(reference) and not Path(reference).is_dir():
         raise InputError(f"There is no reference model at '{reference}'. Pass a folder, or a name on the hub.")
+    adapter = False
     with contextlib.suppress(Exception):  # of the hub, and then the next line fails, too
         if find_adapter_config_file(reference) is not None:
-            return True
-    _config(reference, args)
-    return False
+            adapter = True
+    if not adapter:
+        _config(reference, args)
+    elif Path(reference).is_dir() and not list(Path(reference).glob("adapter_model.*")):
+        raise InputError(f"The reference '{reference}' holds an adapter_config.json, but no adapter_model to it.")
+    return adapter
 
 
 def check_vocabulary(
-    reference: str, base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, args: SFTConfig
+    reference: str, base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, args: SFTConfig, adapter: bool
 ) -> None:
-    """Raise InputError where a whole reference model has another vocabulary: losses of other tokens cannot be compared.
+    """Raise InputError where a reference has another vocabulary: losses of tokens that differ cannot be compared.
 
-    Where one side brings no tokenizer, the sizes of the vocabularies are compared.
+    Special tokens may be added or missing: a pad token is often added for tuning. Where one side brings no
+    tokenizer, the sizes of the vocabularies are compared, unless the reference is an adapter, which has none.
     """
     own = None
     if tokenizer is not None:
         with contextlib.suppress(Exception):  # it brings none
-            own = AutoTokenizer.from_pretrained(reference, trust_remote_code=args.trust_remote_code).get_vocab()
+            own = AutoTokenizer.from_pretrained(reference, trust_remote_code=args.trust_remote_code)
     if tokenizer is None or own is None:
+        if adapter:
+            return
         theirs = _config(reference, args).get_text_config().vocab_size
         size = base.config.get_text_config().vocab_size
         what = None if theirs == size else f"{theirs} tokens against {size}"
     else:
-        mine = tokenizer.get_vocab()
-        differing = sum(own.get(token) != number for token, number in mine.items())
-        what = None if own == mine else f"{len(own)} tokens against {len(mine)}, {differing} differ"
+        mine, theirs = tokenizer.get_vocab(), own.get_vocab()
+        special = {*tokenizer.all_special_tokens, *own.all_special_tokens}
+        differing = sum(mine.get(token) != theirs.get(token) for token in mine.keys() & theirs.keys())
+        differing += len((mine.keys() ^ theirs.keys()) - special)
+        what = f"{len(theirs)} tokens against {len(mine)}, {differing} differ" if differing else None
     if what is not None:
         raise InputError(
             f"The reference '{reference}' has another vocabulary than the base model ({what}): losses of its tokens "
@@ -64,6 +75,8 @@ def check_vocabulary(
 
 def load_reference(reference: str, args: SFTConfig) -> PreTrainedModel:
     """A whole reference model, on the device of `args`. Raises InputError where it cannot be loaded."""
+    args = copy.copy(args)
+    args.model_init_kwargs = {k: v for k, v in (args.model_init_kwargs or {}).items() if k != "revision"}  # the base's
     return placed(load_weights(reference, args), args).eval()
 
 
@@ -79,7 +92,9 @@ def wearing(model: PreTrainedModel | PeftModel, adapter: str) -> Iterator[PeftMo
     required = {parameter: parameter.requires_grad for parameter in model.parameters()}
     modules = dict(model.named_modules(remove_duplicate=False))
     modes = {module: module.training for module in model.modules()}
-    attributes = set(vars(model))
+    attributes = {each: dict(vars(each)) for each in model.modules()}
+    embeddings = model.get_input_embeddings()
+    hooks = dict(embeddings._forward_hooks)  # checkpointing adds one, and forgets the one that was there
     active = model.active_adapter if isinstance(model, PeftModel) else None
     try:
         try:
@@ -96,8 +111,11 @@ def wearing(model: PreTrainedModel | PeftModel, adapter: str) -> Iterator[PeftMo
             if name and model.get_submodule(name) is not module:  # it was wrapped
                 parent, _, child = name.rpartition(".")
                 setattr(model.get_submodule(parent), child, module)
-        for name in set(vars(model)) - attributes:
-            delattr(model, name)
+        for each, own in attributes.items():
+            vars(each).clear()
+            vars(each).update(own)
+        embeddings._forward_hooks.clear()
+        embeddings._forward_hooks.update(hooks)
         for module, mode in modes.items():
             module.training = mode
         for parameter, flag in required.items():
@@ -105,6 +123,12 @@ def wearing(model: PreTrainedModel | PeftModel, adapter: str) -> Iterator[PeftMo
 
 
 def _put_on(model: PreTrainedModel | PeftModel, adapter: str) -> PeftModel:
+    device = next(model.parameters()).device
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):  # PEFT draws what it then overwrites
+        return _loaded(model, adapter)
+
+
+def _loaded(model: PreTrainedModel | PeftModel, adapter: str) -> PeftModel:
     if not isinstance(model, PeftModel):
         return PeftModel.from_pretrained(model, adapter, ADAPTER)
     model.load_adapter(adapter, ADAPTER, is_trainable=False)

@@ -40,6 +40,7 @@ def report_tokens(trainer: Trainer, numbers: Mapping[str, Any]) -> None:
     share = numbers["tokens_kept"] / max(numbers["tokens"], 1)
     scalars = {"kept_token_share": share, **{f"kept_token_share/{name}": kept for name, kept in groups.items()}}
     part = f" of part {numbers['part'] + 1} of epoch {numbers['epoch']}" if "part" in numbers else ""
+    part = f" of stage {numbers['stage']}" if "stage" in numbers else part
     listed = "".join(f", {name} {kept:.1%}" for name, kept in groups.items())
     _say(trainer, scalars, f"{numbers['tokens_kept']:,} of {numbers['tokens']:,} tokens{part} stay{listed}")
 

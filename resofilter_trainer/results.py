@@ -9,6 +9,7 @@ from typing import Any
 
 from .scores import ScoreTable
 from .selection import Selection
+from .token_scores import TOKEN_SCORES_FILE
 
 TOKENS_FILE = "token_cleaning.json"
 
@@ -53,8 +54,8 @@ class Results:
 
 def remove_stale(folder: Path) -> None:
     """Remove what an earlier run left of its epochs: this one may have fewer."""
-    for stale in folder.glob("*-epoch-*.parquet"):
-        stale.unlink()
+    for stale in (*folder.glob("*-epoch-*.parquet"), folder / TOKENS_FILE, folder / TOKEN_SCORES_FILE):
+        stale.unlink(missing_ok=True)
 
 
 def selection_file(epoch: int) -> str:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
+import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -198,13 +200,23 @@ def save_parquet(table: pa.Table, path: Path, metadata: Mapping[str, str]) -> Pa
     """Write a table and its metadata beside the target, then rename: the file is whole or not there."""
     check_folder(path.parent)
     path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as part:
+        pq.write_table(table.replace_schema_metadata(dict(metadata)), part)
+    return path
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A place beside `path` for a file or a folder that takes its place once it is whole; else nothing is left of it.
+
+    A folder only takes the place of none, or of an empty one.
+    """
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        pq.write_table(table.replace_schema_metadata(dict(metadata)), part)
+        yield part
         os.replace(part, path)
     finally:
-        part.unlink(missing_ok=True)
-    return path
+        part.unlink(missing_ok=True) if part.is_file() else shutil.rmtree(part, ignore_errors=True)
 
 
 def check_folder(path: Path) -> None:

@@ -8,10 +8,8 @@ merged between stages. In one run, without stages, `ResonanceCallback(token_clea
 
 from __future__ import annotations
 
-import copy
 import dataclasses
-import json
-import os
+import math
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,24 +19,21 @@ from typing import Any
 import numpy as np
 from accelerate import PartialState
 from datasets import Dataset, concatenate_datasets
-from peft import PeftConfig, PeftModel
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
-from trl import SFTConfig, SFTTrainer
+from peft import PeftConfig
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from trl import SFTConfig
 
 from .cleaned_dataset import EMPTIED, SAMPLE_ID, check_output, mask_labels, save_dataset, summarise
 from .config import InputError, TokenCleaning
+from .loading import load_weights, placed
 from .preparation import ROW, PreparedRows
-from .provenance import hash_weights
+from .provenance import identity
+from .stages import check_settings, save_model, train_stage, training_settings
 from .token_cleaning import PARTS, CleaningTask, against, open_task, score_tokens
 from .token_scores import TokenScores
 from .token_selection import TokenSelection, TokenSelector
 
 STAGES_FILE = "stages.json"
-TRAINING = (  # those of SFTConfig's settings on which the weights depend
-    "learning_rate", "num_train_epochs", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps",
-    "lr_scheduler_type", "warmup_steps", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm",
-    "optim", "seed", "data_seed", "train_sampling_strategy", "bf16", "packing", "padding_free", "loss_type",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -104,6 +99,8 @@ def self_evolve(
     """
     check_output(Path(str(args.output_dir)), STAGES_FILE)
     base, task = open_task(model, dataset, cleaning, processing_class, args, args.output_dir, **row_options)
+    if not 0 < args.learning_rate < math.inf:
+        raise InputError(f"learning_rate must be above 0 and finite, got {args.learning_rate}.")
     rows = np.arange(len(task.prepared.lengths))
     if len(rows) < cleaning.parts:
         raise InputError(
@@ -113,9 +110,7 @@ def self_evolve(
     for part in parts[1:]:
         TokenSelector(cleaning.keep, cleaning.ranking).check(part.num_tokens)
     evolution = _Evolution(task, args, peft_config, Path(str(args.output_dir)))
-    cleaned = {name: value for name, value in dataclasses.asdict(cleaning).items() if name != "group_by"}
-    settings = {"base model, dataset or preparation of the rows": task.provenance.key, "token cleaning": cleaned}
-    check_settings(evolution.folder / STAGES_FILE, settings | training_settings(args, peft_config))
+    evolution.check()
     losses = evolution.base_losses(base, parts)
     stages, reasons = [], dict(task.reasons)
     latest = base
@@ -144,6 +139,14 @@ class _Evolution:
     peft_config: PeftConfig | None
     folder: Path
 
+    def check(self) -> None:
+        """Raise InputError where the folder holds stages of other data or settings; else write these down."""
+        settings = {
+            "base model, dataset or preparation of the rows": self.task.provenance.key,
+            "token cleaning": {**dataclasses.asdict(self.task.cleaning), "group_by": None},  # changes no stage
+        }
+        check_settings(self.folder / STAGES_FILE, settings | training_settings(self.args, self.peft_config))
+
     def base_losses(self, base: PreTrainedModel, parts: list[PreparedRows]) -> list[np.ndarray]:
         """The base model's, of every part but the first, which needs none; measured once."""
         cleaned = self.task.prepared.select(np.arange(len(parts[0].lengths), len(self.task.prepared.lengths)))
@@ -157,26 +160,30 @@ class _Evolution:
         if number == 0:
             tokens = int(part.num_tokens.sum())
             summary = {"tokens": tokens, "tokens_kept": tokens, "rows": len(part.lengths), "rows_emptied": []}
+            groups = self.task.groups_of(part.sample_ids)
+            if groups is not None:
+                summary["share_of_groups"] = dict.fromkeys(map(str, groups), 1.0)
             return Stage(part.dataset.rename_column(ROW, SAMPLE_ID), None, summary)
         path = self._stage(number)
         if self._is_done(number):
             scores = TokenScores.load(path)
         else:
-            provenance = against(self.task.provenance, hash_weights(latest))
+            provenance = against(self.task.provenance, identity(latest))
             losses = self.task.losses(latest, f"stage-{number}", part, provenance)
             scores = score_tokens(part, base_losses, losses, provenance)
             if PartialState().is_main_process:
                 scores.save(path)
         selection = TokenSelector(self.task.cleaning.keep, self.task.cleaning.ranking).select(scores)
-        summary = summarise(selection, self.task.tokenizer, self.task.groups_of(scores))
+        summary = summarise(selection, self.task.tokenizer, self.task.groups_of(scores.sample_id))
         return Stage(mask_labels(part.dataset, selection), selection, summary)
 
     def train(self, number: int, stage: Stage, latest: PreTrainedModel) -> PreTrainedModel:
         """The latest model after this stage."""
         folder = self._stage(number) / "model"
         if self._is_done(number):
-            return latest if self._is_done(number + 1) else self._load(folder, latest)
-        trained = train_stage(latest, stage.dataset, self.args, self.task.tokenizer, self.peft_config, folder.parent)
+            return latest if self._is_done(number + 1) else placed(load_weights(str(folder), self.args), self.args)
+        numbers, tokenizer = {"stage": number, **stage.summary}, self.task.tokenizer
+        trained = train_stage(latest, stage.dataset, self.args, tokenizer, self.peft_config, folder.parent, numbers)
         save_model(trained, self.task.tokenizer, folder)
         return trained
 
@@ -188,75 +195,8 @@ class _Evolution:
         save_dataset(evolved.dataset, summary, self.folder)
         shutil.rmtree(self.folder / PARTS, ignore_errors=True)
 
-    def _load(self, folder: Path, like: PreTrainedModel) -> PreTrainedModel:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=like.dtype)
-        return model.to(self.args.device)
-
     def _is_done(self, number: int) -> bool:
         return (self._stage(number) / "model").is_dir()
 
     def _stage(self, number: int) -> Path:
         return self.folder / f"stage-{number}"
-
-
-def check_settings(path: Path, settings: Mapping[str, Any]) -> None:
-    """Write down with what settings something was made; raise InputError where it was made with others.
-
-    Args:
-        path: a JSON file beside what is made.
-        settings: by the names that people know them by.
-    """
-    mine = json.loads(json.dumps(settings, default=lambda each: sorted(each) if isinstance(each, set) else str(each)))
-    if path.exists():
-        theirs = json.loads(path.read_text())
-        names = [name for name in mine if mine[name] != theirs.get(name)]
-        if names:
-            raise InputError(
-                f"What lies in '{path.parent}' was made with other settings: {', '.join(names)}. Choose another "
-                "output_dir, or remove that one."
-            )
-    elif PartialState().is_main_process:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(f".{path.name}.{os.getpid()}.part")
-        part.write_text(json.dumps(mine, indent=2))
-        os.replace(part, path)
-
-
-def training_settings(args: SFTConfig, peft_config: PeftConfig | None) -> dict[str, Any]:
-    """What a training's weights depend on, beside its model and rows."""
-    return {
-        "training": {name: getattr(args, name) for name in TRAINING},
-        "LoRA": None if peft_config is None else peft_config.to_dict(),
-    }
-
-
-def train_stage(
-    model: PreTrainedModel,
-    rows: Dataset,
-    args: SFTConfig,
-    tokenizer: PreTrainedTokenizerBase,
-    peft_config: PeftConfig | None,
-    output: Path,
-) -> PreTrainedModel:
-    """Train with SFTTrainer on rows that are tokens already, with a schedule of its own; LoRA is merged at the end."""
-    args = copy.copy(args)
-    args.output_dir, args.model_init_kwargs = str(output), None  # the model is there already
-    trainer = SFTTrainer(
-        model, args, train_dataset=rows, processing_class=tokenizer, peft_config=copy.deepcopy(peft_config)
-    )  # PEFT fills it in
-    trainer.train()
-    trained = trainer.accelerator.unwrap_model(trainer.model)
-    return trained.merge_and_unload() if isinstance(trained, PeftModel) else trained
-
-
-def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Write both beside the target, then rename: the folder is whole or not there."""
-    if PartialState().is_main_process:
-        part = folder.with_name(f".{folder.name}.{os.getpid()}.part")
-        try:
-            model.save_pretrained(part)
-            tokenizer.save_pretrained(part)
-            os.replace(part, folder)
-        finally:
-            shutil.rmtree(part, ignore_errors=True)
-    PartialState().wait_for_everyone()

@@ -27,13 +27,14 @@ from .config import SELF, ColumnMapping, InputError, TokenCleaning
 from .loading import check_arguments, check_model, default_arguments, load_model, placed, usable_rows
 from .loss_pass import Parts, measure_token_losses
 from .preparation import PreparedRows, learnt_tokens, prepare
-from .provenance import describe, hash_weights
+from .provenance import describe, identity
 from .reference_model import check_vocabulary, is_adapter, load_reference, wearing
 from .rows import hash_rows
 from .scores import Provenance
 from .token_scores import TOKEN_SCORES_FILE, TokenScores
 from .token_selection import TokenSelector
 
+REFERENCE = ("reference_weights", "reference_settings")
 PARTS = "parts"  # the folder in which an interrupted pass goes on
 
 
@@ -60,6 +61,8 @@ def clean_dataset(
             the same models and rows that lie there are used again; an interrupted pass goes on.
         **row_options: `drop_duplicates`, `drop_empty`, `source` and the columns, as for `score_dataset`.
 
+    As in SFTTrainer, random numbers start from `args.seed`.
+
     Raises:
         InputError: nothing can be learnt, the reference is not there or has another vocabulary, a loss is not finite,
             or `output` holds something else.
@@ -70,8 +73,7 @@ def clean_dataset(
     args = args or default_arguments()
     adapter = is_adapter(cleaning.reference, args)
     base, task = open_task(model, dataset, cleaning, processing_class, args, output, **row_options)
-    if not adapter:
-        check_vocabulary(cleaning.reference, base, task.tokenizer, task.args)
+    check_vocabulary(cleaning.reference, base, task.tokenizer, task.args, adapter)
     selector = TokenSelector(cleaning.keep, cleaning.ranking)
     selector.check(task.prepared.num_tokens)
     earlier = task.earlier()
@@ -89,7 +91,7 @@ def clean_dataset(
         "reference": cleaning.reference,
         "keep_tokens": cleaning.keep,
         "ranking": cleaning.ranking,
-        **summarise(selection, task.tokenizer, task.groups_of(scores)),
+        **summarise(selection, task.tokenizer, task.groups_of(scores.sample_id)),
     }
     cleaned = CleanedDataset(mask_labels(task.prepared.dataset, selection), selection, reasons, summary)
     if task.folder is not None and PartialState().is_main_process:
@@ -105,10 +107,9 @@ def score_tokens(
     return TokenScores(prepared.sample_ids, offsets, *learnt_tokens(prepared.dataset), base, reference, provenance)
 
 
-def against(provenance: Provenance, reference_weights: str | None) -> Provenance:
-    """The provenance of scores against a reference, by the hash of its weights."""
-    config = {**provenance.config, "reference_weights": reference_weights}
-    return dataclasses.replace(provenance, config=config)
+def against(provenance: Provenance, reference: Mapping[str, Any]) -> Provenance:
+    """The provenance of scores against a reference, given its `provenance.identity`."""
+    return dataclasses.replace(provenance, config={**provenance.config, **reference})
 
 
 @dataclass(frozen=True)
@@ -142,7 +143,7 @@ class CleaningTask:
     def scores(self, base: np.ndarray, reference: PreTrainedModel, earlier: TokenScores | None) -> TokenScores:
         """Those that lie in the folder, or measured, and written there."""
         check_model(reference, self.prepared)
-        provenance = against(self.provenance, hash_weights(reference))
+        provenance = against(self.provenance, identity(reference))
         if earlier is not None:
             self._check_same(earlier, provenance)
             return earlier
@@ -158,12 +159,13 @@ class CleaningTask:
         if self.folder is None or not (self.folder / TOKEN_SCORES_FILE).exists():
             return None
         earlier = TokenScores.load(self.folder)
-        self._check_same(earlier, against(self.provenance, earlier.provenance.config.get("reference_weights")))
+        known = earlier.provenance.config
+        self._check_same(earlier, against(self.provenance, {name: known.get(name) for name in REFERENCE}))
         return earlier
 
-    def groups_of(self, scores: TokenScores) -> list[Any] | None:
-        """The group of each row that was scored."""
-        return None if self.groups is None else [self.groups[row] for row in scores.sample_id]
+    def groups_of(self, sample_id: np.ndarray) -> list[Any] | None:
+        """The group of each of some rows, by their places in the user's dataset."""
+        return None if self.groups is None else [self.groups[row] for row in sample_id]
 
     def _check_same(self, earlier: TokenScores, provenance: Provenance) -> None:
         differences = earlier.provenance.differences(provenance)

@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 
 from .config import InputError
-from .scores import Provenance, check_folder, decoded
+from .scores import Provenance, check_folder, decoded, replacing
 
 TOKEN_SCORES_FILE = "token_scores.arrow"
 KEY = "resofilter_token_scores"  # the metadata that holds the provenance
@@ -104,15 +104,10 @@ def save_arrow(table: pa.Table, path: Path, key: str, metadata: str) -> Path:
     """Write a table, uncompressed, beside the target, then rename: the file is whole or not there."""
     check_folder(path.parent)
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
     table = table.replace_schema_metadata({key: metadata})
-    try:
-        with pa.OSFile(str(part), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
-            for batch in table.combine_chunks().to_batches() or [pa.RecordBatch.from_pylist([], table.schema)]:
-                writer.write_batch(batch)
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+    with replacing(path) as part, pa.OSFile(str(part), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
+        for batch in table.combine_chunks().to_batches() or [pa.RecordBatch.from_pylist([], table.schema)]:
+            writer.write_batch(batch)
     return path
 
 

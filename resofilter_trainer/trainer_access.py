@@ -49,7 +49,7 @@ class Hold:
         self._loader.set_sampler(self._sampler)
         self._let_go()  # of what an earlier run left, that ended by an exception
         self.inner = self._trainer.get_batch_samples
-        self._trainer.get_batch_samples = _Fetch(self._fetch)
+        self._trainer.get_batch_samples = _Fetch(self._fetch, vars(self._trainer).get("get_batch_samples"))
 
     def release(self) -> None:
         """Leave the trainer as it was found."""
@@ -59,17 +59,21 @@ class Hold:
 
     def _let_go(self) -> bool:
         """Give the trainer its own `get_batch_samples` back; whether a run had taken its place."""
-        ours = isinstance(vars(self._trainer).get("get_batch_samples"), _Fetch)
-        if ours:
+        there = vars(self._trainer).get("get_batch_samples")
+        if not isinstance(there, _Fetch):
+            return False
+        if there.replaced is None:
             del self._trainer.get_batch_samples
-        return ours
+        else:
+            self._trainer.get_batch_samples = there.replaced
+        return True
 
 
 class _Fetch:
-    """A run's own `get_batch_samples`, to be known again."""
+    """A run's own `get_batch_samples`, to be known again, and what it took the place of on the trainer itself."""
 
-    def __init__(self, fetch: Any) -> None:
-        self._fetch = fetch
+    def __init__(self, fetch: Any, replaced: Any) -> None:
+        self._fetch, self.replaced = fetch, replaced
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self._fetch(*args, **kwargs)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -158,7 +158,7 @@ class Run:
 
     def _clean_tokens(self, tokens: CleaningRun) -> None:
         """Measure the base model; with a fixed reference, leave out the rows that keep no token."""
-        tokens.begin(self.provenance, self._folder)
+        tokens.begin(self.provenance, self._folder, min(self.plan.steps(epoch) for epoch in range(self.epochs)))
         for numbers in tokens.stages:
             report_tokens(self.trainer, numbers)
         if tokens.emptied.any():
@@ -252,7 +252,7 @@ class Run:
         The Trainer steps its optimizer after as many micro-batches as it asks for. The last update of an epoch on
         fewer rows may have fewer, and is filled up with micro-batches that have nothing to learn.
         """
-        iterator = iterator if self.tokens is None else self._cleaned(iterator, self.tokens)
+        iterator = iterator if self.tokens is None else self.tokens.cleaned_batches(iterator, self._enter_update)
         batches, num_items = self.hold.inner(iterator, count, *args, **kwargs)
         if any(ROW not in batch for batch in batches):  # a later training, without the callback
             return batches, num_items
@@ -267,24 +267,15 @@ class Run:
         filled = [access.masked_copy(batches[-1]) for _ in range(count - len(batches))] if batches else []
         return [*batches, *filled], num_items
 
-    def _cleaned(self, iterator: Any, tokens: CleaningRun) -> Iterator[Any]:
-        """The batches of an update with the labels masked that are not kept; a part is cleaned as it begins."""
-        for number, batch in enumerate(iterator):
-            if ROW in batch:
-                if number == 0:  # the order of the epoch is drawn by now
-                    self._enter_update(tokens)
-                rows = batch[ROW].cpu().numpy()
-                tokens.mask(batch["labels"], segments_of(batch)[: len(rows)], rows)
-            yield batch
-
     def _enter_update(self, tokens: CleaningRun) -> None:
+        """Clean the part of the epoch that begins with this update, if one does."""
         assert self.sampler.order is not None
         part = tokens.part_at(self.steps_done, self.plan.steps(self.epoch))
         if part is not None:
             size = self.batching.per_micro_batch
-            slots = self.batching.slots(self.sampler.order)[: self.plan.micro_batches(self.epoch) * size]
+            rows = self.sampler.order[: self.plan.micro_batches(self.epoch) * size]
             size *= self.batching.accumulation
-            rows = slots[self.steps_done * size : part.stop * size]
+            rows = rows[self.steps_done * size : part.stop * size]
             report_tokens(self.trainer, tokens.clean_part(self.epoch, part.number, rows))
 
     def _expect(self, batches: Sequence[Any], rows: Sequence[np.ndarray], num_items: Any) -> None:
@@ -387,7 +378,11 @@ class Run:
 
     def _check_rows(self, epoch: int) -> None:
         """Note an epoch that has no batch; what is there already is saved before the error is raised."""
-        if not self.batching.micro_batches(int(self._kept.sum())):
+        kept = int(self._kept.sum())
+        if self.tokens is not None:
+            updates = self.batching.steps(kept if self.plan.max_steps is None else self.batching.rows)
+            self.error = self.error or self.tokens.refusal(updates)
+        if not self.batching.micro_batches(kept):
             why = most_common(self.results.selections[-1].reason)
             self.error = InputError(
                 f"Epoch {epoch + 1} would have no batch: {why}. Start anew with another threshold or policy. "

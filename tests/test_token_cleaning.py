@@ -378,7 +378,7 @@ def test_without_its_last_file_nothing_is_opened(base, reference, tmp_path, monk
 
     monkeypatch.setattr(os, "replace", spy)
     clean(base, reference, tmp_path, keep=0.6)
-    assert sorted(moved[:-1]) == ["data-00000-of-00001.arrow", "dataset_info.json"]
+    assert sorted(moved[:-1]) == ["data-00000-of-00001.arrow", "dataset_info.json", "summary.json"]
     assert moved[-1] == "state.json"
 
 
