@@ -44,8 +44,13 @@ def test_two_processes_keep_what_one_keeps(kind, sizes, tmp_path):
 
 
 @pytest.mark.slow
-def test_two_processes_keep_the_tokens_that_one_keeps(tmp_path):
-    one, two = (launch(tmp_path, processes, "tokens") for processes in (1, 2))
+@pytest.mark.parametrize("kind", ["tokens", "ragged tokens"])
+def test_two_processes_keep_the_tokens_that_one_keeps(kind, tmp_path):
+    one, two = (launch(tmp_path, processes, kind) for processes in (1, 2))
+    if "ragged" in kind:  # two processes repeat rows to end an epoch, so weights differ from then on
+        one, two = ({"masks": each["masks"][:3]} for each in (one, two))
+        assert np.array_equal(one["masks"], two["masks"])
+        return
     assert len(one["masks"]) == len(two["masks"]) > 5
     assert np.array_equal(one["masks"], two["masks"])
     assert len(np.unique(one["masks"], axis=0)) >= 5  # of six parts, the first whole

@@ -23,12 +23,14 @@ def main() -> None:
     if kind == "resumed":
         changes["resume"] = str(output.parent / f"plain-{processes}" / "checkpoint-6")
     settings = {"when": "before"} if kind == "before" else {}
-    if kind == "tokens":
+    if "tokens" in kind:
         settings = {"token_cleaning": TokenCleaning(0.6, parts=2)}
     callback = ResonanceCallback(keep=[0.6 if kind == "before" else 1.0, 0.5, 0.25], eps=1e-4, **settings)
-    outcome = train(output, make_tokenizer(), callback, dataset=rows(45 if kind == "ragged" else 44), **changes)
+    outcome = train(output, make_tokenizer(), callback, dataset=rows(45 if "ragged" in kind else 44), **changes)
     if outcome.trainer.args.process_index == 0:
-        masks = sorted(output.glob(f"checkpoint-*/resofilter/{MASKS_FILE}"))
+        steps = sorted(int(path.name.split("-")[1]) for path in output.glob("checkpoint-*"))
+        masks = [output / f"checkpoint-{step}" / "resofilter" / MASKS_FILE for step in steps]
+        masks = [path for path in masks if path.exists()]
         np.savez(
             output / "outcome.npz",
             measured=callback.scores.column("measured"),
