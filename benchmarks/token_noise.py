@@ -15,6 +15,8 @@ What is assumed, and what the names mean:
 - `random` keeps 60 % of the tokens at random, `oracle` exactly those that are not noise.
 - `self_evolving` trains one epoch per stage, in order, all weights: it sees each row once, the others twice. Its like
   is `full_1_epoch`, all tokens, once, in order; `full_staged` has the five stages' schedules, too (`keep=1`).
+- With `--base noisy` everything starts from the demo's base after it was tuned on as many other noisy rows: a base that
+  knows the noise, as one that was pretrained on the web does.
 - A low score, and beside it a high loss of the base or of the reference alone, is taken for noise (AUROC).
 - Intervals are 95 %, by t over the seeds; differences are of the same seed's runs.
 """
@@ -23,6 +25,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import io
 import json
 import math
@@ -61,6 +64,7 @@ from resofilter_trainer.token_selection import TokenSelection, TokenSelector
 KEEP = 0.6
 PARTS = 5
 WARMUP_SEED = 2_000_000
+BASE_SEED = 3_000_000
 ANSWER_TOKENS = 120  # a model that was trained on noise may write some before it answers
 CLEAN, FILLER, EQUATION = 0, 1, 2
 FILLERS = (
@@ -118,6 +122,12 @@ class Bench:
     tokenizer: PreTrainedTokenizerBase
     folder: Path
     seed: int
+    base: str
+
+    def load_base(self) -> PreTrainedModel:
+        """The model that everything starts from."""
+        with quietly():
+            return AutoModelForCausalLM.from_pretrained(self.base, dtype=torch.float32)
 
     def arguments(self, name: str, **changes: Any) -> SFTConfig:
         """The demo's, silent, in a folder of their own, with some changed."""
@@ -128,7 +138,7 @@ class Bench:
 
     def train(self, rows: Dataset, **changes: Any) -> PreTrainedModel:
         """The base model, fine-tuned on rows as text or as tokens."""
-        model = load_base()
+        model = self.load_base()
         with quietly():
             SFTTrainer(model, self.arguments("trained", **changes), train_dataset=rows,
                        processing_class=self.tokenizer).train()  # fmt: skip
@@ -138,7 +148,7 @@ class Bench:
         """Self-evolving cleaning of all rows, an epoch per stage, in order."""
         args = self.arguments(f"evolved-{keep}", num_train_epochs=1, train_sampling_strategy="sequential")
         with quietly():
-            return self_evolve(str(BASE), self.rows, TokenCleaning(keep=keep, parts=PARTS), args)
+            return self_evolve(self.base, self.rows, TokenCleaning(keep=keep, parts=PARTS), args)
 
     def losses(self, model: PreTrainedModel) -> np.ndarray:
         """A model's losses of all learnt tokens, (N,)."""
@@ -170,7 +180,7 @@ def run_seed(args: argparse.Namespace, seed: int, folder: Path) -> dict[str, Any
     started, bench = time.perf_counter(), open_bench(args, seed, folder)
     fifth = len(bench.rows) // PARTS
     references = {"warm_up": bench.train(bench.warmup), "noisy_warm_up": bench.train(bench.rows.select(range(fifth)))}
-    base = load_base()
+    base = bench.load_base()
     found = {"base": {"accuracy": bench.accuracy(base)}}
     found |= {name: {"accuracy": bench.accuracy(model)} for name, model in references.items()}
     base_losses = bench.losses(base)
@@ -207,7 +217,14 @@ def open_bench(args: argparse.Namespace, seed: int, folder: Path) -> Bench:
             rows.add_column(ROW, np.arange(len(rows))), tokenizer, training_arguments(folder / "prepared", seed)
         )
     marks = mark_tokens(noisy, prepared, tokenizer)
-    return Bench(rows, prepared, marks, held_out, as_dataset(warmup), tokenizer, folder, seed)
+    bench = Bench(rows, prepared, marks, held_out, as_dataset(warmup), tokenizer, folder, seed, str(BASE))
+    if args.base == "demo":
+        return bench
+    seen |= {problem.prompt for problem in warmup}
+    more = add_noise(make_problems(count, seed=BASE_SEED + seed, exclude=seen), args.noisy_share, BASE_SEED + seed)
+    bench.train(as_dataset(more)).save_pretrained(folder / "base")
+    tokenizer.save_pretrained(folder / "base")
+    return dataclasses.replace(bench, base=str(folder / "base"))
 
 
 def as_dataset(rows: Sequence[NoisyRow] | Sequence[Problem]) -> Dataset:
@@ -255,11 +272,6 @@ def mark_tokens(rows: Sequence[NoisyRow], prepared: PreparedRows, tokenizer: Pre
         start, stop = np.array([*offsets, (0, 0)]).T  # the end is no text
         kinds.append(np.where((start < row.span[1]) & (stop > row.span[0]), row.kind, CLEAN))
     return Marks([np.array(ids) for ids in own], kinds)
-
-
-def load_base() -> PreTrainedModel:
-    with quietly():
-        return AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32)
 
 
 def select_tokens(trusted: TokenScores, untrusted: TokenScores, kinds: np.ndarray, seed: int) -> dict[str, np.ndarray]:
@@ -382,6 +394,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--held_out", type=int, help="held-out problems; the demo's by default")
     parser.add_argument("--warmup_rows", type=int, default=400, help="clean rows that the reference is tuned on")
     parser.add_argument("--noisy_share", type=float, default=0.5, help="share of the rows that get some")
+    parser.add_argument("--base", choices=["demo", "noisy"], default="demo", help="what everything starts from")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     return parser.parse_args()
 

@@ -83,8 +83,9 @@ class CleaningRun:
             setattr(self.reference_args, name, getattr(trainer.args, name, default))
         self.adapter = self.fixed and is_adapter(cleaning.reference, self.reference_args)
         if self.fixed:
-            tokenizer, args = trainer.processing_class, self.reference_args
-            check_vocabulary(cleaning.reference, trainer.model, tokenizer, args, self.adapter)
+            processor: Any = trainer.processing_class
+            tokenizer = getattr(processor, "tokenizer", processor)  # a processor of pictures and text has one
+            check_vocabulary(cleaning.reference, trainer.model, tokenizer, self.reference_args, self.adapter)
         self.groups = groups_of(dataset, cleaning.group_by)
         self.prepared = prepared_already(dataset, trainer.data_collator)
         self.position, _ = learnt_tokens(self.prepared.dataset)
