@@ -159,6 +159,8 @@ def run_clean(args: argparse.Namespace) -> None:
     if PartialState().is_main_process:
         print(described(summary, reasons))
         print(f"Rows to train on, as they are: {args.output} (datasets.load_from_disk)")
+        if args.mode == "self-evolving":
+            print(f"The model that learnt them: {Path(args.output) / f'stage-{args.parts - 1}' / 'model'}")
 
 
 def _self_evolve(args: argparse.Namespace, cleaning: TokenCleaning) -> tuple[Any, Any]:

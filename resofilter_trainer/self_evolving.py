@@ -114,6 +114,7 @@ def self_evolve(
     losses = evolution.base_losses(base, parts)
     stages, reasons = [], dict(task.reasons)
     latest = base
+    del base  # of which a run that goes on needs the losses only
     for number, (part, base_losses) in enumerate(zip(parts, losses, strict=True)):
         stage = evolution.clean(number, part, base_losses, latest)
         latest = evolution.train(number, stage, latest)
