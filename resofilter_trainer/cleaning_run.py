@@ -246,8 +246,12 @@ class CleaningRun:
         self.stages[:] = saved["stages"]
         if not self.fixed:
             beside = folder.parent.parent / own.name  # of a run that goes on in another folder
-            found = own if (own / BASE_FILE).is_file() else beside
-            self.base = self._load_base(found, self._base_key())
+            try:
+                self.base = self._load_base(own, self._base_key())
+            except InputError:
+                if beside == own or not (beside / BASE_FILE).is_file():
+                    raise
+                self.base = self._load_base(beside, self._base_key())
 
     def _clean_all(self, folder: Path) -> None:
         assert self.base is not None

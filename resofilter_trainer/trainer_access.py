@@ -229,7 +229,9 @@ def learnt_anywhere(trainer: Trainer, batches: Sequence[Any]) -> bool:
 
 def at_least_one(num_items: Any) -> Any:
     """A number of learnt tokens to divide by."""
-    return num_items.clamp(min=1) if isinstance(num_items, torch.Tensor) else num_items and max(num_items, 1)
+    if isinstance(num_items, torch.Tensor):
+        return num_items.clamp(min=1)
+    return None if num_items is None else max(num_items, 1)
 
 
 def masked_copy(batch: Any) -> Any:
