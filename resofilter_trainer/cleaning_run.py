@@ -9,6 +9,7 @@ Masks act on the labels of a batch when it is fetched, in the main process, so w
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import json
@@ -256,16 +257,15 @@ class CleaningRun:
     def _clean_all(self, folder: Path) -> None:
         assert self.base is not None
         reference = self.cleaning.reference
-        if self.adapter:
-            with wearing(self.trainer.model, reference) as other:
-                provenance = against(self.provenance, identity(other))
-                losses = self._measure(self.prepared, "reference", other, self._parts(folder, "reference", provenance))
-        else:
-            other = load_reference(reference, self.reference_args)
+        with contextlib.ExitStack() as stack:
+            if self.adapter:
+                other = stack.enter_context(wearing(self.trainer.model, reference))
+            else:
+                other = load_reference(reference, self.reference_args)
             check_model(other, self.prepared)
             provenance = against(self.provenance, identity(other))
             losses = self._measure(self.prepared, "reference", other, self._parts(folder, "reference", provenance))
-            del other
+        del other
         scores = score_tokens(self.prepared, self.base, losses, provenance)
         if PartialState().is_main_process:
             scores.save(folder)

@@ -33,8 +33,7 @@ def is_adapter(reference: str, args: SFTConfig) -> bool:
         raise InputError(f"There is no reference model at '{reference}'. Pass a folder, or a name on the hub.")
     adapter = False
     with contextlib.suppress(Exception):  # of the hub, and then the next line fails, too
-        if find_adapter_config_file(reference) is not None:
-            adapter = True
+        adapter = find_adapter_config_file(reference) is not None
     if not adapter:
         _config(reference, args)
     elif Path(reference).is_dir() and not list(Path(reference).glob("adapter_model.*")):
@@ -91,8 +90,7 @@ def wearing(model: PreTrainedModel | PeftModel, adapter: str) -> Iterator[PeftMo
     """
     required = {parameter: parameter.requires_grad for parameter in model.parameters()}
     modules = dict(model.named_modules(remove_duplicate=False))
-    modes = {module: module.training for module in model.modules()}
-    attributes = {each: dict(vars(each)) for each in model.modules()}
+    attributes = {each: dict(vars(each)) for each in model.modules()}  # their modes among them
     embeddings = model.get_input_embeddings()
     hooks = dict(embeddings._forward_hooks)  # checkpointing adds one, and forgets the one that was there
     active = model.active_adapter if isinstance(model, PeftModel) else None
@@ -116,8 +114,6 @@ def wearing(model: PreTrainedModel | PeftModel, adapter: str) -> Iterator[PeftMo
             vars(each).update(own)
         embeddings._forward_hooks.clear()
         embeddings._forward_hooks.update(hooks)
-        for module, mode in modes.items():
-            module.training = mode
         for parameter, flag in required.items():
             parameter.requires_grad_(flag)
 

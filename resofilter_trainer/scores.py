@@ -8,7 +8,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -112,6 +112,21 @@ class Provenance:
                 found.append(f"{name} ({str(mine)[:8]} / {str(theirs)[:8]})")
         return found
 
+    def check_same(self, here: Provenance, what: str, place: object) -> None:
+        """Raise InputError where what lies at a place, whose provenance this is, is of something else.
+
+        Args:
+            here: the provenance that it should have.
+            what: lies there.
+            place: where.
+        """
+        differences = self.differences(here)
+        if differences:
+            raise InputError(
+                f"'{place}' holds {what} of something else, they differ in {'; '.join(differences)} (there / here). "
+                "Choose another folder, or remove that one."
+            )
+
     def to_json(self) -> str:
         """As it is stored in the Parquet file's metadata."""
         return json.dumps(dataclasses.asdict(self), sort_keys=True)
@@ -198,8 +213,6 @@ class ScoreTable:
 
 def save_parquet(table: pa.Table, path: Path, metadata: Mapping[str, str]) -> Path:
     """Write a table and its metadata beside the target, then rename: the file is whole or not there."""
-    check_folder(path.parent)
-    path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as part:
         pq.write_table(table.replace_schema_metadata(dict(metadata)), part)
     return path
@@ -209,8 +222,10 @@ def save_parquet(table: pa.Table, path: Path, metadata: Mapping[str, str]) -> Pa
 def replacing(path: Path) -> Iterator[Path]:
     """A place beside `path` for a file or a folder that takes its place once it is whole; else nothing is left of it.
 
-    A folder only takes the place of none, or of an empty one.
+    A folder only takes the place of none, or of an empty one. Raises InputError where nothing can be written.
     """
+    check_folder(path.parent)
+    path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         yield part
@@ -234,24 +249,34 @@ def check_folder(path: Path) -> None:
 
 def load_parquet(path: Path, key: str, what: str) -> tuple[pa.Table, str]:
     """The table at `path` and the metadata under `key`; `what` names the content in the errors."""
+    return load_table(path, key, what, "a Parquet file", pq.read_table)
+
+
+def load_table(path: Path, key: str, what: str, kind: str, read: Callable[[Path], pa.Table]) -> tuple[pa.Table, str]:
+    """What `read` gives of a file, and the metadata under `key`.
+
+    Args:
+        path: the file.
+        key: under which name its metadata hold what is ours.
+        what: names the content in the errors.
+        kind: names the format, with its article.
+        read: opens it.
+
+    Raises:
+        InputError: the file is missing, cannot be read, or holds something else.
+    """
     if not path.is_file():
         raise InputError(f"No {what} at '{path}'. Pass the folder or the file that they were written to.")
     try:
-        table = pq.read_table(path)
-    except (pa.ArrowInvalid, OSError) as error:
-        raise InputError(
-            f"'{path}' cannot be read, it is cut off or no Parquet file ({error}). Make it again."
-        ) from error
+        table = read(path)
+    except (pa.ArrowException, OSError) as error:
+        format_ = kind.split(" ", 1)[1]
+        raise InputError(f"'{path}' cannot be read, it is cut off or no {format_} ({error}). Make it again.") from error
     metadata = (table.schema.metadata or {}).get(key.encode())
     if metadata is None:
-        raise InputError(f"'{path}' is a Parquet file, but holds no {what} of resofilter.")
-    return table, decoded(metadata, path)
-
-
-def decoded(metadata: bytes, path: Path) -> str:
-    """A file's metadata as text. Raises InputError where they are none."""
+        raise InputError(f"'{path}' is {kind}, but holds no {what} of resofilter.")
     try:
-        return metadata.decode()
+        return table, metadata.decode()
     except UnicodeDecodeError as error:
         raise InputError(f"'{path}' is damaged: its metadata are no text. Make it again.") from error
 

@@ -194,12 +194,7 @@ def _scores_at(output: str | os.PathLike[str] | None, provenance: Provenance) ->
     if output is None or not file_at(output, SCORES_FILE).exists():
         return None
     there = ScoreTable.load(output)
-    differences = there.provenance.differences(provenance)
-    if differences:
-        raise InputError(
-            f"'{output}' holds scores of something else, they differ in {'; '.join(differences)} (there / here). "
-            "Choose another folder, or remove that one."
-        )
+    there.provenance.check_same(provenance, "scores", output)
     return there
 
 

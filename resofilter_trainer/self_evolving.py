@@ -150,9 +150,9 @@ class _Evolution:
 
     def base_losses(self, base: PreTrainedModel, parts: list[PreparedRows]) -> list[np.ndarray]:
         """The base model's, of every part but the first, which needs none; measured once."""
-        cleaned = self.task.prepared.select(np.arange(len(parts[0].lengths), len(self.task.prepared.lengths)))
         if all(self._is_done(number) for number in range(len(parts))):
             return [np.empty(0)] * len(parts)
+        cleaned = self.task.prepared.select(np.arange(len(parts[0].lengths), len(self.task.prepared.lengths)))
         losses = self.task.losses(base, "base", cleaned, self.task.provenance)
         return [np.empty(0), *np.split(losses, np.cumsum([part.num_tokens.sum() for part in parts[1:]])[:-1])]
 

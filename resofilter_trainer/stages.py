@@ -50,7 +50,6 @@ def check_settings(path: Path, settings: Mapping[str, Any]) -> None:
                 "output_dir, or remove that one."
             )
     elif PartialState().is_main_process:
-        path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as part:
             part.write_text(json.dumps(mine, indent=2))
 

@@ -145,7 +145,7 @@ class CleaningTask:
         check_model(reference, self.prepared)
         provenance = against(self.provenance, identity(reference))
         if earlier is not None:
-            self._check_same(earlier, provenance)
+            earlier.provenance.check_same(provenance, "token scores", self.folder)
             return earlier
         losses = self.losses(reference, "reference", self.prepared, provenance)
         scores = score_tokens(self.prepared, base, losses, provenance)
@@ -160,20 +160,13 @@ class CleaningTask:
             return None
         earlier = TokenScores.load(self.folder)
         known = earlier.provenance.config
-        self._check_same(earlier, against(self.provenance, {name: known.get(name) for name in REFERENCE}))
+        here = against(self.provenance, {name: known.get(name) for name in REFERENCE})
+        earlier.provenance.check_same(here, "token scores", self.folder)
         return earlier
 
     def groups_of(self, sample_id: np.ndarray) -> list[Any] | None:
         """The group of each of some rows, by their places in the user's dataset."""
         return None if self.groups is None else [self.groups[row] for row in sample_id]
-
-    def _check_same(self, earlier: TokenScores, provenance: Provenance) -> None:
-        differences = earlier.provenance.differences(provenance)
-        if differences:
-            raise InputError(
-                f"'{self.folder}' holds token scores of something else, they differ in {'; '.join(differences)} "
-                "(there / here). Choose another folder, or remove that one."
-            )
 
 
 def open_task(

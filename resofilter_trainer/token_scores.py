@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 
 from .config import InputError
-from .scores import Provenance, check_folder, decoded, replacing
+from .scores import Provenance, load_table, replacing
 
 TOKEN_SCORES_FILE = "token_scores.arrow"
 KEY = "resofilter_token_scores"  # the metadata that holds the provenance
@@ -102,8 +102,6 @@ class TokenScores:
 
 def save_arrow(table: pa.Table, path: Path, key: str, metadata: str) -> Path:
     """Write a table, uncompressed, beside the target, then rename: the file is whole or not there."""
-    check_folder(path.parent)
-    path.parent.mkdir(parents=True, exist_ok=True)
     table = table.replace_schema_metadata({key: metadata})
     with replacing(path) as part, pa.OSFile(str(part), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
         for batch in table.combine_chunks().to_batches() or [pa.RecordBatch.from_pylist([], table.schema)]:
@@ -113,19 +111,13 @@ def save_arrow(table: pa.Table, path: Path, key: str, metadata: str) -> Path:
 
 def load_arrow(path: Path, key: str, what: str) -> tuple[pa.Table, str]:
     """The table at `path`, mapped into memory, and the metadata under `key`; `what` names the content in the errors."""
-    if not path.is_file():
-        raise InputError(f"No {what} at '{path}'. Pass the folder or the file that they were written to.")
-    try:
-        table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
-        table.validate()
-    except (pa.ArrowException, OSError) as error:
-        raise InputError(
-            f"'{path}' cannot be read, it is cut off or no Arrow file ({error}). Make it again."
-        ) from error
-    metadata = (table.schema.metadata or {}).get(key.encode())
-    if metadata is None:
-        raise InputError(f"'{path}' is an Arrow file, but holds no {what} of resofilter.")
-    return table, decoded(metadata, path)
+    return load_table(path, key, what, "an Arrow file", _mapped)
+
+
+def _mapped(path: Path) -> pa.Table:
+    table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
+    table.validate()  # else a damaged file is followed beyond its end
+    return table
 
 
 def token_scores_at(path: str | os.PathLike[str]) -> Path:

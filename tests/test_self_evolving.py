@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -175,19 +177,26 @@ def test_ranking_within_samples(base, tmp_path):
 # ---- interrupted
 
 
-@pytest.mark.parametrize("done", [0, 1, 2])
-def test_an_interrupted_run_comes_to_the_same_end(done, evolved, base, tmp_path, trained, monkeypatch):
+@contextlib.contextmanager
+def stopped_after(done: int, trained: list[int], monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """An interrupt comes once so many stages are trained."""
+    real = self_evolving.train_stage
+
+    def stop(*args):
+        if len(trained) == done:
+            raise KeyboardInterrupt
+        return real(*args)
+
     with monkeypatch.context() as patch:
-        real = self_evolving.train_stage
-
-        def stop(*args):
-            if len(trained) == done:
-                raise KeyboardInterrupt
-            return real(*args)
-
         patch.setattr(self_evolving, "train_stage", stop)
         with pytest.raises(KeyboardInterrupt):
-            evolve(base, tmp_path)
+            yield
+
+
+@pytest.mark.parametrize("done", [0, 1, 2])
+def test_an_interrupted_run_comes_to_the_same_end(done, evolved, base, tmp_path, trained, monkeypatch):
+    with stopped_after(done, trained, monkeypatch):
+        evolve(base, tmp_path)
     firsts = [int(part[0]) for part in SPLIT]
     assert len(trained) == done
     torch.rand(3)  # nothing hangs on the state that an interrupt leaves
@@ -327,17 +336,8 @@ def test_adapters_are_merged_between_stages_and_base_losses_measured_once(base, 
 def test_an_interrupted_run_with_adapters_comes_to_the_same_end(done, base, tmp_path, trained, monkeypatch):
     whole = evolve(base, tmp_path / "whole", peft_config=LORA)
     trained.clear()
-    with monkeypatch.context() as patch:
-        real = self_evolving.train_stage
-
-        def stop(*args):
-            if len(trained) == done:
-                raise KeyboardInterrupt
-            return real(*args)
-
-        patch.setattr(self_evolving, "train_stage", stop)
-        with pytest.raises(KeyboardInterrupt):
-            evolve(base, tmp_path / "stopped", peft_config=LORA)
+    with stopped_after(done, trained, monkeypatch):
+        evolve(base, tmp_path / "stopped", peft_config=LORA)
     torch.manual_seed(1234)
     assert_same_end(evolve(base, tmp_path / "stopped", peft_config=LORA), whole)
     assert len(trained) == 3
