@@ -27,7 +27,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from scoring import GSM8K, build_model, make_samples
+from scoring_worker import GSM8K, build_model, make_samples
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast, TrainerCallback
 from trl import SFTConfig, SFTTrainer

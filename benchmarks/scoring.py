@@ -1,125 +1,272 @@
-"""Seconds to score: the literal procedure, the recorder, and a plain forward, on the same samples in one run.
+"""Seconds and memory to score: this library, plain forwards, and what others do, every run a process of its own.
 
-    python benchmarks/scoring.py --json scoring.json
+    python benchmarks/scoring.py --json scoring.json --peers_python peers/bin/python
 
-The model is a 30-layer Llama shape of 135M parameters with random weights; the samples have GSM8K's lengths and random
-tokens. The rounds alternate between the methods, and the medians are compared: only ratios mean anything.
+The model is a Llama shape with random weights; the samples have GSM8K's lengths and random tokens.
+
+    round 1: literal, recorder, ..., torch_func    round 2: literal, recorder, ...    -> medians
+
+Each method of each round is a fresh process (`scoring_worker.py`), which warms up on one batch and then times all
+samples. Memory is the process's largest resident set: the interpreter, the model and what the method holds. The peers
+(`scoring_peers.py`) run in an environment of their own, see `requirements.txt`; without one they are left out. Only
+ratios within one run mean anything. This file knows nothing of torch, so that its own memory stays out of the way.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
+import platform
 import statistics
+import subprocess
 import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-
-import torch
-from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
-from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
-
-from resofilter_trainer import Recorder, ResonanceConfig, literal
-from resofilter_trainer.losses import IGNORE
+from typing import Any
 
 GSM8K = Path(__file__).resolve().parents[2] / "shared" / "data" / "gsm8k" / "train.jsonl"
-CHARACTERS_PER_TOKEN = 3  # about what a large vocabulary makes of GSM8K, its digits one by one
+OWN = (
+    "literal",
+    "recorder",
+    "recorder_bf16",
+    "default",
+    "forward",
+    "forward_labelled",
+    "forward_labelled_bf16",
+)
+PEERS = ("opacus", "opacus_tuned", "kronfluence", "kronfluence_tuned", "bergson", "bergson_tuned", "torch_func")
+REFERENCE = "recorder"  # whose scores the others' are compared with
+LR = 1e-5  # ResonanceConfig's, where a score saturates
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A Llama's, with the input embedding for a head."""
+
+    vocabulary: int
+    hidden: int
+    intermediate: int
+    layers: int
+    heads: int
+    kv_heads: int
+
+
+SHAPES = {
+    "tiny": Shape(512, 64, 128, 4, 4, 2),
+    "135m": Shape(49152, 576, 1536, 30, 9, 3),
+    "350m": Shape(32000, 1024, 2944, 24, 16, 16),
+}
 
 
 def main() -> None:
     args = _arguments()
     if not args.gsm8k.exists():
         sys.exit(f"skipped: there is no GSM8K at '{args.gsm8k}' to take the lengths from; pass --gsm8k train.jsonl")
-    torch.set_num_threads(args.threads)
-    model = build_model()
-    samples = make_samples(args.gsm8k, args.samples, model.config.vocab_size)
-    batches = make_batches(samples, args.batch_size)
-    methods: dict[str, Callable[[], object]] = {
-        "forward": lambda: forward(model, batches),
-        "recorder": lambda: record(model, batches),
-        "literal": lambda: literal(model, samples, ResonanceConfig()),
+    methods = chosen_methods(args)
+    runs: dict[str, list[dict[str, Any]]] = {name: [] for name in methods}
+    broken: set[str] = set()
+    found: dict[str, Any] = {}
+    for number in range(args.rounds):
+        for name in methods:
+            if name in broken:
+                continue
+            run = run_method(name, args)
+            if run is None:
+                broken.add(name)
+            else:
+                runs[name].append(run)
+                print(f"round {number + 1}: {name} {run['seconds']:.2f} s", flush=True)
+        found = summarise(args, runs)
+        if args.json:
+            args.json.write_text(json.dumps(found, indent=2) + "\n")
+    report(found)
+    if broken:
+        sys.exit(f"failed: {', '.join(sorted(broken))}")
+
+
+def chosen_methods(args: argparse.Namespace) -> list[str]:
+    """What was asked for, without the peers where they have no environment."""
+    methods = args.methods.split(",") if args.methods else [*OWN, *PEERS]
+    unknown = sorted(set(methods) - {*OWN, *PEERS})
+    if unknown:
+        sys.exit(f"there is no method {', '.join(unknown)}; there are {', '.join([*OWN, *PEERS])}")
+    peers = [name for name in methods if name in PEERS]
+    if peers and args.peers_python is None:
+        print(f"skipped: {', '.join(peers)}: --peers_python is not given, see benchmarks/requirements.txt")
+        methods = [name for name in methods if name not in PEERS]
+    return methods
+
+
+def run_method(name: str, args: argparse.Namespace) -> dict[str, Any] | None:
+    """What the worker's process prints last; None, and a line that says why, where it fails."""
+    python = args.peers_python if name in PEERS else sys.executable
+    worker = Path(__file__).resolve().with_name("scoring_worker.py")
+    options = {each: getattr(args, each) for each in ("shape", "samples", "prompts", "threads", "gsm8k", "eps")}
+    command = [str(python), str(worker), name, *(str(part) for key in options for part in (f"--{key}", options[key]))]
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": str(args.threads),
+        "HF_HUB_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "PYTHONPATH": str(worker.parents[1]),  # this checkout of the library, whichever is installed
     }
-    forward(model, batches[:1])
-    record(model, batches[:1])
-    seconds: dict[str, list[float]] = {name: [] for name in methods}
-    for _ in range(args.rounds):
-        for name, method in methods.items():
-            start = time.perf_counter()
-            method()
-            seconds[name].append(time.perf_counter() - start)
-    medians = {name: statistics.median(times) for name, times in seconds.items()}
-    report(medians, samples, model.num_parameters())
-    if args.json:
-        args.json.write_text(json.dumps(medians, indent=2) + "\n")
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or ["no word"])[-1]
+        print(f"failed: {name}: {last}", flush=True)
+        return None
+    run: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return run
 
 
-def forward(model: LlamaForCausalLM, batches: Sequence[dict[str, Tensor]]) -> None:
-    """What a loss alone costs: `model(**batch).loss`, without gradients."""
-    with torch.no_grad():
-        for batch in batches:
-            model(**batch)
+def summarise(args: argparse.Namespace, runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
+    """Medians by the methods' names, what was measured as `about`, and the scores against the float32 recorder's."""
+    runs = {name: each for name, each in runs.items() if each}
+    if not runs:
+        sys.exit("no method ran")
+    first = next(iter(runs.values()))[0]
+    reference = runs[REFERENCE][0]["scores"] if REFERENCE in runs else None
+    about = {
+        "machine": machine(),
+        "shape": args.shape,
+        "parameters": first["parameters"],
+        "samples": args.samples,
+        "prompts": args.prompts,
+        "tokens": sum(length for length, _ in first["lengths"]),
+        "learnt": sum(learnt for _, learnt in first["lengths"]),
+        "threads": args.threads,
+        "rounds": max(map(len, runs.values())),
+        "eps": args.eps,
+        "flop_floor": flop_floor(SHAPES[args.shape], first["lengths"]),
+    }
+    return {"about": about, **{name: summary(each, reference) for name, each in runs.items()}}
 
 
-def record(model: LlamaForCausalLM, batches: Sequence[dict[str, Tensor]]) -> None:
-    with Recorder(model, ResonanceConfig()) as recorder:
-        for batch in batches:
-            recorder(batch)
+def summary(runs: Sequence[dict[str, Any]], reference: Sequence[float] | None) -> dict[str, Any]:
+    """One method's medians and all its runs; how well its scores agree with the reference's, where it has any."""
+    scores, seconds = runs[0]["scores"], [run["seconds"] for run in runs]
+    memory = [run["peak_memory"] for run in runs]
+    agreement: dict[str, float | None] = {"rank_correlation": None, "error": None}
+    if scores is not None and reference is not None:
+        agreement = {"rank_correlation": rank_correlation(scores, reference), "error": error(scores, reference)}
+    return {
+        "seconds": statistics.median(seconds),
+        "all_seconds": seconds,
+        "peak_memory": statistics.median(memory),
+        "all_peak_memory": memory,
+        **agreement,
+        "versions": runs[0]["versions"],
+        "scores": scores,
+    }
 
 
-def build_model() -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=49152,
-        hidden_size=576,
-        intermediate_size=1536,
-        num_hidden_layers=30,
-        num_attention_heads=9,
-        num_key_value_heads=3,
-        tie_word_embeddings=True,
+def error(scores: Sequence[float], reference: Sequence[float]) -> float:
+    """The largest error of a score over the median distance of the reference's from saturation, lr - score."""
+    largest = max(abs(score - own) for score, own in zip(scores, reference, strict=True))
+    return largest / statistics.median(LR - own for own in reference)
+
+
+def rank_correlation(a: Sequence[float], b: Sequence[float]) -> float | None:
+    """Spearman's; None where all values of a side are equal, which ranks nothing."""
+    if min(len(set(a)), len(set(b))) < 2:
+        return None
+    return statistics.correlation(ranks(a), ranks(b))
+
+
+def ranks(values: Sequence[float]) -> list[float]:
+    """Ranks from 1; equal values share their mean rank."""
+    ordered = sorted(values)
+    return [ordered.index(value) + (ordered.count(value) + 1) / 2 for value in values]
+
+
+def flop_floor(shape: Shape, lengths: Sequence[Sequence[int]]) -> float:
+    """The fewest FLOPs of a score over those of a forward, both with the head at the learnt positions alone.
+
+    Args:
+        shape: the model's.
+        lengths: (tokens, learnt tokens) of each sample.
+
+    A score needs the forward, but for the last feed-forward where nothing is learnt; the input gradients of the head,
+    of the last two blocks and of the third's down-projection, above the last attention only where tokens are learnt;
+    and three products b^T a, the last of them over learnt tokens. A product of (n, k) and (k, m) is 2nkm; attention is
+    causal; what is not a matrix product counts nothing, nor does padding.
+    """
+    tokens, learnt = (sum(each[part] for each in lengths) for part in (0, 1))
+    pairs = sum(length * (length + 1) // 2 for length, _ in lengths)
+    projection = 2 * shape.hidden * shape.intermediate  # of a token: up, gate or down, forth, back or b^T a
+    square = 2 * shape.hidden * shape.hidden  # queries, or the output
+    narrow = 2 * shape.hidden * (shape.hidden // shape.heads) * shape.kv_heads  # keys, or values
+    attention = 4 * pairs * shape.hidden  # queries with keys, weights with values
+    head = 2 * learnt * shape.hidden * shape.vocabulary
+    block = tokens * (3 * projection + 2 * square + 2 * narrow) + attention
+    forward = shape.layers * block + head
+    last = learnt * (3 * projection + 2 * square) + tokens * 2 * narrow + 2 * attention
+    backward = head + last + (block + attention) + tokens * projection  # products of two activations have two gradients
+    spared = (tokens - learnt) * 3 * projection
+    return (forward - spared + backward + (2 * tokens + learnt) * projection) / forward
+
+
+def report(found: dict[str, Any]) -> None:
+    about, methods = found["about"], {name: each for name, each in found.items() if name != "about"}
+    print(
+        f"\n{about['parameters'] / 1e6:.0f}M parameters, {about['samples']} samples, {about['tokens']} tokens, "
+        f"{about['learnt']} of them learnt, {about['threads']} threads, medians of {about['rounds']} rounds\n"
+        f"{about['machine']}"
     )
-    return LlamaForCausalLM(config).eval()
+    columns = ("seconds", "/ forward", "literal /", "MB", "/ forward", "ranks", "error")
+    print(f"{'':22}" + "".join(f"{column:>11}" for column in columns))
+    literal = methods.get("literal")
+    for name, each in sorted(methods.items(), key=lambda item: item[1]["seconds"]):
+        plain = methods.get("forward_labelled_bf16" if name.endswith("bf16") else "forward_labelled")
+        cells = (
+            cell(each["seconds"], ".2f"),
+            cell(plain and each["seconds"] / plain["seconds"], ".3f"),
+            cell(literal and literal["seconds"] / each["seconds"], ".2f"),
+            cell(each["peak_memory"] / 1e6, ".0f"),
+            cell(plain and each["peak_memory"] / plain["peak_memory"], ".2f"),
+            cell(each["rank_correlation"], ".4f"),
+            cell(each["error"], ".1e"),
+        )
+        print(f"{name:22}" + "".join(cells))
+    print(
+        "/ forward: forward_labelled, or for a bfloat16 forward forward_labelled_bf16. "
+        f"Fewest FLOPs of a score over those of forward_labelled: {about['flop_floor']:.3f}"
+    )
 
 
-def make_samples(gsm8k: Path, count: int, vocab_size: int) -> list[dict[str, Tensor]]:
-    """Random tokens; each sample as long as a GSM8K question, not learnt, and its answer, learnt."""
-    generator = torch.Generator().manual_seed(0)
-    samples = []
-    for line in gsm8k.read_text().splitlines()[:count]:
-        row = json.loads(line)
-        prompt, answer = (len(row[name]) // CHARACTERS_PER_TOKEN for name in ("question", "answer"))
-        ids = torch.randint(10, vocab_size, (prompt + answer,), generator=generator)
-        labels = ids.clone()
-        labels[:prompt] = IGNORE
-        samples.append({"input_ids": ids, "labels": labels})
-    return samples
+def cell(value: float | None, form: str) -> str:
+    """A number in the table's column, or nothing where there is none."""
+    return f"{'' if value is None else format(value, form):>11}"
 
 
-def make_batches(samples: Sequence[dict[str, Tensor]], size: int) -> list[dict[str, Tensor]]:
-    collate = DataCollatorForLanguageModeling(pad_token_id=0)
-    rows = [{name: tensor.tolist() for name, tensor in sample.items()} for sample in samples]
-    rows.sort(key=lambda row: -len(row["input_ids"]))
-    return [collate(rows[start : start + size]) for start in range(0, len(rows), size)]
-
-
-def report(medians: dict[str, float], samples: Sequence[dict[str, Tensor]], parameters: int) -> None:
-    tokens = sum(len(sample["input_ids"]) for sample in samples)
-    learnt = sum(int((sample["labels"] != IGNORE).sum()) for sample in samples)
-    print(f"{parameters / 1e6:.0f}M parameters, {len(samples)} samples, {tokens} tokens, {learnt} of them learnt")
-    print(f"{'':10} {'seconds':>8} {'/ forward':>10} {'literal /':>10}")
-    for name, value in sorted(medians.items(), key=lambda item: item[1]):
-        print(f"{name:10} {value:8.2f} {value / medians['forward']:10.2f} {medians['literal'] / value:10.2f}")
+def machine() -> str:
+    """The processor, its cores, the system and Python."""
+    about = Path("/proc/cpuinfo")
+    lines = about.read_text().splitlines() if about.exists() else []
+    models = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    processor = models[0] if models else platform.processor() or platform.machine()
+    return f"{processor}, {os.cpu_count()} cores, {platform.system()}, Python {platform.python_version()}"
 
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--samples", type=int, default=32)
-    parser.add_argument("--batch_size", type=int, default=4)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--json", type=Path, help="write everything here, after every round")
+    parser.add_argument("--shape", choices=SHAPES, default="135m")
+    parser.add_argument("--samples", type=int, default=24)
+    parser.add_argument(
+        "--prompts",
+        choices=("own", "repeated", "system"),
+        default="own",
+        help="each sample's own, the same for every four samples, or 200 tokens the same for all before the own one",
+    )
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--methods", help=f"some of {','.join([*OWN, *PEERS])}")
+    parser.add_argument("--peers_python", type=Path, help="the interpreter of the peers' environment")
     parser.add_argument("--gsm8k", type=Path, default=GSM8K, help="GSM8K's train.jsonl, for the lengths")
-    parser.add_argument("--json", type=Path, help="write the medians, in seconds by name")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--eps", type=float, default=1e-8, help="AdamW's; 1e-4 where numerical noise is to stay out")
     return parser.parse_args()
 
 

@@ -40,7 +40,7 @@ if "select" not in sys.argv:  # which needs no model, and is not measured with t
     import datasets
     import torch
     from datasets import Dataset
-    from scoring import GSM8K, build_model, make_samples
+    from scoring_worker import GSM8K, build_model, make_samples
     from torch import Tensor, nn
     from torch.nn import functional as F
     from transformers import (
@@ -49,10 +49,11 @@ if "select" not in sys.argv:  # which needs no model, and is not measured with t
     )
     from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
+    from resofilter_trainer.batches import split_by_tokens
     from resofilter_trainer.cleaned_dataset import mask_labels
     from resofilter_trainer.loading import default_arguments
-    from resofilter_trainer.loss_pass import measure_token_losses, split_by_tokens
-    from resofilter_trainer.losses import _head_only_at, learnt_positions
+    from resofilter_trainer.loss_pass import measure_token_losses
+    from resofilter_trainer.losses import head_only_at, learnt_positions
     from resofilter_trainer.modes import evaluating
     from resofilter_trainer.preparation import PreparedRows, prepared_already
     from resofilter_trainer.token_cleaning import score_tokens
@@ -239,7 +240,7 @@ def plain_forwards(models: Sequence[LlamaForCausalLM], rows: PreparedRows) -> No
 def forward(model: nn.Module, batch: dict[str, Tensor]) -> None:
     labels = batch["labels"]
     index = F.pad(learnt_positions(labels), (0, 1)).flatten().nonzero()[:, 0]
-    with _head_only_at(index, labels.numel(), model):
+    with head_only_at(index, labels.numel(), model):
         model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
 
 

@@ -70,9 +70,16 @@ def run_score(args: argparse.Namespace) -> None:
     from .scores import SCORES_FILE, file_at
     from .scoring import score_dataset
 
-    sft = _sft_config(args, per_device_train_batch_size=args.per_device_train_batch_size)
-    config = _from(args, ResonanceConfig)
-    scores = score_dataset(args.model, _rows(args), args=sft, config=config, output=args.output, **_row_options(args))
+    scores = score_dataset(
+        args.model,
+        _rows(args),
+        args=_sft_config(args, bf16=False),
+        config=_from(args, ResonanceConfig),
+        output=args.output,
+        precision=args.precision,
+        tokens_per_batch=args.tokens_per_batch,
+        **_row_options(args),
+    )
     if PartialState().is_main_process:
         print(summary(scores))
         print(f"Scores: {file_at(args.output, SCORES_FILE)}")
@@ -153,7 +160,12 @@ def run_clean(args: argparse.Namespace) -> None:
         from .token_cleaning import clean_dataset
 
         cleaned = clean_dataset(
-            args.model, _rows(args), cleaning, args=_sft_config(args), output=args.output, **_row_options(args)
+            args.model,
+            _rows(args),
+            cleaning,
+            args=_sft_config(args, bf16=args.bf16),
+            output=args.output,
+            **_row_options(args),
         )
         summary, reasons = cleaned.summary, cleaned.reasons
     if PartialState().is_main_process:
@@ -171,6 +183,7 @@ def _self_evolve(args: argparse.Namespace, cleaning: TokenCleaning) -> tuple[Any
     lora = LoraConfig(r=args.lora_r, lora_alpha=16, lora_dropout=0.1, target_modules="all-linear")
     training = _sft_config(
         args,
+        bf16=args.bf16,
         per_device_train_batch_size=args.per_device_train_batch_size,
         gradient_accumulation_steps=args.gradient_accumulation_steps,
         learning_rate=args.learning_rate,
@@ -241,7 +254,6 @@ def _sft_config(args: argparse.Namespace, **training: Any) -> Any:
         completion_only_loss=args.completion_only_loss,
         chat_template_path=args.chat_template_path,
         trust_remote_code=args.trust_remote_code,
-        bf16=args.bf16,
         use_cpu=not torch.cuda.is_available(),
         report_to="none",
         **training,
@@ -357,13 +369,17 @@ def _row_arguments(parser: argparse.ArgumentParser) -> None:
     tokens.add_argument("--completion_only_loss", type=_true_or_false)
     tokens.add_argument("--chat_template_path")
     tokens.add_argument("--trust_remote_code", action="store_true")
-    tokens.add_argument("--bf16", action="store_true", help="a bfloat16 autocast forward; products stay float32")
 
 
 def _score_arguments(parser: argparse.ArgumentParser) -> None:
     _row_arguments(parser)
     parser.add_argument("--output", help="folder for the scores")
-    parser.add_argument("--per_device_train_batch_size", type=int, default=8)
+    parser.add_argument("--tokens_per_batch", type=int, help="padding included; by default what suits the device")
+    parser.add_argument(
+        "--precision",
+        default="auto",
+        help="of the forward: float32, bfloat16 (by autocast), or auto: bfloat16 where it is faster and ranks alike",
+    )
     measure = parser.add_argument_group("measure")
     defaults = ResonanceConfig()
     measure.add_argument("--n_layers", type=int, default=defaults.n_layers)
@@ -385,6 +401,7 @@ def _clean_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ranking", help=" or ".join(get_args(Ranking)) + "; global, with --mode rho sample")
     parser.add_argument("--group_by", help="a column, such as the source; what each group keeps is reported")
     parser.add_argument("--tokens_per_batch", type=int, default=defaults.tokens_per_batch, help="padding included")
+    parser.add_argument("--bf16", action="store_true", help="a bfloat16 autocast forward, in measuring and training")
     training = parser.add_argument_group("self-evolving: one training for each part, as in the paper")
     training.add_argument("--parts", type=int, default=defaults.parts)
     training.add_argument("--lora_r", type=int, default=64, help="rank of the adapters; 0 trains all weights")

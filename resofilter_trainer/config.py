@@ -11,6 +11,7 @@ from typing import Any, Literal, get_args
 Update = Literal["adamw", "sgd"]
 Norm = Literal["mean_abs", "l2"]
 Ranking = Literal["global", "sample"]
+Precision = Literal["auto", "float32", "bfloat16"]
 SELF = "self"
 CLEANING_MODES = ("fixed", "self-evolving", "rho")
 

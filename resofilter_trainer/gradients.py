@@ -47,6 +47,12 @@ def segments_of(batch: Mapping[str, Tensor]) -> list[Segment]:
     return [Segment(row, _run(tokens)) for row, tokens in enumerate(mask.bool().cpu().numpy())]
 
 
+def runs_of(counts: Tensor) -> list[Segment]:
+    """Samples that follow each other in one row, of so many tokens each, (B,)."""
+    ends = counts.cumsum(0).tolist()
+    return [Segment(0, slice(start, end)) for start, end in zip([0, *ends[:-1]], ends, strict=True)]
+
+
 def spans(b: Tensor, segments: Sequence[Segment]) -> list[Segment]:
     """Where each sample's gradient lives: the shortest run of tokens outside which it is zero.
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,20 +17,17 @@ import pyarrow as pa
 import torch
 import xxhash
 from accelerate import PartialState
-from accelerate.utils import gather_object
-from datasets import Dataset
 from torch import nn
-from tqdm.auto import tqdm
 from transformers import TrainingArguments
-from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
+from .batches import collate, of_all_processes, own_share, split_by_tokens
 from .config import InputError
-from .losses import IGNORE, token_losses_in_pieces
-from .modes import evaluating
-from .preparation import ROW, PreparedRows
+from .head import PROBE, Way, find_way, inputs_of
+from .losses import learnt_positions
+from .modes import bfloat16_forward, evaluating
+from .preparation import PreparedRows
 from .token_scores import load_arrow, save_arrow
 
-MOST_LOGITS = 1 << 26  # held at once: 256 MiB of float32
 SAVE_EVERY = 30.0  # seconds of work that an interrupt may cost
 PART, KEY = "part-{:08d}.arrow", "resofilter_token_losses"
 
@@ -93,44 +90,32 @@ def measure_token_losses(
     Raises:
         InputError: a loss is not finite; names the row.
     """
-    state = PartialState()
     batches = split_by_tokens(prepared.lengths, tokens_per_batch)
     done: dict[int, np.ndarray] = {}
     if parts is not None:
         parts = dataclasses.replace(parts, fingerprint=f"{parts.fingerprint} {_digest(prepared, tokens_per_batch)}")
         done = parts.load()
-        state.wait_for_everyone()  # before any process adds to the parts: all must share out the same batches
+        PartialState().wait_for_everyone()  # before any process adds to the parts: all must share out the same batches
     todo = [number for number in range(len(batches)) if number not in done]
     fresh: list[tuple[int, np.ndarray]] = []
     saved, last = 0, time.monotonic()
-    mine = todo[state.process_index :: state.num_processes]
-    bar = tqdm(mine, desc=label, unit="batch", disable=args.disable_tqdm or not state.is_main_process)
+    way: Way | None = None
     try:
-        with evaluating(model):
-            for number in bar:
-                fresh.append((number, _losses_of(model, prepared.dataset, batches[number], args)))
+        with evaluating(model), torch.no_grad(), bfloat16_forward(model, bool(args.bf16)):
+            for number in own_share(todo, label, args):
+                batch = collate(prepared, batches[number], next(model.parameters()).device)
+                way = way or find_way(model, batch["input_ids"][:1, :PROBE])
+                losses = way(model, inputs_of(model, batch, causal=False)).losses()
+                _check_finite(losses, batch, prepared.sample_ids[batches[number]])
+                fresh.append((number, losses.float().cpu().numpy()))
                 if parts is not None and time.monotonic() - last > SAVE_EVERY:
                     parts.save(fresh[saved:])
                     saved, last = len(fresh), time.monotonic()
     finally:
         if parts is not None:
             parts.save(fresh[saved:])
-    done |= dict(gather_object(fresh) if state.num_processes > 1 else fresh)
+    done |= of_all_processes(fresh)
     return _in_order(batches, [done[number] for number in range(len(batches))], prepared.num_tokens)
-
-
-def split_by_tokens(lengths: np.ndarray, budget: int) -> list[np.ndarray]:
-    """Positions of rows, in batches of similar lengths whose size times the longest is at most `budget`.
-
-    The longest come first: if memory does not suffice, the first batch says so.
-    """
-    order = np.argsort(-lengths, kind="stable")
-    batches, start = [], 0
-    while start < len(order):
-        size = max(budget // max(int(lengths[order[start]]), 1), 1)
-        batches.append(order[start : start + size])
-        start += size
-    return batches
 
 
 def _digest(prepared: PreparedRows, tokens_per_batch: int) -> str:
@@ -141,22 +126,14 @@ def _digest(prepared: PreparedRows, tokens_per_batch: int) -> str:
     return digest.hexdigest()
 
 
-def _losses_of(model: nn.Module, dataset: Dataset, rows: np.ndarray, args: TrainingArguments) -> np.ndarray:
-    """(n,) float32, the losses of a batch's learnt tokens, in the order of its rows."""
-    examples = [dataset[int(row)] for row in rows]
-    batch = DataCollatorForLanguageModeling(pad_token_id=0)(examples)
-    device = next(model.parameters()).device
-    batch = {name: tensor.to(device) for name, tensor in batch.items()}
-    with torch.no_grad(), torch.autocast(device.type, dtype=torch.bfloat16, enabled=bool(args.bf16)):
-        losses = token_losses_in_pieces(model, batch, MOST_LOGITS)
+def _check_finite(losses: torch.Tensor, batch: Mapping[str, torch.Tensor], places: np.ndarray) -> None:
+    """Raise InputError that names the first row of a batch with a loss that is no number."""
     if not torch.isfinite(losses).all():
-        learnt_in = (batch["labels"][:, 1:] != IGNORE).nonzero()[:, 0]
-        row = examples[int(learnt_in[~torch.isfinite(losses)][0])][ROW]
+        row_of = learnt_positions(batch["labels"]).nonzero()[:, 0]
         raise InputError(
-            f"Row {row} of the dataset has a token whose loss is not finite. Are the weights sound? Try float32, or "
-            "drop the row."
+            f"Row {places[int(row_of[~torch.isfinite(losses)][0])]} of the dataset has a token whose loss is not "
+            "finite. Are the weights sound? Try float32, or drop the row."
         )
-    return losses.float().cpu().numpy()
 
 
 def _in_order(batches: Sequence[np.ndarray], losses: Sequence[np.ndarray], counts: np.ndarray) -> np.ndarray:

@@ -32,8 +32,11 @@ def sample_losses(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
     Returns:
         (B,) float64, with a graph where gradients are enabled; zero for a sample without a learnt token.
     """
-    learnt = learnt_positions(batch["labels"])
-    losses = token_losses(model, batch)
+    return sample_means(token_losses(model, batch), learnt_positions(batch["labels"]))
+
+
+def sample_means(losses: Tensor, learnt: Tensor) -> Tensor:
+    """(B,) float64, the mean of each sample's (N,) token losses; `learnt` (B, T - 1) says whose they are."""
     sums = losses.new_zeros(len(learnt), dtype=torch.float64).index_add(0, learnt.nonzero()[:, 0], losses.double())
     return sums / learnt.sum(1).clamp(min=1)
 
@@ -42,61 +45,15 @@ def token_losses(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
     """The loss of each learnt token, (N,), sample after sample. The head runs at those positions only."""
     learnt = learnt_positions(batch["labels"])
     index = F.pad(learnt, (0, 1)).flatten().nonzero()[:, 0]
-    with _head_only_at(index, learnt.shape[0] * (learnt.shape[1] + 1), model):
+    with head_only_at(index, learnt.shape[0] * (learnt.shape[1] + 1), model):
         logits = model(**_forward_arguments(model, batch)).logits
     if logits.numel() != len(index) * logits.shape[-1]:
         logits = logits.flatten(0, 1)[index]
     return F.cross_entropy(at_least_float32(logits.flatten(0, -2)), batch["labels"][:, 1:][learnt], reduction="none")
 
 
-@torch.no_grad()
-def token_losses_in_pieces(model: nn.Module, batch: Mapping[str, Tensor], most_logits: int) -> Tensor:
-    """As `token_losses`, never holding more logits at once than `most_logits`, unless the model knows no other way.
-
-    What a family does to its logits after the head (a cap, a scale) is the model's own forward's. So the decoder below
-    the head runs once, and then the forward runs again for each piece, with that piece in the place of what the
-    decoder would give.
-    """
-    inner: Any = model.get_base_model() if isinstance(model, PeftModel) else model
-    head = inner.get_output_embeddings()
-    learnt = learnt_positions(batch["labels"])
-    size = 0 if head is None else max(most_logits // head.weight.shape[0], 1)
-    if not 0 < size < int(learnt.sum()):
-        return token_losses(model, batch)
-    index = F.pad(learnt, (0, 1)).flatten().nonzero()[:, 0]
-    found: list[tuple[nn.Module, Any]] = []  # what gave its output last is the outermost
-    with contextlib.ExitStack() as stack:
-        for body in {inner.base_model, inner.get_decoder()} - {inner}:
-            hook = body.register_forward_hook(lambda module, args, output: found.append((module, output)))
-            stack.callback(hook.remove)
-        stack.enter_context(_head_only_at(index[:1], learnt.shape[0] * (learnt.shape[1] + 1), model))
-        model(**_forward_arguments(model, batch))
-    body, output = found[-1] if found else (inner, None)
-    if output is None or output[0].shape[:2] != batch["labels"].shape:
-        return token_losses(model, batch)
-    hidden, targets, losses = output[0].flatten(0, 1), batch["labels"][:, 1:][learnt], []
-    for rows, wanted in zip(index.split(size), targets.split(size), strict=True):
-        with _instead_of(body, type(output)(last_hidden_state=hidden[rows][None])):
-            logits = model(input_ids=batch["input_ids"][:1, :1], use_cache=False).logits
-        losses.append(F.cross_entropy(at_least_float32(logits.flatten(0, -2)), wanted, reduction="none"))
-    return torch.cat(losses)
-
-
 @contextlib.contextmanager
-def _instead_of(body: nn.Module, output: Any) -> Iterator[None]:
-    """Let a module give `output`, whatever it is asked."""
-    own = vars(body).get("forward")
-    body.forward = lambda *args, **kwargs: output
-    try:
-        yield
-    finally:
-        del body.forward
-        if own is not None:
-            body.forward = own
-
-
-@contextlib.contextmanager
-def _head_only_at(index: Tensor, positions: int, model: nn.Module) -> Iterator[None]:
+def head_only_at(index: Tensor, positions: int, model: nn.Module) -> Iterator[None]:
     """Let the output embedding see the hidden states at `index` alone: (B, T, H) becomes (1, N, H).
 
     A head that is no module, or sees something else than every position, is left alone and gives every logit.

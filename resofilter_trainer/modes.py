@@ -59,6 +59,50 @@ class _Float32MeansFloat64(TorchFunctionMode):
         return function(*args, **kwargs)
 
 
+@contextlib.contextmanager
+def instead(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """With another `forward`; the module's own is put back."""
+    own = vars(module).get("forward")
+    module.forward = forward
+    try:
+        yield
+    finally:
+        del module.forward
+        if own is not None:
+            module.forward = own
+
+
+@contextlib.contextmanager
+def bfloat16_forward(model: nn.Module, enabled: bool, aside: Iterable[nn.Parameter] = ()) -> Iterator[None]:
+    """With bfloat16 autocast.
+
+    Autocast casts the weight of a linear map whenever it is used. On a CPU, where batches are small, that takes a tenth
+    of the time, so there the weights are cast once, beside the user's own, which are put back.
+
+    Args:
+        model: stays where it is.
+        enabled: False to change nothing.
+        aside: parameters that have to stay as they are.
+    """
+    device = next(model.parameters()).device.type
+    embeddings = {module.weight for module in model.modules() if isinstance(module, nn.Embedding)}
+    linear = {module.weight for module in model.modules() if type(module) is nn.Linear} - embeddings - set(aside)
+    own = {each: each.data for each in linear if enabled and device == "cpu" and each.dtype == torch.float32}
+    try:
+        for parameter, data in own.items():
+            parameter.data = data.bfloat16()
+        with torch.autocast(device, dtype=torch.bfloat16, enabled=enabled):
+            yield
+    finally:
+        for parameter, data in own.items():
+            parameter.data = data
+
+
 def at_least_float32(tensor: Tensor) -> Tensor:
     """The tensor in float32, or as it is where it is float32 or float64 already."""
     return tensor.float() if tensor.dtype in (torch.bfloat16, torch.float16) else tensor
+
+
+def same_but_for(tolerance: float, a: Tensor, b: Tensor) -> bool:
+    """Whether two results differ by no more than this share of the largest number."""
+    return bool((a - b).abs().max() <= tolerance * a.abs().max())

@@ -169,6 +169,27 @@ def learnt_tokens(tokens: Dataset) -> tuple[np.ndarray, np.ndarray]:
     return np.concatenate(positions), np.concatenate(ids)
 
 
+def beginnings(tokens: Dataset) -> tuple[np.ndarray, np.ndarray, int]:
+    """What rows begin with: a hash of each one's prompt, its length, and how many first tokens all have in common.
+
+    The prompt is what comes before the first learnt token; the rows have `input_ids` and `labels`.
+    """
+    hashes, lengths, first, common = list[int](), list[int](), np.empty(0), 0
+    for table in _arrow_batches(tokens):
+        ids, labels = (table[name].combine_chunks() for name in ("input_ids", "labels"))
+        ends = np.cumsum(pc.list_value_length(ids).to_numpy())
+        flat, learnt = ids.flatten().to_numpy(), labels.flatten().to_numpy() != IGNORE
+        for start, end in zip([0, *ends[:-1]], ends, strict=True):
+            own, length = flat[start:end], int(learnt[start:end].argmax())
+            if not hashes:
+                first, common = own, len(own)
+            differs = own[:common] != first[: len(own)][:common]
+            common = int(differs.argmax()) if differs.any() else min(common, len(own))
+            hashes.append(xxhash.xxh3_64_intdigest(np.ascontiguousarray(own[:length]).data))
+            lengths.append(length)
+    return np.array(hashes, dtype=np.uint64), np.array(lengths), common
+
+
 def _learnt(table: pa.Table) -> tuple[np.ndarray, np.ndarray]:
     """Each row's length, and of all their tokens whether they are learnt: nothing predicts the first of a row."""
     labels = table["labels"].combine_chunks()

@@ -16,7 +16,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
 from trl import SFTConfig
 
-from .config import ColumnMapping, ResonanceConfig
+from .config import ColumnMapping, Precision, ResonanceConfig
 from .preparation import PreparedRows, survey
 from .rows import hash_rows
 from .scores import Provenance
@@ -33,8 +33,13 @@ def describe(
     config: Mapping[str, Any],
     columns: ColumnMapping,
     source: Mapping[str, Any],
+    precision: Precision | None = None,
 ) -> Provenance:
-    """The provenance of what this model, these rows and these settings, `config`, would give."""
+    """The provenance of what this model, these rows and these settings, `config`, would give.
+
+    The forward's precision is what `args.bf16` says where none is given.
+    """
+    precision = precision or ("bfloat16" if args.bf16 else "float32")
     preparation = {
         **dataclasses.asdict(columns),
         "prompt_column": columns.prompt_columns,
@@ -44,7 +49,7 @@ def describe(
         "model_config": _hash_text(json.dumps(_settings(model), sort_keys=True, default=str)),
         "attention": model.config._attn_implementation,
         "dtype": str(model.dtype).removeprefix("torch."),
-        "autocast": "bfloat16" if args.bf16 else None,
+        "autocast": None if precision == "float32" else precision,
     }
     return Provenance(
         model=str(model.config.name_or_path or type(model).__name__),

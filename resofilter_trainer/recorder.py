@@ -1,7 +1,7 @@
 """The score for whole batches, from one shared backward. Knows nothing of datasets, files or trainers.
 
-    forward    ... layer L-3 [a | out] ... layer L-1 [a | out] -> head, at learnt positions -> sum of sample losses
-    backward                 b <- ...................... b <-                               <-
+    forward    ... layer L-3 [a | out] ... layer L-1 [a | out] -> hidden, at learnt positions -> losses, gradient
+    backward                 b <- ...................... b <-         <- .................................. <-
     each sample: b^T a, a tile at a time -> update -> sum
 
 The backward stops at the lowest measured up-projection: below it nothing needs a gradient. No parameter's gradient is
@@ -22,11 +22,13 @@ import torch
 from torch import Tensor, nn
 
 from .config import InputError, ResonanceConfig
-from .gradients import Segment, block_gradients, gram_is_cheaper, segments_of, spans, squared_norm, tiles
-from .losses import learnt_positions, sample_losses
+from .gradients import Segment, block_gradients, gram_is_cheaper, runs_of, segments_of, spans, squared_norm, tiles
+from .head import Decoded, Inputs
+from .lean_forward import LeanForward
+from .losses import learnt_positions, sample_means
 from .modes import at_least_float32, evaluating, own_precision, requiring_grad
 from .resonance import Resonance
-from .up_projection import UpProjection, find_up_projections
+from .up_projection import UpProjection, decoder_layers, find_up_projections
 from .updates import size_of_change, tile_sum, unchanged_sum
 
 
@@ -57,7 +59,11 @@ class Recorder:
         for each in up_projections:
             self._modules.setdefault(each.module, []).append(each)
             self._entries[self._column(each)] += each.up(each.parameter).numel()
-        self._calls: dict[nn.Module, tuple[Call, Tensor]] | None = None
+        self._calls: dict[nn.Module, Call] | None = None
+        lowest, last = self.layer_indices[0], self.layer_indices[-1]
+        layers = list(decoder_layers(model)[1])
+        blocks = {each.block: None for each in up_projections if each.layer == last}
+        self._forward = LeanForward(model, layers[:lowest], layers[lowest], list(blocks))
         self._stack = contextlib.ExitStack()
 
     def __enter__(self) -> Recorder:
@@ -74,43 +80,65 @@ class Recorder:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._stack.close()
+        self.forget()
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """The weights that are measured."""
+        return [each.parameter for all_ in self._modules.values() for each in all_]
+
+    def forget(self) -> None:
+        """Let go of what was kept of earlier batches, before the weights or the precision change."""
+        self._forward.forget()
 
     def __call__(self, batch: Mapping[str, Tensor]) -> Resonance:
         """Measure a batch: `input_ids`, `attention_mask` and `labels`, each (B, T), padded on either side."""
+        learnt = learnt_positions(batch["labels"])
+        num_tokens = learnt.sum(1)
         with torch.enable_grad(), own_precision(self.model):
-            losses, calls = self._forward(batch)
-            outputs = [output for _, output in calls.values()]
-            gradients = torch.autograd.grad(losses.sum(), outputs, allow_unused=True)
-            b_of = dict(zip(calls, gradients, strict=True))
-            segments, sums = segments_of(batch), np.zeros((len(losses), len(self._entries)))
-            for module, up_projections in self._modules.items():
-                column = sums[:, self._column(up_projections[0])]
-                if b_of.get(module) is None:  # the loss does not depend on it: no gradient, no step
-                    column += sum(unchanged_sum(each.up(each.parameter), self.config) for each in up_projections)
-                else:
-                    column += (
-                        call_sums(calls[module][0], b_of[module], batch["input_ids"].shape, segments, self.config)
-                        .cpu()
-                        .numpy()
-                    )
+            inputs = self._forward.inputs(batch)
+            decoded, calls = self._run(inputs, batch["attention_mask"].sum(1))
+            shares = (1 / num_tokens.clamp(min=1).double())[learnt.nonzero()[:, 0]]
+            token_losses, gradient = decoded.losses_and_gradient(shares)
+            outputs = [call.output for call in calls.values()]
+            gradients = torch.autograd.grad(decoded.hidden, outputs, gradient, allow_unused=True)
+            whole = inputs.shape, segments_of({"attention_mask": batch["attention_mask"][:, : inputs.shape[1]]})
+            learnt_only = torch.Size([1, len(inputs.index)]), runs_of(num_tokens)
+            sums = np.zeros((len(learnt), len(self._entries)))
+            for call, b in zip(calls.values(), gradients, strict=True):
+                places = learnt_only if call.up_projections[0].block in self._forward.narrowed else whole
+                sums[:, self._column(call.up_projections[0])] += self._call_sums(call, b, *places)
+            for module in self._modules.keys() - calls.keys():
+                sums[:, self._column(self._modules[module][0])] += self._unchanged(self._modules[module])
         return Resonance(
-            loss=losses.detach().cpu().numpy(),
-            num_tokens=learnt_positions(batch["labels"]).sum(1).cpu().numpy(),
+            loss=sample_means(token_losses, learnt).cpu().numpy(),
+            num_tokens=num_tokens.cpu().numpy(),
             layers=size_of_change(sums, self._entries, self.config),
         )
 
-    def _forward(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, dict[nn.Module, tuple[Call, Tensor]]]:
-        calls: dict[nn.Module, tuple[Call, Tensor]] = {}
-        self._calls = calls
-        try:
-            losses = sample_losses(self.model, batch)
-        finally:
-            self._calls = None
+    def _run(self, inputs: Inputs, lengths: Tensor) -> tuple[Decoded, dict[nn.Module, Call]]:
+        """Run the model, and see what goes through the up-projections."""
+        calls: dict[nn.Module, Call] = {}
+        with self._forward.prepare(inputs, lengths):
+            self._calls = calls
+            try:
+                decoded = self._forward.run(inputs)
+            finally:
+                self._calls = None
         if not calls:
             raise RuntimeError(
                 "The forward pass called no up-projection. A compiled model drops the hooks: pass the original."
             )
-        return losses, calls
+        return decoded, calls
+
+    def _call_sums(self, call: Call, b: Tensor | None, shape: torch.Size, segments: Sequence[Segment]) -> np.ndarray:
+        if b is None:  # the loss does not depend on it
+            return self._unchanged(call.up_projections)
+        return call_sums(call, b, shape, segments, self.config).cpu().numpy()
+
+    def _unchanged(self, up_projections: Sequence[UpProjection]) -> np.ndarray:
+        """Without a gradient there is no step."""
+        return np.array(sum(unchanged_sum(each.up(each.parameter), self.config) for each in up_projections))
 
     def _catch(
         self, up_projections: list[UpProjection], module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any
@@ -123,7 +151,7 @@ class Recorder:
         output = output[0] if isinstance(output, tuple) else output
         if not output.requires_grad:
             output.requires_grad_()
-        self._calls[module] = Call(up_projections, args, kwargs), output
+        self._calls[module] = Call(up_projections, args, kwargs, output)
 
     def _column(self, each: UpProjection) -> int:
         return self.layer_indices.index(each.layer)
@@ -131,11 +159,12 @@ class Recorder:
 
 @dataclass(frozen=True)
 class Call:
-    """One call of a hooked module: the up-projections in it, and what went in."""
+    """One call of a hooked module: the up-projections in it, what went in and what came out."""
 
     up_projections: Sequence[UpProjection]
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+    output: Tensor
 
 
 def used_twice(each: UpProjection) -> InputError:

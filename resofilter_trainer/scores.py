@@ -38,11 +38,13 @@ class Trust:
         rows: size of that subset.
         saturation: share of the possible range (0 to lr) that lies between the smallest and the largest score; None
             where the update has no bound. Small means that the ranking rests on small differences.
+        forward: what the forward ran in, `"float32"` (or the weights' own dtype) or `"bfloat16"`, by autocast.
     """
 
     agreement: float | None
     rows: int
     saturation: float | None
+    forward: str = "float32"
 
     @property
     def trusted(self) -> bool:
@@ -53,6 +55,8 @@ class Trust:
         agreement = "unknown (too few rows)" if self.agreement is None else f"{self.agreement:.4f}"
         saturation = "" if self.saturation is None else f", {self.saturation:.3%} of the possible range in use"
         text = f"rank agreement {agreement} over {self.rows} rows scored again alone and in other batches{saturation}"
+        if self.forward != "float32":
+            text += f"; {self.forward} forward"
         if self.trusted:
             return text
         return f"{text}; below 0.95 the ranking is partly noise: use a larger eps (1e-4), norm='l2', or float32"

@@ -7,31 +7,32 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import time
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pyarrow as pa
 import torch
 from accelerate import PartialState
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list
 from datasets import Dataset
-from torch import nn
-from tqdm.auto import tqdm
+from torch import Tensor, nn
 from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
     TrainingArguments,
 )
 from trl import SFTConfig
-from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
+from .batches import arrange, collate, default_budget, of_all_processes, own_share
 from .comparison import rank_correlation
-from .config import ColumnMapping, InputError, ResonanceConfig
+from .config import ColumnMapping, InputError, Precision, ResonanceConfig, one_of
 from .loading import check_arguments, check_model, default_arguments, load_model, placed, usable_rows
-from .preparation import ROW, PreparedRows, prepare
+from .modes import bfloat16_forward
+from .preparation import PreparedRows, prepare
 from .provenance import describe
 from .recorder import Recorder
 from .resonance import Resonance
@@ -40,6 +41,9 @@ from .scores import LAYER, SCORES_FILE, Provenance, ScoreTable, Trust, file_at
 
 VANISHING = "Gradients near eps vanish in float16, and their ranking with them. Score in bf16 or float32."
 TRUST_ROWS = 64  # measured again, to see how far numerical noise reaches
+LEAST_TRIED = 16  # rows: a rank correlation of fewer says nothing
+SAFE = 0.995  # rank correlation with float32 from which on bfloat16 is chosen
+CLEARLY_FASTER = 0.8
 
 
 def score_dataset(
@@ -50,6 +54,8 @@ def score_dataset(
     config: ResonanceConfig | None = None,
     output: str | os.PathLike[str] | None = None,
     *,
+    precision: Precision | None = None,
+    tokens_per_batch: int | None = None,
     drop_duplicates: bool = False,
     drop_empty: bool = False,
     source: Mapping[str, Any] | None = None,
@@ -61,11 +67,14 @@ def score_dataset(
         model: a causal language model, or the name or folder of one, which is then loaded in float32.
         dataset: rows in any format that SFTTrainer takes, or any columns, with `columns` saying which is which.
         processing_class: the tokenizer; the model's own by default.
-        args: SFTTrainer's: lengths, masking, batch size, device, and `bf16` for a forward in bfloat16 autocast. By
-            default SFTConfig's own, without bf16.
+        args: SFTTrainer's: lengths, masking, device; by default SFTConfig's own.
         config: which step is measured and how; by default the paper's.
         output: a folder to write `scores.parquet` to. Scores of the same model, data and settings that lie there
             already are returned as they are.
+        precision: what the forward runs in: `"bfloat16"`, by autocast; `"float32"`, or the weights' own dtype; or
+            `"auto"`: bfloat16 where this machine is faster with it and some of these rows rank alike, which is tried
+            first. By default what `args.bf16` says, and `"auto"` without `args`. Products are float32, sums float64.
+        tokens_per_batch: padding included; by default what suits the device.
         drop_duplicates: leave out rows whose prompt repeats an earlier one, as the paper does.
         drop_empty: leave out rows with an empty completion, which are an error otherwise.
         source: where the dataset came from, for the provenance: `dataset`, `split` and `name` as for `load_rows`.
@@ -81,8 +90,13 @@ def score_dataset(
     from `args.seed`.
     """
     config, mapping = config or ResonanceConfig(), ColumnMapping(**columns)
+    if precision is None and args is None:
+        precision = "auto"
     args = args or default_arguments()
+    precision = _checked_precision(precision, args)
     check_arguments(args, None if output is None else file_at(output, SCORES_FILE).parent)
+    if tokens_per_batch is not None and tokens_per_batch < 1:
+        raise InputError(f"tokens_per_batch must be at least 1, got {tokens_per_batch}.")
     if args.fp16:
         raise InputError(VANISHING)
     if args.device.type == "mps":
@@ -95,11 +109,14 @@ def score_dataset(
     if model.dtype == torch.float16:
         raise InputError(VANISHING)
     source = {**(source or {}), "content": hash_rows(dataset)}
-    provenance = describe(model, tokenizer, prepared, len(dataset), args, dataclasses.asdict(config), mapping, source)
+    provenance = describe(
+        model, tokenizer, prepared, len(dataset), args, dataclasses.asdict(config), mapping, source, precision
+    )
     earlier = _scores_at(output, provenance)
     if earlier is not None:
         return earlier
-    measured, layers, trust = score_prepared(placed(model, args), prepared, args, config)
+    model = placed(model, args)
+    measured, layers, trust = score_prepared(model, prepared, args, config, precision, tokens_per_batch)
     table = _table(measured, layers, prepared, reasons, len(dataset))
     scores = ScoreTable(table, dataclasses.replace(provenance, trust=trust))
     if output is not None and PartialState().is_main_process:
@@ -107,86 +124,114 @@ def score_dataset(
     return scores
 
 
+def _checked_precision(precision: Precision | None, args: TrainingArguments) -> Precision:
+    """What was asked for, or else what the arguments say."""
+    if precision is None:
+        return "bfloat16" if args.bf16 else "float32"
+    one_of("precision", precision, get_args(Precision))
+    return precision
+
+
 def score_prepared(
-    model: nn.Module, prepared: PreparedRows, args: TrainingArguments, config: ResonanceConfig
+    model: nn.Module,
+    prepared: PreparedRows,
+    args: TrainingArguments,
+    config: ResonanceConfig,
+    precision: Precision | None = None,
+    tokens_per_batch: int | None = None,
 ) -> tuple[Resonance, list[int], Trust]:
-    """Score rows that are tokens already, where the model is.
+    """Score rows that are tokens already, where the model is; the arguments are `score_dataset`'s.
 
     Returns:
         What was measured of the rows in their order, which layers, and how far it can be trusted.
     """
+    precision = _checked_precision(precision, args)
+    budget = tokens_per_batch or default_budget(next(model.parameters()).device)
     with Recorder(model, config) as record:
-        scoring = _Pass(record, prepared, args, autocast=bool(args.bf16))
-        measured = scoring.measure_all()
-        trust = scoring.trust(measured)
+        scoring = Pass(record, prepared, args, budget)
+        rows = np.random.default_rng(0).permutation(len(prepared.lengths))[:TRUST_ROWS]
+        alone = scoring.measure([rows[i : i + 1] for i in range(len(rows))], False, "Scoring some alone").score
+        autocast = precision == "bfloat16"
+        if precision == "auto" and faster_in_bfloat16(next(model.parameters())):
+            tried = scoring.measure(scoring.split(rows), True, "Scoring some in bfloat16").score
+            autocast = len(rows) >= LEAST_TRIED and rank_correlation(alone, tried) >= SAFE
+        measured = scoring.measure_all(autocast)
+        mixed = scoring.measure(scoring.split(rows), autocast, "Scoring some again, in other batches").score
+    agreements = [rank_correlation(measured.score[rows], again) for again in (alone, mixed)]
+    bounded = config.update == "adamw" and config.norm == "mean_abs"
+    trust = Trust(
+        agreement=None if len(rows) < 3 else min(agreements),
+        rows=len(rows),
+        saturation=float(np.ptp(measured.score)) / config.lr if bounded else None,
+        forward="bfloat16" if autocast else "float32",
+    )
     if not trust.trusted:
         warnings.warn(f"Scores to be taken with care: {trust}.", stacklevel=3)
     return measured, record.layer_indices, trust
 
 
 @dataclass(frozen=True)
-class _Pass:
-    """Batches of prepared rows, taken through the recorder."""
+class Pass:
+    """Rows that are tokens, taken through the recorder in batches of a budget of tokens."""
 
     record: Recorder
     prepared: PreparedRows
     args: TrainingArguments
-    autocast: bool
+    budget: int
 
-    def measure_all(self) -> Resonance:
+    def measure_all(self, autocast: bool) -> Resonance:
         """Every row, in the order in which they were prepared."""
-        order = np.argsort(-self.prepared.lengths, kind="stable")  # rows of one length share a batch: little padding
-        measured = self._measure(self._split(order), "Scoring")
-        return _reordered(measured, np.argsort(order, kind="stable"))
+        batches = arrange(self.prepared, self.budget, self._device)
+        measured = self.measure(batches, autocast, "Scoring")
+        return _reordered(measured, np.argsort(np.concatenate(batches), kind="stable"))
 
-    def trust(self, measured: Resonance) -> Trust:
-        """Measure a random subset again, alone (without autocast) and in other batches, and compare the ranks."""
-        rows = np.random.default_rng(0).permutation(len(measured.loss))[:TRUST_ROWS]
-        before = measured.score[rows]
-        exact = dataclasses.replace(self, autocast=False)
-        alone = exact._measure([rows[i : i + 1] for i in range(len(rows))], "Scoring some again, alone")
-        mixed = self._measure(self._split(rows), "Scoring some again, in other batches")
-        agreements = [rank_correlation(before, again.score) for again in (alone, mixed)]
-        bounded = self.record.config.update == "adamw" and self.record.config.norm == "mean_abs"
-        spread = float(np.ptp(measured.score)) / self.record.config.lr
-        return Trust(
-            agreement=None if len(rows) < 3 else min(agreements),
-            rows=len(rows),
-            saturation=spread if bounded else None,
-        )
-
-    def _split(self, rows: np.ndarray) -> list[np.ndarray]:
-        size = self.args.per_device_train_batch_size
+    def split(self, rows: np.ndarray) -> list[np.ndarray]:
+        """Some rows, in this order, so many to a batch as the longest of all of them allows."""
+        size = max(self.budget // int(self.prepared.lengths[rows].max()), 1)
         return [rows[start : start + size] for start in range(0, len(rows), size)]
 
-    def _measure(self, batches: Sequence[np.ndarray], label: str) -> Resonance:
+    def measure(self, batches: Sequence[np.ndarray], autocast: bool, label: str) -> Resonance:
         """The rows of all batches, in the batches' order. Each process takes its share; each gets everything."""
-        state = PartialState()
-        mine = range(state.process_index, len(batches), state.num_processes)
-        bar = tqdm(mine, desc=label, unit="batch", disable=self.args.disable_tqdm or not state.is_main_process)
-        found = [(number, self._measure_batch(batches[number])) for number in bar]
-        if state.num_processes > 1:
-            found = sorted(gather_object(found), key=lambda each: each[0])
+        with bfloat16_forward(self.record.model, autocast, aside=self.record.parameters):
+            numbers = own_share(range(len(batches)), label, self.args)
+            found = of_all_processes([(number, self._measure_batch(batches[number])) for number in numbers])
+        self.record.forget()  # what was kept is of this precision
+        each = [found[number] for number in range(len(batches))]
         return Resonance(
-            loss=np.concatenate([each.loss for _, each in found]),
-            num_tokens=np.concatenate([each.num_tokens for _, each in found]),
-            layers=np.concatenate([each.layers for _, each in found]),
+            *(np.concatenate([getattr(one, name) for one in each]) for name in ("loss", "num_tokens", "layers"))
         )
 
+    @property
+    def _device(self) -> torch.device:
+        return next(self.record.model.parameters()).device
+
     def _measure_batch(self, rows: np.ndarray) -> Resonance:
-        examples = [self.prepared.dataset[int(row)] for row in rows]
-        batch = DataCollatorForLanguageModeling(pad_token_id=0)(examples)
-        device = next(self.record.model.parameters()).device
-        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=self.autocast):
-            measured = self.record({name: tensor.to(device) for name, tensor in batch.items()})
+        measured = self.record(collate(self.prepared, rows, self._device))
         broken = ~(np.isfinite(measured.loss) & np.isfinite(measured.score))
         if broken.any():
             first = int(np.flatnonzero(broken)[0])
             raise InputError(
-                f"Row {examples[first][ROW]} of the dataset has loss {measured.loss[first]} and score "
+                f"Row {self.prepared.sample_ids[rows[first]]} of the dataset has loss {measured.loss[first]} and score "
                 f"{measured.score[first]}: nothing was written. Are the weights sound? Try float32, or drop the row."
             )
         return measured
+
+
+def faster_in_bfloat16(like: Tensor) -> bool:
+    """Whether this machine multiplies bfloat16 matrices clearly faster than those of the dtype it is given.
+
+    Timed, as no flag says it; every process goes by the first one's clock.
+    """
+    seconds = []
+    for dtype in (like.dtype, torch.bfloat16):
+        x, w = (torch.ones(1024, 1024, dtype=dtype, device=like.device) for _ in range(2))
+        times = []
+        for _ in range(5):
+            start = time.perf_counter()
+            _ = float((x @ w)[0, 0])  # reading a number waits for the device
+            times.append(time.perf_counter() - start)
+        seconds.append(min(times))
+    return bool(broadcast_object_list([seconds[1] < CLEARLY_FASTER * seconds[0]])[0])
 
 
 def _scores_at(output: str | os.PathLike[str] | None, provenance: Provenance) -> ScoreTable | None:

@@ -59,6 +59,7 @@ class UpProjection:
             of the decoder layer around them, which maps each token by itself: hidden states (B, T, H) in, as many out,
             or a tuple that begins with them; llama4 returns them as (B * T, H), and gemma4's experts, which stand in
             the layer without a block, take (B * T, H) and the routes of each.
+        block: the part of the decoder layer that it is in, often the whole feed-forward.
         parameter: the whole parameter: (O, I), (I, O) for conv1d, (E, O, I) or (E, I, O) for most experts.
         kind: `"experts"` is everything that must be replayed, because not every token passes through it.
         outputs: which output features of the map are the up-projection.
@@ -68,6 +69,7 @@ class UpProjection:
     name: str
     layer: int
     module: nn.Module
+    block: nn.Module
     parameter: nn.Parameter
     kind: Kind
     outputs: slice
@@ -90,7 +92,7 @@ def find_up_projections(model: nn.Module, n_layers: int = 3, pattern: str | None
     Raises:
         InputError: one of these layers has no up-projection that is known, or the arguments cannot work.
     """
-    path, layers = _decoder_layers(model)
+    path, layers = decoder_layers(model)
     depth = len(layers)
     if not 1 <= n_layers <= depth:
         raise InputError(f"n_layers must be between 1 and {depth}, the depth of '{_label(model)}'; got {n_layers}.")
@@ -107,7 +109,7 @@ def find_up_projections(model: nn.Module, n_layers: int = 3, pattern: str | None
     return tuple(found)
 
 
-def _decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
+def decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
     """The text decoder's stack: of the outermost module lists the longest; one called decoder first, then the last."""
     stacks: dict[str, nn.ModuleList] = {}
     for name, module in model.named_modules():
@@ -168,8 +170,9 @@ def _in_layer(layer: nn.Module, index: int, path: str, regex: re.Pattern[str] | 
         axis = parameter.dim() - (1 if transposed else 2)  # where the output features are
         outputs = _outputs(layer, weight, parameter.shape[axis])
         part = tuple(outputs if each == axis else slice(None) for each in range(parameter.dim()))
-        module, kind = _what_to_hook(layer, weight, transposed)
-        yield UpProjection(name, index, module, parameter, kind, outputs, part)
+        block = layer.get_submodule(weight.name.split(".")[0])
+        module, kind = _what_to_hook(block, weight, transposed)
+        yield UpProjection(name, index, module, block, parameter, kind, outputs, part)
 
 
 def _outputs(layer: nn.Module, weight: _Weight, size: int) -> slice:
@@ -181,11 +184,11 @@ def _outputs(layer: nn.Module, weight: _Weight, size: int) -> slice:
     return slice(size // 2, None) if vars(weight.owner).get("is_concatenated", True) else slice(1, None, 2)
 
 
-def _what_to_hook(layer: nn.Module, weight: _Weight, transposed: bool) -> tuple[nn.Module, Kind]:
+def _what_to_hook(block: nn.Module, weight: _Weight, transposed: bool) -> tuple[nn.Module, Kind]:
     its_own = dict(weight.owner.named_parameters(recurse=False)).get("weight") is weight.parameter
     if its_own and weight.parameter.dim() == 2 and not ROUTED.search(weight.name):
         return weight.outer, "conv1d" if transposed else "linear"
-    return layer.get_submodule(weight.name.split(".")[0]), "experts"
+    return block, "experts"
 
 
 def _compiled(pattern: str) -> re.Pattern[str]:

@@ -1,10 +1,14 @@
-"""Random samples as the recorder and the literal procedure take them, and batches of them."""
+"""Random samples as the recorder and the literal procedure take them, batches of them, and what a model does there."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
+import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from resofilter_trainer import Recorder, Resonance, ResonanceConfig
 from resofilter_trainer.losses import IGNORE
@@ -58,3 +62,42 @@ def record_all(
 def error_over_spread(found: Resonance, truth: Resonance) -> float:
     """The largest error of a score, as a share of the spread of the scores."""
     return float(np.abs(found.score - truth.score).max() / np.ptp(truth.score))
+
+
+def plain_losses(model: torch.nn.Module, samples: list[Sample]) -> Tensor:
+    """One sample alone after another, all logits, no padding."""
+    losses = []
+    for sample in samples:
+        with torch.no_grad():
+            logits = model(input_ids=sample["input_ids"][None], use_cache=False).logits[0, :-1].float()
+        each = F.cross_entropy(logits, sample["labels"][1:], reduction="none", ignore_index=-100)
+        losses.append(each[sample["labels"][1:] != -100])
+    return torch.cat(losses)
+
+
+def state_of(model: torch.nn.Module) -> list[object]:
+    """All that could be left behind on a model."""
+    found: list[object] = []
+    for name, module in model.named_modules():
+        hooks = [module._forward_hooks, module._forward_pre_hooks, module._backward_hooks]
+        found.append((name, type(module), module.training, "forward" in vars(module), [list(each) for each in hooks]))
+    return found
+
+
+def watch_logits(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many logits each cross entropy, or each product with a tile of a head, is given."""
+    seen: list[int] = []
+    entropy, product = F.cross_entropy, torch.mm
+
+    def seen_by_entropy(logits: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        seen.append(logits.numel())
+        return entropy(logits, *args, **kwargs)
+
+    def seen_by_product(*args: Any, **kwargs: Any) -> Tensor:
+        logits = product(*args, **kwargs)
+        seen.append(logits.numel())
+        return logits
+
+    monkeypatch.setattr(F, "cross_entropy", seen_by_entropy)
+    monkeypatch.setattr(torch, "mm", seen_by_product)
+    return seen

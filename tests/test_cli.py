@@ -118,7 +118,8 @@ BAD_SCORES: dict[str, tuple[Callable[[Place], Sequence[object]], Sequence[str]]]
     ),
     "all labels masked": (options("--max_length", "4"), ["None of the 12 rows", "max_length 4", "masked"]),
     "no length": (options("--max_length", "-3"), ["max_length"]),
-    "no batch": (options("--per_device_train_batch_size", "0"), ["per_device_train_batch_size"]),
+    "no batch": (options("--tokens_per_batch", "0"), ["tokens_per_batch"]),
+    "no such precision": (options("--precision", "float16"), ["precision", "'auto'", "'float32'", "'bfloat16'"]),
     "more layers than there are": (options("--n_layers", "5"), ["n_layers", "4", "got 5"]),
     "no layer": (options("--n_layers", "0"), ["n_layers", "got 0"]),
     "no learning rate": (options("--lr", "0"), ["lr", "above 0"]),
@@ -277,7 +278,7 @@ def test_several_prompt_columns(place, scored, tmp_path):
 
 @pytest.mark.filterwarnings("ignore:Scores to be taken with care")  # bfloat16 on random weights: rightly so
 def test_bf16_works_without_a_gpu(place, scored, tmp_path):
-    scores = score(place, tmp_path / "out", "--bf16")
+    scores = score(place, tmp_path / "out", "--precision", "bfloat16")
     assert scores.provenance.preparation["autocast"] == "bfloat16"
     assert scores.column("loss") == pytest.approx(ScoreTable.load(scored).column("loss"), rel=1e-2)
 

@@ -126,7 +126,7 @@ def test_no_parameter_below_the_lowest_measured_layer_is_asked_for_a_gradient() 
     handle = model.model.layers[1].register_forward_hook(lambda module, args, output: seen.append(output.requires_grad))
     record_all(model, make_samples(2), ResonanceConfig(n_layers=1))
     handle.remove()
-    assert seen == [False]
+    assert set(seen) == {False}
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -1,4 +1,4 @@
-"""What a model loses on every token: the same whatever the pieces, the batches, the padding and the interruptions."""
+"""What a model loses on every token: the same whatever the batches, the tiles and the interruptions."""
 
 from __future__ import annotations
 
@@ -8,148 +8,16 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from families import FAMILIES, tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from peft import LoraConfig, get_peft_model
-from samples import Sample, collate, make_samples
-from torch.nn import functional as F
+from samples import plain_losses, state_of, watch_logits
 from training import arguments, llama, rows
 
-from resofilter_trainer import loss_pass
+from resofilter_trainer import head, loss_pass
+from resofilter_trainer.batches import split_by_tokens
 from resofilter_trainer.config import InputError
-from resofilter_trainer.loss_pass import Parts, measure_token_losses, split_by_tokens
-from resofilter_trainer.losses import token_losses, token_losses_in_pieces
+from resofilter_trainer.loss_pass import Parts, measure_token_losses
 from resofilter_trainer.preparation import PreparedRows, prepare, prepared_already
-
-VOCAB = 128
-
-
-def plain_losses(model, samples: list[Sample]) -> torch.Tensor:
-    """One sample alone after another, all logits, no padding."""
-    losses = []
-    for sample in samples:
-        with torch.no_grad():
-            logits = model(input_ids=sample["input_ids"][None], use_cache=False).logits[0, :-1].float()
-        each = F.cross_entropy(logits, sample["labels"][1:], reduction="none", ignore_index=-100)
-        losses.append(each[sample["labels"][1:] != -100])
-    return torch.cat(losses)
-
-
-def state_of(model) -> list[object]:
-    """All that could be left behind on a model."""
-    found: list[object] = []
-    for name, module in model.named_modules():
-        hooks = [module._forward_hooks, module._forward_pre_hooks, module._backward_hooks]
-        found.append((name, type(module), module.training, "forward" in vars(module), [list(each) for each in hooks]))
-    return found
-
-
-@pytest.fixture
-def sizes(monkeypatch) -> list[int]:
-    """How many logits each cross entropy was given."""
-    seen: list[int] = []
-    real = F.cross_entropy
-
-    def spy(logits, *args, **kwargs):
-        seen.append(logits.numel())
-        return real(logits, *args, **kwargs)
-
-    monkeypatch.setattr(F, "cross_entropy", spy)
-    return seen
-
-
-# ---- in pieces
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_pieces_give_what_the_whole_gives(family):
-    model = tiny(family)
-    batch = collate(make_samples(3, VOCAB), "left" if family == "cpmant" else "right")
-    with torch.no_grad():
-        whole = token_losses(model, batch)
-    before = state_of(model)  # big_bird changes its attention in its first forward
-    pieces = token_losses_in_pieces(model, batch, VOCAB * 5)
-    assert len(pieces) == int((batch["labels"][:, 1:] != -100).sum()) > 5
-    torch.testing.assert_close(pieces, whole, rtol=0, atol=1e-5)
-    assert state_of(model) == before
-
-
-@pytest.mark.parametrize("family", ["llama", "gemma2", "opt", "gpt2", "cohere", "granite", "bart"])
-def test_no_more_logits_are_held_than_asked(family, sizes):
-    batch = collate(make_samples(4, VOCAB))
-    learnt = int((batch["labels"][:, 1:] != -100).sum())
-    token_losses_in_pieces(tiny(family), batch, VOCAB * 5 + 7)
-    assert max(sizes) == VOCAB * 5
-    assert sum(sizes) == VOCAB * learnt
-
-
-def test_the_decoder_runs_once_however_many_pieces():
-    model, calls = tiny("llama"), []
-    model.model.layers[0].register_forward_hook(lambda *args: calls.append(1))
-    token_losses_in_pieces(model, collate(make_samples(4, VOCAB)), VOCAB)
-    assert len(calls) == 1
-
-
-def test_a_head_too_large_for_the_budget_still_gives_one_token_at_a_time(sizes):
-    model, batch = tiny("llama"), collate(make_samples(2, VOCAB))
-    torch.testing.assert_close(
-        token_losses_in_pieces(model, batch, 1), token_losses(model, batch).detach(), rtol=0, atol=1e-5
-    )
-    assert max(sizes[:-1]) == VOCAB
-
-
-@pytest.mark.parametrize("family", ["llama", "gemma2", "cohere", "gpt2", "opt"])
-@pytest.mark.parametrize("side", ["right", "left"])
-def test_pieces_are_what_each_sample_loses_alone(family, side):
-    model, samples = tiny(family), make_samples(5, VOCAB)
-    found = token_losses_in_pieces(model, collate(samples, side), VOCAB * 3)
-    torch.testing.assert_close(found, plain_losses(model, samples), rtol=0, atol=1e-5)
-
-
-def test_pieces_of_a_model_with_an_adapter():
-    model = get_peft_model(
-        tiny("llama"), LoraConfig(r=4, target_modules=["q_proj", "lm_head"], init_lora_weights=False)
-    )
-    model.eval()
-    before, samples = state_of(model), make_samples(4, VOCAB)
-    found = token_losses_in_pieces(model, collate(samples), VOCAB * 3)
-    torch.testing.assert_close(found, plain_losses(model, samples), rtol=0, atol=1e-5)
-    with model.disable_adapter():
-        assert (found - plain_losses(model, samples)).abs().max() > 1e-3
-    assert state_of(model) == before
-
-
-def test_a_forward_of_the_users_own_is_put_back():
-    model, batch = tiny("llama"), collate(make_samples(3, VOCAB))
-    truth = token_losses(model, batch).detach()
-    own = model.model.forward
-    model.model.forward = lambda *args, **kwargs: own(*args, **kwargs)
-    wrapped = model.model.forward
-    torch.testing.assert_close(token_losses_in_pieces(model, batch, VOCAB * 2), truth, rtol=0, atol=1e-5)
-    assert model.model.forward is wrapped
-
-
-def test_nothing_is_left_behind_by_a_failure(monkeypatch):
-    model, batch = tiny("llama"), collate(make_samples(3, VOCAB))
-    before = state_of(model)
-
-    def fail(*args, **kwargs):
-        raise RuntimeError("no")
-
-    for place in (model.lm_head, model.model.layers[1]):
-        with monkeypatch.context() as patch:
-            patch.setattr(place, "forward", fail)
-            with pytest.raises(RuntimeError, match="no"):
-                token_losses_in_pieces(model, batch, VOCAB * 2)
-        assert state_of(model) == before
-
-
-def test_without_a_learnt_token_there_are_no_losses():
-    batch = collate(make_samples(3, VOCAB))
-    batch["labels"][:] = -100
-    assert token_losses_in_pieces(tiny("llama"), batch, VOCAB * 2).shape == (0,)
-
 
 # ---- batches
 
@@ -191,29 +59,28 @@ def measure(model, prepared, budget: int = 64, parts: Parts | None = None) -> np
 
 @pytest.fixture
 def batches_done(monkeypatch) -> list[tuple[int, ...]]:
-    """The rows of every batch that is computed; `stop_after` batches, an interrupt."""
+    """The rows of every batch that is begun."""
     done: list[tuple[int, ...]] = []
-    real = loss_pass._losses_of
+    real = loss_pass.collate
 
-    def spy(model, dataset, rows, args):
-        losses = real(model, dataset, rows, args)
+    def spy(prepared, rows, device):
         done.append(tuple(rows.tolist()))
-        return losses
+        return real(prepared, rows, device)
 
-    monkeypatch.setattr(loss_pass, "_losses_of", spy)
+    monkeypatch.setattr(loss_pass, "collate", spy)
     return done
 
 
 def interrupt(monkeypatch, after: int) -> None:
     """Let the next pass be interrupted once so many batches are done."""
-    real, count = loss_pass._losses_of, iter(range(after))
+    real, count = loss_pass.collate, iter(range(after))
 
     def stop(*args):
         if next(count, None) is None:
             raise KeyboardInterrupt
         return real(*args)
 
-    monkeypatch.setattr(loss_pass, "_losses_of", stop)
+    monkeypatch.setattr(loss_pass, "collate", stop)
 
 
 @pytest.mark.parametrize("budget", [1, 100, 128, 100_000])
@@ -224,10 +91,13 @@ def test_losses_are_those_of_each_row_alone_whatever_the_budget(budget, model, p
     np.testing.assert_allclose(found, truth, rtol=0, atol=1e-5)
 
 
-def test_losses_are_the_same_when_few_logits_fit(model, prepared, truth, sizes, monkeypatch):
-    monkeypatch.setattr(loss_pass, "MOST_LOGITS", model.config.vocab_size * 7)
+def test_losses_are_the_same_when_few_logits_fit(model, prepared, truth, monkeypatch):
+    logits_held = watch_logits(monkeypatch)
+    most = model.config.vocab_size * 7
+    monkeypatch.setitem(head.TILE_LOGITS, "cpu", most)
+    monkeypatch.setattr(head, "SMALLEST_TILE", 1)
     np.testing.assert_allclose(measure(model, prepared), truth, rtol=0, atol=1e-5)
-    assert max(sizes) <= model.config.vocab_size * 7
+    assert 0 < max(logits_held) <= most
 
 
 @pytest.mark.parametrize("save_every", [0.0, 3600.0])

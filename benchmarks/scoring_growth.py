@@ -1,0 +1,77 @@
+"""How the time and the memory of a scoring pass grow with the rows: 1,000 to 30,000 by default, in one process.
+
+    python benchmarks/scoring_growth.py --json growth.json
+
+The model is the tiny shape of `scoring.py`; the rows are GSM8K's lengths over and over, with random tokens. What is
+timed is the pass, whose every part grows with the rows; the rows that are measured again for `Trust` are 64 at most,
+whatever their number, and left out. The slope of log seconds over log tokens is 1 for linear growth.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from datasets import Dataset
+from scoring import GSM8K
+from scoring_worker import build_model, make_samples, peak_memory
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+
+from resofilter_trainer import Recorder, ResonanceConfig
+from resofilter_trainer.batches import default_budget
+from resofilter_trainer.loading import default_arguments
+from resofilter_trainer.preparation import PreparedRows, prepared_already
+from resofilter_trainer.scoring import Pass
+
+
+def main() -> None:
+    args = _arguments()
+    torch.set_num_threads(args.threads)
+    model = build_model("tiny")
+    arguments = default_arguments()
+    arguments.disable_tqdm = True
+    found = []
+    print(f"{'rows':>8} {'tokens':>10} {'seconds':>9} {'tokens/s':>9} {'peak MB':>8}")
+    for count in args.rows:
+        rows = make_rows(args.gsm8k, count, model.config.vocab_size)
+        seconds = []
+        for _ in range(args.rounds):
+            with Recorder(model, ResonanceConfig()) as record:
+                start = time.perf_counter()
+                Pass(record, rows, arguments, default_budget(model.device)).measure_all(autocast=False)
+                seconds.append(time.perf_counter() - start)
+        tokens, median = int(rows.lengths.sum()), statistics.median(seconds)
+        found.append({"rows": count, "tokens": tokens, "seconds": median, "peak_memory": peak_memory()})
+        print(f"{count:8} {tokens:10} {median:9.2f} {tokens / median:9.0f} {peak_memory() / 1e6:8.0f}", flush=True)
+    tokens_of, seconds_of = (np.log([each[name] for each in found]) for name in ("tokens", "seconds"))
+    slope = float(np.polyfit(tokens_of, seconds_of, 1)[0])
+    print(f"slope of log seconds over log tokens: {slope:.3f}")
+    if args.json:
+        args.json.write_text(json.dumps({"slope": slope, "sizes": found}, indent=2) + "\n")
+
+
+def make_rows(gsm8k: Path, count: int, vocabulary: int) -> PreparedRows:
+    """So many rows; the lengths come round again when the file ends."""
+    samples = make_samples(gsm8k, count, vocabulary)
+    rows = [{name: tensor.tolist() for name, tensor in samples[i % len(samples)].items()} for i in range(count)]
+    return prepared_already(Dataset.from_list(rows), DataCollatorForLanguageModeling(pad_token_id=0))
+
+
+def _arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rows", type=int, nargs="+", default=[1000, 3000, 10_000, 30_000])
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--gsm8k", type=Path, default=GSM8K, help="GSM8K's train.jsonl, for the lengths")
+    parser.add_argument("--json", type=Path, help="write the sizes and the slope")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,268 @@
+"""From a decoder's output to the loss of every learnt token and its gradient, never holding all logits at once.
+
+Knows models and batches, not samples, updates or files. Where the head is one linear map, the vocabulary is taken a
+tile at a time, each while it is in the cache, with the running maximum of online softmax (Milakov and Gimelshein,
+arXiv 1805.02867), here for the losses and their gradient in one pass:
+
+    hidden (N, H) -> logits of a tile (N, V') -> m, z = sum e^(l - m), s = sum e^(l - m) W
+    in the end: losses log z + m - l_y, gradient s / z - W_y
+
+Elsewhere the model's own forward runs again from the decoder's output on, a few positions at a time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .losses import head_only_at, learnt_positions
+from .modes import at_least_float32, instead, same_but_for
+
+TILE_LOGITS = {"cpu": 1 << 20}  # 4 MB of float32: stays in the cache
+TILE_LOGITS_ELSEWHERE = 1 << 26  # few launches, 256 MB
+PROBE = 16  # tokens on which a model is tried
+SMALLEST_TILE = 512  # of the vocabulary: below, a product is too narrow to be fast
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a model is called with, and what it should predict.
+
+    Attributes:
+        arguments: `input_ids` (B, T), and what else is needed.
+        index: (N,) the learnt positions, in the flattened `input_ids`.
+        targets: (N,) the tokens that follow them.
+    """
+
+    arguments: dict[str, Any]
+    index: Tensor
+    targets: Tensor
+
+    @property
+    def shape(self) -> torch.Size:
+        """(B, T)."""
+        return self.arguments["input_ids"].shape
+
+    @property
+    def ids_alone(self) -> bool:
+        """Whether the tokens say everything: no mask, no positions of their own."""
+        return self.arguments.keys() == {"input_ids", "use_cache"}
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """A batch that has been through the decoder.
+
+    Attributes:
+        hidden: (N, H) what the logits are made of at the N learnt positions, with a graph where gradients are enabled.
+        targets: (N,) the tokens that follow.
+        head: the linear map to the logits, or whatever else makes (n, V) of (n, H).
+        vocabulary: V.
+    """
+
+    hidden: Tensor
+    targets: Tensor
+    head: nn.Linear | Callable[[Tensor], Tensor]
+    vocabulary: int
+
+    def losses(self) -> Tensor:
+        """(N,) in nats, at least float32."""
+        return self._measure(None)[0]
+
+    def losses_and_gradient(self, weights: Tensor) -> tuple[Tensor, Tensor]:
+        """The losses, (N,), and the gradient at `hidden` of their sum weighted by (N,) `weights`, (N, H)."""
+        losses, gradient = self._measure(weights)
+        return losses, gradient.to(self.hidden.dtype)
+
+    @torch.no_grad()
+    def _measure(self, weights: Tensor | None) -> tuple[Tensor, Tensor]:
+        hidden = self.hidden.detach()
+        most = TILE_LOGITS.get(hidden.device.type, TILE_LOGITS_ELSEWHERE)
+        if isinstance(self.head, nn.Linear):
+            return linear_losses(hidden, self.head, self.targets, weights, most)
+        return losses_in_pieces(hidden, self.head, self.targets, weights, max(most // self.vocabulary, 1))
+
+
+def linear_losses(
+    hidden: Tensor, head: nn.Linear, targets: Tensor, weights: Tensor | None, most_logits: int
+) -> tuple[Tensor, Tensor]:
+    """Cross-entropy behind a linear map and its gradient before it, a tile of the vocabulary at a time.
+
+    Args:
+        hidden: (N, H).
+        head: from H to V.
+        targets: (N,).
+        weights: (N,) what each loss counts in the gradient; None for the losses alone.
+        most_logits: about how many to hold at once.
+
+    Returns:
+        Losses in nats, (N,), and the gradient, (N, H), or an empty one; both at least float32.
+    """
+    device, (rows, width) = hidden.device.type, hidden.shape
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else head.weight.dtype
+    with torch.autocast(device, enabled=False):
+        hidden = hidden.to(dtype)
+        largest = at_least_float32(hidden.new_full((rows, 1), -torch.inf))
+        total, of_target = torch.zeros_like(largest), torch.zeros_like(largest)
+        summed = largest.new_zeros(rows, 0 if weights is None else width)
+        size = min(max(SMALLEST_TILE, most_logits // max(rows, 1)), head.out_features)
+        buffer = hidden.new_empty(rows * size)
+        for start in range(0, head.out_features, size):
+            weight = head.weight.detach()[start : start + size].to(dtype)
+            logits = torch.mm(hidden, weight.T, out=buffer[: rows * len(weight)].view(rows, len(weight)))
+            if head.bias is not None:
+                logits += head.bias.detach()[start : start + size]
+            logits = at_least_float32(logits)
+            place = targets[:, None] - start
+            inside = (place >= 0) & (place < len(weight))
+            of_target = torch.where(inside, logits.gather(1, place.clamp(0, len(weight) - 1)), of_target)
+            larger = torch.maximum(largest, logits.amax(1, keepdim=True))
+            shrunk = largest.sub_(larger).exp_()
+            terms, largest = logits.sub_(larger).exp_(), larger
+            total.mul_(shrunk).add_(terms.sum(1, keepdim=True))
+            if weights is not None:
+                summed.mul_(shrunk)
+                summed = summed.addmm_(terms, weight) if terms.dtype == dtype else summed.add_(terms.to(dtype) @ weight)
+        losses = (total.log() + largest - of_target)[:, 0]
+        if weights is None:
+            return losses, summed
+        summed.div_(total).sub_(head.weight.detach()[targets].to(dtype))
+        return losses, summed.mul_(weights.to(summed.dtype)[:, None])
+
+
+def losses_in_pieces(
+    hidden: Tensor, head: Callable[[Tensor], Tensor], targets: Tensor, weights: Tensor | None, size: int
+) -> tuple[Tensor, Tensor]:
+    """As `linear_losses`, for any `head`, `size` positions at a time."""
+    losses, gradients = [at_least_float32(hidden.new_empty(0))], [hidden.new_empty(0, hidden.shape[1])]
+    for start in range(0, len(hidden), size):
+        part = slice(start, start + size)
+        with torch.set_grad_enabled(weights is not None):
+            own = hidden[part].requires_grad_(weights is not None)
+            loss = F.cross_entropy(at_least_float32(head(own)), targets[part], reduction="none")
+            if weights is not None:
+                gradients += torch.autograd.grad(loss, own, weights[part].to(loss.dtype))
+        losses.append(loss.detach())
+    return torch.cat(losses), torch.cat(gradients)
+
+
+def inputs_of(model: nn.Module, batch: Mapping[str, Tensor], causal: bool) -> Inputs:
+    """What to call a language model with.
+
+    A causal model needs no mask for padding on the right, nor the last column, after which nothing is predicted. With
+    padding on the left, positions count from each sample's first token.
+
+    Args:
+        model: of transformers, wrapped by PEFT or not.
+        batch: `input_ids`, `attention_mask` and `labels`, each (B, T), padded on either side.
+        causal: whether no position sees a later one.
+    """
+    ids, mask, learnt = batch["input_ids"], batch["attention_mask"], learnt_positions(batch["labels"])
+    targets = batch["labels"][:, 1:][learnt]
+    if causal and ids.shape[1] > 1:
+        ids, mask = ids[:, :-1], mask[:, :-1]
+    arguments = {"input_ids": ids, "use_cache": False}
+    if not (causal and mask[:, 0].all()):
+        arguments["attention_mask"] = mask
+    inner = _unwrapped(model)
+    if not mask[:, 0].all() and "position_ids" in inspect.signature(inner.forward).parameters:
+        arguments["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)
+    index = F.pad(learnt, (0, ids.shape[1] - learnt.shape[1])).flatten().nonzero()[:, 0]
+    return Inputs(arguments, index, targets)
+
+
+Way = Callable[[nn.Module, Inputs], Decoded]
+
+
+@torch.no_grad()
+def find_way(model: nn.Module, ids: Tensor) -> Way:
+    """How far a language model can be run before its logits are formed: to its head, to its decoder's end, or not.
+
+    Args:
+        model: of transformers, wrapped by PEFT or not.
+        ids: (1, T) some tokens to try it on.
+    """
+    inner = _unwrapped(model)
+    head, calls = inner.get_output_embeddings(), dict[nn.Module, tuple[Any, Any]]()
+
+    def see(module: nn.Module, args: Any, output: Any) -> None:
+        calls.pop(module, None)
+        calls[module] = args, output  # what gives its output last is the outermost
+
+    with contextlib.ExitStack() as stack:
+        for module in {inner.base_model, inner.get_decoder(), head} - {inner, None}:
+            stack.callback(module.register_forward_hook(see).remove)
+        logits = model(input_ids=ids, use_cache=False).logits
+    args, output = calls.pop(head, ((), None))
+    if type(head) is nn.Linear and args and args[0].shape[:-1] == ids.shape and _same_values(output, logits):
+        return to_head
+    if head is not None and calls:
+        body, (_, output) = list(calls.items())[-1]
+        if output[0].shape[:2] == ids.shape:
+            return partial(to_body, body)
+    return to_logits
+
+
+def to_head(model: nn.Module, inputs: Inputs) -> Decoded:
+    """Run a model whose logits are what its head, one linear map, gives: no cap, no scale."""
+    head, given = _unwrapped(model).get_output_embeddings(), list[Tensor]()
+    with contextlib.ExitStack() as stack:
+        stack.callback(head.register_forward_pre_hook(lambda module, args: given.append(args[0])).remove)
+        stack.enter_context(instead(head, lambda hidden: head.weight.new_zeros(1, 1, head.out_features)))
+        model(**inputs.arguments)
+    return Decoded(given[0].flatten(0, -2)[inputs.index], inputs.targets, head, head.out_features)
+
+
+def to_body(body: nn.Module, model: nn.Module, inputs: Inputs) -> Decoded:
+    """Run a model to the end of `body`, its decoder; the head sees one position only."""
+    found: list[Any] = []
+    with contextlib.ExitStack() as stack:
+        stack.callback(body.register_forward_hook(lambda module, args, output: found.append(output)).remove)
+        stack.enter_context(head_only_at(torch.zeros_like(inputs.index[:1]), inputs.shape.numel(), model))
+        logits = model(**inputs.arguments).logits
+    hidden, kind = found[0][0].flatten(0, 1)[inputs.index], type(found[0])
+    logits_of = partial(_logits_of, model, body, kind, inputs.arguments["input_ids"][:1, :1])
+    return Decoded(hidden, inputs.targets, logits_of, logits.shape[-1])
+
+
+def to_logits(model: nn.Module, inputs: Inputs) -> Decoded:
+    """Run a model to the logits themselves."""
+    with head_only_at(inputs.index, inputs.shape.numel(), model):
+        logits = model(**inputs.arguments).logits
+    if logits.numel() != len(inputs.index) * logits.shape[-1]:
+        logits = logits.flatten(0, 1)[inputs.index]
+    return Decoded(logits.flatten(0, -2), inputs.targets, lambda own: own, logits.shape[-1])
+
+
+def _unwrapped(model: nn.Module) -> Any:
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def _same_values(output: Tensor, logits: Tensor) -> bool:
+    return output.shape == logits.shape and torch.equal(output.to(logits.dtype), logits)
+
+
+def _logits_of(model: nn.Module, body: nn.Module, kind: type, some_ids: Tensor, hidden: Tensor) -> Tensor:
+    """(n, V), by the model's own forward with (n, H) in the place of what the decoder would give."""
+    with instead(body, lambda *args, **kwargs: kind(last_hidden_state=hidden[None])):
+        return model(input_ids=some_ids, use_cache=False).logits.flatten(0, -2)
+
+
+@torch.no_grad()
+def is_causal(model: nn.Module, ids: Tensor) -> bool:
+    """Whether the logits of some tokens, (1, T), stay the same, but for rounding, when the last token is another."""
+    if ids.shape[1] < 2:
+        return False
+    other = ids.clone()
+    other[0, -1] = ids[0, 0] if ids[0, 0] != ids[0, -1] else (ids[0, -1] - 1).abs()
+    before, after = (model(input_ids=each, use_cache=False).logits[:, :-1] for each in (ids, other))
+    return same_but_for(8 * torch.finfo(at_least_float32(before).dtype).eps, before, after)

@@ -1,0 +1,112 @@
+"""A forward pass without what no score depends on. Knows models and batches, not what is measured in them.
+
+    what all rows begin with          through the lower layers once
+    the mask, the last token          not needed where no position sees a later one
+    positions without a label         not through the last feed-forward, where nothing above it crosses positions
+    logits                            never all at once
+
+What can be left out depends on the model, so it is tried on the first batch, and not done where it changes anything.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from .head import PROBE, Decoded, Inputs, Way, find_way, inputs_of, is_causal
+from .modes import same_but_for
+from .narrowing import Narrowing, position_by_position
+from .prefixes import SharedPrefix
+
+ROUNDINGS = 1000  # through all layers
+IN_BFLOAT16 = 0.02
+
+
+class LeanForward:
+    """Runs a causal language model as far as its losses need.
+
+    Args:
+        model: of transformers, wrapped by PEFT or not, without dropout and with all its parameters frozen.
+        lower: the decoder layers in which nothing is measured.
+        layer: the one above them.
+        last: the parts of the last decoder layer in which something is measured.
+
+    Attributes:
+        narrowed: those of `last` that have seen the learnt positions only.
+    """
+
+    def __init__(
+        self, model: nn.Module, lower: Sequence[nn.Module], layer: nn.Module, last: Sequence[nn.Module]
+    ) -> None:
+        self._model, self._last = model, last
+        self._prefix = SharedPrefix(model, lower, layer)
+        self._way: Way | None = None  # None until it was tried
+        self._causal = False
+        self._narrowing = Narrowing(())
+        self._sharing: bool | None = None
+        self._widest = 0  # of the batches on which sharing was tried
+
+    @property
+    def narrowed(self) -> set[nn.Module]:
+        """Those of `last` that have seen, in the last run, the learnt positions only."""
+        return self._narrowing.narrowed
+
+    def inputs(self, batch: Mapping[str, Tensor]) -> Inputs:
+        """What the model has to see of a batch of `input_ids`, `attention_mask` and `labels`, each (B, T)."""
+        if self._way is None:
+            self._try_out(batch["input_ids"][:1, :PROBE])
+        return inputs_of(self._model, batch, self._causal)
+
+    def prepare(self, inputs: Inputs, lengths: Tensor) -> contextlib.ExitStack:
+        """Within what this returns, `run` leaves out what it can; the lower layers may have run already.
+
+        Args:
+            inputs: see `inputs`.
+            lengths: (B,) tokens of each row.
+        """
+        shared = self._shared_length(inputs, lengths)
+        with contextlib.ExitStack() as stack:
+            if shared:
+                stack.enter_context(self._prefix.of(inputs.arguments["input_ids"], shared))
+            stack.enter_context(self._narrowing.to(inputs.index, inputs.shape.numel()))
+            return stack.pop_all()
+
+    def run(self, inputs: Inputs) -> Decoded:
+        """The model as far as its head."""
+        assert self._way is not None, "inputs() finds the way"
+        return self._way(self._model, inputs)
+
+    def forget(self) -> None:
+        """Let go of what was kept of earlier batches."""
+        self._prefix.forget()
+
+    def _try_out(self, ids: Tensor) -> None:
+        self._causal = is_causal(self._model, ids)
+        self._narrowing = Narrowing(each for each in self._last if position_by_position(self._model, each, ids))
+        self._way = find_way(self._model, ids)
+
+    def _shared_length(self, inputs: Inputs, lengths: Tensor) -> int:
+        """How many first tokens all rows share, if they can be taken together."""
+        if not self._causal or self._sharing is False or not inputs.ids_alone:
+            return 0
+        length = self._prefix.length(inputs.arguments["input_ids"], lengths)
+        width = inputs.shape[1]
+        if length and (self._sharing is None or width > self._widest):
+            if not (inputs.index % width >= length).any():
+                return 0  # nothing to tell it by
+            self._sharing, self._widest = self._comes_to_the_same(inputs, length), width
+        return length if self._sharing else 0
+
+    @torch.no_grad()
+    def _comes_to_the_same(self, inputs: Inputs, length: int) -> bool:
+        apart = self.run(inputs).hidden
+        try:
+            with self._prefix.of(inputs.arguments["input_ids"], length):
+                together = self.run(inputs).hidden
+        except Exception:  # a model without such a cache; each raises its own
+            return False
+        coarse = torch.is_autocast_enabled(apart.device.type) or apart.dtype == torch.bfloat16
+        return same_but_for(IN_BFLOAT16 if coarse else ROUNDINGS * torch.finfo(apart.dtype).eps, apart, together)

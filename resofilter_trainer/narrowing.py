@@ -1,0 +1,95 @@
+"""Modules that see some positions of a batch only, because nobody uses what they give at the others.
+
+Above a decoder's last attention nothing crosses from one position to another. So where no token is learnt, the last
+feed-forward need not run. Knows modules and positions, not what is measured.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class Narrowing:
+    """Lets some modules see less. One that is called with further tensors is left alone.
+
+    Attributes:
+        narrowed: those that have seen less in the last forward.
+    """
+
+    def __init__(self, modules: Iterable[nn.Module]) -> None:
+        self.narrowed: set[nn.Module] = set()
+        self._modules = list(modules)
+        self._shapes: dict[nn.Module, torch.Size] = {}
+        self._index: Tensor | None = None
+        self._positions = 0
+
+    @contextlib.contextmanager
+    def to(self, index: Tensor, positions: int) -> Iterator[None]:
+        """Let the modules see the (N,) positions `index` of so many."""
+        self.narrowed, self._index, self._positions = set(), index, positions
+        with contextlib.ExitStack() as stack:
+            for module in self._modules if 0 < len(index) < positions else ():
+                stack.callback(module.register_forward_pre_hook(self._select, with_kwargs=True).remove)
+                stack.callback(module.register_forward_hook(self._spread).remove)
+            yield
+
+    def _select(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
+        hidden = _only_tensor(args, kwargs)
+        if hidden is None or hidden.shape[:-1].numel() != self._positions:
+            return None
+        self.narrowed.add(module)
+        self._shapes[module] = hidden.shape[:-1]
+        return (hidden.flatten(0, -2)[self._index][None], *args[1:]), kwargs
+
+    def _spread(self, module: nn.Module, args: Any, output: Any) -> Any:
+        """Give back as many positions as came, zero where nothing was computed."""
+        if module not in self.narrowed:
+            return None
+        found, *others = output if isinstance(output, tuple) else (output,)
+        whole = found.new_zeros(self._positions, found.shape[-1]).index_copy(0, self._index, found.flatten(0, -2))
+        whole = whole.view(*self._shapes[module], -1)
+        return (whole, *others) if isinstance(output, tuple) else whole
+
+
+def position_by_position(model: nn.Module, module: nn.Module, ids: Tensor) -> bool:
+    """Whether a position's logits depend on what the module is given, and gives, at that position alone.
+
+    Tried by gradients, which are exactly zero elsewhere if so.
+
+    Args:
+        model: a language model.
+        module: a part of it.
+        ids: (1, T) some tokens.
+    """
+    seen: list[Tensor] = []
+
+    def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
+        hidden = _only_tensor(args, kwargs)
+        if hidden is None:
+            return None
+        seen.append(hidden.detach().requires_grad_())
+        return (seen[-1], *args[1:]), kwargs
+
+    def leave(module: nn.Module, args: Any, output: Any) -> None:
+        seen.append(output[0] if isinstance(output, tuple) else output)
+
+    with contextlib.ExitStack() as stack, torch.enable_grad():
+        stack.callback(module.register_forward_pre_hook(enter, with_kwargs=True).remove)
+        stack.callback(module.register_forward_hook(leave).remove)
+        logits = model(input_ids=ids, use_cache=False).logits
+        if len(seen) != 2 or any(each.shape[:-1].numel() != ids.numel() for each in seen):
+            return False
+        gradients = torch.autograd.grad(logits[:, 1::2].sum(), seen, allow_unused=True)
+    moved = [each is not None and each.flatten(0, -2).ne(0).any(-1) for each in gradients]
+    return all(each is not False and bool(each[1::2].any()) and not each[::2].any() for each in moved)
+
+
+def _only_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    """The first argument, if it is the one tensor that a module is called with."""
+    tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+    return tensors[0] if len(tensors) == 1 and args and tensors[0] is args[0] else None

@@ -1,0 +1,100 @@
+"""Tokens with which all rows of a batch begin, taken through the lower layers once instead of once a row.
+
+    the prefix (1, P) --lower layers--> keys, values --+
+    the rest (B, T - P) --lower layers, seeing these --+--> hidden (B, T, H) --> upper layers, every row in full
+
+A system prompt, a chat template, a question with several answers. Only below the first measured layer: above it every
+row has gradients of its own. Knows models and tokens, not what is measured.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache
+
+from .modes import instead
+
+WORTH = 0.1  # of a batch's tokens: a smaller saving is not worth a second run
+REUSED = 0.9  # of what rows have in common: a prefix known from an earlier batch is taken instead
+
+
+class SharedPrefix:
+    """Runs a causal model on batches of rows that begin alike.
+
+    Args:
+        model: of transformers, wrapped by PEFT or not.
+        lower: its decoder layers below `layer`.
+        layer: the first that sees every row in full.
+    """
+
+    def __init__(self, model: nn.Module, lower: Sequence[nn.Module], layer: nn.Module) -> None:
+        self._model, self._lower, self._layer = model, lower, layer
+        self._known: tuple[Tensor, Tensor, DynamicCache] | None = None
+
+    def forget(self) -> None:
+        """Let go of the prefix that was kept, as the weights or the precision may change."""
+        self._known = None
+
+    def length(self, ids: Tensor, lengths: Tensor) -> int:
+        """How many first tokens of a batch, (B, T), to take through the lower layers once; 0 if it is not worth it."""
+        if not self._lower or len(ids) < 2:
+            return 0
+        alike = (ids == ids[0]).all(0).long().cumprod(0).sum()
+        common = min(int(alike), int(lengths.min()) - 1, ids.shape[1] - 1)
+        if self._known is not None:
+            known = self._known[0].shape[1]
+            if REUSED * common <= known <= common and torch.equal(ids[:1, :known], self._known[0]):
+                common = known
+        return common if common * (len(ids) - 1) >= WORTH * ids.numel() else 0
+
+    @contextlib.contextmanager
+    def of(self, ids: Tensor, length: int) -> Iterator[None]:
+        """Let the model, called with `ids`, have the lower layers' work done already."""
+        hidden = self._hidden(ids, length)
+
+        def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+            return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
+
+        with contextlib.ExitStack() as stack:
+            for layer in self._lower:
+                stack.enter_context(instead(layer, lambda hidden_states, *args, **kwargs: hidden_states))
+            stack.callback(self._layer.register_forward_pre_hook(enter, with_kwargs=True).remove)
+            yield
+
+    @torch.no_grad()
+    def _hidden(self, ids: Tensor, length: int) -> Tensor:
+        """(B, T, H) what the layer would be given."""
+        if self._known is None or not torch.equal(self._known[0], ids[:1, :length]):
+            cache = DynamicCache()
+            self._known = ids[:1, :length].clone(), self._up_to_the_layer(ids[:1, :length], cache), cache
+        _, prefix, cache = self._known
+        cache = copy.deepcopy(cache)
+        cache.batch_repeat_interleave(len(ids))
+        return torch.cat([prefix.expand(len(ids), -1, -1), self._up_to_the_layer(ids[:, length:], cache)], 1)
+
+    def _up_to_the_layer(self, ids: Tensor, cache: DynamicCache) -> Tensor:
+        def stop(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            raise _Reached(args[0] if args else kwargs["hidden_states"])
+
+        handle = self._layer.register_forward_pre_hook(stop, with_kwargs=True)
+        try:
+            self._model(input_ids=ids, past_key_values=cache, use_cache=True)
+        except _Reached as reached:
+            return reached.hidden
+        finally:
+            handle.remove()
+        raise RuntimeError("The forward pass did not come to the first measured layer.")
+
+
+class _Reached(Exception):
+    """The forward pass has come as far as it should."""
+
+    def __init__(self, hidden: Tensor) -> None:
+        super().__init__()
+        self.hidden = hidden
