@@ -32,55 +32,65 @@ def default_budget(device: torch.device) -> int:
     return TOKENS_PER_BATCH.get(device.type, TOKENS_PER_BATCH_ELSEWHERE)
 
 
-def split_by_tokens(lengths: np.ndarray, budget: int, shared: int = 0) -> list[np.ndarray]:
+def split_by_tokens(lengths: np.ndarray, budget: int, shared: int = 0, lost: int | None = None) -> list[np.ndarray]:
     """Positions of rows, in batches of similar lengths whose size times the longest is at most `budget`.
 
-    The longest come first: if memory does not suffice, the first batch says so. Of the `shared` tokens with which all
-    rows begin nothing counts, as long as the whole stays within twice the budget.
+    The longest come first, which need the most memory.
+
+    Args:
+        lengths: (N,) tokens of each row.
+        budget: of tokens, padding included; a longer row is a batch of its own.
+        shared: with so many tokens all rows begin; they do not count, but the whole stays within twice the budget.
+        lost: what a batch costs beside its tokens, in tokens: one with more padding than that is made two.
     """
     order = np.argsort(-lengths, kind="stable")
     batches, start = [], 0
     while start < len(order):
         longest = max(int(lengths[order[start]]), 1)
         size = max(min(budget // max(longest - shared, 1), 2 * budget // longest if shared else budget), 1)
-        batches.append(order[start : start + size])
-        start += size
+        batch = order[start : start + size]
+        if lost is not None:
+            batch = batch[np.cumsum(longest - lengths[batch]) <= lost]
+        batches.append(batch)
+        start += len(batch)
     return batches
 
 
-def arrange(prepared: PreparedRows, budget: int, device: torch.device) -> list[np.ndarray]:
-    """Batches for a pass that takes the tokens with which all rows of a batch begin through the model once.
+def arrange(prepared: PreparedRows, budget: int, device: torch.device, may_share: bool = True) -> list[np.ndarray]:
+    """Batches for a pass that takes what all rows of a batch begin with through the model once, if it can.
 
-    Either rows of similar lengths come together, or, where that is less work, rows with the same prompt.
+    Rows of similar lengths come together, or, where that is less work, rows with the same prompt.
     """
-    prompts, prompt_lengths, common = beginnings(prepared.dataset)
+    lengths, (prompts, prompt_lengths, common) = prepared.lengths, beginnings(prepared.dataset)
+    common = common if may_share and common >= LEAST_BEGINNING else 0
     lost = TOKENS_LOST_PER_BATCH.get(device.type, TOKENS_LOST_PER_BATCH_ELSEWHERE)
-    common = common if common >= LEAST_BEGINNING else 0
-    lengths = prepared.lengths
-    by_length = split_by_tokens(lengths, budget, common)
+
+    def work(batch: np.ndarray, beginning: int) -> int:
+        """In tokens, of what is not shared with the batch before."""
+        return lost + len(batch) * (int(lengths[batch].max()) - beginning)
+
+    def split(rows: np.ndarray, beginning: int) -> list[np.ndarray]:
+        return [rows[batch] for batch in split_by_tokens(lengths[rows], budget, beginning, lost)]
+
+    by_length = split(np.arange(len(lengths)), common)
     _, group_of, sizes = np.unique(prompts, return_inverse=True, return_counts=True)
-    repeated = (sizes[group_of] > 1) & (prompt_lengths >= LEAST_BEGINNING)
-    by_prompt = []
-    for rows in _groups(group_of, repeated):
-        by_prompt += [rows[batch] for batch in split_by_tokens(lengths[rows], budget, int(prompt_lengths[rows[0]]))]
-    work = sum(lost + len(batch) * (lengths[batch].max() - common) for batch in by_length)
-    work_by_prompt = sum(
-        2 * lost + prompt_lengths[batch[0]] + len(batch) * (lengths[batch].max() - prompt_lengths[batch[0]])
-        for batch in by_prompt
-    )
-    rest = np.flatnonzero(~repeated)
-    others = [rest[batch] for batch in split_by_tokens(lengths[rest], budget, common)]
-    work_by_prompt += sum(lost + len(batch) * (lengths[batch].max() - common) for batch in others)
-    if work_by_prompt >= work:
+    repeated = (sizes[group_of] > 1) & (prompt_lengths >= LEAST_BEGINNING) & may_share
+    groups = [(rows, int(prompt_lengths[rows[0]])) for rows in _groups(group_of, repeated, lengths)]
+    by_prompt = [(batch, length) for rows, length in groups for batch in split(rows, length)]
+    others = split(np.flatnonzero(~repeated), common)
+    beginnings_again = sum(lost + length for _, length in groups)
+    work_by_prompt = beginnings_again + sum(work(*each) for each in by_prompt) + sum(work(b, common) for b in others)
+    if work_by_prompt >= sum(work(batch, common) for batch in by_length):
         return by_length
-    return sorted([*by_prompt, *others], key=lambda batch: -lengths[batch].max())
+    return [batch for batch, _ in by_prompt] + others
 
 
-def _groups(group_of: np.ndarray, which: np.ndarray) -> list[np.ndarray]:
-    """The places of some rows, group by group."""
+def _groups(group_of: np.ndarray, which: np.ndarray, lengths: np.ndarray) -> list[np.ndarray]:
+    """The places of some rows, group by group, the one with the longest row first."""
     places = np.flatnonzero(which)
     places = places[np.argsort(group_of[places], kind="stable")]
-    return np.split(places, np.flatnonzero(np.diff(group_of[places])) + 1) if len(places) else []
+    found = np.split(places, np.flatnonzero(np.diff(group_of[places])) + 1) if len(places) else []
+    return sorted(found, key=lambda rows: -lengths[rows].max())
 
 
 def collate(prepared: PreparedRows, rows: Sequence[int] | np.ndarray, device: torch.device) -> dict[str, Tensor]:

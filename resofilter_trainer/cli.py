@@ -24,6 +24,7 @@ from .config import (
     ColumnMapping,
     InputError,
     Norm,
+    Precision,
     Ranking,
     ResonanceConfig,
     TokenCleaning,
@@ -377,6 +378,7 @@ def _score_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokens_per_batch", type=int, help="padding included; by default what suits the device")
     parser.add_argument(
         "--precision",
+        choices=get_args(Precision),
         default="auto",
         help="of the forward: float32, bfloat16 (by autocast), or auto: bfloat16 where it is faster and ranks alike",
     )

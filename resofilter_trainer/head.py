@@ -4,8 +4,10 @@ Knows models and batches, not samples, updates or files. Where the head is one l
 tile at a time, each while it is in the cache, with the running maximum of online softmax (Milakov and Gimelshein,
 arXiv 1805.02867), here for the losses and their gradient in one pass:
 
-    hidden (N, H) -> logits of a tile (N, V') -> m, z = sum e^(l - m), s = sum e^(l - m) W
-    in the end: losses log z + m - l_y, gradient s / z - W_y
+    hidden (N, H) -> logits of a tile (N, V') -> m, r = sum e^(l - m), s = sum e^(l - m) W, both without the target y
+    in the end, with z = r + e^(l_y - m): losses log z + m - l_y, gradient (s - r W_y) / z
+
+The target is left out of the sums because s / z - W_y would cancel where it is all but certain.
 
 Elsewhere the model's own forward runs again from the decoder's output on, a few positions at a time.
 """
@@ -30,6 +32,7 @@ from .modes import at_least_float32, instead, same_but_for
 TILE_LOGITS = {"cpu": 1 << 20}  # 4 MB of float32: stays in the cache
 TILE_LOGITS_ELSEWHERE = 1 << 26  # few launches, 256 MB
 PROBE = 16  # tokens on which a model is tried
+PIECE_LOGITS = 1 << 24  # 64 MB of float32, where each piece is a forward of its own
 SMALLEST_TILE = 512  # of the vocabulary: below, a product is too narrow to be fast
 
 
@@ -85,11 +88,12 @@ class Decoded:
 
     @torch.no_grad()
     def _measure(self, weights: Tensor | None) -> tuple[Tensor, Tensor]:
-        hidden = self.hidden.detach()
-        most = TILE_LOGITS.get(hidden.device.type, TILE_LOGITS_ELSEWHERE)
+        hidden, targets = self.hidden.detach(), self.targets.to(self.hidden.device)
+        weights = None if weights is None else weights.to(hidden.device)
         if isinstance(self.head, nn.Linear):
-            return linear_losses(hidden, self.head, self.targets, weights, most)
-        return losses_in_pieces(hidden, self.head, self.targets, weights, max(most // self.vocabulary, 1))
+            most = TILE_LOGITS.get(hidden.device.type, TILE_LOGITS_ELSEWHERE)
+            return linear_losses(hidden, self.head, targets, weights, most)
+        return losses_in_pieces(hidden, self.head, targets, weights, max(PIECE_LOGITS // self.vocabulary, 1))
 
 
 def linear_losses(
@@ -108,7 +112,9 @@ def linear_losses(
         Losses in nats, (N,), and the gradient, (N, H), or an empty one; both at least float32.
     """
     device, (rows, width) = hidden.device.type, hidden.shape
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else head.weight.dtype
+    dtype = head.weight.dtype
+    if torch.is_autocast_enabled(device) and dtype != torch.float64:  # which autocast leaves alone
+        dtype = torch.get_autocast_dtype(device)
     with torch.autocast(device, enabled=False):
         hidden = hidden.to(dtype)
         largest = at_least_float32(hidden.new_full((rows, 1), -torch.inf))
@@ -123,19 +129,21 @@ def linear_losses(
                 logits += head.bias.detach()[start : start + size]
             logits = at_least_float32(logits)
             place = targets[:, None] - start
-            inside = (place >= 0) & (place < len(weight))
-            of_target = torch.where(inside, logits.gather(1, place.clamp(0, len(weight) - 1)), of_target)
+            inside, place = (place >= 0) & (place < len(weight)), place.clamp(0, len(weight) - 1)
+            of_target = torch.where(inside, logits.gather(1, place), of_target)
             larger = torch.maximum(largest, logits.amax(1, keepdim=True))
             shrunk = largest.sub_(larger).exp_()
             terms, largest = logits.sub_(larger).exp_(), larger
+            terms.scatter_(1, place, terms.gather(1, place).masked_fill(inside, 0))
             total.mul_(shrunk).add_(terms.sum(1, keepdim=True))
             if weights is not None:
                 summed.mul_(shrunk)
                 summed = summed.addmm_(terms, weight) if terms.dtype == dtype else summed.add_(terms.to(dtype) @ weight)
-        losses = (total.log() + largest - of_target)[:, 0]
+        whole = total + (of_target - largest).exp()
+        losses = (whole.log() + largest - of_target)[:, 0]
         if weights is None:
             return losses, summed
-        summed.div_(total).sub_(head.weight.detach()[targets].to(dtype))
+        summed.addcmul_(head.weight.detach()[targets].to(dtype).to(summed.dtype), total, value=-1).div_(whole)
         return losses, summed.mul_(weights.to(summed.dtype)[:, None])
 
 
@@ -203,7 +211,7 @@ def find_way(model: nn.Module, ids: Tensor) -> Way:
             stack.callback(module.register_forward_hook(see).remove)
         logits = model(input_ids=ids, use_cache=False).logits
     args, output = calls.pop(head, ((), None))
-    if type(head) is nn.Linear and args and args[0].shape[:-1] == ids.shape and _same_values(output, logits):
+    if type(head) is nn.Linear and args and args[0].shape[:-1] == ids.shape and _gives(head, output, logits):
         return to_head
     if head is not None and calls:
         body, (_, output) = list(calls.items())[-1]
@@ -219,7 +227,8 @@ def to_head(model: nn.Module, inputs: Inputs) -> Decoded:
         stack.callback(head.register_forward_pre_hook(lambda module, args: given.append(args[0])).remove)
         stack.enter_context(instead(head, lambda hidden: head.weight.new_zeros(1, 1, head.out_features)))
         model(**inputs.arguments)
-    return Decoded(given[0].flatten(0, -2)[inputs.index], inputs.targets, head, head.out_features)
+    hidden = _at(given[0].flatten(0, -2), inputs.index).to(head.weight.device)
+    return Decoded(hidden, inputs.targets, head, head.out_features)
 
 
 def to_body(body: nn.Module, model: nn.Module, inputs: Inputs) -> Decoded:
@@ -229,7 +238,7 @@ def to_body(body: nn.Module, model: nn.Module, inputs: Inputs) -> Decoded:
         stack.callback(body.register_forward_hook(lambda module, args, output: found.append(output)).remove)
         stack.enter_context(head_only_at(torch.zeros_like(inputs.index[:1]), inputs.shape.numel(), model))
         logits = model(**inputs.arguments).logits
-    hidden, kind = found[0][0].flatten(0, 1)[inputs.index], type(found[0])
+    hidden, kind = _at(found[0][0].flatten(0, 1), inputs.index), type(found[0])
     logits_of = partial(_logits_of, model, body, kind, inputs.arguments["input_ids"][:1, :1])
     return Decoded(hidden, inputs.targets, logits_of, logits.shape[-1])
 
@@ -239,16 +248,23 @@ def to_logits(model: nn.Module, inputs: Inputs) -> Decoded:
     with head_only_at(inputs.index, inputs.shape.numel(), model):
         logits = model(**inputs.arguments).logits
     if logits.numel() != len(inputs.index) * logits.shape[-1]:
-        logits = logits.flatten(0, 1)[inputs.index]
+        logits = _at(logits.flatten(0, 1), inputs.index)
     return Decoded(logits.flatten(0, -2), inputs.targets, lambda own: own, logits.shape[-1])
+
+
+def _at(positions: Tensor, index: Tensor) -> Tensor:
+    """Some positions, on whichever device they are."""
+    return positions[index.to(positions.device)]
 
 
 def _unwrapped(model: nn.Module) -> Any:
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
-def _same_values(output: Tensor, logits: Tensor) -> bool:
-    return output.shape == logits.shape and torch.equal(output.to(logits.dtype), logits)
+def _gives(head: nn.Linear, output: Tensor, logits: Tensor) -> bool:
+    """Whether the logits are what the head gave, from weights that are all at hand."""
+    at_hand = head.weight.device.type != "meta" and len(head.weight) == logits.shape[-1]
+    return at_hand and output.shape == logits.shape and torch.equal(output.to(logits), logits)
 
 
 def _logits_of(model: nn.Module, body: nn.Module, kind: type, some_ids: Tensor, hidden: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ What can be left out depends on the model, so it is tried on the first batch, an
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -47,12 +48,17 @@ class LeanForward:
         self._causal = False
         self._narrowing = Narrowing(())
         self._sharing: bool | None = None
-        self._widest = 0  # of the batches on which sharing was tried
+        self._widest, self._shortest = 0, sys.maxsize  # a batch and a prefix on which sharing was tried
 
     @property
     def narrowed(self) -> set[nn.Module]:
         """Those of `last` that have seen, in the last run, the learnt positions only."""
         return self._narrowing.narrowed
+
+    @property
+    def may_share(self) -> bool:
+        """False where it is known that a prefix cannot be taken once."""
+        return self._way is None or (self._causal and self._sharing is not False)
 
     def inputs(self, batch: Mapping[str, Tensor]) -> Inputs:
         """What the model has to see of a batch of `input_ids`, `attention_mask` and `labels`, each (B, T)."""
@@ -94,10 +100,11 @@ class LeanForward:
             return 0
         length = self._prefix.length(inputs.arguments["input_ids"], lengths)
         width = inputs.shape[1]
-        if length and (self._sharing is None or width > self._widest):
+        if length and (self._sharing is None or width > self._widest or length < self._shortest):
             if not (inputs.index % width >= length).any():
                 return 0  # nothing to tell it by
-            self._sharing, self._widest = self._comes_to_the_same(inputs, length), width
+            self._sharing = self._comes_to_the_same(inputs, length)
+            self._widest, self._shortest = max(width, self._widest), min(length, self._shortest)
         return length if self._sharing else 0
 
     @torch.no_grad()
@@ -106,6 +113,8 @@ class LeanForward:
         try:
             with self._prefix.of(inputs.arguments["input_ids"], length):
                 together = self.run(inputs).hidden
+        except torch.OutOfMemoryError:
+            raise
         except Exception:  # a model without such a cache; each raises its own
             return False
         coarse = torch.is_autocast_enabled(apart.device.type) or apart.dtype == torch.bfloat16

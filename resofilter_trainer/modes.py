@@ -80,14 +80,14 @@ def bfloat16_forward(model: nn.Module, enabled: bool, aside: Iterable[nn.Paramet
     of the time, so there the weights are cast once, beside the user's own, which are put back.
 
     Args:
-        model: stays where it is.
+        model: stays where it is; on a CPU it takes half as much memory again meanwhile.
         enabled: False to change nothing.
         aside: parameters that have to stay as they are.
     """
-    device = next(model.parameters()).device.type
+    device = next(each.device.type for each in model.parameters() if each.device.type != "meta")
     embeddings = {module.weight for module in model.modules() if isinstance(module, nn.Embedding)}
     linear = {module.weight for module in model.modules() if type(module) is nn.Linear} - embeddings - set(aside)
-    own = {each: each.data for each in linear if enabled and device == "cpu" and each.dtype == torch.float32}
+    own = {each: each.data for each in linear if enabled and each.device.type == "cpu" and each.dtype == torch.float32}
     try:
         for parameter, data in own.items():
             parameter.data = data.bfloat16()

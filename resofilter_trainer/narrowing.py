@@ -40,18 +40,20 @@ class Narrowing:
 
     def _select(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
         hidden = _only_tensor(args, kwargs)
-        if hidden is None or hidden.shape[:-1].numel() != self._positions:
+        if self._index is None or hidden is None or hidden.shape[:-1].numel() != self._positions:
             return None
         self.narrowed.add(module)
         self._shapes[module] = hidden.shape[:-1]
-        return (hidden.flatten(0, -2)[self._index][None], *args[1:]), kwargs
+        return (hidden.flatten(0, -2)[self._index.to(hidden.device)][None], *args[1:]), kwargs
 
     def _spread(self, module: nn.Module, args: Any, output: Any) -> Any:
         """Give back as many positions as came, zero where nothing was computed."""
-        if module not in self.narrowed:
+        if self._index is None or module not in self.narrowed:
             return None
         found, *others = output if isinstance(output, tuple) else (output,)
-        whole = found.new_zeros(self._positions, found.shape[-1]).index_copy(0, self._index, found.flatten(0, -2))
+        whole = found.new_zeros(self._positions, found.shape[-1]).index_copy(
+            0, self._index.to(found.device), found.flatten(0, -2)
+        )
         whole = whole.view(*self._shapes[module], -1)
         return (whole, *others) if isinstance(output, tuple) else whole
 
@@ -73,7 +75,7 @@ def position_by_position(model: nn.Module, module: nn.Module, ids: Tensor) -> bo
         if hidden is None:
             return None
         seen.append(hidden.detach().requires_grad_())
-        return (seen[-1], *args[1:]), kwargs
+        return (seen[-1].view_as(hidden), *args[1:]), kwargs
 
     def leave(module: nn.Module, args: Any, output: Any) -> None:
         seen.append(output[0] if isinstance(output, tuple) else output)

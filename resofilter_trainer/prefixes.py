@@ -10,7 +10,6 @@ row has gradients of its own. Knows models and tokens, not what is measured.
 from __future__ import annotations
 
 import contextlib
-import copy
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -35,7 +34,7 @@ class SharedPrefix:
 
     def __init__(self, model: nn.Module, lower: Sequence[nn.Module], layer: nn.Module) -> None:
         self._model, self._lower, self._layer = model, lower, layer
-        self._known: tuple[Tensor, Tensor, DynamicCache] | None = None
+        self._known: tuple[Tensor, Tensor, _Beginning] | None = None
 
     def forget(self) -> None:
         """Let go of the prefix that was kept, as the weights or the precision may change."""
@@ -71,11 +70,10 @@ class SharedPrefix:
     def _hidden(self, ids: Tensor, length: int) -> Tensor:
         """(B, T, H) what the layer would be given."""
         if self._known is None or not torch.equal(self._known[0], ids[:1, :length]):
-            cache = DynamicCache()
+            cache = _Beginning()
             self._known = ids[:1, :length].clone(), self._up_to_the_layer(ids[:1, :length], cache), cache
+            cache.is_whole = True
         _, prefix, cache = self._known
-        cache = copy.deepcopy(cache)
-        cache.batch_repeat_interleave(len(ids))
         return torch.cat([prefix.expand(len(ids), -1, -1), self._up_to_the_layer(ids[:, length:], cache)], 1)
 
     def _up_to_the_layer(self, ids: Tensor, cache: DynamicCache) -> Tensor:
@@ -90,6 +88,20 @@ class SharedPrefix:
         finally:
             handle.remove()
         raise RuntimeError("The forward pass did not come to the first measured layer.")
+
+
+class _Beginning(DynamicCache):
+    """Keys and values of one prefix, for any number of rows. What follows it in a row is not kept."""
+
+    is_whole = False
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
+        """The prefix's keys and values, and after them the given ones: (B, heads, P + T, width) each."""
+        if not self.is_whole:
+            return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        layer, rows = self.layers[layer_idx], len(key_states)
+        given = ((layer.keys, key_states), (layer.values, value_states))
+        return tuple(torch.cat([own.expand(rows, -1, -1, -1), new], -2) for own, new in given)
 
 
 class _Reached(Exception):

@@ -180,7 +180,7 @@ def beginnings(tokens: Dataset) -> tuple[np.ndarray, np.ndarray, int]:
         ends = np.cumsum(pc.list_value_length(ids).to_numpy())
         flat, learnt = ids.flatten().to_numpy(), labels.flatten().to_numpy() != IGNORE
         for start, end in zip([0, *ends[:-1]], ends, strict=True):
-            own, length = flat[start:end], int(learnt[start:end].argmax())
+            own, length = flat[start:end], int(learnt[start:end].argmax()) if end > start else 0
             if not hashes:
                 first, common = own, len(own)
             differs = own[:common] != first[: len(own)][:common]

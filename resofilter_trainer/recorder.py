@@ -46,7 +46,7 @@ class Recorder:
         config: which step is measured and how.
 
     Raises:
-        InputError: the model has no up-projection that is known.
+        InputError: the model has no up-projection that is known, or it is offloaded.
     """
 
     def __init__(self, model: nn.Module, config: ResonanceConfig) -> None:
@@ -59,6 +59,11 @@ class Recorder:
         for each in up_projections:
             self._modules.setdefault(each.module, []).append(each)
             self._entries[self._column(each)] += each.up(each.parameter).numel()
+            if each.parameter.device.type == "meta":
+                raise InputError(
+                    f"'{each.name}' is offloaded, so its weight is not at hand when it is measured. Place the last "
+                    f"{config.n_layers} layers on a device, by device_map."
+                )
         self._calls: dict[nn.Module, Call] | None = None
         lowest, last = self.layer_indices[0], self.layer_indices[-1]
         layers = list(decoder_layers(model)[1])
@@ -87,8 +92,13 @@ class Recorder:
         """The weights that are measured."""
         return [each.parameter for all_ in self._modules.values() for each in all_]
 
+    @property
+    def may_share(self) -> bool:
+        """False where it is known that rows which begin alike are no less work together."""
+        return self._forward.may_share
+
     def forget(self) -> None:
-        """Let go of what was kept of earlier batches, before the weights or the precision change."""
+        """Let go of what was kept of earlier batches, before the weights or the precision (an autocast) change."""
         self._forward.forget()
 
     def __call__(self, batch: Mapping[str, Tensor]) -> Resonance:
@@ -111,7 +121,7 @@ class Recorder:
             for module in self._modules.keys() - calls.keys():
                 sums[:, self._column(self._modules[module][0])] += self._unchanged(self._modules[module])
         return Resonance(
-            loss=sample_means(token_losses, learnt).cpu().numpy(),
+            loss=sample_means(token_losses.to(learnt.device), learnt).cpu().numpy(),
             num_tokens=num_tokens.cpu().numpy(),
             layers=size_of_change(sums, self._entries, self.config),
         )

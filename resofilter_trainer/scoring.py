@@ -19,7 +19,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from datasets import Dataset
-from torch import Tensor, nn
+from torch import nn
 from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -151,12 +151,17 @@ def score_prepared(
         scoring = Pass(record, prepared, args, budget)
         rows = np.random.default_rng(0).permutation(len(prepared.lengths))[:TRUST_ROWS]
         alone = scoring.measure([rows[i : i + 1] for i in range(len(rows))], False, "Scoring some alone").score
-        autocast = precision == "bfloat16"
-        if precision == "auto" and faster_in_bfloat16(next(model.parameters())):
-            tried = scoring.measure(scoring.split(rows), True, "Scoring some in bfloat16").score
-            autocast = len(rows) >= LEAST_TRIED and rank_correlation(alone, tried) >= SAFE
+        autocast = precision == "bfloat16" or (
+            precision == "auto"
+            and len(rows) >= LEAST_TRIED
+            and next(model.parameters()).dtype == torch.float32
+            and faster_in_bfloat16(next(model.parameters()).device)
+        )
+        mixed = scoring.measure(scoring.split(rows), autocast, "Scoring some in other batches").score
+        if precision == "auto" and autocast and not rank_correlation(alone, mixed) >= SAFE:
+            autocast = False
+            mixed = scoring.measure(scoring.split(rows), autocast, "Scoring some in other batches").score
         measured = scoring.measure_all(autocast)
-        mixed = scoring.measure(scoring.split(rows), autocast, "Scoring some again, in other batches").score
     agreements = [rank_correlation(measured.score[rows], again) for again in (alone, mixed)]
     bounded = config.update == "adamw" and config.norm == "mean_abs"
     trust = Trust(
@@ -181,7 +186,7 @@ class Pass:
 
     def measure_all(self, autocast: bool) -> Resonance:
         """Every row, in the order in which they were prepared."""
-        batches = arrange(self.prepared, self.budget, self._device)
+        batches = arrange(self.prepared, self.budget, self._device, self.record.may_share)
         measured = self.measure(batches, autocast, "Scoring")
         return _reordered(measured, np.argsort(np.concatenate(batches), kind="stable"))
 
@@ -196,17 +201,25 @@ class Pass:
             numbers = own_share(range(len(batches)), label, self.args)
             found = of_all_processes([(number, self._measure_batch(batches[number])) for number in numbers])
         self.record.forget()  # what was kept is of this precision
-        each = [found[number] for number in range(len(batches))]
-        return Resonance(
-            *(np.concatenate([getattr(one, name) for one in each]) for name in ("loss", "num_tokens", "layers"))
-        )
+        return _joined([found[number] for number in range(len(batches))])
 
     @property
     def _device(self) -> torch.device:
         return next(self.record.model.parameters()).device
 
     def _measure_batch(self, rows: np.ndarray) -> Resonance:
-        measured = self.record(collate(self.prepared, rows, self._device))
+        """One batch; in two halves, one after the other, where the device has not memory enough."""
+        measured = None
+        try:
+            measured = self.record(collate(self.prepared, rows, self._device))
+        except torch.OutOfMemoryError:
+            if len(rows) == 1:
+                raise
+        if measured is None:  # not in the except clause, where the error still holds the batch's tensors
+            self.record.forget()
+            torch.cuda.empty_cache()
+            half = len(rows) // 2
+            return _joined([self._measure_batch(rows[:half]), self._measure_batch(rows[half:])])
         broken = ~(np.isfinite(measured.loss) & np.isfinite(measured.score))
         if broken.any():
             first = int(np.flatnonzero(broken)[0])
@@ -217,14 +230,14 @@ class Pass:
         return measured
 
 
-def faster_in_bfloat16(like: Tensor) -> bool:
-    """Whether this machine multiplies bfloat16 matrices clearly faster than those of the dtype it is given.
+def faster_in_bfloat16(device: torch.device) -> bool:
+    """Whether a device multiplies bfloat16 matrices clearly faster than float32 ones.
 
     Timed, as no flag says it; every process goes by the first one's clock.
     """
     seconds = []
-    for dtype in (like.dtype, torch.bfloat16):
-        x, w = (torch.ones(1024, 1024, dtype=dtype, device=like.device) for _ in range(2))
+    for dtype in (torch.float32, torch.bfloat16):
+        x, w = (torch.ones(1024, 1024, dtype=dtype, device=device) for _ in range(2))
         times = []
         for _ in range(5):
             start = time.perf_counter()
@@ -241,6 +254,14 @@ def _scores_at(output: str | os.PathLike[str] | None, provenance: Provenance) ->
     there = ScoreTable.load(output)
     there.provenance.check_same(provenance, "scores", output)
     return there
+
+
+def _joined(parts: Sequence[Resonance]) -> Resonance:
+    return Resonance(
+        loss=np.concatenate([each.loss for each in parts]),
+        num_tokens=np.concatenate([each.num_tokens for each in parts]),
+        layers=np.concatenate([each.layers for each in parts]),
+    )
 
 
 def _reordered(measured: Resonance, order: np.ndarray) -> Resonance:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from families import FAMILIES, VOCAB, tiny
+from accelerate import dispatch_model
+from families import FAMILIES, LAYERS, VOCAB, tiny
 from samples import Sample, collate, error_over_spread, make_samples, record_all, state_of
 from torch import nn
 
-from resofilter_trainer import Recorder, Resonance, ResonanceConfig
+from resofilter_trainer import InputError, Recorder, Resonance, ResonanceConfig
 from resofilter_trainer.losses import IGNORE, token_losses
 from resofilter_trainer.modes import bfloat16_forward, own_precision
 from resofilter_trainer.narrowing import Narrowing, position_by_position
@@ -574,3 +576,21 @@ def test_scores_in_bfloat16_are_those_of_a_plain_autocast(family):
     with bfloat16_forward(model, True, measured):
         found = record_all(model, samples, config)
     np.testing.assert_array_equal(found.layers, truth.layers)
+
+
+def offloaded(layers: set[int], folder: Path) -> nn.Module:
+    """A model of which some layers, and the head, are on disk but while they run."""
+    places = {f"model.layers.{i}": "disk" if i in layers else "cpu" for i in range(LAYERS)}
+    places |= {"model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "disk"}
+    return dispatch_model(build("llama"), places, main_device="cpu", offload_dir=folder)
+
+
+def test_a_model_that_lies_on_disk_in_part_scores_alike(tmp_path):
+    truth, model = record_all(build("llama"), make_samples(), CONFIG), offloaded({0}, tmp_path)
+    assert model.lm_head.weight.device.type == "meta"
+    assert error_over_spread(record_all(model, make_samples(), CONFIG), truth) < 1e-6
+
+
+def test_weights_that_are_measured_have_to_be_at_hand(tmp_path):
+    with pytest.raises(InputError, match=r"layers\.2.* is offloaded.* Place the last 2 layers on a device"):
+        Recorder(offloaded({2}, tmp_path), CONFIG)

@@ -12,7 +12,7 @@ import torch
 from datasets import Dataset
 from trl import SFTConfig
 
-from resofilter_trainer import InputError, ResonanceConfig, ScoreTable, literal, score_dataset
+from resofilter_trainer import InputError, Recorder, ResonanceConfig, ScoreTable, literal, score_dataset, scoring
 
 ROWS = [{"question": f"what is {i} + {i % 5} ?", "answer": "so " * (i % 4) + str(i + i % 5)} for i in range(30)]
 COLUMNS = {"prompt_column": "question", "completion_column": "answer"}
@@ -44,12 +44,79 @@ def test_scores_are_the_literal_procedures_on_the_trainers_tokens(dataset, tiny_
     assert scores.to_pandas()["score"].dtype == np.float64
 
 
-@pytest.mark.parametrize("size", [1, 7, 30])
-def test_the_batch_size_changes_nothing(size, dataset, tiny_llama, tokenizer) -> None:
+@pytest.mark.parametrize("tokens", [1, 70, 100_000])
+def test_the_batch_size_changes_nothing(tokens, dataset, tiny_llama, tokenizer) -> None:
     model = tiny_llama(dtype=torch.float64)
     whole = score_dataset(model, dataset, tokenizer, arguments(), **COLUMNS)
-    found = score_dataset(model, dataset, tokenizer, arguments(per_device_train_batch_size=size), **COLUMNS)
+    found = score_dataset(model, dataset, tokenizer, arguments(), tokens_per_batch=tokens, **COLUMNS)
     np.testing.assert_allclose(found.column("score"), whole.column("score"), rtol=1e-12)
+
+
+def test_rows_with_the_same_prompt_score_as_those_alone(tiny_llama, tokenizer) -> None:
+    rows = [{"question": f"what is {i // 4} plus something long ?", "answer": str(i)} for i in range(16)]
+    model = tiny_llama(dtype=torch.float64)
+    together = score_dataset(model, Dataset.from_list(rows), tokenizer, arguments(), **COLUMNS)
+    for i in (0, 7, 15):
+        alone = score_dataset(model, Dataset.from_list(rows[i : i + 1]), tokenizer, arguments(), **COLUMNS)
+        assert together.column("score")[i] == pytest.approx(alone.column("score")[0], rel=1e-10)
+
+
+@pytest.mark.parametrize(
+    ("faster", "safe", "forward"), [(True, 0.995, "float32"), (True, -1.0, "bfloat16"), (False, -1.0, "float32")]
+)
+def test_bfloat16_is_chosen_where_it_is_faster_and_ranks_alike(
+    faster, safe, forward, dataset, tiny_llama, tokenizer, monkeypatch
+) -> None:
+    monkeypatch.setattr(scoring, "faster_in_bfloat16", lambda device: faster)
+    monkeypatch.setattr(scoring, "SAFE", safe)
+    model = tiny_llama()  # whose random weights rank otherwise in bfloat16
+    scores = score_dataset(model, dataset, tokenizer, arguments(), precision="auto", **COLUMNS)
+    chosen = score_dataset(model, dataset, tokenizer, arguments(), precision=forward, **COLUMNS)
+    assert scores.provenance.trust.forward == forward
+    assert scores.table.equals(chosen.table)
+    assert scores.provenance.preparation["autocast"] == "auto"
+    assert all(parameter.dtype == torch.float32 for parameter in model.parameters())
+
+
+def test_bfloat16_is_not_chosen_on_the_word_of_a_few_rows(dataset, tiny_llama, tokenizer, monkeypatch) -> None:
+    monkeypatch.setattr(scoring, "faster_in_bfloat16", lambda device: True)
+    monkeypatch.setattr(scoring, "SAFE", -1.0)
+    scores = score_dataset(tiny_llama(), dataset.select(range(15)), tokenizer, arguments(), precision="auto", **COLUMNS)
+    assert scores.provenance.trust.forward == "float32"
+
+
+def test_the_clock_says_whether_bfloat16_is_faster(monkeypatch) -> None:
+    assert scoring.faster_in_bfloat16(torch.device("cpu")) in (True, False)
+    monkeypatch.setattr(scoring, "CLEARLY_FASTER", 1e9)
+    assert scoring.faster_in_bfloat16(torch.device("cpu"))
+    monkeypatch.setattr(scoring, "CLEARLY_FASTER", 0.0)
+    assert not scoring.faster_in_bfloat16(torch.device("cpu"))
+
+
+def test_a_batch_too_large_for_the_device_is_taken_in_halves(dataset, tiny_llama, tokenizer, monkeypatch) -> None:
+    truth = score_dataset(tiny_llama(dtype=torch.float64), dataset, tokenizer, arguments(), **COLUMNS)
+    real, room = Recorder.__call__, [3]
+
+    def little_memory(self, batch):
+        if len(batch["input_ids"]) > room[0]:
+            raise torch.OutOfMemoryError("no room")
+        return real(self, batch)
+
+    monkeypatch.setattr(Recorder, "__call__", little_memory)
+    found = score_dataset(tiny_llama(dtype=torch.float64), dataset, tokenizer, arguments(), **COLUMNS)
+    np.testing.assert_allclose(found.column("score"), truth.column("score"), rtol=1e-12)
+    room[0] = 0
+    with pytest.raises(torch.OutOfMemoryError, match="no room"):
+        score_dataset(tiny_llama(dtype=torch.float64), dataset, tokenizer, arguments(), **COLUMNS)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [({"tokens_per_batch": 0}, "tokens_per_batch must be at least 1"), ({"precision": "fp8"}, "precision must be one")],
+)
+def test_settings_that_cannot_work_are_refused(settings, message, dataset, tiny_llama, tokenizer) -> None:
+    with pytest.raises(InputError, match=message):
+        score_dataset(tiny_llama(), dataset, tokenizer, arguments(), **settings, **COLUMNS)
 
 
 def test_every_row_has_a_score_or_a_reason(tiny_llama, tokenizer) -> None:

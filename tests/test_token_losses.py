@@ -95,6 +95,7 @@ def test_losses_are_the_same_when_few_logits_fit(model, prepared, truth, monkeyp
     logits_held = watch_logits(monkeypatch)
     most = model.config.vocab_size * 7
     monkeypatch.setitem(head.TILE_LOGITS, "cpu", most)
+    monkeypatch.setattr(head, "PIECE_LOGITS", most)
     monkeypatch.setattr(head, "SMALLEST_TILE", 1)
     np.testing.assert_allclose(measure(model, prepared), truth, rtol=0, atol=1e-5)
     assert 0 < max(logits_held) <= most
