@@ -15,18 +15,16 @@ Elsewhere the model's own forward runs again from the decoder's output on, a few
 from __future__ import annotations
 
 import contextlib
-import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
-from peft import PeftModel
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .losses import head_only_at, learnt_positions
+from .losses import Inputs, at_positions, head_only_at, learnt_logits, unwrapped
 from .modes import at_least_float32, instead, same_but_for
 
 TILE_LOGITS = {"cpu": 1 << 20}  # 4 MB of float32: stays in the cache
@@ -34,31 +32,6 @@ TILE_LOGITS_ELSEWHERE = 1 << 26  # few launches, 256 MB
 PROBE = 16  # tokens on which a model is tried
 PIECE_LOGITS = 1 << 24  # 64 MB of float32, where each piece is a forward of its own
 SMALLEST_TILE = 512  # of the vocabulary: below, a product is too narrow to be fast
-
-
-@dataclass(frozen=True)
-class Inputs:
-    """What a model is called with, and what it should predict.
-
-    Attributes:
-        arguments: `input_ids` (B, T), and what else is needed.
-        index: (N,) the learnt positions, in the flattened `input_ids`.
-        targets: (N,) the tokens that follow them.
-    """
-
-    arguments: dict[str, Any]
-    index: Tensor
-    targets: Tensor
-
-    @property
-    def shape(self) -> torch.Size:
-        """(B, T)."""
-        return self.arguments["input_ids"].shape
-
-    @property
-    def ids_alone(self) -> bool:
-        """Whether the tokens say everything: no mask, no positions of their own."""
-        return self.arguments.keys() == {"input_ids", "use_cache"}
 
 
 @dataclass(frozen=True)
@@ -163,31 +136,6 @@ def losses_in_pieces(
     return torch.cat(losses), torch.cat(gradients)
 
 
-def inputs_of(model: nn.Module, batch: Mapping[str, Tensor], causal: bool) -> Inputs:
-    """What to call a language model with.
-
-    A causal model needs no mask for padding on the right, nor the last column, after which nothing is predicted. With
-    padding on the left, positions count from each sample's first token.
-
-    Args:
-        model: of transformers, wrapped by PEFT or not.
-        batch: `input_ids`, `attention_mask` and `labels`, each (B, T), padded on either side.
-        causal: whether no position sees a later one.
-    """
-    ids, mask, learnt = batch["input_ids"], batch["attention_mask"], learnt_positions(batch["labels"])
-    targets = batch["labels"][:, 1:][learnt]
-    if causal and ids.shape[1] > 1:
-        ids, mask = ids[:, :-1], mask[:, :-1]
-    arguments = {"input_ids": ids, "use_cache": False}
-    if not (causal and mask[:, 0].all()):
-        arguments["attention_mask"] = mask
-    inner = _unwrapped(model)
-    if not mask[:, 0].all() and "position_ids" in inspect.signature(inner.forward).parameters:
-        arguments["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)
-    index = F.pad(learnt, (0, ids.shape[1] - learnt.shape[1])).flatten().nonzero()[:, 0]
-    return Inputs(arguments, index, targets)
-
-
 Way = Callable[[nn.Module, Inputs], Decoded]
 
 
@@ -199,7 +147,7 @@ def find_way(model: nn.Module, ids: Tensor) -> Way:
         model: of transformers, wrapped by PEFT or not.
         ids: (1, T) some tokens to try it on.
     """
-    inner = _unwrapped(model)
+    inner = unwrapped(model)
     head, calls = inner.get_output_embeddings(), dict[nn.Module, tuple[Any, Any]]()
 
     def see(module: nn.Module, args: Any, output: Any) -> None:
@@ -222,12 +170,12 @@ def find_way(model: nn.Module, ids: Tensor) -> Way:
 
 def to_head(model: nn.Module, inputs: Inputs) -> Decoded:
     """Run a model whose logits are what its head, one linear map, gives: no cap, no scale."""
-    head, given = _unwrapped(model).get_output_embeddings(), list[Tensor]()
+    head, given = unwrapped(model).get_output_embeddings(), list[Tensor]()
     with contextlib.ExitStack() as stack:
         stack.callback(head.register_forward_pre_hook(lambda module, args: given.append(args[0])).remove)
         stack.enter_context(instead(head, lambda hidden: head.weight.new_zeros(1, 1, head.out_features)))
         model(**inputs.arguments)
-    hidden = _at(given[0].flatten(0, -2), inputs.index).to(head.weight.device)
+    hidden = at_positions(given[0].flatten(0, -2), inputs.index).to(head.weight.device)
     return Decoded(hidden, inputs.targets, head, head.out_features)
 
 
@@ -238,27 +186,15 @@ def to_body(body: nn.Module, model: nn.Module, inputs: Inputs) -> Decoded:
         stack.callback(body.register_forward_hook(lambda module, args, output: found.append(output)).remove)
         stack.enter_context(head_only_at(torch.zeros_like(inputs.index[:1]), inputs.shape.numel(), model))
         logits = model(**inputs.arguments).logits
-    hidden, kind = _at(found[0][0].flatten(0, 1), inputs.index), type(found[0])
+    hidden, kind = at_positions(found[0][0].flatten(0, 1), inputs.index), type(found[0])
     logits_of = partial(_logits_of, model, body, kind, inputs.arguments["input_ids"][:1, :1])
     return Decoded(hidden, inputs.targets, logits_of, logits.shape[-1])
 
 
 def to_logits(model: nn.Module, inputs: Inputs) -> Decoded:
     """Run a model to the logits themselves."""
-    with head_only_at(inputs.index, inputs.shape.numel(), model):
-        logits = model(**inputs.arguments).logits
-    if logits.numel() != len(inputs.index) * logits.shape[-1]:
-        logits = _at(logits.flatten(0, 1), inputs.index)
-    return Decoded(logits.flatten(0, -2), inputs.targets, lambda own: own, logits.shape[-1])
-
-
-def _at(positions: Tensor, index: Tensor) -> Tensor:
-    """Some positions, on whichever device they are."""
-    return positions[index.to(positions.device)]
-
-
-def _unwrapped(model: nn.Module) -> Any:
-    return model.get_base_model() if isinstance(model, PeftModel) else model
+    logits = learnt_logits(model, inputs)
+    return Decoded(logits, inputs.targets, lambda own: own, logits.shape[-1])
 
 
 def _gives(head: nn.Linear, output: Tensor, logits: Tensor) -> bool:

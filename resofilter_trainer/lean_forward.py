@@ -17,7 +17,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from .head import PROBE, Decoded, Inputs, Way, find_way, inputs_of, is_causal
+from .head import PROBE, Decoded, Way, find_way, is_causal
+from .losses import Inputs, inputs_of
 from .modes import same_but_for
 from .narrowing import Narrowing, position_by_position
 from .prefixes import SharedPrefix

@@ -22,8 +22,8 @@ from transformers import TrainingArguments
 
 from .batches import collate, of_all_processes, own_share, split_by_tokens
 from .config import InputError
-from .head import PROBE, Way, find_way, inputs_of
-from .losses import learnt_positions
+from .head import PROBE, Way, find_way
+from .losses import inputs_of, learnt_positions
 from .modes import bfloat16_forward, evaluating
 from .preparation import PreparedRows
 from .token_scores import load_arrow, save_arrow

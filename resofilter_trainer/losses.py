@@ -1,10 +1,11 @@
-"""The loss of every learnt token and of every sample. Knows nothing of updates, files or trainers."""
+"""What a model is called with, and the loss of every learnt token. Knows nothing of updates, files or trainers."""
 
 from __future__ import annotations
 
 import contextlib
 import inspect
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,34 +23,78 @@ def learnt_positions(labels: Tensor) -> Tensor:
     return labels[:, 1:] != IGNORE
 
 
-def sample_losses(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
-    """Each sample's own mean token loss, in nats, whoever else is in the batch.
-
-    Args:
-        model: a causal language model.
-        batch: `input_ids`, `attention_mask` and `labels`, each (B, T), padded on either side.
-
-    Returns:
-        (B,) float64, with a graph where gradients are enabled; zero for a sample without a learnt token.
-    """
-    return sample_means(token_losses(model, batch), learnt_positions(batch["labels"]))
-
-
 def sample_means(losses: Tensor, learnt: Tensor) -> Tensor:
     """(B,) float64, the mean of each sample's (N,) token losses; `learnt` (B, T - 1) says whose they are."""
     sums = losses.new_zeros(len(learnt), dtype=torch.float64).index_add(0, learnt.nonzero()[:, 0], losses.double())
     return sums / learnt.sum(1).clamp(min=1)
 
 
+@dataclass(frozen=True)
+class Inputs:
+    """What a model is called with, and what it should predict.
+
+    Attributes:
+        arguments: `input_ids` (B, T), and what else is needed.
+        index: (N,) the learnt positions, in the flattened `input_ids`.
+        targets: (N,) the tokens that follow them.
+    """
+
+    arguments: dict[str, Any]
+    index: Tensor
+    targets: Tensor
+
+    @property
+    def shape(self) -> torch.Size:
+        """(B, T)."""
+        return self.arguments["input_ids"].shape
+
+    @property
+    def ids_alone(self) -> bool:
+        """Whether the tokens say everything: no mask, no positions of their own."""
+        return self.arguments.keys() == {"input_ids", "use_cache"}
+
+
+def inputs_of(model: nn.Module, batch: Mapping[str, Tensor], causal: bool) -> Inputs:
+    """What to call a language model with.
+
+    A causal model needs no mask for padding on the right, nor the last column, after which nothing is predicted. With
+    padding on the left, positions count from each sample's first token.
+
+    Args:
+        model: of transformers, wrapped by PEFT or not.
+        batch: `input_ids`, `attention_mask` and `labels`, each (B, T), padded on either side.
+        causal: whether no position sees a later one.
+    """
+    ids, mask, learnt = batch["input_ids"], batch["attention_mask"], learnt_positions(batch["labels"])
+    targets = batch["labels"][:, 1:][learnt]
+    if causal and ids.shape[1] > 1:
+        ids, mask = ids[:, :-1], mask[:, :-1]
+    arguments = {"input_ids": ids, "use_cache": False}
+    if not (causal and mask[:, 0].all()):
+        arguments["attention_mask"] = mask
+    inner = unwrapped(model)
+    if not mask[:, 0].all() and "position_ids" in inspect.signature(inner.forward).parameters:
+        arguments["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)
+    index = F.pad(learnt, (0, ids.shape[1] - learnt.shape[1])).flatten().nonzero()[:, 0]
+    return Inputs(arguments, index, targets)
+
+
 def token_losses(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
-    """The loss of each learnt token, (N,), sample after sample. The head runs at those positions only."""
-    learnt = learnt_positions(batch["labels"])
-    index = F.pad(learnt, (0, 1)).flatten().nonzero()[:, 0]
-    with head_only_at(index, learnt.shape[0] * (learnt.shape[1] + 1), model):
-        logits = model(**_forward_arguments(model, batch)).logits
-    if logits.numel() != len(index) * logits.shape[-1]:
-        logits = logits.flatten(0, 1)[index]
-    return F.cross_entropy(at_least_float32(logits.flatten(0, -2)), batch["labels"][:, 1:][learnt], reduction="none")
+    """The loss of each learnt token, (N,), sample after sample, with a graph where gradients are enabled.
+
+    The obvious way, but for the head that sees learnt positions only; `head.py` has the same numbers at less cost.
+    """
+    inputs = inputs_of(model, batch, causal=False)
+    return F.cross_entropy(at_least_float32(learnt_logits(model, inputs)), inputs.targets, reduction="none")
+
+
+def learnt_logits(model: nn.Module, inputs: Inputs) -> Tensor:
+    """(N, V) at the learnt positions."""
+    with head_only_at(inputs.index, inputs.shape.numel(), model):
+        logits = model(**inputs.arguments).logits
+    if logits.numel() != len(inputs.index) * logits.shape[-1]:
+        logits = at_positions(logits.flatten(0, 1), inputs.index)
+    return logits.flatten(0, -2)
 
 
 @contextlib.contextmanager
@@ -63,7 +108,7 @@ def head_only_at(index: Tensor, positions: int, model: nn.Module) -> Iterator[No
         hidden = args[0]
         if hidden.shape[:-1].numel() != positions:
             return None
-        return hidden.flatten(0, -2)[index.to(hidden.device)][None], *args[1:]
+        return at_positions(hidden.flatten(0, -2), index)[None], *args[1:]
 
     head: nn.Module | None = model.get_output_embeddings()  # type: ignore[operator]
     handle = None if head is None else head.register_forward_pre_hook(keep)
@@ -74,11 +119,11 @@ def head_only_at(index: Tensor, positions: int, model: nn.Module) -> Iterator[No
             handle.remove()
 
 
-def _forward_arguments(model: nn.Module, batch: Mapping[str, Tensor]) -> dict[str, Any]:
-    """The batch without its labels. With padding on the left, positions count from each sample's first token."""
-    mask = batch["attention_mask"]
-    arguments = {"input_ids": batch["input_ids"], "attention_mask": mask, "use_cache": False}
-    inner = model.get_base_model() if isinstance(model, PeftModel) else model
-    if not mask[:, 0].all() and "position_ids" in inspect.signature(inner.forward).parameters:
-        arguments["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)
-    return arguments
+def at_positions(positions: Tensor, index: Tensor) -> Tensor:
+    """Some positions, on whichever device they are."""
+    return positions[index.to(positions.device)]
+
+
+def unwrapped(model: nn.Module) -> Any:
+    """The model of transformers inside PEFT's."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model

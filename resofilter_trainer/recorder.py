@@ -23,9 +23,9 @@ from torch import Tensor, nn
 
 from .config import InputError, ResonanceConfig
 from .gradients import Segment, block_gradients, gram_is_cheaper, runs_of, segments_of, spans, squared_norm, tiles
-from .head import Decoded, Inputs
+from .head import Decoded
 from .lean_forward import LeanForward
-from .losses import learnt_positions, sample_means
+from .losses import Inputs, learnt_positions, sample_means
 from .modes import at_least_float32, evaluating, own_precision, requiring_grad
 from .resonance import Resonance
 from .up_projection import UpProjection, decoder_layers, find_up_projections

@@ -19,14 +19,13 @@ from resofilter_trainer.head import (
     PROBE,
     Decoded,
     find_way,
-    inputs_of,
     is_causal,
     linear_losses,
     losses_in_pieces,
     to_head,
     to_logits,
 )
-from resofilter_trainer.losses import token_losses
+from resofilter_trainer.losses import inputs_of, token_losses
 from resofilter_trainer.modes import own_precision
 
 VOCAB, WIDTH = 128, 6
