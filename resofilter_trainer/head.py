@@ -15,7 +15,7 @@ Elsewhere the model's own forward runs again from the decoder's output on, a few
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -211,10 +211,18 @@ def _logits_of(model: nn.Module, body: nn.Module, kind: type, some_ids: Tensor, 
 
 @torch.no_grad()
 def is_causal(model: nn.Module, ids: Tensor) -> bool:
-    """Whether the logits of some tokens, (1, T), stay the same, but for rounding, when the last token is another."""
-    if ids.shape[1] < 2:
+    """Whether no position sees a later one: nor another last token, tried on (1, T) tokens, nor how many there are."""
+    if ids.shape[1] < 2 or _positions_depend_on_length(unwrapped(model).config.to_dict()):
         return False
     other = ids.clone()
     other[0, -1] = ids[0, 0] if ids[0, 0] != ids[0, -1] else (ids[0, -1] - 1).abs()
     before, after = (model(input_ids=each, use_cache=False).logits[:, :-1] for each in (ids, other))
     return same_but_for(8 * torch.finfo(at_least_float32(before).dtype).eps, before, after)
+
+
+def _positions_depend_on_length(settings: Any) -> bool:
+    """Whether a configuration asks for rotary embeddings that change when the longest row of a batch is long."""
+    if not isinstance(settings, Mapping):
+        return False
+    kinds = [settings.get(name) for name in ("rope_type", "type")]
+    return "dynamic" in kinds or "longrope" in kinds or any(map(_positions_depend_on_length, settings.values()))

@@ -11,7 +11,6 @@ What can be left out depends on the model, so it is tried on the first batch, an
 from __future__ import annotations
 
 import contextlib
-import sys
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -49,7 +48,6 @@ class LeanForward:
         self._causal = False
         self._narrowing = Narrowing(())
         self._sharing: bool | None = None
-        self._widest, self._shortest = 0, sys.maxsize  # a batch and a prefix on which sharing was tried
 
     @property
     def narrowed(self) -> set[nn.Module]:
@@ -100,12 +98,10 @@ class LeanForward:
         if not self._causal or self._sharing is False or not inputs.ids_alone:
             return 0
         length = self._prefix.length(inputs.arguments["input_ids"], lengths)
-        width = inputs.shape[1]
-        if length and (self._sharing is None or width > self._widest or length < self._shortest):
-            if not (inputs.index % width >= length).any():
+        if length and self._sharing is None:
+            if not (inputs.index % inputs.shape[1] >= length).any():
                 return 0  # nothing to tell it by
             self._sharing = self._comes_to_the_same(inputs, length)
-            self._widest, self._shortest = max(width, self._widest), min(length, self._shortest)
         return length if self._sharing else 0
 
     @torch.no_grad()
