@@ -22,7 +22,7 @@ from transformers import TrainingArguments
 
 from .batches import collate, of_all_processes, own_share, split_by_tokens
 from .config import InputError
-from .head import PROBE, Way, find_way
+from .head import PROBE, Way, find_way, to_logits
 from .losses import inputs_of, learnt_positions
 from .modes import bfloat16_forward, evaluating
 from .preparation import PreparedRows
@@ -99,15 +99,14 @@ def measure_token_losses(
     todo = [number for number in range(len(batches)) if number not in done]
     fresh: list[tuple[int, np.ndarray]] = []
     saved, last = 0, time.monotonic()
-    way: Way | None = None
     try:
         with evaluating(model), torch.no_grad(), bfloat16_forward(model, bool(args.bf16)):
+            way: Way = to_logits
+            if todo:
+                some = prepared.dataset[int(batches[0][0])]["input_ids"][:PROBE]
+                way = find_way(model, torch.tensor([some], device=next(model.parameters()).device))
             for number in own_share(todo, label, args):
-                batch = collate(prepared, batches[number], next(model.parameters()).device)
-                way = way or find_way(model, batch["input_ids"][:1, :PROBE])
-                losses = way(model, inputs_of(model, batch, causal=False)).losses()
-                _check_finite(losses, batch, prepared.sample_ids[batches[number]])
-                fresh.append((number, losses.float().cpu().numpy()))
+                fresh.append((number, _losses_of(model, prepared, batches[number], way)))
                 if parts is not None and time.monotonic() - last > SAVE_EVERY:
                     parts.save(fresh[saved:])
                     saved, last = len(fresh), time.monotonic()
@@ -124,6 +123,14 @@ def _digest(prepared: PreparedRows, tokens_per_batch: int) -> str:
     for array in (prepared.sample_ids, prepared.lengths, prepared.num_tokens):
         digest.update(np.ascontiguousarray(array, dtype=np.int64).data)
     return digest.hexdigest()
+
+
+def _losses_of(model: nn.Module, prepared: PreparedRows, rows: np.ndarray, way: Way) -> np.ndarray:
+    """(n,) float32, the losses of a batch's learnt tokens, in the order of its rows."""
+    batch = collate(prepared, rows, next(model.parameters()).device)
+    losses = way(model, inputs_of(model, batch, causal=False)).losses()
+    _check_finite(losses, batch, prepared.sample_ids[rows])
+    return losses.float().cpu().numpy()
 
 
 def _check_finite(losses: torch.Tensor, batch: Mapping[str, torch.Tensor], places: np.ndarray) -> None:
