@@ -86,7 +86,7 @@ def recorder_bf16(model: LlamaForCausalLM, samples: Sequence[Sample], config: Re
 
 
 def default(model: LlamaForCausalLM, samples: Sequence[Sample], config: ResonanceConfig) -> Tensor:
-    """What `score_dataset` does by default, the rows measured twice for the sake of `Trust` included."""
+    """What `score_dataset` does by default, what is measured again for the sake of `Trust` included."""
     prepared, args = prepared_rows(samples), default_arguments()
     args.disable_tqdm = True
     return torch.from_numpy(score_prepared(model, prepared, args, config, "auto")[0].score)

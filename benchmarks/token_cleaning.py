@@ -41,19 +41,17 @@ if "select" not in sys.argv:  # which needs no model, and is not measured with t
     import torch
     from datasets import Dataset
     from scoring_worker import GSM8K, build_model, make_samples
-    from torch import Tensor, nn
-    from torch.nn import functional as F
     from transformers import (
         LlamaConfig,
         LlamaForCausalLM,
     )
     from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-    from resofilter_trainer.batches import split_by_tokens
+    from resofilter_trainer.batches import collate, split_by_tokens
     from resofilter_trainer.cleaned_dataset import mask_labels
     from resofilter_trainer.loading import default_arguments
     from resofilter_trainer.loss_pass import measure_token_losses
-    from resofilter_trainer.losses import head_only_at, learnt_positions
+    from resofilter_trainer.losses import inputs_of, learnt_logits
     from resofilter_trainer.modes import evaluating
     from resofilter_trainer.preparation import PreparedRows, prepared_already
     from resofilter_trainer.token_cleaning import score_tokens
@@ -230,18 +228,10 @@ def clean(models: Sequence[LlamaForCausalLM], rows: PreparedRows) -> Dataset:
 
 def plain_forwards(models: Sequence[LlamaForCausalLM], rows: PreparedRows) -> None:
     """Both models over the same batches, logits at the learnt positions, thrown away."""
-    collate = DataCollatorForLanguageModeling(pad_token_id=0)
     for model in models:
         with torch.no_grad(), evaluating(model):
             for batch in split_by_tokens(rows.lengths, TokenCleaning().tokens_per_batch):
-                forward(model, collate([rows.dataset[int(row)] for row in batch]))
-
-
-def forward(model: nn.Module, batch: dict[str, Tensor]) -> None:
-    labels = batch["labels"]
-    index = F.pad(learnt_positions(labels), (0, 1)).flatten().nonzero()[:, 0]
-    with head_only_at(index, labels.numel(), model):
-        model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
+                learnt_logits(model, inputs_of(model, collate(rows, batch, model.device), causal=False))
 
 
 def report_throughput(seconds: dict[str, list[float]], rows: PreparedRows, parameters: int) -> dict[str, Any]:

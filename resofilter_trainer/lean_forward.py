@@ -34,9 +34,6 @@ class LeanForward:
         lower: the decoder layers in which nothing is measured.
         layer: the one above them.
         last: the parts of the last decoder layer in which something is measured.
-
-    Attributes:
-        narrowed: those of `last` that have seen the learnt positions only.
     """
 
     def __init__(

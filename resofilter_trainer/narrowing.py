@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .losses import at_positions
+
 
 class Narrowing:
     """Lets some modules see less. One that is called with further tensors is left alone.
@@ -44,7 +46,7 @@ class Narrowing:
             return None
         self.narrowed.add(module)
         self._shapes[module] = hidden.shape[:-1]
-        return (hidden.flatten(0, -2)[self._index.to(hidden.device)][None], *args[1:]), kwargs
+        return (at_positions(hidden.flatten(0, -2), self._index)[None], *args[1:]), kwargs
 
     def _spread(self, module: nn.Module, args: Any, output: Any) -> Any:
         """Give back as many positions as came, zero where nothing was computed."""
