@@ -42,15 +42,17 @@ class SharedPrefix:
 
     def length(self, ids: Tensor, lengths: Tensor) -> int:
         """How many first tokens of a batch, (B, T), to take through the lower layers once; 0 if it is not worth it."""
-        if not self._lower or len(ids) < 2:
+        if not self._lower:
             return 0
         alike = (ids == ids[0]).all(0).long().cumprod(0).sum()
         common = min(int(alike), int(lengths.min()) - 1, ids.shape[1] - 1)
+        rows_spared = len(ids) - 1
         if self._known is not None:
             known = self._known[0].shape[1]
-            if REUSED * common <= known <= common and torch.equal(ids[:1, :known], self._known[0]):
-                common = known
-        return common if common * (len(ids) - 1) >= WORTH * ids.numel() else 0
+            nearly = len(ids) == 1 or REUSED * common <= known  # one row has all of itself in common
+            if nearly and known <= common and torch.equal(ids[:1, :known], self._known[0]):
+                common, rows_spared = known, len(ids)
+        return common if common * rows_spared >= WORTH * ids.numel() else 0
 
     @contextlib.contextmanager
     def of(self, ids: Tensor, length: int) -> Iterator[None]:

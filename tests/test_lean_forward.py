@@ -221,8 +221,8 @@ def test_rows_that_begin_alike_score_as_each_alone(family):
         pytest.skip("the value it masks with overflows in float64")
     samples = prefixed(3)
     with Recorder(build(family), CONFIG) as record:
+        alone = [record(collate([sample])) for sample in samples]  # which have nothing in common with anything yet
         found = record(collate(samples, "left" if family == "cpmant" else "right"))
-        alone = [record(collate([sample])) for sample in samples]
         sharing = record._forward._sharing
     truth = Resonance(*(np.concatenate([getattr(each, name) for each in alone]) for name in FIELDS))
     assert error_over_spread(found, truth) < 1e-6
@@ -240,6 +240,19 @@ def test_the_lowest_layer_sees_what_rows_have_in_common_once(family):
         assert watch.tokens(other) == PREFIX + 4 * (width(other) - PREFIX)
         assert watch.tokens(first) == PREFIX + 4 * (width(first) - PREFIX)
         assert watch.tokens(second) == 5 * (width(second) - PREFIX)  # known from the batch before
+        assert watch.tokens(second[:1]) == width(second[:1]) - PREFIX
+        assert watch.tokens(make_samples(1, seed=9)) == width(make_samples(1, seed=9))
+
+
+@pytest.mark.parametrize("family", PROMISED)
+def test_a_row_alone_behind_a_prefix_that_is_known_scores_as_it_does_without(family):
+    model, samples = build(family), prefixed()
+    truth = record_all(model, samples, CONFIG, size=1)
+    with watched(model) as watch:
+        watch.tokens(samples)
+        found = [watch.record(collate([sample])) for sample in samples]
+    score = np.concatenate([each.score for each in found])
+    assert np.abs(score - truth.score).max() < 1e-6 * np.ptp(truth.score)
 
 
 @pytest.mark.parametrize("family", ["xlstm", "recurrent_gemma", "rwkv", "jamba"])
