@@ -32,7 +32,7 @@ class ResonanceCallback(TrainerCallback):
     >>> callback.scores, callback.selections    # and in output_dir/resofilter/
 
     Args:
-        keep, threshold, selector, when, start_epoch, readmit, correct_drift: what is dropped and when, see
+        keep, threshold, selector, when, start_epoch, end_epoch, readmit, correct_drift: what is dropped and when, see
             `FilterConfig`. By default the larger half after the first epoch.
         token_cleaning: which tokens of the rows are learnt, see `TokenCleaning`. On its own, no row is dropped but
             those that keep no token; with `keep` and the like, scores are those of the tokens that are learnt.
@@ -55,6 +55,7 @@ class ResonanceCallback(TrainerCallback):
         selector: Policy | None = None,
         when: When = "training",
         start_epoch: int | None = None,
+        end_epoch: int | None = None,
         readmit: bool = False,
         correct_drift: bool | None = None,
         token_cleaning: TokenCleaning | None = None,
@@ -66,7 +67,7 @@ class ResonanceCallback(TrainerCallback):
         if token_cleaning is not None and keep is None and threshold is None and selector is None:
             keep = 1.0
         self.token_cleaning = token_cleaning
-        self.filter = FilterConfig(keep, threshold, selector, when, start_epoch, readmit, correct_drift)
+        self.filter = FilterConfig(keep, threshold, selector, when, start_epoch, readmit, correct_drift, end_epoch)
         one_of("update", update, (*get_args(Update), OPTIMIZER))
         self.by_optimizer = update == OPTIMIZER
         if self.by_optimizer and when == "before":

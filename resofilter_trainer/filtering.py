@@ -21,6 +21,7 @@ from .scores import ScoreTable
 from .selection import KEPT, DataSelector, Selection, drop_count, dropped_of, per_cent_dropped
 
 When = Literal["training", "before"]
+WHOLE = numbers.Integral
 
 
 class Policy(Protocol):
@@ -45,6 +46,7 @@ class FilterConfig:
         when: `"training"`, where an epoch's own scores decide on the next, or `"before"`, where the scores at the
             starting weights decide on every epoch.
         start_epoch: the first epoch, counted from 0, that trains on fewer rows. 1, or 0 with `when="before"`.
+        end_epoch: the first epoch, counted from 0, that trains on all rows again, with `readmit`; None: there is none.
         readmit: whether dropped rows are ranked again, by their last score; otherwise they stay dropped.
         correct_drift: whether the change of the model during an epoch is taken out of its scores (see `drift`). None:
             where the order of the rows is random, which is the condition for it. It is the score that is corrected;
@@ -58,22 +60,31 @@ class FilterConfig:
     start_epoch: int | None = None
     readmit: bool = False
     correct_drift: bool | None = None
+    end_epoch: int | None = None
 
     def __post_init__(self) -> None:
         one_of("when", self.when, get_args(When))
         ways = [name for name in ("keep", "threshold", "selector") if getattr(self, name) is not None]
         if len(ways) > 1:
             raise InputError(f"Pass one of keep, threshold and selector, got {' and '.join(ways)}.")
-        for name, kind in (("threshold", numbers.Real), ("start_epoch", numbers.Integral)):
+        for name, kind in (("threshold", numbers.Real), ("start_epoch", WHOLE), ("end_epoch", WHOLE)):
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, kind)):
-                raise InputError(f"{name} must be a {'whole ' * (kind is numbers.Integral)}number, got {value!r}.")
+                raise InputError(f"{name} must be a {'whole ' * (kind is WHOLE)}number, got {value!r}.")
         if self.selector is not None and not callable(getattr(self.selector, "select", None)):
             raise InputError(f"selector must have a method select(scores), got {self.selector!r}.")
         if isinstance(self.selector, SoftPruning) and self.when == "training" and not self.readmit:
             raise InputError("SoftPruning draws among all rows after every epoch: pass readmit=True.")
         if self.start_epoch is not None and isinstance(self.keep, Sequence):
             raise InputError("A list of shares says itself when filtering begins: leave start_epoch out.")
+        if self.end_epoch is not None and (not self.readmit or isinstance(self.keep, Sequence)):
+            raise InputError(
+                "end_epoch takes dropped rows back: pass readmit=True, and in a list of shares end with 1.0 instead."
+            )
+        if self.end_epoch is not None and self.end_epoch <= self.first:
+            raise InputError(
+                f"end_epoch={self.end_epoch}: filtering begins with epoch {self.first}, so nothing would go."
+            )
         if self.first < (1 if self.when == "training" else 0):
             raise InputError(
                 f"start_epoch={self.start_epoch}: the first epoch has no scores to decide by. "
@@ -100,6 +111,16 @@ class FilterConfig:
         if self.start_epoch is None:
             return 1 if self.when == "training" else 0
         return self.start_epoch
+
+    def ended(self, epoch: int) -> bool:
+        """Whether an epoch trains on all rows again."""
+        return self.end_epoch is not None and epoch >= self.end_epoch
+
+    def decides(self, epoch: int) -> bool:
+        """Whether something is decided before an epoch; otherwise it trains on what the last one did."""
+        if self.when == "before" and not self.has_shares:  # a policy is asked once
+            return epoch in (self.first, self.end_epoch)
+        return epoch >= self.first
 
     @property
     def policy(self) -> Policy:
@@ -131,7 +152,7 @@ class FilterConfig:
     def shares(self, epochs: int) -> list[float]:
         """The share of each epoch, of a run of so many. Raises InputError for a list that is longer than the run."""
         if not isinstance(self.keep, Sequence):
-            return [1.0 if epoch < self.first else self._share for epoch in range(epochs)]
+            return [1.0 if epoch < self.first or self.ended(epoch) else self._share for epoch in range(epochs)]
         if len(self.keep) > epochs:
             raise InputError(f"keep has {len(self.keep)} shares and the run {epochs} epochs: leave some out.")
         return [*self.keep, *[self.keep[-1]] * (epochs - len(self.keep))]
@@ -165,9 +186,15 @@ def decide(
         last: what the epoch before trained on.
 
     Returns:
-        Of all rows of the user's dataset. A row without a measurement stays. A row whose score is not a number goes: by
-        a policy always, by a share first of all, but no more rows than the share says.
+        Of all rows of the user's dataset; from `end_epoch` on, all of them. A row without a measurement stays. A row
+        whose score is not a number goes: by a policy always, by a share first of all, but no more rows than it says.
     """
+    if config.ended(epoch):
+        keep, reason = last.keep.copy(), list(last.reason)
+        keep[rows] = True
+        for row in rows:
+            reason[row] = KEPT
+        return Selection(keep, reason, {**config.to_json(), "epoch": epoch}, scores.provenance.to_json())
     candidates = rows if config.readmit else rows[last.keep[rows]]
     policy = config.policy
     ranked = policy if isinstance(policy, DataSelector) else DataSelector()

@@ -130,7 +130,8 @@ class SoftPruning:
     """Of the rows beyond the mean only a share stays, by lot, and counts for more (InfoBatch, arXiv 2303.04947).
 
     The rows of that side that stay weigh `n / kept`, so the expected gradient is that of all rows. InfoBatch also takes
-    all rows in the last eighth of the epochs; that is not done here.
+    all rows in the last eighth of the epochs: `ResonanceCallback(selector=SoftPruning(), readmit=True, end_epoch=7)` of
+    eight.
 
     Attributes:
         keep: share of the rows beyond the mean that stays; InfoBatch's r is `1 - keep`.

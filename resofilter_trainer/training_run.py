@@ -377,8 +377,7 @@ class Run:
         """Decide on the rows of an epoch."""
         assert self.results.scores is not None
         last = self.results.selections[-1]
-        asked_once = self.filter.when == "before" and not self.filter.has_shares and epoch > self.filter.first
-        if epoch >= self.filter.first and not asked_once:
+        if self.filter.decides(epoch):
             share = self.filter.shares(self.epochs)[epoch]
             last = decide(self.filter, epoch, share, self.results.scores, self._trainable, last)
         self.results.selections.append(last)
@@ -402,7 +401,8 @@ class Run:
         kept, sizes, share_known = int(self._kept.sum()), list(self.plan.sizes), self.filter.has_shares
         most = self.batching.rows if self.filter.readmit else kept
         for epoch in range(self.epoch, self.epochs):
-            sizes[epoch] = min(sizes[epoch], most) if share_known and epoch > self.epoch else kept
+            known = share_known and epoch > self.epoch
+            sizes[epoch] = min(sizes[epoch], most) if known or self.filter.ended(epoch) else kept
         before, self.plan = self.plan.total, dataclasses.replace(self.plan, sizes=sizes)
         if self.plan.total != before:
             self.progress = self.progress.replanned(self.trainer.state.global_step, self.plan.total)

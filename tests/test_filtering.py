@@ -15,6 +15,7 @@ from test_scores import make_provenance
 from resofilter_trainer.config import InputError
 from resofilter_trainer.filtering import FilterConfig, decide
 from resofilter_trainer.measurements import Measured, Measurements
+from resofilter_trainer.policies import SoftPruning
 from resofilter_trainer.scores import ScoreTable
 from resofilter_trainer.selection import DataSelector, Selection
 
@@ -67,6 +68,10 @@ def decided(config: FilterConfig, scores: ScoreTable, last: Selection | None = N
         ({"keep": DataSelector(), "selector": DataSelector()}, "got keep and selector"),
         ({"keep": [1.0, 0.5], "start_epoch": 1}, "leave start_epoch out"),
         ({"start_epoch": 0}, "start_epoch=0: the first epoch has no scores"),
+        ({"end_epoch": 3}, "end_epoch takes dropped rows back: pass readmit=True"),
+        ({"keep": [1.0, 0.5], "end_epoch": 3, "readmit": True}, "end with 1.0 instead"),
+        ({"end_epoch": 1, "readmit": True}, "end_epoch=1: filtering begins with epoch 1, so nothing would go"),
+        ({"end_epoch": 1.5, "readmit": True}, "end_epoch must be a whole number"),
         ({"start_epoch": -1, "when": "before"}, "start_epoch=-1"),
         ({"keep": []}, "empty list"),
         ({"keep": 0}, "above 0 and at most 1, got 0"),
@@ -102,6 +107,8 @@ def test_settings_that_cannot_work_are_refused(settings, message):
         ({"keep": 1}, [1, 1, 1, 1]),
         ({"keep": 0.25, "start_epoch": 3}, [1, 1, 1, 0.25]),
         ({"keep": 0.25, "start_epoch": 9}, [1, 1, 1, 1]),
+        ({"keep": 0.25, "end_epoch": 3, "readmit": True}, [1, 0.25, 0.25, 1]),
+        ({"keep": 0.25, "when": "before", "end_epoch": 2, "readmit": True}, [0.25, 0.25, 1, 1]),
         ({"keep": 0.25, "when": "before"}, [0.25, 0.25, 0.25, 0.25]),
         ({"keep": 0.25, "when": "before", "start_epoch": 2}, [1, 1, 0.25, 0.25]),
         ({"keep": [1.0, 0.5]}, [1, 0.5, 0.5, 0.5]),
@@ -157,6 +164,28 @@ def test_the_larger_half_goes_and_the_reason_says_when():
     selection = decided(FilterConfig(), measured([1.0, 4.0, 2.0, 3.0]))
     assert selection.keep.tolist() == [True, False, True, False]
     assert list(selection.reason) == ["kept", "largest 50 %, after epoch 1"] * 2
+
+
+@pytest.mark.parametrize("settings", [{}, {"selector": SoftPruning(keep=0.5)}, {"threshold": 2.5}])
+def test_from_the_end_epoch_on_all_rows_are_back(settings):
+    config = FilterConfig(readmit=True, end_epoch=3, **settings)
+    scores = measured([1.0, 4.0, 2.0, 3.0, None], [1.0, 2.0, 3.0, 4.0, 0.0])
+    rows, last = np.arange(5), start(5)
+    for epoch in (1, 2):
+        assert config.decides(epoch)
+        last = decide(config, epoch, config.shares(4)[epoch] if config.has_shares else 1.0, scores, rows, last)
+        assert not last.keep.all()
+    assert config.decides(3)
+    found = decide(config, 3, 1.0, scores, rows, last)
+    assert found.keep.all()
+    assert set(found.reason) == {"kept"}
+    assert found.weight is None
+
+
+def test_a_policy_that_is_asked_before_training_is_asked_once_and_ended():
+    config = FilterConfig(selector=DataSelector(), when="before", readmit=True, end_epoch=3)
+    assert [config.decides(epoch) for epoch in range(5)] == [True, False, False, True, False]
+    assert [FilterConfig(when="before").decides(epoch) for epoch in range(3)] == [True] * 3
 
 
 def test_scores_from_before_training_are_of_no_epoch():
