@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,7 @@ T975 = (
 )
 NORMAL975 = 1.960
 FULL, RANDOM = "full", "random"
+EPOCHS, FLOPS = "epochs", "flops"  # what two trainings have as many of
 NEARLY = 0.01  # of the rows: a model may be unable to score some
 
 
@@ -54,13 +55,16 @@ class Cell:
         method: of the selector, with its settings.
         keep: the share that was asked for.
         seed: of the training, of the selection where it draws lots, and of the demo's problems.
-        rows, kept: of the dataset, and trained on.
-        metric: held-out, larger is better; None where the training diverged.
+        rows, kept: of the dataset, and trained on; learnt tokens where it is tokens that are selected.
+        metric: held-out, larger is better; None where the training diverged, or could not be.
         selection_seconds, training_seconds: on this machine.
         selection_flops, training_flops: estimated from parameters and tokens.
         length_correlation, loss_correlation: Spearman's, of the score with learnt tokens and with the loss.
         auroc: of the score as a detector of wrong rows, large where those that go are wrong.
         wrong_kept: share of wrong rows among the kept.
+        budget: `"epochs"`, as many as the run on all rows; or `"flops"`, as many as cost the same, selecting included.
+        failure: why there is no metric.
+        tasks: the metric of each task, where the metric is the mean over some.
     """
 
     selector: str
@@ -80,6 +84,9 @@ class Cell:
     model: str = ""
     scored_by: str = ""
     method: str = ""
+    budget: str = EPOCHS
+    failure: str = ""
+    tasks: Mapping[str, float] = field(default_factory=dict)
 
 
 def interval(values: Sequence[float]) -> tuple[float, float, float]:
@@ -95,19 +102,19 @@ def interval(values: Sequence[float]) -> tuple[float, float, float]:
 
 
 def summarise(cells: Sequence[Cell]) -> list[dict[str, Any]]:
-    """A line for each selector, share and trained model, in the order in which they come.
+    """A line for each budget, trained model, selector and share, in the order in which they come.
 
-    Columns: the metric with its interval over seeds, `diverged` runs left out; `over_random` and `over_full`, the mean
+    Columns: the metric with its interval over seeds, `failures` left out; `over_random` and `over_full`, the mean
     difference to the same seed's run on as many random rows, and on all rows, with its interval (paired); `p`, the mean
     ratio to the run on all rows; SDF, kept over all rows; costs, as medians.
     """
-    lines: dict[tuple[str, str, float], list[Cell]] = {}
+    lines: dict[tuple[str, str, str, float], list[Cell]] = {}
     for cell in cells:
-        lines.setdefault((cell.model, cell.selector, cell.keep), []).append(cell)
+        lines.setdefault((cell.budget, cell.model, cell.selector, cell.keep), []).append(cell)
     found = []
-    for (model, selector, keep), own in lines.items():
-        full = {cell.seed: cell.metric for cell in lines.get((model, FULL, 1.0), [])}
-        random = {cell.seed: cell for cell in lines.get((model, RANDOM, keep), [])}
+    for (budget, model, selector, keep), own in lines.items():
+        full = {cell.seed: cell for cell in lines.get((EPOCHS, model, FULL, 1.0), [])}
+        random = {cell.seed: cell for cell in lines.get((budget, model, RANDOM, keep), [])}
         sound = [cell for cell in own if cell.metric is not None]
         metric, low, high = interval([cell.metric for cell in sound if cell.metric is not None])
         found.append(
@@ -115,17 +122,18 @@ def summarise(cells: Sequence[Cell]) -> list[dict[str, Any]]:
                 "selector": selector,
                 "keep": keep,
                 "model": model,
+                "budget": budget,
                 "scored_by": own[0].scored_by,
                 "method": own[0].method,
                 "seeds": len(sound),
-                "diverged": len(own) - len(sound),
+                "failures": [cell.failure for cell in own if cell.metric is None],
                 "metric": metric,
                 "metric_low": low,
                 "metric_high": high,
                 "over_random": _paired([(cell.metric, _as_many(random.get(cell.seed), cell)) for cell in sound]),
-                "over_full": _paired([(cell.metric, full.get(cell.seed)) for cell in sound]),
+                "over_full": _paired([(cell.metric, _metric(full.get(cell.seed))) for cell in sound]),
                 "sdf": float(np.mean([cell.kept / cell.rows for cell in own])),
-                "p": _mean([_ratio(cell.metric, full.get(cell.seed)) for cell in sound]),
+                "p": _mean([_ratio(cell, full.get(cell.seed)) for cell in sound]),
                 **{name: _mean([getattr(cell, name) for cell in own]) for name in MEANS},
                 **{name: float(np.median([getattr(cell, name) for cell in own])) for name in COSTS},
             }
@@ -139,8 +147,9 @@ COSTS = ("selection_seconds", "training_seconds", "selection_flops", "training_f
 
 def _as_many(other: Cell | None, cell: Cell) -> float | None:
     """The other's metric, where it was trained on as many rows or nearly."""
-    near = other is not None and abs(other.kept - cell.kept) <= NEARLY * cell.rows
-    return other.metric if other is not None and near else None
+    if other is None or abs(other.kept * cell.rows - cell.kept * other.rows) > NEARLY * cell.rows * other.rows:
+        return None
+    return other.metric
 
 
 def _paired(pairs: Sequence[tuple[float | None, float | None]]) -> tuple[float, float, float]:
@@ -148,9 +157,18 @@ def _paired(pairs: Sequence[tuple[float | None, float | None]]) -> tuple[float, 
     return interval([mine - theirs for mine, theirs in pairs if mine is not None and theirs is not None])
 
 
-def _ratio(metric: float | None, full: float | None) -> float | None:
-    """To the run on all rows; None where that is not there, or scored nothing."""
-    return None if metric is None or not full else metric / full
+def _metric(cell: Cell | None) -> float | None:
+    return None if cell is None else cell.metric
+
+
+def _ratio(cell: Cell, full: Cell | None) -> float | None:
+    """To the run on all rows, the mean over tasks; None where that is not there, or scored nothing."""
+    if cell.metric is None or full is None or full.metric is None:
+        return None
+    mine, all_rows = dict(cell.tasks) or {"": cell.metric}, dict(full.tasks) or {"": full.metric}
+    if any(not all_rows.get(name) for name in mine):
+        return None
+    return float(np.mean([mine[name] / all_rows[name] for name in mine]))
 
 
 def _mean(values: Sequence[float | None]) -> float | None:
@@ -171,7 +189,7 @@ def transfer(lines: Sequence[dict[str, Any]]) -> dict[tuple[str, float], dict[tu
     found: dict[tuple[str, float], dict[tuple[str, str], float]] = {}
     for line in lines:
         difference = line["over_random"][0]
-        if line["scored_by"] and not math.isnan(difference):
+        if line["scored_by"] and line["budget"] == EPOCHS and not math.isnan(difference):
             of_method = found.setdefault((line["method"], line["keep"]), {})
             of_method[line["scored_by"], line["model"]] = difference
     return {key: pairs for key, pairs in found.items() if len(pairs) > 1}

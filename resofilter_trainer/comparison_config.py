@@ -18,6 +18,7 @@ PLAIN: dict[str, Any] = {  # by annotation
     "str": (str, "text"),
     "int": (int, "a whole number"),
     "str | None": ((str, type(None)), "text"),
+    "bool": (bool, "true or false"),
 }
 
 
@@ -95,11 +96,18 @@ class ComparisonConfig:
         wrong_column: a column of the rows that says which of them are wrong, where that is known.
         test_dataset, test_split: what the trained models answer, by exact match of the number after `####` or after
             "The answer is"; the same dataset by default.
+        tasks: tasks or groups of lm-evaluation-harness instead, of which the metric is the mean.
+        task_folder: holds task files of one's own.
+        task_limit: how many documents of each task; all by default.
+        unsafe_code: whether tasks may run the code that a model writes, as HumanEval does, on this machine.
         demo: the problems, where `dataset` is `demo`.
         keep: shares of the rows that stay.
         seeds: of each of which every selector is trained once.
         score_model: scores instead of the model that is trained, for every selector that names none itself.
         proxy_model: the small model of superfiltering.
+        reference_model: what tokens are cleaned against; the model tuned on the first fifth of the rows by default.
+        equal_flops: whether everything is trained once more, for as long as selecting and training together cost what
+            training on all rows does.
         validation_dataset, validation_split, validation_rows: what LESS and Nuggets select for: the first so many rows.
         max_new_tokens: where an answer is cut off.
         training: fields of SFTConfig.
@@ -111,16 +119,22 @@ class ComparisonConfig:
     dataset: str = DEMO
     dataset_config: str | None = None
     split: str = "train"
-    prompt_column: str = "prompt"
+    prompt_column: str | Sequence[str] = "prompt"
     completion_column: str = "completion"
     wrong_column: str | None = None
     test_dataset: str | None = None
     test_split: str = "test"
+    tasks: Sequence[str] = ()
+    task_folder: str | None = None
+    task_limit: int | None = None
+    unsafe_code: bool = False
     demo: DemoProblems = field(default_factory=DemoProblems)
     keep: Sequence[float] = (0.5,)
     seeds: Sequence[int] = (0, 1, 2)
     score_model: str | None = None
     proxy_model: str | None = None
+    reference_model: str | None = None
+    equal_flops: bool = False
     validation_dataset: str | None = None
     validation_split: str = "validation"
     validation_rows: int = 16
@@ -129,20 +143,27 @@ class ComparisonConfig:
     output: str = "comparison"
 
     def __post_init__(self) -> None:
-        if isinstance(self.model, str):
-            object.__setattr__(self, "model", (self.model,))
+        for name in ("model", "tasks"):
+            if isinstance(getattr(self, name), str):
+                object.__setattr__(self, name, (getattr(self, name),))
         for each in dataclasses.fields(self):
             value, (kinds, words) = getattr(self, each.name), PLAIN.get(str(each.type), (object, ""))
-            if words and (not isinstance(value, kinds) or isinstance(value, bool)):
+            if words and (not isinstance(value, kinds) or (isinstance(value, bool) and kinds is not bool)):
                 raise InputError(f"{each.name} is {words}, got {value!r}.")
-        for number, what in ((self.max_new_tokens, "max_new_tokens"), (self.validation_rows, "validation_rows")):
-            if number < 1:
-                raise InputError(f"{what} must be at least 1, got {number}.")
+        for what in ("max_new_tokens", "validation_rows", "task_limit"):
+            number = getattr(self, what)
+            if number is not None and (not isinstance(number, int) or isinstance(number, bool) or number < 1):
+                raise InputError(f"{what} must be a whole number of at least 1, got {number!r}.")
         for name in ("seed", "output_dir"):
             if name in self.training:
                 raise InputError(
                     f"training has no {name}: that is the comparison's ({'seeds' if name == 'seed' else 'output'})."
                 )
+        self._check_selectors()
+        self._check_lists()
+        self._check_models()
+
+    def _check_selectors(self) -> None:
         names = [each.name for each in self.selectors]
         twice = sorted({name for name in names if names.count(name) > 1})
         if not names:
@@ -152,6 +173,10 @@ class ComparisonConfig:
         for name in names:
             if "/" in name or name.startswith("."):
                 raise InputError(f"'{name}' names a folder, too: leave slashes and a leading dot out.")
+        if self.equal_flops and FULL not in names:
+            raise InputError("equal_flops: the budget is what training on all rows costs: add the selector 'full'.")
+
+    def _check_lists(self) -> None:
         for share in self.keep:
             if isinstance(share, bool) or not isinstance(share, numbers.Real) or not 0 < share <= 1:
                 raise InputError(f"keep lists shares that stay, above 0 and at most 1, got {share!r}.")
@@ -163,6 +188,15 @@ class ComparisonConfig:
             shown = {f"{each:g}" if name == "keep" else slug(str(each)) for each in listed}
             if not listed or len(shown) != len(listed):
                 raise InputError(f"{name} lists different ones, at least one, got {listed}.")
+        columns = [self.prompt_column] if isinstance(self.prompt_column, str) else self.prompt_column
+        for name, names, least in (("prompt_column", columns, 1), ("tasks", self.tasks, 0)):
+            texts = isinstance(names, Sequence) and all(isinstance(each, str) for each in names)
+            if not texts or len(names) < least or len(set(names)) < len(names):
+                raise InputError(f"{name} is a name, or a list of different names, got {names!r}.")
+        if (self.task_folder or self.task_limit or self.unsafe_code) and not self.tasks:
+            raise InputError("task_folder, task_limit and unsafe_code are for tasks: name some.")
+
+    def _check_models(self) -> None:
         for model in self.model:
             if not isinstance(model, str):
                 raise InputError(f"model is a name or a folder, or several, got {model!r}.")
@@ -193,7 +227,7 @@ class ComparisonConfig:
         """From plain values, as YAML has them."""
         _check_names("the comparison", values, cls)
         found = dict(values)
-        for name in ("selectors", "keep", "seeds", "model"):
+        for name in ("selectors", "keep", "seeds", "model", "tasks"):
             if name in found and not isinstance(found[name], Sequence | str):
                 found[name] = [found[name]]
             if isinstance(found.get(name), str):

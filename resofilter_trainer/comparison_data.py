@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,8 +28,9 @@ class Data:
     Attributes:
         rows: `prompt`, `completion` and the user's other columns.
         wrong: (N,) bool, which rows are known to be wrong; None where that is not known.
-        prompts, references: of the held-out rows.
+        prompts, references: of the held-out rows; empty where tasks are what is tested.
         validation: `prompt` and `completion` of the rows that some selectors select for; None where there are none.
+        task_files: a hash of the user's own task files.
     """
 
     rows: Dataset
@@ -36,6 +38,7 @@ class Data:
     prompts: Sequence[Any]
     references: Sequence[str]
     validation: Dataset | None
+    task_files: str = ""
 
     def fingerprint(self, score_column: str | None = None) -> str:
         """Of what a cell depends on: the rows, a column of scores if it is selected by one, what is held out."""
@@ -43,6 +46,7 @@ class Data:
         validation = "" if self.validation is None else hash_rows(self.validation)
         wrong = None if self.wrong is None else self.wrong.tolist()
         parts = [hash_rows(rows), validation, wrong, list(self.prompts), list(self.references)]
+        parts += [self.task_files] if self.task_files else []
         return xxhash.xxh3_128_hexdigest(json.dumps(parts, default=str).encode())
 
 
@@ -50,7 +54,8 @@ def make_data(config: ComparisonConfig, seed: int) -> Data:
     """The user's rows, the same for every seed; or the demo's, which each seed makes anew."""
     if config.dataset == DEMO:
         return _demo_data(config, seed)
-    columns = ColumnMapping(prompt_column=config.prompt_column, completion_column=config.completion_column)
+    prompt = config.prompt_column if isinstance(config.prompt_column, str) else tuple(config.prompt_column)
+    columns = ColumnMapping(prompt_column=prompt, completion_column=config.completion_column)
     own = _load(config, config.dataset, config.split)
     rows = map_columns(own, columns)
     for name in {config.wrong_column, *(each.score_column for each in config.selectors)} - {None, *rows.column_names}:
@@ -58,18 +63,31 @@ def make_data(config: ComparisonConfig, seed: int) -> Data:
             raise InputError(f"The dataset has no column '{name}'. It has: {', '.join(own.column_names)}.")
         rows = rows.add_column(name, own[name][:])
     wrong = None if config.wrong_column is None else _flags(rows[config.wrong_column][:], config.wrong_column)
-    tests = map_columns(_load(config, config.test_dataset or config.dataset, config.test_split), columns)
-    _check_tests(rows, tests)
+    tests = own.select([])
+    if not config.tasks:
+        tests = map_columns(_load(config, config.test_dataset or config.dataset, config.test_split), columns)
+        _check_tests(rows, tests)
     validation = None
     if config.validation_dataset is not None:
         validation = map_columns(_load(config, config.validation_dataset, config.validation_split), columns)
         validation = validation.select(range(min(config.validation_rows, len(validation))))
-        held_out = {_text(row) for row in tests}
+        held_out = set() if config.tasks else {_text(row) for row in tests}
         if any(_text(row) in held_out for row in validation):
             raise InputError(
                 "Some validation rows are held out to test on: LESS and Nuggets would select for the test."
             )
-    return Data(rows, wrong, tests["prompt"][:], tests["completion"][:], validation)
+    prompts, references = ((), ()) if config.tasks else (tests["prompt"][:], tests["completion"][:])
+    return Data(rows, wrong, prompts, references, validation, _hash_files(config.task_folder))
+
+
+def _hash_files(folder: str | None) -> str:
+    """Of all files of a folder, with their names."""
+    digest = xxhash.xxh3_128()
+    for path in sorted(Path(folder).rglob("*")) if folder else ():
+        if path.is_file() and "__pycache__" not in path.parts:
+            digest.update(f"{path.relative_to(str(folder))}\n".encode())
+            digest.update(path.read_bytes())
+    return digest.hexdigest() if folder else ""
 
 
 def _load(config: ComparisonConfig, name: str, split: str) -> Dataset:

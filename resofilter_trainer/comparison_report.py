@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
 
-from .comparison import FULL, RANDOM, Cell, summarise, transfer
+from .comparison import EPOCHS, FLOPS, FULL, RANDOM, Cell, summarise, transfer
 from .comparison_config import ComparisonConfig
 from .published import Needs, dense_ranks, efficiency_ranks, feasibility_ranks, pir, pixel_distances, residual
 from .scores import replacing
@@ -51,12 +52,14 @@ def write(config: ComparisonConfig, cells: Sequence[Cell], needs: dict[str, Need
 
 
 def judged(lines: Sequence[dict[str, Any]], needs: dict[str, Needs]) -> list[dict[str, Any]]:
-    """The lines with PIR, both efficiencies and the ranks among those of the same trained model.
+    """The lines with PIR, both efficiencies and the ranks among those of the same budget and trained model.
 
     None where nothing was trained on all rows.
     """
-    models = dict.fromkeys(line["model"] for line in lines)
-    return [each for model in models for each in _judged([line for line in lines if line["model"] == model], needs)]
+    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for line in lines:
+        groups.setdefault((line["budget"], line["model"]), []).append(line)
+    return [each for group in groups.values() for each in _judged(group, needs)]
 
 
 def _judged(lines: Sequence[dict[str, Any]], needs: dict[str, Needs]) -> list[dict[str, Any]]:
@@ -95,17 +98,32 @@ COLUMNS = (
 )
 
 
+BUDGETS = {
+    EPOCHS: "",
+    FLOPS: "At equal FLOPs: selecting and training together cost what training on all rows does.",
+}
+
+
 def table(lines: Sequence[dict[str, Any]]) -> str:
-    """The lines as text."""
+    """The lines as text, a table for each budget."""
+    parts = []
+    for budget, title in BUDGETS.items():
+        own = [line for line in lines if line["budget"] == budget]
+        if own:
+            parts += [*([title] if title else []), *_table(own), ""]
+    return "\n".join([*parts, NOTE, *_transfer_tables(lines)])
+
+
+def _table(lines: Sequence[dict[str, Any]]) -> list[str]:
     names = [_name(line, lines) for line in lines]
     width = max(len("selector"), *map(len, names)) + 1
     rows = ["selector".ljust(width) + "".join(title.rjust(size) for title, size, _ in COLUMNS)]
     for name, line in zip(names, lines, strict=True):
         rows.append(name.ljust(width) + "".join(show(line).rjust(size) for _, size, show in COLUMNS))
     for name, line in zip(names, lines, strict=True):
-        if line["diverged"]:
-            rows.append(f"diverged: {name} keep {line['keep']:g}, {line['diverged']} run(s), left out")
-    return "\n".join([*rows, "", NOTE, *_transfer_tables(lines)])
+        for why, count in Counter(line["failures"]).items():
+            rows.append(f"left out: {name} keep {line['keep']:g}, {count} run(s): {why}")
+    return rows
 
 
 def _transfer_tables(lines: Sequence[dict[str, Any]]) -> list[str]:
@@ -129,11 +147,13 @@ def _name(line: dict[str, Any], lines: Sequence[dict[str, Any]]) -> str:
 
 
 def draw(lines: Sequence[dict[str, Any]], path: Path) -> None:
-    """For each share, best first: the metric with its interval, and the cost of selecting and of training."""
-    shares = sorted({line["keep"] for line in lines if line["selector"] != FULL}) or [1.0]
-    figure = Figure(figsize=(10, len(shares) * (1 + 0.28 * (len(lines) // len(shares) + 1))), layout="constrained")
-    for (left, right), keep in zip(figure.subplots(len(shares), 2, squeeze=False), shares, strict=True):
-        shown = [line for line in lines if line["seeds"] and (line["keep"] == keep or line["selector"] == FULL)]
+    """For each budget and share, best first: the metric with its interval, and what selecting and training cost."""
+    pairs = {(line["budget"], line["keep"]) for line in lines if line["selector"] != FULL}
+    panels = sorted(pairs) or [(EPOCHS, 1.0)]
+    figure = Figure(figsize=(10, len(panels) * (1 + 0.28 * (len(lines) // len(panels) + 1))), layout="constrained")
+    for (left, right), (budget, keep) in zip(figure.subplots(len(panels), 2, squeeze=False), panels, strict=True):
+        own = [line for line in lines if (line["budget"], line["keep"]) == (budget, keep) and line["selector"] != FULL]
+        shown = [line for line in (*own, *(each for each in lines if each["selector"] == FULL)) if line["seeds"]]
         shown.sort(key=lambda line: line["metric"])
         places = range(len(shown))
         for place, line in zip(places, shown, strict=True):
@@ -141,7 +161,7 @@ def draw(lines: Sequence[dict[str, Any]], path: Path) -> None:
             if not math.isnan(line["metric_low"]):
                 left.plot([line["metric_low"], line["metric_high"]], [place, place], color=colour, linewidth=2)
             left.plot(line["metric"], place, "o", color=colour)
-        left.set(xlabel="held-out metric, 95 % interval", title=f"keep {keep:g}")
+        left.set(xlabel="held-out metric, 95 % interval", title=f"keep {keep:g}{', equal FLOPs' * (budget == FLOPS)}")
         left.set_yticks(places, [_name(line, lines) for line in shown])
         selecting = [line["selection_flops"] for line in shown]
         right.barh(places, selecting, color=OWN, label="selecting")

@@ -15,7 +15,8 @@ Precision = Literal["auto", "float32", "bfloat16"]
 SELF = "self"
 RESONANCE = "resonance"
 CRITERION_NAMES = (  # criteria.CRITERIA's, without torch
-    *("loss", "perplexity", "entropy", "el2n", "grand", "ifd", "length", "k_center", "donod"),
+    *("loss", "perplexity", "entropy", "el2n", "grand", "ifd", "k_center", "donod"),
+    *("length", "response_ratio", "repetition", "rarity"),
 )
 CLEANING_MODES = ("fixed", "self-evolving", "rho")
 

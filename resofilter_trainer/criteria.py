@@ -3,6 +3,7 @@
     from one forward          loss, perplexity, entropy, el2n, norms (DONOD), embedding
     from two                  ifd
     from a backward           grand
+    without a model           those of `text_criteria`
 
 A batch has `input_ids`, `attention_mask` and `labels`, each (B, T), padded on the right; a model is transformers', and
 without dropout. The obvious ways, in float32 or better; what this package is fast at is `recorder.py`. Knows nothing of
@@ -22,10 +23,10 @@ from torch.nn import functional as F
 
 from .combining import topsis
 from .config import InputError
-from .losses import IGNORE, inputs_of, learnt_logits, learnt_positions, sample_means, token_losses, unwrapped
+from .losses import IGNORE, Batch, inputs_of, learnt_logits, learnt_positions, sample_means, token_losses, unwrapped
 from .modes import at_least_float32, requiring_grad
+from .text_criteria import Rarity, length, repetition, response_ratio
 
-Batch = Mapping[str, Tensor]
 LR = 1e-5  # of the step whose weight change DONOD measures; ranks hardly depend on it
 
 
@@ -131,11 +132,6 @@ def embedding(model: nn.Module, batch: Batch) -> Tensor:
     return (last * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
 
 
-def length(model: nn.Module, batch: Batch) -> Tensor:
-    """Learnt tokens, (B,)."""
-    return learnt_positions(batch["labels"]).sum(1)
-
-
 def farthest_first(features: np.ndarray) -> np.ndarray:
     """The order in which k-center takes rows, (N, d) to (N,), from 0 (arXiv 1708.00489, algorithm 1).
 
@@ -162,18 +158,20 @@ class Criterion:
     """How a sample is measured, and what is made of it.
 
     Attributes:
-        measure: `(model, batch)` to (B,), or (B, k).
-        drop: which end of the score goes first, as those who proposed it have it.
+        measure: `(model, batch)` to (B,), or (B, k); or what makes that function from the prepared rows, if `counts`.
+        drop: which end of the score goes first, as those who proposed it have it; of texts, our choice.
         columns: names for the k numbers, which then stand beside the score.
         join: what the score is made of the k numbers of all rows by, (N, k) to (N,); None where there is one.
         settings: what the numbers depend on besides model and rows, for the provenance.
+        counts: whether what is measured of a row depends on all rows.
     """
 
-    measure: Callable[[nn.Module, Batch], Tensor]
+    measure: Callable[..., Any]
     drop: Literal["largest", "smallest"] = "largest"
     columns: tuple[str, ...] = ()
     join: Callable[[np.ndarray], np.ndarray] | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
+    counts: bool = False
 
 
 CRITERIA = {
@@ -184,6 +182,9 @@ CRITERIA = {
     "grand": Criterion(grand, drop="smallest"),
     "ifd": Criterion(ifd, drop="smallest", columns=("ifd",), join=below_one),
     "length": Criterion(length, drop="smallest"),
+    "response_ratio": Criterion(response_ratio, drop="smallest"),
+    "repetition": Criterion(repetition),
+    "rarity": Criterion(Rarity.of, counts=True),
     "k_center": Criterion(embedding, join=farthest_first),
     "donod": Criterion(norms, columns=("delta_of_norm", "norm_of_delta"), join=topsis),
 }

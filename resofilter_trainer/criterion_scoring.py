@@ -66,7 +66,8 @@ def score_by(
     if earlier is not None:
         return earlier
     model = placed(model, args)
-    values = measure_rows(chosen.measure, model, opened.prepared, args, tokens_per_batch, f"Measuring {name}")
+    measure = chosen.measure(opened.prepared) if chosen.counts else chosen.measure
+    values = measure_rows(measure, model, opened.prepared, args, tokens_per_batch, f"Measuring {name}")
     each = values.reshape(len(values), -1)
     if (values.ndim > 1 and chosen.join is None) or (chosen.columns and len(chosen.columns) != each.shape[1]):
         raise InputError(

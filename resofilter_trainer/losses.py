@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from .modes import at_least_float32
 
 IGNORE = -100  # the label of a position that is not learnt
+Batch = Mapping[str, Tensor]  # input_ids, attention_mask and labels, (B, T) each
 
 
 def learnt_positions(labels: Tensor) -> Tensor:

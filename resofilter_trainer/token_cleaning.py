@@ -66,25 +66,9 @@ def clean_dataset(
         InputError: nothing can be learnt, the reference is not there or has another vocabulary, a loss is not finite,
             or `output` holds something else.
     """
-    if cleaning.reference == SELF:
-        raise InputError("reference='self' cleans while training: use self_evolve, ResonanceCallback, or a reference.")
     check_output(None if output is None else Path(output), TOKEN_SCORES_FILE)
-    args = args or default_arguments()
-    adapter = is_adapter(cleaning.reference, args)
-    base, task = open_task(model, dataset, cleaning, processing_class, args, output, **row_options)
-    check_vocabulary(cleaning.reference, base, task.tokenizer, task.args, adapter)
-    selector = TokenSelector(cleaning.keep, cleaning.ranking)
-    selector.check(task.prepared.num_tokens)
-    earlier = task.earlier()
-    base_losses = task.losses(base, "base", task.prepared, task.provenance) if earlier is None else earlier.base
-    with contextlib.ExitStack() as stack:
-        if adapter:
-            reference = stack.enter_context(wearing(base, cleaning.reference))
-        else:
-            del base  # one that was loaded here is freed before the next comes
-            reference = load_reference(cleaning.reference, task.args)
-        scores = task.scores(base_losses, reference, earlier)
-    selection = selector.select(scores)
+    task, scores = measure_tokens(model, dataset, cleaning, processing_class, args, output, **row_options)
+    selection = TokenSelector(cleaning.keep, cleaning.ranking).select(scores)
     reasons = task.reasons | {int(row): EMPTIED for row in scores.sample_id[selection.emptied]}
     summary = {
         "reference": cleaning.reference,
@@ -96,6 +80,38 @@ def clean_dataset(
     if task.folder is not None and PartialState().is_main_process:
         save_dataset(cleaned.dataset, {**summary, "rows_left_out": len(reasons)}, task.folder)
     return cleaned
+
+
+def measure_tokens(
+    model: str | PreTrainedModel,
+    dataset: Dataset,
+    cleaning: TokenCleaning,
+    processing_class: PreTrainedTokenizerBase | None = None,
+    args: SFTConfig | None = None,
+    output: str | os.PathLike[str] | None = None,
+    **row_options: Any,
+) -> tuple[CleaningTask, TokenScores]:
+    """The losses of every learnt token under the base and the reference model. Arguments and errors: `clean_dataset`'s.
+
+    Returns:
+        The task with its rows as tokens, and their scores, which lie in `output`, too.
+    """
+    if cleaning.reference == SELF:
+        raise InputError("reference='self' cleans while training: use self_evolve, ResonanceCallback, or a reference.")
+    args = args or default_arguments()
+    adapter = is_adapter(cleaning.reference, args)
+    base, task = open_task(model, dataset, cleaning, processing_class, args, output, **row_options)
+    check_vocabulary(cleaning.reference, base, task.tokenizer, task.args, adapter)
+    TokenSelector(cleaning.keep, cleaning.ranking).check(task.prepared.num_tokens)
+    earlier = task.earlier()
+    base_losses = task.losses(base, "base", task.prepared, task.provenance) if earlier is None else earlier.base
+    with contextlib.ExitStack() as stack:
+        if adapter:
+            reference = stack.enter_context(wearing(base, cleaning.reference))
+        else:
+            del base  # one that was loaded here is freed before the next comes
+            reference = load_reference(cleaning.reference, task.args)
+        return task, task.scores(base_losses, reference, earlier)
 
 
 def score_tokens(

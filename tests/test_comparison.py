@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,7 +15,9 @@ from resofilter_trainer import InputError
 from resofilter_trainer.comparison import NORMAL975, T975, Cell, interval, summarise, transfer
 from resofilter_trainer.comparison_config import ComparisonConfig, DemoProblems, SelectorConfig
 from resofilter_trainer.comparison_report import judged, table
+from resofilter_trainer.comparison_round import sft_config
 from resofilter_trainer.published import Needs, pir, residual
+from resofilter_trainer.selectors import check
 
 
 def cell(selector, seed, metric, keep=0.5, **settings) -> Cell:
@@ -109,17 +113,35 @@ def test_one_pair_is_no_transfer(cells):
 
 
 def test_a_run_that_diverged_is_counted_and_left_out(cells):
-    line = by_name(summarise([*cells, cell("mine", 3, None)]))["mine"]
-    assert (line["seeds"], line["diverged"]) == (3, 1)
+    line = by_name(summarise([*cells, cell("mine", 3, None, failure="diverged")]))["mine"]
+    assert (line["seeds"], line["failures"]) == (3, ["diverged"])
     assert line["metric"] == pytest.approx(np.mean([0.8, 0.65, 0.9]))
-    assert "diverged: mine keep 0.5, 1 run(s), left out" in table(judged([line], {"mine": Needs(0, 1)}))
+    assert "left out: mine keep 0.5, 1 run(s): diverged" in table(judged([line], {"mine": Needs(0, 1)}))
 
 
 def test_a_selector_all_of_whose_runs_diverged():
-    (line,) = judged(summarise([cell("mine", 0, None)]), {"mine": Needs(0, 1)})
-    assert (line["seeds"], line["diverged"], line["pir"]) == (0, 1, None)
+    (line,) = judged(summarise([cell("mine", 0, None, failure="diverged")]), {"mine": Needs(0, 1)})
+    assert (line["seeds"], line["failures"], line["pir"]) == (0, ["diverged"], None)
     assert math.isnan(line["metric"])
     assert "mine" in table([line])
+
+
+def test_at_equal_flops_random_is_the_one_that_trained_as_long_and_all_rows_the_budget(cells):
+    longer = [cell(name, seed, 0.85, budget="flops") for name in ("random", "mine") for seed in range(3)]
+    lines = {(line["budget"], line["selector"]): line for line in summarise([*cells, *longer])}
+    assert lines["flops", "mine"]["over_random"][0] == pytest.approx(0)
+    assert lines["flops", "mine"]["over_full"][0] == pytest.approx(0.85 - 0.8)
+    assert lines["epochs", "mine"]["over_random"][0] == pytest.approx(0.1)
+    needs = {name: Needs(0, 1) for name in ("full", "random", "mine")}
+    text = table(judged(list(lines.values()), needs))
+    assert text.index("selector") < text.index("At equal FLOPs") < text.rindex("selector  ")
+    assert len([line for line in text.splitlines() if line.startswith("mine")]) == 2
+
+
+def test_tokens_are_set_against_as_large_a_share_of_rows(cells):
+    line = by_name(summarise([*cells, cell("tokens", 0, 0.9, rows=2000, kept=1000)]))["tokens"]
+    assert line["over_random"][0] == pytest.approx(0.2)
+    assert line["sdf"] == 0.5
 
 
 def test_without_all_rows_there_is_no_ratio(cells):
@@ -202,8 +224,14 @@ def test_one_number_is_a_list_of_one():
         ({"selectors": ["a"], "training": [1]}, "training is a mapping"),
         ({"selectors": ["a"], "training": {"seed": 1}}, "training has no seed"),
         ({"selectors": ["a"], "training": {"output_dir": "x"}}, "training has no output_dir"),
+        ({"selectors": ["a"], "equal_flops": True}, "add the selector 'full'"),
+        ({"selectors": ["a"], "equal_flops": "yes"}, "equal_flops is true or false"),
+        ({"selectors": ["a"], "tasks": [3]}, "tasks is a name, or a list of different names"),
+        ({"selectors": ["a"], "task_limit": 5}, "are for tasks: name some"),
+        ({"selectors": ["a"], "tasks": "gsm8k", "task_limit": 0}, "task_limit must be a whole number"),
+        ({"selectors": ["a"], "prompt_column": []}, "prompt_column is a name"),
         ({"selectors": ["a"], "max_new_tokens": "x"}, "max_new_tokens is a whole number"),
-        ({"selectors": ["a"], "max_new_tokens": 0}, "max_new_tokens must be at least 1"),
+        ({"selectors": ["a"], "max_new_tokens": 0}, "max_new_tokens must be a whole number of at least 1"),
         ({"selectors": ["a"], "dataset": None}, "dataset is text"),
         ({"selectors": ["a"], "demo": {"rows": "many"}}, "demo's rows is a number"),
         ({"selectors": [{"method": "ifd", "name": 3}]}, "A selector's name is text"),
@@ -217,6 +245,16 @@ def test_one_number_is_a_list_of_one():
 def test_what_cannot_be_compared_is_refused(values, said):
     with pytest.raises(InputError, match=said):
         ComparisonConfig.of(values)
+
+
+RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("compare*.yaml"))
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_the_recipes_can_be_read_and_their_selectors_and_training_are_known(path):
+    config = ComparisonConfig.load(path)
+    check(config)
+    assert sft_config(dataclasses.replace(config, output="unused"), config.model[0], 0).seed == 0
 
 
 @pytest.mark.parametrize("text", ["- a", "a: [", "\x00"])

@@ -8,16 +8,20 @@ import shutil
 import numpy as np
 import pytest
 from datasets import Dataset
+from test_task_evaluation import write_tasks
 
-from resofilter_trainer import InputError, ScoreTable, comparison_run
+from resofilter_trainer import InputError, ScoreTable, comparison_round
 from resofilter_trainer.cli import main
 from resofilter_trainer.comparison_config import ComparisonConfig, slug
 from resofilter_trainer.comparison_data import make_data
 from resofilter_trainer.comparison_report import write
-from resofilter_trainer.comparison_run import parameters_of, run
+from resofilter_trainer.comparison_round import parameters_of
+from resofilter_trainer.comparison_run import run
 from resofilter_trainer.demo.run import BASE
 from resofilter_trainer.loading import default_arguments, load_weights
 from resofilter_trainer.selectors import METHODS
+from resofilter_trainer.token_scores import TokenScores
+from resofilter_trainer.token_selection import keep_by_sample, keep_globally
 
 SMALL = {
     "demo": {"rows": 24, "wrong_share": 0.5, "held_out": 4},
@@ -47,8 +51,10 @@ def test_every_selector_scores_selects_trains_and_is_tested(every):
     for cell in cells:
         assert cell.metric is not None
         assert 0 <= cell.metric <= 1
-        assert cell.rows == 24
-        assert cell.kept == (24 if cell.selector == "full" else 12) or cell.selector == "infobatch"
+        tokens = cell.selector.startswith("token_")
+        assert cell.rows == 24 or (tokens and cell.rows > 24 * 10)
+        share = 1 if cell.selector == "full" else 0.5
+        assert cell.kept == int(cell.rows * share) or cell.selector in ("infobatch", "token_rho", "token_self_evolving")
         assert cell.training_flops > 0
         assert (cell.selection_flops > 0) == (METHODS[cell.selector].forwards != 0)
     assert len(list((folder / "cells" / "demo").iterdir())) == len(cells)
@@ -91,7 +97,7 @@ def test_methods_that_share_scores_measure_once(every):
 def test_finished_work_is_not_repeated(tmp_path, monkeypatch):
     first = config(tmp_path, ["random", "low_loss", "resonance"])
     trained = []
-    own = comparison_run.SFTTrainer.train
+    own = comparison_round.SFTTrainer.train
 
     def train(self, *args, **kwargs):
         trained.append(1)
@@ -99,7 +105,7 @@ def test_finished_work_is_not_repeated(tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return own(self, *args, **kwargs)
 
-    monkeypatch.setattr(comparison_run.SFTTrainer, "train", train)
+    monkeypatch.setattr(comparison_round.SFTTrainer, "train", train)
     with pytest.raises(KeyboardInterrupt):
         run(first)
     cells = tmp_path / "out" / "cells" / "demo"
@@ -112,6 +118,78 @@ def test_finished_work_is_not_repeated(tmp_path, monkeypatch):
     more = run(config(tmp_path, ["random", "low_loss", "resonance", "shortest"]))
     assert len(trained) == 5
     assert more[:3] == found
+
+
+@pytest.mark.slow
+def test_tokens_are_selected_as_the_settings_say(every):
+    cells, folder = every
+    of = {cell.selector: cell for cell in cells}
+    assert of["token_fixed"].rows == of["token_rho"].rows == of["token_self_evolving"].rows
+    scores = TokenScores.load(folder / "scores" / "demo" / "token_losses-seed-0")
+    assert of["token_fixed"].rows == len(scores.base)
+    kept = keep_globally(scores.base, scores.reference, 0.5)
+    wrong = make_data(config(folder, ["full"]), 0).wrong[np.repeat(scores.sample_id, scores.num_tokens)]
+    assert of["token_fixed"].wrong_kept == pytest.approx(wrong[kept].mean())
+    assert of["token_rho"].kept == keep_by_sample(scores.base, scores.reference, scores.offsets, 0.5).sum()
+    assert of["token_self_evolving"].kept > of["token_fixed"].kept  # the first part is learnt whole
+    assert of["token_self_evolving"].wrong_kept is None
+
+
+@pytest.mark.slow
+def test_a_reference_of_ones_own_is_what_tokens_are_cleaned_against(tmp_path):
+    (cell,) = run(config(tmp_path, ["token_fixed"], reference_model=str(BASE)))
+    folder = tmp_path / "out" / "scores" / "demo" / "token_losses-seed-0"
+    scores = TokenScores.load(folder)
+    assert np.array_equal(scores.base, scores.reference)
+    assert not (folder / "reference").exists()
+    (own,) = run(config(tmp_path / "own", ["token_fixed"]))
+    assert own.selection_flops > cell.selection_flops
+
+
+@pytest.mark.slow
+def test_at_equal_flops_everything_costs_what_all_rows_do(tmp_path):
+    names = ["full", "random", "low_loss", "infobatch", "token_self_evolving", "nuggets"]
+    training = {**SMALL["training"], "num_train_epochs": 2, "per_device_train_batch_size": 1}
+    cells = run(config(tmp_path, names, equal_flops=True, training=training))
+    budget = cells[0].training_flops
+    longer = {cell.selector: cell for cell in cells if cell.budget == "flops"}
+    shorter = {cell.selector: cell for cell in cells if cell.budget == "epochs"}
+    assert set(longer) == set(names) - {"full"}
+    for name in ("random", "low_loss", "infobatch", "token_self_evolving"):
+        cell = longer[name]
+        assert cell.training_flops + cell.selection_flops == pytest.approx(budget, rel=0.15), name
+    assert longer["random"].training_flops > 1.5 * shorter["random"].training_flops
+    assert longer["nuggets"].metric is None
+    assert longer["nuggets"].failure == "selecting alone costs more than training on all rows"
+    assert shorter["nuggets"].metric is not None
+
+
+@pytest.mark.slow
+def test_infobatch_learns_all_rows_in_the_last_eighth(tmp_path):
+    training = {**SMALL["training"], "num_train_epochs": 8, "per_device_train_batch_size": 8, "learning_rate": 1e-5}
+    shares = []
+    own = comparison_round.Chosen.decided
+
+    def decided(self, epochs):
+        shares.extend(each.keep.mean() for each in self.callback.selections)
+        return own(self, epochs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(comparison_round.Chosen, "decided", decided)
+        run(config(tmp_path, ["infobatch"], training=training))
+    assert len(shares) == 8
+    assert shares[0] == shares[-1] == 1
+    assert all(share < 1 for share in shares[1:-1])
+
+
+@pytest.mark.slow
+def test_tasks_of_the_harness_are_the_metric(tmp_path, own_rows):
+    pytest.importorskip("lm_eval", reason="the extra eval is not installed")
+    folder = write_tasks(tmp_path)
+    settings = {"dataset": own_rows, "prompt_column": "q", "completion_column": "a", "task_folder": str(folder)}
+    (cell,) = run(config(tmp_path, ["random"], tasks=["sums", "choices"], **settings))
+    assert set(cell.tasks) == {"sums", "choices"}
+    assert cell.metric == pytest.approx(np.mean(list(cell.tasks.values())))
 
 
 @pytest.mark.slow

@@ -191,7 +191,7 @@ def test_rows_are_measured_in_their_order_whatever_the_batches(name, tiny_llama,
     assert scores.scored.all()
     for column in ("score", *CRITERIA[name].columns):
         np.testing.assert_allclose(scores.column(column), alone.column(column), rtol=1e-4, atol=1e-12)
-    assert np.ptp(scores.column("score")) > 0
+    assert np.ptp(scores.column("score")) > 0 or name == "repetition"  # of which these short rows have none
 
 
 def test_the_loss_is_the_scoring_passs_own(tiny_llama, tokenizer):

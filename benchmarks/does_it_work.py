@@ -1,0 +1,135 @@
+"""Every selector on the demo's problems, of which 0, 20 and 40 % have wrong answers: is any of them worth its cost?
+
+    python recipes/pretrain_demo_base.py --steps 3000 --output runs/base80
+    python benchmarks/does_it_work.py --base runs/base80 --output runs/works          # hours; goes on where it was
+    python benchmarks/does_it_work.py --base runs/base80 --output runs/works --report
+
+    for each noise, seed, share, selector: score, select, train the base, test on 400 new problems -> tables
+
+What is trained, and how often, is in `comparison`. `--report` reads what is there, also while it runs. Several
+processes may share the work: each with other `--wrong_shares`, and one thread.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from resofilter_trainer import comparison_run
+from resofilter_trainer.comparison import FULL, RANDOM, Cell, summarise
+from resofilter_trainer.comparison_config import DEMO, ComparisonConfig
+from resofilter_trainer.selectors import METHODS
+
+SKIPPED = {"column": "a user's own", "perplexity": "selects as low_loss does"}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--base", required=True, help="the model that everything begins with")
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--wrong_shares", type=float, nargs="+", default=[0.0, 0.2, 0.4])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
+    parser.add_argument("--rows", type=int, default=1000)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--report", action="store_true", help="print the tables of what is done so far")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    for share in args.wrong_shares:
+        output = args.output / f"wrong-{share:g}"
+        if not args.report:
+            comparison_run.run(comparison(args, share, output))
+        print(report(share, read(output)))
+
+
+def comparison(args: argparse.Namespace, wrong_share: float, output: Path) -> ComparisonConfig:
+    """Every selector, three shares; the demo's own base, which is worse, is the small model of superfiltering."""
+    return ComparisonConfig.of(
+        {
+            "model": args.base,
+            "proxy_model": DEMO,
+            "demo": {"rows": args.rows, "wrong_share": wrong_share, "held_out": 400},
+            "selectors": [name for name in METHODS if name not in SKIPPED],
+            "keep": [0.25, 0.5, 0.75],
+            "seeds": args.seeds,
+            "max_new_tokens": 56,
+            "training": {
+                "num_train_epochs": 2,
+                "learning_rate": 3e-4,
+                "lr_scheduler_type": "cosine",
+                "warmup_steps": 0.05,
+                "per_device_train_batch_size": 16,
+                "per_device_eval_batch_size": 200,
+                "max_length": 256,
+                "activation_checkpointing": False,
+                "dataloader_pin_memory": False,
+                "logging_strategy": "no",
+            },
+            "output": str(output),
+        }
+    )
+
+
+def read(output: Path) -> list[Cell]:
+    """All cells that are done."""
+    found = []
+    for path in sorted(output.glob("cells/*/*.json")):
+        values = json.loads(path.read_text())
+        values.pop("of")
+        found.append(Cell(**values))
+    return found
+
+
+def report(wrong_share: float, cells: Sequence[Cell]) -> str:
+    """A table in Markdown: over random, by share, with intervals; best at half first."""
+    lines = {(line["selector"], line["keep"]): line for line in summarise(cells)}
+    if (FULL, 1.0) not in lines:
+        return f"### {wrong_share:.0%} wrong\n\nNothing is done yet."
+    shares = sorted({keep for name, keep in lines if name != FULL})
+    names = sorted({name for name, _ in lines} - {FULL, RANDOM}, key=lambda name: -over_random(lines.get((name, 0.5))))
+    full = lines[FULL, 1.0]
+    random = ", ".join(f"{lines[RANDOM, keep]['metric']:.3f} of {keep:g}" for keep in shares if (RANDOM, keep) in lines)
+    columns = [f"keep {keep:g}" for keep in shares] + ["half over all", "AUROC", "wrong in half", "GFLOPs"]
+    rows = [
+        f"### {wrong_share:.0%} wrong",
+        "",
+        f"{full['seeds']} seeds. All rows {shown((full['metric'], full['metric_low'], full['metric_high']))}; "
+        f"random rows {random}. Over as large a random share:",
+        "",
+        f"| selector | {' | '.join(columns)} |",
+        "|---" * (len(columns) + 1) + "|",
+    ]
+    for name in names:
+        columns = [*(shown(lines[name, keep]["over_random"]) if (name, keep) in lines else "" for keep in shares)]
+        half = lines.get((name, 0.5))
+        if half is not None:
+            cost = (half["selection_flops"] + half["training_flops"]) / 1e9
+            columns += [shown(half["over_full"]), number(half["auroc"]), number(half["wrong_kept"]), f"{cost:.0f}"]
+        rows.append(f"| {name} | {' | '.join(columns)} |")
+    return "\n".join(rows) + "\n"
+
+
+def over_random(line: dict[str, Any] | None) -> float:
+    """To sort by; last where it is not there."""
+    difference = -1.0 if line is None else line["over_random"][0]
+    return difference if difference == difference else -1.0
+
+
+def shown(interval: Sequence[float]) -> str:
+    """A mean with its interval."""
+    mean, low, high = interval
+    if mean != mean:
+        return ""
+    return f"{mean:+.3f}" if low != low else f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]"
+
+
+def number(value: float | None) -> str:
+    return "" if value is None else f"{value:.3f}"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,415 @@
+"""One comparison's model and seed: score, select, train and test, for every selector. Knows what each of these needs.
+
+    data -> scores, kept in the folder -> selection of rows or tokens -> training -> held-out metric -> Cell
+
+Knows nothing of the other seeds, nor where cells are kept.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import gc
+import json
+import math
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+import numpy as np
+import torch
+from datasets import Dataset
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from trl import SFTConfig, SFTTrainer
+
+from .callback import ResonanceCallback
+from .cleaned_dataset import mask_labels
+from .comparison import FLOPS, Cell, auroc, rank_correlation
+from .comparison_config import DEMO, ComparisonConfig, SelectorConfig, slug
+from .comparison_data import Data
+from .config import InputError, TokenCleaning
+from .demo.run import BASE, TRAINING
+from .evaluation import exact_match
+from .loading import load_model
+from .rows import first_line
+from .scores import ScoreTable, replacing
+from .selection import DataSelector
+from .selector_scores import Request, as_tokens, tune_reference
+from .selectors import METHODS, TOKEN_LOSSES
+from .task_evaluation import evaluate_tasks
+from .token_scores import TokenScores
+from .token_selection import TokenSelector
+
+COST = "cost.json"
+ANNEALING = 8  # InfoBatch: all rows in the last eighth of the epochs, of as many epochs at least
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class Scored:
+    """What a selector measured.
+
+    Attributes:
+        table: its scores.
+        seconds: that it took, on this machine, when it was measured.
+        parameters: of the model that scored.
+    """
+
+    table: ScoreTable | TokenScores
+    seconds: float
+    parameters: int
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """What a training sees.
+
+    Attributes:
+        rows: as text or as tokens.
+        size: of what was selected from, in rows or learnt tokens.
+        kept: as many of these stay.
+        of_rows: (N,) how much of each row of the dataset stays, in rows or learnt tokens; None where that is not known.
+        values: (N,) of each row, larger where it goes first, NaN where it has none; None without scores of rows.
+        callback: decides while the training runs; before it, all rows stay.
+    """
+
+    rows: Dataset
+    size: int
+    kept: int
+    of_rows: np.ndarray | None
+    values: np.ndarray | None = None
+    callback: ResonanceCallback | None = None
+
+    def decided(self, epochs: float) -> Chosen:
+        """The same after a training of so many epochs, with the mean over them of what the callback has decided."""
+        if self.callback is None:
+            return self
+        stages = self.callback.token_stages
+        if stages:
+            tokens, kept = (sum(stage[name] for stage in stages) for name in ("tokens", "tokens_kept"))
+            return dataclasses.replace(self, kept=round(self.size * kept / tokens), of_rows=None)
+        assert self.of_rows is not None
+        of_rows, selections = np.zeros(len(self.of_rows)), self.callback.selections
+        length = np.clip(epochs - np.arange(len(selections)), 1e-9, 1)  # the last may be a part of one
+        of_rows[self.of_rows] = np.average([each.keep for each in selections], axis=0, weights=length)
+        return dataclasses.replace(self, kept=round(of_rows.sum()), of_rows=of_rows)
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A model that was trained.
+
+    Attributes:
+        model, tokenizer: as the trainer leaves them, with a pad token.
+        tokens, epochs: that it has seen.
+        seconds: that it took.
+        sound: whether loss and weights are finite.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    tokens: float
+    epochs: float
+    seconds: float
+    sound: bool
+
+
+class Round:
+    """All cells of one model and one seed; scores are made when they are first needed."""
+
+    def __init__(self, config: ComparisonConfig, model: str, seed: int, data: Data) -> None:
+        self.config, self.model, self.seed, self.data = config, model, seed, data
+        self.args = sft_config(config, model, seed)
+        self._scored: dict[Path, Scored] = {}
+
+    @cached_property
+    def own(self) -> ScoreTable:
+        """What the trained model's own tokens are, and what it loses on them before any training."""
+        return cast(ScoreTable, self.scored(SelectorConfig("low_loss"), own_model=True).table)
+
+    def cell(self, selector: SelectorConfig, keep: float, longer: float = 1.0) -> Cell:
+        """Score, select, train and test.
+
+        Args:
+            selector: which one.
+            keep: the share that stays.
+            longer: how many times as many epochs, or steps, as the run has.
+        """
+        method, scored = METHODS[selector.method], self.scored(selector)
+        args = self.prolonged(method.in_run, longer)
+        chosen = self.choose(selector, keep, scored, args)
+        trained = self.train(chosen, args)
+        chosen = chosen.decided(trained.epochs)
+        cost = method.cost(self.config, selector, trained.epochs if method.in_run else self.epochs_of(self.args))
+        seen = scored.table if isinstance(scored.table, ScoreTable) else self.own
+        tests = self.test(trained) if trained.sound else {}
+        return Cell(
+            selector=selector.name,
+            keep=keep,
+            seed=self.seed,
+            rows=chosen.size,
+            kept=chosen.kept,
+            metric=float(np.mean(list(tests.values()))) if tests else None,
+            selection_seconds=scored.seconds if cost and not method.in_run else 0.0,
+            selection_flops=2 * cost * scored.parameters * float(np.nansum(seen.column("length"))),
+            training_seconds=trained.seconds,
+            training_flops=6 * parameters_of(trained.model) * trained.tokens,
+            model=self.model,
+            scored_by=self.scorer(selector) if cost else "",
+            method=" ".join([selector.method, *(f"{name}={value}" for name, value in selector.settings.items())]),
+            failure="" if trained.sound else "diverged",
+            tasks=tests if self.config.tasks else {},
+            **cast(dict[str, Any], self.insight(chosen)),
+        )
+
+    def at_equal_flops(self, selector: SelectorConfig, keep: float, cell: Cell, full: Cell) -> Cell:
+        """The same once more, for as long as selecting and training cost together what training on all rows does.
+
+        Args:
+            selector, keep: which one.
+            cell: of the same, trained for as many epochs as all.
+            full: of all rows.
+        """
+        again = METHODS[selector.method].in_run  # what it costs to select grows with the epochs
+        budget = full.training_flops if again else full.training_flops - cell.selection_flops
+        longer = budget / (cell.training_flops + (cell.selection_flops if again else 0))
+        if longer <= 0 or cell.metric is None:
+            why = cell.failure or "selecting alone costs more than training on all rows"
+            return dataclasses.replace(cell, budget=FLOPS, metric=None, failure=why, tasks={})
+        return dataclasses.replace(self.cell(selector, keep, longer), budget=FLOPS)
+
+    def scored(self, selector: SelectorConfig, own_model: bool = False) -> Scored:
+        """A selector's scores, from the folder where they are there already."""
+        method, name = METHODS[selector.method], self.model if own_model else self.scorer(selector)
+        parts = [f"column-{selector.score_column}" if selector.score_column else method.scores]
+        parts += [selector.name] if selector.settings else []
+        parts += [f"seed-{self.seed}"] if self.config.dataset == DEMO or method.trains else []
+        folder = Path(self.config.output) / "scores" / slug(name) / "-".join(parts)
+        if folder not in self._scored:
+            self._scored[folder] = self._measure(selector, name, folder)
+        return self._scored[folder]
+
+    def scorer(self, selector: SelectorConfig) -> str:
+        """The name of the model that scores for a selector."""
+        which = METHODS[selector.method].model
+        if which != "own":
+            return str(self.config.proxy_model) if which == "proxy" else self.model
+        return selector.score_model or self.config.score_model or self.model
+
+    def _measure(self, selector: SelectorConfig, name: str, folder: Path) -> Scored:
+        args = sft_config(self.config, name, self.seed)  # the scoring model's own, whatever is trained
+        model, tokenizer = load_model(path_of(name), None, args)
+        size, data = parameters_of(model), self.data
+        request = Request(model, tokenizer, data.rows, args, folder, selector, data.validation)
+        before = 0.0
+        if METHODS[selector.method].scores == TOKEN_LOSSES:
+            reference, before = self._reference()
+            request = dataclasses.replace(request, reference=reference)
+        table, seconds = _timed(folder, lambda: METHODS[selector.method].score(request))
+        gc.collect()  # LESS trains one, too
+        return Scored(table, before + seconds, size)
+
+    def _reference(self) -> tuple[str, float]:
+        """What tokens are cleaned against, and the seconds that it took to tune it, if it was tuned here."""
+        if self.config.reference_model is not None:
+            return path_of(self.config.reference_model), 0.0
+        folder = Path(self.config.output) / "scores" / slug(self.model) / f"reference-seed-{self.seed}"
+
+        def tune() -> None:
+            model, tokenizer = load_model(path_of(self.model), None, self.args)
+            selector = SelectorConfig("token_fixed")
+            tune_reference(Request(model, tokenizer, self.data.rows, self.args, folder, selector), folder)
+
+        if not (folder / COST).exists():
+            _timed(folder, tune)
+        return str(folder / "model"), _seconds(folder)
+
+    def choose(self, selector: SelectorConfig, keep: float, scored: Scored, args: SFTConfig) -> Chosen:
+        """The rows or tokens of a training, or who decides on them while it runs."""
+        policy = METHODS[selector.method].policy(keep, self.seed, selector)
+        scores, texts = scored.table, self.data.rows.select_columns(["prompt", "completion"])
+        if isinstance(scores, TokenScores):
+            return self._choose_tokens(scores, cast(TokenSelector, policy))
+        everything = np.flatnonzero(scores.scored)
+        if isinstance(policy, TokenCleaning):
+            policy = dataclasses.replace(policy, parts=max(2, min(policy.parts, self.updates)))
+            tokens = int(np.nansum(scores.column("num_tokens")))
+            callback = ResonanceCallback(token_cleaning=policy)
+            return Chosen(texts.select(everything), tokens, tokens, scores.scored, callback=callback)
+        assert not isinstance(policy, TokenSelector), "which is for the scores of tokens"
+        if METHODS[selector.method].in_run:
+            epochs = math.ceil(self.epochs_of(args))
+            end = epochs - epochs // ANNEALING if epochs >= ANNEALING else None
+            callback = ResonanceCallback(selector=policy, readmit=True, end_epoch=end)
+            return Chosen(texts.select(everything), len(scores), len(everything), scores.scored, callback=callback)
+        values = row_values(scores, policy) if isinstance(policy, DataSelector) and policy.keep != 1 else None
+        kept = policy.select(scores)
+        return Chosen(texts.select(kept.sample_ids), len(scores), len(kept.sample_ids), kept.keep, values)
+
+    def _choose_tokens(self, scores: TokenScores, policy: TokenSelector) -> Chosen:
+        policy.check(scores.num_tokens)
+        selection, tokens = policy.select(scores), as_tokens(self.data.rows, self.tokenizer, self.args)
+        of_rows, values = np.zeros(len(self.data.rows)), np.full(len(self.data.rows), np.nan)
+        of_rows[scores.sample_id] = selection.kept_of_row
+        values[scores.sample_id] = token_row_values(scores)
+        size, kept = len(selection.keep), int(selection.keep.sum())
+        return Chosen(mask_labels(tokens.dataset, selection), size, kept, of_rows, values)
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The trained model's."""
+        path, trust = path_of(self.model), self.args.trust_remote_code
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=trust)
+
+    @property
+    def updates(self) -> int:
+        """Of an epoch on all rows, by one process."""
+        rows_of_update = self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps
+        return math.ceil(len(self.data.rows) / rows_of_update)
+
+    def epochs_of(self, args: SFTConfig) -> float:
+        """Epochs on all rows that a training's steps come to."""
+        return args.max_steps / self.updates if args.max_steps > 0 else float(args.num_train_epochs)
+
+    def prolonged(self, in_run: bool, longer: float) -> SFTConfig:
+        """The same training with that many times the epochs, or the steps where these are counted.
+
+        Where something is decided in the run, a last piece of an epoch that is too short for that is left out.
+        """
+        args = copy.copy(self.args)
+        if args.max_steps > 0:
+            args.max_steps = max(1, round(longer * args.max_steps))
+        else:
+            args.num_train_epochs *= longer
+            piece = args.num_train_epochs % 1
+            if in_run and args.num_train_epochs > 1 and piece * self.updates < TokenCleaning().parts:
+                args.num_train_epochs -= piece
+        return args
+
+    def train(self, chosen: Chosen, args: SFTConfig) -> Trained:
+        """A fresh copy of the model, on what was chosen."""
+        started = time.perf_counter()
+        model, tokenizer = load_model(path_of(self.model), None, args)
+        if "input_ids" in chosen.rows.column_names:
+            args = copy.copy(args)
+            args.assistant_only_loss = False  # the labels say it
+        trainer = SFTTrainer(
+            model,
+            args,
+            train_dataset=chosen.rows,
+            processing_class=tokenizer,
+            callbacks=None if chosen.callback is None else [chosen.callback],
+        )
+        trainer.train()
+        logged = [
+            entry[name] for entry in trainer.state.log_history for name in ("loss", "train_loss") if name in entry
+        ]
+        sums = [float(each.detach().sum()) for each in model.parameters()]
+        tokens = max(entry.get("num_tokens", 0) for entry in trainer.state.log_history)
+        sound = bool(np.isfinite([*logged, *sums]).all())
+        seconds = time.perf_counter() - started
+        processor = cast(PreTrainedTokenizerBase, trainer.processing_class)
+        return Trained(model, processor, float(tokens), float(trainer.state.epoch or 0), seconds, sound)
+
+    def test(self, trained: Trained) -> dict[str, float]:
+        """What is held out: each task, or the exact match of the answers."""
+        config, data, size = self.config, self.data, self.args.per_device_eval_batch_size
+        model, tokenizer = trained.model, trained.tokenizer
+        if config.tasks:
+            where = (config.task_folder, config.task_limit, config.unsafe_code)
+            return evaluate_tasks(model, tokenizer, config.tasks, size, *where)
+        prompts = (data.prompts, data.references)
+        return {"exact_match": exact_match(model, tokenizer, *prompts, config.max_new_tokens, size)}
+
+    def insight(self, chosen: Chosen) -> dict[str, float | None]:
+        """What the score has to do with length, loss and the truth, where there is a score and a truth."""
+        wrong, kept = self.data.wrong, chosen.of_rows
+        found: dict[str, float | None] = {}
+        if wrong is not None and kept is not None:
+            found["wrong_kept"] = float(kept[wrong].sum() / kept.sum())
+        if chosen.values is None:
+            return found
+        own = self.own
+        rows = np.isfinite(chosen.values) & own.scored
+        values = chosen.values[rows]
+        found["length_correlation"] = rank_correlation(values, own.column("num_tokens")[rows])
+        found["loss_correlation"] = rank_correlation(values, own.column("score")[rows])
+        if wrong is not None and 0 < wrong[rows].sum() < rows.sum():
+            found["auroc"] = auroc(values, wrong[rows])
+        return found
+
+
+def row_values(scores: ScoreTable, policy: DataSelector) -> np.ndarray:
+    """(N,) of each row, larger where it goes first; NaN where it has no score."""
+    return policy.values(scores) * (-1 if policy.end(scores.provenance) == "smallest" else 1)
+
+
+def token_row_values(scores: TokenScores) -> np.ndarray:
+    """(R,) of each row that has tokens, larger where the reference would teach less: less the mean score of a token."""
+    row = np.repeat(np.arange(len(scores.sample_id)), scores.num_tokens)
+    sums = np.bincount(row, scores.reference.astype(np.float64) - scores.base, minlength=len(scores.sample_id))
+    return sums / np.maximum(scores.num_tokens, 1)
+
+
+def path_of(model: str) -> str:
+    """Where a model lies."""
+    return str(BASE) if model == DEMO else model
+
+
+def sft_config(config: ComparisonConfig, model: str, seed: int) -> SFTConfig:
+    """The training of one model and seed: the demo's where its model is trained, else SFTConfig's own in float32.
+
+    Raises:
+        InputError: SFTConfig has no such field, or refuses a value.
+    """
+    own = TRAINING if model == DEMO else {"bf16": False}
+    settings = {
+        **own,
+        "save_strategy": "no",
+        "report_to": "none",
+        "use_cpu": not torch.cuda.is_available(),
+        "disable_tqdm": True,
+        **config.training,
+        "output_dir": str(Path(config.output) / "trainer"),
+        "seed": seed,
+    }
+    unknown = sorted(set(settings) - {each.name for each in dataclasses.fields(SFTConfig)})
+    if unknown:
+        raise InputError(f"Of training, '{unknown[0]}' is no field of SFTConfig.")
+    try:
+        return SFTConfig(**settings)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"SFTConfig refuses these training settings: {first_line(error)}") from error
+
+
+def parameters_of(model: PreTrainedModel) -> int:
+    """Parameters that a token is multiplied with: all but an embedding that is no output layer as well.
+
+    Of a mixture of experts all experts count, though a token meets some of them only.
+    """
+    inner, outer = model.get_input_embeddings(), model.get_output_embeddings()
+    tied = outer is not None and inner.weight is outer.weight
+    return sum(each.numel() for each in model.parameters()) - (0 if tied else inner.weight.numel())
+
+
+def _timed(folder: Path, work: Callable[[], Result]) -> tuple[Result, float]:
+    """What is done in a folder, and the seconds it took: now, or when it was done there.
+
+    Where it was interrupted before its time was known, it begins anew.
+    """
+    if not (folder / COST).exists():
+        shutil.rmtree(folder, ignore_errors=True)
+    started = time.perf_counter()
+    found = work()
+    if not (folder / COST).exists():
+        with replacing(folder / COST) as part:
+            part.write_text(json.dumps({"seconds": time.perf_counter() - started}) + "\n")
+    return found, _seconds(folder)
+
+
+def _seconds(folder: Path) -> float:
+    return float(json.loads((folder / COST).read_text())["seconds"])
