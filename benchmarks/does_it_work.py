@@ -1,6 +1,7 @@
 """Every selector on the demo's problems, of which 0, 20 and 40 % have wrong answers: is any of them worth its cost?
 
-    python recipes/pretrain_demo_base.py --steps 3000 --output runs/base80
+    python recipes/pretrain_demo_base.py --start resofilter_trainer/demo/base --steps 600 --lr 1e-3 --seed 3000000000 \
+        --output runs/base80
     python benchmarks/does_it_work.py --base runs/base80 --output runs/works          # hours; goes on where it was
     python benchmarks/does_it_work.py --base runs/base80 --output runs/works --report
 
@@ -23,6 +24,7 @@ import torch
 from resofilter_trainer import comparison_run
 from resofilter_trainer.comparison import FULL, RANDOM, Cell, summarise
 from resofilter_trainer.comparison_config import DEMO, ComparisonConfig
+from resofilter_trainer.demo.run import TRAINING
 from resofilter_trainer.selectors import METHODS
 
 SKIPPED = {"column": "a user's own", "perplexity": "selects as low_loss does"}
@@ -57,18 +59,7 @@ def comparison(args: argparse.Namespace, wrong_share: float, output: Path) -> Co
             "keep": [0.25, 0.5, 0.75],
             "seeds": args.seeds,
             "max_new_tokens": 56,
-            "training": {
-                "num_train_epochs": 2,
-                "learning_rate": 3e-4,
-                "lr_scheduler_type": "cosine",
-                "warmup_steps": 0.05,
-                "per_device_train_batch_size": 16,
-                "per_device_eval_batch_size": 200,
-                "max_length": 256,
-                "activation_checkpointing": False,
-                "dataloader_pin_memory": False,
-                "logging_strategy": "no",
-            },
+            "training": {**TRAINING, "per_device_eval_batch_size": 200},
             "output": str(output),
         }
     )
@@ -97,14 +88,14 @@ def report(wrong_share: float, cells: Sequence[Cell]) -> str:
     rows = [
         f"### {wrong_share:.0%} wrong",
         "",
-        f"{full['seeds']} seeds. All rows {shown((full['metric'], full['metric_low'], full['metric_high']))}; "
+        f"{full['seeds']} seeds. All rows {full['metric']:.3f} [{full['metric_low']:.3f}, {full['metric_high']:.3f}]; "
         f"random rows {random}. Over as large a random share:",
         "",
         f"| selector | {' | '.join(columns)} |",
         "|---" * (len(columns) + 1) + "|",
     ]
     for name in names:
-        columns = [*(shown(lines[name, keep]["over_random"]) if (name, keep) in lines else "" for keep in shares)]
+        columns = [over_random_or_metric(lines.get((name, keep))) for keep in shares]
         half = lines.get((name, 0.5))
         if half is not None:
             cost = (half["selection_flops"] + half["training_flops"]) / 1e9
@@ -117,6 +108,13 @@ def over_random(line: dict[str, Any] | None) -> float:
     """To sort by; last where it is not there."""
     difference = -1.0 if line is None else line["over_random"][0]
     return difference if difference == difference else -1.0
+
+
+def over_random_or_metric(line: dict[str, Any] | None) -> str:
+    """The metric itself where another share than random's was trained on."""
+    if line is None:
+        return ""
+    return shown(line["over_random"]) or f"({line['metric']:.3f} of {line['sdf']:.2f})"
 
 
 def shown(interval: Sequence[float]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from .metrics.final_answer import final_answer
 from .rows import hash_rows, load_rows, map_columns
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Data:
     """What one seed trains and tests on.
 
@@ -40,10 +41,16 @@ class Data:
     validation: Dataset | None
     task_files: str = ""
 
-    def fingerprint(self, score_column: str | None = None) -> str:
-        """Of what a cell depends on: the rows, a column of scores if it is selected by one, what is held out."""
+    @functools.lru_cache  # noqa: B019  # as long-lived as the rows are
+    def fingerprint(self, score_column: str | None = None, validated: bool = True) -> str:
+        """Of what a cell depends on: the rows, a column of scores if it is selected by one, what is held out.
+
+        Args:
+            score_column: the column.
+            validated: whether it depends on the validation rows.
+        """
         rows = self.rows.select_columns(["prompt", "completion", *([score_column] if score_column else [])])
-        validation = "" if self.validation is None else hash_rows(self.validation)
+        validation = "" if self.validation is None or not validated else hash_rows(self.validation)
         wrong = None if self.wrong is None else self.wrong.tolist()
         parts = [hash_rows(rows), validation, wrong, list(self.prompts), list(self.references)]
         parts += [self.task_files] if self.task_files else []
@@ -131,4 +138,5 @@ def _demo_data(config: ComparisonConfig, seed: int) -> Data:
     rows, wrong, tests = make_demo_data(seed, demo.rows, demo.wrong_share, demo.held_out)
     asked = {*rows["prompt"], *(problem.prompt for problem in tests)}
     validation = as_dataset(make_problems(config.validation_rows, seed=2 * HELD_OUT_SEED + seed, exclude=asked))
-    return Data(rows, wrong, [each.prompt for each in tests], [each.completion for each in tests], validation)
+    prompts, references = [each.prompt for each in tests], [each.completion for each in tests]
+    return Data(rows, wrong, prompts, references, validation, _hash_files(config.task_folder))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import gc
 import json
 import math
@@ -22,6 +23,7 @@ from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
+import xxhash
 from datasets import Dataset
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from trl import SFTConfig, SFTTrainer
@@ -31,7 +33,7 @@ from .cleaned_dataset import mask_labels
 from .comparison import FLOPS, Cell, auroc, rank_correlation
 from .comparison_config import DEMO, ComparisonConfig, SelectorConfig, slug
 from .comparison_data import Data
-from .config import InputError, TokenCleaning
+from .config import InputError, NotFiniteError, TokenCleaning
 from .demo.run import BASE, TRAINING
 from .evaluation import exact_match
 from .loading import load_model
@@ -125,6 +127,20 @@ class Round:
         self.config, self.model, self.seed, self.data = config, model, seed, data
         self.args = sft_config(config, model, seed)
         self._scored: dict[Path, Scored] = {}
+        self.tried = False
+
+    def origin(self, selector: SelectorConfig) -> dict[str, Any]:
+        """What a cell depends on besides the comparison's settings, for people and to compare."""
+        method, config = METHODS[selector.method], self.config
+        found: dict[str, Any] = {"weights": _hash_weights(path_of(self.model)), "scored by": self.scorer(selector)}
+        if found["scored by"] != self.model:
+            found["scorer's weights"] = _hash_weights(path_of(found["scored by"]))
+        if method.scores == TOKEN_LOSSES and config.reference_model:
+            found |= {
+                "reference": config.reference_model,
+                "its weights": _hash_weights(path_of(config.reference_model)),
+            }
+        return {**found, "data": self.data.fingerprint(selector.score_column, method.validated)}
 
     @cached_property
     def own(self) -> ScoreTable:
@@ -139,9 +155,19 @@ class Round:
             keep: the share that stays.
             longer: how many times as many epochs, or steps, as the run has.
         """
+        try:
+            return self._cell(selector, keep, longer)
+        except NotFiniteError as error:
+            nothing = dict.fromkeys(("selection_seconds", "selection_flops", "training_seconds", "training_flops"), 0.0)
+            about = {"model": self.model, "method": _described(selector), "failure": f"diverged: {error}"}
+            return Cell(selector.name, keep, self.seed, len(self.data.rows), 0, None, **nothing, **about)  # type: ignore[arg-type]
+
+    def _cell(self, selector: SelectorConfig, keep: float, longer: float) -> Cell:
         method, scored = METHODS[selector.method], self.scored(selector)
         args = self.prolonged(method.in_run, longer)
         chosen = self.choose(selector, keep, scored, args)
+        if chosen.values is not None:
+            _ = self.own  # another model may have to be loaded for it, for which there is room now
         trained = self.train(chosen, args)
         chosen = chosen.decided(trained.epochs)
         cost = method.cost(self.config, selector, trained.epochs if method.in_run else self.epochs_of(self.args))
@@ -160,7 +186,7 @@ class Round:
             training_flops=6 * parameters_of(trained.model) * trained.tokens,
             model=self.model,
             scored_by=self.scorer(selector) if cost else "",
-            method=" ".join([selector.method, *(f"{name}={value}" for name, value in selector.settings.items())]),
+            method=_described(selector),
             failure="" if trained.sound else "diverged",
             tasks=tests if self.config.tasks else {},
             **cast(dict[str, Any], self.insight(chosen)),
@@ -174,12 +200,14 @@ class Round:
             cell: of the same, trained for as many epochs as all.
             full: of all rows.
         """
-        again = METHODS[selector.method].in_run  # what it costs to select grows with the epochs
-        budget = full.training_flops if again else full.training_flops - cell.selection_flops
-        longer = budget / (cell.training_flops + (cell.selection_flops if again else 0))
-        if longer <= 0 or cell.metric is None:
+        once, method, epochs = cell.selection_flops, METHODS[selector.method], self.epochs_of(self.args)
+        if method.in_run and once:  # a part of what selecting costs grows with the epochs
+            once *= method.cost(self.config, selector, 0) / method.cost(self.config, selector, epochs)
+        left = full.training_flops - once
+        if left <= 0 or cell.metric is None:
             why = cell.failure or "selecting alone costs more than training on all rows"
             return dataclasses.replace(cell, budget=FLOPS, metric=None, failure=why, tasks={})
+        longer = left / (cell.training_flops + cell.selection_flops - once)
         return dataclasses.replace(self.cell(selector, keep, longer), budget=FLOPS)
 
     def scored(self, selector: SelectorConfig, own_model: bool = False) -> Scored:
@@ -187,7 +215,8 @@ class Round:
         method, name = METHODS[selector.method], self.model if own_model else self.scorer(selector)
         parts = [f"column-{selector.score_column}" if selector.score_column else method.scores]
         parts += [selector.name] if selector.settings else []
-        parts += [f"seed-{self.seed}"] if self.config.dataset == DEMO or method.trains else []
+        trains = method.trains and not (method.scores == TOKEN_LOSSES and self.config.reference_model)
+        parts += [f"seed-{self.seed}"] if self.config.dataset == DEMO or trains else []
         folder = Path(self.config.output) / "scores" / slug(name) / "-".join(parts)
         if folder not in self._scored:
             self._scored[folder] = self._measure(selector, name, folder)
@@ -195,20 +224,19 @@ class Round:
 
     def scorer(self, selector: SelectorConfig) -> str:
         """The name of the model that scores for a selector."""
-        which = METHODS[selector.method].model
-        if which != "own":
-            return str(self.config.proxy_model) if which == "proxy" else self.model
+        method = METHODS[selector.method]
+        if method.model == "proxy":
+            return str(self.config.proxy_model)
+        if method.model == "trained" or method.cost(self.config, selector, 1) == 0:
+            return self.model
         return selector.score_model or self.config.score_model or self.model
 
     def _measure(self, selector: SelectorConfig, name: str, folder: Path) -> Scored:
-        args = sft_config(self.config, name, self.seed)  # the scoring model's own, whatever is trained
+        args, data = sft_config(self.config, name, self.seed), self.data  # the scoring model's, whatever is trained
+        reference, before = self._reference() if METHODS[selector.method].scores == TOKEN_LOSSES else (None, 0.0)
         model, tokenizer = load_model(path_of(name), None, args)
-        size, data = parameters_of(model), self.data
-        request = Request(model, tokenizer, data.rows, args, folder, selector, data.validation)
-        before = 0.0
-        if METHODS[selector.method].scores == TOKEN_LOSSES:
-            reference, before = self._reference()
-            request = dataclasses.replace(request, reference=reference)
+        size = parameters_of(model)
+        request = Request(model, tokenizer, data.rows, args, folder, selector, data.validation, reference)
         table, seconds = _timed(folder, lambda: METHODS[selector.method].score(request))
         gc.collect()  # LESS trains one, too
         return Scored(table, before + seconds, size)
@@ -293,6 +321,7 @@ class Round:
     def train(self, chosen: Chosen, args: SFTConfig) -> Trained:
         """A fresh copy of the model, on what was chosen."""
         started = time.perf_counter()
+        shutil.rmtree(str(args.output_dir), ignore_errors=True)  # the callback would take up what it finds there
         model, tokenizer = load_model(path_of(self.model), None, args)
         if "input_ids" in chosen.rows.column_names:
             args = copy.copy(args)
@@ -314,6 +343,12 @@ class Round:
         seconds = time.perf_counter() - started
         processor = cast(PreTrainedTokenizerBase, trainer.processing_class)
         return Trained(model, processor, float(tokens), float(trainer.state.epoch or 0), seconds, sound)
+
+    def try_tasks(self) -> None:
+        """One document of each task with the untrained model: what cannot work is said before anything is trained."""
+        config, self.tried = self.config, True
+        model, tokenizer = load_model(path_of(self.model), None, self.args)
+        evaluate_tasks(model, tokenizer, config.tasks, 1, config.task_folder, 1, config.unsafe_code)
 
     def test(self, trained: Trained) -> dict[str, float]:
         """What is held out: each task, or the exact match of the answers."""
@@ -355,6 +390,10 @@ def token_row_values(scores: TokenScores) -> np.ndarray:
     return sums / np.maximum(scores.num_tokens, 1)
 
 
+def _described(selector: SelectorConfig) -> str:
+    return " ".join([selector.method, *(f"{name}={value}" for name, value in selector.settings.items())])
+
+
 def path_of(model: str) -> str:
     """Where a model lies."""
     return str(BASE) if model == DEMO else model
@@ -394,6 +433,19 @@ def parameters_of(model: PreTrainedModel) -> int:
     inner, outer = model.get_input_embeddings(), model.get_output_embeddings()
     tied = outer is not None and inner.weight is outer.weight
     return sum(each.numel() for each in model.parameters()) - (0 if tied else inner.weight.numel())
+
+
+@functools.cache
+def _hash_weights(path: str) -> str:
+    """Of the files with weights in a folder; of a model on the hub nothing, its name says which."""
+    digest = xxhash.xxh3_128()
+    files = sorted(each for each in Path(path).glob("*") if each.suffix in (".safetensors", ".bin"))
+    for each in files:
+        digest.update(each.name.encode())
+        with each.open("rb") as opened:
+            while block := opened.read(1 << 24):
+                digest.update(block)
+    return digest.hexdigest() if files else ""
 
 
 def _timed(folder: Path, work: Callable[[], Result]) -> tuple[Result, float]:

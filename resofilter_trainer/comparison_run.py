@@ -29,6 +29,11 @@ from .selectors import check
 from .task_evaluation import check_tasks
 
 SETTINGS = "settings.json"
+LATER = ("selectors", "keep", "seeds", "model", "output", "equal_flops", "unsafe_code")  # more may come
+OF_SOME = (  # what only some cells depend on, which have it written down
+    *("proxy_model", "score_model", "reference_model"),
+    *("validation_dataset", "validation_split", "validation_rows"),
+)
 
 
 def run(config: ComparisonConfig) -> list[Cell]:
@@ -45,13 +50,14 @@ def run(config: ComparisonConfig) -> list[Cell]:
         check_tasks(config.tasks, config.task_folder)
     output = Path(config.output)
     check_folder(output)
-    _claim(output, config)
     cells = []
     for seed in config.seeds:
         data = make_data(config, seed)
         for model in config.model:
-            own = Round(config, model, seed, data)
-            cells += _cells_of(own, output / "cells" / slug(model))
+            one = Round(config, model, seed, data)
+            if seed == config.seeds[0]:  # nothing is wrong with the settings
+                _claim(output, config)
+            cells += _cells_of(one, output / "cells" / slug(model))
     return cells
 
 
@@ -80,15 +86,17 @@ def _once(
     """A cell from its file, made first where it is not there."""
     suffix = "" if budget == EPOCHS else f"-{budget}"
     path = folder / f"{selector.name}-{keep:g}-{own.seed}{suffix}.json"
-    data = own.data.fingerprint(selector.score_column)
     origin = {"selector": dataclasses.asdict(selector), "model": own.model, "keep": keep, "seed": own.seed}
+    origin |= own.origin(selector)
     if not path.exists():
+        if own.config.tasks and not own.tried:
+            own.try_tasks()
         cell = make()
         with replacing(path) as part:
-            part.write_text(json.dumps({"of": {**origin, "data": data}, **dataclasses.asdict(cell)}, indent=2) + "\n")
+            part.write_text(json.dumps({"of": origin, **dataclasses.asdict(cell)}, indent=2) + "\n")
         print(_line(cell), flush=True)
         gc.collect()  # a trained model and its trainer refer to each other
-    return _read(path, {**origin, "data": data})
+    return _read(path, origin)
 
 
 def _claim(output: Path, config: ComparisonConfig) -> None:
@@ -97,7 +105,7 @@ def _claim(output: Path, config: ComparisonConfig) -> None:
     More selectors, shares, seeds and models may come later; what a cell depends on may not change.
     """
     mine = dataclasses.asdict(config)
-    for name in ("selectors", "keep", "seeds", "model", "output", "equal_flops", "unsafe_code"):
+    for name in (*LATER, *OF_SOME):
         mine.pop(name)
     mine = json.loads(json.dumps(mine, default=str))
     path = output / SETTINGS

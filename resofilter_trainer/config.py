@@ -28,6 +28,10 @@ class InputError(ValueError):
     """
 
 
+class NotFiniteError(InputError):
+    """A loss, a gradient or a score is no number: the weights are not sound."""
+
+
 @dataclass(frozen=True)
 class ResonanceConfig:
     """How a sample's resonance is measured. The defaults are ResoFilter's released ones (arXiv 2412.14809).

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import SFTConfig
 
 from .batches import collate, of_all_processes, own_share, split_by_tokens
-from .config import InputError
+from .config import InputError, NotFiniteError
 from .criteria import CRITERIA, Criterion
 from .loading import check_arguments, default_arguments, open_pass, placed
 from .modes import bfloat16_forward, evaluating
@@ -100,7 +100,7 @@ def measure_rows(
             finite = np.isfinite(values.reshape(len(values), -1)).all(1)
             if not finite.all():
                 row = prepared.sample_ids[batches[number][int(np.argmin(finite))]]
-                raise InputError(
+                raise NotFiniteError(
                     f"Row {row} of the dataset has a number that is not finite ({label.lower()}): nothing was written. "
                     "Are the weights sound? Try float32, or drop the row."
                 )

@@ -21,7 +21,7 @@ from torch import nn
 from transformers import TrainingArguments
 
 from .batches import collate, of_all_processes, own_share, split_by_tokens
-from .config import InputError
+from .config import NotFiniteError
 from .head import PROBE, Way, find_way, to_logits
 from .losses import inputs_of, learnt_positions
 from .modes import bfloat16_forward, evaluating
@@ -137,7 +137,7 @@ def _check_finite(losses: torch.Tensor, batch: Mapping[str, torch.Tensor], place
     """Raise InputError that names the first row of a batch with a loss that is no number."""
     if not torch.isfinite(losses).all():
         row_of = learnt_positions(batch["labels"]).nonzero()[:, 0]
-        raise InputError(
+        raise NotFiniteError(
             f"Row {places[int(row_of[~torch.isfinite(losses)][0])]} of the dataset has a token whose loss is not "
             "finite. Are the weights sound? Try float32, or drop the row."
         )

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import SFTConfig
 
 from .comparison_config import SelectorConfig
-from .config import ColumnMapping, InputError, Norm, ResonanceConfig, TokenCleaning, Update
+from .config import ColumnMapping, InputError, Norm, NotFiniteError, ResonanceConfig, TokenCleaning, Update
 from .criteria import Criterion
 from .criterion_scoring import score_by
 from .less import LessConfig, less_scores
@@ -116,7 +116,7 @@ def by_selectit(request: Request) -> ScoreTable:
 
 def by_less(request: Request) -> ScoreTable:
     """Influence on the validation rows."""
-    own = LessConfig(**request.selector.settings)
+    own = LessConfig(**{"seed": request.args.seed, **request.selector.settings})
     config = {
         "criterion": "less",
         "drop": "smallest",
@@ -131,7 +131,7 @@ def by_less(request: Request) -> ScoreTable:
     check_model(model, request.validation_tokens)
     values = less_scores(model, request.tokenizer, opened.prepared, request.validation_tokens, request.args, own)
     if not np.isfinite(values).all():
-        raise InputError(
+        raise NotFiniteError(
             "LESS's warm-up gave gradients that are not finite: try a smaller learning_rate in its settings."
         )
     return finished(opened, {"score": values}, request.folder)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 
@@ -17,6 +18,7 @@ from resofilter_trainer.comparison_data import make_data
 from resofilter_trainer.comparison_report import write
 from resofilter_trainer.comparison_round import parameters_of
 from resofilter_trainer.comparison_run import run
+from resofilter_trainer.config import NotFiniteError
 from resofilter_trainer.demo.run import BASE
 from resofilter_trainer.loading import default_arguments, load_weights
 from resofilter_trainer.selectors import METHODS
@@ -211,6 +213,43 @@ def test_a_training_that_diverges_is_said_and_not_averaged(tmp_path):
     training = {**SMALL["training"], "learning_rate": 1e30, "max_grad_norm": 0.0, "per_device_train_batch_size": 2}
     (cell,) = run(config(tmp_path, ["random"], training=training))
     assert cell.metric is None
+
+
+@pytest.mark.slow
+def test_weights_that_are_no_numbers_are_said_and_not_the_end(tmp_path, monkeypatch):
+    def broken(*args, **kwargs):
+        raise NotFiniteError("Row 3 has a loss that is not finite.")
+
+    monkeypatch.setitem(METHODS, "high_loss", dataclasses.replace(METHODS["high_loss"], scores="broken", score=broken))
+    low, random = run(config(tmp_path, ["high_loss", "random"]))
+    assert low.metric is None
+    assert low.failure == "diverged: Row 3 has a loss that is not finite."
+    assert random.metric is not None
+
+
+def test_another_model_under_the_same_name_is_refused(tmp_path, tiny_model_dir, own_rows):
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_model_dir, folder)
+    training = {**SMALL["training"], "activation_checkpointing": False}
+    settings = {"dataset": own_rows, "model": str(folder), "training": training, **OWN}
+    run(config(tmp_path, ["random"], **settings))
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"x")
+    comparison_round._hash_weights.cache_clear()
+    with pytest.raises(InputError, match="is of another weights"):
+        run(config(tmp_path, ["random"], **settings))
+
+
+def test_what_only_other_selectors_need_may_come_later(tmp_path, own_rows):
+    (first,) = run(config(tmp_path, ["random"], dataset=own_rows, **OWN))
+    later = {"reference_model": str(BASE), "validation_rows": 3, "unsafe_code": False}
+    assert run(config(tmp_path, ["random"], dataset=own_rows, **OWN, **later)) == [first]
+
+
+def test_settings_that_cannot_work_leave_no_mark(tmp_path):
+    with pytest.raises(InputError, match="'speed' is no field"):
+        run(config(tmp_path, ["random"], training={"speed": 3}))
+    assert not (tmp_path / "out" / "settings.json").exists()
 
 
 def test_a_damaged_cell_is_named(tmp_path):
