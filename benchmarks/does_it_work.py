@@ -1,6 +1,6 @@
 """Every selector on the demo's problems, of which 0, 20 and 40 % have wrong answers: is any of them worth its cost?
 
-    python recipes/pretrain_demo_base.py --start resofilter_trainer/demo/base --steps 600 --lr 1e-3 --seed 3000000000 \
+    python recipes/pretrain_demo_base.py --start resofilter_trainer/demo/base --steps 200 --lr 1e-3 --seed 3000000000 \
         --output runs/base80
     python benchmarks/does_it_work.py --base runs/base80 --output runs/works          # hours; goes on where it was
     python benchmarks/does_it_work.py --base runs/base80 --output runs/works --report

@@ -1,7 +1,7 @@
 """Make the demo's base model: a small Llama trained from scratch on right word problems, every token learnt.
 
     python recipes/pretrain_demo_base.py --output resofilter_trainer/demo/base
-    python recipes/pretrain_demo_base.py --start resofilter_trainer/demo/base --steps 600 --lr 1e-3 --seed 3000000000 \
+    python recipes/pretrain_demo_base.py --start resofilter_trainer/demo/base --steps 200 --lr 1e-3 --seed 3000000000 \
         --output runs/base80        # goes on from it, to about 80 % of new problems
 
 About ten minutes on two CPU cores. Training stops while the model still makes mistakes, so that the demo's
