@@ -29,7 +29,7 @@ from trl import SFTConfig
 
 from .batches import arrange, collate, default_budget, of_all_processes, own_share
 from .comparison import rank_correlation
-from .config import InputError, Precision, ResonanceConfig, one_of
+from .config import InputError, NotFiniteError, Precision, ResonanceConfig, one_of
 from .loading import Opened, check_arguments, default_arguments, open_pass, placed
 from .modes import bfloat16_forward
 from .preparation import PreparedRows
@@ -211,7 +211,7 @@ class Pass:
         broken = ~(np.isfinite(measured.loss) & np.isfinite(measured.score))
         if broken.any():
             first = int(np.flatnonzero(broken)[0])
-            raise InputError(
+            raise NotFiniteError(
                 f"Row {self.prepared.sample_ids[rows[first]]} of the dataset has loss {measured.loss[first]} and score "
                 f"{measured.score[first]}: nothing was written. Are the weights sound? Try float32, or drop the row."
             )
