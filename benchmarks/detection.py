@@ -39,6 +39,7 @@ SHARED = Path(__file__).resolve().parents[2] / "shared"
 HELD_BACK = 100
 VALIDATION = 16
 RESAMPLES = 1000
+ROOM = {"selectit": 400, "nuggets": 240}  # tokens of a row, where more is put around it: the model has 512 positions
 LEFT_OUT = {"column", "full", "random", "shortest", "high_loss", "perplexity", "token_rho"}  # say nothing of their own
 
 
@@ -61,7 +62,7 @@ def main() -> None:
         folder = args.output / f"{args.epochs:g}-epochs-seed-{seed}"
         start = args.shared / "models" / "stories260K"
         tune(start, train.select(range(HELD_BACK, len(train))), folder, seed, args.epochs)
-        for name, numbers in detect(start, folder, solutions, wrong, train.select(range(VALIDATION)), seed).items():
+        for name, numbers in detect(start, folder, solutions, wrong, shortest(train), seed).items():
             found.setdefault(name, []).append(numbers)
             print(f"seed {seed}: {name} {numbers['auroc']:.3f}", flush=True)
         print(report(found), flush=True)
@@ -77,6 +78,13 @@ def load(data: Path, limit: int | None) -> tuple[Dataset, Dataset, np.ndarray]:
     pairs = [{"prompt": f"{row['question']}\n", "completion": row["answer"]} for row in train]
     solutions = [{"prompt": f"{row['question']}\n", "completion": row["solution"]} for row in rows]
     return Dataset.from_list(pairs), Dataset.from_list(solutions), np.array([not row["correct"] for row in rows])
+
+
+def shortest(train: Dataset) -> Dataset:
+    """Of the rows that are held back, those that leave room for a sample before them."""
+    held_back = train.select(range(HELD_BACK))
+    sizes = [len(row["prompt"]) + len(row["completion"]) for row in held_back]
+    return held_back.select(np.argsort(sizes, kind="stable")[:VALIDATION])
 
 
 def arguments(folder: Path, seed: int, epochs: float) -> SFTConfig:
@@ -119,6 +127,7 @@ def detect(
         if name in LEFT_OUT or method.in_run:
             continue
         args, selector = arguments(folder, seed, 1), SelectorConfig(name)
+        args.max_length = ROOM.get(name, args.max_length)
         model, tokenizer = load_model(str(proxy if method.model == "proxy" else folder / "model"), None, args)
         where = folder / "scores" / f"{method.model}-{method.scores}"
         request = Request(model, tokenizer, solutions, args, where, selector, validation)
