@@ -14,7 +14,6 @@ processes may share the work: each with other `--wrong_shares`, and one thread.
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -66,13 +65,8 @@ def comparison(args: argparse.Namespace, wrong_share: float, output: Path) -> Co
 
 
 def read(output: Path) -> list[Cell]:
-    """All cells that are done."""
-    found = []
-    for path in sorted(output.glob("cells/*/*.json")):
-        values = json.loads(path.read_text())
-        values.pop("of")
-        found.append(Cell(**values))
-    return found
+    """All cells that are done, whatever they are of."""
+    return [comparison_run.read_cell(path, {}) for path in sorted(output.glob("cells/*/*.json"))]
 
 
 def report(wrong_share: float, cells: Sequence[Cell]) -> str:

@@ -17,6 +17,7 @@ DEMO = "demo"  # the model and the problems that ship with the package
 PLAIN: dict[str, Any] = {  # by annotation
     "str": (str, "text"),
     "int": (int, "a whole number"),
+    "int | None": ((int, type(None)), "a whole number"),
     "str | None": ((str, type(None)), "text"),
     "bool": (bool, "true or false"),
 }
@@ -152,7 +153,7 @@ class ComparisonConfig:
                 raise InputError(f"{each.name} is {words}, got {value!r}.")
         for what in ("max_new_tokens", "validation_rows", "task_limit"):
             number = getattr(self, what)
-            if number is not None and (not isinstance(number, int) or isinstance(number, bool) or number < 1):
+            if number is not None and number < 1:
                 raise InputError(f"{what} must be a whole number of at least 1, got {number!r}.")
         for name in ("seed", "output_dir"):
             if name in self.training:

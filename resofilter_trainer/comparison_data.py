@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -61,8 +61,7 @@ def make_data(config: ComparisonConfig, seed: int) -> Data:
     """The user's rows, the same for every seed; or the demo's, which each seed makes anew."""
     if config.dataset == DEMO:
         return _demo_data(config, seed)
-    prompt = config.prompt_column if isinstance(config.prompt_column, str) else tuple(config.prompt_column)
-    columns = ColumnMapping(prompt_column=prompt, completion_column=config.completion_column)
+    columns = ColumnMapping(prompt_column=config.prompt_column, completion_column=config.completion_column)
     own = _load(config, config.dataset, config.split)
     rows = map_columns(own, columns)
     for name in {config.wrong_column, *(each.score_column for each in config.selectors)} - {None, *rows.column_names}:
@@ -70,7 +69,7 @@ def make_data(config: ComparisonConfig, seed: int) -> Data:
             raise InputError(f"The dataset has no column '{name}'. It has: {', '.join(own.column_names)}.")
         rows = rows.add_column(name, own[name][:])
     wrong = None if config.wrong_column is None else _flags(rows[config.wrong_column][:], config.wrong_column)
-    tests = own.select([])
+    tests = rows.select([])
     if not config.tasks:
         tests = map_columns(_load(config, config.test_dataset or config.dataset, config.test_split), columns)
         _check_tests(rows, tests)
@@ -78,23 +77,30 @@ def make_data(config: ComparisonConfig, seed: int) -> Data:
     if config.validation_dataset is not None:
         validation = map_columns(_load(config, config.validation_dataset, config.validation_split), columns)
         validation = validation.select(range(min(config.validation_rows, len(validation))))
-        held_out = set() if config.tasks else {_text(row) for row in tests}
+        held_out = {_text(row) for row in tests}
         if any(_text(row) in held_out for row in validation):
             raise InputError(
                 "Some validation rows are held out to test on: LESS and Nuggets would select for the test."
             )
-    prompts, references = ((), ()) if config.tasks else (tests["prompt"][:], tests["completion"][:])
-    return Data(rows, wrong, prompts, references, validation, _hash_files(config.task_folder))
+    return Data(rows, wrong, tests["prompt"][:], tests["completion"][:], validation, _hash_tasks(config.task_folder))
 
 
-def _hash_files(folder: str | None) -> str:
-    """Of all files of a folder, with their names."""
+def hash_files(folder: Path, files: Iterable[Path]) -> str:
+    """Of some files in a folder, with their names."""
     digest = xxhash.xxh3_128()
-    for path in sorted(Path(folder).rglob("*")) if folder else ():
-        if path.is_file() and "__pycache__" not in path.parts:
-            digest.update(f"{path.relative_to(str(folder))}\n".encode())
-            digest.update(path.read_bytes())
-    return digest.hexdigest() if folder else ""
+    for path in sorted(files):
+        digest.update(f"{path.relative_to(folder)}\n".encode())
+        with path.open("rb") as opened:
+            while block := opened.read(1 << 24):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+def _hash_tasks(folder: str | None) -> str:
+    if folder is None:
+        return ""
+    files = (path for path in Path(folder).rglob("*") if path.is_file() and "__pycache__" not in path.parts)
+    return hash_files(Path(folder), files)
 
 
 def _load(config: ComparisonConfig, name: str, split: str) -> Dataset:
@@ -139,4 +145,4 @@ def _demo_data(config: ComparisonConfig, seed: int) -> Data:
     asked = {*rows["prompt"], *(problem.prompt for problem in tests)}
     validation = as_dataset(make_problems(config.validation_rows, seed=2 * HELD_OUT_SEED + seed, exclude=asked))
     prompts, references = [each.prompt for each in tests], [each.completion for each in tests]
-    return Data(rows, wrong, prompts, references, validation, _hash_files(config.task_folder))
+    return Data(rows, wrong, prompts, references, validation, _hash_tasks(config.task_folder))

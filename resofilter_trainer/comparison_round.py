@@ -23,7 +23,6 @@ from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
-import xxhash
 from datasets import Dataset
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from trl import SFTConfig, SFTTrainer
@@ -32,7 +31,7 @@ from .callback import ResonanceCallback
 from .cleaned_dataset import mask_labels
 from .comparison import FLOPS, Cell, auroc, rank_correlation
 from .comparison_config import DEMO, ComparisonConfig, SelectorConfig, slug
-from .comparison_data import Data
+from .comparison_data import Data, hash_files
 from .config import InputError, NotFiniteError, TokenCleaning
 from .demo.run import BASE, TRAINING
 from .evaluation import exact_match
@@ -438,14 +437,8 @@ def parameters_of(model: PreTrainedModel) -> int:
 @functools.cache
 def _hash_weights(path: str) -> str:
     """Of the files with weights in a folder; of a model on the hub nothing, its name says which."""
-    digest = xxhash.xxh3_128()
-    files = sorted(each for each in Path(path).glob("*") if each.suffix in (".safetensors", ".bin"))
-    for each in files:
-        digest.update(each.name.encode())
-        with each.open("rb") as opened:
-            while block := opened.read(1 << 24):
-                digest.update(block)
-    return digest.hexdigest() if files else ""
+    files = [each for each in Path(path).glob("*") if each.suffix in (".safetensors", ".bin")]
+    return hash_files(Path(path), files) if files else ""
 
 
 def _timed(folder: Path, work: Callable[[], Result]) -> tuple[Result, float]:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import gc
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -96,7 +96,7 @@ def _once(
             part.write_text(json.dumps({"of": origin, **dataclasses.asdict(cell)}, indent=2) + "\n")
         print(_line(cell), flush=True)
         gc.collect()  # a trained model and its trainer refer to each other
-    return _read(path, origin)
+    return read_cell(path, origin)
 
 
 def _claim(output: Path, config: ComparisonConfig) -> None:
@@ -126,7 +126,7 @@ def _claim(output: Path, config: ComparisonConfig) -> None:
         part.write_text(json.dumps(mine, indent=2) + "\n")
 
 
-def _read(path: Path, origin: dict[str, Any]) -> Cell:
+def read_cell(path: Path, origin: Mapping[str, Any]) -> Cell:
     """A cell that is done. Raises InputError where it cannot be read, or is of another selector or other data."""
     try:
         values = json.loads(path.read_text())

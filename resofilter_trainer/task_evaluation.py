@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
@@ -66,13 +67,19 @@ def check_tasks(tasks: Sequence[str], folder: str | None = None) -> Any:
         raise InputError(INSTALL) from error
     if folder is not None and not Path(folder).is_dir():
         raise InputError(f"There is no folder '{folder}' with task files.")
-    index = TaskManager(include_path=folder)
+    index = _index(TaskManager, folder)
     for name in tasks:
         if name in index.all_tags:
             raise InputError(f"'{name}' is a tag of lm-evaluation-harness: name its tasks, or a group.")
         if name not in index.all_tasks:
             raise InputError(f"lm-evaluation-harness knows no task '{name}'. `lm_eval ls tasks` lists them.")
     return index
+
+
+@functools.cache
+def _index(manager: Any, folder: str | None) -> Any:
+    """Made once: the harness reads thousands of task files for it."""
+    return manager(include_path=folder)
 
 
 def main_metric(name: str, found: Mapping[str, Any]) -> float:

@@ -345,6 +345,17 @@ def test_a_name_that_stands_for_something_else_now_is_refused(tmp_path, own_rows
         run(config(tmp_path, [{"score_column": "quality", "name": "mine", "drop": "largest"}], dataset=own_rows, **OWN))
 
 
+def test_a_prompt_of_two_columns(tmp_path, own_rows):
+    rows = [
+        {**row, "more": f"{i} times" if i % 2 else ""} for i, row in enumerate(Dataset.from_json(own_rows).to_list())
+    ]
+    Dataset.from_list(rows).to_json(tmp_path / own_rows)
+    Dataset.from_list([{"q": "1 + 1", "more": "", "a": "#### 2"}]).to_json(tmp_path / "tests.jsonl")
+    settings = {**OWN, "prompt_column": ["q", "more"]}
+    data = make_data(config(tmp_path, ["random"], dataset=own_rows, **settings), 0)
+    assert [data.rows["prompt"][row] for row in (0, 1)] == [rows[0]["q"], f"{rows[1]['q']}\n\n1 times\n"]
+
+
 def test_rows_that_changed_meanwhile_are_refused(tmp_path, own_rows):
     run(config(tmp_path, ["random"], dataset=own_rows, **OWN))
     rows = Dataset.from_json(own_rows).to_list()
