@@ -34,7 +34,8 @@ from .modes import evaluating
 from .preparation import PreparedRows
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
-PROJECTED = 8  # gradients that are projected together
+PROJECTED = 8  # gradients that are projected together, or as many as fit into
+GRADIENTS = 1 << 28  # numbers: a gigabyte of float32
 CHUNK = 1 << 13  # rows of the projection that are held at once
 
 
@@ -160,8 +161,10 @@ def _directions(
 ) -> Iterator[Tensor]:
     """Each row's gradient, as it is applied, projected, of length 1: some (n, d) at a time."""
     with evaluating(model):
-        for places in np.array_split(np.arange(len(rows.lengths)), -(-len(rows.lengths) // PROJECTED)):
-            block = torch.empty(len(places), sum(each.numel() for each in weights), device=weights[0].device)
+        size = sum(each.numel() for each in weights)
+        together = max(PROJECTED, GRADIENTS // size)  # the signs are drawn anew for each block
+        for places in np.array_split(np.arange(len(rows.lengths)), -(-len(rows.lengths) // together)):
+            block = torch.empty(len(places), size, device=weights[0].device)
             for place, row in enumerate(places):
                 block[place] = apply(_gradient(model, weights, collate(rows, [row], weights[0].device)))
             yield F.normalize(project(block, config.dimensions, config.seed), dim=1)
