@@ -37,11 +37,14 @@ from resofilter_trainer import (
     load_rows,
     map_columns,
     score_dataset,
+    write_report,
 )
 from resofilter_trainer.cli import exit_on_input_error, summary
 from resofilter_trainer.config import Norm, Update
 from resofilter_trainer.evaluation import exact_match
 from resofilter_trainer.metrics.final_answer import final_answer
+from resofilter_trainer.report import Contents
+from resofilter_trainer.row_texts import RowTexts
 from resofilter_trainer.rows import first_line
 
 
@@ -133,6 +136,9 @@ def main() -> None:
         batch_size=training.per_device_eval_batch_size,
     )
     if PartialState().is_main_process:
+        contents, texts = Contents(scores, selection), RowTexts(train, recipe.columns())
+        report = write_report(contents, str(training.output_dir), texts)
+        print(f"Why each row went: {report.path}")
         write_results(scores, selection, accuracy, len(test), recipe, training)
     trainer.end()
 

@@ -14,8 +14,10 @@ if TYPE_CHECKING:
     from .config import ColumnMapping, InputError, ResonanceConfig, TokenCleaning
     from .criteria import Criterion
     from .criterion_scoring import score_by
+    from .layer_pass import score_layers
     from .policies import DiverseSelector, RandomSelector, SoftPruning
     from .recorder import Recorder
+    from .report import Report, read_contents, write_report
     from .resonance import Resonance, literal
     from .rows import load_rows, map_columns
     from .scores import Provenance, ScoreTable, Trust
@@ -39,6 +41,7 @@ _HOME = {
     "Provenance": "scores",
     "RandomSelector": "policies",
     "Recorder": "recorder",
+    "Report": "report",
     "Resonance": "resonance",
     "ResonanceCallback": "callback",
     "ResonanceConfig": "config",
@@ -55,9 +58,12 @@ _HOME = {
     "literal": "resonance",
     "load_rows": "rows",
     "map_columns": "rows",
+    "read_contents": "report",
     "score_by": "criterion_scoring",
     "score_dataset": "scoring",
+    "score_layers": "layer_pass",
     "self_evolve": "self_evolving",
+    "write_report": "report",
 }
 
 __all__ = [
@@ -70,6 +76,7 @@ __all__ = [
     "Provenance",
     "RandomSelector",
     "Recorder",
+    "Report",
     "Resonance",
     "ResonanceCallback",
     "ResonanceConfig",
@@ -86,9 +93,12 @@ __all__ = [
     "literal",
     "load_rows",
     "map_columns",
+    "read_contents",
     "score_by",
     "score_dataset",
+    "score_layers",
     "self_evolve",
+    "write_report",
 ]
 
 

@@ -52,6 +52,8 @@ def score_arguments(parser: argparse.ArgumentParser) -> None:
         default="auto",
         help="of the forward: float32, bfloat16 (by autocast), or auto: bfloat16 if faster and ranks alike (resonance)",
     )
+    parser.add_argument("--layers", choices=["all"], help="measure every layer, on --limit rows, for the report")
+    parser.add_argument("--limit", type=int, help="with --layers all: how many random rows; 500, if none")
     measure = parser.add_argument_group("measure")
     defaults = ResonanceConfig()
     measure.add_argument("--n_layers", type=int, default=defaults.n_layers)
@@ -89,6 +91,18 @@ def compare_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", help="folder for everything, instead of the file's")
     parser.add_argument("--published", action="store_true", help="the survey's tables, from its own numbers")
     parser.add_argument("--json", help="with --published, a file for the ranks")
+
+
+def report_arguments(parser: argparse.ArgumentParser) -> None:
+    """Of the report."""
+    parser.add_argument("source", help="a folder or file of scores, or the folder of a run, a cleaning or a comparison")
+    parser.add_argument("--selection", help="what select wrote, where it lies elsewhere")
+    parser.add_argument("--output", help="folder for report.html; the same folder, if none")
+    parser.add_argument("--dataset", help="the dataset that was scored, if it moved since")
+    parser.add_argument("--split")
+    parser.add_argument("--group_column", help="a column of the dataset, such as its source")
+    parser.add_argument("--title", help="of the page")
+    parser.add_argument("--open", action="store_true", help="show it in the browser")
 
 
 def select_arguments(parser: argparse.ArgumentParser) -> None:

@@ -18,6 +18,7 @@ from . import trainer_access as access
 from .config import InputError, ResonanceConfig, TokenCleaning, Update, one_of
 from .filtering import FilterConfig, Policy, When
 from .results import Results
+from .run_report import report_run
 from .scores import ScoreTable
 from .selection import DataSelector, Selection
 from .training_run import OPTIMIZER, Run
@@ -38,6 +39,7 @@ class ResonanceCallback(TrainerCallback):
             those that keep no token; with `keep` and the like, scores are those of the tokens that are learnt.
         update: the step that is measured: a fresh optimizer's first, `"adamw"` or `"sgd"`, in closed form and at any
             batch size; or `"optimizer"`, what this run's own optimizer did, for updates of a single sample.
+        report: write `report.html` beside the scores at the end, see `write_report`.
         **config: the other fields of `ResonanceConfig`: `n_layers`, `norm`, `eps` and so on.
 
     With `max_steps`, the run has as many steps as asked for: every epoch is as long as one on all rows, and takes the
@@ -60,6 +62,7 @@ class ResonanceCallback(TrainerCallback):
         correct_drift: bool | None = None,
         token_cleaning: TokenCleaning | None = None,
         update: str = "adamw",
+        report: bool = False,
         **config: Any,
     ) -> None:
         if token_cleaning is not None and not isinstance(token_cleaning, TokenCleaning):
@@ -69,6 +72,7 @@ class ResonanceCallback(TrainerCallback):
         self.token_cleaning = token_cleaning
         self.filter = FilterConfig(keep, threshold, selector, when, start_epoch, readmit, correct_drift, end_epoch)
         one_of("update", update, (*get_args(Update), OPTIMIZER))
+        self.report = report
         self.by_optimizer = update == OPTIMIZER
         if self.by_optimizer and when == "before":
             raise InputError("update='optimizer' is seen while training only: leave when='before' out.")
@@ -146,6 +150,8 @@ class ResonanceCallback(TrainerCallback):
         """Write the last scores and let go of the trainer."""
         run, self._run = self._running, None
         run.end()
+        if self.report:
+            report_run(run.trainer, run.folder, run.sample_ids, run.held.total)
 
     @property
     def _running(self) -> Run:

@@ -26,7 +26,6 @@ from .token_selection import TokenSelection
 
 SAMPLE_ID = "sample_id"
 SUMMARY_FILE = "summary.json"
-EMPTIED = "every token was cleaned away"
 SHOWN = 5  # most and least kept tokens
 
 

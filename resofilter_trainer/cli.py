@@ -1,4 +1,4 @@
-"""The commands: resofilter demo | score | select | clean | compare | env. Knows lines, and leaves the work alone.
+"""The commands: resofilter demo | score | select | clean | compare | report | env. Leaves the work alone.
 
 Each command imports what it needs when it runs: `select`, `compare --published` and `env` never import torch.
 """
@@ -19,7 +19,14 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from .arguments import clean_arguments, compare_arguments, demo_arguments, score_arguments, select_arguments
+from .arguments import (
+    clean_arguments,
+    compare_arguments,
+    demo_arguments,
+    report_arguments,
+    score_arguments,
+    select_arguments,
+)
 from .config import (
     CRITERION_NAMES,
     RESONANCE,
@@ -77,9 +84,16 @@ def run_score(args: argparse.Namespace) -> None:
         raise InputError(
             f"--{changed[0]} is of the step that resonance measures; --criterion {args.criterion} has none."
         )
+    if args.layers and (args.criterion != RESONANCE or args.tokens_per_batch is not None):
+        raise InputError("--layers all is of resonance, a row at a time: leave --criterion and --tokens_per_batch out.")
+    if args.limit is not None and not args.layers:
+        raise InputError("--limit goes with --layers all; scores are of all rows.")
     common: dict[str, Any] = {"output": args.output, **_row_options(args)}
     if args.tokens_per_batch is not None:
         common["tokens_per_batch"] = args.tokens_per_batch
+    if args.layers:
+        _score_layers(args, common)
+        return
     if args.criterion == RESONANCE:
         config, precision = _from(args, ResonanceConfig), args.precision
         training = _sft_config(args, bf16=False)
@@ -91,6 +105,18 @@ def run_score(args: argparse.Namespace) -> None:
         print(summary(scores))
         print(f"Scores: {file_at(args.output, SCORES_FILE)}")
         print(f"Next: resofilter select {args.output} --keep 0.5 --output kept")
+
+
+def _score_layers(args: argparse.Namespace, common: dict[str, Any]) -> None:
+    """Measure every layer on some rows, for the report."""
+    from .layer_pass import LIMIT, score_layers
+
+    limit = LIMIT if args.limit is None else args.limit
+    training = _sft_config(args, bf16=False)
+    scores = score_layers(
+        args.model, _rows(args), args=training, config=_from(args, ResonanceConfig), limit=limit, **common
+    )
+    print(f"{int(scores.scored.sum())} of {len(scores)} rows, every layer. Next: resofilter report {args.output}")
 
 
 def summary(scores: Any) -> str:
@@ -139,7 +165,7 @@ def run_select(args: argparse.Namespace) -> None:
         raise InputError(f"There is no row that stays, of {len(selection)}. Choose another threshold or share.")
     rows = None if dataset is None else selection.apply(dataset)
     if rows is not None:
-        _save_dataset(rows, Path(args.output) / "dataset")
+        _save_dataset(rows, Path(args.output) / "dataset", selection.card())
     print(f"Selection: {selection.save(args.output)}")
     for reason, count in Counter(selection.reason).most_common(10):
         print(f"  {count:>8} {reason}")
@@ -147,6 +173,8 @@ def run_select(args: argparse.Namespace) -> None:
         print("The scores name no dataset to filter. In Python: Selection.load(...).apply(dataset).")
     else:
         print(f"Rows that stay: {Path(args.output) / 'dataset'} (datasets.load_from_disk)")
+    if len(args.scores) == 1:
+        print(f"Next: resofilter report {args.scores[0]} --selection {args.output}")
 
 
 def run_clean(args: argparse.Namespace) -> None:
@@ -251,6 +279,56 @@ def run_compare(args: argparse.Namespace) -> None:
     print(f"Table, cells and picture: {Path(config.output) / RESULTS}, {Path(config.output) / PICTURE}")
 
 
+def run_report(args: argparse.Namespace) -> None:
+    """Write the page, and the pictures and the dropped rows beside it."""
+    from .report import read_contents, write_report
+
+    contents = read_contents(args.source, args.selection)
+    texts = groups = decode = None
+    if contents.scores is not None:
+        texts, groups = _texts_and_groups(args, contents.scores.provenance)
+    if contents.cleaned is not None:
+        from .row_texts import decoder
+
+        decode = decoder(contents.cleaned.scores.provenance.model)
+    folder = Path(args.source).parent if Path(args.source).suffix == ".parquet" else Path(args.source)
+    report = write_report(contents, args.output or folder, texts, groups, decode, args.title)
+    if report.numbers is not None:
+        for warning in report.numbers.warnings:
+            print(f"Warning: {warning}")
+    print(f"Report: {report.path}")
+    if args.open:
+        import webbrowser
+
+        webbrowser.open(report.path.resolve().as_uri())
+
+
+def _texts_and_groups(args: argparse.Namespace, provenance: Any) -> tuple[Any, Any]:
+    """Each row as text and its group, as far as the dataset can be had."""
+    source = provenance.source
+    try:
+        dataset = _scored_dataset(args, source)
+    except InputError as error:
+        if args.dataset or args.group_column:
+            raise
+        print(f"The report has no text: {error}")
+        return None, None
+    if dataset is None or len(dataset) != provenance.rows:
+        if args.dataset:
+            raise InputError(f"'{args.dataset}' has {len(dataset)} rows and the scores are of {provenance.rows}.")
+        if args.group_column:
+            raise InputError("--group_column is a column of the dataset: pass --dataset.")
+        print("The report has no text: the scores name no dataset. Pass --dataset.")
+        return None, None
+    from .row_texts import RowTexts, scored_columns
+
+    if args.group_column and args.group_column not in dataset.column_names:
+        raise InputError(f"--group_column {args.group_column}: the dataset has {', '.join(dataset.column_names)}.")
+    groups = [str(each) for each in dataset[args.group_column][:]] if args.group_column else None
+    texts = RowTexts(dataset, scored_columns(provenance.preparation))
+    return (None if dataset.column_names == ["input_ids"] else texts), groups
+
+
 def run_env(args: argparse.Namespace) -> None:
     """Print what a bug report needs."""
     print(f"python {platform.python_version()} on {platform.system()} {platform.machine()}, {os.cpu_count()} cores")
@@ -335,12 +413,13 @@ def _check_kept_folder(output: Path, source: str | None) -> None:
         raise InputError(f"'{folder}' holds something that is no earlier selection. Choose another output.")
 
 
-def _save_dataset(rows: Any, folder: Path) -> None:
-    """Write beside the target, then rename: the dataset is whole or as it was."""
+def _save_dataset(rows: Any, folder: Path, card: Any) -> None:
+    """Write beside the target, then rename: the dataset and its card are whole, or as they were."""
     from .scores import replacing
 
     with replacing(folder) as part:
         rows.save_to_disk(part)
+        card.save(part / "README.md")
         if folder.exists():
             shutil.rmtree(folder)
 
@@ -391,6 +470,7 @@ def _parser() -> argparse.ArgumentParser:
         ("select", run_select, select_arguments, "decide which rows stay, from scores"),
         ("clean", run_clean, clean_arguments, "mask the tokens that a reference model has nothing to teach about"),
         ("compare", run_compare, compare_arguments, "selectors against each other, on your model and data"),
+        ("report", run_report, report_arguments, "one page that shows why a sample went"),
         ("env", run_env, lambda _: None, "print the versions, for a bug report"),
     ):
         command = commands.add_parser(name, help=text, formatter_class=argparse.ArgumentDefaultsHelpFormatter)

@@ -20,7 +20,7 @@ from .config import ColumnMapping, InputError, Precision
 from .preparation import ROW, PreparedRows, prepare
 from .provenance import describe
 from .rows import duplicate_rows, empty_rows, first_line, hash_rows, looks_local, map_columns
-from .scores import Provenance, check_folder
+from .scores import EMPTY, SAME_PROMPT, Provenance, check_folder
 
 
 @dataclass(frozen=True)
@@ -127,7 +127,7 @@ def usable_rows(
     reasons: dict[int, str] = {}
     if drop_duplicates:
         repeated = duplicate_rows(rows, text_field)
-        reasons |= {row: f"same prompt as row {first}" for row, first in repeated.items()}
+        reasons |= {row: f"{SAME_PROMPT} {first}" for row, first in repeated.items()}
     empty = [row for row in empty_rows(rows, text_field) if row not in reasons]
     if empty and not drop_empty:
         listed = ", ".join(map(str, empty[:5])) + (", ..." if len(empty) > 5 else "")
@@ -135,7 +135,7 @@ def usable_rows(
             f"{len(empty)} of {len(rows)} rows teach nothing, their completion is empty: rows {listed}. "
             "Remove them, or leave them out with --drop_empty (drop_empty=True)."
         )
-    reasons |= dict.fromkeys(empty, "empty completion")
+    reasons |= dict.fromkeys(empty, EMPTY)
     if len(reasons) == len(rows):
         raise InputError(f"All {len(rows)} rows are empty or repeated: there is nothing to score or to train on.")
     rows = rows.add_column(ROW, np.arange(len(rows)))

@@ -11,8 +11,7 @@ from transformers import Trainer
 
 from . import trainer_access as access
 from .measurements import Measurements
-
-NAME = "resofilter"
+from .results import NAME
 
 
 def report_rows(trainer: Trainer, when: str, measurements: Measurements, kept: np.ndarray) -> None:

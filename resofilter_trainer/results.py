@@ -11,7 +11,9 @@ from .scores import ScoreTable
 from .selection import Selection
 from .token_scores import TOKEN_SCORES_FILE
 
+NAME = "resofilter"  # of the folder in a training's output_dir, of its state and its scalars
 TOKENS_FILE = "token_cleaning.json"
+LOG_FILE = "log.json"
 
 
 @dataclass

@@ -85,7 +85,7 @@ def map_columns(dataset: Dataset, mapping: ColumnMapping, text_field: str = "tex
     if missing:
         raise InputError(f"The dataset has no column '{missing[0]}'. It has: {', '.join(columns)}.")
     if mapping.prompt_columns:
-        return dataset.map(_prompt_and_completion, fn_kwargs={"mapping": mapping}, remove_columns=columns)
+        return dataset.map(prompt_and_completion, fn_kwargs={"mapping": mapping}, remove_columns=columns)
     if mapping.messages_column:
         mapped = dataset.select_columns([mapping.messages_column]).rename_columns(
             _to(mapping.messages_column, "messages")
@@ -152,7 +152,8 @@ def _format(path: Path) -> str:
     return FILE_FORMATS[suffixes[-1]]
 
 
-def _prompt_and_completion(example: Mapping[str, Any], mapping: ColumnMapping) -> dict[str, Any]:
+def prompt_and_completion(example: Mapping[str, Any], mapping: ColumnMapping) -> dict[str, Any]:
+    """A row's mapped prompt columns joined, and its completion, as text or as messages."""
     for column in mapping.columns:
         if isinstance(example[column], list | Mapping):
             raise InputError(

@@ -22,16 +22,19 @@ import pyarrow as pa
 
 from .combining import COMBINATIONS
 from .config import InputError, one_of
+from .dataset_card import make_card
 from .scores import Provenance, ScoreTable, file_at, load_parquet, save_parquet
 from .thresholds import RULES
 
 if TYPE_CHECKING:
     import pandas as pd
     from datasets import Dataset
+    from huggingface_hub import DatasetCard
 
 SELECTION_FILE = "selection.parquet"
 KEY = "resofilter_selection"  # the Parquet metadata that holds policy and provenance
 KEPT = "kept"
+COLUMN = "resofilter_"  # begins the name of a score that became a column
 Drop = Literal["largest", "smallest", "both"]
 Rule = Literal["otsu", "iqr", "knee"]
 Combination = Literal["ranks", "topsis", "pareto", "residual"]
@@ -75,6 +78,46 @@ class Selection:
                 "Apply it to the dataset as it was scored, before any filtering or shuffling."
             )
         return dataset.select(self.sample_ids)
+
+    def annotate(self, dataset: Dataset, scores: ScoreTable) -> Dataset:
+        """The rows that stay, with the scores as columns: `resofilter_score`, `resofilter_loss` and so on."""
+        rows = self.apply(dataset)
+        for name in scores.table.column_names:
+            if name not in ("sample_id", "reason"):
+                rows = rows.add_column(f"{COLUMN}{name}", scores.table[name].take(self.sample_ids).to_pylist())
+        return rows
+
+    def card(self, licence: str | None = None, name: str | None = None) -> DatasetCard:
+        """The card of the rows that stay: how they were chosen, from what, and the commands that repeat it.
+
+        Args:
+            licence: of the dataset, where its own card does not say.
+            name: of the rows that stay.
+        """
+        provenance = Provenance.from_json(self.provenance)
+        return make_card(provenance, self.reason, KEPT, self.policy, licence, name)
+
+    def push_to_hub(
+        self,
+        dataset: Dataset,
+        repo_id: str,
+        scores: ScoreTable | None = None,
+        licence: str | None = None,
+        **options: Any,
+    ) -> None:
+        """Put the rows that stay on the hub, with their card.
+
+        Args:
+            dataset: as it was scored.
+            repo_id: `owner/name`.
+            scores: become columns, where they are given.
+            licence: as for `card`.
+            **options: of `Dataset.push_to_hub`, such as `private` and `token`.
+        """
+        rows = self.apply(dataset) if scores is None else self.annotate(dataset, scores)
+        rows.push_to_hub(repo_id, **options)
+        own = {name: options[name] for name in ("token", "revision") if name in options}
+        self.card(licence, repo_id).push_to_hub(repo_id, repo_type="dataset", **own)
 
     def to_pandas(self) -> pd.DataFrame:
         """`sample_id`, `keep` and `reason`, one line per row of the dataset."""
@@ -264,12 +307,23 @@ def drop_share(values: np.ndarray, keep: float, drop: Drop) -> np.ndarray:
 
 def drop_count(values: np.ndarray, count: int, drop: Drop) -> np.ndarray:
     """Which of `values` stay when `count` of them go, in the order of `drop_share`; (N,) bool."""
-    largest = {"largest": count, "smallest": 0, "both": (count + 1) // 2}[drop]
     stays = np.ones(len(values), dtype=bool)
-    stays[np.argsort(-values, kind="stable")[:largest]] = False
-    ascending = np.argsort(values, kind="stable")
-    stays[ascending[stays[ascending]][: count - largest]] = False
+    stays[drop_order(values, drop)[:count]] = False
     return stays
+
+
+def drop_order(values: np.ndarray, drop: Drop) -> np.ndarray:
+    """(N,) positions, that which goes first at the beginning: whatever the share, the first ones go."""
+    descending = np.argsort(-values, kind="stable")
+    if drop == "largest":
+        return descending
+    ascending = np.argsort(values, kind="stable")
+    if drop == "smallest":
+        return ascending
+    turns = np.empty((len(values), 2), dtype=np.int64)  # one of the largest, one of the smallest, and so on
+    turns[:, 0], turns[:, 1] = descending, ascending
+    order, first = np.unique(turns.ravel(), return_index=True)
+    return order[np.argsort(first, kind="stable")]
 
 
 def dropped_of(rows: int, keep: float) -> int:

@@ -23,7 +23,7 @@ from peft import PeftConfig
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import SFTConfig
 
-from .cleaned_dataset import EMPTIED, SAMPLE_ID, check_output, mask_labels, save_dataset, summarise
+from .cleaned_dataset import SAMPLE_ID, check_output, mask_labels, save_dataset, summarise
 from .config import InputError, TokenCleaning
 from .loading import load_weights, placed
 from .preparation import ROW, PreparedRows
@@ -31,7 +31,7 @@ from .provenance import identity
 from .stages import check_settings, save_model, train_stage, training_settings
 from .token_cleaning import PARTS, CleaningTask, against, open_task, score_tokens
 from .token_scores import TokenScores
-from .token_selection import TokenSelection, TokenSelector
+from .token_selection import EMPTIED, TokenSelection, TokenSelector
 
 STAGES_FILE = "stages.json"
 

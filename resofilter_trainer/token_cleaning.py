@@ -22,7 +22,7 @@ from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import SFTConfig
 
-from .cleaned_dataset import EMPTIED, CleanedDataset, check_output, groups_of, mask_labels, save_dataset, summarise
+from .cleaned_dataset import CleanedDataset, check_output, groups_of, mask_labels, save_dataset, summarise
 from .config import SELF, InputError, TokenCleaning
 from .loading import check_arguments, check_model, default_arguments, open_pass, placed
 from .loss_pass import Parts, measure_token_losses
@@ -31,7 +31,7 @@ from .provenance import identity
 from .reference_model import check_vocabulary, is_adapter, load_reference, wearing
 from .scores import Provenance
 from .token_scores import TOKEN_SCORES_FILE, TokenScores
-from .token_selection import TokenSelector
+from .token_selection import EMPTIED, TokenSelector
 
 REFERENCE = ("reference_weights", "reference_settings")
 PARTS = "parts"  # the folder in which an interrupted pass goes on

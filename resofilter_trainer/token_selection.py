@@ -16,6 +16,7 @@ from .config import InputError, Ranking, one_of, token_share
 from .token_scores import TokenScores
 
 CHUNK = 1 << 21  # tokens that are looked at together
+EMPTIED = "every token was cleaned away"
 
 
 @dataclass(frozen=True)

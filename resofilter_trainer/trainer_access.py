@@ -23,11 +23,11 @@ from transformers import Trainer, get_scheduler
 from transformers.trainer_callback import ProgressCallback
 from trl import SFTConfig, SFTTrainer
 
-from .cleaned_dataset import EMPTIED
 from .config import InputError
 from .losses import IGNORE
 from .plan import Batching, Progress
 from .shrinking import IndexedRows, RowCollator, ShrinkingSampler
+from .token_selection import EMPTIED
 
 
 class Hold:

@@ -30,8 +30,8 @@ from .measurements import Measured, Measurements
 from .plan import Plan, Progress
 from .preparation import prepared_already
 from .provenance import describe_training, run_settings
-from .reporting import NAME as STATE
 from .reporting import report_rows, report_tokens
+from .results import NAME as STATE
 from .results import Results, remove_stale
 from .scores import Provenance, ScoreTable
 from .scoring import score_prepared
@@ -73,6 +73,7 @@ class Run:
         access.check_trainer(trainer, train_dataloader)
         self.filter, self.config, self.by_optimizer, self.results = filtering, config, by_optimizer, results
         self.trainer, self.args, self.loader = trainer, trainer.args, train_dataloader
+        self.folder = Path(str(self.args.output_dir)) / STATE
         self.batching = access.batching_of(trainer, train_dataloader)
         self.epochs = int(trainer.state.num_train_epochs)
         self.its_total = trainer.state.max_steps
@@ -137,7 +138,7 @@ class Run:
         self.progress = Progress.of(self.plan.total)
         self.results.scores, self.results.selections = None, [self._all_rows()]
         if self.args.should_save:
-            remove_stale(self._folder)
+            remove_stale(self.folder)
         if self.tokens is not None:
             self._clean_tokens(self.tokens)
         if self.filter.when == "before":
@@ -160,7 +161,7 @@ class Run:
 
     def _clean_tokens(self, tokens: CleaningRun) -> None:
         """Measure the base model; with a fixed reference, leave out the rows that keep no token."""
-        tokens.begin(self.provenance, self._folder, min(self.plan.steps(epoch) for epoch in range(self.epochs)))
+        tokens.begin(self.provenance, self.folder, min(self.plan.steps(epoch) for epoch in range(self.epochs)))
         for numbers in tokens.stages:
             report_tokens(self.trainer, numbers)
         if tokens.emptied.any():
@@ -207,7 +208,7 @@ class Run:
         self.plan = dataclasses.replace(self.plan, sizes=saved["sizes"])
         self.epoch, self.steps_done = saved["epoch"], saved["steps_done"]
         if self.tokens is not None:
-            self.tokens.load(folder, self.provenance, self._folder)
+            self.tokens.load(folder, self.provenance, self.folder)
         self.measurements, extra = Measurements.load(folder)
         count = min(self.epoch, self.epochs - 1) + 1
         self.results.load_selections(folder, count)
@@ -393,7 +394,7 @@ class Run:
             why = most_common(self.results.selections[-1].reason)
             self.error = InputError(
                 f"Epoch {epoch + 1} would have no batch: {why}. Start anew with another threshold or policy. "
-                f"The scores are in {self._folder}."
+                f"The scores are in {self.folder}."
             )
 
     def _replan(self) -> None:
@@ -443,7 +444,7 @@ class Run:
 
     def _write_results(self, ended: int) -> None:
         if self.args.should_save:
-            self.results.save(self._folder, ended)
+            self.results.save(self.folder, ended)
 
     def _exchange(self) -> None:
         """Every process takes in what all have measured."""
@@ -464,10 +465,6 @@ class Run:
             "knots": [list(knot) for knot in self.progress.knots],
             "provenance": self.provenance_json,
         }
-
-    @property
-    def _folder(self) -> Path:
-        return Path(str(self.args.output_dir)) / STATE
 
     @property
     def _kept(self) -> np.ndarray:

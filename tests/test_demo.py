@@ -57,6 +57,7 @@ def test_the_whole_demo_leaves_what_it_says_and_repeats_itself(tmp_path, every_c
         main(["demo", "--output", str(folder), "--seed", "3"])
         found.append((folder / "results.json").read_text())
         assert (folder / "picture.png").stat().st_size > 10_000
+        assert (folder / "report.html").stat().st_size > 1_000_000
         assert len(Selection.load(folder)) == len(ScoreTable.load(folder)) == ROWS
     assert found[0] == found[1]
     results = json.loads(found[0])

@@ -44,6 +44,7 @@ def test_it_scores_selects_trains_and_evaluates(lora, gsm8k, tiny_model_dir, tmp
     selection = Selection.load(output)
     assert selection.keep.sum() == 4
     assert (output / ("adapter_config.json" if lora else "model.safetensors")).exists()
+    assert (output / "report.html").is_file()
     main(["select", str(output / "scores"), "--output", str(tmp_path / "kept")])
     kept = load_from_disk(tmp_path / "kept" / "dataset")
     assert kept["question"][:] == [f"what is {i} + 1 ?" for i in selection.sample_ids]

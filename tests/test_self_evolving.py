@@ -22,11 +22,11 @@ from transformers import AutoModelForCausalLM
 from trl import SFTTrainer
 
 from resofilter_trainer import loss_pass, self_evolving, token_cleaning
-from resofilter_trainer.cleaned_dataset import EMPTIED
 from resofilter_trainer.config import InputError, TokenCleaning
 from resofilter_trainer.self_evolving import Evolved, self_evolve
 from resofilter_trainer.token_cleaning import clean_dataset
 from resofilter_trainer.token_scores import TokenScores
+from resofilter_trainer.token_selection import EMPTIED
 
 COUNT = 14  # 5, 5 and 4 rows in three parts
 CLEANING = TokenCleaning(keep=0.5, parts=3, group_by="source")

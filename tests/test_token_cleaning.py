@@ -21,11 +21,12 @@ from transformers import AutoModelForCausalLM
 from trl import SFTTrainer
 
 from resofilter_trainer import loss_pass, token_cleaning
-from resofilter_trainer.cleaned_dataset import EMPTIED, described, save_dataset
+from resofilter_trainer.cleaned_dataset import described, save_dataset
 from resofilter_trainer.config import InputError, TokenCleaning
 from resofilter_trainer.reference_model import wearing
 from resofilter_trainer.token_cleaning import clean_dataset
 from resofilter_trainer.token_scores import TokenScores
+from resofilter_trainer.token_selection import EMPTIED
 
 HERE = Path(__file__).parent
 COUNT = 24

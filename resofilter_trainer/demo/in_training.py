@@ -18,6 +18,7 @@ import numpy as np
 from ..callback import ResonanceCallback
 from ..comparison import auroc, rank_correlation
 from ..drift import drop_rate_by_moment
+from ..report import PAGE
 from ..scores import ScoreTable
 from ..selection import KEPT, Selection, drop_share
 from ..training_run import STATE
@@ -69,7 +70,7 @@ def run(output: Path, seed: int) -> dict[str, object]:
     for name, callback in {
         "all": ResonanceCallback(keep=1.0),
         "random": ResonanceCallback(selector=RandomHalf(seed)),
-        "training": ResonanceCallback(keep=KEEP),
+        "training": ResonanceCallback(keep=KEEP, report=True),
         "before": ResonanceCallback(keep=KEEP, when="before"),
     }.items():
         print(f"Training: {name}")
@@ -87,6 +88,7 @@ def run(output: Path, seed: int) -> dict[str, object]:
     }
     (output / "results.json").write_text(json.dumps(results, indent=2) + "\n")
     print(table(outcomes, rankings))
+    print(f"Why each row went: {output / 'training' / STATE / PAGE}")
     print(f"Scores, selections and results.json: {output}  ({time.perf_counter() - started:.0f} s)")
     return results
 

@@ -21,7 +21,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from ..comparison import auroc
+from ..config import ColumnMapping
 from ..evaluation import exact_match
+from ..report import Contents, write_report
+from ..row_texts import RowTexts
 from ..scores import ScoreTable
 from ..scoring import score_dataset
 from ..selection import DataSelector, Selection
@@ -77,8 +80,12 @@ def run(output: Path, seed: int) -> dict[str, object]:
     results = {"rows": [dataclasses.asdict(outcome) for outcome in outcomes], "auroc": detectors, "seed": seed}
     (output / "results.json").write_text(json.dumps(results, indent=2) + "\n")
     draw(scores, selection, wrong, outcomes, output / "picture.png")
+    kinds = ["wrong" if each else "right" for each in wrong]
+    texts = RowTexts(dataset, ColumnMapping())
+    report = write_report(Contents(scores, selection), output, texts, kinds, title="The demo")
     print(table(outcomes, detectors))
     print(f"Trust: {scores.provenance.trust}")
+    print(f"Why each row went: {report.path}")
     print(f"Scores, selection, results.json and picture.png: {output}  ({time.perf_counter() - started:.0f} s)")
     return results
 

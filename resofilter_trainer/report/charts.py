@@ -1,0 +1,248 @@
+"""The pictures of a report, as Vega-Lite says them. Knows the numbers and Altair, no page.
+
+One definition for both: the page embeds the specification, `save_png` draws it without a browser.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import altair as alt
+import numpy as np
+import vl_convert
+
+from ..scores import ScoreTable, replacing
+from .numbers import Numbers, Quarter, Scale
+
+VEGA_LITE = ".".join(alt.SCHEMA_VERSION.removeprefix("v").split(".")[:2])  # which vl-convert has as well
+KEPT_COLOUR, DROPPED_COLOUR, OTHER = "#0072b2", "#d55e00", "#767676"  # told apart by colour-blind eyes as well
+DECISIONS = alt.Scale(domain=["kept", "dropped"], range=[KEPT_COLOUR, DROPPED_COLOUR])
+HEIGHT, WIDTH = 220, 460
+KINDS = ("rows' means", "entries of W_up")
+Chart = alt.Chart | alt.LayerChart | alt.VConcatChart
+
+
+def charts_of(numbers: Numbers, points: Sequence[dict[str, Any]]) -> dict[str, Chart]:
+    """Every picture that there are numbers for, by its name.
+
+    Args:
+        numbers: what is drawn.
+        points: of the rows that are shown, see `points_of`.
+    """
+    found: dict[str, Chart | None] = {
+        "scores": scores_chart(numbers) if numbers.histogram else None,
+        "length": points_chart(points, numbers.scale, "tokens", "learnt tokens"),
+        "loss": points_chart(points, numbers.scale, "loss", "loss, nats per token"),
+        "layers": layers_chart(numbers) if numbers.layers else None,
+        "length_of_quarters": length_chart(numbers.quarters) if numbers.quarters else None,
+        "frequency_of_quarters": frequency_chart(numbers.quarters),
+        "ratios": ratios_chart(numbers.ratios) if numbers.ratios else None,
+        "epochs": epochs_chart(numbers) if any(each.median is not None for each in numbers.epochs) else None,
+        "steps": steps_chart(numbers.log) if numbers.log else None,
+    }
+    return {name: chart for name, chart in found.items() if chart is not None}
+
+
+def points_of(scores: ScoreTable, keep: np.ndarray, rows: Sequence[int]) -> list[dict[str, Any]]:
+    """Score, learnt tokens and loss of some rows that have them, and whether they stay."""
+    columns = {"tokens": "num_tokens", "loss": "loss", "score": "score"}
+    there = [name for name in columns if columns[name] in scores.table.column_names]
+    values = {name: scores.column(columns[name]) for name in there}
+    return [
+        {
+            "row": row,
+            "decision": "kept" if keep[row] else "dropped",
+            **{name: float(values[name][row]) for name in there},
+        }
+        for row in rows
+        if all(np.isfinite(values[name][row]) for name in there)
+    ]
+
+
+def scores_chart(numbers: Numbers) -> Chart:
+    """How many rows have which score, which of them stay, and the cut."""
+    scale = _score_scale(numbers.scale)
+    below: dict[float, int] = {}  # dropped rows stand on the kept ones of their bin
+    stacked = []
+    for bar in numbers.histogram:
+        foot = below.get(bar.start, 0)
+        below[bar.start] = foot + bar.rows
+        stacked.append({**dataclasses.asdict(bar), "foot": foot, "top": foot + bar.rows})
+    bars = (
+        alt.Chart(_data(stacked))
+        .mark_rect()
+        .encode(
+            x=alt.X("start:Q", title=numbers.scale.title, scale=scale, axis=_numbers_axis()),
+            x2="end:Q",
+            y=alt.Y("foot:Q", title="rows", scale=alt.Scale(zero=True)),
+            y2="top:Q",
+            color=_decision(),
+            tooltip=["decision:N", "start:Q", "end:Q", "rows:Q"],
+        )
+    )
+    if numbers.cut is None:
+        return _sized(bars)
+    at = _data([{"cut": float(numbers.scale.shown(np.array(numbers.cut)))}])
+    rule = alt.Chart(at).mark_rule(strokeDash=[4, 4], color=OTHER, strokeWidth=2)
+    return _sized(bars + rule.encode(x=alt.X("cut:Q", scale=scale), tooltip=["cut:Q"]))
+
+
+def points_chart(points: Sequence[dict[str, Any]], scale: Scale, name: str, title: str) -> Chart | None:
+    """The score of some rows against something else."""
+    if not any(name in point for point in points):
+        return None
+    shown = scale.shown(np.array([point["score"] for point in points])).tolist()
+    rows = [
+        {"row": point["row"], "decision": point["decision"], "x": point[name], "y": y}
+        for point, y in zip(points, shown, strict=True)
+    ]
+    return _sized(
+        alt.Chart(_data(rows))
+        .mark_point(size=14, filled=True, opacity=0.5)
+        .encode(
+            x=alt.X("x:Q", title=title, scale=alt.Scale(zero=False)),
+            y=alt.Y("y:Q", title=scale.title.split(":")[0], scale=_score_scale(scale), axis=_numbers_axis()),
+            color=_decision(),
+            shape=alt.Shape("decision:N", scale=alt.Scale(domain=["kept", "dropped"], range=["circle", "cross"])),
+            tooltip=["row:Q", alt.Tooltip("x:Q", title=title), alt.Tooltip("y:Q", title="score"), "decision:N"],
+        )
+    )
+
+
+def layers_chart(numbers: Numbers) -> Chart:
+    """Quartiles of the change by layer (ResoFilter, figure 2)."""
+    rows = []
+    for layer in numbers.layers:
+        values = (layer.low, layer.high, layer.entries_low, layer.entries_high)
+        for (of, quantile), value in zip(itertools.product(KINDS, ("25 %", "75 %")), values, strict=True):
+            if value is not None:
+                rows.append({"layer": layer.layer, "of": of, "quantile": quantile, "change": value})
+    return _sized(
+        alt.Chart(_data(rows))
+        .mark_line(point=True)
+        .encode(
+            x=alt.X("layer:Q", title="layer", axis=alt.Axis(tickMinStep=1)),
+            y=alt.Y("change:Q", title="change of W_up", scale=alt.Scale(zero=False), axis=_numbers_axis()),
+            color=alt.Color("of:N", title=None, scale=alt.Scale(range=[DROPPED_COLOUR, KEPT_COLOUR])),
+            strokeDash=alt.StrokeDash("quantile:N", title=None),
+            tooltip=["layer:Q", "of:N", "quantile:N", "change:Q"],
+        )
+    )
+
+
+def length_chart(quarters: Sequence[Quarter]) -> Chart:
+    """Learnt tokens of the rows that move least and most: means and quartiles (ResoFilter, figure 4)."""
+    data = _data([dataclasses.asdict(each) for each in quarters])
+    across = alt.X("rows:N", title=None, sort=[each.rows for each in quarters], axis=alt.Axis(labelAngle=0))
+    bars = (
+        alt.Chart(data)
+        .mark_bar(color=KEPT_COLOUR, size=40)
+        .encode(
+            x=across, y=alt.Y("tokens:Q", title="learnt tokens, mean and quartiles"), tooltip=["rows:N", "tokens:Q"]
+        )
+    )
+    spans = alt.Chart(data).mark_rule(color=OTHER, strokeWidth=2).encode(x=across, y="tokens_low:Q", y2="tokens_high:Q")
+    return _sized(bars + spans)
+
+
+def frequency_chart(quarters: Sequence[Quarter]) -> Chart | None:
+    """How common the words are of the rows that move least and most (ResoFilter, figure 5)."""
+    known = [{"rows": each.rows, "frequency": each.frequency} for each in quarters if each.frequency is not None]
+    if not known:
+        return None
+    return _sized(
+        alt.Chart(_data(known))
+        .mark_bar(color=KEPT_COLOUR, size=40)
+        .encode(
+            x=alt.X("rows:N", title=None, sort=[str(each["rows"]) for each in known], axis=alt.Axis(labelAngle=0)),
+            y=alt.Y("frequency:Q", title="share of all words, mean"),
+            tooltip=["rows:N", "frequency:Q"],
+        )
+    )
+
+
+def ratios_chart(ratios: Sequence[dict[str, Any]]) -> Chart:
+    """A comparison's metric by the share that stays (ResoFilter, figure 3)."""
+    several = len({each["model"] for each in ratios}) > 1
+    lines = [
+        {**each, "name": f"{each['model']}: {each['selector']}" if several else each["selector"]} for each in ratios
+    ]
+    base = alt.Chart(_data(lines)).encode(
+        x=alt.X("keep:Q", title="share that stays", axis=alt.Axis(format="%")),
+        color=alt.Color("name:N", title=None, scale=alt.Scale(scheme="tableau20")),
+    )
+    points = base.mark_line(point=True).encode(
+        y=alt.Y("metric:Q", title="held-out metric, 95 % interval", scale=alt.Scale(zero=False)),
+        tooltip=["name:N", "keep:Q", "metric:Q", "metric_low:Q", "metric_high:Q"],
+    )
+    return _sized(base.mark_rule(opacity=0.4).encode(y="metric_low:Q", y2="metric_high:Q") + points, 340)
+
+
+def epochs_chart(numbers: Numbers) -> Chart:
+    """Where the scores lay after each epoch: median and quartiles."""
+    data = _data([dataclasses.asdict(each) for each in numbers.epochs if each.median is not None])
+    base = alt.Chart(data).encode(x=alt.X("epoch:O", title="epoch", axis=alt.Axis(labelAngle=0)))
+    scale = alt.Scale(zero=False)
+    spans = base.mark_rule(color=OTHER, strokeWidth=3).encode(
+        y=alt.Y("low:Q", title="score, median and quartiles", scale=scale, axis=_numbers_axis()), y2="high:Q"
+    )
+    return _sized(spans + base.mark_point(color=KEPT_COLOUR, filled=True, size=80).encode(y="median:Q"))
+
+
+def steps_chart(log: Sequence[dict[str, Any]]) -> Chart:
+    """Learning rate and kept share by step, one above the other."""
+    panels = []
+    for what in dict.fromkeys(str(entry["what"]) for entry in log):
+        own = [entry for entry in log if entry["what"] == what]
+        mark = alt.Chart(_data(own)).mark_line(point=True, color=KEPT_COLOUR, interpolate="step-after")
+        panel = mark.encode(
+            x=alt.X("step:Q", title="step"), y=alt.Y("value:Q", title=what), tooltip=["step:Q", "value:Q"]
+        )
+        panels.append(panel.properties(width=WIDTH, height=110))
+    return alt.vconcat(*panels)
+
+
+def specification(chart: Chart) -> dict[str, Any]:
+    """As the page embeds it."""
+    with alt.data_transformers.disable_max_rows():
+        found: dict[str, Any] = chart.to_dict()
+    return found
+
+
+def save_png(chart: Chart, path: Path) -> None:
+    """Draw it to a file, by vl-convert."""
+    picture = vl_convert.vegalite_to_png(specification(chart), vl_version=VEGA_LITE, scale=2)
+    with replacing(path) as part:
+        part.write_bytes(picture)
+
+
+def javascript() -> str:
+    """Vega, Vega-Lite and Vega-Embed as one script that needs no network."""
+    return vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;", vl_version=VEGA_LITE)
+
+
+def _data(rows: Sequence[Mapping[str, Any]]) -> alt.Data:
+    return alt.Data(values=[dict(row) for row in rows])
+
+
+def _sized(chart: Any, height: int = HEIGHT) -> Chart:
+    sized: Chart = chart.properties(width=WIDTH, height=height)
+    return sized
+
+
+def _decision() -> alt.Color:
+    return alt.Color("decision:N", title=None, scale=DECISIONS)
+
+
+def _score_scale(scale: Scale) -> alt.Scale:
+    """Larger scores to the right and above, whatever is drawn of them."""
+    return alt.Scale(zero=False, nice=False) if scale.lr is None else alt.Scale(type="log", reverse=True, nice=False)
+
+
+def _numbers_axis() -> alt.Axis:
+    """Scores are small and close together: as many digits as they need."""
+    return alt.Axis(format="~g", labelOverlap=True)
