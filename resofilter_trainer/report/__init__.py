@@ -78,6 +78,7 @@ def write_report(
     for what, values in (("texts", texts), ("groups", groups)):
         if scores is not None and values is not None and len(values) != len(scores):
             raise InputError(f"There are {len(scores)} rows and {len(values)} {what}: every row needs one.")
+    groups = None if groups is None else [str(each) for each in groups]
     selection = samples = numbers = None
     files = ""
     if scores is None:
@@ -95,7 +96,7 @@ def write_report(
         save_png(chart, picture)
     page = make_page(title or TITLE, numbers, charts, scores, selection, samples, groups, files)
     with replacing(output / PAGE) as part:
-        part.write_text(page, encoding="utf-8")
+        part.write_bytes(page.encode("utf-8", "replace"))  # half a surrogate pair becomes a question mark
     return Report(output / PAGE, numbers, pictures)
 
 

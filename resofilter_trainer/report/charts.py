@@ -56,10 +56,10 @@ def points_of(scores: ScoreTable, keep: np.ndarray, rows: Sequence[int]) -> list
         {
             "row": row,
             "decision": "kept" if keep[row] else "dropped",
-            **{name: float(values[name][row]) for name in there},
+            **{name: float(values[name][row]) for name in there if np.isfinite(values[name][row])},
         }
         for row in rows
-        if all(np.isfinite(values[name][row]) for name in there)
+        if np.isfinite(values["score"][row])
     ]
 
 
@@ -93,7 +93,8 @@ def scores_chart(numbers: Numbers) -> Chart:
 
 def points_chart(points: Sequence[dict[str, Any]], scale: Scale, name: str, title: str) -> Chart | None:
     """The score of some rows against something else."""
-    if not any(name in point for point in points):
+    points = [point for point in points if name in point]
+    if not points:
         return None
     shown = scale.shown(np.array([point["score"] for point in points])).tolist()
     rows = [
@@ -245,4 +246,4 @@ def _score_scale(scale: Scale) -> alt.Scale:
 
 def _numbers_axis() -> alt.Axis:
     """Scores are small and close together: as many digits as they need."""
-    return alt.Axis(format="~g", labelOverlap=True)
+    return alt.Axis(format="~g", labelOverlap=True, tickCount=6)

@@ -22,6 +22,9 @@ from ..token_selection import EMPTIED, TokenSelection, TokenSelector
 
 COMPARISON_FILE, CLEANING_FILE = "comparison.json", "summary.json"
 SCORES_FOLDER = "scores"
+NO_TOKEN = "no token to learn"
+OF_TOKENS = {"what": "tokens"}  # the policy where no row was decided on
+LINE = {"selector", "model", "keep", "metric", "metric_low", "metric_high"}  # what a comparison's has at least
 
 
 @dataclass(frozen=True)
@@ -62,11 +65,17 @@ class Contents:
     def __post_init__(self) -> None:
         if self.scores is None:
             return
+        object.__setattr__(self, "scores", ScoreTable.join([self.scores]))  # in the dataset's order
         rows = self.scores.provenance.rows
         if len(self.scores) != rows:
             raise InputError(f"The dataset has {rows} rows and the scores cover {len(self.scores)}. Pass all parts.")
         if self.selection is not None:
             check_of(self.selection, self.scores)
+
+    @property
+    def of_tokens(self) -> bool:
+        """Whether tokens were selected, and no rows."""
+        return self.selection is not None and self.selection.policy == OF_TOKENS
 
     def decided(self) -> Selection:
         """The selection, or where there is none what `DataSelector()` would decide."""
@@ -94,13 +103,16 @@ def read_contents(path: str | os.PathLike[str], selection: str | os.PathLike[str
     if not file_at(path, SCORES_FILE).is_file() and (folder / SCORES_FOLDER).is_dir():
         path = folder / SCORES_FOLDER  # a recipe's
     scores = ScoreTable.load(path) if file_at(path, SCORES_FILE).is_file() else None
-    comparison, cleaned = _json(folder / COMPARISON_FILE), _cleaned(folder)
+    comparison, cleaned = _comparison(folder / COMPARISON_FILE), _cleaned(folder)
     epochs = list(_epochs(folder))
     decided = _selection(folder, selection, epochs)
     if scores is None and cleaned is not None:
         scores, decided = as_scores(cleaned.scores), rows_of(cleaned)
     if scores is None and comparison is None:
-        raise InputError(f"'{folder}' holds no scores and no comparison. Run `resofilter score` or `compare` first.")
+        there = f"'{folder}' holds no scores and no comparison"
+        if decided is not None:
+            raise InputError(f"{there}, but a selection: pass the folder of its scores, and this one as --selection.")
+        raise InputError(f"{there}. Run `resofilter score` or `compare` first.")
     layers = (path.parent if path.suffix == ".parquet" else path) / LAYERS_FOLDER
     return Contents(
         scores=scores,
@@ -127,8 +139,10 @@ def rows_of(cleaned: TokenSelection) -> Selection:
     provenance = cleaned.scores.provenance
     keep = np.zeros(provenance.rows, dtype=bool)
     keep[cleaned.scores.sample_id] = cleaned.kept_of_row > 0
-    reason = [KEPT if each else EMPTIED for each in keep]
-    return Selection(keep, reason, {"what": "tokens"}, provenance.to_json())
+    reason = [NO_TOKEN] * provenance.rows
+    for row, count, kept in zip(cleaned.scores.sample_id, cleaned.scores.num_tokens, cleaned.kept_of_row, strict=True):
+        reason[row] = KEPT if kept else EMPTIED if count else NO_TOKEN
+    return Selection(keep, reason, OF_TOKENS, provenance.to_json())
 
 
 def as_scores(tokens: TokenScores) -> ScoreTable:
@@ -146,7 +160,7 @@ def as_scores(tokens: TokenScores) -> ScoreTable:
         "score": loss,
         "loss": loss,
         "num_tokens": pa.array(counts, mask=missing),
-        "reason": pa.array(["no token to learn" if each else None for each in missing], pa.string()),
+        "reason": pa.array([NO_TOKEN if each else None for each in missing], pa.string()),
     }
     return ScoreTable(pa.table(columns), tokens.provenance)
 
@@ -176,10 +190,22 @@ def _epochs(folder: Path) -> Iterator[Epoch]:
         )
 
 
+def _comparison(path: Path) -> dict[str, Any] | None:
+    """What `compare` has left."""
+    found = _json(path)
+    if found is None:
+        return None
+    lines = found.get("lines") if isinstance(found, dict) else None
+    if not isinstance(lines, list) or not all(isinstance(line, dict) and line.keys() >= LINE for line in lines):
+        raise InputError(f"'{path}' is damaged, or no comparison of this version. Remove it, or make it again.")
+    return found
+
+
 def _cleaned(folder: Path) -> TokenSelection | None:
     """Which tokens a cleaning has kept: decided again, as it was."""
     settings = _json(folder / CLEANING_FILE)
-    if settings is None or "keep_tokens" not in settings or not (folder / TOKEN_SCORES_FILE).is_file():
+    sound = isinstance(settings, dict) and {"keep_tokens", "ranking"} <= settings.keys()
+    if not sound or not (folder / TOKEN_SCORES_FILE).is_file():
         return None
     return TokenSelector(settings["keep_tokens"], settings["ranking"]).select(TokenScores.load(folder))
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -87,7 +87,7 @@ class WhatIf:
     Attributes:
         by, drop: what is ranked, and which end goes.
         keep: the shares.
-        rows, tokens: that stay.
+        rows, tokens: that stay; no tokens where they were not counted.
         dropped_of_groups: for each group, how many of its rows would go; the largest groups.
         unscored: rows that go in any case.
     """
@@ -96,7 +96,7 @@ class WhatIf:
     drop: Drop
     keep: list[float]
     rows: list[int]
-    tokens: list[int]
+    tokens: list[int] | None
     dropped_of_groups: dict[str, list[int]]
     unscored: int
 
@@ -213,7 +213,7 @@ def numbers_of(
 def _verdict(contents: Contents, scores: ScoreTable, selection: Selection) -> Verdict:
     tokens = np.nan_to_num(_optional(scores, "num_tokens"))
     reasons = Counter(why for why in selection.reason if why != KEPT and why)
-    kept, cleaned = int(selection.keep.sum()), contents.cleaned
+    kept, cleaned = int(selection.keep.sum()), contents.cleaned if contents.of_tokens else None
     return Verdict(
         rows=len(scores),
         scored=int(scores.scored.sum()),
@@ -231,7 +231,7 @@ def _score_name(contents: Contents) -> str:
     """What was measured, in words."""
     assert contents.scores is not None
     config = contents.scores.provenance.config
-    if contents.cleaned is not None:
+    if contents.of_tokens:
         return "mean loss under the base model"
     return str(config.get("criterion", f"resonance ({config.get('update')}, last {config.get('n_layers')} layers)"))
 
@@ -280,11 +280,14 @@ def histogram(values: np.ndarray, keep: np.ndarray, log: bool) -> list[Bar]:
     """Counts in equal steps from the smallest to the largest value; of (N,) finite values, and which rows stay."""
     if not len(values):
         return []
-    if log:
-        edges = np.geomspace(values.min(), values.max(), BINS + 1)
-        edges[[0, -1]] = values.min(), values.max()  # which rounding may have moved
+    low, high = float(values.min()), float(values.max())
+    if low == high:
+        width = abs(low) / 20 or 0.5
+        edges = np.array([low - width, low + width])
     else:
-        edges = np.histogram_bin_edges(values, 1 if np.ptp(values) == 0 else BINS)
+        edges = (np.geomspace if log else np.linspace)(low, high, BINS + 1)
+        edges[[0, -1]] = low, high  # which rounding may have moved
+        edges = np.unique(edges)  # fewer where there are not so many numbers between
     bars = []
     for decision, which in (("kept", keep), ("dropped", ~keep)):
         counts = np.histogram(values[which], edges)[0]
@@ -326,7 +329,7 @@ def what_if(selector: DataSelector, scores: ScoreTable, groups: Sequence[str] | 
         drop=end,
         keep=SHARES,
         rows=[len(rows) - count for count in gone],
-        tokens=(tokens[rows].sum() - gone_tokens[gone]).tolist(),
+        tokens=(tokens[rows].sum() - gone_tokens[gone]).tolist() if "num_tokens" in scores.table.column_names else None,
         dropped_of_groups=of_groups,
         unscored=len(scores) - len(rows),
     )
@@ -362,10 +365,14 @@ def word_frequency(texts: Sequence[str | None]) -> np.ndarray:
 
 def layers_of(scores: ScoreTable) -> list[Layer]:
     """Quartiles of every measured layer's change, lowest layer first."""
-    there, found = scores.scored, []
+    found = []
     names = [name for name in scores.table.column_names if re.fullmatch(rf"{LAYER}\d+", name)]
     for name in sorted(names, key=lambda name: int(name.removeprefix(LAYER))):
-        low, high = np.quantile(scores.column(name)[there], [QUARTER, 1 - QUARTER])
+        values = scores.column(name)
+        there = scores.scored & np.isfinite(values)
+        if not there.any():
+            continue
+        low, high = np.quantile(values[there], [QUARTER, 1 - QUARTER])
         entries = [
             float(scores.column(f"{name}_{part}")[there].mean())
             if f"{name}_{part}" in scores.table.column_names
@@ -407,23 +414,29 @@ def steps_of(log: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     ]
 
 
-def ratios_of(comparison: dict[str, Any] | None) -> list[dict[str, Any]]:
+def ratios_of(comparison: Mapping[str, Any] | None) -> list[dict[str, Any]]:
     """Of a comparison the metric by ratio (ResoFilter, figure 3), at as many epochs for all."""
-    if comparison is None:
-        return []
-    names = ("selector", "model", "keep", "metric", "metric_low", "metric_high")
-    return [
-        {name: line[name] for name in names}
-        for line in comparison.get("lines", [])
-        if line.get("budget", EPOCHS) == EPOCHS and line["metric"] is not None
-        for line in [{**line, "keep": 1.0} if line["selector"] == FULL else line]
-    ]
+    found = []
+    for line in [] if comparison is None else comparison["lines"]:
+        values = {name: _finite(line[name]) for name in ("metric", "metric_low", "metric_high")}
+        if line.get("budget", EPOCHS) == EPOCHS and values["metric"] is not None:
+            keep = 1.0 if line["selector"] == FULL else line["keep"]
+            found.append({"selector": line["selector"], "model": line["model"], "keep": keep, **values})
+    return found
+
+
+def _finite(value: float | None) -> float | None:
+    return None if value is None or not np.isfinite(value) else value
 
 
 def _selector(selection: Selection) -> DataSelector:
     """A selector with a share that ranks as the policy of a selection did, as far as it was one."""
-    names = {name: selection.policy[name] for name in ("drop", "by", "combine") if selection.policy.get(name)}
-    return DataSelector(**names) if "by" in names else DataSelector()
+    policies = (selection.policy, selection.policy.get("selector"), selection.policy.get("keep"))
+    for policy in policies:  # a run's settings hold that of its policy
+        if isinstance(policy, Mapping) and {"by", "drop", "combine"} <= policy.keys():
+            by = policy["by"] if isinstance(policy["by"], str) else tuple(policy["by"])
+            return DataSelector(drop=policy["drop"], by=by, combine=policy["combine"])
+    return DataSelector()
 
 
 def _correlation(scores: ScoreTable, name: str, there: np.ndarray) -> float | None:

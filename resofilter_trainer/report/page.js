@@ -14,6 +14,17 @@
     return made;
   }
 
+  // What cannot be seen, or turns the direction of what comes after it, is shown by its number. Joiners that scripts
+  // need (U+200C, U+200D) stay.
+  const HIDDEN = /([\u0000-\u0008\u000b-\u001f\u007f-\u009f\u00ad\u061c\u115f\u1160\u180e\u200b\u200e\u200f\u202a-\u202e\u2060-\u206f\u3164\ufeff\uffa0\ufff9-\ufffb\u{e0000}-\u{e007f}])/u;
+
+  function textNodes(text) {
+    return text.replaceAll("\r\n", "\n").split(HIDDEN).map((part, i) => {
+      if (i % 2 === 0) return document.createTextNode(part);
+      return element("span", `U+${part.codePointAt(0).toString(16).toUpperCase().padStart(4, "0")}`, { class: "invisible" });
+    });
+  }
+
   // Light and dark ------------------------------------------------------------------------------------------------
   const root = document.documentElement;
   const prefersDark = window.matchMedia("(prefers-color-scheme: dark)");
@@ -51,7 +62,7 @@
     const stay = whatIf.rows[place];
     at("keep-shown").value = `${at("keep").value} %`;
     at("what-if-rows").textContent = count(stay);
-    at("what-if-tokens").textContent = count(whatIf.tokens[place]);
+    if (whatIf.tokens) at("what-if-tokens").textContent = count(whatIf.tokens[place]);
     at("what-if-gone").textContent = count(whatIf.rows[99] - stay + whatIf.unscored);
     const table = at("what-if-groups");
     if (!table) return;
@@ -67,6 +78,8 @@
     at("keep").addEventListener("input", showWhatIf);
     showWhatIf();
   }
+
+  for (const reason of document.querySelectorAll("#reasons bdi")) reason.replaceChildren(...textNodes(reason.textContent));
 
   // Samples -------------------------------------------------------------------------------------------------------
   const samples = data.samples;
@@ -84,17 +97,6 @@
   const state = { sort: "score", down: true, page: 0, open: new Set() };
   const haystack = samples.row.map((_, i) => [samples.prompt?.[i], samples.completion?.[i], samples.group?.[i]].filter(Boolean).join("\n").toLowerCase());
 
-  // What cannot be seen, or turns the direction of what comes after it, is shown by its number. Joiners that scripts
-  // need (U+200C, U+200D) stay.
-  const HIDDEN = /([\u0000-\u0008\u000b-\u001f\u007f-\u009f\u00ad\u061c\u200b\u200e\u200f\u202a-\u202e\u2060-\u2069\ufeff\ufff9-\ufffb])/;
-
-  function textNodes(text) {
-    return text.split(HIDDEN).map((part) => {
-      if (part.length !== 1 || !HIDDEN.test(part)) return document.createTextNode(part);
-      return element("span", `U+${part.codePointAt(0).toString(16).toUpperCase().padStart(4, "0")}`, { class: "invisible" });
-    });
-  }
-
   function filtered() {
     const wanted = at("search").value.trim().toLowerCase();
     const place = /^#\d+$/.test(wanted) ? Number(wanted.slice(1)) : null;
@@ -102,7 +104,7 @@
     const found = samples.row.map((_, i) => i).filter((i) =>
       (place !== null ? samples.row[i] === place : haystack[i].includes(wanted)) &&
       (!decision || samples.decision[i] === decision) &&
-      (!group || samples.group[i] === group));
+      (!group || `=${samples.group[i]}` === group));
     const values = samples[state.sort];
     const sign = state.down ? -1 : 1;
     return found.sort((a, b) => {
@@ -135,23 +137,32 @@
 
   function rowLink(row, likeness) {
     const made = element("button", `row ${row}${likeness === undefined ? "" : ` (${likeness})`}`, { class: "link", type: "button" });
-    made.addEventListener("click", () => { at("search").value = `#${row}`; update(); });
+    made.addEventListener("click", () => {
+      at("search").value = `#${row}`;
+      at("decision").value = at("group").value = "";
+      update();
+    });
     return made;
   }
 
   function details(i) {
-    const cell = element("td", undefined, { colspan: columns.length + 2 });
+    const cell = element("div", undefined, { class: "inside" });
     if (samples.prompt) {
       if (samples.prompt[i]) cell.append(...block("prompt", textNodes(samples.prompt[i]), "Prompt"));
-      cell.append(...block("completion", samples.tokens[i] ? tokenNodes(samples.tokens[i]) : textNodes(samples.completion[i]), "Response"));
+    }
+    if (samples.tokens[i]) cell.append(...block("completion", tokenNodes(samples.tokens[i]), "Response"));
+    else if (samples.completion) {
+      cell.append(...block("completion", textNodes(samples.completion[i]), "Response"));
       if (samples.cut[i]) cell.append(element("p", `${count(samples.cut[i])} more characters are not shown.`));
     }
-    if (samples.copy_of[i] !== samples.row[i]) cell.append("The same text as ", rowLink(samples.copy_of[i]), ". ");
+    const first = samples.copy_of[i];
+    if (first !== samples.row[i]) cell.append("The same text as ", samples.row.includes(first) ? rowLink(first) : `row ${count(first)}, which is not shown`, ". ");
     if (samples.neighbours[i].length) {
       cell.append("Most like it, of the rows shown: ");
       samples.neighbours[i].forEach(([row, likeness]) => cell.append(rowLink(row, likeness), " "));
     }
-    const line = element("tr", cell, { class: "details" });
+    const line = element("tr", undefined, { class: "details" });
+    line.append(element("td", cell, { colspan: columns.length + 2 }));
     return line;
   }
 
@@ -168,7 +179,11 @@
     for (const [name, , numeric] of columns) {
       const value = samples[name][i];
       const cell = element("td", numeric ? short(value, name) : undefined, { class: numeric ? "number" : name === "decision" ? value : "" });
-      if (!numeric) cell.append(element("bdi", value ?? ""));
+      if (!numeric) {
+        const text = element("bdi");
+        text.append(...textNodes(value ?? ""));
+        cell.append(text);
+      }
       line.append(cell);
     }
     if (samples.prompt) {
@@ -231,7 +246,7 @@
 
   at("group-label").hidden = !samples.group;
   at("colour-label").hidden = !samples.tokens.some(Boolean);
-  for (const name of [...new Set(samples.group ?? [])].sort()) at("group").append(element("option", name, { value: name }));
+  for (const name of [...new Set(samples.group ?? [])].sort()) at("group").append(element("option", name || "(none)", { value: `=${name}` }));
   for (const id of ["search", "decision", "group"]) at(id).addEventListener("input", update);
   at("colour").addEventListener("input", show);
   at("filters").addEventListener("submit", (event) => event.preventDefault());

@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import dataclasses
 import hashlib
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -117,7 +118,7 @@ def rows_shown(
         **found,
         "decision": ["kept" if selection.keep[row] else "dropped" for row in rows],
         "reason": ["" if selection.reason[row] == KEPT else selection.reason[row] for row in rows],
-        "group": None if groups is None else [str(groups[row]) for row in rows],
+        "group": None if groups is None else [groups[row] for row in rows],
         "prompt": samples.prompts,
         "completion": samples.completions,
         "cut": list(samples.cut),
@@ -150,8 +151,8 @@ def keep_percent(numbers: Numbers) -> int:
 def _what_if(numbers: Numbers, groups: Sequence[str] | None) -> dict[str, Any] | None:
     if numbers.what_if is None:
         return None
-    names = [str(group) for group in groups or []]
-    sizes = {name: names.count(name) for name in numbers.what_if.dropped_of_groups}
+    counts = Counter(groups or [])
+    sizes = {name: counts[name] for name in numbers.what_if.dropped_of_groups}
     return {**dataclasses.asdict(numbers.what_if), "size_of_groups": sizes}
 
 

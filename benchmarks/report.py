@@ -1,0 +1,128 @@
+"""A report on many rows: how long it takes, how large the page is, how much memory, and how soon a browser shows it.
+
+python benchmarks/report.py --rows 400000 --json report.json
+
+synthetic scores and texts -> write_report -> bytes; then headless Chromium, where there is one: seconds to drawn
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from resofilter_trainer import DataSelector, Provenance, ScoreTable
+from resofilter_trainer.report import Contents, write_report
+
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+WORDS = [f"word{i}" for i in range(5000)]
+
+
+class Texts(Sequence[tuple[str, str]]):
+    """Of some 60 and 120 words each, made when they are asked for."""
+
+    def __init__(self, rows: int) -> None:
+        self.rows = rows
+        self.pool = np.random.default_rng(1).integers(0, len(WORDS), 1 << 20)
+
+    def __len__(self) -> int:
+        return self.rows
+
+    def __getitem__(self, row: Any) -> Any:
+        start = int(row) * 181 % (len(self.pool) - 200)
+        words = [WORDS[i] for i in self.pool[start : start + 180]]
+        return " ".join(words[:60]), " ".join([*words[60:], str(row)])
+
+    def __iter__(self) -> Iterator[tuple[str, str]]:
+        return (self[row] for row in range(self.rows))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=int, nargs="+", default=[4_000, 40_000, 400_000])
+    parser.add_argument("--output", type=Path, help="keep the last page here")
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    found = []
+    print("| rows | seconds | page, MB | folder, MB | peak memory, MB | browser, s |\n|---|---|---|---|---|---|")
+    for rows in args.rows:
+        with tempfile.TemporaryDirectory() as folder:
+            output = args.output or Path(folder)
+            found.append(measure(rows, output))
+        line = found[-1]
+        print(
+            "| " + " | ".join(f"{value:,}" if isinstance(value, int) else str(value) for value in line.values()) + " |"
+        )
+    if args.json:
+        args.json.write_text(json.dumps(found, indent=2) + "\n")
+
+
+def measure(rows: int, output: Path) -> dict[str, int | float | None]:
+    """One report."""
+    scores = synthetic(rows)
+    groups = [f"source {row % 7}" for row in range(rows)]
+    began = time.perf_counter()
+    report = write_report(Contents(scores, DataSelector().select(scores)), output, Texts(rows), groups)
+    seconds = time.perf_counter() - began
+    unit = 1024 if sys.platform == "linux" else 1
+    files = [path for path in output.rglob("*") if path.is_file()]
+    return {
+        "rows": rows,
+        "seconds": round(seconds, 1),
+        "page": round(report.path.stat().st_size / 1e6, 1),
+        "folder": round(sum(path.stat().st_size for path in files) / 1e6, 1),
+        "memory": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6),
+        "browser": opened(report.path),
+    }
+
+
+def synthetic(rows: int) -> ScoreTable:
+    """Scores that saturate, as AdamW's do, and go with loss and a little with length."""
+    lot = np.random.default_rng(0)
+    tokens, loss = lot.integers(5, 400, rows), lot.gamma(2, 0.5, rows)
+    score = 1e-5 * (1 - np.exp(-2 * loss - 0.003 * tokens + 0.3 * lot.normal(size=rows)) * 0.3)
+    provenance = Provenance(
+        model="synthetic",
+        weights="",
+        tokenizer="",
+        template="",
+        dataset="",
+        rows=rows,
+        config={"update": "adamw", "norm": "mean_abs", "n_layers": 3, "lr": 1e-5},
+        preparation={"max_length": 512},
+        versions={},
+    )
+    columns = {"sample_id": np.arange(rows), "score": score, "loss": loss, "num_tokens": tokens, "length": tokens + 80}
+    return ScoreTable(pa.table({**columns, "reason": pa.nulls(rows, pa.string())}), provenance)
+
+
+def opened(path: Path) -> float | None:
+    """Seconds until the page is drawn in a headless browser, the browser's own start aside; None without one."""
+    browser = next(filter(None, map(shutil.which, BROWSERS)), None)
+    if browser is None:
+        return None
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        chromium = playwright.chromium.launch(executable_path=browser, args=["--no-sandbox", "--disable-gpu"])
+        page = chromium.new_page()
+        began = time.perf_counter()
+        page.goto(path.resolve().as_uri())
+        page.wait_for_selector("html[data-drawn]")
+        seconds = time.perf_counter() - began
+        chromium.close()
+    return round(seconds, 2)
+
+
+if __name__ == "__main__":
+    main()
