@@ -19,7 +19,7 @@ import pyarrow.parquet
 from ..config import InputError
 from ..scores import ScoreTable, check_folder, replacing
 from ..selection import Selection
-from .charts import charts_of, points_of, ratios_chart, save_png
+from .charts import charts_of, points_of, ratios_chart, save_png, specification
 from .contents import Contents, read_contents
 from .numbers import Numbers, numbers_of, ratios_of, word_frequency
 from .page import make_page
@@ -83,7 +83,7 @@ def write_report(
     files = ""
     if scores is None:
         ratios = ratios_of(contents.comparison)
-        charts = {"ratios": ratios_chart(ratios)} if ratios else {}
+        charts = {"ratios": specification(ratios_chart(ratios))} if ratios else {}
     else:
         selection = contents.decided()
         samples = samples_of(scores, texts, contents.cleaned, decode)

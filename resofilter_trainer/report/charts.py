@@ -23,10 +23,11 @@ KEPT_COLOUR, DROPPED_COLOUR, OTHER = "#0072b2", "#d55e00", "#767676"  # told apa
 DECISIONS = alt.Scale(domain=["kept", "dropped"], range=[KEPT_COLOUR, DROPPED_COLOUR])
 HEIGHT, WIDTH = 220, 460
 KINDS = ("rows' means", "entries of W_up")
+Specification = dict[str, Any]
 Chart = alt.Chart | alt.LayerChart | alt.VConcatChart
 
 
-def charts_of(numbers: Numbers, points: Sequence[dict[str, Any]]) -> dict[str, Chart]:
+def charts_of(numbers: Numbers, points: Sequence[dict[str, Any]]) -> dict[str, Specification]:
     """Every picture that there are numbers for, by its name.
 
     Args:
@@ -44,7 +45,7 @@ def charts_of(numbers: Numbers, points: Sequence[dict[str, Any]]) -> dict[str, C
         "epochs": epochs_chart(numbers) if any(each.median is not None for each in numbers.epochs) else None,
         "steps": steps_chart(numbers.log) if numbers.log else None,
     }
-    return {name: chart for name, chart in found.items() if chart is not None}
+    return {name: specification(chart) for name, chart in found.items() if chart is not None}
 
 
 def points_of(scores: ScoreTable, keep: np.ndarray, rows: Sequence[int]) -> list[dict[str, Any]]:
@@ -207,16 +208,16 @@ def steps_chart(log: Sequence[dict[str, Any]]) -> Chart:
     return alt.vconcat(*panels)
 
 
-def specification(chart: Chart) -> dict[str, Any]:
+def specification(chart: Chart) -> Specification:
     """As the page embeds it."""
     with alt.data_transformers.disable_max_rows():
-        found: dict[str, Any] = chart.to_dict()
+        found: Specification = chart.to_dict()
     return found
 
 
-def save_png(chart: Chart, path: Path) -> None:
+def save_png(chart: Specification, path: Path) -> None:
     """Draw it to a file, by vl-convert."""
-    picture = vl_convert.vegalite_to_png(specification(chart), vl_version=VEGA_LITE, scale=2)
+    picture = vl_convert.vegalite_to_png(chart, vl_version=VEGA_LITE, scale=2)
     with replacing(path) as part:
         part.write_bytes(picture)
 

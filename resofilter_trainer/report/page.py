@@ -21,7 +21,7 @@ import numpy as np
 from .. import __version__
 from ..scores import ScoreTable
 from ..selection import KEPT, Selection
-from .charts import Chart, javascript, specification
+from .charts import Specification, javascript
 from .numbers import Numbers
 from .samples import Samples, as_json
 
@@ -31,7 +31,7 @@ HERE = Path(__file__).parent
 def make_page(
     title: str,
     numbers: Numbers | None,
-    charts: Mapping[str, Chart],
+    charts: Mapping[str, Specification],
     scores: ScoreTable | None,
     selection: Selection | None,
     samples: Samples | None,
@@ -48,7 +48,7 @@ def make_page(
     """
     script = _script()
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    content: dict[str, Any] = {"charts": {name: specification(chart) for name, chart in charts.items()}}
+    content: dict[str, Any] = {"charts": dict(charts)}
     about: dict[str, Any] = {"provenance": [], "shown": "", "samples_note": "", "verdict": "", "keep_percent": 50}
     if numbers is not None and scores is not None and selection is not None and samples is not None:
         content |= {
