@@ -136,10 +136,10 @@ def main() -> None:
         batch_size=training.per_device_eval_batch_size,
     )
     if PartialState().is_main_process:
+        write_results(scores, selection, accuracy, len(test), recipe, training)
         contents, texts = Contents(scores, selection), RowTexts(train, recipe.columns())
         report = write_report(contents, str(training.output_dir), texts)
         print(f"Why each row went: {report.path}")
-        write_results(scores, selection, accuracy, len(test), recipe, training)
     trainer.end()
 
 

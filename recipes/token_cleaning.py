@@ -27,11 +27,21 @@ from accelerate import PartialState
 from datasets import Dataset
 from trl import ModelConfig, SFTConfig, TrlParser, get_peft_config
 
-from resofilter_trainer import ColumnMapping, InputError, TokenCleaning, clean_dataset, load_rows, map_columns
+from resofilter_trainer import (
+    ColumnMapping,
+    InputError,
+    TokenCleaning,
+    clean_dataset,
+    load_rows,
+    map_columns,
+    read_contents,
+    write_report,
+)
 from resofilter_trainer.cleaned_dataset import described, groups_of
 from resofilter_trainer.cli import exit_on_input_error
 from resofilter_trainer.config import CLEANING_MODES, Ranking, cleaning_of_mode
 from resofilter_trainer.loading import load_model, usable_rows
+from resofilter_trainer.row_texts import RowTexts, decoder
 from resofilter_trainer.rows import first_line
 from resofilter_trainer.self_evolving import self_evolve
 from resofilter_trainer.stages import check_settings, save_model, train_stage, training_settings
@@ -138,6 +148,8 @@ def main() -> None:
         output=Path(str(training.output_dir)) / "cleaned",
         **columns,
     )
+    if PartialState().is_main_process:
+        report(dataset, recipe, training, str(model.model_name_or_path))
     tune(cleaned.dataset, training, model, "model")
     finish(cleaned.summary, cleaned.reasons, training, "model")
 
@@ -178,6 +190,14 @@ def tune(rows: Dataset, training: SFTConfig, model: ModelConfig, name: str) -> N
     base, tokenizer = load_model(str(model.model_name_or_path), None, training)
     trained = train_stage(base, rows, training, tokenizer, peft_config, folder.with_name(f"{name}-training"))
     save_model(trained, tokenizer, folder)
+
+
+def report(dataset: Dataset, recipe: RecipeArguments, training: SFTConfig, model: str) -> None:
+    """Show which tokens went, beside the cleaned dataset."""
+    folder = Path(str(training.output_dir)) / "cleaned"
+    texts = RowTexts(dataset, recipe.columns(), training.dataset_text_field)
+    written = write_report(read_contents(folder), folder, texts, groups_of(dataset, recipe.group_by), decoder(model))
+    print(f"Which tokens went: {written.path}")
 
 
 def finish(summary: Mapping[str, Any], reasons: Mapping[int, str], training: SFTConfig, model: str) -> None:

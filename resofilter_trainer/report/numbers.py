@@ -193,9 +193,10 @@ def numbers_of(
     correlations = {name: _correlation(scores, name, there) for name in ("num_tokens", "loss")}
     verdict, scale = _verdict(contents, scores, selection), scale_of(scores, there)
     values, keep = scores.column("score")[there], selection.keep[there]
+    is_loss = contents.of_tokens or scores.provenance.config.get("criterion") in ("loss", "perplexity")
     return Numbers(
         verdict=verdict,
-        warnings=_warnings(scores, verdict, correlations, copies),
+        warnings=_warnings(scores, verdict, correlations, copies, is_loss),
         scale=scale,
         histogram=histogram(scale.shown(values), keep, log=scale.lr is not None),
         cut=cut_of(values, keep),
@@ -236,7 +237,9 @@ def _score_name(contents: Contents) -> str:
     return str(config.get("criterion", f"resonance ({config.get('update')}, last {config.get('n_layers')} layers)"))
 
 
-def _warnings(scores: ScoreTable, verdict: Verdict, correlations: dict[str, float | None], copies: int) -> list[str]:
+def _warnings(
+    scores: ScoreTable, verdict: Verdict, correlations: dict[str, float | None], copies: int, is_loss: bool
+) -> list[str]:
     """What makes the verdict doubtful, a sentence each."""
     found, rows, trust = [], max(verdict.rows, 1), scores.provenance.trust
     values = scores.column("score")[scores.scored]
@@ -249,7 +252,7 @@ def _warnings(scores: ScoreTable, verdict: Verdict, correlations: dict[str, floa
         found.append(f"{int((~np.isfinite(values)).sum())} scores are no finite number; those rows go first.")
     if length is not None and abs(length) >= NEARLY_ALL_LENGTH:
         found.append(f"The score is almost only length (rank correlation {length:+.2f}): compare with by=num_tokens.")
-    if loss is not None and abs(loss) >= NEARLY_ALL_LOSS and scores.provenance.config.get("criterion") != "loss":
+    if loss is not None and abs(loss) >= NEARLY_ALL_LOSS and not is_loss:
         found.append(f"The score is almost only loss (rank correlation {loss:+.2f}), which costs a forward alone.")
     if trust is not None and not trust.trusted:
         found.append(f"The ranking is partly noise: {trust}.")
