@@ -148,10 +148,10 @@ def main() -> None:
         output=Path(str(training.output_dir)) / "cleaned",
         **columns,
     )
-    if PartialState().is_main_process:
-        report(dataset, recipe, training, str(model.model_name_or_path))
     tune(cleaned.dataset, training, model, "model")
     finish(cleaned.summary, cleaned.reasons, training, "model")
+    if PartialState().is_main_process:
+        report(dataset, recipe, training, str(model.model_name_or_path))
 
 
 def parse() -> tuple[RecipeArguments, SFTConfig, ModelConfig]:

@@ -97,6 +97,7 @@ def report_arguments(parser: argparse.ArgumentParser) -> None:
     """Of the report."""
     parser.add_argument("source", help="a folder or file of scores, or the folder of a run, a cleaning or a comparison")
     parser.add_argument("--selection", help="what select wrote, where it lies elsewhere")
+    parser.add_argument("--comparison", help="what compare wrote, where it lies elsewhere")
     parser.add_argument("--output", help="folder for report.html; the same folder, if none")
     parser.add_argument("--dataset", help="the dataset that was scored, if it moved since")
     parser.add_argument("--split")

@@ -22,10 +22,10 @@ from transformers import PreTrainedTokenizerBase
 from .config import InputError
 from .losses import IGNORE
 from .preparation import ROW
+from .results import SUMMARY_FILE
 from .token_selection import TokenSelection
 
 SAMPLE_ID = "sample_id"
-SUMMARY_FILE = "summary.json"
 SHOWN = 5  # most and least kept tokens
 
 

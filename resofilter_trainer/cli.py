@@ -109,14 +109,21 @@ def run_score(args: argparse.Namespace) -> None:
 
 def _score_layers(args: argparse.Namespace, common: dict[str, Any]) -> None:
     """Measure every layer on some rows, for the report."""
+    from accelerate import PartialState
+
     from .layer_pass import LIMIT, score_layers
 
+    defaults = args.parser.get_default
+    for name in ("n_layers", "precision"):
+        if getattr(args, name) != defaults(name):
+            raise InputError(f"--{name} goes without --layers all, which measures every layer in float32.")
     limit = LIMIT if args.limit is None else args.limit
     training = _sft_config(args, bf16=False)
     scores = score_layers(
         args.model, _rows(args), args=training, config=_from(args, ResonanceConfig), limit=limit, **common
     )
-    print(f"{int(scores.scored.sum())} of {len(scores)} rows, every layer. Next: resofilter report {args.output}")
+    if PartialState().is_main_process:
+        print(f"{int(scores.scored.sum())} of {len(scores)} rows, every layer. Next: resofilter report {args.output}")
 
 
 def summary(scores: Any) -> str:
@@ -137,6 +144,7 @@ def summary(scores: Any) -> str:
 
 def run_select(args: argparse.Namespace) -> None:
     """Decide on scores that were saved, and write the decision and the rows that stay."""
+    from .dataset_card import GROUP_COLUMN
     from .scores import ScoreTable, check_folder
     from .selection import DataSelector
 
@@ -161,6 +169,9 @@ def run_select(args: argparse.Namespace) -> None:
     if args.group_column and (dataset is None or args.group_column not in dataset.column_names):
         raise InputError(f"--group_column {args.group_column}: no such column, or no dataset; pass --dataset.")
     selection = selector.select(scores, groups=dataset[args.group_column][:] if args.group_column else None)
+    if args.group_column:
+        policy = {**selection.policy, GROUP_COLUMN: args.group_column}
+        selection = dataclasses.replace(selection, policy=policy)
     if not selection.keep.any():
         raise InputError(f"There is no row that stays, of {len(selection)}. Choose another threshold or share.")
     rows = None if dataset is None else selection.apply(dataset)
@@ -268,22 +279,23 @@ def run_compare(args: argparse.Namespace) -> None:
     import datasets
     from transformers.utils import logging
 
-    from .comparison_report import PICTURE, RESULTS, write
+    from .comparison_report import PICTURE, write
     from .comparison_run import run
+    from .results import COMPARISON_FILE
     from .selectors import METHODS
 
     datasets.disable_progress_bars()  # of many small steps: a line for every training says more
     logging.disable_progress_bar()
     cells = run(config)
     print(write(config, cells, {each.name: METHODS[each.method].needs for each in config.selectors}))
-    print(f"Table, cells and picture: {Path(config.output) / RESULTS}, {Path(config.output) / PICTURE}")
+    print(f"Table, cells and picture: {Path(config.output) / COMPARISON_FILE}, {Path(config.output) / PICTURE}")
 
 
 def run_report(args: argparse.Namespace) -> None:
     """Write the page, and the pictures and the dropped rows beside it."""
     from .report import read_contents, write_report
 
-    contents = read_contents(args.source, args.selection)
+    contents = read_contents(args.source, args.selection, args.comparison)
     texts = groups = decode = None
     if contents.scores is not None:
         texts, groups = _texts_and_groups(args, contents.scores.provenance)
@@ -318,7 +330,8 @@ def _texts_and_groups(args: argparse.Namespace, provenance: Any) -> tuple[Any, A
             raise InputError(f"'{args.dataset}' has {len(dataset)} rows and the scores are of {provenance.rows}.")
         if args.group_column:
             raise InputError("--group_column is a column of the dataset: pass --dataset.")
-        print("The report has no text: the scores name no dataset. Pass --dataset.")
+        why = "the scores name no dataset" if dataset is None else f"the dataset has {len(dataset)} rows now"
+        print(f"The report has no text: {why}. Pass --dataset.")
         return None, None
     from .row_texts import RowTexts, scored_columns
 
@@ -326,7 +339,7 @@ def _texts_and_groups(args: argparse.Namespace, provenance: Any) -> tuple[Any, A
         raise InputError(f"--group_column {args.group_column}: the dataset has {', '.join(dataset.column_names)}.")
     groups = [str(each) for each in dataset[args.group_column][:]] if args.group_column else None
     texts = RowTexts(dataset, scored_columns(provenance.preparation))
-    return (None if dataset.column_names == ["input_ids"] else texts), groups
+    return (texts if texts.known else None), groups
 
 
 def run_env(args: argparse.Namespace) -> None:

@@ -15,9 +15,10 @@ from matplotlib.figure import Figure
 from .comparison import EPOCHS, FLOPS, FULL, RANDOM, Cell, summarise, transfer
 from .comparison_config import ComparisonConfig
 from .published import Needs, dense_ranks, efficiency_ranks, feasibility_ranks, pir, pixel_distances, residual
+from .results import COMPARISON_FILE
 from .scores import replacing
 
-RESULTS, PICTURE = "comparison.json", "comparison.png"
+PICTURE = "comparison.png"
 OWN, BASELINE = "#0072b2", "#999999"  # told apart by colour-blind eyes as well
 NOTE = """metric: held-out, mean over seeds with its 95 % interval (Student's t); over random, over all: paired by seed.
 SDF: kept / all. PIR: 3.1311 p - 1.6875, p the ratio to training on all. line: PIR above the survey's line, whose ranks
@@ -44,7 +45,7 @@ def write(config: ComparisonConfig, cells: Sequence[Cell], needs: dict[str, Need
         ],
         "cells": [dataclasses.asdict(cell) for cell in cells],
     }
-    with replacing(output / RESULTS) as part:
+    with replacing(output / COMPARISON_FILE) as part:
         part.write_text(json.dumps(_plain(found), indent=2, default=str) + "\n")
     with replacing(output / PICTURE) as part:
         draw(lines, part)

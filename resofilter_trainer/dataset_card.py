@@ -6,19 +6,23 @@ The licence is that of the dataset it was made from: a filter changes nothing ab
 from __future__ import annotations
 
 import dataclasses
+import re
 import shlex
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .config import RESONANCE, ColumnMapping, ResonanceConfig
-from .scores import EMPTY, SAME_PROMPT, Provenance
+from .scores import EMPTY, SAME_PROMPT, Provenance, count_reasons
 
 if TYPE_CHECKING:
     from huggingface_hub import DatasetCard
 
 LISTED = 10  # reasons
+PATIENCE = 3  # seconds to wait for the hub: a licence is worth no more
+DATA_FILES = (".json", ".jsonl", ".csv", ".parquet", ".gz", ".zst")
+BY_GROUP, GROUP_COLUMN = "by_group", "group_column"  # in a policy: shares held within groups, of this column
+SELECTS = {"keep", "drop", "threshold", "by", "combine", "stratify_by", "strata"}  # what DataSelector is set by
 
 
 def make_card(
@@ -43,12 +47,9 @@ def make_card(
 
     source = provenance.source.get("dataset")
     licence = licence or licence_of(source)
-    on_hub = isinstance(source, str) and not Path(source).exists() and source.count("/") == 1
-    sources = [str(source)] if on_hub else None
+    sources = [str(source)] if _on_hub(source) else None
     data = DatasetCardData(license=licence, tags=["resofilter"], source_datasets=sources, pretty_name=name)
     stay = sum(reason == kept for reason in reasons)
-    gone = Counter(reason for reason in reasons if reason != kept).most_common(LISTED)
-    commands = commands_of(provenance, policy, reasons)
     lines = [
         f"# {_plain(name or 'Filtered dataset')}",
         "",
@@ -57,11 +58,11 @@ def make_card(
         "",
         "| rows that went | because |",
         "|---|---|",
-        *(f"| {count:,} | {_plain(reason)} |" for reason, count in gone),
+        *(f"| {n:,} | {_plain(why)} |" for why, n in count_reasons((r for r in reasons if r != kept), LISTED)),
         "",
         "## How to make it again",
         "",
-        *(["```", *commands, "```"] if commands else ["By `ResonanceCallback` in a training run:", "", _code(policy)]),
+        *_how(commands_of(provenance, policy, reasons), policy),
         "",
         "## Where the scores come from",
         "",
@@ -75,26 +76,45 @@ def make_card(
     return DatasetCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n".join(lines))
 
 
+def push_card(card: DatasetCard, repo_id: str, revision: str | None, token: Any) -> None:
+    """Put the card where `Dataset.push_to_hub` has put rows, and keep what that has written into it of its files."""
+    from huggingface_hub import DatasetCard, DatasetCardData, hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError
+
+    where: dict[str, Any] = {"repo_type": "dataset", "revision": revision, "token": token}
+    try:
+        there = DatasetCard.load(hf_hub_download(repo_id, "README.md", **where)).data.to_dict()
+    except EntryNotFoundError:
+        there = {}
+    card.data = DatasetCardData(**{**there, **card.data.to_dict()})
+    card.push_to_hub(repo_id, **where)
+
+
 def licence_of(source: Any) -> str | None:
     """The licence that a dataset's own card names: in its folder, or on the hub; None where there is none to be had."""
-    from huggingface_hub import DatasetCard
+    import yaml
+    from huggingface_hub import DatasetCard, hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError
 
     if not isinstance(source, str) or not source:
         return None
-    path = Path(source)
-    own = path / "README.md" if path.is_dir() else path.parent / "README.md"
     try:
-        if path.exists():
-            return None if not own.is_file() else DatasetCard.load(own).data.to_dict().get("license")
-        return DatasetCard.load(source).data.to_dict().get("license")
-    except (OSError, ValueError, HfHubHTTPError):  # no network, no such card, or one without a header
+        if Path(source).is_dir():
+            path = str(Path(source) / "README.md")
+        elif _on_hub(source):
+            path = hf_hub_download(source, "README.md", repo_type="dataset", etag_timeout=PATIENCE)
+        else:
+            return None
+        return DatasetCard.load(path).data.to_dict().get("license")
+    except (OSError, ValueError, yaml.YAMLError, HfHubHTTPError):  # no network, no card, or one without a sound header
         return None
 
 
 def commands_of(provenance: Provenance, policy: Mapping[str, Any], reasons: Iterable[str]) -> list[str]:
-    """The two commands that score and select again; none where a training run decided."""
-    if "by" not in policy:
+    """The two commands that score and select again; none where something else than `resofilter select` decided."""
+    keep, by = policy.get("keep"), policy.get("by")
+    of_groups = BY_GROUP in policy and GROUP_COLUMN not in policy
+    if policy.keys() - {BY_GROUP, GROUP_COLUMN} != SELECTS or isinstance(keep, Mapping) or of_groups:
         return []
     score = {"model": provenance.model, **_source(provenance.source), **_measure(provenance), **_rows(provenance)}
     there = set(reasons)
@@ -103,19 +123,32 @@ def commands_of(provenance: Provenance, policy: Mapping[str, Any], reasons: Iter
         "drop_empty": EMPTY in there,
         "output": "scores",
     }
-    keep = policy.get("keep")
-    by = policy["by"]
+    several = by if isinstance(by, Sequence) and not isinstance(by, str) else None
     select = {
-        "keep": keep if not isinstance(keep, Mapping) else None,
-        "drop": policy.get("drop"),
-        "threshold": policy.get("threshold"),
-        "by": by if isinstance(by, str) else ",".join(by),
-        "combine": None if isinstance(by, str) else policy.get("combine"),
-        "stratify_by": policy.get("stratify_by"),
-        "strata": policy.get("strata") if policy.get("stratify_by") else None,
+        **{name: policy[name] for name in ("keep", "drop", "threshold", "stratify_by")},
+        "by": ",".join(several) if several else by,
+        "combine": policy["combine"] if several else None,
+        "strata": policy["strata"] if policy["stratify_by"] else None,
+        GROUP_COLUMN: policy.get(GROUP_COLUMN),
         "output": "kept",
     }
-    return [f"resofilter score{_flags(score)}", f"resofilter select scores{_flags(select)}"]
+    found = [f"resofilter score{_flags(score)}", f"resofilter select scores{_flags(select)}"]
+    return [] if any("\n" in command for command in found) else found
+
+
+def _how(commands: Sequence[str], policy: Mapping[str, Any]) -> list[str]:
+    """An indented block, out of which no name breaks; or the settings."""
+    if commands:
+        return [f"    {command}" for command in commands]
+    where = "By `ResonanceCallback` in a training run" if "epoch" in policy else "In Python, by a policy"
+    return [f"{where}, with these settings:", "", _code(dict(policy))]
+
+
+def _on_hub(source: Any) -> bool:
+    """Whether a dataset's name is one on the hub, `owner/name`, and nothing on a disk."""
+    if not isinstance(source, str) or Path(source).exists() or Path(source).suffix in DATA_FILES:
+        return False
+    return bool(re.fullmatch(r"[\w.-]+/[\w.-]+", source)) and not source.startswith(".")
 
 
 def _measure(provenance: Provenance) -> dict[str, Any]:

@@ -13,7 +13,8 @@ from .token_scores import TOKEN_SCORES_FILE
 
 NAME = "resofilter"  # of the folder in a training's output_dir, of its state and its scalars
 TOKENS_FILE = "token_cleaning.json"
-LOG_FILE = "log.json"
+LOG_FILE = "log.json"  # the Trainer's
+COMPARISON_FILE, SUMMARY_FILE = "comparison.json", "summary.json"  # of a comparison, of a cleaning of tokens
 
 
 @dataclass
@@ -56,7 +57,10 @@ class Results:
 
 def remove_stale(folder: Path) -> None:
     """Remove what an earlier run left of its epochs: this one may have fewer."""
-    for stale in (*folder.glob("*-epoch-*.parquet"), folder / TOKENS_FILE, folder / TOKEN_SCORES_FILE):
+    for stale in (
+        *folder.glob("*-epoch-*.parquet"),
+        *(folder / name for name in (TOKENS_FILE, TOKEN_SCORES_FILE, LOG_FILE)),
+    ):
         stale.unlink(missing_ok=True)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -28,6 +29,12 @@ class RowTexts(Sequence[tuple[str, str]]):
 
     def __init__(self, dataset: Dataset, mapping: ColumnMapping, text_field: str = "text") -> None:
         self.dataset, self.mapping, self.text_field = dataset.with_format(None), mapping, text_field
+
+    @property
+    def known(self) -> bool:
+        """Whether there is a column of text at all: rows may be tokens only."""
+        names = {*self.mapping.columns, "completion", "messages", "conversations", self.text_field}
+        return bool(names & set(self.dataset.column_names))
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -84,11 +91,24 @@ class TokenTexts(Sequence[tuple[str, str]]):
 def decoder(model: str) -> Callable[[Sequence[int]], list[str]] | None:
     """Token ids as the text of each, by a model's tokenizer; None, with a line that says so, where it cannot be had."""
     try:
-        tokenizer = AutoTokenizer.from_pretrained(model)
+        tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
     except (OSError, ValueError) as error:
         print(f"The report colours no tokens: the tokenizer of '{model}' cannot be loaded ({type(error).__name__}).")
         return None
-    return lambda ids: [tokenizer.decode([each]) for each in ids]
+    return partial(pieces, tokenizer)
+
+
+def pieces(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[str]:
+    """What each token adds to the text of those before it; of a character in several tokens, the last has it."""
+    found, before = [], ""
+    for end in range(1, len(ids) + 1):
+        text = tokenizer.decode(ids[:end])
+        if text.endswith("\ufffd") and end < len(ids):
+            found.append("")
+            continue
+        found.append(text[len(before) :] if text.startswith(before) else tokenizer.decode([ids[end - 1]]))
+        before = text
+    return found
 
 
 def said(value: Any) -> str:

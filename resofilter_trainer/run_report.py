@@ -17,10 +17,17 @@ from .row_texts import TOKENS, TokenTexts
 from .scores import SCORES_FILE, replacing
 
 
-def report_run(trainer: Trainer, folder: Path, sample_ids: np.ndarray, rows: int) -> Report | None:
-    """Write the log and the page, in the process that writes.
+def save_log(trainer: Trainer, folder: Path) -> None:
+    """Leave the Trainer's log beside the scores, in the process that writes."""
+    if trainer.args.should_save and (folder / SCORES_FILE).is_file():
+        with replacing(folder / LOG_FILE) as part:
+            part.write_text(json.dumps(trainer.state.log_history, default=str) + "\n")
 
-    Whatever goes wrong with the page is a warning: the training is over, and what it learnt is still to be saved.
+
+def report_run(trainer: Trainer, folder: Path, sample_ids: np.ndarray, rows: int) -> Report | None:
+    """Write the page, in the process that writes.
+
+    Whatever goes wrong with it is a warning: the training is over, and what it learnt is still to be saved.
 
     Args:
         trainer: after its training.
@@ -31,8 +38,6 @@ def report_run(trainer: Trainer, folder: Path, sample_ids: np.ndarray, rows: int
     if not trainer.args.should_save or not (folder / SCORES_FILE).is_file():
         return None
     try:
-        with replacing(folder / LOG_FILE) as part:
-            part.write_text(json.dumps(trainer.state.log_history, default=str) + "\n")
         return write_report(read_contents(folder), folder, texts_of(trainer, sample_ids, rows))
     except Exception as error:
         warnings.warn(f"The report was not written ({error}). Later: resofilter report {folder}", stacklevel=2)

@@ -8,7 +8,8 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -218,6 +219,19 @@ class ScoreTable:
         if len(repeated):
             raise InputError(f"Row {repeated[0]} is scored twice: the same part was passed more than once.")
         return cls(table, first.provenance)
+
+
+def count_reasons(reasons: Iterable[str], listed: int) -> list[tuple[str, int]]:
+    """Why rows went, and how many for each, most first; what says which row it repeats is one reason, the rest another.
+
+    Args:
+        reasons: of the rows that went.
+        listed: how many are told apart.
+    """
+    counts = Counter(f"{SAME_PROMPT} another" if each.startswith(SAME_PROMPT) else each for each in reasons)
+    found = counts.most_common(listed)
+    left = len(counts) - len(found)
+    return [*found, (f"{left:,} other reasons", counts.total() - sum(count for _, count in found))] if left else found
 
 
 def save_parquet(table: pa.Table, path: Path, metadata: Mapping[str, str]) -> Path:

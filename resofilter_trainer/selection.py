@@ -22,7 +22,7 @@ import pyarrow as pa
 
 from .combining import COMBINATIONS
 from .config import InputError, one_of
-from .dataset_card import make_card
+from .dataset_card import BY_GROUP, make_card, push_card
 from .scores import Provenance, ScoreTable, file_at, load_parquet, save_parquet
 from .thresholds import RULES
 
@@ -115,9 +115,9 @@ class Selection:
             **options: of `Dataset.push_to_hub`, such as `private` and `token`.
         """
         rows = self.apply(dataset) if scores is None else self.annotate(dataset, scores)
-        rows.push_to_hub(repo_id, **options)
-        own = {name: options[name] for name in ("token", "revision") if name in options}
-        self.card(licence, repo_id).push_to_hub(repo_id, repo_type="dataset", **own)
+        commit = rows.push_to_hub(repo_id, **options)
+        revision = getattr(commit, "pr_revision", None) or options.get("revision")
+        push_card(self.card(licence, repo_id), repo_id, revision, options.get("token"))
 
     def to_pandas(self) -> pd.DataFrame:
         """`sample_id`, `keep` and `reason`, one line per row of the dataset."""
@@ -234,7 +234,8 @@ class DataSelector:
             keep[members], dropped = self._decide(values[members], group)
             for row in members[~keep[members]]:
                 reason[row] = dropped
-        return Selection(keep, reason, dataclasses.asdict(self), scores.provenance.to_json())
+        policy = dataclasses.asdict(self) | ({} if groups is None or self.stratify_by else {BY_GROUP: True})
+        return Selection(keep, reason, policy, scores.provenance.to_json())
 
     def values(self, scores: ScoreTable) -> np.ndarray:
         """What is ranked, (N,); NaN where a row has no score, or one of several columns is not finite."""

@@ -168,7 +168,7 @@ class TrainingRecorder:
             output.requires_grad_()
         self._called.setdefault(self._running, set()).add(module)
         autocast = torch.is_autocast_enabled(output.device.type), torch.get_autocast_dtype(output.device.type)
-        call = Call(self._modules[module], args, kwargs, output)
+        call = Call(self._modules[module], args, kwargs, output.detach())  # with its graph, neither would ever be freed
         output.register_hook(partial(self._measure, self._running, call, autocast))
 
     def _measure(self, batch: MicroBatch, call: Call, autocast: tuple[bool, torch.dtype], b: Tensor) -> None:

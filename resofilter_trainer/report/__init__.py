@@ -19,14 +19,15 @@ import pyarrow.parquet
 from ..config import InputError
 from ..scores import ScoreTable, check_folder, replacing
 from ..selection import Selection
-from .charts import charts_of, points_of, ratios_chart, save_png, specification
+from .charts import NAMES, charts_of, points_of, ratios_chart, save_png, specification
 from .contents import Contents, read_contents
 from .numbers import Numbers, numbers_of, ratios_of, word_frequency
 from .page import make_page
-from .samples import Decode, Text, samples_of
+from .samples import Decode, Text, cut, samples_of
 
 __all__ = ["Contents", "Numbers", "Report", "read_contents", "write_report"]
 
+FORMULA = tuple("=+-@\t\r")  # begin what a spreadsheet would compute
 PAGE, FILES, TITLE = "report.html", "report", "Why a sample went"
 COUNTED = 20_000  # rows whose words are counted
 
@@ -78,7 +79,7 @@ def write_report(
     for what, values in (("texts", texts), ("groups", groups)):
         if scores is not None and values is not None and len(values) != len(scores):
             raise InputError(f"There are {len(scores)} rows and {len(values)} {what}: every row needs one.")
-    groups = None if groups is None else [str(each) for each in groups]
+    groups = None if groups is None else [cut(str(each)) for each in groups]
     selection = samples = numbers = None
     files = ""
     if scores is None:
@@ -88,9 +89,10 @@ def write_report(
         selection = contents.decided()
         samples = samples_of(scores, texts, contents.cleaned, decode)
         numbers = numbers_of(contents, groups, _frequency(texts), samples.copies)
-        assert numbers is not None, "there are scores"
         charts = charts_of(numbers, points_of(scores, selection.keep, samples.rows))
         files = _save_dropped(scores, selection, output / FILES)
+    for old in NAMES:  # of an earlier page
+        (output / FILES / f"{old}.png").unlink(missing_ok=True)
     pictures = [output / FILES / f"{name}.png" for name in charts]
     for chart, picture in zip(charts.values(), pictures, strict=True):
         save_png(chart, picture)
@@ -118,5 +120,7 @@ def _save_dropped(scores: ScoreTable, selection: Selection, folder: Path) -> str
     with replacing(folder / "dropped.parquet") as part:
         pyarrow.parquet.write_table(table, part)
     with replacing(folder / "dropped.csv") as part:
-        pyarrow.csv.write_csv(table, part)
+        named = [f"'{why}" if why[:1] in FORMULA else why for why in table["reason"].to_pylist()]
+        place = table.column_names.index("reason")
+        pyarrow.csv.write_csv(table.set_column(place, "reason", pa.array(named, pa.string())), part)
     return f"{FILES}/dropped.csv and {FILES}/dropped.parquet, beside this page"

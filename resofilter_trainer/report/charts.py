@@ -18,11 +18,16 @@ import vl_convert
 from ..scores import ScoreTable, replacing
 from .numbers import Numbers, Quarter, Scale
 
-VEGA_LITE = ".".join(alt.SCHEMA_VERSION.removeprefix("v").split(".")[:2])  # which vl-convert has as well
+VERSIONS = vl_convert.get_vegalite_versions()  # oldest first
+SCHEMA = ".".join(alt.SCHEMA_VERSION.removeprefix("v").split(".")[:2])
+VEGA_LITE = SCHEMA if SCHEMA in VERSIONS else VERSIONS[-1]
 KEPT_COLOUR, DROPPED_COLOUR, OTHER = "#0072b2", "#d55e00", "#767676"  # told apart by colour-blind eyes as well
 DECISIONS = alt.Scale(domain=["kept", "dropped"], range=[KEPT_COLOUR, DROPPED_COLOUR])
 HEIGHT, WIDTH = 220, 460
 KINDS = ("rows' means", "entries of W_up")
+NAMES = (  # of all pictures
+    *("scores", "length", "loss", "layers", "length_of_quarters", "frequency_of_quarters", "ratios", "epochs", "steps"),
+)
 Specification = dict[str, Any]
 Chart = alt.Chart | alt.LayerChart | alt.VConcatChart
 
@@ -99,7 +104,7 @@ def points_chart(points: Sequence[dict[str, Any]], scale: Scale, name: str, titl
         return None
     shown = scale.shown(np.array([point["score"] for point in points])).tolist()
     rows = [
-        {"row": point["row"], "decision": point["decision"], "x": point[name], "y": y}
+        {"row": point["row"], "decision": point["decision"], "x": point[name], "y": y, "score": point["score"]}
         for point, y in zip(points, shown, strict=True)
     ]
     return _sized(
@@ -110,7 +115,7 @@ def points_chart(points: Sequence[dict[str, Any]], scale: Scale, name: str, titl
             y=alt.Y("y:Q", title=scale.title.split(":")[0], scale=_score_scale(scale), axis=_numbers_axis()),
             color=_decision(),
             shape=alt.Shape("decision:N", scale=alt.Scale(domain=["kept", "dropped"], range=["circle", "cross"])),
-            tooltip=["row:Q", alt.Tooltip("x:Q", title=title), alt.Tooltip("y:Q", title="score"), "decision:N"],
+            tooltip=["row:Q", alt.Tooltip("x:Q", title=title), "score:Q", "decision:N"],
         )
     )
 

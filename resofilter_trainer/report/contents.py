@@ -14,13 +14,12 @@ import numpy as np
 import pyarrow as pa
 
 from ..config import InputError
-from ..results import LOG_FILE, NAME, selection_file
+from ..results import COMPARISON_FILE, LOG_FILE, NAME, SUMMARY_FILE, selection_file
 from ..scores import LAYERS_FOLDER, SCORES_FILE, Provenance, ScoreTable, file_at
 from ..selection import KEPT, SELECTION_FILE, DataSelector, Selection
 from ..token_scores import TOKEN_SCORES_FILE, TokenScores
 from ..token_selection import EMPTIED, TokenSelection, TokenSelector
 
-COMPARISON_FILE, CLEANING_FILE = "comparison.json", "summary.json"
 SCORES_FOLDER = "scores"
 NO_TOKEN = "no token to learn"
 OF_TOKENS = {"what": "tokens"}  # the policy where no row was decided on
@@ -71,6 +70,12 @@ class Contents:
             raise InputError(f"The dataset has {rows} rows and the scores cover {len(self.scores)}. Pass all parts.")
         if self.selection is not None:
             check_of(self.selection, self.scores)
+        if self.layers is not None:
+            check_layers(self.layers, self.scores)
+        for epoch in self.epochs:
+            for found in (epoch.scores, epoch.selection):
+                if found is not None and len(found) != rows:
+                    raise InputError(f"Epoch {epoch.number} is of {len(found)} rows and the scores are of {rows}.")
 
     @property
     def of_tokens(self) -> bool:
@@ -83,12 +88,17 @@ class Contents:
         return DataSelector().select(self.scores) if self.selection is None else self.selection
 
 
-def read_contents(path: str | os.PathLike[str], selection: str | os.PathLike[str] | None = None) -> Contents:
+def read_contents(
+    path: str | os.PathLike[str],
+    selection: str | os.PathLike[str] | None = None,
+    comparison: str | os.PathLike[str] | None = None,
+) -> Contents:
     """What lies at a path.
 
     Args:
         path: a file of scores, a folder that `score`, `clean` or `compare` wrote to, or a training's `output_dir`.
         selection: a file or folder of `select`, where it lies elsewhere.
+        comparison: a file or folder of `compare`, likewise.
 
     Raises:
         InputError: there is nothing to report on, a file is damaged or of another version, or the selection is of
@@ -103,12 +113,12 @@ def read_contents(path: str | os.PathLike[str], selection: str | os.PathLike[str
     if not file_at(path, SCORES_FILE).is_file() and (folder / SCORES_FOLDER).is_dir():
         path = folder / SCORES_FOLDER  # a recipe's
     scores = ScoreTable.load(path) if file_at(path, SCORES_FILE).is_file() else None
-    comparison, cleaned = _comparison(folder / COMPARISON_FILE), _cleaned(folder)
+    compared, cleaned = _comparison(folder, comparison), _cleaned(folder)
     epochs = list(_epochs(folder))
     decided = _selection(folder, selection, epochs)
     if scores is None and cleaned is not None:
         scores, decided = as_scores(cleaned.scores), rows_of(cleaned)
-    if scores is None and comparison is None:
+    if scores is None and compared is None:
         there = f"'{folder}' holds no scores and no comparison"
         if decided is not None:
             raise InputError(f"{there}, but a selection: pass the folder of its scores, and this one as --selection.")
@@ -121,7 +131,7 @@ def read_contents(path: str | os.PathLike[str], selection: str | os.PathLike[str
         log=_json(folder / LOG_FILE) or [],
         layers=ScoreTable.load(layers) if (layers / SCORES_FILE).is_file() else None,
         cleaned=cleaned,
-        comparison=comparison,
+        comparison=compared,
     )
 
 
@@ -178,6 +188,17 @@ def check_of(selection: Selection, scores: ScoreTable) -> None:
         raise InputError(f"The selection is of other scores, they differ in {'; '.join(differences)}.")
 
 
+def check_layers(layers: ScoreTable, scores: ScoreTable) -> None:
+    """Raise InputError where the layers were measured with another model, or on other rows."""
+    for name in ("weights", "tokenizer", "template", "dataset", "rows"):
+        mine, theirs = getattr(scores.provenance, name), getattr(layers.provenance, name)
+        if mine != theirs:
+            raise InputError(
+                f"The layers were measured on another {name} than the scores ({str(theirs)[:8]} / {str(mine)[:8]}): "
+                "measure them again, or move them away."
+            )
+
+
 def _epochs(folder: Path) -> Iterator[Epoch]:
     """In the order of their numbers."""
     found = [re.search(r"-epoch-(\d+)\.parquet$", path.name) for path in folder.glob("*-epoch-*.parquet")]
@@ -190,9 +211,13 @@ def _epochs(folder: Path) -> Iterator[Epoch]:
         )
 
 
-def _comparison(path: Path) -> dict[str, Any] | None:
-    """What `compare` has left."""
+def _comparison(folder: Path, elsewhere: str | os.PathLike[str] | None) -> dict[str, Any] | None:
+    """What `compare` has left, there or elsewhere."""
+    place = folder if elsewhere is None else Path(elsewhere)
+    path = place if place.suffix == ".json" else place / COMPARISON_FILE
     found = _json(path)
+    if found is None and elsewhere is not None:
+        raise InputError(f"There is no comparison at '{elsewhere}'. Pass the folder of one, or its {COMPARISON_FILE}.")
     if found is None:
         return None
     lines = found.get("lines") if isinstance(found, dict) else None
@@ -203,7 +228,7 @@ def _comparison(path: Path) -> dict[str, Any] | None:
 
 def _cleaned(folder: Path) -> TokenSelection | None:
     """Which tokens a cleaning has kept: decided again, as it was."""
-    settings = _json(folder / CLEANING_FILE)
+    settings = _json(folder / SUMMARY_FILE)
     sound = isinstance(settings, dict) and {"keep_tokens", "ranking"} <= settings.keys()
     if not sound or not (folder / TOKEN_SCORES_FILE).is_file():
         return None

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from ..comparison import EPOCHS, FULL, rank_correlation
-from ..scores import LAYER, ScoreTable
+from ..scores import LAYER, ScoreTable, count_reasons
 from ..selection import KEPT, DataSelector, Drop, Selection, drop_order, dropped_of
 from .contents import Contents, Epoch
 
@@ -25,7 +25,8 @@ MANY = 0.05  # of the rows
 QUARTER = 0.25
 WORDS = re.compile(r"\w+|[^\w\s]")
 SHARES = [percent / 100 for percent in range(1, 101)]
-LISTED_GROUPS = 50
+LISTED_GROUPS, LISTED_REASONS = 50, 50
+STEPS = 1000  # of a line by step
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,7 @@ class Verdict:
         reasons: why rows went, and how many for each, most first.
         score: what was measured, in words.
         previewed: whether nothing was decided yet, and `DataSelector()` stands in.
+        epoch: of a run, the last one, whose rows are the kept ones; counted from 1.
     """
 
     rows: int
@@ -49,6 +51,7 @@ class Verdict:
     reasons: list[tuple[str, int]]
     score: str
     previewed: bool
+    epoch: int | None
 
 
 @dataclass(frozen=True)
@@ -88,7 +91,8 @@ class WhatIf:
         by, drop: what is ranked, and which end goes.
         keep: the shares.
         rows, tokens: that stay; no tokens where they were not counted.
-        dropped_of_groups: for each group, how many of its rows would go; the largest groups.
+        dropped_of_groups: for each group, how many of its rows would go, those without a score among them; the largest
+            groups.
         unscored: rows that go in any case.
     """
 
@@ -108,7 +112,8 @@ class Quarter:
     Attributes:
         rows: "lowest quarter", "highest quarter" or "all".
         tokens: learnt ones of a row, mean; `tokens_low` and `tokens_high` its quartiles.
-        frequency: of a row's words in all texts, mean; None without text.
+        frequency: how common a row's words are, mean; None without text.
+        counted: rows whose words were counted.
     """
 
     rows: str
@@ -116,6 +121,7 @@ class Quarter:
     tokens_low: float
     tokens_high: float
     frequency: float | None
+    counted: int
 
 
 @dataclass(frozen=True)
@@ -123,12 +129,13 @@ class Layer:
     """The change of one layer's W_up (ResoFilter, figure 2): quartiles over rows, and of the entries of a matrix.
 
     Attributes:
-        layer: counted from 0.
+        layer, rows: which, counted from 0; and how many rows were measured.
         low, high: the 25 % and 75 % quantiles of the rows' mean changes.
         entries_low, entries_high: the same of a matrix's entries, mean over the rows; None where not measured.
     """
 
     layer: int
+    rows: int
     low: float
     high: float
     entries_low: float | None
@@ -174,10 +181,8 @@ class Numbers:
     ratios: list[dict[str, Any]]
 
 
-def numbers_of(
-    contents: Contents, groups: Sequence[str] | None, frequency: np.ndarray | None, copies: int
-) -> Numbers | None:
-    """What a report says about scores; None where there are none.
+def numbers_of(contents: Contents, groups: Sequence[str] | None, frequency: np.ndarray | None, copies: int) -> Numbers:
+    """What a report says about scores, which there must be.
 
     Args:
         contents: what was measured and decided.
@@ -186,8 +191,7 @@ def numbers_of(
         copies: rows whose text is that of an earlier one.
     """
     scores = contents.scores
-    if scores is None:
-        return None
+    assert scores is not None, "there are scores"
     selection = contents.decided()
     there = scores.scored & np.isfinite(scores.column("score"))
     correlations = {name: _correlation(scores, name, there) for name in ("num_tokens", "loss")}
@@ -213,7 +217,6 @@ def numbers_of(
 
 def _verdict(contents: Contents, scores: ScoreTable, selection: Selection) -> Verdict:
     tokens = np.nan_to_num(_optional(scores, "num_tokens"))
-    reasons = Counter(why for why in selection.reason if why != KEPT and why)
     kept, cleaned = int(selection.keep.sum()), contents.cleaned if contents.of_tokens else None
     return Verdict(
         rows=len(scores),
@@ -222,9 +225,10 @@ def _verdict(contents: Contents, scores: ScoreTable, selection: Selection) -> Ve
         dropped=len(scores) - kept,
         tokens=int(tokens.sum()),
         tokens_kept=int((tokens[selection.keep] if cleaned is None else cleaned.keep).sum()),
-        reasons=reasons.most_common(),
+        reasons=count_reasons((why for why in selection.reason if why != KEPT), LISTED_REASONS),
         score=_score_name(contents),
         previewed=contents.selection is None,
+        epoch=contents.epochs[-1].number if contents.epochs and contents.selection is not None else None,
     )
 
 
@@ -324,8 +328,9 @@ def what_if(selector: DataSelector, scores: ScoreTable, groups: Sequence[str] | 
     of_groups: dict[str, list[int]] = {}
     if groups is not None:
         names = np.array([str(group) for group in groups], dtype=object)
+        unscored = Counter(np.delete(names, rows).tolist())
         for name, _ in Counter(names.tolist()).most_common(LISTED_GROUPS):
-            counts = np.concatenate([[0], np.cumsum(names[order] == name)])
+            counts = unscored[name] + np.concatenate([[0], np.cumsum(names[order] == name)])
             of_groups[name] = counts[gone].tolist()
     return WhatIf(
         by=selector.what,
@@ -351,7 +356,7 @@ def quarters(scores: ScoreTable, there: np.ndarray, frequency: np.ndarray | None
         low, high = np.quantile(tokens, [0.25, 0.75])
         known = np.empty(0) if frequency is None else frequency[part][np.isfinite(frequency[part])]
         mean = float(known.mean()) if len(known) else None
-        found.append(Quarter(name, float(tokens.mean()), float(low), float(high), mean))
+        found.append(Quarter(name, float(tokens.mean()), float(low), float(high), mean, len(known)))
     return found
 
 
@@ -382,7 +387,7 @@ def layers_of(scores: ScoreTable) -> list[Layer]:
             else None
             for part in ("q25", "q75")
         ]
-        found.append(Layer(int(name.removeprefix(LAYER)), float(low), float(high), *entries))
+        found.append(Layer(int(name.removeprefix(LAYER)), int(there.sum()), float(low), float(high), *entries))
     return found
 
 
@@ -407,28 +412,29 @@ def moved(epochs: Sequence[Epoch]) -> list[Moved]:
 
 
 def steps_of(log: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Of the Trainer's log the learning rate and the kept share, by step."""
+    """Of the Trainer's log the learning rate and the kept share, by step; of a long one an even sample."""
     names = {"learning_rate": "learning rate", "resofilter/kept_share": "kept share"}
-    return [
-        {"step": entry["step"], "what": shown, "value": float(entry[name])}
-        for entry in log
-        for name, shown in names.items()
-        if name in entry and "step" in entry
-    ]
+    found = []
+    for name, shown in names.items():
+        own = [entry for entry in log if "step" in entry and name in entry and np.isfinite(float(entry[name]))]
+        thinned = np.unique(np.linspace(0, len(own) - 1, min(len(own), STEPS)).astype(int)).tolist() if own else []
+        found += [{"step": own[i]["step"], "what": shown, "value": float(own[i][name])} for i in thinned]
+    return found
 
 
 def ratios_of(comparison: Mapping[str, Any] | None) -> list[dict[str, Any]]:
     """Of a comparison the metric by ratio (ResoFilter, figure 3), at as many epochs for all."""
     found = []
     for line in [] if comparison is None else comparison["lines"]:
-        values = {name: _finite(line[name]) for name in ("metric", "metric_low", "metric_high")}
+        values = {name: finite(line[name]) for name in ("metric", "metric_low", "metric_high")}
         if line.get("budget", EPOCHS) == EPOCHS and values["metric"] is not None:
             keep = 1.0 if line["selector"] == FULL else line["keep"]
             found.append({"selector": line["selector"], "model": line["model"], "keep": keep, **values})
     return found
 
 
-def _finite(value: float | None) -> float | None:
+def finite(value: float | None) -> float | None:
+    """None for what JSON has no number for."""
     return None if value is None or not np.isfinite(value) else value
 
 

@@ -153,8 +153,8 @@
     if (samples.tokens[i]) cell.append(...block("completion", tokenNodes(samples.tokens[i]), "Response"));
     else if (samples.completion) {
       cell.append(...block("completion", textNodes(samples.completion[i]), "Response"));
-      if (samples.cut[i]) cell.append(element("p", `${count(samples.cut[i])} more characters are not shown.`));
     }
+    if (samples.cut[i]) cell.append(element("p", `${count(samples.cut[i])} more characters are not shown.`));
     const first = samples.copy_of[i];
     if (first !== samples.row[i]) cell.append("The same text as ", samples.row.includes(first) ? rowLink(first) : `row ${count(first)}, which is not shown`, ". ");
     if (samples.neighbours[i].length) {

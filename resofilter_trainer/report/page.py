@@ -16,14 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
-import numpy as np
 
 from .. import __version__
 from ..scores import ScoreTable
 from ..selection import KEPT, Selection
 from .charts import Specification, javascript
-from .numbers import Numbers
-from .samples import Samples, as_json
+from .numbers import Numbers, finite
+from .samples import Samples, as_json, cut
 
 HERE = Path(__file__).parent
 
@@ -84,7 +83,9 @@ def verdict_line(numbers: Numbers, scores: ScoreTable) -> str:
     v, name = numbers.verdict, scores.provenance.model
     tokens = f", with {v.tokens_kept / v.tokens:.1%} of the learnt tokens" if v.tokens else ""
     line = f"{v.kept:,} of {v.rows:,} rows stay{tokens}; {v.dropped:,} go. Scored by {v.score}, model {name}."
-    return f"Nothing was decided yet; with keep=0.5: {line}" if v.previewed else line
+    if v.previewed:
+        return f"Nothing was decided yet; with keep=0.5: {line}"
+    return line if v.epoch is None else f"As epoch {v.epoch} was trained: {line}"
 
 
 def provenance_lines(scores: ScoreTable, selection: Selection) -> list[tuple[str, str]]:
@@ -113,11 +114,11 @@ def rows_shown(
     found: dict[str, list[Any] | None] = {"row": list(rows)}
     for name in ("score", "loss", "num_tokens"):
         if name in scores.table.column_names:
-            found[name] = [_finite(value) for value in scores.column(name)[rows].tolist()]
+            found[name] = [finite(value) for value in scores.column(name)[rows].tolist()]
     return {
         **found,
         "decision": ["kept" if selection.keep[row] else "dropped" for row in rows],
-        "reason": ["" if selection.reason[row] == KEPT else selection.reason[row] for row in rows],
+        "reason": ["" if selection.reason[row] == KEPT else cut(selection.reason[row]) for row in rows],
         "group": None if groups is None else [groups[row] for row in rows],
         "prompt": samples.prompts,
         "completion": samples.completions,
@@ -139,7 +140,10 @@ def samples_note(samples: Samples, rows: int) -> str:
     note = f"All {rows:,} rows."
     if shown < rows:
         note = f"{shown:,} of {rows:,} rows: both ends of the ranking, and an even sample by rank between them. "
-        note += "What is counted above is counted over all rows."
+        note += "Scores, tokens and groups above are counted over all rows."
+    coloured = sum(each is not None for each in samples.tokens)
+    if 0 < coloured < shown:
+        note += f" The tokens of {coloured:,} of them are coloured."
     return note if samples.prompts is not None else f"{note} Their text is not known: pass --dataset."
 
 
@@ -163,10 +167,6 @@ def _script() -> str:
     if "</script" in script.lower() or "<!--" in script:
         raise RuntimeError("The bundled script would end its own element.")
     return script
-
-
-def _finite(value: float | None) -> float | None:
-    return None if value is None or not np.isfinite(value) else value
 
 
 def _listed(values: Mapping[str, Any]) -> str:

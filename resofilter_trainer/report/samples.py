@@ -24,6 +24,7 @@ Decode = Callable[[Sequence[int]], list[str]]  # token ids to the text of each
 SHOWN = 3000
 ENDS = 500  # of these at either end of the ranking
 UNSCORED = 200
+NAME = 120  # characters of a group's name or a reason
 LONGEST = 4000  # characters of a prompt or a completion
 TEXT_BYTES = 8_000_000  # of all texts, as they stand in the page
 TOKENS = 200_000  # that are coloured
@@ -76,12 +77,12 @@ def samples_of(
         return Samples(rows.tolist(), None, None, [0] * len(rows), nothing, rows.tolist(), tokens, 0)
     first = first_of_copies(texts)
     shown = [texts[row] for row in rows.tolist()]
-    cut = cut_at([text for pair in shown for text in pair])
+    size = cut_at([text for pair in shown for text in pair])
     return Samples(
         rows=rows.tolist(),
-        prompts=[prompt[:cut] for prompt, _ in shown],
-        completions=[completion[:cut] for _, completion in shown],
-        cut=[sum(max(len(text) - cut, 0) for text in pair) for pair in shown],
+        prompts=[prompt[:size] for prompt, _ in shown],
+        completions=[completion[:size] for _, completion in shown],
+        cut=[sum(max(len(text) - size, 0) for text in pair) for pair in shown],
         neighbours=neighbours([f"{prompt} {completion}" for prompt, completion in shown], rows),
         copy_of=first[rows].tolist(),
         tokens=tokens,
@@ -115,6 +116,9 @@ def first_of_copies(texts: Iterable[Text]) -> np.ndarray:
     seen: dict[int, int] = {}
     found = []
     for row, (prompt, completion) in enumerate(texts):
+        if not (prompt or completion):  # which is no text, not the same one
+            found.append(row)
+            continue
         key = xxhash.xxh3_128_intdigest(f"{len(prompt)} {prompt}{completion}".encode("utf-8", "surrogatepass"))
         found.append(seen.setdefault(key, row))
     return np.array(found, dtype=np.int64)
@@ -126,6 +130,11 @@ def cut_at(texts: Sequence[str], size: int = TEXT_BYTES) -> int:
     while cut > 1 and sum(page_bytes(text[:cut]) for text in texts) > size:
         cut //= 2
     return cut
+
+
+def cut(name: str) -> str:
+    """A name or a reason as short as it is shown."""
+    return name if len(name) <= NAME else f"{name[:NAME]}\u2026"
 
 
 def page_bytes(text: str) -> int:
