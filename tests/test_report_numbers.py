@@ -84,7 +84,7 @@ def test_what_if_is_what_the_selector_does(drop, by, rows):
         assert found.rows[place] == keep.sum()
         assert found.tokens[place] == sum(tokens[row] for row in np.flatnonzero(keep))
         for group in set(groups):
-            gone = [row for row in range(len(rows)) if groups[row] == group and not keep[row] and not without[row]]
+            gone = [row for row in range(len(rows)) if groups[row] == group and not keep[row]]
             assert found.dropped_of_groups[group][place] == len(gone)
 
 
@@ -493,5 +493,8 @@ def test_groups_may_be_an_array(tmp_path):
 
 
 def test_a_layer_with_a_change_that_is_no_number_is_no_obstacle(tmp_path):
-    write_report(Contents(usual(4), layers=make_scores([1.0, math.nan])), tmp_path)
+    table = usual(2)
+    write_report(Contents(table, layers=make_scores([1.0, math.nan], provenance=table.provenance)), tmp_path)
     assert numbers.layers_of(make_scores([None, None])) == []
+    with pytest.raises(InputError, match="another weights than the scores"):
+        Contents(table, layers=make_scores([1.0, 2.0], provenance=make_provenance(rows=2, weights="other")))
