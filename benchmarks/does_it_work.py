@@ -18,15 +18,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from resofilter_trainer import comparison_run
 from resofilter_trainer.comparison import FULL, RANDOM, Cell, summarise
 from resofilter_trainer.comparison_config import DEMO, ComparisonConfig
-from resofilter_trainer.demo.run import TRAINING
+from resofilter_trainer.demo.run import TRAINING, make_data
+from resofilter_trainer.evaluation import exact_match
 from resofilter_trainer.selectors import METHODS
 
 LESS = {"method": "less", "settings": {"lora_r": 8, "dimensions": 1024}}  # at rank 128 LoRA outnumbers this base
+HELD_OUT, NEW_TOKENS = 400, 56
 SKIPPED = {"column": "a user's own", "perplexity": "selects as low_loss does"}
 LEARNING_RATE = 1e-4  # with which clean rows improve a base of 80 %; at the demo's own, 3e-4, any training worsens it
 
@@ -46,7 +50,7 @@ def main() -> None:
         output = args.output / f"wrong-{share:g}"
         if not args.report:
             comparison_run.run(comparison(args, share, output))
-        print(report(share, read(output)))
+        print(report(share, read(output), accuracy(args.base, args.seeds, args.rows, share)))
 
 
 def comparison(args: argparse.Namespace, wrong_share: float, output: Path) -> ComparisonConfig:
@@ -55,11 +59,11 @@ def comparison(args: argparse.Namespace, wrong_share: float, output: Path) -> Co
         {
             "model": args.base,
             "proxy_model": DEMO,
-            "demo": {"rows": args.rows, "wrong_share": wrong_share, "held_out": 400},
+            "demo": {"rows": args.rows, "wrong_share": wrong_share, "held_out": HELD_OUT},
             "selectors": [LESS if name == "less" else name for name in METHODS if name not in SKIPPED],
             "keep": [0.25, 0.5, 0.75],
             "seeds": args.seeds,
-            "max_new_tokens": 56,
+            "max_new_tokens": NEW_TOKENS,
             "training": {**TRAINING, "learning_rate": LEARNING_RATE, "per_device_eval_batch_size": 200},
             "output": str(output),
         }
@@ -71,7 +75,18 @@ def read(output: Path) -> list[Cell]:
     return [comparison_run.read_cell(path, {}) for path in sorted(output.glob("cells/*/*.json"))]
 
 
-def report(wrong_share: float, cells: Sequence[Cell]) -> str:
+def accuracy(model: str, seeds: Sequence[int], rows: int, wrong_share: float) -> list[float]:
+    """Of the untrained model on each seed's held-out problems."""
+    found = []
+    for seed in seeds:
+        _, _, problems = make_data(seed, rows, wrong_share, HELD_OUT)
+        base, tokenizer = AutoModelForCausalLM.from_pretrained(model), AutoTokenizer.from_pretrained(model)
+        texts = [each.prompt for each in problems], [each.completion for each in problems]
+        found.append(exact_match(base, tokenizer, *texts, NEW_TOKENS, 200))
+    return found
+
+
+def report(wrong_share: float, cells: Sequence[Cell], untrained: Sequence[float]) -> str:
     """A table in Markdown: over random, by share, with intervals; best at half first."""
     lines = {(line["selector"], line["keep"]): line for line in summarise(cells)}
     if (FULL, 1.0) not in lines:
@@ -84,7 +99,8 @@ def report(wrong_share: float, cells: Sequence[Cell]) -> str:
     rows = [
         f"### {wrong_share:.0%} wrong",
         "",
-        f"{full['seeds']} seeds. All rows {full['metric']:.3f} [{full['metric_low']:.3f}, {full['metric_high']:.3f}]; "
+        f"{full['seeds']} seeds. The base itself {np.mean(untrained):.3f}; after all rows "
+        f"{full['metric']:.3f} [{full['metric_low']:.3f}, {full['metric_high']:.3f}]; "
         f"random rows {random}. Over as large a random share:",
         "",
         f"| selector | {' | '.join(columns)} |",

@@ -144,7 +144,6 @@ def summary(scores: Any) -> str:
 
 def run_select(args: argparse.Namespace) -> None:
     """Decide on scores that were saved, and write the decision and the rows that stay."""
-    from .dataset_card import GROUP_COLUMN
     from .scores import ScoreTable, check_folder
     from .selection import DataSelector
 
@@ -169,14 +168,11 @@ def run_select(args: argparse.Namespace) -> None:
     if args.group_column and (dataset is None or args.group_column not in dataset.column_names):
         raise InputError(f"--group_column {args.group_column}: no such column, or no dataset; pass --dataset.")
     selection = selector.select(scores, groups=dataset[args.group_column][:] if args.group_column else None)
-    if args.group_column:
-        policy = {**selection.policy, GROUP_COLUMN: args.group_column}
-        selection = dataclasses.replace(selection, policy=policy)
     if not selection.keep.any():
         raise InputError(f"There is no row that stays, of {len(selection)}. Choose another threshold or share.")
     rows = None if dataset is None else selection.apply(dataset)
     if rows is not None:
-        _save_dataset(rows, Path(args.output) / "dataset", selection.card())
+        _save_dataset(rows, Path(args.output) / "dataset", selection.card(group_column=args.group_column))
     print(f"Selection: {selection.save(args.output)}")
     for reason, count in Counter(selection.reason).most_common(10):
         print(f"  {count:>8} {reason}")

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .config import RESONANCE, ColumnMapping, ResonanceConfig
-from .scores import EMPTY, SAME_PROMPT, Provenance, count_reasons
+from .scores import EMPTY, OF_GROUP, SAME_PROMPT, Provenance, count_reasons
 
 if TYPE_CHECKING:
     from huggingface_hub import DatasetCard
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 LISTED = 10  # reasons
 PATIENCE = 3  # seconds to wait for the hub: a licence is worth no more
 DATA_FILES = (".json", ".jsonl", ".csv", ".parquet", ".gz", ".zst")
-BY_GROUP, GROUP_COLUMN = "by_group", "group_column"  # in a policy: shares held within groups, of this column
 SELECTS = {"keep", "drop", "threshold", "by", "combine", "stratify_by", "strata"}  # what DataSelector is set by
 
 
@@ -32,6 +31,7 @@ def make_card(
     policy: Mapping[str, Any],
     licence: str | None = None,
     name: str | None = None,
+    group_column: str | None = None,
 ) -> DatasetCard:
     """The card.
 
@@ -42,6 +42,7 @@ def make_card(
         policy: the settings that decided.
         licence: of the dataset that was filtered, where the caller knows it; else what `licence_of` finds.
         name: of the filtered dataset.
+        group_column: of the dataset, where shares held within its groups.
     """
     from huggingface_hub import DatasetCard, DatasetCardData
 
@@ -62,7 +63,7 @@ def make_card(
         "",
         "## How to make it again",
         "",
-        *_how(commands_of(provenance, policy, reasons), policy),
+        *_how(commands_of(provenance, policy, reasons, group_column), policy),
         "",
         "## Where the scores come from",
         "",
@@ -110,14 +111,16 @@ def licence_of(source: Any) -> str | None:
         return None
 
 
-def commands_of(provenance: Provenance, policy: Mapping[str, Any], reasons: Iterable[str]) -> list[str]:
+def commands_of(
+    provenance: Provenance, policy: Mapping[str, Any], reasons: Iterable[str], group_column: str | None
+) -> list[str]:
     """The two commands that score and select again; none where something else than `resofilter select` decided."""
-    keep, by = policy.get("keep"), policy.get("by")
-    of_groups = BY_GROUP in policy and GROUP_COLUMN not in policy
-    if policy.keys() - {BY_GROUP, GROUP_COLUMN} != SELECTS or isinstance(keep, Mapping) or of_groups:
+    there, by = set(reasons), policy.get("by")
+    if policy.keys() != SELECTS or isinstance(policy["keep"], Mapping):
+        return []
+    if group_column is None and not policy["stratify_by"] and any(OF_GROUP in reason for reason in there):
         return []
     score = {"model": provenance.model, **_source(provenance.source), **_measure(provenance), **_rows(provenance)}
-    there = set(reasons)
     score |= {
         "drop_duplicates": any(reason.startswith(SAME_PROMPT) for reason in there),
         "drop_empty": EMPTY in there,
@@ -129,7 +132,7 @@ def commands_of(provenance: Provenance, policy: Mapping[str, Any], reasons: Iter
         "by": ",".join(several) if several else by,
         "combine": policy["combine"] if several else None,
         "strata": policy["strata"] if policy["stratify_by"] else None,
-        GROUP_COLUMN: policy.get(GROUP_COLUMN),
+        "group_column": group_column,
         "output": "kept",
     }
     found = [f"resofilter score{_flags(score)}", f"resofilter select scores{_flags(select)}"]

@@ -27,6 +27,7 @@ SCORES_FILE = "scores.parquet"
 KEY = "resofilter_scores"  # the Parquet metadata that holds the provenance
 LAYERS_FOLDER = "layers"  # beside the scores: of every layer, for some rows
 SAME_PROMPT, EMPTY = "same prompt as row", "empty completion"  # reasons, or how they begin
+OF_GROUP = " of group "  # in the reason of a row that went within its group
 LAYER = "layer_"  # layer_27, layer_28, ... : the change of one layer
 
 

@@ -22,8 +22,8 @@ import pyarrow as pa
 
 from .combining import COMBINATIONS
 from .config import InputError, one_of
-from .dataset_card import BY_GROUP, make_card, push_card
-from .scores import Provenance, ScoreTable, file_at, load_parquet, save_parquet
+from .dataset_card import make_card, push_card
+from .scores import OF_GROUP, Provenance, ScoreTable, file_at, load_parquet, save_parquet
 from .thresholds import RULES
 
 if TYPE_CHECKING:
@@ -87,15 +87,16 @@ class Selection:
                 rows = rows.add_column(f"{COLUMN}{name}", scores.table[name].take(self.sample_ids).to_pylist())
         return rows
 
-    def card(self, licence: str | None = None, name: str | None = None) -> DatasetCard:
+    def card(self, licence: str | None = None, name: str | None = None, group_column: str | None = None) -> DatasetCard:
         """The card of the rows that stay: how they were chosen, from what, and the commands that repeat it.
 
         Args:
             licence: of the dataset, where its own card does not say.
             name: of the rows that stay.
+            group_column: of the dataset, where shares held within its groups.
         """
         provenance = Provenance.from_json(self.provenance)
-        return make_card(provenance, self.reason, KEPT, self.policy, licence, name)
+        return make_card(provenance, self.reason, KEPT, self.policy, licence, name, group_column)
 
     def push_to_hub(
         self,
@@ -234,8 +235,7 @@ class DataSelector:
             keep[members], dropped = self._decide(values[members], group)
             for row in members[~keep[members]]:
                 reason[row] = dropped
-        policy = dataclasses.asdict(self) | ({} if groups is None or self.stratify_by else {BY_GROUP: True})
-        return Selection(keep, reason, policy, scores.provenance.to_json())
+        return Selection(keep, reason, dataclasses.asdict(self), scores.provenance.to_json())
 
     def values(self, scores: ScoreTable) -> np.ndarray:
         """What is ranked, (N,); NaN where a row has no score, or one of several columns is not finite."""
@@ -265,7 +265,7 @@ class DataSelector:
         return self.by if isinstance(self.by, tuple) else (self.by,)
 
     def _decide(self, values: np.ndarray, group: Any) -> tuple[np.ndarray, str]:
-        of_group = "" if group is None else f" of group {group}"
+        of_group = "" if group is None else f"{OF_GROUP}{group}"
         by = "" if self.what == "score" else f" by {self.what}"
         if not len(values):
             return np.ones(0, dtype=bool), ""
