@@ -50,7 +50,8 @@ def main() -> None:
         output = args.output / f"wrong-{share:g}"
         if not args.report:
             comparison_run.run(comparison(args, share, output))
-        print(report(share, read(output), accuracy(args.base, args.seeds, args.rows, share)))
+        cells = [each for each in read(output) if each.seed in args.seeds]
+        print(report(share, cells, accuracy(args.base, args.seeds, args.rows, share)))
 
 
 def comparison(args: argparse.Namespace, wrong_share: float, output: Path) -> ComparisonConfig:
