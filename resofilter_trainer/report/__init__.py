@@ -96,7 +96,7 @@ def write_report(
     pictures = [output / FILES / f"{name}.png" for name in charts]
     for chart, picture in zip(charts.values(), pictures, strict=True):
         save_png(chart, picture)
-    page = make_page(title or TITLE, numbers, charts, scores, selection, samples, groups, files)
+    page = make_page(title or TITLE, numbers, charts, scores, selection, samples, groups, contents.epochs, files)
     with replacing(output / PAGE) as part:
         part.write_bytes(page.encode("utf-8", "replace"))  # half a surrogate pair becomes a question mark
     return Report(output / PAGE, numbers, pictures)

@@ -91,6 +91,7 @@
     ["loss", "loss", true],
     ["num_tokens", "tokens", true],
     ["decision", "", false],
+    ["epochs", "trained in", false],
     ["group", "group", false],
     ["reason", "reason", false],
   ].filter(([name]) => samples[name]);

@@ -21,6 +21,7 @@ from .. import __version__
 from ..scores import ScoreTable
 from ..selection import KEPT, Selection
 from .charts import Specification, javascript
+from .contents import Epoch
 from .numbers import Numbers, finite
 from .samples import Samples, as_json, cut
 
@@ -35,6 +36,7 @@ def make_page(
     selection: Selection | None,
     samples: Samples | None,
     groups: Sequence[str] | None,
+    epochs: Sequence[Epoch],
     files: str,
 ) -> str:
     """The page.
@@ -43,6 +45,7 @@ def make_page(
         title: of the page.
         numbers, charts: what is said and drawn; no numbers where there is only a comparison.
         scores, selection, samples, groups: of the dataset; None where there are none.
+        epochs: of a run.
         files: where all dropped rows are listed, for people; may be empty.
     """
     script = _script()
@@ -52,7 +55,7 @@ def make_page(
     if numbers is not None and scores is not None and selection is not None and samples is not None:
         content |= {
             "what_if": _what_if(numbers, groups),
-            "samples": rows_shown(scores, selection, samples, groups),
+            "samples": rows_shown(scores, selection, samples, groups, epochs),
         }
         about = {
             "verdict": verdict_line(numbers, scores),
@@ -107,10 +110,15 @@ def provenance_lines(scores: ScoreTable, selection: Selection) -> list[tuple[str
 
 
 def rows_shown(
-    scores: ScoreTable, selection: Selection, samples: Samples, groups: Sequence[str] | None
+    scores: ScoreTable,
+    selection: Selection,
+    samples: Samples,
+    groups: Sequence[str] | None,
+    epochs: Sequence[Epoch] = (),
 ) -> dict[str, list[Any] | None]:
-    """The samples as columns, as the page's script wants them."""
+    """The samples as columns, as the page's script wants them; of a run, whether each epoch has trained on the row."""
     rows = samples.rows
+    keeps = [epoch.selection.keep for epoch in epochs if epoch.selection is not None]
     found: dict[str, list[Any] | None] = {"row": list(rows)}
     for name in ("score", "loss", "num_tokens"):
         if name in scores.table.column_names:
@@ -119,6 +127,7 @@ def rows_shown(
         **found,
         "decision": ["kept" if selection.keep[row] else "dropped" for row in rows],
         "reason": ["" if selection.reason[row] == KEPT else cut(selection.reason[row]) for row in rows],
+        "epochs": ["".join("●○"[not keep[row]] for keep in keeps) for row in rows] if len(keeps) > 1 else None,
         "group": None if groups is None else [groups[row] for row in rows],
         "prompt": samples.prompts,
         "completion": samples.completions,
