@@ -18,7 +18,6 @@ from . import trainer_access as access
 from .config import InputError, ResonanceConfig, TokenCleaning, Update, one_of
 from .filtering import FilterConfig, Policy, When
 from .results import Results
-from .run_report import report_run, save_log
 from .scores import ScoreTable
 from .selection import DataSelector, Selection
 from .training_run import OPTIMIZER, Run
@@ -150,8 +149,9 @@ class ResonanceCallback(TrainerCallback):
         """Write the last scores and let go of the trainer."""
         run, self._run = self._running, None
         run.end()
-        save_log(run.trainer, run.folder)
         if self.report:
+            from .run_report import report_run  # charts take a second to import
+
             report_run(run.trainer, run.folder, run.sample_ids, run.held.total)
 
     @property

@@ -12,6 +12,7 @@ Update = Literal["adamw", "sgd"]
 Norm = Literal["mean_abs", "l2"]
 Ranking = Literal["global", "sample"]
 Precision = Literal["auto", "float32", "bfloat16"]
+FILE_FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}  # of datasets, by suffix
 SELF = "self"
 RESONANCE = "resonance"
 CRITERION_NAMES = (  # criteria.CRITERIA's, without torch

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .config import RESONANCE, ColumnMapping, ResonanceConfig
+from .config import FILE_FORMATS, RESONANCE, ColumnMapping, ResonanceConfig
 from .scores import EMPTY, OF_GROUP, SAME_PROMPT, Provenance, count_reasons
 
 if TYPE_CHECKING:
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 
 LISTED = 10  # reasons
 PATIENCE = 3  # seconds to wait for the hub: a licence is worth no more
-DATA_FILES = (".json", ".jsonl", ".csv", ".parquet", ".gz", ".zst")
 SELECTS = {"keep", "drop", "threshold", "by", "combine", "stratify_by", "strata"}  # what DataSelector is set by
 
 
@@ -149,7 +148,7 @@ def _how(commands: Sequence[str], policy: Mapping[str, Any]) -> list[str]:
 
 def _on_hub(source: Any) -> bool:
     """Whether a dataset's name is one on the hub, `owner/name`, and nothing on a disk."""
-    if not isinstance(source, str) or Path(source).exists() or Path(source).suffix in DATA_FILES:
+    if not isinstance(source, str) or Path(source).exists() or FILE_FORMATS.keys() & set(Path(source).suffixes):
         return False
     return bool(re.fullmatch(r"[\w.-]+/[\w.-]+", source)) and not source.startswith(".")
 
@@ -193,13 +192,10 @@ def _flags(values: Mapping[str, Any]) -> str:
     for name, value in values.items():
         if value is None or value is False:
             continue
-        many = value if isinstance(value, list) else [] if value is True else [value]
-        parts += [f"--{name}={shlex.quote(str(many[0]))}"] if len(many) == 1 else [f"--{name}", *map(_quoted, many)]
+        several = value if isinstance(value, list) else [] if value is True else [value]
+        quoted = [shlex.quote(str(each)) for each in several]
+        parts += [f"--{name}={quoted[0]}"] if len(quoted) == 1 else [f"--{name}", *quoted]
     return "".join(f" {part}" for part in parts)
-
-
-def _quoted(value: Any) -> str:
-    return shlex.quote(str(value))
 
 
 def _measured(provenance: Provenance) -> str:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .scores import ScoreTable
+from .scores import ScoreTable, replacing
 from .selection import Selection
 from .token_scores import TOKEN_SCORES_FILE
 
@@ -44,6 +45,12 @@ class Results:
         for epoch, selection in enumerate(self.selections):
             if epoch >= ended or not (folder / selection_file(epoch)).exists():
                 selection.save(folder / selection_file(epoch))
+
+    def save_log(self, folder: Path, entries: Sequence[Mapping[str, Any]]) -> None:
+        """Write the Trainer's log beside the scores, if there are any."""
+        if self.scores is not None:
+            with replacing(folder / LOG_FILE) as part:
+                part.write_text(json.dumps(list(entries), default=str) + "\n")
 
     def save_selections(self, folder: Path) -> None:
         """Write every selection."""

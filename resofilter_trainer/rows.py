@@ -13,9 +13,8 @@ from typing import Any
 import xxhash
 from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 
-from .config import ColumnMapping, InputError
+from .config import FILE_FORMATS, ColumnMapping, InputError
 
-FILE_FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 KNOWN_PAIRS = [
     (("instruction", "input"), "output"),
     (("instruction",), "output"),

@@ -1,8 +1,7 @@
-"""The report of a training run, written where the run has left its scores. Knows the trainer's rows and its log."""
+"""The report of a training run, written where the run has left its scores. Knows the rows that a trainer holds."""
 
 from __future__ import annotations
 
-import json
 import warnings
 from pathlib import Path
 from typing import Any, cast
@@ -12,16 +11,8 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase, Trainer
 
 from .report import Report, read_contents, write_report
-from .results import LOG_FILE
 from .row_texts import TOKENS, TokenTexts
-from .scores import SCORES_FILE, replacing
-
-
-def save_log(trainer: Trainer, folder: Path) -> None:
-    """Leave the Trainer's log beside the scores, in the process that writes."""
-    if trainer.args.should_save and (folder / SCORES_FILE).is_file():
-        with replacing(folder / LOG_FILE) as part:
-            part.write_text(json.dumps(trainer.state.log_history, default=str) + "\n")
+from .scores import SCORES_FILE
 
 
 def report_run(trainer: Trainer, folder: Path, sample_ids: np.ndarray, rows: int) -> Report | None:

@@ -438,6 +438,8 @@ class Run:
         if self.epoch < self.epochs and self.steps_done:  # it stopped within an epoch
             self._score()
             self._write_results(self.epoch + 1)
+        if self.args.should_save:
+            self.results.save_log(self.folder, self.trainer.state.log_history)
         self.uninstall()
         if self.error is not None:
             raise self.error

@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -84,8 +85,12 @@ class Contents:
 
     def decided(self) -> Selection:
         """The selection, or where there is none what `DataSelector()` would decide."""
+        return self._default if self.selection is None else self.selection
+
+    @cached_property
+    def _default(self) -> Selection:
         assert self.scores is not None, "there are scores"
-        return DataSelector().select(self.scores) if self.selection is None else self.selection
+        return DataSelector().select(self.scores)
 
 
 def read_contents(
