@@ -20,6 +20,7 @@ from resofilter_trainer import ResonanceCallback, ScoreTable, Selection
 from resofilter_trainer.training_run import STATE
 
 KILLS = 20
+ATTEMPTS = 60
 LIMIT = 120  # seconds, for a run of two
 
 
@@ -65,15 +66,18 @@ def test_killed_at_random_moments(tmp_path, tokenizer):
     assert len(selections) == 3
     moments = random.Random(0)
     killed = 0
-    for attempt in range(KILLS):
+    for attempt in range(ATTEMPTS):
         output = tmp_path / "killed"
         shutil.rmtree(output, ignore_errors=True)
+        begun = time.monotonic()
         child = fork.Process(target=run, args=(output, tokenizer, None))
         child.start()
         child.join(moments.uniform(0.2, 1.0) * duration)
         if child.is_alive():
             os.kill(child.pid, signal.SIGKILL)
             killed += 1
+        else:  # the first run was slower: it had a cold or a busy machine
+            duration = min(duration, time.monotonic() - begun)
         child.join()
         child = fork.Process(target=run, args=(output, tokenizer, last_complete(output)))
         child.start()
@@ -83,4 +87,6 @@ def test_killed_at_random_moments(tmp_path, tokenizer):
         assert all(torch.equal(value, found_weights[name]) for name, value in weights.items()), attempt
         assert found_scores.table.equals(scores.table), attempt
         assert found_selections == selections, attempt
-    assert killed > KILLS / 2
+        if killed == KILLS:
+            break
+    assert killed == KILLS
