@@ -29,6 +29,7 @@ from transformers import Trainer
 
 from .cleaned_dataset import groups_of, masked
 from .config import SELF, InputError, TokenCleaning
+from .files import load_arrow, save_arrow
 from .gradients import Segment, segments_of
 from .loading import check_model
 from .loss_pass import Parts, measure_token_losses
@@ -39,7 +40,6 @@ from .reference_model import check_vocabulary, is_adapter, load_reference, weari
 from .scores import Provenance
 from .shrinking import ROW
 from .token_cleaning import PARTS, against, score_tokens
-from .token_scores import load_arrow, save_arrow
 from .token_selection import TokenSelection, TokenSelector, kept_of_rows
 
 BASE_FILE, BASE_KEY = "base_token_losses.arrow", "resofilter_base_token_losses"

@@ -74,7 +74,8 @@ def run_score(args: argparse.Namespace) -> None:
     from accelerate import PartialState
 
     from .criterion_scoring import score_by
-    from .scores import SCORES_FILE, file_at
+    from .files import file_at
+    from .scores import SCORES_FILE
     from .scoring import score_dataset
 
     one_of("--criterion", args.criterion, (RESONANCE, *CRITERION_NAMES))
@@ -144,7 +145,8 @@ def summary(scores: Any) -> str:
 
 def run_select(args: argparse.Namespace) -> None:
     """Decide on scores that were saved, and write the decision and the rows that stay."""
-    from .scores import ScoreTable, check_folder
+    from .files import check_folder
+    from .scores import ScoreTable
     from .selection import DataSelector
 
     if args.output is None:
@@ -258,8 +260,8 @@ def run_compare(args: argparse.Namespace) -> None:
     if args.published:
         import json
 
+        from .files import replacing
         from .published import published_ranks, published_table
-        from .scores import replacing
 
         print(published_table())
         if args.json:
@@ -424,7 +426,7 @@ def _check_kept_folder(output: Path, source: str | None) -> None:
 
 def _save_dataset(rows: Any, folder: Path, card: Any) -> None:
     """Write beside the target, then rename: the dataset and its card are whole, or as they were."""
-    from .scores import replacing
+    from .files import replacing
 
     with replacing(folder) as part:
         rows.save_to_disk(part)

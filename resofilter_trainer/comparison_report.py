@@ -14,9 +14,9 @@ from matplotlib.figure import Figure
 
 from .comparison import EPOCHS, FLOPS, FULL, RANDOM, Cell, summarise, transfer
 from .comparison_config import ComparisonConfig
+from .files import replacing
 from .published import Needs, dense_ranks, efficiency_ranks, feasibility_ranks, pir, pixel_distances, residual
 from .results import COMPARISON_FILE
-from .scores import replacing
 
 PICTURE = "comparison.png"
 OWN, BASELINE = "#0072b2", "#999999"  # told apart by colour-blind eyes as well

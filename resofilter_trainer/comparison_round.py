@@ -35,9 +35,10 @@ from .comparison_data import Data, hash_files
 from .config import InputError, NotFiniteError, TokenCleaning
 from .demo.run import BASE, TRAINING
 from .evaluation import exact_match
+from .files import replacing
 from .loading import load_model
 from .rows import first_line
-from .scores import ScoreTable, replacing
+from .scores import ScoreTable
 from .selection import DataSelector
 from .selector_scores import Request, as_tokens, tune_reference
 from .selectors import METHODS, TOKEN_LOSSES

@@ -24,7 +24,7 @@ from .comparison_config import ComparisonConfig, SelectorConfig, slug
 from .comparison_data import make_data
 from .comparison_round import Round
 from .config import InputError
-from .scores import check_folder, replacing
+from .files import check_folder, replacing
 from .selectors import check
 from .task_evaluation import check_tasks
 

@@ -15,10 +15,11 @@ from trl import SFTConfig
 from .batches import collate, of_all_processes, own_share, split_by_tokens
 from .config import InputError, NotFiniteError
 from .criteria import CRITERIA, Criterion
+from .files import file_at
 from .loading import check_arguments, default_arguments, open_pass, placed
 from .modes import bfloat16_forward, evaluating
 from .preparation import PreparedRows
-from .scores import SCORES_FILE, ScoreTable, file_at
+from .scores import SCORES_FILE, ScoreTable
 from .scoring import finished, scores_at
 
 Measure = Callable[[nn.Module, Mapping[str, Tensor]], Tensor]

@@ -17,10 +17,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from trl import SFTConfig
 
 from .config import ColumnMapping, InputError, Precision
+from .files import check_folder
 from .preparation import ROW, PreparedRows, prepare
 from .provenance import describe
 from .rows import duplicate_rows, empty_rows, first_line, hash_rows, looks_local, map_columns
-from .scores import EMPTY, SAME_PROMPT, Provenance, check_folder
+from .scores import EMPTY, SAME_PROMPT, Provenance
 
 
 @dataclass(frozen=True)

@@ -22,11 +22,11 @@ from transformers import TrainingArguments
 
 from .batches import collate, of_all_processes, own_share, split_by_tokens
 from .config import NotFiniteError
+from .files import load_arrow, save_arrow
 from .head import PROBE, Way, find_way, to_logits
 from .losses import inputs_of, learnt_positions
 from .modes import bfloat16_forward, evaluating
 from .preparation import PreparedRows
-from .token_scores import load_arrow, save_arrow
 
 SAVE_EVERY = 30.0  # seconds of work that an interrupt may cost
 PART, KEY = "part-{:08d}.arrow", "resofilter_token_losses"

@@ -12,7 +12,8 @@ import numpy as np
 import pyarrow as pa
 
 from .drift import on_scale_of, without_drift
-from .scores import LAYER, Provenance, ScoreTable, load_parquet, save_parquet
+from .files import load_parquet, save_parquet
+from .scores import LAYER, Provenance, ScoreTable
 
 FILE = "measurements.parquet"
 KEY = "resofilter_measurements"

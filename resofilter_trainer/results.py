@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .scores import ScoreTable, replacing
+from .files import replacing
+from .scores import ScoreTable
 from .selection import Selection
 from .token_scores import TOKEN_SCORES_FILE
 

@@ -30,12 +30,13 @@ from trl import SFTConfig
 from .batches import arrange, collate, default_budget, of_all_processes, own_share
 from .comparison import rank_correlation
 from .config import InputError, NotFiniteError, Precision, ResonanceConfig, one_of
+from .files import file_at
 from .loading import Opened, check_arguments, default_arguments, open_pass, placed
 from .modes import bfloat16_forward
 from .preparation import PreparedRows
 from .recorder import Recorder
 from .resonance import Resonance
-from .scores import LAYER, SCORES_FILE, Provenance, ScoreTable, Trust, file_at
+from .scores import LAYER, SCORES_FILE, Provenance, ScoreTable, Trust
 
 VANISHING = "Gradients near eps vanish in float16, and their ranking with them. Score in bf16 or float32."
 TRUST_ROWS = 64  # measured again, to see how far numerical noise reaches

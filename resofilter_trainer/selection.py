@@ -23,7 +23,8 @@ import pyarrow as pa
 from .combining import COMBINATIONS
 from .config import InputError, one_of
 from .dataset_card import make_card, push_card
-from .scores import OF_GROUP, Provenance, ScoreTable, file_at, load_parquet, save_parquet
+from .files import file_at, load_parquet, save_parquet
+from .scores import OF_GROUP, Provenance, ScoreTable
 from .thresholds import RULES
 
 if TYPE_CHECKING:

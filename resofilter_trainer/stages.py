@@ -15,8 +15,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, Trai
 from trl import SFTConfig, SFTTrainer
 
 from .config import InputError
+from .files import replacing
 from .reporting import report_tokens
-from .scores import replacing
 
 # Of SFTConfig, what no weight depends on.
 ASIDE = {

@@ -14,7 +14,8 @@ import numpy as np
 import pyarrow as pa
 
 from .config import InputError
-from .scores import Provenance, load_table, replacing
+from .files import load_arrow, save_arrow
+from .scores import Provenance
 
 TOKEN_SCORES_FILE = "token_scores.arrow"
 KEY = "resofilter_token_scores"  # the metadata that holds the provenance
@@ -98,26 +99,6 @@ class TokenScores:
             raise InputError(
                 f"The token scores at '{path}' were written by another version. Make them again."
             ) from error
-
-
-def save_arrow(table: pa.Table, path: Path, key: str, metadata: str) -> Path:
-    """Write a table, uncompressed, beside the target, then rename: the file is whole or not there."""
-    table = table.replace_schema_metadata({key: metadata})
-    with replacing(path) as part, pa.OSFile(str(part), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
-        for batch in table.combine_chunks().to_batches() or [pa.RecordBatch.from_pylist([], table.schema)]:
-            writer.write_batch(batch)
-    return path
-
-
-def load_arrow(path: Path, key: str, what: str) -> tuple[pa.Table, str]:
-    """The table at `path`, mapped into memory, and the metadata under `key`; `what` names the content in the errors."""
-    return load_table(path, key, what, "an Arrow file", _mapped)
-
-
-def _mapped(path: Path) -> pa.Table:
-    table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
-    table.validate()  # else a damaged file is followed beyond its end
-    return table
 
 
 def token_scores_at(path: str | os.PathLike[str]) -> Path:

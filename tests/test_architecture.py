@@ -18,6 +18,7 @@ HOME = Path(resofilter_trainer.__file__).parent
 ORDER = [
     "config",
     "arguments",
+    "files",
     "scores",
     "comparison",
     "comparison_config",

@@ -21,9 +21,10 @@ from test_token_scores import make_token_scores
 
 from resofilter_trainer.comparison import rank_correlation
 from resofilter_trainer.config import InputError
+from resofilter_trainer.files import save_parquet
 from resofilter_trainer.filtering import FilterConfig
 from resofilter_trainer.report import Contents, Report, contents, numbers, read_contents, samples, write_report
-from resofilter_trainer.scores import ScoreTable, Trust, save_parquet
+from resofilter_trainer.scores import ScoreTable, Trust
 from resofilter_trainer.selection import KEPT, DataSelector, Selection
 from resofilter_trainer.token_selection import EMPTIED, TokenSelection, TokenSelector
 

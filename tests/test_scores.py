@@ -14,7 +14,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from resofilter_trainer.config import InputError
-from resofilter_trainer.scores import SCORES_FILE, Provenance, ScoreTable, Trust, save_parquet
+from resofilter_trainer.files import save_parquet
+from resofilter_trainer.scores import SCORES_FILE, Provenance, ScoreTable, Trust
 from resofilter_trainer.selection import DataSelector
 
 AWKWARD = [1e-5, 0.1 + 0.2, 5e-324, np.nextafter(1e-5, 1), 0.0, 1 / 3]  # no decimal shorter than 17 digits tells them

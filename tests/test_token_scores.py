@@ -17,8 +17,9 @@ from hypothesis import strategies as st
 from test_scores import files_in, make_provenance
 
 from resofilter_trainer.config import InputError
+from resofilter_trainer.files import load_arrow
 from resofilter_trainer.scores import Provenance, Trust
-from resofilter_trainer.token_scores import KEY, LISTS, TOKEN_SCORES_FILE, TokenScores, load_arrow
+from resofilter_trainer.token_scores import KEY, LISTS, TOKEN_SCORES_FILE, TokenScores
 
 Row = Sequence[tuple[float, float]]  # of each learnt token: what the base and what the reference loses
 ROWS = [[(1.5, 0.5), (0.1, 0.2)], [], [(3.0, 2.0)], []]

@@ -11,7 +11,7 @@ from training import rows, train
 
 from resofilter_trainer import ResonanceCallback, TokenCleaning
 from resofilter_trainer.cleaning_run import MASKS_FILE, MASKS_KEY
-from resofilter_trainer.token_scores import load_arrow
+from resofilter_trainer.files import load_arrow
 
 
 def main() -> None:

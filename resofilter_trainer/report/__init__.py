@@ -17,7 +17,8 @@ import pyarrow.csv
 import pyarrow.parquet
 
 from ..config import InputError
-from ..scores import ScoreTable, check_folder, replacing
+from ..files import check_folder, replacing
+from ..scores import ScoreTable
 from ..selection import Selection
 from .charts import NAMES, charts_of, points_of, ratios_chart, save_png, specification
 from .contents import Contents, read_contents

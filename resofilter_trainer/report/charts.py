@@ -15,7 +15,8 @@ import altair as alt
 import numpy as np
 import vl_convert
 
-from ..scores import ScoreTable, replacing
+from ..files import replacing
+from ..scores import ScoreTable
 from .numbers import Numbers, Quarter, Scale
 
 VERSIONS = vl_convert.get_vegalite_versions()  # oldest first

@@ -15,8 +15,9 @@ import numpy as np
 import pyarrow as pa
 
 from ..config import InputError
+from ..files import file_at
 from ..results import COMPARISON_FILE, LOG_FILE, NAME, SUMMARY_FILE, selection_file
-from ..scores import LAYERS_FOLDER, SCORES_FILE, Provenance, ScoreTable, file_at
+from ..scores import LAYERS_FOLDER, SCORES_FILE, Provenance, ScoreTable
 from ..selection import KEPT, SELECTION_FILE, DataSelector, Selection
 from ..token_scores import TOKEN_SCORES_FILE, TokenScores
 from ..token_selection import EMPTIED, TokenSelection, TokenSelector
