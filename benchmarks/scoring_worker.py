@@ -123,7 +123,7 @@ def forward_labelled_bf16(model: LlamaForCausalLM, samples: Sequence[Sample], co
 def library_batches(samples: Sequence[Sample]) -> list[Sample]:
     """The batches that the library itself would make."""
     prepared, device = prepared_rows(samples), torch.device("cpu")
-    return [collate_rows(prepared, rows, device) for rows in arrange(prepared, default_budget(device), device)]
+    return [collate_rows(prepared, rows, device) for rows, *_ in arrange(prepared, default_budget(device), device)]
 
 
 def prepared_rows(samples: Sequence[Sample]) -> PreparedRows:

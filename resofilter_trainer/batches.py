@@ -1,31 +1,40 @@
-"""Batches for a pass that measures and does not train: which rows come together, and which process takes them.
+"""Batches for a pass that measures and does not train: which rows come together.
 
-Knows lengths, rows and processes, not what is measured.
+Knows lengths and rows, not what is measured, nor by whom.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import Any, TypeVar
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from accelerate import PartialState
-from accelerate.utils import gather_object
 from torch import Tensor
-from tqdm.auto import tqdm
-from transformers import TrainingArguments
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from .preparation import PreparedRows, beginnings
 
-Result = TypeVar("Result")
 TOKENS_PER_BATCH = {"cpu": 1024}  # more only adds padding there
 TOKENS_PER_BATCH_ELSEWHERE = 8192
 TOKENS_LOST_PER_BATCH = {"cpu": 64}  # what could be computed in the time that a batch costs beside its tokens
 TOKENS_LOST_PER_BATCH_ELSEWHERE = 2048
 CLEARLY_LESS = 0.85  # of the work: small batches are slower than their tokens say
 LEAST_BEGINNING = 16  # tokens: less in common is not worth a thought
+
+
+class Batch(NamedTuple):
+    """Rows that come together.
+
+    Attributes:
+        rows: (B,) their places.
+        shared: how many first tokens all of them share with the batches around, and may have in common in the model.
+        cost: tokens to compute, what a batch costs beside them included.
+    """
+
+    rows: np.ndarray
+    shared: int
+    cost: int
 
 
 def default_budget(device: torch.device) -> int:
@@ -57,7 +66,7 @@ def split_by_tokens(lengths: np.ndarray, budget: int, shared: int = 0, lost: int
     return batches
 
 
-def arrange(prepared: PreparedRows, budget: int, device: torch.device, may_share: bool = True) -> list[np.ndarray]:
+def arrange(prepared: PreparedRows, budget: int, device: torch.device, may_share: bool = True) -> list[Batch]:
     """Batches for a pass that takes what all rows of a batch begin with through the model once, if it can.
 
     Rows of similar lengths come together, or, where that is clearly less work, rows with the same prompt.
@@ -66,24 +75,21 @@ def arrange(prepared: PreparedRows, budget: int, device: torch.device, may_share
     common = common if may_share and common >= LEAST_BEGINNING else 0
     lost = TOKENS_LOST_PER_BATCH.get(device.type, TOKENS_LOST_PER_BATCH_ELSEWHERE)
 
-    def work(batch: np.ndarray, beginning: int) -> int:
-        """In tokens, of what is not shared with the batch before."""
-        return lost + len(batch) * (int(lengths[batch].max()) - beginning)
-
-    def split(rows: np.ndarray, beginning: int) -> list[np.ndarray]:
-        return [rows[batch] for batch in split_by_tokens(lengths[rows], budget, beginning, lost)]
+    def split(rows: np.ndarray, shared: int) -> list[Batch]:
+        parts = [rows[part] for part in split_by_tokens(lengths[rows], budget, shared, lost)]
+        return [Batch(part, shared, lost + len(part) * (int(lengths[part].max()) - shared)) for part in parts]
 
     by_length = split(np.arange(len(lengths)), common)
     _, group_of, sizes = np.unique(prompts, return_inverse=True, return_counts=True)
     repeated = (sizes[group_of] > 1) & (prompt_lengths >= LEAST_BEGINNING) & may_share
     groups = [(rows, int(prompt_lengths[rows[0]])) for rows in _groups(group_of, repeated, lengths)]
-    by_prompt = [(batch, length) for rows, length in groups for batch in split(rows, length)]
+    by_prompt = [batch for rows, length in groups for batch in split(rows, length)]
     others = split(np.flatnonzero(~repeated), common)
     beginnings_again = sum(lost + length for _, length in groups)
-    work_by_prompt = beginnings_again + sum(work(*each) for each in by_prompt) + sum(work(b, common) for b in others)
-    if work_by_prompt >= CLEARLY_LESS * sum(work(batch, common) for batch in by_length):
+    work_by_prompt = beginnings_again + sum(batch.cost for batch in by_prompt + others)
+    if work_by_prompt >= CLEARLY_LESS * sum(batch.cost for batch in by_length):
         return by_length
-    return [batch for batch, _ in by_prompt] + others
+    return by_prompt + others
 
 
 def _groups(group_of: np.ndarray, which: np.ndarray, lengths: np.ndarray) -> list[np.ndarray]:
@@ -99,16 +105,3 @@ def collate(prepared: PreparedRows, rows: Sequence[int] | np.ndarray, device: to
     examples = [prepared.dataset[int(row)] for row in rows]
     batch: dict[str, Tensor] = DataCollatorForLanguageModeling(pad_token_id=0)(examples)
     return {name: tensor.to(device) for name, tensor in batch.items()}
-
-
-def own_share(numbers: Sequence[int], label: str, args: TrainingArguments) -> Iterable[int]:
-    """This process's share of some batches, with a progress bar over it in the main process."""
-    state = PartialState()
-    mine = numbers[state.process_index :: state.num_processes]
-    bar: Any = tqdm(mine, desc=label, unit="batch", disable=args.disable_tqdm or not state.is_main_process)
-    return bar
-
-
-def of_all_processes(found: list[tuple[int, Result]]) -> dict[int, Result]:
-    """What every process found, by the number of the batch."""
-    return dict(gather_object(found) if PartialState().num_processes > 1 else found)

@@ -32,14 +32,16 @@ from .config import SELF, InputError, TokenCleaning
 from .files import load_arrow, save_arrow
 from .gradients import Segment, segments_of
 from .loading import check_model
-from .loss_pass import Parts, measure_token_losses
+from .loss_pass import measure_token_losses
 from .losses import IGNORE
+from .passes import Keep
 from .preparation import PreparedRows, learnt_tokens, prepared_already
 from .provenance import identity
 from .reference_model import check_vocabulary, is_adapter, load_reference, wearing
 from .scores import Provenance
 from .shrinking import ROW
-from .token_cleaning import PARTS, against, score_tokens
+from .store import PARTS
+from .token_cleaning import TOKEN_LOSSES, against, score_tokens
 from .token_selection import TokenSelection, TokenSelector, kept_of_rows
 
 BASE_FILE, BASE_KEY = "base_token_losses.arrow", "resofilter_base_token_losses"
@@ -124,8 +126,8 @@ class CleaningRun:
         try:
             self.base = self._load_base(folder, key)
         except InputError:  # none that are of use
-            parts = self._parts(folder, "base")
-            self.base = self._measure(self.prepared, "base", parts=parts)
+            keep = self._keep(folder, "base")
+            self.base = self._measure(self.prepared, "base", keep=keep)
             if not self.fixed and PartialState().is_main_process:
                 save_arrow(pa.table({"loss": self.base}), folder / BASE_FILE, BASE_KEY, key)
         if self.fixed:
@@ -264,7 +266,7 @@ class CleaningRun:
                 other = load_reference(reference, self.reference_args)
             check_model(other, self.prepared)
             provenance = against(self.provenance, identity(other))
-            losses = self._measure(self.prepared, "reference", other, self._parts(folder, "reference", provenance))
+            losses = self._measure(self.prepared, "reference", other, self._keep(folder, "reference", provenance))
         del other
         scores = score_tokens(self.prepared, self.base, losses, provenance)
         if PartialState().is_main_process:
@@ -283,14 +285,14 @@ class CleaningRun:
             numbers["share_of_groups"] = selection.share_of_groups([self.groups[row] for row in rows])
         return numbers
 
-    def _measure(self, prepared: PreparedRows, name: str, model: Any = None, parts: Parts | None = None) -> np.ndarray:
+    def _measure(self, prepared: PreparedRows, name: str, model: Any = None, keep: Keep | None = None) -> np.ndarray:
         model, label = self.trainer.model if model is None else model, f"Losses of the {name} model"
         budget = self.cleaning.tokens_per_batch
-        return measure_token_losses(model, prepared, self.trainer.args, budget, label, parts)
+        return measure_token_losses(model, prepared, self.trainer.args, budget, label, keep)
 
-    def _parts(self, folder: Path, name: str, provenance: Provenance | None = None) -> Parts:
-        key = self._base_key() if provenance is None else f"{self._base_key()} {json.dumps(dict(provenance.config))}"
-        return Parts(folder / PARTS / name, key)
+    def _keep(self, folder: Path, name: str, provenance: Provenance | None = None) -> Keep:
+        made_of = self._base_made_of() | ({} if provenance is None else dict(provenance.config))
+        return Keep(folder / PARTS / name, TOKEN_LOSSES, made_of)
 
     def _load_base(self, folder: Path, key: str) -> np.ndarray:
         table, found = load_arrow(folder / BASE_FILE, BASE_KEY, "losses of the base model")
@@ -299,5 +301,14 @@ class CleaningRun:
         return np.array(table["loss"])
 
     def _base_key(self) -> str:
-        settings = [self.prepared.fingerprint, self.cleaning.tokens_per_batch, bool(self.trainer.args.bf16)]
-        return json.dumps([self.provenance.weights, *settings, dict(self.provenance.versions)])
+        return json.dumps(list(self._base_made_of().values()))
+
+    def _base_made_of(self) -> dict[str, Any]:
+        """All that the base model's losses depend on."""
+        return {
+            "weights": self.provenance.weights,
+            "rows": self.prepared.fingerprint,
+            "tokens_per_batch": self.cleaning.tokens_per_batch,
+            "bf16": bool(self.trainer.args.bf16),
+            "versions": dict(self.provenance.versions),
+        }

@@ -7,23 +7,26 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 from datasets import Dataset
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import SFTConfig
 
-from .batches import collate, of_all_processes, own_share, split_by_tokens
+from .batches import collate, split_by_tokens
 from .config import InputError, NotFiniteError
 from .criteria import CRITERIA, Criterion
 from .files import file_at
 from .loading import check_arguments, default_arguments, open_pass, placed
 from .modes import bfloat16_forward, evaluating
+from .passes import Keep, measure_batches
 from .preparation import PreparedRows
 from .scores import SCORES_FILE, ScoreTable
-from .scoring import finished, scores_at
+from .scoring import finished, parts_of, scores_at, writing_scores
 
 Measure = Callable[[nn.Module, Mapping[str, Tensor]], Tensor]
 TOKENS_PER_BATCH = 1024  # whole logits of a batch are held
+VALUE = "value"
 
 
 def score_by(
@@ -63,12 +66,19 @@ def score_by(
     check_arguments(args, None if output is None else file_at(output, SCORES_FILE).parent)
     config = {"criterion": name, "drop": chosen.drop, "columns": list(chosen.columns), **chosen.settings}
     model, opened = open_pass(model, dataset, processing_class, args, config, **row_options)
-    earlier = scores_at(output, opened.provenance)
-    if earlier is not None:
-        return earlier
-    model = placed(model, args)
-    measure = chosen.measure(opened.prepared) if chosen.counts else chosen.measure
-    values = measure_rows(measure, model, opened.prepared, args, tokens_per_batch, f"Measuring {name}")
+    with writing_scores(output):
+        earlier = scores_at(output, opened.provenance)
+        if earlier is not None:
+            return earlier
+        model = placed(model, args)
+        measure = chosen.measure(opened.prepared) if chosen.counts else chosen.measure
+        keep = parts_of(output, opened.provenance, tokens_per_batch)
+        values = measure_rows(measure, model, opened.prepared, args, tokens_per_batch, f"Measuring {name}", keep)
+        return finished(opened, _columns_of(values, name, chosen), output)
+
+
+def _columns_of(values: np.ndarray, name: str, chosen: Criterion) -> dict[str, np.ndarray]:
+    """The score of every row, and what it is made of by name."""
     each = values.reshape(len(values), -1)
     if (values.ndim > 1 and chosen.join is None) or (chosen.columns and len(chosen.columns) != each.shape[1]):
         raise InputError(
@@ -77,7 +87,7 @@ def score_by(
         )
     score = values if chosen.join is None else chosen.join(each)
     beside = dict(zip(chosen.columns, each.T, strict=True)) if chosen.columns else {}
-    return finished(opened, {"score": score, **beside}, output)
+    return {"score": score, **beside}
 
 
 def measure_rows(
@@ -87,6 +97,7 @@ def measure_rows(
     args: SFTConfig,
     tokens_per_batch: int,
     label: str,
+    keep: Keep | None = None,
 ) -> np.ndarray:
     """What a function finds of every row, (N,) or (N, k) float64, in the order in which they were prepared.
 
@@ -94,20 +105,24 @@ def measure_rows(
     """
     device = next(model.parameters()).device
     batches = split_by_tokens(prepared.lengths, tokens_per_batch)
-    found = []
+
+    def of_batch(number: int) -> dict[str, Any]:
+        values = measure(model, collate(prepared, batches[number], device)).detach().double().cpu().numpy()
+        finite = np.isfinite(values.reshape(len(values), -1)).all(1)
+        if not finite.all():
+            row = prepared.sample_ids[batches[number][int(np.argmin(finite))]]
+            raise NotFiniteError(
+                f"Row {row} of the dataset has a number that is not finite ({label.lower()}): nothing was written. "
+                "Are the weights sound? Try float32, or drop the row."
+            )
+        return {VALUE: list(values)}
+
     with evaluating(model), bfloat16_forward(model, bool(args.bf16)):
-        for number in own_share(range(len(batches)), label, args):
-            values = measure(model, collate(prepared, batches[number], device)).detach().double().cpu().numpy()
-            finite = np.isfinite(values.reshape(len(values), -1)).all(1)
-            if not finite.all():
-                row = prepared.sample_ids[batches[number][int(np.argmin(finite))]]
-                raise NotFiniteError(
-                    f"Row {row} of the dataset has a number that is not finite ({label.lower()}): nothing was written. "
-                    "Are the weights sound? Try float32, or drop the row."
-                )
-            found.append((number, values))
-    everything = of_all_processes(found)
-    values = np.concatenate([everything[number] for number in range(len(batches))])
+        costs = np.array([prepared.lengths[batch].max() * len(batch) for batch in batches])
+        store = None if keep is None else keep.store(prepared.sample_ids, batches)
+        lines = measure_batches(batches, costs, of_batch, args, label, store)[VALUE].combine_chunks()
+    flat = lines.flatten() if pa.types.is_list(lines.type) else lines
+    values = flat.to_numpy().reshape(len(lines), *([-1] if pa.types.is_list(lines.type) else []))
     return values[np.argsort(np.concatenate(batches), kind="stable")]
 
 

@@ -3,22 +3,30 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import shutil
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from filelock import FileLock, Timeout
 
 from .config import InputError
+
+LOCK = ".resofilter.lock"
+REFUSALS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.EACCES, errno.EPERM}  # of a disk
 
 
 def save_parquet(table: pa.Table, path: Path, metadata: Mapping[str, str]) -> Path:
     """Write a table and its metadata beside the target, then rename: the file is whole or not there."""
     with replacing(path) as part:
-        pq.write_table(table.replace_schema_metadata(dict(metadata)), part)
+        text = [each.name for each in table.schema if pa.types.is_string(each.type)]  # numbers hardly repeat
+        table = table.replace_schema_metadata(dict(metadata))
+        pq.write_table(table, part, use_dictionary=text, write_page_checksum=True)
     return path
 
 
@@ -26,16 +34,70 @@ def save_parquet(table: pa.Table, path: Path, metadata: Mapping[str, str]) -> Pa
 def replacing(path: Path) -> Iterator[Path]:
     """A place beside `path` for a file or a folder that takes its place once it is whole; else nothing is left of it.
 
-    A folder only takes the place of none, or of an empty one. Raises InputError where nothing can be written.
+    It is on the disk before it is renamed, so that neither a kill nor a power failure leaves half of it. A folder only
+    takes the place of none, or of an empty one. Raises InputError where nothing can be written.
     """
     check_folder(path.parent)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        yield part
-        os.replace(part, path)
+        with writing(path):
+            yield part
+            flush(part)
+            os.replace(part, path)
+            flush(path.parent)
     finally:
         part.unlink(missing_ok=True) if part.is_file() else shutil.rmtree(part, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn the disk's refusal to take `path` into an InputError."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in REFUSALS:
+            raise
+        raise InputError(
+            f"'{path}' cannot be written ({os.strerror(error.errno)}): what was there before is untouched. Make room, "
+            "or choose another output, and start again."
+        ) from error
+
+
+def flush(path: Path) -> None:
+    """Wait until a file, everything in a folder, or the folder's own list is on the disk."""
+    inside = path.rglob("*") if path.is_dir() and path.name.endswith(".part") else ()
+    for each in (*inside, path):
+        number = os.open(each, os.O_RDONLY)
+        try:
+            os.fsync(number)
+        finally:
+            os.close(number)
+
+
+@contextlib.contextmanager
+def only_writer(folder: Path) -> Iterator[None]:
+    """Hold a folder against other processes; the system lets go of it when this one ends, however it ends.
+
+    Raises InputError where another holds it. Within a process it may be held several times.
+    """
+    check_folder(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / LOCK, timeout=0, is_singleton=True)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise InputError(
+            f"Another run writes to '{folder}'. Wait until it ends, stop it, or choose another output."
+        ) from None
+    except (NotImplementedError, OSError) as error:  # some network file systems know no locks
+        warnings.warn(f"'{folder}' cannot be locked ({error}): see to it that no other run writes to it.", stacklevel=3)
+        yield
+        return
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def check_folder(path: Path) -> None:
@@ -53,7 +115,11 @@ def check_folder(path: Path) -> None:
 
 def load_parquet(path: Path, key: str, what: str) -> tuple[pa.Table, str]:
     """The table at `path` and the metadata under `key`; `what` names the content in the errors."""
-    return load_table(path, key, what, "a Parquet file", pq.read_table)
+    return load_table(path, key, what, "a Parquet file", _checked)
+
+
+def _checked(path: Path) -> pa.Table:
+    return pq.read_table(path, memory_map=True, page_checksum_verification=True)
 
 
 def load_table(path: Path, key: str, what: str, kind: str, read: Callable[[Path], pa.Table]) -> tuple[pa.Table, str]:

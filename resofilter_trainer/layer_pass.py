@@ -26,7 +26,7 @@ from .loading import check_arguments, default_arguments, open_pass, placed
 from .losses import token_losses
 from .modes import at_least_float32, requiring_grad
 from .scores import LAYER, LAYERS_FOLDER, ScoreTable
-from .scoring import finished, scores_at
+from .scoring import finished, parts_of, scores_at, writing_scores
 from .up_projection import UpProjection, decoder_layers, find_up_projections
 from .updates import UPDATES
 
@@ -69,24 +69,26 @@ def score_layers(
     check_arguments(args, folder)
     settings = {**dataclasses.asdict(config), "n_layers": "all", "limit": limit}
     model, opened = open_pass(model, dataset, processing_class, args, settings, precision="float32", **row_options)
-    earlier = scores_at(folder, opened.provenance)
-    if earlier is not None:
-        return earlier
-    model = placed(model, args)
-    found = find_up_projections(model, len(decoder_layers(model)[1]), config.up_projection)
-    prepared = opened.prepared
-    places = np.sort(np.random.default_rng(0).permutation(len(prepared.lengths))[:limit])
-    reasons = dict.fromkeys(prepared.sample_ids.tolist(), f"not among the {len(places)} rows of --limit")
-    some = prepared.select(places)
-    for row in some.sample_ids.tolist():
-        del reasons[row]
-    values = measure_rows(_Changes(found, config), model, some, args, 1, "Measuring all layers")
-    layers = sorted({each.layer for each in found})
-    names = [f"{LAYER}{layer}{part}" for layer in layers for part in ("", *(f"_{name}" for name in QUANTILES))]
-    columns = dict(zip(names, values[:, 1:].T, strict=True))
-    score = np.mean([columns[f"{LAYER}{layer}"] for layer in layers], axis=0)
-    opened = dataclasses.replace(opened, prepared=some, reasons={**reasons, **opened.reasons})
-    return finished(opened, {"score": score, "loss": values[:, 0], **columns}, folder)
+    with writing_scores(folder):
+        earlier = scores_at(folder, opened.provenance)
+        if earlier is not None:
+            return earlier
+        model = placed(model, args)
+        found = find_up_projections(model, len(decoder_layers(model)[1]), config.up_projection)
+        prepared = opened.prepared
+        places = np.sort(np.random.default_rng(0).permutation(len(prepared.lengths))[:limit])
+        reasons = dict.fromkeys(prepared.sample_ids.tolist(), f"not among the {len(places)} rows of --limit")
+        some = prepared.select(places)
+        for row in some.sample_ids.tolist():
+            del reasons[row]
+        keep = parts_of(folder, opened.provenance, 1)
+        values = measure_rows(_Changes(found, config), model, some, args, 1, "Measuring all layers", keep)
+        layers = sorted({each.layer for each in found})
+        names = [f"{LAYER}{layer}{part}" for layer in layers for part in ("", *(f"_{name}" for name in QUANTILES))]
+        columns = dict(zip(names, values[:, 1:].T, strict=True))
+        score = np.mean([columns[f"{LAYER}{layer}"] for layer in layers], axis=0)
+        opened = dataclasses.replace(opened, prepared=some, reasons={**reasons, **opened.reasons})
+        return finished(opened, {"score": score, "loss": values[:, 0], **columns}, folder)
 
 
 @dataclass(frozen=True)

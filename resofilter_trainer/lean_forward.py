@@ -62,17 +62,27 @@ class LeanForward:
             self._try_out(batch["input_ids"][:1, :PROBE])
         return inputs_of(self._model, batch, self._causal)
 
-    def prepare(self, inputs: Inputs, lengths: Tensor) -> contextlib.ExitStack:
+    def try_sharing(self, row: Mapping[str, Tensor]) -> None:
+        """Find out on one row, a batch of (1, T), whether rows that begin alike may share the work of their beginning.
+
+        Done before a pass, so that what comes of its batches does not depend on which of them comes first.
+        """
+        batch = {name: torch.cat([tensor, tensor]) for name, tensor in row.items()}
+        inputs = self.inputs(batch)
+        self._shared_length(inputs, batch["attention_mask"].sum(1), batch["input_ids"].shape[1] // 2)
+
+    def prepare(self, inputs: Inputs, lengths: Tensor, shared: int | None = None) -> contextlib.ExitStack:
         """Within what this returns, `run` leaves out what it can; the lower layers may have run already.
 
         Args:
             inputs: see `inputs`.
             lengths: (B,) tokens of each row.
+            shared: how many first tokens the batch shares with others, where that is known.
         """
-        shared = self._shared_length(inputs, lengths)
+        length = self._shared_length(inputs, lengths, shared)
         with contextlib.ExitStack() as stack:
-            if shared:
-                stack.enter_context(self._prefix.of(inputs.arguments["input_ids"], shared))
+            if length:
+                stack.enter_context(self._prefix.of(inputs.arguments["input_ids"], length))
             stack.enter_context(self._narrowing.to(inputs.index, inputs.shape.numel()))
             return stack.pop_all()
 
@@ -90,11 +100,11 @@ class LeanForward:
         self._narrowing = Narrowing(each for each in self._last if position_by_position(self._model, each, ids))
         self._way = find_way(self._model, ids)
 
-    def _shared_length(self, inputs: Inputs, lengths: Tensor) -> int:
+    def _shared_length(self, inputs: Inputs, lengths: Tensor, shared: int | None) -> int:
         """How many first tokens all rows share, if they can be taken together."""
         if not self._causal or self._sharing is False or not inputs.ids_alone:
             return 0
-        length = self._prefix.length(inputs.arguments["input_ids"], lengths)
+        length = self._prefix.length(inputs.arguments["input_ids"], lengths, shared)
         if length and self._sharing is None:
             if not (inputs.index % inputs.shape[1] >= length).any():
                 return 0  # nothing to tell it by

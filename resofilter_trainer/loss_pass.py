@@ -1,66 +1,28 @@
-"""The pass over a dataset that measures what a model loses on every learnt token. Knows batches, processes and parts.
+"""The pass over a dataset that measures what a model loses on every learnt token. Knows models and batches.
 
-batches of one length and a token budget -> each process its share, kept in parts on the way -> every process gets all
+batches of one length and a token budget, each measured once by whichever process -> losses, row after row
 """
 
 from __future__ import annotations
 
-import dataclasses
-import re
-import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import torch
-import xxhash
-from accelerate import PartialState
 from torch import nn
 from transformers import TrainingArguments
 
-from .batches import collate, of_all_processes, own_share, split_by_tokens
-from .config import NotFiniteError
-from .files import load_arrow, save_arrow
-from .head import PROBE, Way, find_way, to_logits
+from .batches import collate, split_by_tokens
+from .config import InputError, NotFiniteError
+from .head import PROBE, Way, find_way
 from .losses import inputs_of, learnt_positions
 from .modes import bfloat16_forward, evaluating
+from .passes import Keep, measure_batches
 from .preparation import PreparedRows
 
-SAVE_EVERY = 30.0  # seconds of work that an interrupt may cost
-PART, KEY = "part-{:08d}.arrow", "resofilter_token_losses"
-
-
-@dataclass(frozen=True)
-class Parts:
-    """A folder in which each process leaves the batches that it has done, so that an interrupted pass can go on.
-
-    Attributes:
-        folder: parts of the same pass, or none.
-        fingerprint: of everything that the losses depend on; parts of something else are not used.
-    """
-
-    folder: Path
-    fingerprint: str
-
-    def load(self) -> dict[int, np.ndarray]:
-        """The losses of every batch that is done, by its number."""
-        found: dict[int, np.ndarray] = {}
-        for path in sorted(self.folder.glob("part-*.arrow")):
-            if re.fullmatch(r"part-\d{8}\.arrow", path.name):
-                table, fingerprint = load_arrow(path, KEY, "token losses")
-                if fingerprint == self.fingerprint:
-                    losses = table["loss"].to_numpy()
-                    found |= {int(batch): np.array(loss) for batch, loss in zip(table["batch"], losses, strict=True)}
-        return found
-
-    def save(self, done: Sequence[tuple[int, np.ndarray]]) -> None:
-        """Write some batches to a part of their own."""
-        if done:
-            numbers, losses = zip(*done, strict=True)
-            table = pa.table({"batch": np.array(numbers), "loss": pa.array(losses, pa.list_(pa.float32()))})
-            save_arrow(table, self.folder / PART.format(min(numbers)), KEY, self.fingerprint)
+LOSS = "loss"
 
 
 def measure_token_losses(
@@ -69,7 +31,7 @@ def measure_token_losses(
     args: TrainingArguments,
     tokens_per_batch: int,
     label: str,
-    parts: Parts | None = None,
+    keep: Keep | None = None,
 ) -> np.ndarray:
     """The loss of every learnt token, without dropout and without a gradient.
 
@@ -82,7 +44,7 @@ def measure_token_losses(
         args: whether the forward runs in bfloat16 autocast (`bf16`), and whether a progress bar is shown.
         tokens_per_batch: tokens of a batch, padding included; a longer row is a batch of its own.
         label: what the progress bar says.
-        parts: where to leave what is done.
+        keep: where to keep what is done, and to go on.
 
     Returns:
         (N,) float32, in nats, row after row, the same in every process.
@@ -91,38 +53,19 @@ def measure_token_losses(
         InputError: a loss is not finite; names the row.
     """
     batches = split_by_tokens(prepared.lengths, tokens_per_batch)
-    done: dict[int, np.ndarray] = {}
-    if parts is not None:
-        parts = dataclasses.replace(parts, fingerprint=f"{parts.fingerprint} {_digest(prepared, tokens_per_batch)}")
-        done = parts.load()
-        PartialState().wait_for_everyone()  # before any process adds to the parts: all must share out the same batches
-    todo = [number for number in range(len(batches)) if number not in done]
-    fresh: list[tuple[int, np.ndarray]] = []
-    saved, last = 0, time.monotonic()
-    try:
-        with evaluating(model), torch.no_grad(), bfloat16_forward(model, bool(args.bf16)):
-            way: Way = to_logits
-            if todo:
-                some = prepared.dataset[int(batches[0][0])]["input_ids"][:PROBE]
-                way = find_way(model, torch.tensor([some], device=next(model.parameters()).device))
-            for number in own_share(todo, label, args):
-                fresh.append((number, _losses_of(model, prepared, batches[number], way)))
-                if parts is not None and time.monotonic() - last > SAVE_EVERY:
-                    parts.save(fresh[saved:])
-                    saved, last = len(fresh), time.monotonic()
-    finally:
-        if parts is not None:
-            parts.save(fresh[saved:])
-    done |= of_all_processes(fresh)
-    return _in_order(batches, [done[number] for number in range(len(batches))], prepared.num_tokens)
+    some = prepared.dataset[int(batches[0][0])]["input_ids"][:PROBE]
+    with evaluating(model), torch.no_grad(), bfloat16_forward(model, bool(args.bf16)):
+        way = find_way(model, torch.tensor([some], device=next(model.parameters()).device))
 
+        def of_batch(number: int) -> dict[str, Any]:
+            losses = _losses_of(model, prepared, batches[number], way)
+            of_rows = np.split(losses, np.cumsum(prepared.num_tokens[batches[number]])[:-1])
+            return {LOSS: pa.array(of_rows, pa.large_list(pa.float32()))}
 
-def _digest(prepared: PreparedRows, tokens_per_batch: int) -> str:
-    """Of the rows of a pass and how they are batched."""
-    digest = xxhash.xxh3_128(str(tokens_per_batch).encode())
-    for array in (prepared.sample_ids, prepared.lengths, prepared.num_tokens):
-        digest.update(np.ascontiguousarray(array, dtype=np.int64).data)
-    return digest.hexdigest()
+        costs = np.array([prepared.lengths[batch].max() * len(batch) for batch in batches])
+        store = None if keep is None else keep.store(prepared.sample_ids, batches)
+        lines = measure_batches(batches, costs, of_batch, args, label, store)
+    return _in_order(batches, lines[LOSS].combine_chunks(), prepared.num_tokens)
 
 
 def _losses_of(model: nn.Module, prepared: PreparedRows, rows: np.ndarray, way: Way) -> np.ndarray:
@@ -143,11 +86,10 @@ def _check_finite(losses: torch.Tensor, batch: Mapping[str, torch.Tensor], place
         )
 
 
-def _in_order(batches: Sequence[np.ndarray], losses: Sequence[np.ndarray], counts: np.ndarray) -> np.ndarray:
-    """The losses of all batches, row after row."""
-    offsets = np.concatenate([[0], np.cumsum(counts)])
-    found = np.empty(offsets[-1], dtype=np.float32)
-    for batch, values in zip(batches, losses, strict=True):
-        for row, of_row in zip(batch, np.split(values, np.cumsum(counts[batch])[:-1]), strict=True):
-            found[offsets[row] : offsets[row + 1]] = of_row
+def _in_order(batches: Sequence[np.ndarray], losses: pa.LargeListArray, counts: np.ndarray) -> np.ndarray:
+    """The losses of all batches' rows, row after row."""
+    order = np.argsort(np.concatenate(batches), kind="stable")
+    found: np.ndarray = losses.take(pa.array(order)).flatten().to_numpy()
+    if len(found) != counts.sum():
+        raise InputError(f"There are losses of {len(found)} tokens and the rows have {counts.sum()}.")
     return found

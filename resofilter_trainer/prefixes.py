@@ -20,7 +20,6 @@ from transformers import DynamicCache
 from .modes import instead
 
 WORTH = 0.1  # of a batch's tokens: a smaller saving is not worth a second run
-REUSED = 0.9  # of what rows have in common: a prefix known from an earlier batch is taken instead
 
 
 class SharedPrefix:
@@ -40,18 +39,23 @@ class SharedPrefix:
         """Let go of the prefix that was kept, as the weights or the precision may change."""
         self._known = None
 
-    def length(self, ids: Tensor, lengths: Tensor) -> int:
-        """How many first tokens of a batch, (B, T), to take through the lower layers once; 0 if it is not worth it."""
+    def length(self, ids: Tensor, lengths: Tensor, shared: int | None) -> int:
+        """How many first tokens of a batch, (B, T), to take through the lower layers once; 0 if it is not worth it.
+
+        What comes of a batch depends on this, so it goes by the batch alone, not by what happens to be known already.
+
+        Args:
+            ids: (B, T).
+            lengths: (B,) tokens of each row.
+            shared: how many the batch shares with others, which spares every row; None where nothing is known of that.
+        """
         if not self._lower:
             return 0
         alike = (ids == ids[0]).all(0).long().cumprod(0).sum()
         common = min(int(alike), int(lengths.min()) - 1, ids.shape[1] - 1)
         rows_spared = len(ids) - 1
-        if self._known is not None:
-            known = self._known[0].shape[1]
-            nearly = len(ids) == 1 or REUSED * common <= known  # one row has all of itself in common
-            if nearly and known <= common and torch.equal(ids[:1, :known], self._known[0]):
-                common, rows_spared = known, len(ids)
+        if shared is not None and 0 < shared <= common:
+            common, rows_spared = shared, len(ids)
         return common if common * rows_spared >= WORTH * ids.numel() else 0
 
     @contextlib.contextmanager

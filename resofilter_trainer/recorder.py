@@ -101,13 +101,23 @@ class Recorder:
         """Let go of what was kept of earlier batches, before the weights or the precision (an autocast) change."""
         self._forward.forget()
 
-    def __call__(self, batch: Mapping[str, Tensor]) -> Resonance:
-        """Measure a batch: `input_ids`, `attention_mask` and `labels`, each (B, T), padded on either side."""
+    def try_sharing(self, row: Mapping[str, Tensor]) -> None:
+        """Find out on one row what rows that begin alike may share; else the first batch that could tells it."""
+        with own_precision(self.model):
+            self._forward.try_sharing(row)
+
+    def __call__(self, batch: Mapping[str, Tensor], shared: int | None = None) -> Resonance:
+        """Measure a batch.
+
+        Args:
+            batch: `input_ids`, `attention_mask` and `labels`, each (B, T), padded on either side.
+            shared: how many first tokens the batch shares with others, where that is known.
+        """
         learnt = learnt_positions(batch["labels"])
         num_tokens = learnt.sum(1)
         with torch.enable_grad(), own_precision(self.model):
             inputs = self._forward.inputs(batch)
-            decoded, calls = self._run(inputs, batch["attention_mask"].sum(1))
+            decoded, calls = self._run(inputs, batch["attention_mask"].sum(1), shared)
             shares = (1 / num_tokens.clamp(min=1).double())[learnt.nonzero()[:, 0]]
             token_losses, gradient = decoded.losses_and_gradient(shares)
             outputs = [call.output for call in calls.values()]
@@ -126,10 +136,10 @@ class Recorder:
             layers=size_of_change(sums, self._entries, self.config),
         )
 
-    def _run(self, inputs: Inputs, lengths: Tensor) -> tuple[Decoded, dict[nn.Module, Call]]:
+    def _run(self, inputs: Inputs, lengths: Tensor, shared: int | None) -> tuple[Decoded, dict[nn.Module, Call]]:
         """Run the model, and see what goes through the up-projections."""
         calls: dict[nn.Module, Call] = {}
-        with self._forward.prepare(inputs, lengths):
+        with self._forward.prepare(inputs, lengths, shared):
             self._calls = calls
             try:
                 decoded = self._forward.run(inputs)

@@ -101,6 +101,12 @@ class Provenance:
         aside = ("model", "source", "trust")
         return json.dumps({name: value for name, value in dataclasses.asdict(self).items() if name not in aside})
 
+    @property
+    def compared(self) -> dict[str, Any]:
+        """All that is compared, flat, by name."""
+        hashes = {name: getattr(self, name) for name in ("weights", "tokenizer", "template", "dataset", "rows")}
+        return {**hashes, **self.config, **self.preparation, **self.versions}
+
     def differences(self, other: Provenance) -> list[str]:
         """What keeps the two apart, in words; empty where scores of both belong together."""
         found = []
@@ -211,8 +217,11 @@ class ScoreTable:
             differences = first.provenance.differences(other.provenance)
             if differences:
                 raise InputError(f"These scores do not belong together, they differ in {'; '.join(differences)}.")
-        table = pa.concat_tables([each.table for each in tables]).sort_by("sample_id")
+        table = pa.concat_tables([each.table for each in tables])
         ids = table["sample_id"].to_numpy()
+        if (ids[1:] < ids[:-1]).any():
+            table = table.sort_by("sample_id")
+            ids = table["sample_id"].to_numpy()
         repeated = ids[1:][ids[1:] == ids[:-1]]
         if len(repeated):
             raise InputError(f"Row {repeated[0]} is scored twice: the same part was passed more than once.")

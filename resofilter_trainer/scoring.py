@@ -5,12 +5,15 @@ Knows batches, devices and processes. The measuring is the recorder's, the token
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import json
 import os
+import shutil
 import time
 import warnings
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, get_args
 
 import numpy as np
@@ -27,16 +30,18 @@ from transformers import (
 )
 from trl import SFTConfig
 
-from .batches import arrange, collate, default_budget, of_all_processes, own_share
+from .batches import Batch, arrange, collate, default_budget
 from .comparison import rank_correlation
 from .config import InputError, NotFiniteError, Precision, ResonanceConfig, one_of
-from .files import file_at
+from .files import file_at, only_writer, replacing
 from .loading import Opened, check_arguments, default_arguments, open_pass, placed
 from .modes import bfloat16_forward
+from .passes import Keep, measure_batches
 from .preparation import PreparedRows
 from .recorder import Recorder
 from .resonance import Resonance
 from .scores import LAYER, SCORES_FILE, Provenance, ScoreTable, Trust
+from .store import PARTS
 
 VANISHING = "Gradients near eps vanish in float16, and their ranking with them. Score in bf16 or float32."
 TRUST_ROWS = 64  # measured again, to see how far numerical noise reaches
@@ -44,6 +49,7 @@ TRUST_SHARE = 8  # every eighth row where that is fewer, so that a small dataset
 LEAST_TRIED = 16  # rows: a rank correlation of fewer says nothing
 SAFE = 0.995  # rank correlation with float32 from which on bfloat16 is chosen
 CLEARLY_FASTER = 0.8
+FORWARD = "tried-in-bfloat16.json"  # beside the parts
 
 
 def score_dataset(
@@ -67,7 +73,7 @@ def score_dataset(
         args: SFTTrainer's: lengths, masking, device; by default SFTConfig's own.
         config: which step is measured and how; by default the paper's.
         output: a folder to write `scores.parquet` to. Scores of the same model, data and settings that lie there
-            already are returned as they are.
+            already are returned as they are; a pass that was interrupted, even by a kill, goes on where it was.
         precision: what the forward runs in: `"bfloat16"`, by autocast; `"float32"`, or the weights' own dtype; or
             `"auto"`: bfloat16 where this machine is faster with it and some of these rows rank alike, which is tried
             first. By default what `args.bf16` says, and `"auto"` without `args`. Products are float32, sums float64.
@@ -81,7 +87,8 @@ def score_dataset(
         A line for every row: its score, or the reason why it has none.
 
     Raises:
-        InputError: nothing can be scored, a row's loss is not finite, or `output` holds scores of something else.
+        InputError: nothing can be scored, a row's loss is not finite, `output` holds scores of something else or
+            another run writes to it, or a process of several is lost.
 
     As in SFTTrainer, the model moves to the device of `args`, and Python's, numpy's and torch's random numbers start
     from `args.seed`.
@@ -102,14 +109,17 @@ def score_dataset(
     model, opened = open_pass(model, dataset, processing_class, args, settings, precision=precision, **row_options)
     if model.dtype == torch.float16:
         raise InputError(VANISHING)
-    earlier = scores_at(output, opened.provenance)
-    if earlier is not None:
-        return earlier
-    model = placed(model, args)
-    measured, layers, trust = score_prepared(model, opened.prepared, args, config, precision, tokens_per_batch)
-    columns = {"score": measured.score, "loss": measured.loss}
-    columns |= {f"{LAYER}{layer}": measured.layers[:, i] for i, layer in enumerate(layers)}
-    return finished(opened, columns, output, trust)
+    with writing_scores(output):
+        earlier = scores_at(output, opened.provenance)
+        if earlier is not None:
+            return earlier
+        model = placed(model, args)
+        budget = tokens_per_batch or default_budget(args.device)
+        parts = parts_of(output, opened.provenance, budget)
+        measured, layers, trust = score_prepared(model, opened.prepared, args, config, precision, budget, parts)
+        columns = {"score": measured.score, "loss": measured.loss}
+        columns |= {f"{LAYER}{layer}": measured.layers[:, i] for i, layer in enumerate(layers)}
+        return finished(opened, columns, output, trust)
 
 
 def _checked_precision(precision: Precision | None, args: TrainingArguments) -> Precision:
@@ -127,8 +137,12 @@ def score_prepared(
     config: ResonanceConfig,
     precision: Precision | None = None,
     tokens_per_batch: int | None = None,
+    parts: Keep | None = None,
 ) -> tuple[Resonance, list[int], Trust]:
     """Score rows that are tokens already, where the model is; the arguments are `score_dataset`'s.
+
+    Args:
+        parts: where to keep what is done, and to go on.
 
     Returns:
         What was measured of the rows in their order, which layers, and how far it can be trusted.
@@ -136,20 +150,12 @@ def score_prepared(
     precision = _checked_precision(precision, args)
     budget = tokens_per_batch or default_budget(next(model.parameters()).device)
     with Recorder(model, config) as record:
-        scoring = Pass(record, prepared, args, budget)
+        scoring = Pass(record, prepared, args, budget, parts)
+        scoring.try_sharing()
         count = min(TRUST_ROWS, max(len(prepared.lengths) // TRUST_SHARE, LEAST_TRIED))
         rows = np.random.default_rng(0).permutation(len(prepared.lengths))[:count]
-        alone = scoring.measure([rows[i : i + 1] for i in range(len(rows))], False, "Scoring some alone").score
-        autocast = precision == "bfloat16" or (
-            precision == "auto"
-            and len(rows) >= LEAST_TRIED
-            and next(model.parameters()).dtype == torch.float32
-            and faster_in_bfloat16(next(model.parameters()).device)
-        )
-        mixed = scoring.measure(scoring.split(rows), autocast, "Scoring some in other batches").score
-        if precision == "auto" and autocast and not rank_correlation(alone, mixed) >= SAFE:
-            autocast = False
-            mixed = scoring.measure(scoring.split(rows), autocast, "Scoring some in other batches").score
+        alone = scoring.measure([scoring.batch(row) for row in rows[:, None]], False, "Scoring some alone").score
+        autocast, mixed = _forward_of(scoring, rows, alone, precision)
         measured = scoring.measure_all(autocast)
     agreements = [rank_correlation(measured.score[rows], again) for again in (alone, mixed)]
     bounded = config.update == "adamw" and config.norm == "mean_abs"
@@ -164,6 +170,23 @@ def score_prepared(
     return measured, record.layer_indices, trust
 
 
+def _forward_of(scoring: Pass, rows: np.ndarray, alone: np.ndarray, precision: Precision) -> tuple[bool, np.ndarray]:
+    """Whether the forward runs in autocast, and scores of some rows by that, in batches of several.
+
+    A pass that goes on keeps to what it began with: on another day another precision might be the faster one.
+    """
+    label, batches = "Scoring some in other batches", scoring.split(rows)
+    weights = next(scoring.record.model.parameters())
+    if precision != "auto":
+        return precision == "bfloat16", scoring.measure(batches, precision == "bfloat16", label).score
+    tried = len(rows) >= LEAST_TRIED and weights.dtype == torch.float32
+    autocast = scoring.settled(tried and faster_in_bfloat16(weights.device))
+    mixed = scoring.measure(batches, autocast, label).score
+    if autocast and not rank_correlation(alone, mixed) >= SAFE:
+        autocast, mixed = False, scoring.measure(batches, False, label).score
+    return autocast, mixed
+
+
 @dataclass(frozen=True)
 class Pass:
     """Rows that are tokens, taken through the recorder in batches of a budget of tokens."""
@@ -172,35 +195,72 @@ class Pass:
     prepared: PreparedRows
     args: TrainingArguments
     budget: int
+    parts: Keep | None = None
+
+    def try_sharing(self) -> None:
+        """Find out on the longest row what rows that begin alike may share."""
+        longest = int(self.prepared.lengths.argmax())
+        self.record.try_sharing(collate(self.prepared, [longest], self._device))
+
+    def settled(self, faster: bool) -> bool:
+        """Whether bfloat16 is tried: as an interrupted pass did, or else if it is faster."""
+        if self.parts is None:
+            return faster
+        path = self.parts.folder / FORWARD
+        found = None
+        if PartialState().is_main_process:
+            if not path.exists():
+                with replacing(path) as part:
+                    part.write_text(json.dumps(faster))
+            found = path.read_text().strip() == "true"
+        return bool(broadcast_object_list([found])[0])
 
     def measure_all(self, autocast: bool) -> Resonance:
         """Every row, in the order in which they were prepared."""
         batches = arrange(self.prepared, self.budget, self._device, self.record.may_share)
         measured = self.measure(batches, autocast, "Scoring")
-        return _reordered(measured, np.argsort(np.concatenate(batches), kind="stable"))
+        return _reordered(measured, np.argsort(np.concatenate([batch.rows for batch in batches]), kind="stable"))
 
-    def split(self, rows: np.ndarray) -> list[np.ndarray]:
+    def split(self, rows: np.ndarray) -> list[Batch]:
         """Some rows, in this order, so many to a batch as the longest of all of them allows."""
         size = max(self.budget // int(self.prepared.lengths[rows].max()), 1)
-        return [rows[start : start + size] for start in range(0, len(rows), size)]
+        return [self.batch(rows[start : start + size]) for start in range(0, len(rows), size)]
 
-    def measure(self, batches: Sequence[np.ndarray], autocast: bool, label: str) -> Resonance:
-        """The rows of all batches, in the batches' order. Each process takes its share; each gets everything."""
+    def batch(self, rows: np.ndarray) -> Batch:
+        """Rows that share nothing with others."""
+        return Batch(rows, 0, len(rows) * int(self.prepared.lengths[rows].max()))
+
+    def measure(self, batches: Sequence[Batch], autocast: bool, label: str) -> Resonance:
+        """The rows of all batches, in the batches' order. Each process takes what it can; each gets everything."""
+        rows, costs = [batch.rows for batch in batches], np.array([batch.cost for batch in batches])
+        name = f"{label.lower().replace(' ', '-')}-{'bfloat16' if autocast else 'float32'}"
+        keep = None if self.parts is None else replace(self.parts, folder=self.parts.folder / name)
+        store = None if keep is None else keep.store(self.prepared.sample_ids, rows)
+
+        def of_batch(number: int) -> dict[str, Any]:
+            found = self._measure_batch(*batches[number][:2])
+            layers = dict(zip(self._layer_names, found.layers.T, strict=True))
+            return {"loss": found.loss, "num_tokens": found.num_tokens, **layers}
+
         with bfloat16_forward(self.record.model, autocast, aside=self.record.parameters):
-            numbers = own_share(range(len(batches)), label, self.args)
-            found = of_all_processes([(number, self._measure_batch(batches[number])) for number in numbers])
+            lines = measure_batches(rows, costs, of_batch, self.args, label, store)
         self.record.forget()  # what was kept is of this precision
-        return _joined([found[number] for number in range(len(batches))])
+        layers = np.stack([lines[name].to_numpy() for name in self._layer_names], axis=1)
+        return Resonance(lines["loss"].to_numpy(), lines["num_tokens"].to_numpy(), layers)
 
     @property
     def _device(self) -> torch.device:
         return next(self.record.model.parameters()).device
 
-    def _measure_batch(self, rows: np.ndarray) -> Resonance:
+    @property
+    def _layer_names(self) -> list[str]:
+        return [f"{LAYER}{layer}" for layer in self.record.layer_indices]
+
+    def _measure_batch(self, rows: np.ndarray, shared: int) -> Resonance:
         """One batch; in two halves, one after the other, where the device has not memory enough."""
         measured = None
         try:
-            measured = self.record(collate(self.prepared, rows, self._device))
+            measured = self.record(collate(self.prepared, rows, self._device), shared)
         except torch.OutOfMemoryError:
             if len(rows) == 1:
                 raise
@@ -208,13 +268,13 @@ class Pass:
             self.record.forget()
             torch.cuda.empty_cache()
             half = len(rows) // 2
-            return _joined([self._measure_batch(rows[:half]), self._measure_batch(rows[half:])])
+            return _joined([self._measure_batch(rows[:half], shared), self._measure_batch(rows[half:], shared)])
         broken = ~(np.isfinite(measured.loss) & np.isfinite(measured.score))
         if broken.any():
             first = int(np.flatnonzero(broken)[0])
             raise NotFiniteError(
                 f"Row {self.prepared.sample_ids[rows[first]]} of the dataset has loss {measured.loss[first]} and score "
-                f"{measured.score[first]}: nothing was written. Are the weights sound? Try float32, or drop the row."
+                f"{measured.score[first]}: no scores were written. Are the weights sound? Try float32, or drop the row."
             )
         return measured
 
@@ -234,6 +294,34 @@ def faster_in_bfloat16(device: torch.device) -> bool:
             times.append(time.perf_counter() - start)
         seconds.append(min(times))
     return bool(broadcast_object_list([seconds[1] < CLEARLY_FASTER * seconds[0]])[0])
+
+
+@contextlib.contextmanager
+def writing_scores(output: str | os.PathLike[str] | None) -> Iterator[None]:
+    """Hold the folder of an output, if there is one, against other runs; no process goes on before it is held."""
+    refused: list[str | None] = [None]
+    with contextlib.ExitStack() as stack:
+        if output is not None and PartialState().is_main_process:
+            try:
+                stack.enter_context(only_writer(file_at(output, SCORES_FILE).parent))
+            except InputError as error:
+                refused = [str(error)]
+        if broadcast_object_list(refused)[0] is not None:
+            raise InputError(refused[0])
+        try:
+            yield
+        except NotFiniteError:  # with these rows and weights it will never be whole
+            if output is not None:
+                shutil.rmtree(file_at(output, SCORES_FILE).parent / PARTS, ignore_errors=True)
+            raise
+
+
+def parts_of(output: str | os.PathLike[str] | None, provenance: Provenance, tokens_per_batch: int) -> Keep | None:
+    """Where a pass keeps what it has done until its scores are whole."""
+    if output is None:
+        return None
+    made_of = {**provenance.compared, "tokens_per_batch": tokens_per_batch}
+    return Keep(file_at(output, SCORES_FILE).parent / PARTS, "scores", made_of)
 
 
 def scores_at(output: str | os.PathLike[str] | None, provenance: Provenance) -> ScoreTable | None:
@@ -269,6 +357,7 @@ def finished(
     scores = ScoreTable(pa.table(found), dataclasses.replace(opened.provenance, trust=trust))
     if output is not None and PartialState().is_main_process:
         scores.save(output)
+        shutil.rmtree(file_at(output, SCORES_FILE).parent / PARTS, ignore_errors=True)
     return scores
 
 

@@ -229,14 +229,14 @@ class DataSelector:
         if self.stratify_by is not None:
             groups = _strata(scores.column(self.stratify_by), scored, self.stratify_by, self.strata)
         keep = np.zeros(rows, dtype=bool)
-        reason = [why or KEPT for why in scores.reasons]
+        reason = np.full(rows, KEPT, dtype=object)
+        reason[~scores.scored] = scores.table["reason"].drop_null().to_pylist()
         for row in np.flatnonzero(scores.scored & ~scored):
             reason[row] = f"{self.what} is {values[row]}"
         for group, members in _members(groups, scored).items():
             keep[members], dropped = self._decide(values[members], group)
-            for row in members[~keep[members]]:
-                reason[row] = dropped
-        return Selection(keep, reason, dataclasses.asdict(self), scores.provenance.to_json())
+            reason[members[~keep[members]]] = dropped
+        return Selection(keep, reason.tolist(), dataclasses.asdict(self), scores.provenance.to_json())
 
     def values(self, scores: ScoreTable) -> np.ndarray:
         """What is ranked, (N,); NaN where a row has no score, or one of several columns is not finite."""
@@ -308,9 +308,16 @@ def drop_share(values: np.ndarray, keep: float, drop: Drop) -> np.ndarray:
 
 
 def drop_count(values: np.ndarray, count: int, drop: Drop) -> np.ndarray:
-    """Which of `values` stay when `count` of them go, in the order of `drop_share`; (N,) bool."""
+    """Which of `values` stay when `count` of them go, in the order of `drop_order`; (N,) bool."""
     stays = np.ones(len(values), dtype=bool)
-    stays[drop_order(values, drop)[:count]] = False
+    if drop == "both" or not 0 < count < len(values) or np.isnan(values).any():
+        stays[drop_order(values, drop)[:count]] = False
+        return stays
+    last = count - 1 if drop == "smallest" else len(values) - count
+    bound = np.partition(values, last)[last]  # of the last that goes: ten million rows need no sorting
+    stays[values < bound if drop == "smallest" else values > bound] = False
+    ties = np.flatnonzero(values == bound)
+    stays[ties[: count - np.count_nonzero(~stays)]] = False
     return stays
 
 

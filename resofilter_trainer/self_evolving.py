@@ -29,7 +29,8 @@ from .loading import load_weights, placed
 from .preparation import ROW, PreparedRows
 from .provenance import identity
 from .stages import check_settings, save_model, train_stage, training_settings
-from .token_cleaning import PARTS, CleaningTask, against, open_task, score_tokens
+from .store import PARTS
+from .token_cleaning import CleaningTask, against, open_task, score_tokens
 from .token_scores import TokenScores
 from .token_selection import EMPTIED, TokenSelection, TokenSelector
 

@@ -25,16 +25,18 @@ from trl import SFTConfig
 from .cleaned_dataset import CleanedDataset, check_output, groups_of, mask_labels, save_dataset, summarise
 from .config import SELF, InputError, TokenCleaning
 from .loading import check_arguments, check_model, default_arguments, open_pass, placed
-from .loss_pass import Parts, measure_token_losses
+from .loss_pass import measure_token_losses
+from .passes import Keep
 from .preparation import PreparedRows, learnt_tokens
 from .provenance import identity
 from .reference_model import check_vocabulary, is_adapter, load_reference, wearing
 from .scores import Provenance
+from .store import PARTS
 from .token_scores import TOKEN_SCORES_FILE, TokenScores
 from .token_selection import EMPTIED, TokenSelector
 
 REFERENCE = ("reference_weights", "reference_settings")
-PARTS = "parts"  # the folder in which an interrupted pass goes on
+TOKEN_LOSSES = "token losses"
 
 
 def clean_dataset(
@@ -151,9 +153,9 @@ class CleaningTask:
 
     def losses(self, model: PreTrainedModel, name: str, prepared: PreparedRows, provenance: Provenance) -> np.ndarray:
         """A model's losses of all learnt tokens of some rows, (N,) float32; by its name an interrupted pass goes on."""
-        parts = None if self.folder is None else Parts(self.folder / PARTS / name, provenance.key)
+        keep = None if self.folder is None else Keep(self.folder / PARTS / name, TOKEN_LOSSES, provenance.compared)
         label = f"Losses of the {name} model"
-        return measure_token_losses(model, prepared, self.args, self.cleaning.tokens_per_batch, label, parts)
+        return measure_token_losses(model, prepared, self.args, self.cleaning.tokens_per_batch, label, keep)
 
     def scores(self, base: np.ndarray, reference: PreTrainedModel, earlier: TokenScores | None) -> TokenScores:
         """Those that lie in the folder, or measured, and written there."""

@@ -22,6 +22,10 @@ def rows(*samples: tuple[list[int], list[int]]) -> PreparedRows:
     return prepared_already(Dataset.from_list(made), collate=nn.Identity())
 
 
+def arranged(prepared: PreparedRows, budget: int = 1024) -> list[np.ndarray]:
+    return [batch.rows for batch in arrange(prepared, budget, CPU)]
+
+
 def groups_of(batches: list[np.ndarray]) -> list[list[int]]:
     return sorted(sorted(batch.tolist()) for batch in batches)
 
@@ -33,7 +37,7 @@ tokens = st.lists(st.integers(1, 3), max_size=40)
 @settings(max_examples=100, deadline=None)
 def test_every_row_comes_once_and_no_batch_is_larger_than_twice_the_budget(samples, budget):
     prepared = rows(*samples)
-    batches = arrange(prepared, budget, CPU)
+    batches = arranged(prepared, budget)
     assert sorted(np.concatenate(batches).tolist()) == list(range(len(samples)))
     for batch in batches:
         assert len(batch) == 1 or len(batch) * prepared.lengths[batch].max() <= 2 * budget
@@ -54,13 +58,13 @@ def test_beginnings_are_what_a_plain_loop_finds(samples):
 def test_rows_with_the_same_prompt_come_together_where_that_is_less_work():
     prompts = [list(range(k, k + 100)) for k in range(0, 300, 100)]
     samples = [(prompts[i % 3], list(range(1000, 1010 + i))) for i in range(12)]
-    together = groups_of(arrange(rows(*samples), 1024, CPU))
+    together = groups_of(arranged(rows(*samples)))
     assert together == [[i for i in range(12) if i % 3 == k] for k in range(3)]
 
 
 def test_rows_whose_prompts_are_short_come_together_by_length():
     samples = [([i % 3] * 20, [7] * (10 * (i + 1))) for i in range(12)]
-    batches = arrange(rows(*samples), 1024, CPU)
+    batches = arranged(rows(*samples))
     assert batches[0][0] == 11
     assert groups_of(batches) == groups_of([np.sort(batch) for batch in batches])
     assert any(len({i % 3 for i in batch.tolist()}) > 1 for batch in batches)
@@ -69,7 +73,7 @@ def test_rows_whose_prompts_are_short_come_together_by_length():
 def test_what_all_rows_begin_with_leaves_room_for_more_of_them():
     shared = [([*range(200), 1000 + i], [5] * 50) for i in range(40)]
     apart = [([*range(i, i + 200), 1000 + i], [5] * 50) for i in range(40)]
-    assert max(map(len, arrange(rows(*shared), 1024, CPU))) > max(map(len, arrange(rows(*apart), 1024, CPU)))
+    assert max(map(len, arranged(rows(*shared)))) > max(map(len, arranged(rows(*apart))))
 
 
 def test_a_device_has_a_budget():
@@ -86,4 +90,4 @@ def test_collated_rows_are_padded_on_the_right():
 def test_rows_without_a_prompt_have_no_beginning(count):
     prepared = rows(*[([], [1, 2, 3])] * count)
     assert beginnings(prepared.dataset)[1].tolist() == [0] * count
-    assert len(np.concatenate(arrange(prepared, 10, CPU))) == count
+    assert len(np.concatenate(arranged(prepared, 10))) == count

@@ -191,10 +191,10 @@ class Watched:
     def _count(self, module: nn.Module, args: tuple[torch.Tensor]) -> None:
         self.seen += args[0].shape[:-1].numel()
 
-    def tokens(self, samples: list[Sample], side: str = "right") -> int:
+    def tokens(self, samples: list[Sample], side: str = "right", shared: int | None = None) -> int:
         """That the lowest layer sees of a batch."""
         self.seen = 0
-        self.record(collate(samples, side))
+        self.record(collate(samples, side), shared)
         return self.seen
 
     @property
@@ -240,7 +240,8 @@ def test_the_lowest_layer_sees_what_rows_have_in_common_once(family):
         assert watch.tokens(other) == PREFIX + 4 * (width(other) - PREFIX)
         assert watch.tokens(first) == PREFIX + 4 * (width(first) - PREFIX)
         assert watch.tokens(second) == 5 * (width(second) - PREFIX)  # known from the batch before
-        assert watch.tokens(second[:1]) == width(second[:1]) - PREFIX
+        assert watch.tokens(second[:1]) == width(second[:1])
+        assert watch.tokens(second[:1], shared=PREFIX) == width(second[:1]) - PREFIX
         assert watch.tokens(make_samples(1, seed=9)) == width(make_samples(1, seed=9))
 
 
@@ -250,9 +251,30 @@ def test_a_row_alone_behind_a_prefix_that_is_known_scores_as_it_does_without(fam
     truth = record_all(model, samples, CONFIG, size=1)
     with watched(model) as watch:
         watch.tokens(samples)
-        found = [watch.record(collate([sample])) for sample in samples]
+        found = [watch.record(collate([sample]), shared=PREFIX) for sample in samples]
     score = np.concatenate([each.score for each in found])
     assert np.abs(score - truth.score).max() < 1e-6 * np.ptp(truth.score)
+
+
+@pytest.mark.parametrize("family", PROMISED)
+@pytest.mark.parametrize("shared", [None, PREFIX])
+def test_what_comes_of_a_batch_does_not_depend_on_those_before_it(family, shared):
+    model, samples, others = build(family), prefixed(), prefixed(3, first=40)
+    found = []
+    for before in ([], [others], [samples[:1], others], [samples]):
+        with Recorder(model, CONFIG) as record:
+            record.try_sharing(collate(samples[:1]))
+            for batch in before:
+                record(collate(batch))
+            found.append(record(collate(samples), shared).layers.tobytes())
+    assert len(set(found)) == 1
+
+
+@pytest.mark.parametrize("family", ["llama", "jamba"])
+def test_one_row_tells_whether_rows_may_share(family):
+    with Recorder(build(family), CONFIG) as record:
+        record.try_sharing(collate(prefixed()[:1]))
+        assert record._forward._sharing is (family == "llama")
 
 
 @pytest.mark.parametrize("family", ["xlstm", "recurrent_gemma", "rwkv", "jamba"])

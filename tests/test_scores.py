@@ -111,7 +111,7 @@ def test_interrupted_save_leaves_the_old_file_whole(tmp_path, monkeypatch, inter
     path = make_scores(AWKWARD).save(tmp_path)
     before = path.read_bytes()
 
-    def half_a_file(table: pa.Table, where: Path) -> None:
+    def half_a_file(table: pa.Table, where: Path, **options: object) -> None:
         Path(where).write_bytes(before[: len(before) // 2])
         raise interruption
 

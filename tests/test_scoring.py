@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import re
-import subprocess
-import sys
-
 import numpy as np
 import pytest
 import torch
@@ -99,10 +94,10 @@ def test_a_batch_too_large_for_the_device_is_taken_in_halves(dataset, tiny_llama
     truth = score_dataset(tiny_llama(dtype=torch.float64), dataset, tokenizer, arguments(), **COLUMNS)
     real, room = Recorder.__call__, [3]
 
-    def little_memory(self, batch):
+    def little_memory(self, batch, shared):
         if len(batch["input_ids"]) > room[0]:
             raise torch.OutOfMemoryError("no room")
-        return real(self, batch)
+        return real(self, batch, shared)
 
     monkeypatch.setattr(Recorder, "__call__", little_memory)
     found = score_dataset(tiny_llama(dtype=torch.float64), dataset, tokenizer, arguments(), **COLUMNS)
@@ -210,24 +205,3 @@ def test_float16_is_refused(dataset, tiny_llama, tokenizer) -> None:
         score_dataset(tiny_llama(), dataset, tokenizer, args, **COLUMNS)
     with pytest.raises(InputError, match="vanish in float16"):
         score_dataset(tiny_llama(dtype=torch.float16), dataset, tokenizer, arguments(), **COLUMNS)
-
-
-@pytest.mark.slow
-def test_two_processes_give_the_scores_of_one(tmp_path, tiny_model_dir) -> None:
-    source = tmp_path / "rows.jsonl"
-    Dataset.from_list(ROWS).to_json(source)
-    command = ["-m", "resofilter_trainer.cli", "score", "--model", tiny_model_dir, "--dataset", source]
-    command += ["--prompt_column", "question", "--completion_column", "answer", "--tokens_per_batch", 1, "--output"]
-    launch = [
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node",
-    ]  # accelerate launch --cpu starts one process only
-    for processes in (1, 2):
-        run = [sys.executable, *launch, str(processes), *command, tmp_path / str(processes)]
-        env = {**os.environ, "TRANSFORMERS_VERBOSITY": "warning"}  # with progress bars
-        done = subprocess.run(list(map(str, run)), check=True, timeout=300, capture_output=True, text=True, env=env)
-        assert re.search(rf"Scoring: .* 0/{30 // processes} ", done.stderr)  # the first process has its share
-    one, two = (ScoreTable.load(tmp_path / str(processes)) for processes in (1, 2))
-    np.testing.assert_allclose(two.column("score"), one.column("score"), rtol=1e-9)

@@ -26,7 +26,6 @@ from resofilter_trainer import (
     self_evolve,
 )
 from resofilter_trainer.cleaned_dataset import SUMMARY_FILE
-from resofilter_trainer.loss_pass import Parts
 from resofilter_trainer.reference_model import wearing
 from resofilter_trainer.token_scores import TOKEN_SCORES_FILE
 
@@ -220,7 +219,7 @@ def test_an_interrupted_pass_before_training_goes_on(place, tmp_path, tokenizer,
     monkeypatch.setattr(loss_pass, "_losses_of", stops)
     with pytest.raises(KeyboardInterrupt):
         train(tmp_path, tokenizer, callback(place, tokens_per_batch=32), model=base_of(place))
-    parts = list((tmp_path / "resofilter" / "parts" / "base").glob("part-*.arrow"))
+    parts = list((tmp_path / "resofilter" / "parts" / "base").glob("part-*.parquet"))
     assert len(parts) == 1
     done = []
     monkeypatch.setattr(loss_pass, "_losses_of", lambda *args: done.append(args[2]) or real(*args))
@@ -303,9 +302,3 @@ def test_what_a_stage_keeps_is_in_its_log(place, tmp_path, capsys):
         for group in ("web", "book"):
             assert logged[f"resofilter/kept_token_share/{group}"] == stage.summary["share_of_groups"][group]
     assert evolved.stages[0].summary["share_of_groups"] == {"web": 1.0, "book": 1.0}
-
-
-def test_parts_of_another_pass_are_not_used(tmp_path):
-    Parts(tmp_path, "one").save([(0, np.ones(3, np.float32))])
-    assert Parts(tmp_path, "other").load() == {}
-    assert list(Parts(tmp_path, "one").load()) == [0]

@@ -11,14 +11,15 @@ from pathlib import Path
 from accelerate import PartialState
 from test_token_cleaning import ARGS, data
 
-from resofilter_trainer import loss_pass
+from resofilter_trainer import loss_pass, passes
 from resofilter_trainer.config import TokenCleaning
+from resofilter_trainer.team import LostError
 from resofilter_trainer.token_cleaning import clean_dataset
 
 
 def main() -> None:
     base, reference, output, kind = sys.argv[1:]
-    rank, done, real, load = PartialState().process_index, [], loss_pass._losses_of, loss_pass.Parts.load
+    rank, done, real, open_ = PartialState().process_index, [], loss_pass._losses_of, passes.open_store
     stop = [2] if kind == "interrupted" else []
 
     def spy(model, dataset, rows, args):
@@ -28,16 +29,16 @@ def main() -> None:
         done.append([type(model).__name__, model.model.embed_tokens.weight[5, 0].item(), *rows.tolist()])
         return losses
 
-    def slowly(parts):
+    def slowly(store):
         if kind == "late":
             time.sleep(1.0 * rank)  # what the other process has done meanwhile is none of its business
-        return load(parts)
+        return open_(store)
 
     loss_pass._losses_of = spy
-    loss_pass.Parts.load = slowly
+    passes.open_store = slowly
     cleaning = TokenCleaning(reference=reference, tokens_per_batch=64)
     for _ in stop:
-        with contextlib.suppress(KeyboardInterrupt):
+        with contextlib.suppress(KeyboardInterrupt, LostError):  # the one that is interrupted first stops the other
             clean_dataset(base, data(), cleaning, args=ARGS, output=output)
     stop.clear()
     PartialState().wait_for_everyone()

@@ -1,0 +1,218 @@
+"""What a long pass has measured so far: parts that are whole or not there. Knows Parquet, not what is measured.
+
+    folder/manifest.json                           what it is made from; written once, before the first part
+    folder/part-<lowest unit>-<digest>.parquet     the lines of some units of work, each with the number of its unit
+    folder/<name>.json                             what was found out on the way, once
+
+The digest in a part's name is of its bytes: a part that was cut off or changed is known by its name. Several processes
+may add parts while others read. A unit that is in two parts, as after a crash while parts were put together, counts
+once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import secrets
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import xxhash
+
+from .config import InputError
+from .files import flush, replacing, writing
+
+MANIFEST = "manifest.json"
+FORMAT = 1
+UNIT = "unit"
+PARTS = "parts"  # the folder, in that of an output, in which stores lie
+PART = re.compile(r"part-\d{10}-([0-9a-f]{32})\.parquet")
+UNFINISHED = ".writing-"  # begins the name of a part before it is whole
+MANY = 64  # parts, from which on they are put together when the work goes on
+BLOCK = 1 << 22  # bytes
+
+
+@dataclass(frozen=True)
+class Store:
+    """A folder of parts.
+
+    Attributes:
+        folder: of its own.
+        what: lies in it, for people.
+        made_of: all that the lines depend on, as plain values by the names that people know them by.
+    """
+
+    folder: Path
+    what: str
+    made_of: Mapping[str, Any]
+
+    def open(self) -> None:
+        """Make the folder, or go on with what is there; to be called by one process, before any other uses the store.
+
+        Raises:
+            InputError: what is there is of something else, and differs in this and that; it is damaged.
+        """
+        if (self.folder / MANIFEST).exists():
+            self._check(read_manifest(self.folder))
+        elif any(PART.fullmatch(path.name) for path in self.folder.glob("part-*")):
+            raise InputError(f"'{self.folder}' holds parts and no {MANIFEST}: nobody knows of what. Remove the folder.")
+        else:
+            with replacing(self.folder / MANIFEST) as path:
+                path.write_text(json.dumps({"format": FORMAT, "made_of": dict(self.made_of)}, indent=1) + "\n")
+        for path in self.folder.glob(f"{UNFINISHED}*"):
+            path.unlink()
+        if len(self._paths()) > MANY:
+            self.compact()
+
+    def append(self, lines: pa.Table) -> None:
+        """Add the lines of some units, with a column `unit`; they are on the disk when this returns."""
+        if not lines.num_rows:
+            return
+        unfinished = self.folder / f"{UNFINISHED}{os.getpid()}-{secrets.token_hex(4)}"
+        lowest = int(lines[UNIT].to_numpy().min())
+        try:
+            with writing(self.folder):
+                pq.write_table(lines, unfinished, use_dictionary=False)
+                flush(unfinished)
+                os.replace(unfinished, self.folder / f"part-{lowest:010d}-{_digest(unfinished)}.parquet")
+                flush(self.folder)
+        finally:
+            unfinished.unlink(missing_ok=True)
+
+    def done(self) -> np.ndarray:
+        """The units that are there, ascending."""
+        found = [table[UNIT].to_numpy() for table in read_parts(self.folder, [UNIT])]
+        return np.unique(np.concatenate([np.empty(0, dtype=np.int64), *found]))
+
+    def lines(self) -> pa.Table:
+        """Everything, by units ascending; of a unit in the order in which its lines were added."""
+        tables = list(read_parts(self.folder))
+        try:
+            return pa.concat_tables(tables).sort_by(UNIT) if tables else pa.table({UNIT: pa.array([], pa.int64())})
+        except pa.ArrowInvalid as error:
+            raise InputError(
+                f"The parts in '{self.folder}' do not belong together. Remove the folder: its rows are measured again."
+            ) from error
+
+    def compact(self) -> None:
+        """Put all parts together in one; at any moment everything is there, some of it twice."""
+        before = self._paths()
+        if len(before) > 1:
+            self.append(self.lines())
+            for path in before:
+                path.unlink(missing_ok=True)
+
+    def settled(self, name: str) -> Any:
+        """What was noted under a name, or None."""
+        path = self.folder / f"{name}.json"
+        if not path.exists():
+            return None
+        try:
+            return json.loads(path.read_text())
+        except ValueError as error:
+            raise InputError(f"'{path}' is damaged. Remove '{self.folder}': it is made again.") from error
+
+    def settle(self, name: str, value: Any) -> None:
+        """Note what all that follows goes by."""
+        with replacing(self.folder / f"{name}.json") as path:
+            path.write_text(json.dumps(value) + "\n")
+
+    def _paths(self) -> list[Path]:
+        return part_paths(self.folder)
+
+    def _check(self, theirs: Mapping[str, Any]) -> None:
+        mine = json.loads(json.dumps(dict(self.made_of)))
+        differences = [f"{name} ({_short(theirs.get(name))} / {_short(mine.get(name))})"
+                       for name in sorted({*mine, *theirs}) if theirs.get(name) != mine.get(name)]  # fmt: skip
+        if differences:
+            raise InputError(
+                f"'{self.folder}' holds {self.what} of something else, they differ in {'; '.join(differences)} "
+                "(there / here). Choose another output, or remove that folder."
+            )
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """What the parts in a folder are made of.
+
+    Raises:
+        InputError: there is no manifest, it is damaged, or another version wrote it.
+    """
+    path = folder / MANIFEST
+    try:
+        manifest = json.loads(path.read_text())
+        if manifest["format"] != FORMAT:
+            raise InputError(
+                f"'{path}' was written by another version. Remove '{folder}': its rows are measured again."
+            )
+        return dict(manifest["made_of"])
+    except FileNotFoundError:
+        raise InputError(f"No {MANIFEST} in '{folder}': no pass was begun there.") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"'{path}' is damaged. Remove '{folder}': its rows are measured again.") from error
+
+
+def part_paths(folder: Path) -> list[Path]:
+    """The parts in a folder, in the order of their lowest units."""
+    return sorted(path for path in folder.glob("part-*") if PART.fullmatch(path.name))
+
+
+def read_parts(folder: Path, columns: list[str] | None = None) -> Iterator[pa.Table]:
+    """The lines of every part, those of a unit once; also while others add parts or put them together.
+
+    Raises:
+        InputError: a part is damaged.
+    """
+    while True:
+        with contextlib.suppress(FileNotFoundError):  # two parts have become one meanwhile: the next list is of that
+            yield from _distinct([_read(path, columns) for path in part_paths(folder)])
+            return
+
+
+def _distinct(tables: list[pa.Table]) -> Iterator[pa.Table]:
+    seen = np.empty(0, dtype=np.int64)
+    for table in tables:
+        units = table[UNIT].to_numpy()
+        own = np.unique(units)
+        again = np.isin(own, seen)
+        yield table.filter(pa.array(np.isin(units, own[~again]))) if again.any() else table
+        seen = np.concatenate([seen, own[~again]])
+
+
+def _read(path: Path, columns: list[str] | None) -> pa.Table:
+    expected = PART.fullmatch(path.name)
+    assert expected is not None, "part_paths names parts"
+    if _digest(path) != expected[1]:
+        raise InputError(
+            f"'{path}' is damaged: its bytes are not those that were written. Remove it, and its rows are measured "
+            "again."
+        )
+    try:
+        table = pq.read_table(path, columns=columns, partitioning=None)
+        if table.schema.field(UNIT).type != pa.int64():
+            raise KeyError("units are whole numbers")
+        return table
+    except FileNotFoundError:
+        raise
+    except (pa.ArrowException, OSError, KeyError) as error:
+        raise InputError(f"'{path}' is no part of a pass ({error}). Remove it.") from error
+
+
+def _short(value: Any) -> str:
+    """A hash is known by its beginning."""
+    text = str(value)
+    return text[:8] if re.fullmatch("[0-9a-f]{16,}", text) else text
+
+
+def _digest(path: Path) -> str:
+    digest = xxhash.xxh3_128()
+    with path.open("rb") as file:
+        while block := file.read(BLOCK):
+            digest.update(block)
+    return digest.hexdigest()
