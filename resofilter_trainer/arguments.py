@@ -38,9 +38,16 @@ def row_arguments(parser: argparse.ArgumentParser) -> None:
     tokens.add_argument("--trust_remote_code", action="store_true")
 
 
+def process_arguments(parser: argparse.ArgumentParser) -> None:
+    """By how many processes a pass is made."""
+    parser.add_argument("--num_processes", type=int, help="of this machine; for several, see accelerate launch")
+    parser.add_argument("--timeout", type=int, default=1800, help="seconds of silence after which a process is lost")
+
+
 def score_arguments(parser: argparse.ArgumentParser) -> None:
     """Of the scoring pass."""
     row_arguments(parser)
+    process_arguments(parser)
     parser.add_argument("--output", help="folder for the scores")
     parser.add_argument(
         "--criterion", default="resonance", help=f"resonance, or another selector's: {', '.join(CRITERION_NAMES)}"
@@ -68,6 +75,7 @@ def score_arguments(parser: argparse.ArgumentParser) -> None:
 def clean_arguments(parser: argparse.ArgumentParser) -> None:
     """Of token cleaning."""
     row_arguments(parser)
+    process_arguments(parser)
     defaults = TokenCleaning()
     parser.add_argument("--output", help="folder for the cleaned dataset, the token scores and a summary")
     parser.add_argument("--reference", help="a model, or a LoRA adapter, tuned from the same base on good data")

@@ -11,7 +11,6 @@ import dataclasses
 import importlib.metadata
 import os
 import platform
-import shutil
 import sys
 import warnings
 from collections import Counter
@@ -37,6 +36,7 @@ from .config import (
     cleaning_of_mode,
     one_of,
 )
+from .launching import is_launched, run_in_processes
 
 DEMO_MODES = ("two-pass", "callback")
 PACKAGES = ("resofilter_trainer", "torch", "transformers", "trl", "peft", "datasets", "accelerate", "evaluate")
@@ -52,12 +52,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     with exit_on_input_error(f"resofilter {args.command}"):
         if args.config:  # its values stand before the command line's, so that those win
             args = parser.parse_args([args.command, *_yaml_arguments(args), *argv[argv.index(args.command) + 1 :]])
+        if getattr(args, "num_processes", None) is not None and not is_launched():
+            raise SystemExit(run_in_processes(argv, args.num_processes))
         args.run(args)
 
 
 @contextlib.contextmanager
 def exit_on_input_error(program: str) -> Iterator[None]:
     """Turn an InputError into one line on stderr and exit code 2, and an interrupt into 130."""
+    if os.environ.get("RANK", "0") != "0":
+        program = f"{program} (process {os.environ['RANK']})"
     try:
         yield
     except InputError as error:
@@ -145,7 +149,8 @@ def summary(scores: Any) -> str:
 
 def run_select(args: argparse.Namespace) -> None:
     """Decide on scores that were saved, and write the decision and the rows that stay."""
-    from .files import check_folder
+    from .files import check_folder, only_writer
+    from .kept_dataset import DATASET, check_place, save_kept
     from .scores import ScoreTable
     from .selection import DataSelector
 
@@ -166,22 +171,25 @@ def run_select(args: argparse.Namespace) -> None:
     )
     scores = ScoreTable.join([ScoreTable.load(path) for path in args.scores])
     dataset = _scored_dataset(args, scores.provenance.source)
-    _check_kept_folder(Path(args.output), args.dataset or scores.provenance.source.get("dataset"))
+    check_place(Path(args.output), args.dataset or scores.provenance.source.get("dataset"))
     if args.group_column and (dataset is None or args.group_column not in dataset.column_names):
         raise InputError(f"--group_column {args.group_column}: no such column, or no dataset; pass --dataset.")
     selection = selector.select(scores, groups=dataset[args.group_column][:] if args.group_column else None)
     if not selection.keep.any():
         raise InputError(f"There is no row that stays, of {len(selection)}. Choose another threshold or share.")
     rows = None if dataset is None else selection.apply(dataset)
-    if rows is not None:
-        _save_dataset(rows, Path(args.output) / "dataset", selection.card(group_column=args.group_column))
-    print(f"Selection: {selection.save(args.output)}")
+    with only_writer(Path(args.output)):
+        if rows is None:
+            saved = selection.save(args.output)
+        else:
+            saved = save_kept(rows, selection, Path(args.output), args.group_column)
+    print(f"Selection: {saved}")
     for reason, count in Counter(selection.reason).most_common(10):
         print(f"  {count:>8} {reason}")
     if rows is None:
         print("The scores name no dataset to filter. In Python: Selection.load(...).apply(dataset).")
     else:
-        print(f"Rows that stay: {Path(args.output) / 'dataset'} (datasets.load_from_disk)")
+        print(f"Rows that stay: {Path(args.output) / DATASET} (datasets.load_from_disk)")
     if len(args.scores) == 1:
         print(f"Next: resofilter report {args.scores[0]} --selection {args.output}")
 
@@ -398,6 +406,7 @@ def _sft_config(args: argparse.Namespace, **training: Any) -> Any:
         chat_template_path=args.chat_template_path,
         trust_remote_code=args.trust_remote_code,
         use_cpu=not torch.cuda.is_available(),
+        ddp_timeout=args.timeout,
         report_to="none",
         **training,
     )
@@ -414,25 +423,6 @@ def _scored_dataset(args: argparse.Namespace, source: Any) -> Any:
     if source.get("content") not in (None, hash_rows(dataset)):
         raise InputError(f"'{name}' is not what was scored: rows differ, or their order. Score it again.")
     return dataset
-
-
-def _check_kept_folder(output: Path, source: str | None) -> None:
-    """Raise InputError where the rows that stay would replace anything but those of an earlier selection."""
-    folder = output / "dataset"
-    ours = (output / "selection.parquet").exists()
-    if folder.exists() and (not ours or (source is not None and folder.resolve() == Path(source).resolve())):
-        raise InputError(f"'{folder}' holds something that is no earlier selection. Choose another output.")
-
-
-def _save_dataset(rows: Any, folder: Path, card: Any) -> None:
-    """Write beside the target, then rename: the dataset and its card are whole, or as they were."""
-    from .files import replacing
-
-    with replacing(folder) as part:
-        rows.save_to_disk(part)
-        card.save(part / "README.md")
-        if folder.exists():
-            shutil.rmtree(folder)
 
 
 def _from(args: argparse.Namespace, kind: type) -> Any:

@@ -97,6 +97,8 @@ def only_writer(folder: Path) -> Iterator[None]:
     try:
         yield
     finally:
+        if lock.lock_counter == 1:
+            Path(lock.lock_file).unlink(missing_ok=True)  # who locks a file that is gone notices, and tries again
         lock.release()
 
 

@@ -18,6 +18,7 @@ HOME = Path(resofilter_trainer.__file__).parent
 ORDER = [
     "config",
     "arguments",
+    "launching",
     "files",
     "scores",
     "store",
@@ -29,6 +30,7 @@ ORDER = [
     "combining",
     "dataset_card",
     "selection",
+    "kept_dataset",
     "policies",
     "token_scores",
     "token_selection",

@@ -1,0 +1,222 @@
+"""Jobs that are killed at random moments and started again must end with the bytes of those that were not.
+
+    python tests/kills.py --runs 60
+
+Kills one process of a job, or all, by SIGKILL: while it scores, selects, cleans tokens, or trains with the callback.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import socket
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import datasets
+from conftest import make_tokenizer
+from datasets import load_from_disk
+from training import arguments, llama, rows, train
+
+from resofilter_trainer import ResonanceCallback, TokenCleaning, passes, score_dataset
+from resofilter_trainer.cli import main as resofilter
+from resofilter_trainer.token_cleaning import clean_dataset
+
+SILENCE = 6  # seconds after which a process that was killed is given up by the other
+LIMIT = 180  # seconds for a run of few
+STARTS = 20
+FORK = multiprocessing.get_context("fork")  # a child need not import everything again
+
+
+@dataclass(frozen=True)
+class Job:
+    """Something that writes files.
+
+    Attributes:
+        run: is given a folder of inputs and one for what it writes, and goes on with what is there.
+        results: globs of the files that are its result.
+        processes: that it takes.
+    """
+
+    run: Callable[[Path, Path], None]
+    results: tuple[str, ...]
+    processes: int = 1
+
+
+def prepare(inputs: Path) -> None:
+    """A model, another that was trained a little, and rows."""
+    tokenizer = make_tokenizer()
+    for name, seed in (("base", 0), ("reference", 1)):
+        llama(len(tokenizer), seed=seed).save_pretrained(inputs / name)
+        tokenizer.save_pretrained(inputs / name)
+    rows(120).save_to_disk(inputs / "rows")
+
+
+def score(inputs: Path, output: Path) -> None:
+    args = arguments(output, ddp_timeout=SILENCE)
+    score_dataset(str(inputs / "base"), load_from_disk(inputs / "rows"), args=args, output=output, tokens_per_batch=48)
+
+
+def select(inputs: Path, output: Path) -> None:
+    shutil.copytree(inputs / "scored", output / "scores", dirs_exist_ok=True)
+    command = ["select", str(output / "scores"), "--dataset", str(inputs / "rows"), "--output", str(output / "kept")]
+    resofilter([*command, "--keep", "0.4"])
+
+
+def clean(inputs: Path, output: Path) -> None:
+    args = arguments(output, ddp_timeout=SILENCE)
+    cleaning = TokenCleaning(reference=str(inputs / "reference"), tokens_per_batch=48)
+    clean_dataset(str(inputs / "base"), load_from_disk(inputs / "rows"), cleaning, args=args, output=output)
+
+
+def train_with_callback(inputs: Path, output: Path) -> None:
+    callback = ResonanceCallback(keep=[1.0, 0.6, 0.3])
+    often = {"save_strategy": "steps", "save_steps": 2, "save_total_limit": 3, "gradient_accumulation_steps": 3}
+    train(output, make_tokenizer(), callback, dataset=rows(40), resume=last_complete(output), **often)
+
+
+def last_complete(output: Path) -> str | None:
+    """The last checkpoint whose state, which the Trainer writes last, is whole."""
+
+    def is_whole(path: Path) -> bool:
+        try:
+            return bool(json.loads(path.read_text()))
+        except ValueError:
+            return False
+
+    whole = [path.parent for path in output.glob("checkpoint-*/trainer_state.json") if is_whole(path)]
+    return str(max(whole, key=lambda path: int(path.name.split("-")[1]))) if whole else None
+
+
+TRAINED = ("checkpoint-*/model.safetensors", "resofilter/scores.parquet", "resofilter/selection-epoch-*.parquet")
+JOBS = {
+    "scoring": Job(score, ("scores.parquet",)),
+    "scoring in two processes": Job(score, ("scores.parquet",), 2),
+    "selecting": Job(select, ("kept/selection.parquet", "kept/dataset/*.arrow", "kept/dataset/README.md")),
+    "cleaning": Job(clean, ("token_scores.arrow", "data-*.arrow", "summary.json")),
+    "cleaning in two processes": Job(clean, ("token_scores.arrow", "data-*.arrow", "summary.json"), 2),
+    "training": Job(train_with_callback, TRAINED),
+}
+
+
+def start(job: Job, inputs: Path, output: Path) -> list[multiprocessing.process.BaseProcess]:
+    """The processes of a job, begun."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    children = [FORK.Process(target=_child, args=(job, inputs, output, rank, port)) for rank in range(job.processes)]
+    for child in children:
+        child.start()
+    return children
+
+
+def _child(job: Job, inputs: Path, output: Path, rank: int, port: int) -> None:
+    silence = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(silence, 1)
+    os.dup2(silence, 2)
+    warnings.simplefilter("ignore")
+    datasets.disable_progress_bars()
+    passes.LEAST_LOST = passes.LOST_SHARE = 0.0  # a part for every batch
+    if job.processes > 1:
+        world = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": job.processes, "MASTER_PORT": port}
+        os.environ |= {name: str(value) for name, value in world.items()} | {"MASTER_ADDR": "127.0.0.1"}
+    job.run(inputs, output)
+
+
+def ended_well(children: list[multiprocessing.process.BaseProcess]) -> bool:
+    """Whether all did, once they have ended; none may hang."""
+    until = time.monotonic() + LIMIT
+    for child in children:
+        child.join(max(until - time.monotonic(), 0))
+    hanging = [child for child in children if child.is_alive()]
+    for child in hanging:
+        child.kill()
+    assert not hanging, f"{len(hanging)} of {len(children)} processes hang"
+    return all(child.exitcode == 0 for child in children)
+
+
+def results_of(job: Job, output: Path) -> dict[str, bytes]:
+    """The bytes of every file of the result; of several checkpoints, the last one's."""
+    files = [path for pattern in job.results for path in output.glob(pattern)]
+    last = last_complete(output)
+    files = [path for path in files if not path.parent.name.startswith("checkpoint-") or str(path.parent) == last]
+    return {path.relative_to(output).as_posix(): path.read_bytes() for path in files}
+
+
+def kill_and_go_on(job: Job, inputs: Path, output: Path, duration: float, moments: random.Random) -> int:
+    """Start a job until it ends, and kill it every other time; how often it was killed."""
+    killed = 0
+    for attempt in range(STARTS):
+        children = start(job, inputs, output)
+        if attempt % 2 == 0:
+            children[0].join(moments.uniform(0.05, 1.0) * duration)
+            victims = children if moments.random() < 0.5 else [moments.choice(children)]
+            alive = [child for child in victims if child.is_alive()]
+            for child in alive:
+                os.kill(child.pid or 0, signal.SIGKILL)
+            killed += bool(alive)
+        if ended_well(children):
+            return killed
+        assert any(child.exitcode != 0 for child in children)
+        assert attempt % 2 == 0, f"it does not go on: exit codes {[child.exitcode for child in children]}"
+    raise AssertionError(f"not done after {STARTS} starts")
+
+
+def check(name: str, runs: int, seed: int, place: Path) -> int:
+    """Kill a job in so many runs; how many kills there were. Raises AssertionError where a result differs."""
+    job, inputs, moments = JOBS[name], place / "inputs", random.Random(f"{seed} {name}")
+    duration, truth = float("inf"), dict[str, bytes]()
+    for number in range(2):  # the first is slower, for a cold machine
+        begun = time.monotonic()
+        assert ended_well(start(job, inputs, place / f"{name}-whole-{number}")), f"{name} fails without a kill"
+        duration = min(duration, time.monotonic() - begun)
+        found = results_of(job, place / f"{name}-whole-{number}")
+        assert found, f"{name} writes nothing"
+        assert number == 0 or found == truth, f"{name} is not the same twice"
+        truth = found
+    kills = 0
+    for run in range(runs):
+        output = place / f"{name}-{run}"
+        kills += kill_and_go_on(job, inputs, output, duration, moments)
+        found = results_of(job, output)
+        assert found.keys() == truth.keys(), f"{name}, run {run}: {sorted(found)} for {sorted(truth)}"
+        differing = [path for path in truth if found[path] != truth[path]]
+        assert not differing, f"{name}, run {run}: {differing} differ"
+        shutil.rmtree(output)
+    return kills
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runs", type=int, default=60, help="of all jobs together")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--jobs", nargs="+", default=list(JOBS), choices=list(JOBS))
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        place = Path(folder)
+        maker = FORK.Process(target=prepare, args=(place / "inputs",))
+        maker.start()
+        maker.join()
+        if "selecting" in args.jobs:
+            assert ended_well(start(JOBS["scoring"], place / "inputs", place / "inputs" / "scored"))
+        for number, name in enumerate(args.jobs):
+            runs = len(range(number, args.runs, len(args.jobs)))
+            begun = time.monotonic()
+            kills = check(name, runs, args.seed, place)
+            print(f"{name}: {runs} runs, {kills} kills, same bytes ({time.monotonic() - begun:.0f} s)", flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,23 @@
+"""Killed at any moment, a job goes on and ends as if nothing had happened. `tests/kills.py --runs 60` kills more."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+RUNS = 18  # three of each job
+
+
+@pytest.mark.slow
+def test_jobs_killed_at_random_moments_end_with_the_same_bytes():
+    command = [sys.executable, "kills.py", "--runs", str(RUNS)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        command, cwd=Path(__file__).parent, env=environment, capture_output=True, text=True, timeout=900
+    )
+    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+    assert done.stdout.count("same bytes") == 6

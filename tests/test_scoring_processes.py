@@ -1,0 +1,72 @@
+"""One, two and three processes give the same scores, bit for bit; and none waits for one that is gone."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from datasets import Dataset
+from test_scoring import ROWS
+
+from resofilter_trainer import DataSelector, ScoreTable
+from resofilter_trainer.cli import main
+
+HERE = Path(__file__).parent
+
+
+def resofilter(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "resofilter_trainer.cli", *map(str, arguments)]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, env=env)
+
+
+@pytest.fixture
+def command(tmp_path, tiny_model_dir) -> list[object]:
+    Dataset.from_list(ROWS).to_json(tmp_path / "rows.jsonl")
+    rows = ["--dataset", tmp_path / "rows.jsonl", "--prompt_column", "question", "--completion_column", "answer"]
+    return ["score", "--model", tiny_model_dir, *rows, "--tokens_per_batch", 40]
+
+
+@pytest.mark.slow
+def test_any_number_of_processes_gives_the_same_scores(command, tmp_path):
+    assert resofilter(*command, "--output", tmp_path / "0").returncode == 0
+    for processes in (1, 2, 3):
+        done = resofilter(*command, "--output", tmp_path / str(processes), "--num_processes", processes)
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert done.stdout.count("Scores: ") == 1
+    tables = [ScoreTable.load(tmp_path / str(number)) for number in range(4)]
+    for table in tables[1:]:
+        assert table.table.equals(tables[0].table)
+        assert np.array_equal(DataSelector().select(table).keep, DataSelector().select(tables[0]).keep)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("criterion", ["el2n", "donod"])
+def test_so_do_criteria_of_other_selectors(criterion, command, tmp_path):
+    for processes in (1, 2):
+        options = ["--criterion", criterion, "--output", tmp_path / str(processes), "--num_processes", processes]
+        assert resofilter(*command, *options).returncode == 0
+    assert ScoreTable.load(tmp_path / "1").table.equals(ScoreTable.load(tmp_path / "2").table)
+
+
+@pytest.mark.slow
+def test_an_error_of_the_input_is_one_line_and_not_0(command, tmp_path):
+    done = resofilter(*command, "--output", tmp_path / "out", "--num_processes", 2, "--up_projection", "nothing")
+    assert done.returncode != 0
+    lines = [line for line in done.stderr.splitlines() if line.startswith("resofilter score: error:")]
+    assert len(lines) == 1
+    assert "matches nothing" in lines[0]
+    assert re.search(r"resofilter score \(process 1\): error: ", done.stderr)
+
+
+@pytest.mark.parametrize("processes", ["0", "-1"])
+def test_processes_there_must_be(processes, command, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main([*map(str, command), "--output", "out", "--num_processes", processes])
+    assert ended.value.code == 2
+    assert "--num_processes must be at least 1" in capsys.readouterr().err
