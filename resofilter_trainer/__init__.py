@@ -19,11 +19,12 @@ if TYPE_CHECKING:
     from .recorder import Recorder
     from .report import Report, read_contents, write_report
     from .resonance import Resonance, literal
-    from .rows import load_rows, map_columns
+    from .rows import load_rows, map_columns, unpack
     from .scores import Provenance, ScoreTable, Trust
     from .scoring import score_dataset
     from .selection import DataSelector, Selection
     from .self_evolving import self_evolve
+    from .streaming import score_stream
     from .token_cleaning import clean_dataset
     from .token_scores import TokenScores
     from .token_selection import TokenSelection, TokenSelector
@@ -62,7 +63,9 @@ _HOME = {
     "score_by": "criterion_scoring",
     "score_dataset": "scoring",
     "score_layers": "layer_pass",
+    "score_stream": "streaming",
     "self_evolve": "self_evolving",
+    "unpack": "rows",
     "write_report": "report",
 }
 
@@ -97,7 +100,9 @@ __all__ = [
     "score_by",
     "score_dataset",
     "score_layers",
+    "score_stream",
     "self_evolve",
+    "unpack",
     "write_report",
 ]
 

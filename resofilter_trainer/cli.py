@@ -79,8 +79,10 @@ def run_score(args: argparse.Namespace) -> None:
 
     from .criterion_scoring import score_by
     from .files import file_at
+    from .rows import load_stream
     from .scores import SCORES_FILE
     from .scoring import score_dataset
+    from .streaming import score_stream
 
     one_of("--criterion", args.criterion, (RESONANCE, *CRITERION_NAMES))
     own = [each.name for each in dataclasses.fields(ResonanceConfig)]
@@ -91,6 +93,8 @@ def run_score(args: argparse.Namespace) -> None:
         )
     if args.layers and (args.criterion != RESONANCE or args.tokens_per_batch is not None):
         raise InputError("--layers all is of resonance, a row at a time: leave --criterion and --tokens_per_batch out.")
+    if args.streaming and (args.criterion != RESONANCE or args.layers):
+        raise InputError("--streaming is for the score by resonance: leave --criterion and --layers out.")
     if args.limit is not None and not args.layers:
         raise InputError("--limit goes with --layers all; scores are of all rows.")
     common: dict[str, Any] = {"output": args.output, **_row_options(args)}
@@ -100,9 +104,13 @@ def run_score(args: argparse.Namespace) -> None:
         _score_layers(args, common)
         return
     if args.criterion == RESONANCE:
-        config, precision = _from(args, ResonanceConfig), args.precision
-        training = _sft_config(args, bf16=False)
-        scores = score_dataset(args.model, _rows(args), args=training, config=config, precision=precision, **common)
+        common |= {"config": _from(args, ResonanceConfig), "precision": args.precision}
+        common["args"] = _sft_config(args, bf16=False)
+        if args.streaming:
+            stream = load_stream(args.dataset, args.split, args.dataset_config)
+            scores = score_stream(args.model, stream, **common)
+        else:
+            scores = score_dataset(args.model, _rows(args), **common)
     else:
         training = _sft_config(args, bf16=args.precision == "bfloat16")
         scores = score_by(args.criterion, args.model, _rows(args), args=training, **common)

@@ -123,7 +123,10 @@ def usable_rows(
         InputError: no row is left, or there are empty ones and they are not to be left out.
     """
     if "seq_lengths" in (getattr(dataset, "column_names", None) or ()):
-        raise InputError("The rows are packed already (seq_lengths), several samples in one: pass them as they were.")
+        raise InputError(
+            "The rows are packed already (seq_lengths), several samples in one: pass them as they were, or "
+            "resofilter_trainer.unpack(dataset), which has a row for each."
+        )
     rows = map_columns(dataset, mapping, text_field)
     reasons: dict[int, str] = {}
     if drop_duplicates:

@@ -13,6 +13,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .gradients import segments_of
 from .modes import at_least_float32
 
 IGNORE = -100  # the label of a position that is not learnt
@@ -53,6 +54,24 @@ class Inputs:
     def ids_alone(self) -> bool:
         """Whether the tokens say everything: no mask, no positions of their own."""
         return self.arguments.keys() == {"input_ids", "use_cache"}
+
+
+def unpacked(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A padding-free batch, one row of several samples, with a row for each, padded on the right.
+
+    Args:
+        batch: `input_ids`, `labels` and `position_ids`, (1, T) each; positions begin anew at 0 with every sample.
+
+    Returns:
+        `input_ids`, `labels` and `attention_mask`, (B, T') each: every model then keeps the samples apart.
+    """
+    pieces = [each.tokens for each in segments_of(batch)]
+    filled = {"input_ids": (batch["input_ids"][0], 0), "labels": (batch["labels"][0], IGNORE)}
+    filled["attention_mask"] = torch.ones_like(batch["input_ids"][0]), 0
+    return {
+        name: nn.utils.rnn.pad_sequence([row[piece] for piece in pieces], batch_first=True, padding_value=fill)
+        for name, (row, fill) in filled.items()
+    }
 
 
 def inputs_of(model: nn.Module, batch: Mapping[str, Tensor], causal: bool) -> Inputs:

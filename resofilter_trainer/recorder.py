@@ -25,7 +25,7 @@ from .config import InputError, ResonanceConfig
 from .gradients import Segment, block_gradients, gram_is_cheaper, runs_of, segments_of, spans, squared_norm, tiles
 from .head import Decoded
 from .lean_forward import LeanForward
-from .losses import Inputs, learnt_positions, sample_means
+from .losses import Inputs, learnt_positions, sample_means, unpacked
 from .modes import at_least_float32, evaluating, own_precision, requiring_grad
 from .resonance import Resonance
 from .up_projection import UpProjection, decoder_layers, find_up_projections
@@ -110,9 +110,11 @@ class Recorder:
         """Measure a batch.
 
         Args:
-            batch: `input_ids`, `attention_mask` and `labels`, each (B, T), padded on either side.
+            batch: `input_ids`, `attention_mask` and `labels`, each (B, T), padded on either side; or padding-free,
+                (1, T) each, with `position_ids` in the place of the mask: each of the samples in it is measured.
             shared: how many first tokens the batch shares with others, where that is known.
         """
+        batch = batch if "attention_mask" in batch else unpacked(batch)
         learnt = learnt_positions(batch["labels"])
         num_tokens = learnt.sum(1)
         with torch.enable_grad(), own_precision(self.model):

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import xxhash
-from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
+from datasets import Dataset, DatasetDict, IterableDataset, load_dataset, load_from_disk
 
 from .config import FILE_FORMATS, ColumnMapping, InputError
 
@@ -61,6 +61,25 @@ def load_rows(source: str, split: str = "train", name: str | None = None) -> Dat
     return found
 
 
+def load_stream(source: str, split: str = "train", name: str | None = None) -> IterableDataset:
+    """The rows of a dataset one after another, as they are read; arguments as for `load_rows`.
+
+    Raises:
+        InputError: it is not there, or cannot be read or reached.
+    """
+    path = Path(source)
+    try:
+        if path.is_file():
+            return load_dataset(_format(path), data_files={split: str(path)}, split=split, streaming=True)
+        if not path.is_dir() and (looks_local(source) or path.suffix in FILE_FORMATS):
+            raise InputError(f"There is no dataset at '{source}'. Pass a file, a folder, or a name on the hub.")
+        return load_dataset(source, name, split=split, streaming=True)
+    except InputError:
+        raise
+    except Exception as error:  # datasets, the hub and pyarrow each raise their own
+        raise InputError(f"The dataset '{source}' cannot be streamed: {first_line(error)}") from error
+
+
 def map_columns(dataset: Dataset, mapping: ColumnMapping, text_field: str = "text") -> Dataset:
     """The dataset under TRL's column names: `prompt` and `completion`, `messages`, or `text`.
 
@@ -75,7 +94,7 @@ def map_columns(dataset: Dataset, mapping: ColumnMapping, text_field: str = "tex
     if not isinstance(dataset, Dataset):
         raise InputError(
             f"A dataset is needed, got {type(dataset).__name__}. Pass one split of a DatasetDict, a list through "
-            "Dataset.from_list; streaming is not supported yet."
+            "Dataset.from_list, and a stream to score_stream."
         )
     if len(dataset) == 0:
         raise InputError("The dataset has no rows.")
@@ -97,6 +116,35 @@ def map_columns(dataset: Dataset, mapping: ColumnMapping, text_field: str = "tex
         raise InputError(f"No column of the dataset can be trained on. It has: {', '.join(columns)}. {_hint(columns)}")
     _check_types(mapped, text_field)
     return mapped
+
+
+def unpack(dataset: Dataset) -> Dataset:
+    """A row for each sample of rows that TRL has packed: `input_ids`, and `labels` where there are any.
+
+    Args:
+        dataset: with `seq_lengths`, the lengths of the samples that each row was made of, one after another. Samples
+            that packing has cut in two stay so.
+
+    Raises:
+        InputError: the rows are not packed, or their lengths are not those of their samples.
+    """
+    if not {"seq_lengths", "input_ids"} <= set(dataset.column_names):
+        raise InputError(f"The rows are not packed: no seq_lengths among {', '.join(dataset.column_names)}.")
+    columns = [name for name in ("input_ids", "labels") if name in dataset.column_names]
+
+    def split(packed: dict[str, list[Any]]) -> dict[str, list[Any]]:
+        samples: dict[str, list[Any]] = {name: [] for name in columns}
+        for row, lengths in enumerate(packed["seq_lengths"]):
+            for name in columns:
+                tokens, start = packed[name][row], 0
+                if sum(lengths) != len(tokens):
+                    raise InputError(f"A packed row has {len(tokens)} {name} and seq_lengths of {sum(lengths)}.")
+                for length in lengths:
+                    samples[name].append(tokens[start : start + length])
+                    start += length
+        return samples
+
+    return dataset.map(split, batched=True, remove_columns=dataset.column_names)
 
 
 def empty_rows(dataset: Dataset, text_field: str = "text") -> list[int]:
@@ -121,9 +169,14 @@ def duplicate_rows(dataset: Dataset, text_field: str = "text") -> dict[int, int]
 def hash_rows(dataset: Dataset) -> str:
     """Of all columns and values, in order: another order or another value gives another hash."""
     digest = xxhash.xxh3_128()
+    add_rows(digest, dataset)
+    return digest.hexdigest()
+
+
+def add_rows(digest: Any, dataset: Dataset) -> None:
+    """Let a hash go on over more rows; in pieces of a multiple of 1000 rows it is that of the whole."""
     for batch in dataset.with_format(None).iter(batch_size=1000):
         digest.update(json.dumps(batch, sort_keys=True, default=str).encode())
-    return digest.hexdigest()
 
 
 def looks_local(name: str) -> bool:

@@ -11,11 +11,11 @@ import json
 import math
 import numbers
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Sized
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
 import numpy as np
 import pyarrow as pa
@@ -29,7 +29,7 @@ from .thresholds import RULES
 
 if TYPE_CHECKING:
     import pandas as pd
-    from datasets import Dataset
+    from datasets import Dataset, IterableDataset
     from huggingface_hub import DatasetCard
 
 SELECTION_FILE = "selection.parquet"
@@ -67,18 +67,28 @@ class Selection:
         """Positions, in the user's dataset, of the rows that stay, ascending."""
         return np.flatnonzero(self.keep)
 
-    def apply(self, dataset: Dataset) -> Dataset:
-        """The rows that stay, in their original order.
+    def apply(self, dataset: Dataset | IterableDataset) -> Any:
+        """The rows that stay, in their original order: of a `Dataset`, or of a stream, an `IterableDataset`.
+
+        A stream is filtered by the places of its rows as it gives them to one reader: leave it unshuffled, and let one
+        process read it (`dataloader_num_workers=0`).
 
         Raises:
             InputError: the dataset has another number of rows than was scored.
         """
+        if not isinstance(dataset, Sized):
+            return dataset.filter(self._stays, with_indices=True)
         if len(dataset) != len(self):
             raise InputError(
                 f"The selection was made for {len(self)} rows and the dataset has {len(dataset)}. "
                 "Apply it to the dataset as it was scored, before any filtering or shuffling."
             )
-        return dataset.select(self.sample_ids)
+        return cast("Dataset", dataset).select(self.sample_ids)
+
+    def _stays(self, row: Any, place: int) -> bool:
+        if place >= len(self):
+            raise InputError(f"The selection was made for {len(self)} rows and the stream has more. Score it again.")
+        return bool(self.keep[place])
 
     def annotate(self, dataset: Dataset, scores: ScoreTable) -> Dataset:
         """The rows that stay, with the scores as columns: `resofilter_score`, `resofilter_loss` and so on."""

@@ -66,6 +66,7 @@ ORDER = [
     "cleaned_dataset",
     "token_cleaning",
     "scoring",
+    "streaming",
     "text_criteria",
     "criteria",
     "prompted_criteria",
