@@ -35,7 +35,7 @@ UNIT = "unit"
 PARTS = "parts"  # the folder, in that of an output, in which stores lie
 PART = re.compile(r"part-\d{10}-([0-9a-f]{32})\.parquet")
 UNFINISHED = ".writing-"  # begins the name of a part before it is whole
-MANY = 64  # parts, from which on they are put together when the work goes on
+MANY = 1000  # parts, from which on they are put together when the work goes on
 BLOCK = 1 << 22  # bytes
 
 
@@ -176,13 +176,17 @@ def read_parts(folder: Path, columns: list[str] | None = None) -> Iterator[pa.Ta
 
 
 def _distinct(tables: list[pa.Table]) -> Iterator[pa.Table]:
+    """The tables, without lines of a unit that an earlier table has."""
+    own = [np.unique(table[UNIT].to_numpy()) for table in tables]
+    units = np.concatenate([np.empty(0, dtype=np.int64), *own])
+    if len(np.unique(units)) == len(units):
+        yield from tables
+        return
     seen = np.empty(0, dtype=np.int64)
-    for table in tables:
-        units = table[UNIT].to_numpy()
-        own = np.unique(units)
-        again = np.isin(own, seen)
-        yield table.filter(pa.array(np.isin(units, own[~again]))) if again.any() else table
-        seen = np.concatenate([seen, own[~again]])
+    for table, mine in zip(tables, own, strict=True):
+        fresh = np.setdiff1d(mine, seen)
+        yield table.filter(pa.array(np.isin(table[UNIT].to_numpy(), fresh)))
+        seen = np.union1d(seen, fresh)
 
 
 def _read(path: Path, columns: list[str] | None) -> pa.Table:
