@@ -9,6 +9,7 @@ on_train_end     write the last scores, leave the model as it was found
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from typing import Any, get_args
 
@@ -17,6 +18,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from . import trainer_access as access
 from .config import InputError, ResonanceConfig, TokenCleaning, Update, one_of
 from .filtering import FilterConfig, Policy, When
+from .passes import held
 from .results import Results
 from .scores import ScoreTable
 from .selection import DataSelector, Selection
@@ -78,6 +80,7 @@ class ResonanceCallback(TrainerCallback):
         self.config = ResonanceConfig(update="adamw" if self.by_optimizer else update, **config)  # type: ignore[arg-type]
         self._results = Results()
         self._run: Run | None = None
+        self._folder = contextlib.ExitStack()  # holds it against other runs
 
     @property
     def scores(self) -> ScoreTable | None:
@@ -109,6 +112,8 @@ class ResonanceCallback(TrainerCallback):
         loader = kwargs["train_dataloader"]
         config = (self.filter, self.config, self.by_optimizer, self._results, self.token_cleaning)
         self._run = Run(trainer, loader, *config)
+        self._folder.close()  # of a training that an error ended
+        self._folder.enter_context(held(self._run.folder))
         self._run.begin(checkpoint)
 
     def on_step_begin(
@@ -153,6 +158,7 @@ class ResonanceCallback(TrainerCallback):
             from .run_report import report_run  # charts take a second to import
 
             report_run(run.trainer, run.folder, run.sample_ids, run.held.total)
+        self._folder.close()
 
     @property
     def _running(self) -> Run:

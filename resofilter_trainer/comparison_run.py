@@ -24,7 +24,7 @@ from .comparison_config import ComparisonConfig, SelectorConfig, slug
 from .comparison_data import make_data
 from .comparison_round import Round
 from .config import InputError
-from .files import check_folder, replacing
+from .files import only_writer, replacing
 from .selectors import check
 from .task_evaluation import check_tasks
 
@@ -49,15 +49,15 @@ def run(config: ComparisonConfig) -> list[Cell]:
     if config.tasks:
         check_tasks(config.tasks, config.task_folder)
     output = Path(config.output)
-    check_folder(output)
     cells = []
-    for seed in config.seeds:
-        data = make_data(config, seed)
-        for model in config.model:
-            one = Round(config, model, seed, data)
-            if seed == config.seeds[0]:  # nothing is wrong with the settings
-                _claim(output, config)
-            cells += _cells_of(one, output / "cells" / slug(model))
+    with only_writer(output):
+        for seed in config.seeds:
+            data = make_data(config, seed)
+            for model in config.model:
+                one = Round(config, model, seed, data)
+                if seed == config.seeds[0]:  # nothing is wrong with the settings
+                    _claim(output, config)
+                cells += _cells_of(one, output / "cells" / slug(model))
     return cells
 
 

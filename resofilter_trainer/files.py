@@ -82,6 +82,7 @@ def only_writer(folder: Path) -> Iterator[None]:
     Raises InputError where another holds it. Within a process it may be held several times.
     """
     check_folder(folder)
+    made = [each for each in (folder, *folder.parents) if not each.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / LOCK, timeout=0, is_singleton=True)
     try:
@@ -100,6 +101,9 @@ def only_writer(folder: Path) -> Iterator[None]:
         if lock.lock_counter == 1:
             Path(lock.lock_file).unlink(missing_ok=True)  # who locks a file that is gone notices, and tries again
         lock.release()
+        with contextlib.suppress(OSError):  # not empty: something was written
+            for each in made:
+                each.rmdir()
 
 
 def check_folder(path: Path) -> None:

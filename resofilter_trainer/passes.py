@@ -8,6 +8,8 @@ on interruptions. So the lines do not either.
 
 from __future__ import annotations
 
+import contextlib
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,6 +26,7 @@ from transformers import TrainingArguments
 
 from .config import InputError
 from .distribution import guided_chunks, rounds
+from .files import only_writer
 from .store import UNIT, Store
 from .team import Team
 
@@ -104,6 +107,25 @@ def measure_batches(
     return lines
 
 
+@contextlib.contextmanager
+def held(folder: str | os.PathLike[str] | None) -> Iterator[None]:
+    """Hold a folder, if there is one, against other runs; no process goes on before the main one holds it.
+
+    Raises:
+        InputError: another run writes to it, or nothing can be written there.
+    """
+    refused: list[str | None] = [None]
+    with contextlib.ExitStack() as stack:
+        if folder is not None and PartialState().is_main_process:
+            try:
+                stack.enter_context(only_writer(Path(folder)))
+            except InputError as error:  # the others must not wait
+                refused = [str(error)]
+        if broadcast_object_list(refused)[0] is not None:
+            raise InputError(refused[0])
+        yield
+
+
 def open_store(store: Store) -> np.ndarray:
     """The units that a store has; every process gets what the main one sees."""
     found: list[Any] = [None, None]
@@ -113,7 +135,7 @@ def open_store(store: Store) -> np.ndarray:
             found = [store.done(), None]
         except InputError as error:  # the others must not wait
             found = [None, str(error)]
-    done, refused = broadcast_object_list(found) if PartialState().num_processes > 1 else found
+    done, refused = broadcast_object_list(found)
     if refused is not None:
         raise InputError(refused)
     return done

@@ -26,6 +26,7 @@ from trl import SFTConfig
 from .cleaned_dataset import SAMPLE_ID, check_output, mask_labels, save_dataset, summarise
 from .config import InputError, TokenCleaning
 from .loading import load_weights, placed
+from .passes import held
 from .preparation import ROW, PreparedRows
 from .provenance import identity
 from .stages import check_settings, save_model, train_stage, training_settings
@@ -111,6 +112,13 @@ def self_evolve(
     for part in parts[1:]:
         TokenSelector(cleaning.keep, cleaning.ranking).check(part.num_tokens)
     evolution = _Evolution(task, args, peft_config, Path(str(args.output_dir)))
+    with held(evolution.folder):
+        return _evolve(evolution, base, parts)
+
+
+def _evolve(evolution: _Evolution, base: PreTrainedModel, parts: list[PreparedRows]) -> Evolved:
+    """Stage after stage; those that are done are read."""
+    task, cleaning = evolution.task, evolution.task.cleaning
     evolution.check()
     losses = evolution.base_losses(base, parts)
     stages, reasons = [], dict(task.reasons)

@@ -26,7 +26,7 @@ from .cleaned_dataset import CleanedDataset, check_output, groups_of, mask_label
 from .config import SELF, InputError, TokenCleaning
 from .loading import check_arguments, check_model, default_arguments, open_pass, placed
 from .loss_pass import measure_token_losses
-from .passes import Keep
+from .passes import Keep, held
 from .preparation import PreparedRows, learnt_tokens
 from .provenance import identity
 from .reference_model import check_vocabulary, is_adapter, load_reference, wearing
@@ -69,6 +69,19 @@ def clean_dataset(
             or `output` holds something else.
     """
     check_output(None if output is None else Path(output), TOKEN_SCORES_FILE)
+    with held(output):
+        return _clean(model, dataset, cleaning, processing_class, args, output, **row_options)
+
+
+def _clean(
+    model: str | PreTrainedModel,
+    dataset: Dataset,
+    cleaning: TokenCleaning,
+    processing_class: PreTrainedTokenizerBase | None,
+    args: SFTConfig | None,
+    output: str | os.PathLike[str] | None,
+    **row_options: Any,
+) -> CleanedDataset:
     task, scores = measure_tokens(model, dataset, cleaning, processing_class, args, output, **row_options)
     selection = TokenSelector(cleaning.keep, cleaning.ranking).select(scores)
     reasons = task.reasons | {int(row): EMPTIED for row in scores.sample_id[selection.emptied]}
