@@ -10,14 +10,17 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from .quantised import giving_gradients
+
 
 @contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Without dropout; every module's own mode is put back."""
+    """Without dropout, and so that gradients can be had; every module's own mode is put back."""
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
-        yield
+        with giving_gradients(model):
+            yield
     finally:
         for module, mode in modes.items():
             module.training = mode

@@ -58,7 +58,7 @@ class Recorder:
         self._entries = np.zeros(len(self.layer_indices), dtype=np.int64)
         for each in up_projections:
             self._modules.setdefault(each.module, []).append(each)
-            self._entries[self._column(each)] += each.up(each.parameter).numel()
+            self._entries[self._column(each)] += each.entries
             if each.parameter.device.type == "meta":
                 raise InputError(
                     f"'{each.name}' is offloaded, so its weight is not at hand when it is measured. Place the last "
@@ -148,7 +148,7 @@ class Recorder:
 
     def _unchanged(self, up_projections: Sequence[UpProjection]) -> np.ndarray:
         """Without a gradient there is no step."""
-        return np.array(sum(unchanged_sum(each.up(each.parameter), self.config) for each in up_projections))
+        return np.array(sum(unchanged_sum(each.entries, self.config) for each in up_projections))
 
     def _catch(
         self, up_projections: list[UpProjection], module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any
@@ -222,7 +222,7 @@ def _linear_sums(
     config: ResonanceConfig,
 ) -> Tensor:
     a, b = at_least_float32(a), at_least_float32(b[..., each.outputs])
-    weight = at_least_float32(each.up(each.parameter).detach())
+    weight = at_least_float32(each.plain_weight())
     norm_only = config.update == "sgd" and config.norm == "l2"
     sums = []
     for run, factor in zip(runs, factors, strict=True):
@@ -247,10 +247,10 @@ def _block_sums(
     for sample, (run, factor) in enumerate(zip(runs, factors, strict=True)):
         gradients = block_gradients(block, parameters, call.args, call.kwargs, b, run)
         for each, gradient in zip(call.up_projections, gradients, strict=True):
-            weight = at_least_float32(each.up(each.parameter).detach())
             if gradient is None:
-                sums[sample] += unchanged_sum(weight, config)
+                sums[sample] += unchanged_sum(each.entries, config)
                 continue
+            weight = at_least_float32(each.plain_weight())
             own = at_least_float32(each.up(gradient)).clone()
             sums[sample] += tile_sum(own if factor is None else own.mul_(factor), weight, config)
     return sums

@@ -35,6 +35,7 @@ ORDER = [
     "filtering",
     "results",
     "report",
+    "quantised",
     "modes",
     "up_projection",
     "updates",
@@ -85,7 +86,7 @@ ORDER = [
     "comparison_report",
     "cli",
 ]
-CHEAP = ORDER[: ORDER.index("modes")]
+CHEAP = ORDER[: ORDER.index("quantised")]
 HEAVY = {"torch", "transformers", "datasets", "trl", "accelerate", "peft", "evaluate"}
 
 
