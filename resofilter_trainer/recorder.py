@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from .config import InputError, ResonanceConfig
 from .gradients import Segment, block_gradients, gram_is_cheaper, runs_of, segments_of, spans, squared_norm, tiles
@@ -43,10 +44,11 @@ class Recorder:
     Args:
         model: a causal language model in float32, float64 or bfloat16. Products are in float32, or in float64 for a
             float64 model; a bfloat16 forward, by weights or by autocast, brings bfloat16's noise and no more.
+            Where it is sharded, all processes must measure at the same time: see `in_step`.
         config: which step is measured and how.
 
     Raises:
-        InputError: the model has no up-projection that is known, or it is offloaded.
+        InputError: the model has no up-projection that is known, it is offloaded, or sharded by another than `shard`.
     """
 
     def __init__(self, model: nn.Module, config: ResonanceConfig) -> None:
@@ -63,6 +65,11 @@ class Recorder:
                 raise InputError(
                     f"'{each.name}' is offloaded, so its weight is not at hand when it is measured. Place the last "
                     f"{config.n_layers} layers on a device, by device_map."
+                )
+            if isinstance(each.parameter, DTensor):
+                raise InputError(
+                    f"'{each.name}' is sharded, so its weight is not at hand when it is measured. Pass the model as it "
+                    "was loaded, and let resofilter_trainer.sharding.shard spread it: it leaves what is measured whole."
                 )
         self._calls: dict[nn.Module, Call] | None = None
         lowest, last = self.layer_indices[0], self.layer_indices[-1]
@@ -96,6 +103,16 @@ class Recorder:
     def may_share(self) -> bool:
         """False where it is known that rows which begin alike are no less work together."""
         return self._forward.may_share
+
+    @property
+    def in_step(self) -> bool:
+        """Whether the model is sharded: every process must measure as many batches, at the same time."""
+        return self._forward.in_step
+
+    def take_part(self) -> None:
+        """Measure nothing, while other processes of a sharded model measure a batch: it needs all of them to run."""
+        ids = torch.zeros(1, 2, dtype=torch.long, device=next(self.model.parameters()).device)
+        self({"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids})
 
     def forget(self) -> None:
         """Let go of what was kept of earlier batches, before the weights or the precision (an autocast) change."""

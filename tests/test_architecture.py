@@ -38,6 +38,7 @@ ORDER = [
     "quantised",
     "modes",
     "up_projection",
+    "sharding",
     "updates",
     "gradients",
     "losses",
