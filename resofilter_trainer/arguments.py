@@ -49,6 +49,7 @@ def score_arguments(parser: argparse.ArgumentParser) -> None:
     row_arguments(parser)
     process_arguments(parser)
     parser.add_argument("--output", help="folder for the scores")
+    parser.add_argument("--sharded", action="store_true", help="spread the model's weights over the processes (FSDP2)")
     parser.add_argument("--streaming", action="store_true", help="read the dataset as a stream, never all of it")
     parser.add_argument(
         "--criterion", default="resonance", help=f"resonance, or another selector's: {', '.join(CRITERION_NAMES)}"

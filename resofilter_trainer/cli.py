@@ -93,8 +93,10 @@ def run_score(args: argparse.Namespace) -> None:
         )
     if args.layers and (args.criterion != RESONANCE or args.tokens_per_batch is not None):
         raise InputError("--layers all is of resonance, a row at a time: leave --criterion and --tokens_per_batch out.")
-    if args.streaming and (args.criterion != RESONANCE or args.layers):
-        raise InputError("--streaming is for the score by resonance: leave --criterion and --layers out.")
+    if (args.streaming or args.sharded) and (args.criterion != RESONANCE or args.layers):
+        raise InputError(
+            "--streaming and --sharded are for the score by resonance: leave --criterion and --layers out."
+        )
     if args.limit is not None and not args.layers:
         raise InputError("--limit goes with --layers all; scores are of all rows.")
     common: dict[str, Any] = {"output": args.output, **_row_options(args)}
@@ -104,7 +106,7 @@ def run_score(args: argparse.Namespace) -> None:
         _score_layers(args, common)
         return
     if args.criterion == RESONANCE:
-        common |= {"config": _from(args, ResonanceConfig), "precision": args.precision}
+        common |= {"config": _from(args, ResonanceConfig), "precision": args.precision, "sharded": args.sharded}
         common["args"] = _sft_config(args, bf16=False)
         if args.streaming:
             stream = load_stream(args.dataset, args.split, args.dataset_config)

@@ -128,6 +128,8 @@ def block_gradients(
     with torch.enable_grad(), requiring_grad(parameters, True):
         output = block(*map(own, args), **{name: own(value) for name, value in kwargs.items()})
         output = output[0] if isinstance(output, tuple) else output
+        if not output.requires_grad:  # no token at all
+            return (None,) * len(parameters)
         return torch.autograd.grad(output, parameters, own(b).view_as(output), allow_unused=True)
 
 

@@ -25,6 +25,7 @@ from .criterion_scoring import measure_rows
 from .loading import check_arguments, default_arguments, open_pass, placed
 from .losses import token_losses
 from .modes import at_least_float32, requiring_grad
+from .quantised import check_plain
 from .scores import LAYER, LAYERS_FOLDER, ScoreTable
 from .scoring import finished, parts_of, scores_at, writing_scores
 from .up_projection import UpProjection, decoder_layers, find_up_projections
@@ -60,7 +61,7 @@ def score_layers(
         `layer_<i>_q25` and `layer_<i>_q75`: quantiles of the change of a matrix's entries.
 
     Raises:
-        InputError: as `score_dataset`; or the limit is below 1.
+        InputError: as `score_dataset`; or the limit is below 1, or the model is quantised.
     """
     if limit < 1:
         raise InputError(f"limit must be at least 1, got {limit}.")
@@ -73,6 +74,7 @@ def score_layers(
         earlier = scores_at(folder, opened.provenance)
         if earlier is not None:
             return earlier
+        check_plain(model, "Measuring all layers")
         model = placed(model, args)
         found = find_up_projections(model, len(decoder_layers(model)[1]), config.up_projection)
         prepared = opened.prepared
@@ -113,7 +115,7 @@ class _Changes:
 
     def _change(self, each: UpProjection, gradient: Tensor | None) -> Tensor:
         """What one step changes, its size, entry by entry; nothing where the loss does not depend on the weight."""
-        weight = at_least_float32(each.up(each.parameter).detach())
+        weight = at_least_float32(each.plain_weight())
         if gradient is None:
             return torch.zeros_like(weight)
         own = at_least_float32(each.up(gradient)).clone()

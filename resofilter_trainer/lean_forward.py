@@ -6,6 +6,8 @@
     logits                            never all at once
 
 What can be left out depends on the model, so it is tried on the first batch, and not done where it changes anything.
+A model that is sharded over processes runs in all of them at the same time. So all try it on the same tokens, and what
+depends on a batch, its prefix, is not left out.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from .losses import Inputs, inputs_of
 from .modes import same_but_for
 from .narrowing import Narrowing, position_by_position
 from .prefixes import SharedPrefix
+from .sharding import is_sharded, of_first_process
 
 ROUNDINGS = 1000  # through all layers
 IN_BFLOAT16 = 0.02
@@ -34,12 +37,15 @@ class LeanForward:
         lower: the decoder layers in which nothing is measured.
         layer: the one above them.
         last: the parts of the last decoder layer in which something is measured.
+
+    Attributes:
+        in_step: whether the model is sharded: each process must see as many batches, at the same time.
     """
 
     def __init__(
         self, model: nn.Module, lower: Sequence[nn.Module], layer: nn.Module, last: Sequence[nn.Module]
     ) -> None:
-        self._model, self._last = model, last
+        self._model, self._last, self.in_step = model, last, is_sharded(model)
         self._prefix = SharedPrefix(model, lower, layer)
         self._way: Way | None = None  # None until it was tried
         self._causal = False
@@ -54,12 +60,13 @@ class LeanForward:
     @property
     def may_share(self) -> bool:
         """False where it is known that a prefix cannot be taken once."""
-        return self._way is None or (self._causal and self._sharing is not False)
+        return not self.in_step and (self._way is None or (self._causal and self._sharing is not False))
 
     def inputs(self, batch: Mapping[str, Tensor]) -> Inputs:
         """What the model has to see of a batch of `input_ids`, `attention_mask` and `labels`, each (B, T)."""
         if self._way is None:
-            self._try_out(batch["input_ids"][:1, :PROBE])
+            ids = batch["input_ids"][:1, :PROBE]
+            self._try_out(of_first_process(self._model, ids).to(ids.device) if self.in_step else ids)
         return inputs_of(self._model, batch, self._causal)
 
     def try_sharing(self, row: Mapping[str, Tensor]) -> None:
@@ -102,7 +109,7 @@ class LeanForward:
 
     def _shared_length(self, inputs: Inputs, lengths: Tensor, shared: int | None) -> int:
         """How many first tokens all rows share, if they can be taken together."""
-        if not self._causal or self._sharing is False or not inputs.ids_alone:
+        if self.in_step or not self._causal or self._sharing is False or not inputs.ids_alone:
             return 0
         length = self._prefix.length(inputs.arguments["input_ids"], lengths, shared)
         if length and self._sharing is None:

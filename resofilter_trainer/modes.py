@@ -8,16 +8,20 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.overrides import TorchFunctionMode
+
+from .quantised import giving_gradients
 
 
 @contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Without dropout; every module's own mode is put back."""
+    """Without dropout, and so that gradients can be had; every module's own mode is put back."""
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
-        yield
+        with giving_gradients(model):
+            yield
     finally:
         for module, mode in modes.items():
             module.training = mode
@@ -77,7 +81,7 @@ def bfloat16_forward(model: nn.Module, enabled: bool, aside: Iterable[nn.Paramet
     """With bfloat16 autocast.
 
     Autocast casts the weight of a linear map whenever it is used. On a CPU, where batches are small, that takes a tenth
-    of the time, so there the weights are cast once, beside the user's own, which are put back.
+    of the time, so there the weights are cast once, beside the user's own, which are put back; but for sharded ones.
 
     Args:
         model: stays where it is; on a CPU it takes half as much memory again meanwhile.
@@ -87,7 +91,8 @@ def bfloat16_forward(model: nn.Module, enabled: bool, aside: Iterable[nn.Paramet
     device = next(each.device.type for each in model.parameters() if each.device.type != "meta")
     embeddings = {module.weight for module in model.modules() if isinstance(module, nn.Embedding)}
     linear = {module.weight for module in model.modules() if type(module) is nn.Linear} - embeddings - set(aside)
-    own = {each: each.data for each in linear if enabled and each.device.type == "cpu" and each.dtype == torch.float32}
+    linear = {each for each in linear if each.device.type == "cpu" and not isinstance(each, DTensor)}
+    own = {each: each.data for each in linear if enabled and each.dtype == torch.float32}
     try:
         for parameter, data in own.items():
             parameter.data = data.bfloat16()

@@ -12,12 +12,13 @@ import torch
 import xxhash
 from datasets import Dataset
 from peft import PeftModel
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
 from trl import SFTConfig
 
 from .config import ColumnMapping, Precision, ResonanceConfig
 from .preparation import PreparedRows, survey
+from .quantised import bits_of, stored_tensors
 from .rows import hash_rows
 from .scores import Provenance
 
@@ -147,12 +148,24 @@ def _settings(model: PreTrainedModel) -> dict[str, Any]:
 
 
 def hash_weights(model: nn.Module) -> str:
-    """Of every parameter's name, shape, dtype and bytes, in order; tied ones count once."""
+    """Of every parameter's name, shape, dtype and bytes, in order; tied ones count once.
+
+    Of a quantised one also of what gives its bytes their meaning.
+    """
     digest = xxhash.xxh3_128()
     for name, parameter in model.named_parameters():
-        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
-        digest.update(parameter.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        if bits_of(parameter) is None:
+            _add(digest, name, parameter)
+            continue
+        owner = name.rpartition(".")[0]
+        for key, value in stored_tensors(model.get_submodule(owner)).items():
+            _add(digest, f"{owner}.{key}", value)
     return digest.hexdigest()
+
+
+def _add(digest: xxhash.xxh3_128, name: str, tensor: Tensor) -> None:
+    digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+    digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
 
 def hash_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:

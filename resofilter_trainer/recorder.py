@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from .config import InputError, ResonanceConfig
 from .gradients import Segment, block_gradients, gram_is_cheaper, runs_of, segments_of, spans, squared_norm, tiles
@@ -43,10 +44,11 @@ class Recorder:
     Args:
         model: a causal language model in float32, float64 or bfloat16. Products are in float32, or in float64 for a
             float64 model; a bfloat16 forward, by weights or by autocast, brings bfloat16's noise and no more.
+            Where it is sharded, all processes must measure at the same time: see `in_step`.
         config: which step is measured and how.
 
     Raises:
-        InputError: the model has no up-projection that is known, or it is offloaded.
+        InputError: the model has no up-projection that is known, it is offloaded, or sharded by another than `shard`.
     """
 
     def __init__(self, model: nn.Module, config: ResonanceConfig) -> None:
@@ -58,11 +60,16 @@ class Recorder:
         self._entries = np.zeros(len(self.layer_indices), dtype=np.int64)
         for each in up_projections:
             self._modules.setdefault(each.module, []).append(each)
-            self._entries[self._column(each)] += each.up(each.parameter).numel()
+            self._entries[self._column(each)] += each.entries
             if each.parameter.device.type == "meta":
                 raise InputError(
                     f"'{each.name}' is offloaded, so its weight is not at hand when it is measured. Place the last "
                     f"{config.n_layers} layers on a device, by device_map."
+                )
+            if isinstance(each.parameter, DTensor):
+                raise InputError(
+                    f"'{each.name}' is sharded, so its weight is not at hand when it is measured. Pass the model as it "
+                    "was loaded, and let resofilter_trainer.sharding.shard spread it: it leaves what is measured whole."
                 )
         self._calls: dict[nn.Module, Call] | None = None
         lowest, last = self.layer_indices[0], self.layer_indices[-1]
@@ -96,6 +103,16 @@ class Recorder:
     def may_share(self) -> bool:
         """False where it is known that rows which begin alike are no less work together."""
         return self._forward.may_share
+
+    @property
+    def in_step(self) -> bool:
+        """Whether the model is sharded: every process must measure as many batches, at the same time."""
+        return self._forward.in_step
+
+    def take_part(self) -> None:
+        """Measure nothing, while other processes of a sharded model measure a batch: it needs all of them to run."""
+        ids = torch.zeros(1, 2, dtype=torch.long, device=next(self.model.parameters()).device)
+        self({"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids})
 
     def forget(self) -> None:
         """Let go of what was kept of earlier batches, before the weights or the precision (an autocast) change."""
@@ -160,7 +177,7 @@ class Recorder:
 
     def _unchanged(self, up_projections: Sequence[UpProjection]) -> np.ndarray:
         """Without a gradient there is no step."""
-        return np.array(sum(unchanged_sum(each.up(each.parameter), self.config) for each in up_projections))
+        return np.array(sum(unchanged_sum(each.entries, self.config) for each in up_projections))
 
     def _catch(
         self, up_projections: list[UpProjection], module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any
@@ -234,7 +251,7 @@ def _linear_sums(
     config: ResonanceConfig,
 ) -> Tensor:
     a, b = at_least_float32(a), at_least_float32(b[..., each.outputs])
-    weight = at_least_float32(each.up(each.parameter).detach())
+    weight = at_least_float32(each.plain_weight())
     norm_only = config.update == "sgd" and config.norm == "l2"
     sums = []
     for run, factor in zip(runs, factors, strict=True):
@@ -259,10 +276,10 @@ def _block_sums(
     for sample, (run, factor) in enumerate(zip(runs, factors, strict=True)):
         gradients = block_gradients(block, parameters, call.args, call.kwargs, b, run)
         for each, gradient in zip(call.up_projections, gradients, strict=True):
-            weight = at_least_float32(each.up(each.parameter).detach())
             if gradient is None:
-                sums[sample] += unchanged_sum(weight, config)
+                sums[sample] += unchanged_sum(each.entries, config)
                 continue
+            weight = at_least_float32(each.plain_weight())
             own = at_least_float32(each.up(gradient)).clone()
             sums[sample] += tile_sum(own if factor is None else own.mul_(factor), weight, config)
     return sums

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from .config import InputError, ResonanceConfig
 from .losses import IGNORE
 from .modes import at_least_float32, evaluating, own_precision, requiring_grad
+from .quantised import check_plain
 from .up_projection import UpProjection, find_up_projections
 
 
@@ -52,8 +53,9 @@ def literal(model: nn.Module, samples: Sequence[Mapping[str, Tensor]], config: R
         config: which step is taken and how its change is measured.
 
     Raises:
-        InputError: the weights are bfloat16 or float16, or the model has no up-projection that is known.
+        InputError: the weights are quantised, bfloat16 or float16, or the model has no up-projection that is known.
     """
+    check_plain(model, "The literal procedure")
     up_projections = find_up_projections(model, config.n_layers, config.up_projection)
     _refuse_half_precision(up_projections)
     start = {name: value.detach().clone() for name, value in model.state_dict().items()}
@@ -62,9 +64,9 @@ def literal(model: nn.Module, samples: Sequence[Mapping[str, Tensor]], config: R
         try:
             for sample in samples:
                 model.load_state_dict(start)
-                before = [each.up(each.parameter).detach().clone() for each in up_projections]
+                before = [each.plain_weight().clone() for each in up_projections]
                 losses.append(_one_step(model, sample, config))
-                after = [each.up(each.parameter).detach() for each in up_projections]
+                after = [each.plain_weight() for each in up_projections]
                 changes = [old - new for old, new in zip(before, after, strict=True)]
                 layers.append(layer_values(up_projections, changes, config))
         finally:

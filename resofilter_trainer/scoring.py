@@ -41,6 +41,7 @@ from .preparation import PreparedRows
 from .recorder import Recorder
 from .resonance import Resonance
 from .scores import LAYER, SCORES_FILE, Provenance, ScoreTable, Trust
+from .sharding import shard
 from .store import PARTS
 
 VANISHING = "Gradients near eps vanish in float16, and their ranking with them. Score in bf16 or float32."
@@ -62,6 +63,7 @@ def score_dataset(
     *,
     precision: Precision | None = None,
     tokens_per_batch: int | None = None,
+    sharded: bool = False,
     **row_options: Any,
 ) -> ScoreTable:
     """Score every row of a dataset by how far training on it would move W_up (ResoFilter).
@@ -78,6 +80,8 @@ def score_dataset(
             `"auto"`: bfloat16 where this machine is faster with it and some of these rows rank alike, which is tried
             first. By default what `args.bf16` says, and `"auto"` without `args`. Products are float32, sums float64.
         tokens_per_batch: padding included; by default what suits the device.
+        sharded: spread the weights of the layers over all processes (FSDP2), for a model that does not fit one device.
+            Each process still loads all of it into host memory first. The model that is passed stays sharded.
         **row_options: `drop_duplicates`, to leave out rows whose prompt repeats an earlier one, as the paper does;
             `drop_empty`, to leave out rows with an empty completion, which are an error otherwise; `source`, where the
             dataset came from, for the provenance: `dataset`, `split` and `name` as for `load_rows`; and
@@ -113,7 +117,10 @@ def score_dataset(
         earlier = scores_at(output, opened.provenance)
         if earlier is not None:
             return earlier
-        model = placed(model, args)
+        if sharded:
+            shard(model, config, args.device)
+        else:
+            model = placed(model, args)
         budget = tokens_per_batch or default_budget(args.device)
         parts = parts_of(output, opened.provenance, budget)
         measured, layers, trust = score_prepared(model, opened.prepared, args, config, precision, budget, parts)
@@ -243,7 +250,7 @@ class Pass:
             return {"loss": found.loss, "num_tokens": found.num_tokens, **layers}
 
         with bfloat16_forward(self.record.model, autocast, aside=self.record.parameters):
-            lines = measure_batches(rows, costs, of_batch, self.args, label, store)
+            lines = measure_batches(rows, costs, of_batch, self.args, label, store, self.record.in_step)
         self.record.forget()  # what was kept is of this precision
         layers = np.stack([lines[name].to_numpy() for name in self._layer_names], axis=1)
         return Resonance(lines["loss"].to_numpy(), lines["num_tokens"].to_numpy(), layers)
@@ -262,7 +269,7 @@ class Pass:
         try:
             measured = self.record(collate(self.prepared, rows, self._device), shared)
         except torch.OutOfMemoryError:
-            if len(rows) == 1:
+            if len(rows) == 1 or self.record.in_step:  # which all processes would have to do together
                 raise
         if measured is None:  # not in the except clause, where the error still holds the batch's tensors
             self.record.forget()

@@ -66,6 +66,8 @@ def score_stream(
         raise InputError(f"A stream is needed, got {type(stream).__name__}: use score_dataset, or streaming=True.")
     if rows_per_piece < 1 or rows_per_piece % 1000:
         raise InputError(f"rows_per_piece must be a multiple of 1000, got {rows_per_piece}.")
+    if options.get("sharded"):
+        raise InputError("A stream is scored piece by piece, and a model is sharded for good: leave sharded out.")
     args, folder = args or default_arguments(), Path(output)
     model, tokenizer = load_model(model, processing_class, args)
     if (folder / SCORES_FILE).exists():

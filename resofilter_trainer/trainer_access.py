@@ -26,6 +26,7 @@ from trl import SFTConfig, SFTTrainer
 from .config import InputError
 from .losses import IGNORE
 from .plan import Batching, Progress
+from .sharding import is_sharded
 from .shrinking import IndexedRows, RowCollator, ShrinkingSampler
 from .token_selection import EMPTIED
 
@@ -103,7 +104,8 @@ def check_trainer(trainer: Trainer, train_dataloader: Any) -> None:
     dataset = train_dataloader.dataset
     accelerator = trainer.accelerator
     strategy = args.train_sampling_strategy
-    sharded = "score first (resofilter score), then train on the selection"
+    sharded = "Score first (resofilter score), then train on the selection"
+    by_fsdp = accelerator.distributed_type == DistributedType.FSDP or is_sharded(cast(Any, trainer.model))
     refusals = [
         (isinstance(dataset, torch.utils.data.IterableDataset), "a streaming dataset", "Load it as a Dataset"),
         (is_packed(args, dataset), "packed rows", "Set packing=False; padding_free=True wastes no padding either"),
@@ -112,7 +114,7 @@ def check_trainer(trainer: Trainer, train_dataloader: Any) -> None:
         (args.torch_compile, "torch_compile=True, which drops hooks", "Set torch_compile=False"),
         (args.fp16, "fp16, in which gradients near eps vanish", "Use bf16=True or float32"),
         (args.n_gpu > 1, "nn.DataParallel", "Use accelerate launch, or show one GPU by CUDA_VISIBLE_DEVICES"),
-        (accelerator.distributed_type == DistributedType.FSDP, "FSDP, which shards weights and gradients", sharded),
+        (by_fsdp, "FSDP, which shards weights and gradients", sharded),
         (accelerator.distributed_type == DistributedType.DEEPSPEED, "DeepSpeed", sharded),
         (accelerator.parallelism_config is not None, "parallelism within a sample", "Leave parallelism_config unset"),
         (args.device.type == "mps", "Apple's GPU, which has no float64", "Pass use_cpu=True"),

@@ -139,11 +139,11 @@ class TrainingRecorder:
         entries = np.zeros(len(self._layers), dtype=np.int64)
         for module, up_projections in self._modules.items():
             column = self._layers.index(up_projections[0].layer)
-            entries[column] += sum(each.up(each.parameter).numel() for each in up_projections)
+            entries[column] += sum(each.entries for each in up_projections)
             if module in batch.sums:
                 sums[:, column] += batch.sums[module].cpu().numpy()
             else:  # the loss does not depend on it: no gradient, no step
-                sums[:, column] += sum(unchanged_sum(each.up(each.parameter), config) for each in up_projections)
+                sums[:, column] += sum(unchanged_sum(each.entries, config) for each in up_projections)
         return size_of_change(sums, entries, config)
 
     def _begin(self, model: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
@@ -272,12 +272,12 @@ def _adapters(each: UpProjection) -> list[nn.Parameter]:
 def _merged(each: UpProjection) -> Tensor:
     """The up-projection's weight, adapters included."""
     module: Any = each.module
-    weight = at_least_float32(each.parameter.detach())
+    weight = at_least_float32(each.plain_weight())
     if hasattr(module, "lora_A") and not module.merged and not module.disable_adapters:
         for adapter in module.active_adapters:
             if adapter in module.lora_A:
-                weight = weight + at_least_float32(module.get_delta_weight(adapter))
-    return each.up(weight)
+                weight = weight + each.up(at_least_float32(module.get_delta_weight(adapter)))
+    return weight
 
 
 def _same(mine: Tensor, given: Any) -> bool:

@@ -1,8 +1,8 @@
 """Where each decoder layer's up-projection lives, in any causal LM of transformers.
 
-Knows names, layouts and nothing else: runs no forward, reads no number, changes nothing. It goes by the names below,
-not by what a layer computes: a feed-forward that is new and uses a known name otherwise is resolved wrongly, one with
-an unknown name is refused. Nor does it know how often a layer runs in one forward (twice in hrm_text).
+Knows names, layouts and nothing else: runs no forward, changes nothing, reads no number until asked. It goes by the
+names below, not by what a layer computes: a feed-forward that is new and uses a known name otherwise is resolved
+wrongly, one with an unknown name is refused. Nor does it know how often a layer runs in one forward: twice in hrm_text.
 
 In a gated feed-forward, `down(act(gate(x)) * up(x))`, the up-projection is the branch that does not pass through the
 activation; otherwise it is the only branch.
@@ -10,14 +10,17 @@ activation; otherwise it is the only branch.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
+import torch
 from torch import Tensor, nn
 
 from .config import InputError
+from .quantised import REMEDY, bits_of, matrix_shape, plain_matrix
 
 Kind = Literal["linear", "conv1d", "experts"]
 
@@ -60,24 +63,37 @@ class UpProjection:
             or a tuple that begins with them; llama4 returns them as (B * T, H), and gemma4's experts, which stand in
             the layer without a block, take (B * T, H) and the routes of each.
         block: the part of the decoder layer that it is in, often the whole feed-forward.
-        parameter: the whole parameter: (O, I), (I, O) for conv1d, (E, O, I) or (E, I, O) for most experts.
+        owner: the module whose own parameter it is.
+        parameter: the whole parameter, as it is stored; packed where the model is quantised.
+        shape: of what it stands for: (O, I), (I, O) for conv1d, (E, O, I) or (E, I, O) for most experts.
         kind: `"experts"` is everything that must be replayed, because not every token passes through it.
         outputs: which output features of the map are the up-projection.
-        part: `outputs` as an index into `parameter`, or into anything laid out like it.
+        part: `outputs` as an index into anything of `shape`.
     """
 
     name: str
     layer: int
     module: nn.Module
     block: nn.Module
+    owner: nn.Module
     parameter: nn.Parameter
+    shape: torch.Size
     kind: Kind
     outputs: slice
     part: tuple[slice, ...]
 
     def up(self, tensor: Tensor) -> Tensor:
-        """The up-projection's entries of a tensor laid out as `parameter`, as a view."""
+        """The up-projection's entries of a tensor of `shape`, as a view."""
         return tensor[self.part]
+
+    @property
+    def entries(self) -> int:
+        """How many numbers the up-projection has."""
+        return math.prod(len(range(*part.indices(size))) for part, size in zip(self.part, self.shape, strict=True))
+
+    def plain_weight(self) -> Tensor:
+        """The up-projection's numbers, without gradient: a view of the parameter, or a copy where it is quantised."""
+        return self.up(plain_matrix(self.owner, self.parameter))
 
 
 def find_up_projections(model: nn.Module, n_layers: int = 3, pattern: str | None = None) -> tuple[UpProjection, ...]:
@@ -101,6 +117,7 @@ def find_up_projections(model: nn.Module, n_layers: int = 3, pattern: str | None
     found = [each for index in measured for each in _in_layer(layers[index], index, f"{path}.{index}", regex)]
     missing = sorted(set(measured) - {each.layer for each in found})
     if missing:
+        _refuse_without_weight(layers[missing[-1]], f"{path}.{missing[-1]}")
         where = f"the last {n_layers} of {depth} layers"
         if len(missing) < n_layers:
             where += f"; missing in layer {', '.join(map(str, missing))}"
@@ -164,15 +181,23 @@ def _in_layer(layer: nn.Module, index: int, path: str, regex: re.Pattern[str] | 
         name, parameter = f"{path}.{weight.name}", weight.parameter
         if not (_known(weight.name) if regex is None else regex.search(name)):
             continue
-        if not parameter.is_floating_point():
-            raise InputError(f"'{name}' is quantised to {parameter.dtype}. Load the model without quantisation.")
+        shape = matrix_shape(name, weight.owner, parameter)
         transposed = vars(weight.owner).get("is_transposed", type(weight.owner).__name__ in TRANSPOSED_CLASSES)
-        axis = parameter.dim() - (1 if transposed else 2)  # where the output features are
-        outputs = _outputs(layer, weight, parameter.shape[axis])
-        part = tuple(outputs if each == axis else slice(None) for each in range(parameter.dim()))
+        axis = len(shape) - (1 if transposed else 2)  # where the output features are
+        outputs = _outputs(layer, weight, shape[axis])
+        part = tuple(outputs if each == axis else slice(None) for each in range(len(shape)))
         block = layer.get_submodule(weight.name.split(".")[0])
         module, kind = _what_to_hook(block, weight, transposed)
-        yield UpProjection(name, index, module, block, parameter, kind, outputs, part)
+        if kind == "experts" and bits_of(parameter):
+            raise InputError(f"'{name}' is quantised and sees only tokens routed to it. Leave experts unquantised.")
+        yield UpProjection(name, index, module, block, weight.owner, parameter, shape, kind, outputs, part)
+
+
+def _refuse_without_weight(layer: nn.Module, path: str) -> None:
+    """Raise InputError for a known name whose module keeps its weight in a form of its own, as GPTQ and AWQ do."""
+    for name, module in layer.named_modules():
+        if _known(name) and not list(module.parameters()) and list(module.buffers()):
+            raise InputError(f"'{path}.{name}' is a {type(module).__name__}, which has no weight to read. {REMEDY}")
 
 
 def _outputs(layer: nn.Module, weight: _Weight, size: int) -> slice:

@@ -50,9 +50,9 @@ def tile_sum(gradient: Tensor, weight: Tensor, config: ResonanceConfig) -> Tenso
     return size.sum(-1).sum(dtype=torch.float64)
 
 
-def unchanged_sum(weight: Tensor, config: ResonanceConfig) -> float:
-    """What `tile_sum` is for a weight that the optimizer skips because it has no gradient at all."""
-    return float(weight.numel()) if config.update == "adamw" else 0.0
+def unchanged_sum(entries: int, config: ResonanceConfig) -> float:
+    """What `tile_sum` is for a weight of so many entries that the optimizer skips, as it has no gradient at all."""
+    return float(entries) if config.update == "adamw" else 0.0
 
 
 def size_of_change(sums: np.ndarray, entries: np.ndarray, config: ResonanceConfig) -> np.ndarray:

@@ -40,8 +40,10 @@ ORDER = [
     "filtering",
     "results",
     "report",
+    "quantised",
     "modes",
     "up_projection",
+    "sharding",
     "updates",
     "gradients",
     "losses",
@@ -93,7 +95,7 @@ ORDER = [
     "comparison_report",
     "cli",
 ]
-CHEAP = ORDER[: ORDER.index("modes")]
+CHEAP = ORDER[: ORDER.index("quantised")]
 HEAVY = {"torch", "transformers", "datasets", "trl", "accelerate", "peft", "evaluate"}
 
 

@@ -98,7 +98,7 @@ def options(*more: str) -> Callable[[Place], Sequence[object]]:
 BAD_SCORES: dict[str, tuple[Callable[[Place], Sequence[object]], Sequence[str]]] = {
     "unknown model path": (options("--model", "/nowhere/model"), ["no model at '/nowhere/model'"]),
     "model without network": (options("--model", "nobody/nothing"), ["model", "'nobody/nothing'", "connect"]),
-    "folder that is no model": (lambda place: ["--model", place.folder], ["model", "place0"]),
+    "folder that is no model": (lambda place: ["--model", place.folder], ["model", "place"]),
     "unknown dataset path": (options("--dataset", "/nowhere/rows.jsonl"), ["no dataset at '/nowhere/rows.jsonl'"]),
     "dataset without network": (options("--dataset", "nobody/nothing"), ["'nobody/nothing'", "reach"]),
     "no usable column": (

@@ -142,8 +142,9 @@ def test_bfloat16_weights_are_recorded_with_their_noise_and_no_more() -> None:
     assert rank_correlation(record_all(rounded, samples, config).score, exact.score) > 0.99
 
 
-def test_a_sample_without_a_learnt_token_has_no_loss_and_spoils_nothing() -> None:
-    model, samples = build("llama", torch.float64), make_samples(3)
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+def test_a_sample_without_a_learnt_token_has_no_loss_and_spoils_nothing(family: str) -> None:
+    model, samples = build(family, torch.float64), make_samples(3)
     truth = record_all(model, samples, ResonanceConfig())
     masked = {"input_ids": samples[1]["input_ids"], "labels": torch.full_like(samples[1]["labels"], -100)}
     found = record_all(model, [samples[0], masked, samples[2]], ResonanceConfig())

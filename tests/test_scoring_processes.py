@@ -46,6 +46,25 @@ def test_any_number_of_processes_gives_the_same_scores(command, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_sharded_model_gives_the_scores_of_a_whole_one(command, tmp_path):
+    for name, options in (("whole", []), ("sharded", ["--sharded"])):
+        options = ["--output", tmp_path / name, "--num_processes", 2, "--eps", 1e-4, *options]
+        done = resofilter(*command, *options)
+        assert done.returncode == 0, done.stderr[-3000:]
+    whole, sharded = (ScoreTable.load(tmp_path / name) for name in ("whole", "sharded"))
+    score = whole.column("score")  # up to rounding: a sharded model does not share what rows begin with
+    assert np.abs(sharded.column("score") - score).max() < 1e-5 * np.ptp(score)
+    assert np.array_equal(DataSelector().select(sharded).keep, DataSelector().select(whole).keep)
+
+
+def test_one_process_has_nothing_to_share_a_model_with(command, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        main([*map(str, command), "--output", str(tmp_path / "out"), "--sharded"])
+    assert "sharded over several processes, and there is one" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("criterion", ["el2n", "donod"])
 def test_so_do_criteria_of_other_selectors(criterion, command, tmp_path):
     for processes in (1, 2):

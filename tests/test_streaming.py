@@ -109,7 +109,11 @@ def test_scores_that_are_there_are_given_back(model, tokenizer, tmp_path, monkey
 
 @pytest.mark.parametrize(
     ("change", "message"),
-    [({"rows_per_piece": 1}, "multiple of 1000"), ({"stream": rows(3)}, "A stream is needed, got Dataset")],
+    [
+        ({"rows_per_piece": 1}, "multiple of 1000"),
+        ({"stream": rows(3)}, "A stream is needed, got Dataset"),
+        ({"sharded": True}, "leave sharded out"),
+    ],
 )
 def test_what_cannot_work_is_refused(change, message, model, tokenizer, tmp_path):
     settings = {"stream": rows(3).to_iterable_dataset(), **change}
