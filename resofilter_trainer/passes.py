@@ -8,6 +8,7 @@ on interruptions. So the lines do not either.
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from transformers import TrainingArguments
 
 from .config import InputError
 from .distribution import guided_chunks, rounds
+from .files import only_writer
 from .store import UNIT, Store
 from .team import Team
 
@@ -102,6 +104,25 @@ def measure_batches(
     if lines.num_rows != sum(map(len, batches)):
         raise InputError(_not_shared(store, lines.num_rows, sum(map(len, batches))))
     return lines
+
+
+@contextlib.contextmanager
+def holding(folder: Path | None) -> Iterator[None]:
+    """Hold the folder of an output, if there is one, against other runs; no process goes on before it is held.
+
+    Raises InputError, in every process, where another run holds it.
+    """
+    refused: list[str | None] = [None]
+    with contextlib.ExitStack() as stack:
+        if folder is not None and PartialState().is_main_process:
+            try:
+                stack.enter_context(only_writer(folder))
+            except InputError as error:  # the others must not wait
+                refused = [str(error)]
+        reason = broadcast_object_list(refused)[0]
+        if reason is not None:
+            raise InputError(reason)
+        yield
 
 
 def open_store(store: Store) -> np.ndarray:

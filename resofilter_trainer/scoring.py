@@ -33,10 +33,10 @@ from trl import SFTConfig
 from .batches import Batch, arrange, collate, default_budget
 from .comparison import rank_correlation
 from .config import InputError, NotFiniteError, Precision, ResonanceConfig, one_of
-from .files import file_at, only_writer, replacing
+from .files import file_at, replacing
 from .loading import Opened, check_arguments, default_arguments, open_pass, placed
 from .modes import bfloat16_forward
-from .passes import Keep, measure_batches
+from .passes import Keep, holding, measure_batches
 from .preparation import PreparedRows
 from .recorder import Recorder
 from .resonance import Resonance
@@ -298,21 +298,14 @@ def faster_in_bfloat16(device: torch.device) -> bool:
 
 @contextlib.contextmanager
 def writing_scores(output: str | os.PathLike[str] | None) -> Iterator[None]:
-    """Hold the folder of an output, if there is one, against other runs; no process goes on before it is held."""
-    refused: list[str | None] = [None]
-    with contextlib.ExitStack() as stack:
-        if output is not None and PartialState().is_main_process:
-            try:
-                stack.enter_context(only_writer(file_at(output, SCORES_FILE).parent))
-            except InputError as error:
-                refused = [str(error)]
-        if broadcast_object_list(refused)[0] is not None:
-            raise InputError(refused[0])
+    """Hold the folder of an output, if there is one; what was begun with weights that are not sound is removed."""
+    folder = None if output is None else file_at(output, SCORES_FILE).parent
+    with holding(folder):
         try:
             yield
         except NotFiniteError:  # with these rows and weights it will never be whole
-            if output is not None:
-                shutil.rmtree(file_at(output, SCORES_FILE).parent / PARTS, ignore_errors=True)
+            if folder is not None:
+                shutil.rmtree(folder / PARTS, ignore_errors=True)
             raise
 
 

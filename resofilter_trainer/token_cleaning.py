@@ -26,7 +26,7 @@ from .cleaned_dataset import CleanedDataset, check_output, groups_of, mask_label
 from .config import SELF, InputError, TokenCleaning
 from .loading import check_arguments, check_model, default_arguments, open_pass, placed
 from .loss_pass import measure_token_losses
-from .passes import Keep
+from .passes import Keep, holding
 from .preparation import PreparedRows, learnt_tokens
 from .provenance import identity
 from .reference_model import check_vocabulary, is_adapter, load_reference, wearing
@@ -66,7 +66,7 @@ def clean_dataset(
 
     Raises:
         InputError: nothing can be learnt, the reference is not there or has another vocabulary, a loss is not finite,
-            or `output` holds something else.
+            `output` holds something else, or another run writes to it.
     """
     check_output(None if output is None else Path(output), TOKEN_SCORES_FILE)
     task, scores = measure_tokens(model, dataset, cleaning, processing_class, args, output, **row_options)
@@ -79,8 +79,9 @@ def clean_dataset(
         **summarise(selection, task.tokenizer, task.groups_of(scores.sample_id)),
     }
     cleaned = CleanedDataset(mask_labels(task.prepared.dataset, selection), selection, reasons, summary)
-    if task.folder is not None and PartialState().is_main_process:
-        save_dataset(cleaned.dataset, {**summary, "rows_left_out": len(reasons)}, task.folder)
+    with holding(task.folder):
+        if task.folder is not None and PartialState().is_main_process:
+            save_dataset(cleaned.dataset, {**summary, "rows_left_out": len(reasons)}, task.folder)
     return cleaned
 
 
@@ -105,9 +106,10 @@ def measure_tokens(
     base, task = open_task(model, dataset, cleaning, processing_class, args, output, **row_options)
     check_vocabulary(cleaning.reference, base, task.tokenizer, task.args, adapter)
     TokenSelector(cleaning.keep, cleaning.ranking).check(task.prepared.num_tokens)
-    earlier = task.earlier()
-    base_losses = task.losses(base, "base", task.prepared, task.provenance) if earlier is None else earlier.base
     with contextlib.ExitStack() as stack:
+        stack.enter_context(holding(task.folder))
+        earlier = task.earlier()
+        base_losses = task.losses(base, "base", task.prepared, task.provenance) if earlier is None else earlier.base
         if adapter:
             reference = stack.enter_context(wearing(base, cleaning.reference))
         else:
