@@ -20,6 +20,7 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from .config import InputError
+from .files import check_folder, writing
 from .losses import IGNORE
 from .preparation import ROW
 from .results import SUMMARY_FILE
@@ -141,7 +142,10 @@ def groups_of(dataset: Any, column: str | None) -> list[Any] | None:
 
 def check_output(folder: Path | None, own: str) -> None:
     """Raise InputError where a folder holds a dataset and no file `own`, which whoever makes one here leaves first."""
-    if folder is None or (folder / own).exists():
+    if folder is None:
+        return
+    check_folder(folder)
+    if (folder / own).exists():
         return
     if any((folder / name).exists() for name in ("dataset_info.json", "dataset_dict.json", "state.json")):
         raise InputError(f"'{folder}' holds a dataset that was made in another way. Choose another output.")
@@ -154,10 +158,12 @@ def save_dataset(dataset: Dataset, summary: Mapping[str, Any], folder: Path) -> 
     comes back last, so that no mixture of two datasets is ever read.
     """
     part = folder / f".dataset.{os.getpid()}.part"
+    shutil.rmtree(part, ignore_errors=True)  # left by one that was killed and had the same number
     try:
-        dataset.save_to_disk(part)
-        text = json.dumps(summary, indent=2, ensure_ascii=False)
-        (part / SUMMARY_FILE).write_text(text + "\n", encoding="utf-8")
+        with writing(folder):
+            dataset.save_to_disk(part)
+            text = json.dumps(summary, indent=2, ensure_ascii=False)
+            (part / SUMMARY_FILE).write_text(text + "\n", encoding="utf-8")
         (folder / "state.json").unlink(missing_ok=True)
         for stale in folder.glob("data-*-of-*.arrow"):
             stale.unlink()

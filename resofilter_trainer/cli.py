@@ -441,12 +441,9 @@ def _from(args: argparse.Namespace, kind: type) -> Any:
 
 def _yaml_arguments(args: argparse.Namespace) -> list[str]:
     """A YAML file's values as they would stand on the command line, to be checked like those."""
-    import yaml
+    from .files import read_yaml
 
-    try:
-        values = yaml.safe_load(Path(args.config).read_text())
-    except (OSError, yaml.YAMLError) as error:
-        raise InputError(f"--config {args.config} cannot be read: {' '.join(str(error).split())}") from error
+    values = read_yaml(args.config, f"--config {args.config}")
     if not isinstance(values, dict | None):
         raise InputError(f"--config {args.config} must hold a mapping, 'name: value' on each line.")
     arguments: list[str] = []

@@ -12,6 +12,7 @@ from typing import Any
 
 from .comparison import FULL, RANDOM
 from .config import InputError, one_of
+from .files import read_yaml
 
 DEMO = "demo"  # the model and the problems that ship with the package
 PLAIN: dict[str, Any] = {  # by annotation
@@ -213,12 +214,7 @@ class ComparisonConfig:
     @classmethod
     def load(cls, path: str | Path) -> ComparisonConfig:
         """From a YAML file. Raises InputError for what cannot be read or is not known."""
-        import yaml
-
-        try:
-            values = yaml.safe_load(Path(path).read_text())
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            raise InputError(f"'{path}' cannot be read: {' '.join(str(error).split())}") from error
+        values = read_yaml(path, f"'{path}'")
         if not isinstance(values, Mapping):
             raise InputError(f"'{path}' must hold a mapping, 'name: value' on each line.")
         return cls.of(values)

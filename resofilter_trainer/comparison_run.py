@@ -24,7 +24,7 @@ from .comparison_config import ComparisonConfig, SelectorConfig, slug
 from .comparison_data import make_data
 from .comparison_round import Round
 from .config import InputError
-from .files import only_writer, replacing
+from .files import only_writer, read_json, replacing
 from .selectors import check
 from .task_evaluation import check_tasks
 
@@ -110,10 +110,7 @@ def _claim(output: Path, config: ComparisonConfig) -> None:
     mine = json.loads(json.dumps(mine, default=str))
     path = output / SETTINGS
     if path.exists():
-        try:
-            theirs = json.loads(path.read_text())
-        except ValueError as error:
-            raise InputError(f"'{path}' is damaged ({error}). Choose another output, or remove that one.") from error
+        theirs = read_json(path, "Choose another output, or remove that one.")
         if not isinstance(theirs, dict):
             raise InputError(f"'{path}' is damaged, it holds no mapping. Choose another output, or remove that one.")
         differing = [f"{name} ({theirs.get(name)} / {mine[name]})" for name in mine if theirs.get(name) != mine[name]]
@@ -128,9 +125,9 @@ def _claim(output: Path, config: ComparisonConfig) -> None:
 
 def read_cell(path: Path, origin: Mapping[str, Any]) -> Cell:
     """A cell that is done. Raises InputError where it cannot be read, or is of another selector or other data."""
+    values = read_json(path, "Remove it, and it is done again.")
     try:
-        values = json.loads(path.read_text())
-        there = values.pop("of")
+        there = dict(values.pop("of"))
         cell = Cell(**values)
     except (TypeError, ValueError, KeyError, AttributeError) as error:
         raise InputError(f"'{path}' is damaged or of another version. Remove it, and it is done again.") from error

@@ -28,6 +28,9 @@ class InputError(ValueError):
     The commands print it and exit with 2. Anything else that escapes is a bug of ours.
     """
 
+    def __init__(self, message: str = "") -> None:
+        super().__init__(" ".join(message.splitlines()))  # a name or another's message may have several
+
 
 class NotFiniteError(InputError):
     """A loss, a gradient or a score is no number: the weights are not sound."""

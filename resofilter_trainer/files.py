@@ -1,23 +1,29 @@
-"""Files that are whole or not there, whatever happens meanwhile. Knows Parquet and Arrow, not what is in them."""
+"""Files that are whole or not there, whatever happens meanwhile. Knows their formats, not what is in them."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import json
 import os
 import shutil
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
+import xxhash
 from filelock import FileLock, Timeout
 
 from .config import InputError
 
 LOCK = ".resofilter.lock"
+DIGEST = b"resofilter_digest"  # the metadata that holds a table's own; files of earlier versions have none
 REFUSALS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.EACCES, errno.EPERM}  # of a disk
 
 
@@ -25,7 +31,7 @@ def save_parquet(table: pa.Table, path: Path, metadata: Mapping[str, str]) -> Pa
     """Write a table and its metadata beside the target, then rename: the file is whole or not there."""
     with replacing(path) as part:
         text = [each.name for each in table.schema if pa.types.is_string(each.type)]  # numbers hardly repeat
-        table = table.replace_schema_metadata(dict(metadata))
+        table = _signed(table.replace_schema_metadata(dict(metadata)), values=True)
         pq.write_table(table, part, use_dictionary=text, write_page_checksum=True)
     return path
 
@@ -38,16 +44,21 @@ def replacing(path: Path) -> Iterator[Path]:
     takes the place of none, or of an empty one. Raises InputError where nothing can be written.
     """
     check_folder(path.parent)
-    path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            _remove(part)  # left by one that was killed and had the same number, as in a container
             yield part
             flush(part)
             os.replace(part, path)
             flush(path.parent)
     finally:
-        part.unlink(missing_ok=True) if part.is_file() else shutil.rmtree(part, ignore_errors=True)
+        _remove(part)
+
+
+def _remove(part: Path) -> None:
+    part.unlink(missing_ok=True) if part.is_file() else shutil.rmtree(part, ignore_errors=True)
 
 
 @contextlib.contextmanager
@@ -108,11 +119,14 @@ def only_writer(folder: Path) -> Iterator[None]:
 
 def check_folder(path: Path) -> None:
     """Raise InputError where a folder cannot be made or written to."""
-    blocking = next((each for each in (path, *path.parents) if each.exists() and not each.is_dir()), None)
-    if blocking is not None:
-        raise InputError(f"'{blocking}' is a file, not a folder: nothing can be written there. Choose another output.")
-    there = next(each for each in (path.absolute(), *path.absolute().parents) if each.exists())
+    there = path.absolute()
     try:
+        blocking = next((each for each in (path, *path.parents) if each.exists() and not each.is_dir()), None)
+        if blocking is not None:
+            raise InputError(
+                f"'{blocking}' is a file, not a folder: nothing can be written there. Choose another output."
+            )
+        there = next(each for each in (there, *there.parents) if each.exists())
         with tempfile.TemporaryFile(dir=there):
             pass
     except OSError as error:
@@ -125,7 +139,8 @@ def load_parquet(path: Path, key: str, what: str) -> tuple[pa.Table, str]:
 
 
 def _checked(path: Path) -> pa.Table:
-    return pq.read_table(path, memory_map=True, page_checksum_verification=True)
+    table = pq.read_table(path, memory_map=True, page_checksum_verification=True, partitioning=None)
+    return _as_signed(table, values=True)
 
 
 def load_table(path: Path, key: str, what: str, kind: str, read: Callable[[Path], pa.Table]) -> tuple[pa.Table, str]:
@@ -145,9 +160,11 @@ def load_table(path: Path, key: str, what: str, kind: str, read: Callable[[Path]
         raise InputError(f"No {what} at '{path}'. Pass the folder or the file that they were written to.")
     try:
         table = read(path)
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, ValueError) as error:
         format_ = kind.split(" ", 1)[1]
-        raise InputError(f"'{path}' cannot be read, it is cut off or no {format_} ({error}). Make it again.") from error
+        raise InputError(
+            f"'{path}' cannot be read, it is damaged, cut off or no {format_} ({error}). Make it again."
+        ) from error
     metadata = (table.schema.metadata or {}).get(key.encode())
     if metadata is None:
         raise InputError(f"'{path}' is {kind}, but holds no {what} of resofilter.")
@@ -165,7 +182,7 @@ def file_at(path: str | os.PathLike[str], name: str) -> Path:
 
 def save_arrow(table: pa.Table, path: Path, key: str, metadata: str) -> Path:
     """Write a table, uncompressed, beside the target, then rename: the file is whole or not there."""
-    table = table.replace_schema_metadata({key: metadata})
+    table = _signed(table.replace_schema_metadata({key: metadata}), values=False)
     with replacing(path) as part, pa.OSFile(str(part), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
         for batch in table.combine_chunks().to_batches() or [pa.RecordBatch.from_pylist([], table.schema)]:
             writer.write_batch(batch)
@@ -180,4 +197,71 @@ def load_arrow(path: Path, key: str, what: str) -> tuple[pa.Table, str]:
 def _mapped(path: Path) -> pa.Table:
     table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
     table.validate()  # else a damaged file is followed beyond its end
+    return _as_signed(table, values=False)  # of values that are not read, nobody can say whether they are damaged
+
+
+def _signed(table: pa.Table, values: bool) -> pa.Table:
+    return table.replace_schema_metadata({**table.schema.metadata, DIGEST: _digest(table, values)})
+
+
+def _as_signed(table: pa.Table, values: bool) -> pa.Table:
+    """The table. Raises ArrowInvalid where it is not what was signed: no page checksum covers names and metadata."""
+    expected = (table.schema.metadata or {}).get(DIGEST)
+    if expected is not None and expected != _digest(table, values):
+        raise pa.ArrowInvalid("what it holds is not what was written")
     return table
+
+
+def _digest(table: pa.Table, values: bool) -> bytes:
+    """Of names, types and metadata, and of the values if they are to count."""
+    metadata = sorted((name, value) for name, value in (table.schema.metadata or {}).items() if name != DIGEST)
+    names = [(field.name, str(field.type)) for field in table.schema]
+    digest = xxhash.xxh3_128(repr((table.num_rows, names, metadata)).encode(errors="replace"))
+    for column in table.columns if values else ():
+        for part in _bytes_of(column):
+            digest.update(np.ascontiguousarray(part).data)
+    return digest.hexdigest().encode()
+
+
+def _bytes_of(column: pa.ChunkedArray) -> Iterator[np.ndarray]:
+    """The same ones however a column is cut into chunks; of numbers, truth values and text, which are all we write."""
+    kind = column.type
+    if column.null_count:
+        yield from (chunk.is_valid().to_numpy(zero_copy_only=False) for chunk in column.chunks)
+    if pa.types.is_string(kind) or pa.types.is_large_string(kind):
+        column = column.drop_null()
+        yield from (pc.binary_length(chunk).to_numpy() for chunk in column.chunks)
+        yield from (_text_of(chunk) for chunk in column.chunks if len(chunk))
+    elif pa.types.is_integer(kind) or pa.types.is_floating(kind):
+        yield from (chunk.to_numpy() for chunk in (column.fill_null(0) if column.null_count else column).chunks)
+    elif pa.types.is_boolean(kind):
+        yield from (chunk.to_numpy(zero_copy_only=False) for chunk in column.fill_null(False).chunks)
+
+
+def _text_of(chunk: pa.Array) -> np.ndarray:
+    """The bytes of all its texts, one after another; none of them is null."""
+    _, offsets, text = chunk.buffers()
+    width = np.int64 if pa.types.is_large_string(chunk.type) else np.int32
+    first, last = np.frombuffer(offsets, width)[[chunk.offset, chunk.offset + len(chunk)]]
+    return np.empty(0, np.uint8) if text is None else np.frombuffer(text, np.uint8)[first:last]
+
+
+def read_json(path: Path, way_out: str) -> Any:
+    """What a JSON file holds. Raises InputError, which ends with the way out, where it is damaged."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"'{path}' is damaged ({error}). {way_out}") from error
+
+
+def read_yaml(path: str | os.PathLike[str], name: str) -> Any:
+    """What a YAML file holds. Raises InputError, which calls it by the name, where it cannot be read."""
+    import yaml
+
+    try:
+        return yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError, ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
+        # the last ones of `safe_load` itself, for a thirteenth month, `!!bool x` and the like
+        raise InputError(f"{name} cannot be read: {' '.join(str(error).split())}") from error

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
+from .config import InputError
 from .drift import on_scale_of, without_drift
 from .files import load_parquet, save_parquet
 from .scores import LAYER, Provenance, ScoreTable
@@ -127,10 +128,15 @@ class Measurements:
     def load(cls, folder: Path) -> tuple[Measurements, dict[str, np.ndarray]]:
         """Undo `save`: the measurements and the further columns. Raises InputError where they are not there."""
         table, metadata = load_parquet(folder / FILE, KEY, "measurements of a training run")
-        columns = {name: table[name].to_numpy().copy() for name in table.column_names}
-        measurements = cls(table.num_rows, json.loads(metadata))
-        for i, layer in enumerate(measurements.layer_indices):
-            measurements.layers[:, i] = columns.pop(f"{LAYER}{layer}")
-        for name in ("score", "loss", "num_tokens", "length", "epoch", "step"):
-            setattr(measurements, name, columns.pop(name))
-        return measurements, columns
+        try:
+            columns = {name: table[name].to_numpy().copy() for name in table.column_names}
+            measurements = cls(table.num_rows, json.loads(metadata))
+            for i, layer in enumerate(measurements.layer_indices):
+                measurements.layers[:, i] = columns.pop(f"{LAYER}{layer}")
+            for name in ("score", "loss", "num_tokens", "length", "epoch", "step"):
+                setattr(measurements, name, columns.pop(name))
+            return measurements, columns
+        except (TypeError, KeyError, ValueError, RecursionError) as error:
+            raise InputError(
+                f"'{folder / FILE}' was written by another version. Start from an earlier checkpoint."
+            ) from error

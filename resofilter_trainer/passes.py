@@ -121,8 +121,9 @@ def held(folder: str | os.PathLike[str] | None) -> Iterator[None]:
                 stack.enter_context(only_writer(Path(folder)))
             except InputError as error:  # the others must not wait
                 refused = [str(error)]
-        if broadcast_object_list(refused)[0] is not None:
-            raise InputError(refused[0])
+        reason = broadcast_object_list(refused)[0]
+        if reason is not None:
+            raise InputError(reason)
         yield
 
 

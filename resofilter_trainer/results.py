@@ -36,8 +36,8 @@ class Results:
     def save(self, folder: Path, ended: int) -> None:
         """Write the scores, also under the name of the epoch that has ended (0: none has), and every selection."""
         if self.token_stages:
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / TOKENS_FILE).write_text(json.dumps(self.token_stages, indent=2) + "\n")
+            with replacing(folder / TOKENS_FILE) as part:
+                part.write_text(json.dumps(self.token_stages, indent=2) + "\n")
         if self.scores is None:
             return
         self.scores.save(folder)

@@ -147,10 +147,17 @@ class Provenance:
 
     @classmethod
     def from_json(cls, text: str) -> Provenance:
-        """Undo `to_json`."""
+        """Undo `to_json`. Raises ValueError, TypeError or KeyError where it is of another version."""
         values = json.loads(text)
+        if not isinstance(values, dict):
+            raise TypeError("no mapping")
         trust = values.pop("trust")
-        return cls(**values, trust=None if trust is None else Trust(**trust))
+        made = cls(**values, trust=None if trust is None else Trust(**trust))
+        for each in dataclasses.fields(cls):
+            kind = {"str": str, "int": int}.get(str(each.type), Mapping if "Mapping" in str(each.type) else object)
+            if not isinstance(getattr(made, each.name), kind):
+                raise TypeError(f"{each.name} is of another kind")
+        return made
 
 
 @dataclass(frozen=True)
@@ -199,9 +206,28 @@ class ScoreTable:
         """Read what `save` wrote. Raises InputError for a missing, truncated or foreign file."""
         table, metadata = load_parquet(file_at(path, SCORES_FILE), KEY, "scores")
         try:
-            return cls(table, Provenance.from_json(metadata))
-        except (TypeError, KeyError, ValueError) as error:
+            scores = cls(table, Provenance.from_json(metadata))
+            scores._check_columns()
+            return scores
+        except (TypeError, KeyError, ValueError, RecursionError) as error:
             raise InputError(f"The scores at '{path}' were written by another version. Make them again.") from error
+
+    def _check_columns(self) -> None:
+        """Raise TypeError or ValueError where they are not those of the class's description."""
+        for name, kind in zip(self.table.column_names, self.table.schema.types, strict=True):
+            number = pa.types.is_integer(kind) or pa.types.is_floating(kind)
+            text = pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_null(kind)
+            if not (text if name == "reason" else number):
+                raise TypeError(f"{name} is of another kind")
+        if len({*self.table.column_names}) < self.table.num_columns:
+            raise ValueError("two columns have the same name")
+        if not {"sample_id", "score", "reason"} <= {*self.table.column_names}:
+            raise ValueError("columns are missing")
+        ids = self.table["sample_id"]
+        if not pa.types.is_integer(ids.type) or ids.null_count:
+            raise TypeError("sample_id is of another kind")
+        if len(ids) and not 0 <= ids.to_numpy().min() <= ids.to_numpy().max() < self.provenance.rows:
+            raise ValueError("there are rows that the dataset has not")
 
     @classmethod
     def join(cls, tables: Sequence[ScoreTable]) -> ScoreTable:

@@ -148,12 +148,20 @@ class Selection:
     def load(cls, path: str | os.PathLike[str]) -> Selection:
         """Read what `save` wrote. Raises InputError for a missing, truncated or foreign file."""
         table, metadata = load_parquet(file_at(path, SELECTION_FILE), KEY, "selection")
-        values = json.loads(metadata)
-        policy = values["policy"]
-        if "keep_of_groups" in policy:
-            policy["keep"] = dict(policy.pop("keep_of_groups"))
-        weight = table["weight"].to_numpy() if "weight" in table.column_names else None
-        return cls(table["keep"].to_numpy(), table["reason"].to_pylist(), policy, values["provenance"], weight)
+        try:
+            values = json.loads(metadata)
+            policy, provenance = dict(values["policy"]), values["provenance"]
+            if "keep_of_groups" in policy:
+                policy["keep"] = dict(policy.pop("keep_of_groups"))
+            columns = dict(zip(table.column_names, table.columns, strict=True))
+            sound = isinstance(provenance, str) and pa.types.is_boolean(columns["keep"].type)
+            if not sound or any(column.null_count for column in columns.values()):
+                raise ValueError("other columns")
+            weight = columns["weight"].cast(pa.float64()).to_numpy() if "weight" in columns else None
+            reason = columns["reason"].cast(pa.string()).to_pylist()
+            return cls(columns["keep"].to_numpy(), reason, policy, provenance, weight)
+        except (TypeError, KeyError, ValueError, pa.ArrowException, RecursionError) as error:
+            raise InputError(f"The selection at '{path}' was written by another version. Make it again.") from error
 
     def _table(self) -> pa.Table:
         columns = {"sample_id": np.arange(len(self)), "keep": self.keep, "reason": list(self.reason)}

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, Trai
 from trl import SFTConfig, SFTTrainer
 
 from .config import InputError
-from .files import replacing
+from .files import read_json, replacing
 from .reporting import report_tokens
 
 # Of SFTConfig, what no weight depends on.
@@ -39,10 +39,10 @@ def check_settings(path: Path, settings: Mapping[str, Any]) -> None:
     """
     mine = json.loads(json.dumps(settings, default=lambda each: sorted(each) if isinstance(each, set) else str(each)))
     if path.exists():
-        try:
-            theirs = dict(json.loads(path.read_text()))
-        except (ValueError, TypeError) as error:
-            raise InputError(f"'{path}' is damaged. Choose another output_dir, or remove '{path.parent}'.") from error
+        way_out = f"Choose another output_dir, or remove '{path.parent}'."
+        theirs = read_json(path, way_out)
+        if not isinstance(theirs, dict):
+            raise InputError(f"'{path}' is damaged, it holds no mapping. {way_out}")
         names = [name for name in mine if mine[name] != theirs.get(name)]
         if names:
             raise InputError(

@@ -2,7 +2,6 @@
 
     folder/manifest.json                           what it is made from; written once, before the first part
     folder/part-<lowest unit>-<digest>.parquet     the lines of some units of work, each with the number of its unit
-    folder/<name>.json                             what was found out on the way, once
 
 The digest in a part's name is of its bytes: a part that was cut off or changed is known by its name. Several processes
 may add parts while others read. A unit that is in two parts, as after a crash while parts were put together, counts
@@ -27,7 +26,7 @@ import pyarrow.parquet as pq
 import xxhash
 
 from .config import InputError
-from .files import flush, replacing, writing
+from .files import flush, read_json, replacing, writing
 
 MANIFEST = "manifest.json"
 FORMAT = 1
@@ -72,18 +71,20 @@ class Store:
         if len(self._paths()) > MANY:
             self.compact()
 
-    def append(self, lines: pa.Table) -> None:
-        """Add the lines of some units, with a column `unit`; they are on the disk when this returns."""
+    def append(self, lines: pa.Table) -> Path | None:
+        """Add the lines of some units, with a column `unit`; they are on the disk when this returns their part."""
         if not lines.num_rows:
-            return
+            return None
         unfinished = self.folder / f"{UNFINISHED}{os.getpid()}-{secrets.token_hex(4)}"
         lowest = int(lines[UNIT].to_numpy().min())
         try:
             with writing(self.folder):
                 pq.write_table(lines, unfinished, use_dictionary=False)
                 flush(unfinished)
-                os.replace(unfinished, self.folder / f"part-{lowest:010d}-{_digest(unfinished)}.parquet")
+                part = self.folder / f"part-{lowest:010d}-{_digest(unfinished)}.parquet"
+                os.replace(unfinished, part)
                 flush(self.folder)
+                return part
         finally:
             unfinished.unlink(missing_ok=True)
 
@@ -105,24 +106,10 @@ class Store:
         """Put all parts together in one; at any moment everything is there, some of it twice."""
         before = self._paths()
         if len(before) > 1:
-            self.append(self.lines())
+            whole = self.append(self.lines())
             for path in before:
-                path.unlink(missing_ok=True)
-
-    def settled(self, name: str) -> Any:
-        """What was noted under a name, or None."""
-        path = self.folder / f"{name}.json"
-        if not path.exists():
-            return None
-        try:
-            return json.loads(path.read_text())
-        except ValueError as error:
-            raise InputError(f"'{path}' is damaged. Remove '{self.folder}': it is made again.") from error
-
-    def settle(self, name: str, value: Any) -> None:
-        """Note what all that follows goes by."""
-        with replacing(self.folder / f"{name}.json") as path:
-            path.write_text(json.dumps(value) + "\n")
+                if path != whole:  # which a crash left among them the last time, with the same bytes
+                    path.unlink(missing_ok=True)
 
     def _paths(self) -> list[Path]:
         return part_paths(self.folder)
@@ -144,18 +131,17 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     Raises:
         InputError: there is no manifest, it is damaged, or another version wrote it.
     """
-    path = folder / MANIFEST
+    path, way_out = folder / MANIFEST, f"Remove '{folder}': its rows are measured again."
     try:
-        manifest = json.loads(path.read_text())
-        if manifest["format"] != FORMAT:
-            raise InputError(
-                f"'{path}' was written by another version. Remove '{folder}': its rows are measured again."
-            )
-        return dict(manifest["made_of"])
+        manifest = read_json(path, way_out)
     except FileNotFoundError:
-        raise InputError(f"No {MANIFEST} in '{folder}': no pass was begun there.") from None
-    except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"'{path}' is damaged. Remove '{folder}': its rows are measured again.") from error
+        raise InputError(f"No {MANIFEST} in '{folder}': no pass was begun there. Pass the folder of one.") from None
+    if not isinstance(manifest, dict) or not isinstance(manifest.get("made_of"), dict):
+        raise InputError(f"'{path}' is damaged, it says not what the parts are made of. {way_out}")
+    if manifest.get("format") != FORMAT:
+        raise InputError(f"'{path}' was written by another version. {way_out}")
+    made_of: dict[str, Any] = manifest["made_of"]
+    return made_of
 
 
 def part_paths(folder: Path) -> list[Path]:
@@ -204,27 +190,29 @@ def _sorted(units: np.ndarray) -> np.ndarray:
 def _read(path: Path, columns: list[str] | None) -> pa.Table:
     expected = PART.fullmatch(path.name)
     assert expected is not None, "part_paths names parts"
-    if _digest(path) != expected[1]:
+    try:
+        table = None
+        if _digest(path) == expected[1]:
+            with pq.ParquetFile(path) as file:  # `read_table` looks for a dataset first, which takes longer
+                table = file.read(columns=columns)
+            if table.column(UNIT).type != pa.int64() or table.column(UNIT).null_count:
+                raise KeyError("units are whole numbers")
+    except FileNotFoundError:
+        raise
+    except (pa.ArrowException, OSError, KeyError, ValueError) as error:
+        raise InputError(f"'{path}' is no part of a pass ({error}). Remove it.") from error
+    if table is None:
         raise InputError(
             f"'{path}' is damaged: its bytes are not those that were written. Remove it, and its rows are measured "
             "again."
         )
-    try:
-        with pq.ParquetFile(path) as file:  # read_table looks for a dataset first, which takes longer than the reading
-            table = file.read(columns=columns)
-        if table.schema.field(UNIT).type != pa.int64():
-            raise KeyError("units are whole numbers")
-        return table
-    except FileNotFoundError:
-        raise
-    except (pa.ArrowException, OSError, KeyError) as error:
-        raise InputError(f"'{path}' is no part of a pass ({error}). Remove it.") from error
+    return table
 
 
 def _short(value: Any) -> str:
     """A hash is known by its beginning."""
     text = str(value)
-    return text[:8] if re.fullmatch("[0-9a-f]{16,}", text) else text
+    return text[:8] if re.fullmatch("[0-9a-f]{16,}", text) else text[:80]
 
 
 def _digest(path: Path) -> str:

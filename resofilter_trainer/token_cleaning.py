@@ -66,7 +66,7 @@ def clean_dataset(
 
     Raises:
         InputError: nothing can be learnt, the reference is not there or has another vocabulary, a loss is not finite,
-            or `output` holds something else.
+            `output` holds something else, or another run writes to it.
     """
     check_output(None if output is None else Path(output), TOKEN_SCORES_FILE)
     with held(output):
@@ -118,9 +118,10 @@ def measure_tokens(
     base, task = open_task(model, dataset, cleaning, processing_class, args, output, **row_options)
     check_vocabulary(cleaning.reference, base, task.tokenizer, task.args, adapter)
     TokenSelector(cleaning.keep, cleaning.ranking).check(task.prepared.num_tokens)
-    earlier = task.earlier()
-    base_losses = task.losses(base, "base", task.prepared, task.provenance) if earlier is None else earlier.base
     with contextlib.ExitStack() as stack:
+        stack.enter_context(held(task.folder))
+        earlier = task.earlier()
+        base_losses = task.losses(base, "base", task.prepared, task.provenance) if earlier is None else earlier.base
         if adapter:
             reference = stack.enter_context(wearing(base, cleaning.reference))
         else:

@@ -89,13 +89,15 @@ class TokenScores:
             if table.schema.remove_metadata() != SCHEMA or table["base"].num_chunks != 1:
                 raise ValueError("other columns")
             chunks = {name: table[name].chunk(0) for name in SCHEMA.names}  # written as one, and not copied
+            if any(chunk.null_count or chunk.offset for chunk in chunks.values()):
+                raise ValueError("rows without values")
             return cls(
                 chunks["sample_id"].to_numpy(),
                 chunks["base"].offsets.to_numpy(),
                 **{name: chunks[name].values.to_numpy() for name in LISTS},
                 provenance=Provenance.from_json(metadata),
             )
-        except (TypeError, KeyError, ValueError, AttributeError) as error:
+        except (TypeError, KeyError, ValueError, AttributeError, RecursionError) as error:
             raise InputError(
                 f"The token scores at '{path}' were written by another version. Make them again."
             ) from error

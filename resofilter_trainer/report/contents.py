@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -15,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 
 from ..config import InputError
-from ..files import file_at
+from ..files import file_at, read_json
 from ..results import COMPARISON_FILE, LOG_FILE, NAME, SUMMARY_FILE, selection_file
 from ..scores import LAYERS_FOLDER, SCORES_FILE, Provenance, ScoreTable
 from ..selection import KEPT, SELECTION_FILE, DataSelector, Selection
@@ -134,7 +133,7 @@ def read_contents(
         scores=scores,
         selection=decided,
         epochs=epochs,
-        log=_json(folder / LOG_FILE) or [],
+        log=_log(folder / LOG_FILE),
         layers=ScoreTable.load(layers) if (layers / SCORES_FILE).is_file() else None,
         cleaned=cleaned,
         comparison=compared,
@@ -232,20 +231,27 @@ def _comparison(folder: Path, elsewhere: str | os.PathLike[str] | None) -> dict[
     return found
 
 
+def _log(path: Path) -> list[dict[str, Any]]:
+    """The Trainer's, if there is one."""
+    found = _json(path) or []
+    if not isinstance(found, list) or not all(isinstance(entry, dict) for entry in found):
+        raise InputError(f"'{path}' is damaged, or no log of this version. Remove it, or make it again.")
+    return found
+
+
 def _cleaned(folder: Path) -> TokenSelection | None:
     """Which tokens a cleaning has kept: decided again, as it was."""
     settings = _json(folder / SUMMARY_FILE)
     sound = isinstance(settings, dict) and {"keep_tokens", "ranking"} <= settings.keys()
     if not sound or not (folder / TOKEN_SCORES_FILE).is_file():
         return None
-    return TokenSelector(settings["keep_tokens"], settings["ranking"]).select(TokenScores.load(folder))
+    scores = TokenScores.load(folder)
+    ids = scores.sample_id
+    if len(ids) and not 0 <= ids.min() <= ids.max() < scores.provenance.rows:
+        raise InputError(f"The token scores in '{folder}' are of rows that the dataset has not. Make them again.")
+    return TokenSelector(settings["keep_tokens"], settings["ranking"]).select(scores)
 
 
 def _json(path: Path) -> Any:
     """What a file holds; None where there is none."""
-    if not path.is_file():
-        return None
-    try:
-        return json.loads(path.read_text())
-    except ValueError as error:
-        raise InputError(f"'{path}' is damaged ({error}). Remove it, or make it again.") from error
+    return read_json(path, "Remove it, or make it again.") if path.is_file() else None
