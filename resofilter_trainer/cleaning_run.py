@@ -13,7 +13,6 @@ import contextlib
 import copy
 import dataclasses
 import json
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,14 +33,14 @@ from .gradients import Segment, segments_of
 from .loading import check_model
 from .loss_pass import measure_token_losses
 from .losses import IGNORE
-from .passes import Keep
+from .passes import Parts
 from .preparation import PreparedRows, learnt_tokens, prepared_already
 from .provenance import identity
 from .reference_model import check_vocabulary, is_adapter, load_reference, wearing
 from .scores import Provenance
 from .shrinking import ROW
-from .store import PARTS
-from .token_cleaning import TOKEN_LOSSES, against, score_tokens
+from .store import PARTS, remove_parts
+from .token_cleaning import TOKEN_LOSSES, TOKENS, against, score_tokens
 from .token_selection import TokenSelection, TokenSelector, kept_of_rows
 
 BASE_FILE, BASE_KEY = "base_token_losses.arrow", "resofilter_base_token_losses"
@@ -126,14 +125,14 @@ class CleaningRun:
         try:
             self.base = self._load_base(folder, key)
         except InputError:  # none that are of use
-            keep = self._keep(folder, "base")
-            self.base = self._measure(self.prepared, "base", keep=keep)
+            parts = self._parts(folder, "base")
+            self.base = self._measure(self.prepared, "base", parts=parts)
             if not self.fixed and PartialState().is_main_process:
                 save_arrow(pa.table({"loss": self.base}), folder / BASE_FILE, BASE_KEY, key)
         if self.fixed:
             self._clean_all(folder)
         if PartialState().is_main_process:
-            shutil.rmtree(folder / PARTS, ignore_errors=True)
+            remove_parts(folder / PARTS / TOKENS)
 
     def refusal(self, updates: int) -> InputError | None:
         """Why an epoch of so many updates cannot be cleaned in parts, if it cannot."""
@@ -266,7 +265,7 @@ class CleaningRun:
                 other = load_reference(reference, self.reference_args)
             check_model(other, self.prepared)
             provenance = against(self.provenance, identity(other))
-            losses = self._measure(self.prepared, "reference", other, self._keep(folder, "reference", provenance))
+            losses = self._measure(self.prepared, "reference", other, self._parts(folder, "reference", provenance))
         del other
         scores = score_tokens(self.prepared, self.base, losses, provenance)
         if PartialState().is_main_process:
@@ -285,14 +284,14 @@ class CleaningRun:
             numbers["share_of_groups"] = selection.share_of_groups([self.groups[row] for row in rows])
         return numbers
 
-    def _measure(self, prepared: PreparedRows, name: str, model: Any = None, keep: Keep | None = None) -> np.ndarray:
+    def _measure(self, prepared: PreparedRows, name: str, model: Any = None, parts: Parts | None = None) -> np.ndarray:
         model, label = self.trainer.model if model is None else model, f"Losses of the {name} model"
         budget = self.cleaning.tokens_per_batch
-        return measure_token_losses(model, prepared, self.trainer.args, budget, label, keep)
+        return measure_token_losses(model, prepared, self.trainer.args, budget, label, parts)
 
-    def _keep(self, folder: Path, name: str, provenance: Provenance | None = None) -> Keep:
+    def _parts(self, folder: Path, name: str, provenance: Provenance | None = None) -> Parts:
         made_of = self._base_made_of() | ({} if provenance is None else dict(provenance.config))
-        return Keep(folder / PARTS / name, TOKEN_LOSSES, made_of)
+        return Parts(folder / PARTS / TOKENS / name, TOKEN_LOSSES, made_of)
 
     def _load_base(self, folder: Path, key: str) -> np.ndarray:
         table, found = load_arrow(folder / BASE_FILE, BASE_KEY, "losses of the base model")

@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if args.config:  # its values stand before the command line's, so that those win
             args = parser.parse_args([args.command, *_yaml_arguments(args), *argv[argv.index(args.command) + 1 :]])
         if getattr(args, "num_processes", None) is not None and not is_launched():
-            raise SystemExit(run_in_processes(argv, args.num_processes))
+            run_in_processes(argv, args.num_processes)
         args.run(args)
 
 

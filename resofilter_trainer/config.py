@@ -32,6 +32,10 @@ class InputError(ValueError):
         super().__init__(" ".join(message.splitlines()))  # a name or another's message may have several
 
 
+class NothingError(InputError):
+    """None of the rows can be scored or trained on."""
+
+
 class NotFiniteError(InputError):
     """A loss, a gradient or a score is no number: the weights are not sound."""
 

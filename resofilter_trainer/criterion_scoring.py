@@ -19,7 +19,7 @@ from .criteria import CRITERIA, Criterion
 from .files import file_at
 from .loading import check_arguments, default_arguments, open_pass, placed
 from .modes import bfloat16_forward, evaluating
-from .passes import Keep, measure_batches
+from .passes import Parts, measure_batches
 from .preparation import PreparedRows
 from .scores import SCORES_FILE, ScoreTable
 from .scoring import finished, parts_of, scores_at, writing_scores
@@ -97,7 +97,7 @@ def measure_rows(
     args: SFTConfig,
     tokens_per_batch: int,
     label: str,
-    keep: Keep | None = None,
+    parts: Parts | None = None,
 ) -> np.ndarray:
     """What a function finds of every row, (N,) or (N, k) float64, in the order in which they were prepared.
 
@@ -119,7 +119,7 @@ def measure_rows(
 
     with evaluating(model), bfloat16_forward(model, bool(args.bf16)):
         costs = np.array([prepared.lengths[batch].max() * len(batch) for batch in batches])
-        store = None if keep is None else keep.store(prepared.sample_ids, batches)
+        store = None if parts is None else parts.store(prepared.sample_ids, batches)
         lines = measure_batches(batches, costs, of_batch, args, label, store)[VALUE].combine_chunks()
     flat = lines.flatten() if pa.types.is_list(lines.type) else lines
     values = flat.to_numpy().reshape(len(lines), *([-1] if pa.types.is_list(lines.type) else []))

@@ -24,6 +24,7 @@ from .config import InputError
 
 LOCK = ".resofilter.lock"
 DIGEST = b"resofilter_digest"  # the metadata that holds a table's own; files of earlier versions have none
+NO_LOCKS = {errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK}  # of a network file system without any
 REFUSALS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.EACCES, errno.EPERM}  # of a disk
 
 
@@ -82,6 +83,9 @@ def flush(path: Path) -> None:
         number = os.open(each, os.O_RDONLY)
         try:
             os.fsync(number)
+        except OSError as error:
+            if error.errno != errno.EINVAL or not each.is_dir():  # some file systems have no such thing for folders
+                raise
         finally:
             os.close(number)
 
@@ -94,15 +98,18 @@ def only_writer(folder: Path) -> Iterator[None]:
     """
     check_folder(folder)
     made = [each for each in (folder, *folder.parents) if not each.exists()]
-    folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / LOCK, timeout=0, is_singleton=True)
     try:
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
         lock.acquire()
     except Timeout:
         raise InputError(
             f"Another run writes to '{folder}'. Wait until it ends, stop it, or choose another output."
         ) from None
-    except (NotImplementedError, OSError) as error:  # some network file systems know no locks
+    except (NotImplementedError, OSError) as error:
+        if isinstance(error, OSError) and error.errno not in NO_LOCKS:
+            raise InputError(f"'{lock.lock_file}' cannot be locked ({error}). Choose another output.") from error
         warnings.warn(f"'{folder}' cannot be locked ({error}): see to it that no other run writes to it.", stacklevel=3)
         yield
         return
@@ -115,6 +122,15 @@ def only_writer(folder: Path) -> Iterator[None]:
         with contextlib.suppress(OSError):  # not empty: something was written
             for each in made:
                 each.rmdir()
+
+
+def remove_folder(path: Path) -> None:
+    """Remove a folder and all in it: at any moment it is there as it was, or not at all."""
+    removed = path.with_name(f".{path.name}.removed.part")
+    _remove(removed)
+    with contextlib.suppress(FileNotFoundError):
+        path.rename(removed)
+    _remove(removed)
 
 
 def check_folder(path: Path) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .config import InputError
-from .files import replacing
+from .files import flush, replacing
 from .selection import SELECTION_FILE, Selection
 
 if TYPE_CHECKING:
@@ -46,6 +46,7 @@ def save_kept(rows: Dataset, selection: Selection, output: Path, group_column: s
     with replacing(folder) as part:
         rows.save_to_disk(part)
         selection.card(group_column=group_column).save(part / "README.md")
+        flush(part)  # before anything gives way to it
         shutil.rmtree(replaced, ignore_errors=True)
         if folder.exists():
             folder.rename(replaced)

@@ -16,7 +16,7 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from trl import SFTConfig
 
-from .config import ColumnMapping, InputError, Precision
+from .config import ColumnMapping, InputError, NothingError, Precision
 from .files import check_folder
 from .preparation import ROW, PreparedRows, prepare
 from .provenance import describe
@@ -107,7 +107,8 @@ def load_weights(name: str, args: SFTConfig) -> PreTrainedModel:
     """
     if looks_local(name) and not Path(name).is_dir():
         raise InputError(f"There is no model at '{name}'. Pass a folder, or a name on the hub.")
-    settings = {"dtype": torch.float32, "trust_remote_code": args.trust_remote_code, **(args.model_init_kwargs or {})}
+    safe = {"trust_remote_code": args.trust_remote_code, "use_safetensors": True}  # a pickle may run anything
+    settings = {"dtype": torch.float32, **safe, **(args.model_init_kwargs or {})}
     try:
         return AutoModelForCausalLM.from_pretrained(name, **settings)
     except Exception as error:  # transformers, safetensors and the hub each raise their own
@@ -141,14 +142,14 @@ def usable_rows(
         )
     reasons |= dict.fromkeys(empty, EMPTY)
     if len(reasons) == len(rows):
-        raise InputError(f"All {len(rows)} rows are empty or repeated: there is nothing to score or to train on.")
+        raise NothingError(f"All {len(rows)} rows are empty or repeated: there is nothing to score or to train on.")
     rows = rows.add_column(ROW, np.arange(len(rows)))
     return rows.select([row for row in range(len(rows)) if row not in reasons]), reasons
 
 
 def check_arguments(args: SFTConfig, output: Path | None) -> None:
     """Raise InputError for arguments with which nothing can be measured, or a folder that cannot be written to."""
-    for name in ("per_device_train_batch_size", "gradient_accumulation_steps"):
+    for name in ("per_device_train_batch_size", "gradient_accumulation_steps", "ddp_timeout"):
         if getattr(args, name) < 1:
             raise InputError(f"{name} must be at least 1, got {getattr(args, name)}.")
     if args.max_length is not None and args.max_length < 1:

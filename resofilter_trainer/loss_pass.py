@@ -19,7 +19,7 @@ from .config import InputError, NotFiniteError
 from .head import PROBE, Way, find_way
 from .losses import inputs_of, learnt_positions
 from .modes import bfloat16_forward, evaluating
-from .passes import Keep, measure_batches
+from .passes import Parts, measure_batches
 from .preparation import PreparedRows
 
 LOSS = "loss"
@@ -31,7 +31,7 @@ def measure_token_losses(
     args: TrainingArguments,
     tokens_per_batch: int,
     label: str,
-    keep: Keep | None = None,
+    parts: Parts | None = None,
 ) -> np.ndarray:
     """The loss of every learnt token, without dropout and without a gradient.
 
@@ -44,7 +44,7 @@ def measure_token_losses(
         args: whether the forward runs in bfloat16 autocast (`bf16`), and whether a progress bar is shown.
         tokens_per_batch: tokens of a batch, padding included; a longer row is a batch of its own.
         label: what the progress bar says.
-        keep: where to keep what is done, and to go on.
+        parts: where to keep what is done, and to go on.
 
     Returns:
         (N,) float32, in nats, row after row, the same in every process.
@@ -63,7 +63,7 @@ def measure_token_losses(
             return {LOSS: pa.array(of_rows, pa.large_list(pa.float32()))}
 
         costs = np.array([prepared.lengths[batch].max() * len(batch) for batch in batches])
-        store = None if keep is None else keep.store(prepared.sample_ids, batches)
+        store = None if parts is None else parts.store(prepared.sample_ids, batches)
         lines = measure_batches(batches, costs, of_batch, args, label, store)
     return _in_order(batches, lines[LOSS].combine_chunks(), prepared.num_tokens)
 

@@ -35,7 +35,7 @@ LEAST_LOST, MOST_LOST = 1.0, 300.0  # seconds
 
 
 @dataclass(frozen=True)
-class Keep:
+class Parts:
     """Where a pass keeps what it has done, so that it goes on there after an interruption.
 
     Attributes:

@@ -21,7 +21,7 @@ from datasets import Dataset
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 from trl import SFTConfig, SFTTrainer
 
-from .config import InputError
+from .config import InputError, NothingError
 from .losses import IGNORE
 from .rows import first_line
 
@@ -80,7 +80,7 @@ def prepare(dataset: Dataset, processing_class: PreTrainedTokenizerBase, args: S
     scored = set(np.array(tokens[ROW])[kept].tolist())
     reasons = {row: f"no token to learn{within}" for row in asked if row not in scored}
     if not scored:
-        raise InputError(f"None of the {len(reasons)} rows has a token to learn{within}: every label is masked.")
+        raise NothingError(f"None of the {len(reasons)} rows has a token to learn{within}: every label is masked.")
     if not kept.all():
         tokens, lengths, learnt = tokens.select(np.flatnonzero(kept)), lengths[kept], learnt[kept]
     return PreparedRows(tokens, lengths, learnt, largest, fingerprint, reasons, template)

@@ -9,11 +9,12 @@ import contextlib
 import dataclasses
 import json
 import os
-import shutil
+import re
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
@@ -32,17 +33,17 @@ from trl import SFTConfig
 
 from .batches import Batch, arrange, collate, default_budget
 from .comparison import rank_correlation
-from .config import InputError, NotFiniteError, Precision, ResonanceConfig, one_of
-from .files import file_at, replacing
+from .config import RESONANCE, InputError, NotFiniteError, Precision, ResonanceConfig, one_of
+from .files import file_at, remove_folder, replacing
 from .loading import Opened, check_arguments, default_arguments, open_pass, placed
 from .modes import bfloat16_forward
-from .passes import Keep, held, measure_batches
+from .passes import Parts, held, measure_batches
 from .preparation import PreparedRows
 from .recorder import Recorder
 from .resonance import Resonance
 from .scores import LAYER, SCORES_FILE, Provenance, ScoreTable, Trust
-from .sharding import shard
-from .store import PARTS
+from .sharding import is_sharded, shard
+from .store import PARTS, remove_parts
 
 VANISHING = "Gradients near eps vanish in float16, and their ranking with them. Score in bf16 or float32."
 TRUST_ROWS = 64  # measured again, to see how far numerical noise reaches
@@ -110,6 +111,8 @@ def score_dataset(
     if args.device.type == "mps":
         raise InputError("Apple's GPU has no float64, in which scores are summed up. Pass use_cpu=True.")
     settings = dataclasses.asdict(config)
+    if not isinstance(model, str) and is_sharded(model):
+        raise InputError("The model is sharded already: pass it whole, as it was loaded.")
     model, opened = open_pass(model, dataset, processing_class, args, settings, precision=precision, **row_options)
     if model.dtype == torch.float16:
         raise InputError(VANISHING)
@@ -144,7 +147,7 @@ def score_prepared(
     config: ResonanceConfig,
     precision: Precision | None = None,
     tokens_per_batch: int | None = None,
-    parts: Keep | None = None,
+    parts: Parts | None = None,
 ) -> tuple[Resonance, list[int], Trust]:
     """Score rows that are tokens already, where the model is; the arguments are `score_dataset`'s.
 
@@ -202,7 +205,7 @@ class Pass:
     prepared: PreparedRows
     args: TrainingArguments
     budget: int
-    parts: Keep | None = None
+    parts: Parts | None = None
 
     def try_sharing(self) -> None:
         """Find out on the longest row what rows that begin alike may share."""
@@ -241,8 +244,8 @@ class Pass:
         """The rows of all batches, in the batches' order. Each process takes what it can; each gets everything."""
         rows, costs = [batch.rows for batch in batches], np.array([batch.cost for batch in batches])
         name = f"{label.lower().replace(' ', '-')}-{'bfloat16' if autocast else 'float32'}"
-        keep = None if self.parts is None else replace(self.parts, folder=self.parts.folder / name)
-        store = None if keep is None else keep.store(self.prepared.sample_ids, rows)
+        parts = None if self.parts is None else replace(self.parts, folder=self.parts.folder / name)
+        store = None if parts is None else parts.store(self.prepared.sample_ids, rows)
 
         def of_batch(number: int) -> dict[str, Any]:
             found = self._measure_batch(*batches[number][:2])
@@ -311,17 +314,23 @@ def writing_scores(output: str | os.PathLike[str] | None) -> Iterator[None]:
         try:
             yield
         except NotFiniteError:  # with these rows and weights it will be no other
-            if folder is not None:
-                shutil.rmtree(folder / PARTS, ignore_errors=True)
+            if folder is not None and PartialState().num_processes == 1:  # else others may still write there
+                remove_folder(folder / PARTS)
             raise
 
 
-def parts_of(output: str | os.PathLike[str] | None, provenance: Provenance, tokens_per_batch: int) -> Keep | None:
+def parts_of(output: str | os.PathLike[str] | None, provenance: Provenance, tokens_per_batch: int) -> Parts | None:
     """Where a pass keeps what it has done until its scores are whole."""
     if output is None:
         return None
     made_of = {**provenance.compared, "tokens_per_batch": tokens_per_batch}
-    return Keep(file_at(output, SCORES_FILE).parent / PARTS, "scores", made_of)
+    return Parts(_parts_folder(output, provenance), "scores", made_of)
+
+
+def _parts_folder(output: str | os.PathLike[str], provenance: Provenance) -> Path:
+    """Of one criterion: those of another pass that was interrupted are none of its business."""
+    name = re.sub(r"[^\w.-]", "-", str(provenance.config.get("criterion", RESONANCE)))
+    return file_at(output, SCORES_FILE).parent / PARTS / name
 
 
 def scores_at(output: str | os.PathLike[str] | None, provenance: Provenance) -> ScoreTable | None:
@@ -357,7 +366,7 @@ def finished(
     scores = ScoreTable(pa.table(found), dataclasses.replace(opened.provenance, trust=trust))
     if output is not None and PartialState().is_main_process:
         scores.save(output)
-        shutil.rmtree(file_at(output, SCORES_FILE).parent / PARTS, ignore_errors=True)
+        remove_parts(_parts_folder(output, opened.provenance))
     return scores
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,8 +29,8 @@ from .passes import held
 from .preparation import ROW, PreparedRows
 from .provenance import identity
 from .stages import check_settings, save_model, train_stage, training_settings
-from .store import PARTS
-from .token_cleaning import CleaningTask, against, open_task, score_tokens
+from .store import PARTS, remove_parts
+from .token_cleaning import TOKENS, CleaningTask, against, open_task, score_tokens
 from .token_scores import TokenScores
 from .token_selection import EMPTIED, TokenSelection, TokenSelector
 
@@ -203,7 +202,7 @@ class _Evolution:
             return
         summary = {**evolved.summary, "rows_left_out": len(evolved.reasons)}
         save_dataset(evolved.dataset, summary, self.folder)
-        shutil.rmtree(self.folder / PARTS, ignore_errors=True)
+        remove_parts(self.folder / PARTS / TOKENS)
 
     def _is_done(self, number: int) -> bool:
         return (self._stage(number) / "model").is_dir()

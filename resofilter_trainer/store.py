@@ -26,7 +26,7 @@ import pyarrow.parquet as pq
 import xxhash
 
 from .config import InputError
-from .files import flush, read_json, replacing, writing
+from .files import flush, read_json, remove_folder, replacing, writing
 
 MANIFEST = "manifest.json"
 FORMAT = 1
@@ -144,6 +144,13 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return made_of
 
 
+def remove_parts(folder: Path) -> None:
+    """Remove the stores in a folder, and the one around it unless another pass has left something there."""
+    remove_folder(folder)
+    with contextlib.suppress(OSError):
+        folder.parent.rmdir()
+
+
 def part_paths(folder: Path) -> list[Path]:
     """The parts in a folder, in the order of their lowest units."""
     return sorted(path for path in folder.glob("part-*") if PART.fullmatch(path.name))
@@ -155,10 +162,14 @@ def read_parts(folder: Path, columns: list[str] | None = None) -> Iterator[pa.Ta
     Raises:
         InputError: a part is damaged.
     """
-    while True:
+    before: list[Path] | None = None
+    while (paths := part_paths(folder)) != before:
+        before = paths
         with contextlib.suppress(FileNotFoundError):  # two parts have become one meanwhile: the next list is of that
-            yield from _distinct([_read(path, columns) for path in part_paths(folder)])
+            yield from _distinct([_read(path, columns) for path in paths])
             return
+    gone = next((path for path in paths if not path.exists()), folder)
+    raise InputError(f"'{gone}' cannot be found where it is listed. Remove it, and its rows are measured again.")
 
 
 def _distinct(tables: list[pa.Table]) -> Iterator[pa.Table]:

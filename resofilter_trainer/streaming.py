@@ -8,11 +8,12 @@ are compared with those that were scored, so the stream must give the same rows 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import os
-import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +25,11 @@ from datasets import Dataset, IterableDataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import SFTConfig
 
-from .config import InputError, ResonanceConfig
-from .loading import default_arguments, load_model
-from .provenance import hash_weights
+from .config import InputError, NothingError, Precision, ResonanceConfig
+from .files import remove_folder
+from .loading import default_arguments, load_model, open_pass
 from .rows import add_rows
-from .scores import SCORES_FILE, ScoreTable
+from .scores import SAME_PROMPT, SCORES_FILE, Provenance, ScoreTable, Trust
 from .scoring import score_dataset, writing_scores
 
 PIECE = 10_000  # rows; a multiple of those that are hashed together
@@ -68,69 +69,132 @@ def score_stream(
         raise InputError(f"rows_per_piece must be a multiple of 1000, got {rows_per_piece}.")
     if options.get("sharded"):
         raise InputError("A stream is scored piece by piece, and a model is sharded for good: leave sharded out.")
-    args, folder = args or default_arguments(), Path(output)
+    if args is None:
+        options.setdefault("precision", "auto")
+    args, config = args or default_arguments(), config or ResonanceConfig()
     model, tokenizer = load_model(model, processing_class, args)
-    if (folder / SCORES_FILE).exists():
-        return _earlier(folder, stream, rows_per_piece, hash_weights(model))
-    digest, tables = xxhash.xxh3_128(), list[ScoreTable]()
-    for number, piece in enumerate(_pieces(stream, rows_per_piece)):
-        add_rows(digest, piece)
-        place = folder / PIECES / f"{number:06d}"
-        try:
-            scores = score_dataset(model, piece, tokenizer, args, config, place, **options)
-        except InputError as error:
-            first = number * rows_per_piece
-            raise InputError(f"Rows {first} to {first + len(piece) - 1} of the stream: {error}") from error
-        if scores.provenance.trust is not None and options.get("precision", "auto") == "auto":
-            options["precision"] = scores.provenance.trust.forward
-        tables.append(scores)
-    if not tables:
-        raise InputError("The stream has no rows.")
-    whole = together(tables, {**(source or {}), "content": digest.hexdigest()})
-    with writing_scores(folder / SCORES_FILE):
+    passes = _Pieces(model, tokenizer, args, config, Path(output), rows_per_piece, options)
+    with writing_scores(output):
+        if (passes.folder / SCORES_FILE).exists():
+            return passes.earlier(stream)
+        whole = passes.score(stream, dict(source or {}))
         if PartialState().is_main_process:
-            whole.save(folder)
-            shutil.rmtree(folder / PIECES)
+            whole.save(passes.folder)
+            remove_folder(passes.folder / PIECES)
     return whole
 
 
-def _earlier(folder: Path, stream: IterableDataset, size: int, weights: str) -> ScoreTable:
-    """Scores that lie in the folder already, if they are of this stream and these weights."""
-    earlier, digest = ScoreTable.load(folder), xxhash.xxh3_128()
-    for piece in _pieces(stream, size):
-        add_rows(digest, piece)
-    theirs = {"rows": earlier.provenance.source.get("content"), "model weights": earlier.provenance.weights}
-    mine = {"rows": digest.hexdigest(), "model weights": weights}
-    differences = [name for name in mine if mine[name] != theirs[name]]
-    if differences:
-        raise InputError(
-            f"'{folder}' holds scores of other {' and other '.join(differences)}. Choose another output, or remove it."
-        )
-    return earlier
+@dataclass(frozen=True)
+class _Pieces:
+    """All of a pass over a stream but the stream."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    args: SFTConfig
+    config: ResonanceConfig
+    folder: Path
+    size: int
+    options: Mapping[str, Any]
+
+    def score(self, stream: IterableDataset, source: Mapping[str, Any]) -> ScoreTable:
+        """Piece after piece; those that are done are read."""
+        digest, options, start = xxhash.xxh3_128(), dict(self.options), 0
+        tables: list[ScoreTable | tuple[int, str]] = []
+        for number, piece in enumerate(_pieces(stream, self.size)):
+            add_rows(digest, piece)
+            place = self.folder / PIECES / f"{number:06d}"
+            try:
+                scores = score_dataset(self.model, piece, self.tokenizer, self.args, self.config, place, **options)
+                tables.append(scores)
+                trust = scores.provenance.trust
+                if options.get("precision") == "auto" and trust is not None:  # one for all pieces
+                    options["precision"] = trust.forward
+            except NothingError:
+                tables.append((len(piece), "nothing in its piece can be scored"))
+            except InputError as error:
+                which = f"Rows {start} to {start + len(piece) - 1} of the stream (counted from 0 in what follows)"
+                raise InputError(f"{which}: {error}") from error
+            start += len(piece)
+        if not any(isinstance(each, ScoreTable) for each in tables):
+            raise InputError("The stream has no rows that can be scored." if tables else "The stream has no rows.")
+        return together(tables, {**source, "content": digest.hexdigest()}, self.config)
+
+    def earlier(self, stream: IterableDataset) -> ScoreTable:
+        """Scores that lie in the folder already, if they are of this stream, model and settings."""
+        earlier, digest, opened = ScoreTable.load(self.folder), xxhash.xxh3_128(), None
+        for piece in _pieces(stream, self.size):
+            add_rows(digest, piece)
+            with contextlib.suppress(NothingError):
+                opened = opened or self._open(piece)
+        content = earlier.provenance.source.get("content")
+        if opened is None or content != digest.hexdigest():
+            raise InputError(f"'{self.folder}' holds scores of other rows. Choose another output, or remove it.")
+        here = dataclasses.replace(opened, dataset=earlier.provenance.dataset, rows=earlier.provenance.rows)
+        earlier.provenance.check_same(here, "scores", self.folder)
+        return earlier
+
+    def _open(self, piece: Dataset) -> Provenance:
+        options = {name: value for name, value in self.options.items() if name not in ("tokens_per_batch", "sharded")}
+        precision: Precision = options.pop("precision", None) or ("bfloat16" if self.args.bf16 else "float32")
+        settings = dataclasses.asdict(self.config)
+        _, opened = open_pass(self.model, piece, self.tokenizer, self.args, settings, precision=precision, **options)
+        return opened.provenance
 
 
-def together(tables: list[ScoreTable], source: Mapping[str, Any]) -> ScoreTable:
-    """The tables of pieces that follow each other, as one of all their rows."""
-    starts = np.cumsum([0, *(len(each) for each in tables)])
-    moved = [
-        each.table.set_column(0, "sample_id", pa.array(np.arange(start, start + len(each))))
-        for start, each in zip(starts, tables, strict=False)
-    ]
-    pieces = [each.provenance for each in tables]
-    trusts = [each.trust for each in pieces if each.trust is not None]
+def together(
+    tables: Sequence[ScoreTable | tuple[int, str]], source: Mapping[str, Any], config: ResonanceConfig
+) -> ScoreTable:
+    """The tables of pieces that follow each other, as one of all their rows.
+
+    Args:
+        tables: of pieces, or of a piece of which nothing was scored its rows and why; one table at least.
+        source: of the whole.
+        config: how it was measured.
+    """
+    scored = [each for each in tables if isinstance(each, ScoreTable)]
+    moved, start = [], 0
+    for each in tables:
+        rows = len(each) if isinstance(each, ScoreTable) else each[0]
+        table = each.table if isinstance(each, ScoreTable) else _empty(scored[0].table.schema, *each)
+        reasons = [_moved(reason, start) for reason in table["reason"].to_pylist()]
+        table = table.set_column(0, "sample_id", pa.array(np.arange(start, start + rows)))
+        place = table.column_names.index("reason")
+        moved.append(table.set_column(place, "reason", pa.array(reasons, pa.string())))
+        start += rows
+    whole = ScoreTable(pa.concat_tables(moved), scored[0].provenance)
+    trusts = [each.provenance.trust for each in scored if each.provenance.trust is not None]
     agreements = [each.agreement for each in trusts if each.agreement is not None]
-    trust = dataclasses.replace(
-        trusts[0],
-        agreement=min(agreements) if agreements else None,
-        rows=sum(each.rows for each in trusts),
-    ) if trusts else None  # fmt: skip
-    content = xxhash.xxh3_128("".join(each.dataset for each in pieces).encode()).hexdigest()
-    provenance = dataclasses.replace(pieces[0], dataset=content, rows=int(starts[-1]), source=dict(source), trust=trust)
-    return ScoreTable(pa.concat_tables(moved), provenance)
+    trust = None
+    if trusts:
+        span = float(np.ptp(whole.column("score")[whole.scored])) / config.lr
+        trust = Trust(
+            agreement=min(agreements) if agreements else None,
+            rows=sum(each.rows for each in trusts),
+            saturation=None if trusts[0].saturation is None else span,
+            forward=trusts[0].forward,
+        )
+    content = xxhash.xxh3_128("".join(each.provenance.dataset for each in scored).encode()).hexdigest()
+    provenance = dataclasses.replace(
+        scored[0].provenance, dataset=content, rows=start, source=dict(source), trust=trust
+    )
+    return ScoreTable(whole.table, provenance)
+
+
+def _empty(schema: pa.Schema, rows: int, reason: str) -> pa.Table:
+    columns = {each.name: pa.nulls(rows, each.type) for each in schema}
+    return pa.table({**columns, "reason": pa.array([reason] * rows, pa.string())})
+
+
+def _moved(reason: str | None, start: int) -> str | None:
+    """A reason that names a row of its piece, with the row's place in the stream."""
+    if reason is None or not reason.startswith(SAME_PROMPT):
+        return reason
+    return f"{SAME_PROMPT} {int(reason.removeprefix(SAME_PROMPT)) + start}"
 
 
 def _pieces(stream: IterableDataset, size: int) -> Iterator[Dataset]:
     """The rows of a stream, so many at a time, with the stream's own types where it knows them."""
     rows = iter(stream)
     while piece := list(itertools.islice(rows, size)):
-        yield Dataset.from_list(piece, features=stream.features)
+        names = dict.fromkeys(name for row in piece for name in row)  # the first row need not have all
+        yield Dataset.from_dict({name: [row.get(name) for row in piece] for name in names}, features=stream.features)

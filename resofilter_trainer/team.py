@@ -8,6 +8,7 @@ others stop too, as it may hold what they would wait for.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import time
 from types import TracebackType
@@ -17,8 +18,10 @@ import torch.distributed as dist
 from accelerate import PartialState
 
 from .config import InputError
+from .rows import first_line
 
-PAUSE = 0.02  # seconds between two looks at the others
+PAUSE, LONGEST_PAUSE = 0.01, 0.2  # seconds between two looks whether all have finished
+LOOKS = 10  # for signs of life, in the time of the timeout
 _passes = itertools.count()  # every process makes the same passes in the same order
 
 
@@ -52,49 +55,66 @@ class Team:
     ) -> None:
         if error is not None and not isinstance(error, LostError) and self._values is not None:
             text = str(error) if isinstance(error, InputError) else f"{type(error).__name__}: {error}"
-            self._values.set("failed", f"{self.rank} {text}")
+            with contextlib.suppress(LostError):
+                self._ask("set", "failed", f"{self.rank} {text}")
 
     def take(self) -> int:
         """The next of 0, 1, 2, ... that no process has taken."""
         self.beat()
-        return next(self._taken) if self._values is None else self._values.add("taken", 1) - 1
+        return next(self._taken) if self._values is None else self._ask("add", "taken", 1) - 1
 
     def beat(self) -> None:
         """A sign of life. Raises LostError where another process has failed."""
         if self._values is not None:
-            self._values.add(f"beat-{self.rank}", 1)
+            self._ask("add", f"beat-{self.rank}", 1)
             self._check_failed()
 
     def wait(self) -> None:
         """Until every process has come this far. Raises LostError where one has failed, or is silent for too long."""
         if self._values is None:
             return
-        self._values.set(f"finished-{self.rank}", "")
+        self._ask("set", f"finished-{self.rank}", "")
+        self._ask("add", "finished", 1)
         heard = {rank: (-1, time.monotonic()) for rank in range(self.processes)}
-        while True:
+        looked, pause = time.monotonic(), PAUSE
+        while self._ask("add", "finished", 0) < self.processes:
             self._check_failed()
-            waiting = [rank for rank in heard if not self._values.check([f"finished-{rank}"])]
-            if not waiting:
-                return
-            now = time.monotonic()
-            for rank in waiting:
-                beats = self._values.add(f"beat-{rank}", 0)
-                heard[rank] = heard[rank] if heard[rank][0] == beats else (beats, now)
-            silent = [rank for rank in waiting if now - heard[rank][1] > self._timeout]
-            if silent:
+            if time.monotonic() - looked >= self._timeout / LOOKS:  # a request for every process
+                looked = time.monotonic()
+                self._check_silent(heard)
+            time.sleep(pause)
+            pause = min(2 * pause, LONGEST_PAUSE)
+
+    def _check_silent(self, heard: dict[int, tuple[int, float]]) -> None:
+        """Look for a sign of life of those that have not finished, and note when there was one."""
+        for rank, (beats, since) in heard.items():
+            if self._ask("check", [f"finished-{rank}"]):
+                heard[rank] = beats, time.monotonic()
+                continue
+            now = self._ask("add", f"beat-{rank}", 0)
+            heard[rank] = (beats, since) if now == beats else (now, time.monotonic())
+            if time.monotonic() - heard[rank][1] > self._timeout:
                 raise LostError(
-                    f"Process {silent[0]} of {self.processes} has given no sign of life for {self._timeout:g} s: the "
-                    "pass is given up. What is done is kept where there is an output folder; stop what is left of the "
-                    "run, and start it again."
+                    f"Process {rank} of {self.processes} has given no sign of life for {self._timeout:g} s: the pass "
+                    "is given up. What is done is kept where there is an output folder; stop what is left of the run, "
+                    "and start it again."
                 )
-            time.sleep(PAUSE)
 
     def _check_failed(self) -> None:
-        assert self._values is not None
-        if self._values.check(["failed"]):
-            rank, _, text = self._values.get("failed").decode().partition(" ")
+        if self._ask("check", ["failed"]):
+            rank, _, text = self._ask("get", "failed").decode().partition(" ")
             if int(rank) != self.rank:
                 raise LostError(f"Process {rank} of {self.processes} has failed: {text}")
+
+    def _ask(self, request: str, *arguments: Any) -> Any:
+        """One request to what the processes tell each other by; the process that keeps it may be gone."""
+        try:
+            return getattr(self._values, request)(*arguments)
+        except RuntimeError as error:  # torch's DistError is one
+            raise LostError(
+                f"The process that keeps the others together is gone ({first_line(error)}): the pass is given up. What "
+                "is done is kept where there is an output folder; start the run again."
+            ) from error
 
 
 class LostError(InputError):

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,17 +25,18 @@ from .cleaned_dataset import CleanedDataset, check_output, groups_of, mask_label
 from .config import SELF, InputError, TokenCleaning
 from .loading import check_arguments, check_model, default_arguments, open_pass, placed
 from .loss_pass import measure_token_losses
-from .passes import Keep, held
+from .passes import Parts, held
 from .preparation import PreparedRows, learnt_tokens
 from .provenance import identity
 from .reference_model import check_vocabulary, is_adapter, load_reference, wearing
 from .scores import Provenance
-from .store import PARTS
+from .store import PARTS, remove_parts
 from .token_scores import TOKEN_SCORES_FILE, TokenScores
 from .token_selection import EMPTIED, TokenSelector
 
 REFERENCE = ("reference_weights", "reference_settings")
 TOKEN_LOSSES = "token losses"
+TOKENS = "tokens"  # the folder, in that of parts, of what they lose
 
 
 def clean_dataset(
@@ -167,9 +167,11 @@ class CleaningTask:
 
     def losses(self, model: PreTrainedModel, name: str, prepared: PreparedRows, provenance: Provenance) -> np.ndarray:
         """A model's losses of all learnt tokens of some rows, (N,) float32; by its name an interrupted pass goes on."""
-        keep = None if self.folder is None else Keep(self.folder / PARTS / name, TOKEN_LOSSES, provenance.compared)
+        parts = None
+        if self.folder is not None:
+            parts = Parts(self.folder / PARTS / TOKENS / name, TOKEN_LOSSES, provenance.compared)
         label = f"Losses of the {name} model"
-        return measure_token_losses(model, prepared, self.args, self.cleaning.tokens_per_batch, label, keep)
+        return measure_token_losses(model, prepared, self.args, self.cleaning.tokens_per_batch, label, parts)
 
     def scores(self, base: np.ndarray, reference: PreTrainedModel, earlier: TokenScores | None) -> TokenScores:
         """Those that lie in the folder, or measured, and written there."""
@@ -182,7 +184,7 @@ class CleaningTask:
         scores = score_tokens(self.prepared, base, losses, provenance)
         if self.folder is not None and PartialState().is_main_process:
             scores.save(self.folder)
-            shutil.rmtree(self.folder / PARTS, ignore_errors=True)
+            remove_parts(self.folder / PARTS / TOKENS)
         return scores
 
     def earlier(self) -> TokenScores | None:

@@ -195,6 +195,7 @@ def check(name: str, runs: int, seed: int, place: Path) -> int:
         differing = [path for path in truth if found[path] != truth[path]]
         assert not differing, f"{name}, run {run}: {differing} differ"
         shutil.rmtree(output)
+    assert kills or runs < 3, f"{name} was never killed"
     return kills
 
 

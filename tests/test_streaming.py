@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -92,13 +95,48 @@ def test_a_stream_that_changed_is_refused(model, tokenizer, tmp_path, monkeypatc
         patch.setattr(streaming, "together", lambda *args: 1 / 0)  # all pieces are there, the whole is not
         with pytest.raises(ZeroDivisionError):
             score(model, tokenizer, rows(ROWS).to_iterable_dataset(), tmp_path)
-    with pytest.raises(InputError, match=r"Rows 1000 to 1024 of the stream: .* something else.* dataset"):
+    with pytest.raises(InputError, match=r"Rows 25 to 49 of the stream .* something else.* dataset"):
         score(model, tokenizer, Dataset.from_list(changed).to_iterable_dataset(), tmp_path)
     score(model, tokenizer, rows(ROWS).to_iterable_dataset(), tmp_path)
     with pytest.raises(InputError, match="holds scores of other rows"):
         score(model, tokenizer, Dataset.from_list(changed).to_iterable_dataset(), tmp_path)
-    with pytest.raises(InputError, match="holds scores of other model weights"):
+    with pytest.raises(InputError, match=r"something else.* model weights"):
         score(llama(len(tokenizer), seed=3), tokenizer, rows(ROWS).to_iterable_dataset(), tmp_path)
+    with pytest.raises(InputError, match=r"something else.* n_layers \(3 / 2\)"):
+        score(model, tokenizer, rows(ROWS).to_iterable_dataset(), tmp_path, config=ResonanceConfig(n_layers=2))
+
+
+def test_rows_that_cannot_be_scored_keep_their_places(model, tokenizer, tmp_path):
+    listed = rows(55).to_list()
+    listed[30] = listed[27]
+    listed[50:] = [{"prompt": f"nothing {i} ", "completion": ""} for i in range(5)]  # the whole last piece
+    stream = Dataset.from_list(listed).to_iterable_dataset()
+    found = score(model, tokenizer, stream, tmp_path, drop_duplicates=True, drop_empty=True)
+    assert found.reasons[30] == "same prompt as row 27"
+    assert found.reasons[50:] == ["nothing in its piece can be scored"] * 5
+    assert found.column("sample_id").tolist() == list(range(55))
+    assert found.scored.sum() == 49
+    assert found.provenance.trust.saturation == pytest.approx(np.ptp(found.column("score")[found.scored]) / 1e-5)
+
+
+def test_a_stream_without_a_row_that_can_be_scored_is_refused(model, tokenizer, tmp_path):
+    stream = Dataset.from_list([{"prompt": "a", "completion": ""}] * 3).to_iterable_dataset()
+    with pytest.raises(InputError, match="no rows that can be scored"):
+        score(model, tokenizer, stream, tmp_path, drop_empty=True)
+
+
+def test_another_run_is_kept_out(model, tokenizer, tmp_path, monkeypatch):
+    real = streaming.score_dataset
+
+    def meanwhile(*args, **kwargs):
+        command = "import sys; from pathlib import Path; from resofilter_trainer.files import only_writer\n"
+        command += "with only_writer(Path(sys.argv[1])): pass"
+        done = subprocess.run([sys.executable, "-c", command, tmp_path], capture_output=True, text=True)
+        assert "Another run writes to" in done.stderr
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(streaming, "score_dataset", meanwhile)
+    score(model, tokenizer, rows(3).to_iterable_dataset(), tmp_path)
 
 
 def test_scores_that_are_there_are_given_back(model, tokenizer, tmp_path, monkeypatch):

@@ -219,7 +219,7 @@ def test_an_interrupted_pass_before_training_goes_on(place, tmp_path, tokenizer,
     monkeypatch.setattr(loss_pass, "_losses_of", stops)
     with pytest.raises(KeyboardInterrupt):
         train(tmp_path, tokenizer, callback(place, tokens_per_batch=32), model=base_of(place))
-    parts = list((tmp_path / "resofilter" / "parts" / "base").glob("part-*.parquet"))
+    parts = list((tmp_path / "resofilter" / "parts" / "tokens" / "base").glob("part-*.parquet"))
     assert len(parts) == 1
     done = []
     monkeypatch.setattr(loss_pass, "_losses_of", lambda *args: done.append(args[2]) or real(*args))

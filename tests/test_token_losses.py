@@ -17,7 +17,7 @@ from resofilter_trainer import head, loss_pass, passes
 from resofilter_trainer.batches import split_by_tokens
 from resofilter_trainer.config import InputError
 from resofilter_trainer.loss_pass import measure_token_losses
-from resofilter_trainer.passes import Keep
+from resofilter_trainer.passes import Parts
 from resofilter_trainer.preparation import PreparedRows, prepare, prepared_already
 
 # ---- batches
@@ -54,12 +54,12 @@ def truth(prepared, model) -> np.ndarray:
     return plain_losses(model.eval(), list(samples)).numpy()
 
 
-def measure(model, prepared, budget: int = 64, keep: Keep | None = None) -> np.ndarray:
-    return measure_token_losses(model, prepared, arguments(Path("unused")), budget, "losses", keep)
+def measure(model, prepared, budget: int = 64, parts: Parts | None = None) -> np.ndarray:
+    return measure_token_losses(model, prepared, arguments(Path("unused")), budget, "losses", parts)
 
 
-def kept(folder: Path, key: str = "key") -> Keep:
-    return Keep(folder, "token losses", {"weights": key})
+def kept(folder: Path, key: str = "key") -> Parts:
+    return Parts(folder, "token losses", {"weights": key})
 
 
 @pytest.fixture
@@ -118,13 +118,13 @@ def test_an_interrupted_pass_goes_on(after, save_every, model, prepared, tmp_pat
         batches_done.clear()
         interrupt(patch, after)
         with pytest.raises(KeyboardInterrupt):
-            measure(model, prepared, keep=parts)
+            measure(model, prepared, parts=parts)
     assert batches_done == everything[:after]
 
-    found = measure(model, prepared, keep=parts)
+    found = measure(model, prepared, parts=parts)
     assert batches_done == everything  # each once, in both together
     assert found.tobytes() == whole.tobytes()
-    again = measure(model, prepared, keep=parts)
+    again = measure(model, prepared, parts=parts)
     assert batches_done == everything
     assert again.tobytes() == whole.tobytes()
 
@@ -137,32 +137,32 @@ def test_what_was_done_is_not_lost_when_it_is_interrupted_twice(model, prepared,
         with monkeypatch.context() as patch:
             interrupt(patch, after)
             with pytest.raises(KeyboardInterrupt):
-                measure(model, prepared, keep=kept(tmp_path))
-    assert measure(model, prepared, keep=kept(tmp_path)).tobytes() == whole.tobytes()
+                measure(model, prepared, parts=kept(tmp_path))
+    assert measure(model, prepared, parts=kept(tmp_path)).tobytes() == whole.tobytes()
     assert batches_done == everything
 
 
 def test_a_kill_costs_no_more_than_what_was_not_yet_saved(model, prepared, tmp_path, batches_done, monkeypatch):
     monkeypatch.setattr(passes, "LEAST_LOST", 0.0)
     monkeypatch.setattr(passes, "LOST_SHARE", 0.0)
-    measure(model, prepared, keep=kept(tmp_path))
+    measure(model, prepared, parts=kept(tmp_path))
     assert len(list(tmp_path.glob("part-*.parquet"))) == len(batches_done)
 
 
 def test_parts_of_something_else_are_refused(model, prepared, tmp_path, tokenizer):
-    measure(llama(len(tokenizer), seed=1), prepared, keep=kept(tmp_path, "other"))
+    measure(llama(len(tokenizer), seed=1), prepared, parts=kept(tmp_path, "other"))
     with pytest.raises(InputError, match=r"holds token losses of something else.*weights \(other / key\)"):
-        measure(model, prepared, keep=kept(tmp_path))
+        measure(model, prepared, parts=kept(tmp_path))
     with pytest.raises(InputError, match="batches"):
-        measure(model, prepared, budget=100, keep=kept(tmp_path, "other"))
+        measure(model, prepared, budget=100, parts=kept(tmp_path, "other"))
 
 
 def test_a_part_that_is_cut_off_is_refused_in_one_line(model, prepared, tmp_path):
-    measure(model, prepared, keep=kept(tmp_path))
+    measure(model, prepared, parts=kept(tmp_path))
     (path,) = tmp_path.glob("part-*.parquet")
     path.write_bytes(path.read_bytes()[:-50])
     with pytest.raises(InputError, match="is damaged") as refused:
-        measure(model, prepared, keep=kept(tmp_path))
+        measure(model, prepared, parts=kept(tmp_path))
     assert str(path) in str(refused.value)
     assert "\n" not in str(refused.value)
 
