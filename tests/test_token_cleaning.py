@@ -281,7 +281,6 @@ def test_the_folder_is_a_dataset_that_the_trainer_trains_on_as_it_is(base, refer
     opened = load_from_disk(tmp_path / "out")
     assert opened.to_list() == cleaned.dataset.to_list()
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
-        ".resofilter.lock",
         "data-00000-of-00001.arrow",
         "dataset_info.json",
         "state.json",
