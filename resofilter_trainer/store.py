@@ -97,7 +97,7 @@ class Store:
         tables = list(read_parts(self.folder))
         try:
             return pa.concat_tables(tables).sort_by(UNIT) if tables else pa.table({UNIT: pa.array([], pa.int64())})
-        except pa.ArrowInvalid as error:
+        except pa.ArrowException as error:
             raise InputError(
                 f"The parts in '{self.folder}' do not belong together. Remove the folder: its rows are measured again."
             ) from error
@@ -162,14 +162,10 @@ def read_parts(folder: Path, columns: list[str] | None = None) -> Iterator[pa.Ta
     Raises:
         InputError: a part is damaged.
     """
-    before: list[Path] | None = None
-    while (paths := part_paths(folder)) != before:
-        before = paths
+    while True:
         with contextlib.suppress(FileNotFoundError):  # two parts have become one meanwhile: the next list is of that
-            yield from _distinct([_read(path, columns) for path in paths])
+            yield from _distinct([_read(path, columns) for path in part_paths(folder)])
             return
-    gone = next((path for path in paths if not path.exists()), folder)
-    raise InputError(f"'{gone}' cannot be found where it is listed. Remove it, and its rows are measured again.")
 
 
 def _distinct(tables: list[pa.Table]) -> Iterator[pa.Table]:
@@ -206,9 +202,12 @@ def _read(path: Path, columns: list[str] | None) -> pa.Table:
         if _digest(path) == expected[1]:
             with pq.ParquetFile(path) as file:  # `read_table` looks for a dataset first, which takes longer
                 table = file.read(columns=columns)
-            if table.column(UNIT).type != pa.int64() or table.column(UNIT).null_count:
+            units, _ = table.column(UNIT), table.column_names  # which may be no text
+            if units.type != pa.int64() or units.null_count:
                 raise KeyError("units are whole numbers")
     except FileNotFoundError:
+        if path.is_symlink():  # into nothing: it will not be gone from the next list
+            raise InputError(f"'{path}' is a link into nothing. Remove it.") from None
         raise
     except (pa.ArrowException, OSError, KeyError, ValueError) as error:
         raise InputError(f"'{path}' is no part of a pass ({error}). Remove it.") from error
