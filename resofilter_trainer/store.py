@@ -97,7 +97,7 @@ class Store:
         tables = list(read_parts(self.folder))
         try:
             return pa.concat_tables(tables).sort_by(UNIT) if tables else pa.table({UNIT: pa.array([], pa.int64())})
-        except pa.ArrowInvalid as error:
+        except pa.ArrowException as error:
             raise InputError(
                 f"The parts in '{self.folder}' do not belong together. Remove the folder: its rows are measured again."
             ) from error
@@ -177,9 +177,13 @@ def _read(path: Path, columns: list[str] | None) -> pa.Table:
     try:
         digest = _digest(path)
         table = pq.read_table(path, columns=columns, partitioning=None) if digest == expected[1] else None
-        if table is not None and (table.column(UNIT).type != pa.int64() or table.column(UNIT).null_count):
-            raise KeyError("units are whole numbers")
+        if table is not None:
+            units, _ = table.column(UNIT), table.column_names  # which may be no text
+            if units.type != pa.int64() or units.null_count:
+                raise KeyError("units are whole numbers")
     except FileNotFoundError:
+        if path.is_symlink():  # into nothing: it will not be gone from the next list
+            raise InputError(f"'{path}' is a link into nothing. Remove it.") from None
         raise
     except (pa.ArrowException, OSError, KeyError, ValueError) as error:
         raise InputError(f"'{path}' is no part of a pass ({error}). Remove it.") from error

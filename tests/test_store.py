@@ -277,6 +277,12 @@ def test_a_folder_in_the_place_of_a_file_is_refused(tmp_path):
     assert "is damaged" in refusal(made.open)
 
 
+def test_a_link_into_nothing_is_refused_and_not_waited_for(tmp_path):
+    made = filled(tmp_path, 1)
+    (made.folder / f"part-{5:010d}-{'0' * 32}.parquet").symlink_to(tmp_path / "nowhere")
+    assert "is a link into nothing. Remove it." in refusal(made.lines)
+
+
 def test_parts_without_a_manifest_are_refused(tmp_path):
     made = filled(tmp_path, 1)
     (made.folder / MANIFEST).unlink()
@@ -352,6 +358,15 @@ def test_a_foreign_file_under_a_name_that_fits_it_is_refused(table, tmp_path):
         text = refusal(call)
         assert f"'{path}' is no part of a pass" in text
         assert text.endswith("Remove it.")
+
+
+def test_a_column_whose_name_is_no_text_is_refused(tmp_path):
+    made = filled(tmp_path, 1)
+    path = made.folder / "foreign"
+    pq.write_table(pa.table({"unit": [0], "abcd": [1]}), path, store_schema=False)
+    path.write_bytes(path.read_bytes().replace(b"abcd", b"ab\x8dd"))
+    path = copied(path)
+    assert f"'{path}' is no part of a pass" in refusal(made.lines)
 
 
 def test_parts_with_other_columns_do_not_belong_together(tmp_path):
