@@ -179,7 +179,7 @@ def load_table(path: Path, key: str, what: str, kind: str, read: Callable[[Path]
     except (pa.ArrowException, OSError, ValueError) as error:
         format_ = kind.split(" ", 1)[1]
         raise InputError(
-            f"'{path}' cannot be read, it is damaged, cut off or no {format_} ({error}). Make it again."
+            f"'{path}' cannot be read, it is cut off or damaged, or no {format_} ({error}). Make it again."
         ) from error
     metadata = (table.schema.metadata or {}).get(key.encode())
     if metadata is None:
