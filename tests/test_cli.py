@@ -409,7 +409,7 @@ def test_select_refuses_a_truncated_file(scored, tmp_path, capsys):
     path = tmp_path / "scores.parquet"
     path.write_bytes((scored / "scores.parquet").read_bytes()[:-100])
     message = refused(capsys, "select", tmp_path, "--output", tmp_path / "out")
-    assert f"'{path}' cannot be read, it is damaged, cut off" in message
+    assert f"'{path}' cannot be read, it is cut off" in message
     assert files_in(tmp_path) == ["scores.parquet"]
 
 
