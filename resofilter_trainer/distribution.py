@@ -2,8 +2,8 @@
 
     units, dearest first -> chunks of some neighbours, smaller and smaller -> whoever is free takes the next
 
-Guided self-scheduling (Polychronopoulos and Kuck, 1987): a slow process takes fewer chunks, and in the end no process
-waits for another longer than for one unit. Neighbours stay together because they may share work.
+Guided self-scheduling (Polychronopoulos and Kuck, 1987): a slow process takes fewer chunks, and the last are single
+units, so that nobody waits long for it. Neighbours stay together because they may share work.
 """
 
 from __future__ import annotations

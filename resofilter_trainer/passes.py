@@ -107,6 +107,20 @@ def measure_batches(
     return lines
 
 
+def from_main(work: Callable[[], Any]) -> Any:
+    """What `work` gives in the main process, in every process; or its InputError, so that none waits."""
+    found: list[Any] = [None, None]
+    if PartialState().is_main_process:
+        try:
+            found = [work(), None]
+        except InputError as error:
+            found = [None, str(error)]
+    value, refused = broadcast_object_list(found)
+    if refused is not None:
+        raise InputError(refused)
+    return value
+
+
 @contextlib.contextmanager
 def held(folder: str | os.PathLike[str] | None) -> Iterator[None]:
     """Hold a folder, if there is one, against other runs; no process goes on before the main one holds it.
@@ -114,32 +128,22 @@ def held(folder: str | os.PathLike[str] | None) -> Iterator[None]:
     Raises:
         InputError: another run writes to it, or nothing can be written there.
     """
-    refused: list[str | None] = [None]
     with contextlib.ExitStack() as stack:
-        if folder is not None and PartialState().is_main_process:
-            try:
-                stack.enter_context(only_writer(Path(folder)))
-            except InputError as error:  # the others must not wait
-                refused = [str(error)]
-        reason = broadcast_object_list(refused)[0]
-        if reason is not None:
-            raise InputError(reason)
+        if folder is not None:
+            path = Path(folder)
+            from_main(lambda: stack.enter_context(only_writer(path)))
         yield
 
 
 def open_store(store: Store) -> np.ndarray:
     """The units that a store has; every process gets what the main one sees."""
-    found: list[Any] = [None, None]
-    if PartialState().is_main_process:
-        try:
-            store.open()
-            found = [store.done(), None]
-        except InputError as error:  # the others must not wait
-            found = [None, str(error)]
-    done, refused = broadcast_object_list(found)
-    if refused is not None:
-        raise InputError(refused)
-    return done
+
+    def done() -> np.ndarray:
+        store.open()
+        return store.done()
+
+    found: np.ndarray = from_main(done)
+    return found
 
 
 def _as_free(todo: np.ndarray, costs: np.ndarray, team: Team) -> Iterator[tuple[int, int, bool]]:

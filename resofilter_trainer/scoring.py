@@ -34,10 +34,10 @@ from trl import SFTConfig
 from .batches import Batch, arrange, collate, default_budget
 from .comparison import rank_correlation
 from .config import RESONANCE, InputError, NotFiniteError, Precision, ResonanceConfig, one_of
-from .files import file_at, remove_folder, replacing
+from .files import file_at, read_json, remove_folder, replacing
 from .loading import Opened, check_arguments, default_arguments, open_pass, placed
 from .modes import bfloat16_forward
-from .passes import Parts, held, measure_batches
+from .passes import Parts, from_main, held, measure_batches
 from .preparation import PreparedRows
 from .recorder import Recorder
 from .resonance import Resonance
@@ -217,13 +217,15 @@ class Pass:
         if self.parts is None:
             return faster
         path = self.parts.folder / FORWARD
-        found = None
-        if PartialState().is_main_process:
+
+        def noted() -> bool:
             if not path.exists():
                 with replacing(path) as part:
                     part.write_text(json.dumps(faster))
-            found = path.read_text().strip() == "true"
-        return bool(broadcast_object_list([found])[0])
+            return bool(read_json(path, f"Remove '{path.parent}': its rows are measured again."))
+
+        found: bool = from_main(noted)
+        return found
 
     def measure_all(self, autocast: bool) -> Resonance:
         """Every row, in the order in which they were prepared."""

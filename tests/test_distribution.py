@@ -49,7 +49,7 @@ def test_a_slow_process_does_not_hold_the_others_for_long(slow):
     costs = np.sort(np.random.default_rng(0).integers(200, 1000, 2000))[::-1]
     speeds = [1.0] * 7 + [slow]
     ends = finish_times(costs, speeds)
-    assert max(ends) <= 1.02 * costs.sum() / sum(speeds)  # where each has its share beforehand: 8 / (7 + slow) / slow
+    assert max(ends) <= 1.05 * costs.sum() / sum(speeds)  # where each has its share beforehand: 8 / (7 + slow) / slow
 
 
 @given(costs, processes)
