@@ -171,11 +171,11 @@ def by_processes(processes: list[int], rows: int) -> None:
             data = [{"prompt": each.prompt, "completion": each.completion} for each in make_problems(size, seed=0)]
             (folder / f"{size}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in data))
         first = 0.0
-        for attempt, count in enumerate(processes):
+        for run, count in enumerate(processes):
             seconds = []
             for size in sizes:
                 command = ["score", "--model", folder / "model", "--dataset", folder / f"{size}.jsonl"]
-                command += ["--output", folder / f"{attempt}-{size}", "--precision", "float32", "--num_processes", count]
+                command += ["--output", folder / f"{run}-{size}", "--precision", "float32", "--num_processes", count]
                 begun = time.perf_counter()
                 whole = [sys.executable, "-m", "resofilter_trainer.cli", *map(str, command)]
                 subprocess.run(whole, check=True, env=environment, capture_output=True)
