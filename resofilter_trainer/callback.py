@@ -80,7 +80,7 @@ class ResonanceCallback(TrainerCallback):
         self.config = ResonanceConfig(update="adamw" if self.by_optimizer else update, **config)  # type: ignore[arg-type]
         self._results = Results()
         self._run: Run | None = None
-        self._folder = contextlib.ExitStack()  # holds it against other runs
+        self._holding = contextlib.ExitStack()  # holds it against other runs
 
     @property
     def scores(self) -> ScoreTable | None:
@@ -112,8 +112,8 @@ class ResonanceCallback(TrainerCallback):
         loader = kwargs["train_dataloader"]
         config = (self.filter, self.config, self.by_optimizer, self._results, self.token_cleaning)
         self._run = Run(trainer, loader, *config)
-        self._folder.close()  # of a training that an error ended
-        self._folder.enter_context(held(self._run.folder))
+        self._holding.close()  # of a training that an error ended
+        self._holding.enter_context(held(self._run.folder))
         self._run.begin(checkpoint)
 
     def on_step_begin(
@@ -158,7 +158,7 @@ class ResonanceCallback(TrainerCallback):
             from .run_report import report_run  # charts take a second to import
 
             report_run(run.trainer, run.folder, run.sample_ids, run.held.total)
-        self._folder.close()
+        self._holding.close()
 
     @property
     def _running(self) -> Run:

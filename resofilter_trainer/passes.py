@@ -56,19 +56,19 @@ class Parts:
         return Store(self.folder, self.what, {**self.made_of, "batches": digest.hexdigest()})
 
 
-Measure = Callable[[int], Mapping[str, Any]]  # a batch's number to columns with a value for each of its rows
+MeasureBatch = Callable[[int], Mapping[str, Any]]  # a batch's number to columns with a value for each of its rows
 
 
 def measure_batches(
     batches: Sequence[np.ndarray],
     costs: np.ndarray,
-    measure: Measure,
+    measure: MeasureBatch,
     args: TrainingArguments,
     label: str,
     store: Store | None = None,
     in_step: bool = False,
 ) -> pa.Table:
-    """Measure every batch once.
+    """MeasureBatch every batch once.
 
     Args:
         batches: (B,) the rows of each.
