@@ -66,6 +66,11 @@ def split_by_tokens(lengths: np.ndarray, budget: int, shared: int = 0, lost: int
     return batches
 
 
+def padded_tokens(lengths: np.ndarray, batches: Sequence[np.ndarray]) -> np.ndarray:
+    """(B,) tokens of each batch, padding included; `lengths` are those of all rows."""
+    return np.array([len(batch) * int(lengths[batch].max()) for batch in batches])
+
+
 def arrange(prepared: PreparedRows, budget: int, device: torch.device, may_share: bool = True) -> list[Batch]:
     """Batches for a pass that takes what all rows of a batch begin with through the model once, if it can.
 

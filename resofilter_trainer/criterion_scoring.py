@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import SFTConfig
 
-from .batches import collate, split_by_tokens
+from .batches import collate, padded_tokens, split_by_tokens
 from .config import InputError, NotFiniteError
 from .criteria import CRITERIA, Criterion
 from .files import file_at
@@ -66,14 +66,14 @@ def score_by(
     check_arguments(args, None if output is None else file_at(output, SCORES_FILE).parent)
     config = {"criterion": name, "drop": chosen.drop, "columns": list(chosen.columns), **chosen.settings}
     model, opened = open_pass(model, dataset, processing_class, args, config, **row_options)
-    with writing_scores(output):
+    with writing_scores(output, opened.provenance):
         earlier = scores_at(output, opened.provenance)
         if earlier is not None:
             return earlier
         model = placed(model, args)
         measure = chosen.measure(opened.prepared) if chosen.counts else chosen.measure
-        keep = parts_of(output, opened.provenance, tokens_per_batch)
-        values = measure_rows(measure, model, opened.prepared, args, tokens_per_batch, f"Measuring {name}", keep)
+        parts = parts_of(output, opened.provenance, tokens_per_batch)
+        values = measure_rows(measure, model, opened.prepared, args, tokens_per_batch, f"Measuring {name}", parts)
         return finished(opened, _columns_of(values, name, chosen), output)
 
 
@@ -118,7 +118,7 @@ def measure_rows(
         return {VALUE: list(values)}
 
     with evaluating(model), bfloat16_forward(model, bool(args.bf16)):
-        costs = np.array([prepared.lengths[batch].max() * len(batch) for batch in batches])
+        costs = padded_tokens(prepared.lengths, batches)
         store = None if parts is None else parts.store(prepared.sample_ids, batches)
         lines = measure_batches(batches, costs, of_batch, args, label, store)[VALUE].combine_chunks()
     flat = lines.flatten() if pa.types.is_list(lines.type) else lines

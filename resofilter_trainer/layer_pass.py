@@ -70,7 +70,7 @@ def score_layers(
     check_arguments(args, folder)
     settings = {**dataclasses.asdict(config), "n_layers": "all", "limit": limit}
     model, opened = open_pass(model, dataset, processing_class, args, settings, precision="float32", **row_options)
-    with writing_scores(folder):
+    with writing_scores(folder, opened.provenance):
         earlier = scores_at(folder, opened.provenance)
         if earlier is not None:
             return earlier
@@ -83,8 +83,8 @@ def score_layers(
         some = prepared.select(places)
         for row in some.sample_ids.tolist():
             del reasons[row]
-        keep = parts_of(folder, opened.provenance, 1)
-        values = measure_rows(_Changes(found, config), model, some, args, 1, "Measuring all layers", keep)
+        parts = parts_of(folder, opened.provenance, 1)
+        values = measure_rows(_Changes(found, config), model, some, args, 1, "Measuring all layers", parts)
         layers = sorted({each.layer for each in found})
         names = [f"{LAYER}{layer}{part}" for layer in layers for part in ("", *(f"_{name}" for name in QUANTILES))]
         columns = dict(zip(names, values[:, 1:].T, strict=True))

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from transformers import TrainingArguments
 
-from .batches import collate, split_by_tokens
+from .batches import collate, padded_tokens, split_by_tokens
 from .config import InputError, NotFiniteError
 from .head import PROBE, Way, find_way
 from .losses import inputs_of, learnt_positions
@@ -62,7 +62,7 @@ def measure_token_losses(
             of_rows = np.split(losses, np.cumsum(prepared.num_tokens[batches[number]])[:-1])
             return {LOSS: pa.array(of_rows, pa.large_list(pa.float32()))}
 
-        costs = np.array([prepared.lengths[batch].max() * len(batch) for batch in batches])
+        costs = padded_tokens(prepared.lengths, batches)
         store = None if parts is None else parts.store(prepared.sample_ids, batches)
         lines = measure_batches(batches, costs, of_batch, args, label, store)
     return _in_order(batches, lines[LOSS].combine_chunks(), prepared.num_tokens)

@@ -68,7 +68,7 @@ def measure_batches(
     store: Store | None = None,
     in_step: bool = False,
 ) -> pa.Table:
-    """MeasureBatch every batch once.
+    """Measure every batch once.
 
     Args:
         batches: (B,) the rows of each.

@@ -31,10 +31,10 @@ from transformers import (
 )
 from trl import SFTConfig
 
-from .batches import Batch, arrange, collate, default_budget
+from .batches import Batch, arrange, collate, default_budget, padded_tokens
 from .comparison import rank_correlation
 from .config import RESONANCE, InputError, NotFiniteError, Precision, ResonanceConfig, one_of
-from .files import file_at, read_json, remove_folder, replacing
+from .files import file_at, read_json, replacing
 from .loading import Opened, check_arguments, default_arguments, open_pass, placed
 from .modes import bfloat16_forward
 from .passes import Parts, from_main, held, measure_batches
@@ -116,7 +116,7 @@ def score_dataset(
     model, opened = open_pass(model, dataset, processing_class, args, settings, precision=precision, **row_options)
     if model.dtype == torch.float16:
         raise InputError(VANISHING)
-    with writing_scores(output):
+    with writing_scores(output, opened.provenance):
         earlier = scores_at(output, opened.provenance)
         if earlier is not None:
             return earlier
@@ -240,7 +240,7 @@ class Pass:
 
     def batch(self, rows: np.ndarray) -> Batch:
         """Rows that share nothing with others."""
-        return Batch(rows, 0, len(rows) * int(self.prepared.lengths[rows].max()))
+        return Batch(rows, 0, int(padded_tokens(self.prepared.lengths, [rows])[0]))
 
     def measure(self, batches: Sequence[Batch], autocast: bool, label: str) -> Resonance:
         """The rows of all batches, in the batches' order. Each process takes what it can; each gets everything."""
@@ -309,15 +309,15 @@ def faster_in_bfloat16(device: torch.device) -> bool:
 
 
 @contextlib.contextmanager
-def writing_scores(output: str | os.PathLike[str] | None) -> Iterator[None]:
-    """Hold the folder of an output, if there is one; parts that will never be whole are not left there."""
+def writing_scores(output: str | os.PathLike[str] | None, provenance: Provenance) -> Iterator[None]:
+    """Hold the folder of an output, if there is one; parts of this pass that will never be whole are not left there."""
     folder = None if output is None else file_at(output, SCORES_FILE).parent
     with held(folder):
         try:
             yield
         except NotFiniteError:  # with these rows and weights it will be no other
-            if folder is not None and PartialState().num_processes == 1:  # else others may still write there
-                remove_folder(folder / PARTS)
+            if output is not None and PartialState().num_processes == 1:  # else others may still write there
+                remove_parts(_parts_folder(output, provenance))
             raise
 
 

@@ -28,9 +28,10 @@ from trl import SFTConfig
 from .config import InputError, NothingError, Precision, ResonanceConfig
 from .files import remove_folder
 from .loading import default_arguments, load_model, open_pass
+from .passes import held
 from .rows import add_rows
 from .scores import SAME_PROMPT, SCORES_FILE, Provenance, ScoreTable, Trust
-from .scoring import score_dataset, writing_scores
+from .scoring import score_dataset
 
 PIECE = 10_000  # rows; a multiple of those that are hashed together
 PIECES = "pieces"
@@ -74,7 +75,7 @@ def score_stream(
     args, config = args or default_arguments(), config or ResonanceConfig()
     model, tokenizer = load_model(model, processing_class, args)
     passes = _Pieces(model, tokenizer, args, config, Path(output), rows_per_piece, options)
-    with writing_scores(output):
+    with held(output):
         if (passes.folder / SCORES_FILE).exists():
             return passes.earlier(stream)
         whole = passes.score(stream, dict(source or {}))

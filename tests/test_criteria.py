@@ -283,6 +283,20 @@ def test_a_number_that_is_not_finite_names_its_row(tmp_path, tiny_llama, tokeniz
     assert not list(tmp_path.iterdir())
 
 
+def test_it_leaves_alone_what_another_pass_has_done(tmp_path, tiny_llama, tokenizer):
+    def broken(model, batch):
+        return torch.full((len(batch["input_ids"]),), torch.nan)
+
+    theirs = tmp_path / "parts" / "resonance" / "scoring-float32" / "manifest.json"
+    theirs.parent.mkdir(parents=True)
+    theirs.write_text("{}")
+    with pytest.raises(InputError, match="not finite"):
+        score_by(Criterion(broken), tiny_llama(), Dataset.from_list(ROWS), tokenizer, arguments(), tmp_path, **COLUMNS)
+    score_by("loss", tiny_llama(), Dataset.from_list(ROWS), tokenizer, arguments(), tmp_path, **COLUMNS)
+    assert theirs.read_text() == "{}"
+    assert [path.name for path in (tmp_path / "parts").iterdir()] == ["resonance"]
+
+
 def test_the_command_knows_the_same_names():
     assert set(CRITERION_NAMES) == set(CRITERIA)
 
