@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
+import mmap
 import os
 import shutil
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ def save_parquet(table: pa.Table, path: Path, metadata: Mapping[str, str]) -> Pa
     """Write a table and its metadata beside the target, then rename: the file is whole or not there."""
     with replacing(path) as part:
         text = [each.name for each in table.schema if pa.types.is_string(each.type)]  # numbers hardly repeat
-        table = _signed(table.replace_schema_metadata(dict(metadata)), values=True)
+        table = _signed(table.replace_schema_metadata(dict(metadata)))
         pq.write_table(table, part, use_dictionary=text, write_page_checksum=True)
     return path
 
@@ -156,7 +157,7 @@ def load_parquet(path: Path, key: str, what: str) -> tuple[pa.Table, str]:
 
 def _checked(path: Path) -> pa.Table:
     table = pq.read_table(path, memory_map=True, page_checksum_verification=True, partitioning=None)
-    return _as_signed(table, values=True)
+    return _as_signed(table, table.columns)
 
 
 def load_table(path: Path, key: str, what: str, kind: str, read: Callable[[Path], pa.Table]) -> tuple[pa.Table, str]:
@@ -198,9 +199,9 @@ def file_at(path: str | os.PathLike[str], name: str) -> Path:
 
 def save_arrow(table: pa.Table, path: Path, key: str, metadata: str) -> Path:
     """Write a table, uncompressed, beside the target, then rename: the file is whole or not there."""
-    table = _signed(table.replace_schema_metadata({key: metadata}), values=False)
+    table = _signed(table.replace_schema_metadata({key: metadata}).combine_chunks())
     with replacing(path) as part, pa.OSFile(str(part), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
-        for batch in table.combine_chunks().to_batches() or [pa.RecordBatch.from_pylist([], table.schema)]:
+        for batch in table.to_batches() or [pa.RecordBatch.from_pylist([], table.schema)]:
             writer.write_batch(batch)
     return path
 
@@ -211,36 +212,46 @@ def load_arrow(path: Path, key: str, what: str) -> tuple[pa.Table, str]:
 
 
 def _mapped(path: Path) -> pa.Table:
-    table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
+    with path.open("rb") as file:
+        memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    table = pa.ipc.open_file(pa.py_buffer(memory)).read_all()
     table.validate()  # else a damaged file is followed beyond its end
-    return _as_signed(table, values=False)  # of values that are not read, nobody can say whether they are damaged
+    return _as_signed(table, _let_go(table.columns, memory))
 
 
-def _signed(table: pa.Table, values: bool) -> pa.Table:
-    return table.replace_schema_metadata({**table.schema.metadata, DIGEST: _digest(table, values)})
+def _let_go(columns: Iterable[pa.ChunkedArray], memory: mmap.mmap) -> Iterator[pa.ChunkedArray]:
+    """One after another; of each that has been read, no page stays in memory."""
+    for column in columns:
+        yield column
+        if hasattr(mmap, "MADV_DONTNEED"):  # not everywhere
+            memory.madvise(mmap.MADV_DONTNEED)
 
 
-def _as_signed(table: pa.Table, values: bool) -> pa.Table:
+def _signed(table: pa.Table) -> pa.Table:
+    return table.replace_schema_metadata({**table.schema.metadata, DIGEST: _digest(table, table.columns)})
+
+
+def _as_signed(table: pa.Table, columns: Iterable[pa.ChunkedArray]) -> pa.Table:
     """The table. Raises ArrowInvalid where it is not what was signed: no page checksum covers names and metadata."""
     expected = (table.schema.metadata or {}).get(DIGEST)
-    if expected is not None and expected != _digest(table, values):
+    if expected is not None and expected != _digest(table, columns):
         raise pa.ArrowInvalid("what it holds is not what was written")
     return table
 
 
-def _digest(table: pa.Table, values: bool) -> bytes:
-    """Of names, types and metadata, and of the values if they are to count."""
+def _digest(table: pa.Table, columns: Iterable[pa.ChunkedArray]) -> bytes:
+    """Of a table's names, types and metadata, and of its columns."""
     metadata = sorted((name, value) for name, value in (table.schema.metadata or {}).items() if name != DIGEST)
     names = [(field.name, str(field.type)) for field in table.schema]
     digest = xxhash.xxh3_128(repr((table.num_rows, names, metadata)).encode(errors="replace"))
-    for column in table.columns if values else ():
+    for column in columns:
         for part in _bytes_of(column):
             digest.update(np.ascontiguousarray(part).data)
     return digest.hexdigest().encode()
 
 
 def _bytes_of(column: pa.ChunkedArray) -> Iterator[np.ndarray]:
-    """The same ones however a column is cut into chunks; of numbers, truth values and text, which are all we write."""
+    """Of numbers, truth values and text the same ones however a column is cut into chunks; of lists as they are cut."""
     kind = column.type
     if column.null_count:
         yield from (chunk.is_valid().to_numpy(zero_copy_only=False) for chunk in column.chunks)
@@ -252,6 +263,10 @@ def _bytes_of(column: pa.ChunkedArray) -> Iterator[np.ndarray]:
         yield from (chunk.to_numpy() for chunk in (column.fill_null(0) if column.null_count else column).chunks)
     elif pa.types.is_boolean(kind):
         yield from (chunk.to_numpy(zero_copy_only=False) for chunk in column.fill_null(False).chunks)
+    elif pa.types.is_large_list(kind):
+        for chunk in column.chunks:
+            yield chunk.offsets.to_numpy()
+            yield from _bytes_of(pa.chunked_array([chunk.values]))
 
 
 def _text_of(chunk: pa.Array) -> np.ndarray:

@@ -1,7 +1,7 @@
 """What two models lose on every learnt token. Knows arrays and Arrow files, no model.
 
 Ragged: a row has as many scores as tokens that are learnt. They lie one after another, and a file of them is mapped
-into memory, not read, so that 50 million cost no more than what is looked at.
+into memory, so that of 50 million only what is looked at is held; its digest is checked before, a column at a time.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ class TokenScores:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> TokenScores:
-        """Map what `save` wrote into memory. Raises InputError for a missing, truncated or foreign file."""
+        """Map what `save` wrote into memory. Raises InputError for a missing, damaged or foreign file."""
         table, metadata = load_arrow(token_scores_at(path), KEY, "token scores")
         try:
             if table.schema.remove_metadata() != SCHEMA or table["base"].num_chunks != 1:

@@ -260,11 +260,10 @@ COLUMN = st.sampled_from([
 def rewritten(table: pa.Table, path: Path, metadata: dict[bytes, bytes]) -> bytes:
     """As a file of the same kind, with or without a digest that fits."""
     table = table.replace_schema_metadata(metadata)
-    values = path.suffix == ".parquet"
-    table = files._signed(table, values) if len(metadata) % 2 else table
+    table = files._signed(table) if len(metadata) % 2 else table
     with tempfile.TemporaryDirectory() as place:
         other = Path(place) / "x"
-        if values:
+        if path.suffix == ".parquet":
             pq.write_table(table, other)
         else:
             with pa.OSFile(str(other), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:

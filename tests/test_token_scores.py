@@ -127,7 +127,7 @@ def test_other_kinds_are_written_as_promised(tmp_path):
     assert_same(TokenScores.load(other.save(tmp_path)), scores)
 
 
-def test_loading_maps_and_does_not_read(tmp_path):
+def test_loading_maps_and_does_not_hold(tmp_path):
     path = make_token_scores([[(1.0, 0.5)] * 100_000]).save(tmp_path)
     before = pa.total_allocated_bytes()
 
@@ -218,6 +218,20 @@ def test_truncated_file_is_refused_wherever_it_is_cut(tmp_path):
     for length in {0, 1, 6, 8, len(whole) - 1, *range(0, len(whole), 37)}:
         path.write_bytes(whole[:length])
         assert_refused(path, r"cut off .*Make it again")
+
+
+@pytest.mark.parametrize("rows", [ROWS, [], [[]]])
+def test_a_changed_byte_is_noticed_wherever_it_counts(tmp_path, rows):
+    scores = make_token_scores(rows)
+    path = scores.save(tmp_path)
+    whole, refused = path.read_bytes(), 0
+    for place in range(len(whole)):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+        try:
+            assert_same(TokenScores.load(path), scores)  # nothing is read there
+        except InputError:
+            refused += 1
+    assert refused > 100
 
 
 @pytest.mark.parametrize("seed", range(3))
