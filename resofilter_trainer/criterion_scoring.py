@@ -16,13 +16,12 @@ from trl import SFTConfig
 from .batches import collate, padded_tokens, split_by_tokens
 from .config import InputError, NotFiniteError
 from .criteria import CRITERIA, Criterion
-from .files import file_at
 from .loading import check_arguments, default_arguments, open_pass, placed
 from .modes import bfloat16_forward, evaluating
+from .pass_output import PassOutput, folder_of
 from .passes import Parts, measure_batches
 from .preparation import PreparedRows
-from .scores import SCORES_FILE, ScoreTable
-from .scoring import finished, parts_of, scores_at, writing_scores
+from .scores import ScoreTable
 
 Measure = Callable[[nn.Module, Mapping[str, Tensor]], Tensor]
 TOKENS_PER_BATCH = 1024  # whole logits of a batch are held
@@ -63,18 +62,19 @@ def score_by(
     args = args or default_arguments()
     if args.device.type == "mps":
         raise InputError("Apple's GPU has no float64, in which scores are kept. Pass use_cpu=True.")
-    check_arguments(args, None if output is None else file_at(output, SCORES_FILE).parent)
+    check_arguments(args, folder_of(output))
     config = {"criterion": name, "drop": chosen.drop, "columns": list(chosen.columns), **chosen.settings}
     model, opened = open_pass(model, dataset, processing_class, args, config, **row_options)
-    with writing_scores(output, opened.provenance):
-        earlier = scores_at(output, opened.provenance)
+    target = PassOutput(output, opened)
+    with target.held():
+        earlier = target.earlier()
         if earlier is not None:
             return earlier
         model = placed(model, args)
         measure = chosen.measure(opened.prepared) if chosen.counts else chosen.measure
-        parts = parts_of(output, opened.provenance, tokens_per_batch)
+        parts = target.parts(tokens_per_batch)
         values = measure_rows(measure, model, opened.prepared, args, tokens_per_batch, f"Measuring {name}", parts)
-        return finished(opened, _columns_of(values, name, chosen), output)
+        return target.finish(_columns_of(values, name, chosen))
 
 
 def _columns_of(values: np.ndarray, name: str, chosen: Criterion) -> dict[str, np.ndarray]:

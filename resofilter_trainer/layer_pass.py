@@ -25,9 +25,9 @@ from .criterion_scoring import measure_rows
 from .loading import check_arguments, default_arguments, open_pass, placed
 from .losses import token_losses
 from .modes import at_least_float32, requiring_grad
+from .pass_output import PassOutput
 from .quantised import check_plain
 from .scores import LAYER, LAYERS_FOLDER, ScoreTable
-from .scoring import finished, parts_of, scores_at, writing_scores
 from .up_projection import UpProjection, decoder_layers, find_up_projections
 from .updates import UPDATES
 
@@ -70,8 +70,9 @@ def score_layers(
     check_arguments(args, folder)
     settings = {**dataclasses.asdict(config), "n_layers": "all", "limit": limit}
     model, opened = open_pass(model, dataset, processing_class, args, settings, precision="float32", **row_options)
-    with writing_scores(folder, opened.provenance):
-        earlier = scores_at(folder, opened.provenance)
+    target = PassOutput(folder, opened)
+    with target.held():
+        earlier = target.earlier()
         if earlier is not None:
             return earlier
         check_plain(model, "Measuring all layers")
@@ -83,14 +84,14 @@ def score_layers(
         some = prepared.select(places)
         for row in some.sample_ids.tolist():
             del reasons[row]
-        parts = parts_of(folder, opened.provenance, 1)
-        values = measure_rows(_Changes(found, config), model, some, args, 1, "Measuring all layers", parts)
+        label = "Measuring all layers"
+        values = measure_rows(_Changes(found, config), model, some, args, 1, label, target.parts(1))
         layers = sorted({each.layer for each in found})
         names = [f"{LAYER}{layer}{part}" for layer in layers for part in ("", *(f"_{name}" for name in QUANTILES))]
         columns = dict(zip(names, values[:, 1:].T, strict=True))
         score = np.mean([columns[f"{LAYER}{layer}"] for layer in layers], axis=0)
         opened = dataclasses.replace(opened, prepared=some, reasons={**reasons, **opened.reasons})
-        return finished(opened, {"score": score, "loss": values[:, 0], **columns}, folder)
+        return PassOutput(folder, opened).finish({"score": score, "loss": values[:, 0], **columns})
 
 
 @dataclass(frozen=True)

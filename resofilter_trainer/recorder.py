@@ -109,11 +109,6 @@ class Recorder:
         """Whether the model is sharded: every process must measure as many batches, at the same time."""
         return self._forward.in_step
 
-    def take_part(self) -> None:
-        """Measure nothing, while other processes of a sharded model measure a batch: it needs all of them to run."""
-        ids = torch.zeros(1, 2, dtype=torch.long, device=next(self.model.parameters()).device)
-        self({"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids})
-
     def forget(self) -> None:
         """Let go of what was kept of earlier batches, before the weights or the precision (an autocast) change."""
         self._forward.forget()

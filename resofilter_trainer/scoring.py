@@ -5,22 +5,17 @@ Knows batches, devices and processes. The measuring is the recorder's, the token
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import os
-import re
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
-import pyarrow as pa
 import torch
-from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from datasets import Dataset
 from torch import nn
@@ -33,17 +28,17 @@ from trl import SFTConfig
 
 from .batches import Batch, arrange, collate, default_budget, padded_tokens
 from .comparison import rank_correlation
-from .config import RESONANCE, InputError, NotFiniteError, Precision, ResonanceConfig, one_of
-from .files import file_at, read_json, replacing
-from .loading import Opened, check_arguments, default_arguments, open_pass, placed
+from .config import InputError, NotFiniteError, Precision, ResonanceConfig, one_of
+from .files import read_json, replacing
+from .loading import check_arguments, default_arguments, open_pass, placed
 from .modes import bfloat16_forward
-from .passes import Parts, from_main, held, measure_batches
+from .pass_output import PassOutput, folder_of
+from .passes import Parts, from_main, measure_batches
 from .preparation import PreparedRows
 from .recorder import Recorder
 from .resonance import Resonance
-from .scores import LAYER, SCORES_FILE, Provenance, ScoreTable, Trust
+from .scores import LAYER, ScoreTable, Trust
 from .sharding import is_sharded, shard
-from .store import PARTS, remove_parts
 
 VANISHING = "Gradients near eps vanish in float16, and their ranking with them. Score in bf16 or float32."
 TRUST_ROWS = 64  # measured again, to see how far numerical noise reaches
@@ -103,7 +98,7 @@ def score_dataset(
         precision = "auto"
     args = args or default_arguments()
     precision = _checked_precision(precision, args)
-    check_arguments(args, None if output is None else file_at(output, SCORES_FILE).parent)
+    check_arguments(args, folder_of(output))
     if tokens_per_batch is not None and tokens_per_batch < 1:
         raise InputError(f"tokens_per_batch must be at least 1, got {tokens_per_batch}.")
     if args.fp16:
@@ -116,8 +111,9 @@ def score_dataset(
     model, opened = open_pass(model, dataset, processing_class, args, settings, precision=precision, **row_options)
     if model.dtype == torch.float16:
         raise InputError(VANISHING)
-    with writing_scores(output, opened.provenance):
-        earlier = scores_at(output, opened.provenance)
+    target = PassOutput(output, opened)
+    with target.held():
+        earlier = target.earlier()
         if earlier is not None:
             return earlier
         if sharded:
@@ -125,11 +121,11 @@ def score_dataset(
         else:
             model = placed(model, args)
         budget = tokens_per_batch or default_budget(args.device)
-        parts = parts_of(output, opened.provenance, budget)
+        parts = target.parts(budget)
         measured, layers, trust = score_prepared(model, opened.prepared, args, config, precision, budget, parts)
         columns = {"score": measured.score, "loss": measured.loss}
         columns |= {f"{LAYER}{layer}": measured.layers[:, i] for i, layer in enumerate(layers)}
-        return finished(opened, columns, output, trust)
+        return target.finish(columns, trust)
 
 
 def _checked_precision(precision: Precision | None, args: TrainingArguments) -> Precision:
@@ -306,70 +302,6 @@ def faster_in_bfloat16(device: torch.device) -> bool:
             times.append(time.perf_counter() - start)
         seconds.append(min(times))
     return bool(broadcast_object_list([seconds[1] < CLEARLY_FASTER * seconds[0]])[0])
-
-
-@contextlib.contextmanager
-def writing_scores(output: str | os.PathLike[str] | None, provenance: Provenance) -> Iterator[None]:
-    """Hold the folder of an output, if there is one; parts of this pass that will never be whole are not left there."""
-    folder = None if output is None else file_at(output, SCORES_FILE).parent
-    with held(folder):
-        try:
-            yield
-        except NotFiniteError:  # with these rows and weights it will be no other
-            if output is not None and PartialState().num_processes == 1:  # else others may still write there
-                remove_parts(_parts_folder(output, provenance))
-            raise
-
-
-def parts_of(output: str | os.PathLike[str] | None, provenance: Provenance, tokens_per_batch: int) -> Parts | None:
-    """Where a pass keeps what it has done until its scores are whole."""
-    if output is None:
-        return None
-    made_of = {**provenance.compared, "tokens_per_batch": tokens_per_batch}
-    return Parts(_parts_folder(output, provenance), "scores", made_of)
-
-
-def _parts_folder(output: str | os.PathLike[str], provenance: Provenance) -> Path:
-    """Of one criterion: those of another pass that was interrupted are none of its business."""
-    name = re.sub(r"[^\w.-]", "-", str(provenance.config.get("criterion", RESONANCE)))
-    return file_at(output, SCORES_FILE).parent / PARTS / name
-
-
-def scores_at(output: str | os.PathLike[str] | None, provenance: Provenance) -> ScoreTable | None:
-    """Scores that lie at `output` already; None where there are none. Raises InputError where they are of another."""
-    if output is None or not file_at(output, SCORES_FILE).exists():
-        return None
-    there = ScoreTable.load(output)
-    there.provenance.check_same(provenance, "scores", output)
-    return there
-
-
-def finished(
-    opened: Opened,
-    columns: Mapping[str, np.ndarray],
-    output: str | os.PathLike[str] | None,
-    trust: Trust | None = None,
-) -> ScoreTable:
-    """What was measured of the prepared rows, an (N,) array for each column, as a line for every row of the user's.
-
-    Written to `output` by the main process, where there is one.
-    """
-    prepared, names = opened.prepared, list(columns)
-    ids, missing = prepared.sample_ids, np.ones(opened.rows, dtype=bool)
-    missing[ids] = False
-    columns = {**columns, "num_tokens": prepared.num_tokens, "length": prepared.lengths}
-    found: dict[str, Any] = {"sample_id": np.arange(opened.rows)}
-    for name in ("score", "loss", "num_tokens", "length", *(each for each in names if each not in ("score", "loss"))):
-        if name in columns:
-            spread = np.zeros(opened.rows, dtype=columns[name].dtype)
-            spread[ids] = columns[name]
-            found[name] = pa.array(spread, mask=missing)
-    found["reason"] = pa.array([opened.reasons.get(row) for row in range(opened.rows)], pa.string())
-    scores = ScoreTable(pa.table(found), dataclasses.replace(opened.provenance, trust=trust))
-    if output is not None and PartialState().is_main_process:
-        scores.save(output)
-        remove_parts(_parts_folder(output, opened.provenance))
-    return scores
 
 
 def _joined(parts: Sequence[Resonance]) -> Resonance:

@@ -25,10 +25,11 @@ from .criteria import Criterion
 from .criterion_scoring import score_by
 from .less import LessConfig, less_scores
 from .loading import check_model, open_pass, placed, usable_rows
+from .pass_output import PassOutput
 from .preparation import PreparedRows, prepare
 from .prompted_criteria import RATING_PROMPTS, Nuggets, SelectIT
 from .scores import ScoreTable
-from .scoring import finished, score_dataset, scores_at
+from .scoring import score_dataset
 from .stages import save_model, train_stage
 from .token_cleaning import measure_tokens
 from .token_scores import TokenScores
@@ -124,7 +125,8 @@ def by_less(request: Request) -> ScoreTable:
         "validation": request.validation_tokens.fingerprint,
     }
     model, opened = open_pass(request.model, request.dataset, request.tokenizer, request.args, config, drop_empty=True)
-    earlier = scores_at(request.folder, opened.provenance)
+    output = PassOutput(request.folder, opened)
+    earlier = output.earlier()
     if earlier is not None:
         return earlier
     model = placed(model, request.args)
@@ -134,7 +136,7 @@ def by_less(request: Request) -> ScoreTable:
         raise NotFiniteError(
             "LESS's warm-up gave gradients that are not finite: try a smaller learning_rate in its settings."
         )
-    return finished(opened, {"score": values}, request.folder)
+    return output.finish({"score": values})
 
 
 def by_column(request: Request) -> ScoreTable:
@@ -144,7 +146,8 @@ def by_column(request: Request) -> ScoreTable:
         raise InputError(f"score_column '{name}' is none of the dataset's: {', '.join(dataset.column_names)}.")
     config = {"score_column": name, "values": xxhash.xxh3_128_hexdigest(repr(dataset[name][:]).encode())}
     _, opened = open_pass(request.model, dataset, request.tokenizer, request.args, config, drop_empty=True)
-    earlier = scores_at(request.folder, opened.provenance)
+    output = PassOutput(request.folder, opened)
+    earlier = output.earlier()
     if earlier is not None:
         return earlier
     try:
@@ -154,7 +157,7 @@ def by_column(request: Request) -> ScoreTable:
     if not np.isfinite(values).all():
         row = opened.prepared.sample_ids[int(np.argmin(np.isfinite(values)))]
         raise InputError(f"Row {row} has no finite number in score_column '{name}'.")
-    return finished(opened, {"score": values}, request.folder)
+    return output.finish({"score": values})
 
 
 def by_token_losses(request: Request) -> TokenScores:

@@ -63,6 +63,7 @@ ORDER = [
     "batches",
     "team",
     "passes",
+    "pass_output",
     "loss_pass",
     "reference_model",
     "cleaned_dataset",

@@ -112,14 +112,13 @@ def test_what_is_measured_and_what_lies_outside_the_layers_stays_whole(one_proce
     assert whole == outside | {f"model.layers.{layer}.mlp.up_proj.weight" for layer in (1, 2)}
 
 
-def test_taking_part_measures_nothing_and_needs_no_batch(one_process) -> None:
+def test_a_sharded_model_is_measured_in_step_and_shares_nothing(one_process) -> None:
     model, batch, config = tiny("llama"), collate(make_samples(3)), ResonanceConfig(n_layers=2)
     with Recorder(model, config) as record:
         assert not record.in_step
         truth = record(batch)
     shard(model, config, CPU)
     with Recorder(model, config) as record:
-        record.take_part()
         found = record(batch)
         assert (record.in_step, record.may_share) == (True, False)
     np.testing.assert_allclose(found.layers, truth.layers, rtol=1e-6)

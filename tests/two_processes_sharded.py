@@ -47,10 +47,10 @@ def own_batches(rank: int) -> list[Sample]:
 
 
 def measure(record: Recorder, batches: list[Sample]) -> list[Resonance]:
-    """Every batch; where processes go in step, as many rounds in each of them."""
+    """Every batch; where processes go in step, as many rounds in each of them, the last of which do not count."""
     found = [record(batch) for batch in batches]
     for _ in range(ROUNDS - len(batches) if record.in_step else 0):
-        record.take_part()
+        record(batches[0])
     return found
 
 
