@@ -39,7 +39,8 @@ from resofilter_trainer import (
     score_dataset,
     write_report,
 )
-from resofilter_trainer.cli import exit_on_input_error, summary
+from resofilter_trainer.cli import exit_on_input_error
+from resofilter_trainer.commands import summary
 from resofilter_trainer.config import Norm, Update
 from resofilter_trainer.evaluation import exact_match
 from resofilter_trainer.metrics.final_answer import final_answer

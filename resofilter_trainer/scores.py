@@ -261,7 +261,7 @@ def count_reasons(reasons: Iterable[str], listed: int) -> list[tuple[str, int]]:
         reasons: of the rows that went.
         listed: how many are told apart.
     """
-    counts = Counter(f"{SAME_PROMPT} another" if each.startswith(SAME_PROMPT) else each for each in reasons)
+    counts = Counter("same prompt as another row" if each.startswith(SAME_PROMPT) else each for each in reasons)
     found = counts.most_common(listed)
     left = len(counts) - len(found)
     return [*found, (f"{left:,} other reasons", counts.total() - sum(count for _, count in found))] if left else found

@@ -238,7 +238,7 @@ def test_rows_left_out_have_a_reason_and_are_counted_aloud(place, tmp_path, caps
     printed = capsys.readouterr().out
     assert "13 rows, 10 scored" in printed
     assert "2 not scored: empty completion" in printed
-    assert "1 not scored: same prompt as row 2" in printed
+    assert "1 not scored: same prompt as another row" in printed
     assert str(tmp_path / "out" / "scores.parquet") in printed
 
 

@@ -60,7 +60,7 @@ def test_it_counts_rows_and_carries_the_licence_over(folder):
     assert card.data.to_dict()["license"] == "cc-by-4.0"
     assert f"{len(kept)} of 10 rows" in card.text
     assert "| 1 | empty completion |" in card.text
-    assert "| 1 | same prompt as row another |" in card.text
+    assert "| 1 | same prompt as another row |" in card.text
 
 
 def test_another_criterion_and_a_threshold_stand_in_the_commands():
