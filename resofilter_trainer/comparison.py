@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-# Student's t, 97.5 %, for 1 to 30 degrees of freedom; beyond, the normal distribution's
+# Student's t, 97.5 %, for 1 to 30 degrees of freedom; beyond, from the normal distribution's
 T975 = (
     *(12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131),
     *(2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042),
@@ -96,7 +96,8 @@ def interval(values: Sequence[float]) -> tuple[float, float, float]:
     mean, count = float(np.mean(values)), len(values)
     if count < 2:
         return mean, math.nan, math.nan
-    t = T975[count - 2] if count - 2 < len(T975) else NORMAL975
+    freedom = count - 1
+    t = T975[freedom - 1] if freedom <= len(T975) else NORMAL975 + (NORMAL975**3 + NORMAL975) / (4 * freedom)
     half = t * float(np.std(values, ddof=1)) / math.sqrt(count)
     return mean, mean - half, mean + half
 
@@ -106,7 +107,8 @@ def summarise(cells: Sequence[Cell]) -> list[dict[str, Any]]:
 
     Columns: the metric with its interval over seeds, `failures` left out; `over_random` and `over_full`, the mean
     difference to the same seed's run on as many random rows, and on all rows, with its interval (paired); `p`, the mean
-    ratio to the run on all rows; SDF, kept over all rows; costs, as medians.
+    ratio to the run on all rows; SDF, kept over all rows; costs, as medians. Runs that failed count in none of these,
+    unless all of them did.
     """
     lines: dict[tuple[str, str, str, float], list[Cell]] = {}
     for cell in cells:
@@ -116,6 +118,7 @@ def summarise(cells: Sequence[Cell]) -> list[dict[str, Any]]:
         full = {cell.seed: cell for cell in lines.get((EPOCHS, model, FULL, 1.0), [])}
         random = {cell.seed: cell for cell in lines.get((budget, model, RANDOM, keep), [])}
         sound = [cell for cell in own if cell.metric is not None]
+        told = sound or own
         metric, low, high = interval([cell.metric for cell in sound if cell.metric is not None])
         found.append(
             {
@@ -123,8 +126,8 @@ def summarise(cells: Sequence[Cell]) -> list[dict[str, Any]]:
                 "keep": keep,
                 "model": model,
                 "budget": budget,
-                "scored_by": own[0].scored_by,
-                "method": own[0].method,
+                "scored_by": told[0].scored_by,
+                "method": told[0].method,
                 "seeds": len(sound),
                 "failures": [cell.failure for cell in own if cell.metric is None],
                 "metric": metric,
@@ -132,10 +135,10 @@ def summarise(cells: Sequence[Cell]) -> list[dict[str, Any]]:
                 "metric_high": high,
                 "over_random": _paired([(cell.metric, _as_many(random.get(cell.seed), cell)) for cell in sound]),
                 "over_full": _paired([(cell.metric, _metric(full.get(cell.seed))) for cell in sound]),
-                "sdf": float(np.mean([cell.kept / cell.rows for cell in own])),
+                "sdf": float(np.mean([cell.kept / cell.rows for cell in told])),
                 "p": _mean([_ratio(cell, full.get(cell.seed)) for cell in sound]),
-                **{name: _mean([getattr(cell, name) for cell in own]) for name in MEANS},
-                **{name: float(np.median([getattr(cell, name) for cell in own])) for name in COSTS},
+                **{name: _mean([getattr(cell, name) for cell in told]) for name in MEANS},
+                **{name: float(np.median([getattr(cell, name) for cell in told])) for name in COSTS},
             }
         )
     return found

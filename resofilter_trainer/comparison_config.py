@@ -15,6 +15,11 @@ from .config import InputError, one_of
 from .files import read_yaml
 
 DEMO = "demo"  # the model and the problems that ship with the package
+OF_OWN_ROWS = (
+    *("dataset_config", "split", "prompt_column", "completion_column", "wrong_column"),
+    *("test_dataset", "test_split", "validation_dataset", "validation_split"),
+)
+SEEDS = 1 << 32  # so many there are
 PLAIN: dict[str, Any] = {  # by annotation
     "str": (str, "text"),
     "int": (int, "a whole number"),
@@ -161,6 +166,11 @@ class ComparisonConfig:
                 raise InputError(
                     f"training has no {name}: that is the comparison's ({'seeds' if name == 'seed' else 'output'})."
                 )
+        if self.dataset == DEMO:
+            usual = {each.name: each.default for each in dataclasses.fields(self)}
+            changed = [name for name in OF_OWN_ROWS if getattr(self, name) != usual[name]]
+            if changed:
+                raise InputError(f"{changed[0]} is of rows of your own, and dataset is '{DEMO}': name those rows.")
         self._check_selectors()
         self._check_lists()
         self._check_models()
@@ -183,8 +193,8 @@ class ComparisonConfig:
             if isinstance(share, bool) or not isinstance(share, numbers.Real) or not 0 < share <= 1:
                 raise InputError(f"keep lists shares that stay, above 0 and at most 1, got {share!r}.")
         for seed in self.seeds:
-            if isinstance(seed, bool) or not isinstance(seed, numbers.Integral) or seed < 0:
-                raise InputError(f"seeds lists whole numbers of at least 0, got {seed!r}.")
+            if isinstance(seed, bool) or not isinstance(seed, numbers.Integral) or not 0 <= seed < SEEDS:
+                raise InputError(f"seeds lists whole numbers of at least 0 and below {SEEDS}, got {seed!r}.")
         for name in ("keep", "seeds", "model"):
             listed = list(getattr(self, name))
             shown = {f"{each:g}" if name == "keep" else slug(str(each)) for each in listed}
@@ -224,6 +234,8 @@ class ComparisonConfig:
         """From plain values, as YAML has them."""
         _check_names("the comparison", values, cls)
         found = dict(values)
+        if isinstance(found.get("seeds"), int):
+            raise InputError(f"seeds is a list: [0, 1, 2] for three; got {found['seeds']}.")
         for name in ("selectors", "keep", "seeds", "model", "tasks"):
             if name in found and not isinstance(found[name], Sequence | str):
                 found[name] = [found[name]]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -126,6 +127,12 @@ def _check_tests(rows: Dataset, tests: Dataset) -> None:
         raise InputError(
             f"{known} of the {len(tests)} held-out rows are among those that are selected from. A single file has no "
             "splits: name another as test_dataset."
+        )
+    if known:
+        warnings.warn(
+            f"{known} of the {len(tests)} held-out rows are among those that are selected from: what is learnt by "
+            "heart counts as solved. Leave them out of the one or the other.",
+            stacklevel=2,
         )
     for row, reference in enumerate(tests["completion"]):
         if not isinstance(reference, str) or final_answer(reference) is None:

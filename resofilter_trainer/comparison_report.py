@@ -22,7 +22,8 @@ PICTURE = "comparison.png"
 OWN, BASELINE = "#0072b2", "#999999"  # told apart by colour-blind eyes as well
 NOTE = """metric: held-out, mean over seeds with its 95 % interval (Student's t); over random, over all: paired by seed.
 SDF: kept / all. PIR: 3.1311 p - 1.6875, p the ratio to training on all. line: PIR above the survey's line, whose ranks
-are `effic`; `feas` ranks what a selector needs before it runs (arXiv 2406.14115). Seconds are this machine's."""
+are `effic`; `feas` ranks what a selector needs before it runs (arXiv 2406.14115). Length, loss: rank correlations with
+what goes first, so -1 where the longest, or those with the highest loss, stay. Seconds are this machine's."""
 
 
 def write(config: ComparisonConfig, cells: Sequence[Cell], needs: dict[str, Needs]) -> str:

@@ -11,15 +11,14 @@ import copy
 import dataclasses
 import functools
 import gc
-import json
 import math
+import numbers
 import shutil
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -31,11 +30,11 @@ from .callback import ResonanceCallback
 from .cleaned_dataset import mask_labels
 from .comparison import FLOPS, Cell, auroc, rank_correlation
 from .comparison_config import DEMO, ComparisonConfig, SelectorConfig, slug
+from .comparison_cost import COST, longer_by, parameters_of, seconds_of, timed
 from .comparison_data import Data, hash_files
 from .config import InputError, NotFiniteError, TokenCleaning
 from .demo.run import BASE, TRAINING
 from .evaluation import exact_match
-from .files import replacing
 from .loading import load_model
 from .rows import first_line
 from .scores import ScoreTable
@@ -46,9 +45,7 @@ from .task_evaluation import evaluate_tasks
 from .token_scores import TokenScores
 from .token_selection import TokenSelector
 
-COST = "cost.json"
 ANNEALING = 8  # InfoBatch: all rows in the last eighth of the epochs, of as many epochs at least
-Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -59,11 +56,13 @@ class Scored:
         table: its scores.
         seconds: that it took, on this machine, when it was measured.
         parameters: of the model that scored.
+        flops: that it took beside forwards.
     """
 
     table: ScoreTable | TokenScores
     seconds: float
     parameters: int
+    flops: float
 
 
 @dataclass(frozen=True)
@@ -109,7 +108,7 @@ class Trained:
         model, tokenizer: as the trainer leaves them, with a pad token.
         tokens, epochs: that it has seen.
         seconds: that it took.
-        sound: whether loss and weights are finite.
+        loss: at the end, in nats; no number where anything in the run or in the weights was none.
     """
 
     model: PreTrainedModel
@@ -117,7 +116,7 @@ class Trained:
     tokens: float
     epochs: float
     seconds: float
-    sound: bool
+    loss: float
 
 
 class Round:
@@ -164,7 +163,8 @@ class Round:
 
     def _cell(self, selector: SelectorConfig, keep: float, longer: float) -> Cell:
         method, scored = METHODS[selector.method], self.scored(selector)
-        args = self.prolonged(method.in_run, longer)
+        in_parts = isinstance(method.policy(keep, self.seed, selector), TokenCleaning)
+        args = self.prolonged(in_parts, longer)
         chosen = self.choose(selector, keep, scored, args)
         if chosen.values is not None:
             _ = self.own  # another model may have to be loaded for it, for which there is room now
@@ -172,7 +172,8 @@ class Round:
         chosen = chosen.decided(trained.epochs)
         cost = method.cost(self.config, selector, trained.epochs if method.in_run else self.epochs_of(self.args))
         seen = scored.table if isinstance(scored.table, ScoreTable) else self.own
-        tests = self.test(trained) if trained.sound else {}
+        failure = self.failure_of(trained)
+        tests = {} if failure else self.test(trained)
         return Cell(
             selector=selector.name,
             keep=keep,
@@ -181,13 +182,13 @@ class Round:
             kept=chosen.kept,
             metric=float(np.mean(list(tests.values()))) if tests else None,
             selection_seconds=scored.seconds if cost and not method.in_run else 0.0,
-            selection_flops=2 * cost * scored.parameters * float(np.nansum(seen.column("length"))),
+            selection_flops=2 * cost * scored.parameters * float(np.nansum(seen.column("length"))) + scored.flops,
             training_seconds=trained.seconds,
             training_flops=6 * parameters_of(trained.model) * trained.tokens,
             model=self.model,
             scored_by=self.scorer(selector) if cost else "",
             method=_described(selector),
-            failure="" if trained.sound else "diverged",
+            failure=failure,
             tasks=tests if self.config.tasks else {},
             **cast(dict[str, Any], self.insight(chosen)),
         )
@@ -203,12 +204,14 @@ class Round:
         once, method, epochs = cell.selection_flops, METHODS[selector.method], self.epochs_of(self.args)
         if method.in_run and once:  # a part of what selecting costs grows with the epochs
             once *= method.cost(self.config, selector, 0) / method.cost(self.config, selector, epochs)
-        left = full.training_flops - once
+        left, grows = full.training_flops - once, cell.selection_flops - once
         if left <= 0 or cell.metric is None:
             why = cell.failure or "selecting alone costs more than training on all rows"
-            return dataclasses.replace(cell, budget=FLOPS, metric=None, failure=why, tasks={})
-        longer = left / (cell.training_flops + cell.selection_flops - once)
-        return dataclasses.replace(self.cell(selector, keep, longer), budget=FLOPS)
+            nothing = {"training_seconds": 0.0, "training_flops": 0.0}
+            return dataclasses.replace(cell, budget=FLOPS, metric=None, failure=why, tasks={}, **nothing)  # type: ignore[arg-type]
+        cost = cell.training_flops + grows
+        first = (full.training_flops + grows if method.in_run else cost) / epochs  # in the run, it is of all rows
+        return dataclasses.replace(self.cell(selector, keep, longer_by(left, cost, epochs, first)), budget=FLOPS)
 
     def scored(self, selector: SelectorConfig, own_model: bool = False) -> Scored:
         """A selector's scores, from the folder where they are there already."""
@@ -237,9 +240,10 @@ class Round:
         model, tokenizer = load_model(path_of(name), None, args)
         size = parameters_of(model)
         request = Request(model, tokenizer, data.rows, args, folder, selector, data.validation, reference)
-        table, seconds = _timed(folder, lambda: METHODS[selector.method].score(request))
+        flops = METHODS[selector.method].flops(model, len(data.rows), selector)
+        table, seconds = timed(folder, lambda: METHODS[selector.method].score(request), goes_on=True)
         gc.collect()  # LESS trains one, too
-        return Scored(table, before + seconds, size)
+        return Scored(table, before + seconds, size, flops)
 
     def _reference(self) -> tuple[str, float]:
         """What tokens are cleaned against, and the seconds that it took to tune it, if it was tuned here."""
@@ -253,8 +257,8 @@ class Round:
             tune_reference(Request(model, tokenizer, self.data.rows, self.args, folder, selector), folder)
 
         if not (folder / COST).exists():
-            _timed(folder, tune)
-        return str(folder / "model"), _seconds(folder)
+            timed(folder, tune, goes_on=False)
+        return str(folder / "model"), seconds_of(folder)
 
     def choose(self, selector: SelectorConfig, keep: float, scored: Scored, args: SFTConfig) -> Chosen:
         """The rows or tokens of a training, or who decides on them while it runs."""
@@ -303,10 +307,10 @@ class Round:
         """Epochs on all rows that a training's steps come to."""
         return args.max_steps / self.updates if args.max_steps > 0 else float(args.num_train_epochs)
 
-    def prolonged(self, in_run: bool, longer: float) -> SFTConfig:
+    def prolonged(self, in_parts: bool, longer: float) -> SFTConfig:
         """The same training with that many times the epochs, or the steps where these are counted.
 
-        Where something is decided in the run, a last piece of an epoch that is too short for that is left out.
+        Where an epoch falls into parts, a last piece of one that is too short for that is left out.
         """
         args = copy.copy(self.args)
         if args.max_steps > 0:
@@ -314,7 +318,7 @@ class Round:
         else:
             args.num_train_epochs *= longer
             piece = args.num_train_epochs % 1
-            if in_run and args.num_train_epochs > 1 and piece * self.updates < TokenCleaning().parts:
+            if in_parts and args.num_train_epochs > 1 and piece * self.updates < TokenCleaning().parts:
                 args.num_train_epochs -= piece
         return args
 
@@ -334,15 +338,24 @@ class Round:
             callbacks=None if chosen.callback is None else [chosen.callback],
         )
         trainer.train()
-        logged = [
-            entry[name] for entry in trainer.state.log_history for name in ("loss", "train_loss") if name in entry
-        ]
+        history = trainer.state.log_history
+        logged = [entry[name] for name in ("train_loss", "loss") for entry in history if name in entry]
         sums = [float(each.detach().sum()) for each in model.parameters()]
-        tokens = max(entry.get("num_tokens", 0) for entry in trainer.state.log_history)
-        sound = bool(np.isfinite([*logged, *sums]).all())
+        tokens = max(entry.get("num_tokens", 0) for entry in history)
+        loss = logged[-1] if np.isfinite([*logged, *sums]).all() else math.nan
         seconds = time.perf_counter() - started
         processor = cast(PreTrainedTokenizerBase, trainer.processing_class)
-        return Trained(model, processor, float(tokens), float(trainer.state.epoch or 0), seconds, sound)
+        return Trained(model, processor, float(tokens), float(trainer.state.epoch or 0), seconds, float(loss))
+
+    def failure_of(self, trained: Trained) -> str:
+        """Why a training has failed: it ended worse than guessing, and worse than any row was before; or ""."""
+        guessing = math.log(trained.model.config.get_text_config().vocab_size)
+        if trained.loss <= guessing:
+            return ""
+        before = float(np.nanmax(self.own.column("score")))
+        if trained.loss <= before:
+            return ""
+        return f"diverged: a loss of {trained.loss:.3g} at the end, {before:.3g} at most of any row before"
 
     def try_tasks(self) -> None:
         """One document of each task with the untrained model: what cannot work is said before anything is trained."""
@@ -420,19 +433,17 @@ def sft_config(config: ComparisonConfig, model: str, seed: int) -> SFTConfig:
     if unknown:
         raise InputError(f"Of training, '{unknown[0]}' is no field of SFTConfig.")
     try:
-        return SFTConfig(**settings)
+        args = SFTConfig(**settings)
     except (TypeError, ValueError) as error:
         raise InputError(f"SFTConfig refuses these training settings: {first_line(error)}") from error
-
-
-def parameters_of(model: PreTrainedModel) -> int:
-    """Parameters that a token is multiplied with: all but an embedding that is no output layer as well.
-
-    Of a mixture of experts all experts count, though a token meets some of them only.
-    """
-    inner, outer = model.get_input_embeddings(), model.get_output_embeddings()
-    tied = outer is not None and inner.weight is outer.weight
-    return sum(each.numel() for each in model.parameters()) - (0 if tied else inner.weight.numel())
+    for name in ("learning_rate", "num_train_epochs", "max_steps", "per_device_train_batch_size"):
+        if isinstance(getattr(args, name), bool) or not isinstance(getattr(args, name), numbers.Real):
+            raise InputError(f"Of training, {name} is a number, got {getattr(args, name)!r}.")
+    if args.eval_strategy != "no":
+        raise InputError("Of training, leave eval_strategy out: a comparison tests each model once, at the end.")
+    if args.max_steps <= 0 and args.num_train_epochs <= 0:
+        raise InputError(f"Of training, num_train_epochs must be above 0, got {args.num_train_epochs}.")
+    return args
 
 
 @functools.cache
@@ -440,22 +451,3 @@ def _hash_weights(path: str) -> str:
     """Of the files with weights in a folder; of a model on the hub nothing, its name says which."""
     files = [each for each in Path(path).glob("*") if each.suffix in (".safetensors", ".bin")]
     return hash_files(Path(path), files) if files else ""
-
-
-def _timed(folder: Path, work: Callable[[], Result]) -> tuple[Result, float]:
-    """What is done in a folder, and the seconds it took: now, or when it was done there.
-
-    Where it was interrupted before its time was known, it begins anew.
-    """
-    if not (folder / COST).exists():
-        shutil.rmtree(folder, ignore_errors=True)
-    started = time.perf_counter()
-    found = work()
-    if not (folder / COST).exists():
-        with replacing(folder / COST) as part:
-            part.write_text(json.dumps({"seconds": time.perf_counter() - started}) + "\n")
-    return found, _seconds(folder)
-
-
-def _seconds(folder: Path) -> float:
-    return float(json.loads((folder / COST).read_text())["seconds"])

@@ -119,6 +119,11 @@ def _claim(output: Path, config: ComparisonConfig) -> None:
                 f"'{output}' holds another comparison (there / here): {'; '.join(differing)}. Choose another output."
             )
         return
+    taken = [name for name in ("cells", "scores", "trainer") if (output / name).exists()]
+    if taken:
+        raise InputError(
+            f"'{output}' has a folder '{taken[0]}' and no comparison that it is of. Choose another output."
+        )
     with replacing(path) as part:
         part.write_text(json.dumps(mine, indent=2) + "\n")
 

@@ -25,6 +25,7 @@ from peft import LoraConfig
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers.pytorch_utils import Conv1D
 from trl import SFTConfig, SFTTrainer
 
 from .batches import collate
@@ -117,6 +118,13 @@ def _warm_up_arguments(args: SFTConfig, config: LessConfig) -> SFTConfig:
     args.load_best_model_at_end, args.model_init_kwargs = False, None
     args.assistant_only_loss = False  # the labels say it
     return args
+
+
+def projection_flops(model: PreTrainedModel, rows: int, config: LessConfig) -> float:
+    """Of projecting every row's gradient after every epoch, `2 P d` each; the few validation rows' are left out."""
+    maps = [each for each in model.modules() if isinstance(each, nn.Linear | Conv1D)]
+    size = config.lora_r * sum(sum(each.weight.shape) for each in maps if each is not model.get_output_embeddings())
+    return 2.0 * config.epochs * rows * size * config.dimensions if size > config.dimensions else 0.0
 
 
 class _AtEpochEnds(TrainerCallback):

@@ -19,10 +19,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from transformers import PreTrainedModel
+
 from .comparison_config import DEMO, ComparisonConfig, SelectorConfig
 from .config import InputError, Ranking, TokenCleaning
 from .filtering import Policy
-from .less import LessConfig
+from .less import LessConfig, projection_flops
 from .policies import RandomSelector, SoftPruning
 from .published import Needs
 from .scores import ScoreTable
@@ -62,6 +64,8 @@ class Method:
         in_run: whether the policy decides inside the training.
         validated: whether it selects for validation rows.
         trains: whether scores depend on the seed, as something is trained for them.
+        flops: what measuring costs beside forwards; a function of the scoring model, of the number of rows and of the
+            selector.
     """
 
     score: Callable[[Request], ScoreTable | TokenScores]
@@ -73,6 +77,7 @@ class Method:
     in_run: bool = False
     validated: bool = False
     trains: bool = False
+    flops: Callable[[PreTrainedModel, int, SelectorConfig], float] = lambda model, rows, own: 0.0
 
     def cost(self, config: ComparisonConfig, selector: SelectorConfig, epochs: float) -> float:
         """In forwards of the scoring model, for each row."""
@@ -80,7 +85,10 @@ class Method:
 
 
 def less_cost(config: LessConfig) -> float:
-    """A forward and a backward of every row after every epoch, and the warm-up, in forwards for each row."""
+    """A forward and a backward of every row after every epoch, and the warm-up, in forwards for each row.
+
+    What is projected comes on top (`projection_flops`).
+    """
     return 3 * config.epochs * (1 + config.share)
 
 
@@ -149,6 +157,7 @@ METHODS = {
         Needs(1, 4, model_free=False, data_free=False),
         validated=True,
         trains=True,
+        flops=lambda model, rows, own: projection_flops(model, rows, LessConfig(**own.settings)),
     ),
     "resonance": Method(by_resonance(), _selector(), "resonance", RESONANCE_FORWARDS, SCORED),
     "resonance_sgd": Method(by_resonance("sgd"), _selector(), "resonance_sgd", RESONANCE_FORWARDS, SCORED),
@@ -190,6 +199,8 @@ METHODS = {
 def check(config: ComparisonConfig) -> None:
     """Raise InputError for a selector that is not known, or lacks what it needs."""
     for each in config.selectors:
+        if each.score_column is not None and config.dataset == DEMO:
+            raise InputError(f"The demo's problems have no column '{each.score_column}': name a dataset of your own.")
         if each.method not in METHODS:
             raise InputError(f"There is no selector '{each.method}'. There are: {', '.join(METHODS)}.")
         method = METHODS[each.method]

@@ -91,6 +91,7 @@ ORDER = [
     "demo",
     "comparison_data",
     "task_evaluation",
+    "comparison_cost",
     "comparison_round",
     "comparison_run",
     "comparison_report",

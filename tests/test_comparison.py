@@ -12,8 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from resofilter_trainer import InputError
-from resofilter_trainer.comparison import NORMAL975, T975, Cell, interval, summarise, transfer
+from resofilter_trainer.comparison import T975, Cell, interval, summarise, transfer
 from resofilter_trainer.comparison_config import ComparisonConfig, DemoProblems, SelectorConfig
+from resofilter_trainer.comparison_cost import longer_by
 from resofilter_trainer.comparison_report import judged, table
 from resofilter_trainer.comparison_round import sft_config
 from resofilter_trainer.published import Needs, pir, residual
@@ -50,13 +51,13 @@ def test_one_seed_has_no_interval_and_none_no_mean():
     assert all(map(math.isnan, interval([])))
 
 
-def test_the_table_of_t_falls_to_the_normal_distributions():
+@pytest.mark.parametrize(("count", "t"), [(31, 2.042), (32, 2.040), (61, 2.000), (121, 1.980), (100_001, 1.960)])
+def test_the_table_of_t_falls_to_the_normal_distributions(count, t):
     assert len(T975) == 30
     assert list(T975) == sorted(T975, reverse=True)
-    assert T975[-1] > NORMAL975
-    values = list(np.arange(40.0))
+    values = list(np.arange(float(count)))
     mean, low, _ = interval(values)
-    assert mean - low == pytest.approx(NORMAL975 * np.std(values, ddof=1) / math.sqrt(40))
+    assert mean - low == pytest.approx(t * np.std(values, ddof=1) / math.sqrt(count), rel=2e-3)
 
 
 @given(st.lists(st.floats(-1, 1), min_size=2, max_size=6), st.floats(-10, 10))
@@ -119,11 +120,33 @@ def test_a_run_that_diverged_is_counted_and_left_out(cells):
     assert "left out: mine keep 0.5, 1 run(s): diverged" in table(judged([line], {"mine": Needs(0, 1)}))
 
 
+def test_a_run_that_failed_before_anything_was_selected_counts_in_no_column(cells):
+    sound = [cell("mine", 3, 0.8, scored_by="a", method="m"), cell("mine", 4, 0.8, scored_by="a", method="m")]
+    nothing = dict.fromkeys(("selection_seconds", "selection_flops", "training_seconds", "training_flops"), 0.0)
+    failed = [cell("mine", seed, None, kept=0, failure="diverged", method="m", **nothing) for seed in (0, 1, 2)]
+    (line,) = summarise([*failed, *sound])
+    assert (line["sdf"], line["scored_by"], line["training_flops"], line["seeds"]) == (0.5, "a", 20.0, 2)
+    assert line["failures"] == ["diverged"] * 3
+
+
 def test_a_selector_all_of_whose_runs_diverged():
     (line,) = judged(summarise([cell("mine", 0, None, failure="diverged")]), {"mine": Needs(0, 1)})
     assert (line["seeds"], line["failures"], line["pir"]) == (0, ["diverged"], None)
     assert math.isnan(line["metric"])
     assert "mine" in table([line])
+
+
+@pytest.mark.parametrize(
+    ("left", "cost", "epochs", "first", "longer"),
+    [
+        (100, 50, 2, 25, 2),  # every epoch costs the same
+        (100, 60, 2, 40, 2),  # 40, then 20 each: four epochs
+        (30, 60, 2, 40, 0.5),  # less than the first
+        (100, 20, 1, 20, 5),
+    ],
+)
+def test_how_long_a_budget_lasts(left, cost, epochs, first, longer):
+    assert longer_by(left, cost, epochs, first) == pytest.approx(longer)
 
 
 def test_at_equal_flops_random_is_the_one_that_trained_as_long_and_all_rows_the_budget(cells):
@@ -187,8 +210,8 @@ def test_a_selector_is_a_name_or_a_mapping():
 
 
 def test_one_number_is_a_list_of_one():
-    config = ComparisonConfig.of({"selectors": "random", "keep": 0.25, "seeds": 3})
-    assert (list(config.keep), list(config.seeds)) == ([0.25], [3])
+    config = ComparisonConfig.of({"selectors": "random", "keep": 0.25})
+    assert list(config.keep) == [0.25]
     assert config.selectors == (SelectorConfig("random"),)
 
 
@@ -207,7 +230,14 @@ def test_one_number_is_a_list_of_one():
         ({"selectors": ["a"], "demo": {"rows": 0}}, "demo's rows is a number of at least 1"),
         ({"selectors": ["a"], "keep": [0.5, 0.5]}, "keep lists different ones"),
         ({"selectors": ["a"], "keep": []}, "keep lists different ones"),
+        ({"selectors": ["a"], "seeds": 3}, r"seeds is a list: \[0, 1, 2\] for three"),
         ({"selectors": ["a"], "seeds": [-1]}, "seeds lists whole numbers"),
+        ({"selectors": ["a"], "seeds": [1 << 32]}, "seeds lists whole numbers of at least 0 and below 4294967296"),
+        (
+            {"selectors": ["a"], "test_dataset": "rows.jsonl"},
+            "test_dataset is of rows of your own, and",
+        ),
+        ({"selectors": ["a"], "prompt_column": "q"}, "prompt_column is of rows of your own"),
         ({"selectors": ["a"], "seeds": [0.5]}, "seeds lists whole numbers"),
         ({"selectors": ["a"], "ratio": 1}, "'ratio' is not known"),
         ({"selectors": [{"name": "a"}]}, "a mapping with 'method'"),
@@ -229,7 +259,7 @@ def test_one_number_is_a_list_of_one():
         ({"selectors": ["a"], "tasks": [3]}, "tasks is a name, or a list of different names"),
         ({"selectors": ["a"], "task_limit": 5}, "are for tasks: name some"),
         ({"selectors": ["a"], "tasks": "gsm8k", "task_limit": 0}, "task_limit must be a whole number"),
-        ({"selectors": ["a"], "prompt_column": []}, "prompt_column is a name"),
+        ({"selectors": ["a"], "dataset": "own", "prompt_column": []}, "prompt_column is a name"),
         ({"selectors": ["a"], "max_new_tokens": "x"}, "max_new_tokens is a whole number"),
         ({"selectors": ["a"], "max_new_tokens": 0}, "max_new_tokens must be a whole number of at least 1"),
         ({"selectors": ["a"], "dataset": None}, "dataset is text"),

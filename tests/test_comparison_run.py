@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import shutil
+import time
 
 import numpy as np
 import pytest
 from datasets import Dataset
 from test_task_evaluation import write_tasks
 
-from resofilter_trainer import InputError, ScoreTable, comparison_round
+from resofilter_trainer import InputError, ScoreTable, comparison_round, passes
 from resofilter_trainer.cli import main
 from resofilter_trainer.comparison_config import ComparisonConfig, slug
+from resofilter_trainer.comparison_cost import parameters_of, timed
 from resofilter_trainer.comparison_data import make_data
 from resofilter_trainer.comparison_report import write
-from resofilter_trainer.comparison_round import parameters_of
 from resofilter_trainer.comparison_run import run
 from resofilter_trainer.config import NotFiniteError
 from resofilter_trainer.demo.run import BASE
@@ -209,10 +211,12 @@ def test_another_comparison_in_the_folder_is_refused(tmp_path):
         run(config(tmp_path, ["random"], max_new_tokens=9))
 
 
-def test_a_training_that_diverges_is_said_and_not_averaged(tmp_path):
-    training = {**SMALL["training"], "learning_rate": 1e30, "max_grad_norm": 0.0, "per_device_train_batch_size": 2}
+@pytest.mark.parametrize(("rate", "clip"), [(1e30, 0.0), (10.0, 1.0)])  # no numbers any more, and numbers
+def test_a_training_that_diverges_is_said_and_not_averaged(rate, clip, tmp_path):
+    training = {**SMALL["training"], "learning_rate": rate, "max_grad_norm": clip, "per_device_train_batch_size": 2}
     (cell,) = run(config(tmp_path, ["random"], training=training))
     assert cell.metric is None
+    assert cell.failure.startswith("diverged: a loss of ")
 
 
 @pytest.mark.slow
@@ -286,6 +290,14 @@ def test_rows_and_scores_of_ones_own(tmp_path, own_rows):
     assert best.wrong_kept == pytest.approx(0.5)
 
 
+def test_held_out_rows_that_are_trained_on_are_counted(tmp_path, own_rows):
+    known = {"q": "what is 3 + 1 ?\n", "a": "3+1=5. #### 5"}
+    tests = [known, *({"q": f"what is {i} + 2 ?\n", "a": f"#### {i + 2}"} for i in range(3))]
+    Dataset.from_list(tests).to_json(tmp_path / "tests.jsonl")
+    with pytest.warns(UserWarning, match="1 of the 4 held-out rows are among those that are selected from"):
+        make_data(config(tmp_path, ["random"], dataset=own_rows, **OWN), 0)
+
+
 @pytest.mark.slow
 def test_a_small_model_scores_for_superfiltering(tmp_path, own_rows, tiny_model_dir):
     settings = {"dataset": own_rows, "proxy_model": str(tiny_model_dir), **OWN}
@@ -310,6 +322,10 @@ def test_a_small_model_scores_for_superfiltering(tmp_path, own_rows, tiny_model_
         ({"selectors": [{"method": "ifd", "settings": {"lora_r": 3}}]}, "'ifd' has no setting 'lora_r'"),
         ({"selectors": ["random"], "training": {"speed": 3}}, "'speed' is no field of SFTConfig"),
         ({"selectors": ["random"], "training": {"lr_scheduler_type": "x"}}, "SFTConfig refuses"),
+        ({"selectors": ["random"], "training": {"learning_rate": "fast"}}, "learning_rate is a number, got 'fast'"),
+        ({"selectors": ["random"], "training": {"eval_strategy": "epoch"}}, "leave eval_strategy out"),
+        ({"selectors": ["random"], "training": {"num_train_epochs": 0}}, "num_train_epochs must be above 0"),
+        ({"selectors": [{"score_column": "quality"}]}, "The demo's problems have no column 'quality'"),
         ({"selectors": ["random"], "model": "./none"}, "none'"),
         ({"selectors": ["random"], "dataset": "./none.jsonl"}, "There is no dataset"),
     ],
@@ -419,6 +435,76 @@ def test_what_selecting_took_is_measured_again_where_it_was_lost(tmp_path):
     (tmp_path / "out" / "cells" / "demo" / "low_loss-0.5-0.json").unlink()
     (cell,) = run(first)
     assert cell.selection_seconds == json.loads((folder / "cost.json").read_text())["seconds"]
+
+
+def test_seconds_of_an_interrupted_pass_count_and_its_parts_stay(tmp_path):
+    folder, done = tmp_path / "scores", []
+
+    def work() -> int:
+        done.append((folder / "parts").exists())
+        (folder / "parts").mkdir(parents=True, exist_ok=True)
+        path = folder / "parts" / str(len(done))
+        path.touch()
+        os.utime(path, (time.time() + 100, time.time() + 100))  # as if it had taken so long
+        if len(done) < 3:
+            raise KeyboardInterrupt
+        return 7
+
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            timed(folder, work, goes_on=True)
+        for path in folder.rglob("parts/*"):
+            os.utime(path, (time.time() + 100, time.time() + 100))
+    value, seconds = timed(folder, work, goes_on=True)
+    assert (value, done) == (7, [False, True, True])
+    assert 190 < seconds < 320
+    assert timed(folder, lambda: 8, goes_on=True) == (8, seconds)
+    assert not (folder / "attempt.json").exists()
+
+
+def test_what_does_not_go_on_begins_in_an_empty_folder(tmp_path):
+    folder = tmp_path / "scores"
+
+    def work() -> None:
+        assert [path.name for path in folder.iterdir()] == ["attempt.json"]
+        (folder / "half").touch()
+        raise KeyboardInterrupt
+
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            timed(folder, work, goes_on=False)
+
+
+@pytest.mark.slow
+def test_a_pass_that_was_interrupted_goes_on(tmp_path, monkeypatch):
+    real, measured = passes._Kept.add, []
+
+    def add(self, number, lines) -> None:
+        real(self, number, lines)
+        self.save()
+        measured.append(number)
+        if len(measured) == stop:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(passes._Kept, "add", add)
+    stop = None
+    (undisturbed,) = run(config(tmp_path / "whole", ["resonance"]))
+    batches, stop = len(measured), 2
+    measured.clear()
+    with pytest.raises(KeyboardInterrupt):
+        run(config(tmp_path, ["resonance"]))
+    (cell,) = run(config(tmp_path, ["resonance"]))
+    assert len(measured) == batches > 2  # none twice
+    assert (cell.metric, cell.auroc) == (undisturbed.metric, undisturbed.auroc)
+
+
+def test_a_folder_that_holds_something_else_is_left_alone(tmp_path):
+    precious = tmp_path / "out" / "trainer" / "mine.txt"
+    precious.parent.mkdir(parents=True)
+    precious.touch()
+    with pytest.raises(InputError, match="has a folder 'trainer' and no comparison"):
+        run(config(tmp_path, ["random"]))
+    assert precious.exists()
 
 
 @pytest.mark.slow

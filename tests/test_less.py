@@ -8,14 +8,15 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from peft import LoraConfig
+from families import tiny
+from peft import LoraConfig, get_peft_model
 from test_scoring import arguments
 from transformers import TrainerCallback
 from trl import SFTTrainer
 
 from resofilter_trainer import InputError
 from resofilter_trainer.config import ColumnMapping
-from resofilter_trainer.less import LessConfig, less_scores, preconditioned, project
+from resofilter_trainer.less import LessConfig, less_scores, preconditioned, project, projection_flops
 from resofilter_trainer.loading import usable_rows
 from resofilter_trainer.preparation import prepare
 
@@ -139,6 +140,16 @@ def test_a_projection_keeps_angles():
     assert torch.equal(small, project(features, 4096, seed=0))
     assert not torch.equal(small, project(features, 4096, seed=1))
     torch.testing.assert_close(project(features[:1], 4096, seed=0), small[:1], rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_the_cost_of_projecting_is_counted_from_the_adapters(family):
+    config, model = LessConfig(epochs=3, lora_r=4, dimensions=100), tiny(family)
+    flops = projection_flops(model, 7, config)
+    adapted = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear"))
+    size = sum(each.numel() for each in adapted.parameters() if each.requires_grad)
+    assert flops == 2 * 3 * 7 * size * 100
+    assert projection_flops(tiny(family), 7, LessConfig(lora_r=4, dimensions=size)) == 0  # left as they are
 
 
 def test_few_features_are_left_as_they_are():
