@@ -29,7 +29,8 @@ def resofilter(*arguments: object, **environment: str) -> subprocess.CompletedPr
 def command(tmp_path, tiny_model_dir) -> list[object]:
     Dataset.from_list(ROWS).to_json(tmp_path / "rows.jsonl")
     rows = ["--dataset", tmp_path / "rows.jsonl", "--prompt_column", "question", "--completion_column", "answer"]
-    return ["score", "--model", tiny_model_dir, *rows, "--tokens_per_batch", 40]
+    named = ["--tokens_per_batch", 40, "--precision", "float32"]  # which auto asks a clock for
+    return ["score", "--model", tiny_model_dir, *rows, *named]
 
 
 @pytest.mark.slow
