@@ -40,6 +40,7 @@ HELD_BACK = 100
 VALIDATION = 16
 RESAMPLES = 1000
 ROOM = {"selectit": 400, "nuggets": 240}  # tokens of a row, where more is put around it: the model has 512 positions
+SETTINGS = {"less": {"lora_r": 8, "dimensions": 1024}}  # at rank 128 LoRA outnumbers this model three times
 LEFT_OUT = {"column", "full", "random", "shortest", "high_loss", "perplexity", "token_rho"}  # say nothing of their own
 
 
@@ -126,7 +127,7 @@ def detect(
     for name, method in METHODS.items():
         if name in LEFT_OUT or method.in_run:
             continue
-        args, selector = arguments(folder, seed, 1), SelectorConfig(name)
+        args, selector = arguments(folder, seed, 1), SelectorConfig(name, settings=SETTINGS.get(name, {}))
         args.max_length = ROOM.get(name, args.max_length)
         model, tokenizer = load_model(str(proxy if method.model == "proxy" else folder / "model"), None, args)
         where = folder / "scores" / f"{method.model}-{method.scores}"
