@@ -22,7 +22,7 @@ from test_architecture import sources
 from test_scores import make_provenance, make_scores
 from test_store import filled
 
-from resofilter_trainer import cli, files
+from resofilter_trainer import cli, commands, files
 from resofilter_trainer.comparison_config import ComparisonConfig
 from resofilter_trainer.comparison_run import read_cell
 from resofilter_trainer.config import InputError
@@ -374,4 +374,4 @@ def test_code_of_a_model_runs_only_where_it_is_asked_for():
     from resofilter_trainer.loading import default_arguments
 
     assert default_arguments().trust_remote_code is False
-    assert "trust_remote_code=args.trust_remote_code" in inspect.getsource(cli)
+    assert "trust_remote_code=args.trust_remote_code" in inspect.getsource(commands)
