@@ -166,14 +166,16 @@ class ComparisonConfig:
                 raise InputError(
                     f"training has no {name}: that is the comparison's ({'seeds' if name == 'seed' else 'output'})."
                 )
-        if self.dataset == DEMO:
-            usual = {each.name: each.default for each in dataclasses.fields(self)}
-            changed = [name for name in OF_OWN_ROWS if getattr(self, name) != usual[name]]
-            if changed:
-                raise InputError(f"{changed[0]} is of rows of your own, and dataset is '{DEMO}': name those rows.")
+        self._check_rows()
         self._check_selectors()
         self._check_lists()
         self._check_models()
+
+    def _check_rows(self) -> None:
+        usual = {each.name: each.default for each in dataclasses.fields(self)}
+        changed = [name for name in OF_OWN_ROWS if getattr(self, name) != usual[name]]
+        if self.dataset == DEMO and changed:
+            raise InputError(f"{changed[0]} is of rows of your own, and dataset is '{DEMO}': name those rows.")
 
     def _check_selectors(self) -> None:
         names = [each.name for each in self.selectors]

@@ -11,6 +11,7 @@ from typing import TypeVar
 
 from transformers import PreTrainedModel
 
+from .config import InputError
 from .files import read_json, replacing
 
 COST, ATTEMPT = "cost.json", "attempt.json"
@@ -68,14 +69,21 @@ def timed(folder: Path, work: Callable[[], Result], goes_on: bool) -> tuple[Resu
 
 def seconds_of(folder: Path) -> float:
     """What the work in a folder took. Raises InputError where the note is damaged."""
-    way_out = f"Remove '{folder}', and it is done again."
-    return float(read_json(folder / COST, way_out)["seconds"])
+    return _noted(folder / COST, "seconds")
 
 
 def _spent(folder: Path) -> float | None:
     """What interrupted attempts took; None where there was none, or nobody knows when it began."""
     if not (folder / ATTEMPT).exists():
         return None
-    noted = read_json(folder / ATTEMPT, f"Remove '{folder}', and it is done again.")
     written = max(path.stat().st_mtime for path in folder.rglob("*") if path.is_file())
-    return float(noted["spent"]) + max(written - float(noted["began"]), 0.0)
+    return _noted(folder / ATTEMPT, "spent") + max(written - _noted(folder / ATTEMPT, "began"), 0.0)
+
+
+def _noted(path: Path, name: str) -> float:
+    way_out = f"Remove '{path.parent}', and it is done again."
+    noted = read_json(path, way_out)
+    try:
+        return float(noted[name])
+    except (TypeError, KeyError, ValueError) as error:
+        raise InputError(f"'{path}' is damaged, it has no number '{name}'. {way_out}") from error

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from resofilter_trainer import InputError
-from resofilter_trainer.comparison import T975, Cell, interval, summarise, transfer
+from resofilter_trainer.comparison import NORMAL975, T975, Cell, interval, summarise, transfer
 from resofilter_trainer.comparison_config import ComparisonConfig, DemoProblems, SelectorConfig
 from resofilter_trainer.comparison_cost import longer_by
 from resofilter_trainer.comparison_report import judged, table
@@ -55,6 +55,7 @@ def test_one_seed_has_no_interval_and_none_no_mean():
 def test_the_table_of_t_falls_to_the_normal_distributions(count, t):
     assert len(T975) == 30
     assert list(T975) == sorted(T975, reverse=True)
+    assert T975[-1] > NORMAL975
     values = list(np.arange(float(count)))
     mean, low, _ = interval(values)
     assert mean - low == pytest.approx(t * np.std(values, ddof=1) / math.sqrt(count), rel=2e-3)

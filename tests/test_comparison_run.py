@@ -462,6 +462,13 @@ def test_seconds_of_an_interrupted_pass_count_and_its_parts_stay(tmp_path):
     assert not (folder / "attempt.json").exists()
 
 
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"seconds": "long"}'])
+def test_a_damaged_note_of_the_time_is_named(tmp_path, text):
+    (tmp_path / "cost.json").write_text(text)
+    with pytest.raises(InputError, match=r"cost.json' is damaged.*Remove '.*', and it is done again\.$"):
+        timed(tmp_path, lambda: 7, goes_on=True)
+
+
 def test_what_does_not_go_on_begins_in_an_empty_folder(tmp_path):
     folder = tmp_path / "scores"
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-RUNS = 12  # two of each job
+RUNS = 18  # three of each job
 
 
 @pytest.mark.slow
