@@ -25,15 +25,15 @@ import numpy as np
 from datasets import Dataset
 from trl import SFTConfig, SFTTrainer
 
-from resofilter_trainer.comparison import auroc, rank_correlation
-from resofilter_trainer.comparison_config import SelectorConfig
-from resofilter_trainer.comparison_round import row_values, token_row_values
-from resofilter_trainer.loading import load_model
-from resofilter_trainer.selection import DataSelector
-from resofilter_trainer.selector_scores import Request, tune_reference
-from resofilter_trainer.selectors import METHODS, TOKEN_LOSSES
-from resofilter_trainer.stages import save_model
-from resofilter_trainer.token_scores import TokenScores
+from resofilter_trainer.compare.config import SelectorConfig
+from resofilter_trainer.compare.method_scores import Request, tune_reference
+from resofilter_trainer.compare.methods import METHODS, TOKEN_LOSSES
+from resofilter_trainer.compare.round import row_values, token_row_values
+from resofilter_trainer.data.loading import load_model
+from resofilter_trainer.scores.statistics import auroc, rank_correlation
+from resofilter_trainer.scores.token_scores import TokenScores
+from resofilter_trainer.selecting.selection import DataSelector
+from resofilter_trainer.training.stages import save_model
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 HELD_BACK = 100

@@ -22,12 +22,13 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from resofilter_trainer import comparison_run
-from resofilter_trainer.comparison import FULL, RANDOM, Cell, summarise
-from resofilter_trainer.comparison_config import DEMO, ComparisonConfig
+from resofilter_trainer.compare import run as comparison_run
+from resofilter_trainer.compare.cells import Cell, summarise
+from resofilter_trainer.compare.config import DEMO, ComparisonConfig
+from resofilter_trainer.compare.methods import METHODS
 from resofilter_trainer.demo.run import TRAINING, make_data
-from resofilter_trainer.evaluation import exact_match
-from resofilter_trainer.selectors import METHODS
+from resofilter_trainer.evaluation.generate import exact_match
+from resofilter_trainer.selecting.results import FULL, RANDOM
 
 LESS = {"method": "less", "settings": {"lora_r": 8, "dimensions": 1024}}  # at rank 128 LoRA outnumbers this base
 HELD_OUT, NEW_TOKENS = 400, 56

@@ -29,8 +29,8 @@ import numpy as np
 import pyarrow as pa
 
 from resofilter_trainer import DataSelector, Provenance, ScoreTable
-from resofilter_trainer.distribution import guided_chunks
-from resofilter_trainer.store import UNIT, Store
+from resofilter_trainer.io.store import UNIT, Store
+from resofilter_trainer.scoring.distribution import guided_chunks
 
 ROWS_PER_PART, ROWS_PER_UNIT = 50_000, 16
 LAYERS = ("layer_29", "layer_30", "layer_31")
@@ -227,7 +227,7 @@ def end_of(tokens: np.ndarray, speeds: np.ndarray) -> float:
 
 def with_failures(work: float, processes: int, seed: int, restart: float = 600.0) -> tuple[int, float]:
     """Failures and seconds of a pass that keeps what it has done as `passes` does, and is started again."""
-    from resofilter_trainer.passes import _interval
+    from resofilter_trainer.scoring.passes import _interval
 
     random, clock, done, failures = np.random.default_rng(seed), 0.0, 0.0, 0
     while True:

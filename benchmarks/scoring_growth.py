@@ -25,10 +25,10 @@ from scoring_worker import build_model, make_samples, peak_memory
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from resofilter_trainer import Recorder, ResonanceConfig
-from resofilter_trainer.batches import default_budget
-from resofilter_trainer.loading import default_arguments
-from resofilter_trainer.preparation import PreparedRows, prepared_already
-from resofilter_trainer.scoring import Pass
+from resofilter_trainer.data.loading import default_arguments
+from resofilter_trainer.data.preparation import PreparedRows, prepared_already
+from resofilter_trainer.scoring.batches import default_budget
+from resofilter_trainer.scoring.dataset import Pass
 
 
 @dataclass

@@ -23,9 +23,9 @@ from torch.nn import functional as F
 from transformers import LlamaForCausalLM
 
 from resofilter_trainer import ResonanceConfig
-from resofilter_trainer.gradients import TILE_ENTRIES
-from resofilter_trainer.losses import IGNORE
-from resofilter_trainer.updates import tile_sum
+from resofilter_trainer.model.gradients import TILE_ENTRIES
+from resofilter_trainer.model.losses import IGNORE
+from resofilter_trainer.model.updates import tile_sum
 
 
 def opacus(model: LlamaForCausalLM, samples: Sequence[Sample], config: ResonanceConfig) -> Tensor:

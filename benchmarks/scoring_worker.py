@@ -25,12 +25,12 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from resofilter_trainer import Recorder, ResonanceConfig, literal
-from resofilter_trainer.batches import arrange, default_budget
-from resofilter_trainer.batches import collate as collate_rows
-from resofilter_trainer.loading import default_arguments
-from resofilter_trainer.losses import IGNORE, token_losses
-from resofilter_trainer.preparation import PreparedRows, prepared_already
-from resofilter_trainer.scoring import Pass, score_prepared
+from resofilter_trainer.data.loading import default_arguments
+from resofilter_trainer.data.preparation import PreparedRows, prepared_already
+from resofilter_trainer.model.losses import IGNORE, token_losses
+from resofilter_trainer.scoring.batches import arrange, default_budget
+from resofilter_trainer.scoring.batches import collate as collate_rows
+from resofilter_trainer.scoring.dataset import Pass, score_prepared
 
 CHARACTERS_PER_TOKEN = 3  # about what a large vocabulary makes of GSM8K, its digits one by one
 BATCH_SIZE = 4

@@ -32,9 +32,9 @@ from typing import Any
 import numpy as np
 
 from resofilter_trainer.config import TokenCleaning
-from resofilter_trainer.scores import Provenance
-from resofilter_trainer.token_scores import TokenScores
-from resofilter_trainer.token_selection import TokenSelector
+from resofilter_trainer.scores.provenance import Provenance
+from resofilter_trainer.scores.token_scores import TokenScores
+from resofilter_trainer.selecting.token_selection import TokenSelector
 
 if "select" not in sys.argv:  # which needs no model, and is not measured with torch in memory
     import datasets
@@ -47,14 +47,14 @@ if "select" not in sys.argv:  # which needs no model, and is not measured with t
     )
     from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-    from resofilter_trainer.batches import collate, split_by_tokens
-    from resofilter_trainer.cleaned_dataset import mask_labels
-    from resofilter_trainer.loading import default_arguments
-    from resofilter_trainer.loss_pass import measure_token_losses
-    from resofilter_trainer.losses import inputs_of, learnt_logits
-    from resofilter_trainer.modes import evaluating
-    from resofilter_trainer.preparation import PreparedRows, prepared_already
-    from resofilter_trainer.token_cleaning import score_tokens
+    from resofilter_trainer.data.loading import default_arguments
+    from resofilter_trainer.data.preparation import PreparedRows, prepared_already
+    from resofilter_trainer.model.losses import inputs_of, learnt_logits
+    from resofilter_trainer.model.modes import evaluating
+    from resofilter_trainer.scoring.batches import collate, split_by_tokens
+    from resofilter_trainer.scoring.token_losses import measure_token_losses
+    from resofilter_trainer.tokens.cleaned_dataset import mask_labels
+    from resofilter_trainer.tokens.cleaning import score_tokens
 
 KEEP = 0.6
 LONGEST_ROW, VOCABULARY = 400, 49152

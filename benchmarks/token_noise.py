@@ -47,19 +47,19 @@ from token_cleaning import stub_provenance
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from trl import SFTConfig, SFTTrainer
 
-from resofilter_trainer.cleaned_dataset import SAMPLE_ID, mask_labels
-from resofilter_trainer.comparison import auroc
 from resofilter_trainer.config import TokenCleaning
+from resofilter_trainer.data.preparation import ROW, PreparedRows, prepare
 from resofilter_trainer.demo.problems import Problem, make_problems
 from resofilter_trainer.demo.run import BASE, HELD_OUT, HELD_OUT_SEED, ROWS, training_arguments
-from resofilter_trainer.evaluation import exact_match
-from resofilter_trainer.loss_pass import measure_token_losses
-from resofilter_trainer.losses import IGNORE
-from resofilter_trainer.preparation import ROW, PreparedRows, prepare
-from resofilter_trainer.self_evolving import Evolved, self_evolve
-from resofilter_trainer.token_cleaning import score_tokens
-from resofilter_trainer.token_scores import TokenScores
-from resofilter_trainer.token_selection import TokenSelection, TokenSelector
+from resofilter_trainer.evaluation.generate import exact_match
+from resofilter_trainer.model.losses import IGNORE
+from resofilter_trainer.scores.statistics import auroc
+from resofilter_trainer.scores.token_scores import TokenScores
+from resofilter_trainer.scoring.token_losses import measure_token_losses
+from resofilter_trainer.selecting.token_selection import TokenSelection, TokenSelector
+from resofilter_trainer.tokens.cleaned_dataset import SAMPLE_ID, mask_labels
+from resofilter_trainer.tokens.cleaning import score_tokens
+from resofilter_trainer.training.self_evolving import Evolved, self_evolve
 
 KEEP = 0.6
 PARTS = 5

@@ -39,14 +39,14 @@ from resofilter_trainer import (
     score_dataset,
     write_report,
 )
-from resofilter_trainer.cli import exit_on_input_error
-from resofilter_trainer.commands import summary
+from resofilter_trainer.cli.commands import summary
+from resofilter_trainer.cli.entry import exit_on_input_error
 from resofilter_trainer.config import Norm, Update
-from resofilter_trainer.evaluation import exact_match
-from resofilter_trainer.metrics.final_answer import final_answer
+from resofilter_trainer.data.row_texts import RowTexts
+from resofilter_trainer.data.rows import first_line
+from resofilter_trainer.evaluation.generate import exact_match
+from resofilter_trainer.evaluation.metrics.final_answer import final_answer
 from resofilter_trainer.report import Contents
-from resofilter_trainer.row_texts import RowTexts
-from resofilter_trainer.rows import first_line
 
 
 @dataclass

@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from resofilter_trainer.demo.problems import make_problems
-from resofilter_trainer.evaluation import exact_match
+from resofilter_trainer.evaluation.generate import exact_match
 
 FIRST_SEED = 1_000_000_000  # far from the demo's seeds: its problems must be new to the model
 WORDS_DIGITS_REST = Regex(r" ?[A-Za-z]+|\d| ?#+|[^A-Za-z\d\s]|\s")

@@ -37,14 +37,14 @@ from resofilter_trainer import (
     read_contents,
     write_report,
 )
-from resofilter_trainer.cleaned_dataset import described, groups_of
-from resofilter_trainer.cli import exit_on_input_error
+from resofilter_trainer.cli.entry import exit_on_input_error
 from resofilter_trainer.config import CLEANING_MODES, Ranking, cleaning_of_mode
-from resofilter_trainer.loading import load_model, usable_rows
-from resofilter_trainer.row_texts import RowTexts, decoder
-from resofilter_trainer.rows import first_line
-from resofilter_trainer.self_evolving import self_evolve
-from resofilter_trainer.stages import check_settings, save_model, train_stage, training_settings
+from resofilter_trainer.data.loading import load_model, usable_rows
+from resofilter_trainer.data.row_texts import RowTexts, decoder
+from resofilter_trainer.data.rows import first_line
+from resofilter_trainer.tokens.cleaned_dataset import described, groups_of
+from resofilter_trainer.training.self_evolving import self_evolve
+from resofilter_trainer.training.stages import check_settings, save_model, train_stage, training_settings
 
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 

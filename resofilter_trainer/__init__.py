@@ -9,63 +9,64 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .callback import ResonanceCallback
-    from .cleaned_dataset import CleanedDataset
     from .config import ColumnMapping, InputError, ResonanceConfig, TokenCleaning
-    from .criteria import Criterion
-    from .criterion_scoring import score_by
-    from .layer_pass import score_layers
-    from .policies import DiverseSelector, RandomSelector, SoftPruning
-    from .recorder import Recorder
+    from .criteria.criterion import Criterion
+    from .data.rows import load_rows, map_columns, unpack
+    from .model.recorder import Recorder
+    from .model.resonance import Resonance, literal
     from .report import Report, read_contents, write_report
-    from .resonance import Resonance, literal
-    from .rows import load_rows, map_columns, unpack
-    from .scores import Provenance, ScoreTable, Trust
-    from .scoring import score_dataset
-    from .selection import DataSelector, Selection
-    from .self_evolving import self_evolve
-    from .streaming import score_stream
-    from .token_cleaning import clean_dataset
-    from .token_scores import TokenScores
-    from .token_selection import TokenSelection, TokenSelector
-    from .weighting import SampleWeights
+    from .scores.provenance import Provenance, Trust
+    from .scores.score_table import ScoreTable
+    from .scores.token_scores import TokenScores
+    from .scoring.criterion import score_by
+    from .scoring.dataset import score_dataset
+    from .scoring.layers import score_layers
+    from .scoring.stream import score_stream
+    from .selecting.policies import DiverseSelector, RandomSelector, SoftPruning
+    from .selecting.selection import DataSelector, Selection
+    from .selecting.token_selection import TokenSelection, TokenSelector
+    from .tokens.cleaned_dataset import CleanedDataset
+    from .tokens.cleaning import clean_dataset
+    from .training.callback import ResonanceCallback
+    from .training.self_evolving import self_evolve
+    from .training.weighting import SampleWeights
 
 __version__ = "0.1.0"
 
 _HOME = {
-    "CleanedDataset": "cleaned_dataset",
+    "CleanedDataset": "tokens.cleaned_dataset",
     "ColumnMapping": "config",
-    "Criterion": "criteria",
-    "DataSelector": "selection",
-    "DiverseSelector": "policies",
+    "Criterion": "criteria.criterion",
+    "DataSelector": "selecting.selection",
+    "DiverseSelector": "selecting.policies",
     "InputError": "config",
-    "Provenance": "scores",
-    "RandomSelector": "policies",
-    "Recorder": "recorder",
+    "Provenance": "scores.provenance",
+    "RandomSelector": "selecting.policies",
+    "Recorder": "model.recorder",
     "Report": "report",
-    "Resonance": "resonance",
-    "ResonanceCallback": "callback",
+    "Resonance": "model.resonance",
+    "ResonanceCallback": "training.callback",
     "ResonanceConfig": "config",
-    "SampleWeights": "weighting",
-    "ScoreTable": "scores",
-    "Selection": "selection",
-    "SoftPruning": "policies",
+    "SampleWeights": "training.weighting",
+    "ScoreTable": "scores.score_table",
+    "Selection": "selecting.selection",
+    "SoftPruning": "selecting.policies",
     "TokenCleaning": "config",
-    "TokenScores": "token_scores",
-    "TokenSelection": "token_selection",
-    "TokenSelector": "token_selection",
-    "Trust": "scores",
-    "clean_dataset": "token_cleaning",
-    "literal": "resonance",
-    "load_rows": "rows",
-    "map_columns": "rows",
+    "TokenScores": "scores.token_scores",
+    "TokenSelection": "selecting.token_selection",
+    "TokenSelector": "selecting.token_selection",
+    "Trust": "scores.provenance",
+    "clean_dataset": "tokens.cleaning",
+    "literal": "model.resonance",
+    "load_rows": "data.rows",
+    "map_columns": "data.rows",
     "read_contents": "report",
-    "score_by": "criterion_scoring",
-    "score_dataset": "scoring",
-    "score_layers": "layer_pass",
-    "score_stream": "streaming",
-    "self_evolve": "self_evolving",
-    "unpack": "rows",
+    "score_by": "scoring.criterion",
+    "score_dataset": "scoring.dataset",
+    "score_layers": "scoring.layers",
+    "score_stream": "scoring.stream",
+    "self_evolve": "training.self_evolving",
+    "unpack": "data.rows",
     "write_report": "report",
 }
 

@@ -18,15 +18,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from helpers.tokenizers import make_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-CHAT_TEMPLATE = (
-    "{% for m in messages %}{{ '<|' + m['role'] + '|>' }}"
-    "{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] + '<|end|>' }}{% endgeneration %}"
-    "{% else %}{{ m['content'] + '<|end|>' }}{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
-)
 
 
 @pytest.fixture(scope="session")
@@ -64,21 +57,3 @@ def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Callabl
     tiny_llama().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
-
-
-def make_tokenizer(**special: str) -> PreTrainedTokenizerFast:
-    """Byte-level BPE on a few lines; `pad_token` and `eos_token` unless told otherwise."""
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=320,
-        special_tokens=["<pad>", "<eos>", "<|user|>", "<|assistant|>", "<|end|>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    bpe.train_from_iterator(["question: what is 1 + 2 ? answer: 3", "the quick brown fox"] * 10, trainer)
-    special = special or {"pad_token": "<pad>", "eos_token": "<eos>"}
-    made = PreTrainedTokenizerFast(tokenizer_object=bpe, clean_up_tokenization_spaces=False, **special)
-    made.chat_template = CHAT_TEMPLATE
-    return made

@@ -10,9 +10,9 @@ from pathlib import Path
 import atheris
 
 with atheris.instrument_imports(include=["resofilter_trainer"]):
-    from resofilter_trainer import store
     from resofilter_trainer.config import InputError
-    from resofilter_trainer.scores import SCORES_FILE, ScoreTable
+    from resofilter_trainer.io import store
+    from resofilter_trainer.scores.score_table import SCORES_FILE, ScoreTable
 
 PLACE = Path(tempfile.mkdtemp())
 SEED = Path(tempfile.mkdtemp())
@@ -46,8 +46,8 @@ def checked(read: Callable[[bytes], None]) -> Callable[[bytes], None]:
 
 
 if __name__ == "__main__":
-    from test_scores import make_scores
-    from test_store import measured
+    from helpers.stores import measured
+    from helpers.tables import make_scores
 
     make_scores([1.0, None, 2.0]).save(SEED / "scores.parquet")
     store.pq.write_table(measured([0, 1]), SEED / "part.parquet", use_dictionary=False)

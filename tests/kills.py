@@ -26,13 +26,14 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import datasets
-from conftest import make_tokenizer
 from datasets import load_from_disk
-from training import arguments, llama, rows, train
+from helpers.tokenizers import make_tokenizer
+from helpers.training import arguments, llama, rows, train
 
-from resofilter_trainer import ResonanceCallback, TokenCleaning, passes, score_dataset
-from resofilter_trainer.cli import main as resofilter
-from resofilter_trainer.token_cleaning import clean_dataset
+from resofilter_trainer import ResonanceCallback, TokenCleaning, score_dataset
+from resofilter_trainer.cli.entry import main as resofilter
+from resofilter_trainer.scoring import passes
+from resofilter_trainer.tokens.cleaning import clean_dataset
 
 SILENCE = 6  # seconds after which a process that was killed is given up by the other
 LIMIT = 180  # seconds for a run of few

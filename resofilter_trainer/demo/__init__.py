@@ -1,1 +1,1 @@
-"""The embedded demo: problems that it makes, a tiny base model that it ships, and the whole method on them."""
+"""The embedded demo: generated problems, a tiny base model, and the whole method on them. Knows no other data."""

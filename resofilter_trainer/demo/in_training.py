@@ -15,13 +15,13 @@ from pathlib import Path
 
 import numpy as np
 
-from ..callback import ResonanceCallback
-from ..comparison import auroc, rank_correlation
-from ..drift import drop_rate_by_moment
 from ..report import PAGE
-from ..scores import ScoreTable
-from ..selection import KEPT, Selection, drop_share
-from ..training_run import STATE
+from ..scores.score_table import ScoreTable
+from ..scores.statistics import auroc, rank_correlation
+from ..selecting.selection import KEPT, Selection, drop_share
+from ..training.callback import ResonanceCallback
+from ..training.drift import drop_rate_by_moment
+from ..training.run import STATE
 from .run import KEEP, make_data, train_with, training_arguments
 
 PARTS = 10  # of an epoch, in which the rate of dropping is counted

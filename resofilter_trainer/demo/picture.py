@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 from matplotlib.figure import Figure
 
-from ..scores import ScoreTable
-from ..selection import Selection
-
-if TYPE_CHECKING:
-    from .run import Outcome
+from ..scores.score_table import ScoreTable
+from ..selecting.selection import Selection
 
 RIGHT, WRONG, NEUTRAL = "#0072b2", "#d55e00", "#999999"  # told apart by colour-blind eyes as well
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One of the four trainings: on which rows, how many of them wrong, and the held-out exact match after it."""
+
+    name: str
+    rows: int
+    wrong_share: float
+    accuracy: float
 
 
 def draw(scores: ScoreTable, selection: Selection, wrong: np.ndarray, outcomes: Sequence[Outcome], path: Path) -> None:

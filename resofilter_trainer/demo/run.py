@@ -10,7 +10,6 @@ import dataclasses
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +19,15 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
-from ..comparison import auroc
 from ..config import ColumnMapping
-from ..evaluation import exact_match
+from ..data.row_texts import RowTexts
+from ..evaluation.generate import exact_match
 from ..report import Contents, write_report
-from ..row_texts import RowTexts
-from ..scores import ScoreTable
-from ..scoring import score_dataset
-from ..selection import DataSelector, Selection
-from .picture import draw
+from ..scores.score_table import ScoreTable
+from ..scores.statistics import auroc
+from ..scoring.dataset import score_dataset
+from ..selecting.selection import DataSelector, Selection
+from .picture import Outcome, draw
 from .problems import Problem, make_problems
 
 BASE = Path(__file__).parent / "base"
@@ -51,16 +50,6 @@ TRAINING: dict[str, Any] = {
     "logging_strategy": "no",
     "report_to": "none",
 }
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """One of the four trainings: on which rows, how many of them wrong, and the held-out exact match after it."""
-
-    name: str
-    rows: int
-    wrong_share: float
-    accuracy: float
 
 
 def run(output: Path, seed: int) -> dict[str, object]:

@@ -17,9 +17,9 @@ import pyarrow.csv
 import pyarrow.parquet
 
 from ..config import InputError
-from ..files import check_folder, replacing
-from ..scores import ScoreTable
-from ..selection import Selection
+from ..io.files import check_folder, replacing
+from ..scores.score_table import ScoreTable
+from ..selecting.selection import Selection
 from .charts import NAMES, charts_of, points_of, ratios_chart, save_png, specification
 from .contents import Contents, read_contents
 from .numbers import Numbers, numbers_of, ratios_of, word_frequency

@@ -15,8 +15,8 @@ import altair as alt
 import numpy as np
 import vl_convert
 
-from ..files import replacing
-from ..scores import ScoreTable
+from ..io.files import replacing
+from ..scores.score_table import ScoreTable
 from .numbers import Numbers, Quarter, Scale
 
 VERSIONS = vl_convert.get_vegalite_versions()  # oldest first

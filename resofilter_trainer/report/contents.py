@@ -14,12 +14,13 @@ import numpy as np
 import pyarrow as pa
 
 from ..config import InputError
-from ..files import file_at, read_json
-from ..results import COMPARISON_FILE, LOG_FILE, NAME, SUMMARY_FILE, selection_file
-from ..scores import LAYERS_FOLDER, SCORES_FILE, Provenance, ScoreTable
-from ..selection import KEPT, SELECTION_FILE, DataSelector, Selection
-from ..token_scores import TOKEN_SCORES_FILE, TokenScores
-from ..token_selection import EMPTIED, TokenSelection, TokenSelector
+from ..io.files import file_at, read_json
+from ..scores.provenance import Provenance
+from ..scores.score_table import LAYERS_FOLDER, SCORES_FILE, ScoreTable
+from ..scores.token_scores import TOKEN_SCORES_FILE, TokenScores
+from ..selecting.results import COMPARISON_FILE, LOG_FILE, NAME, SUMMARY_FILE, selection_file
+from ..selecting.selection import KEPT, SELECTION_FILE, DataSelector, Selection
+from ..selecting.token_selection import EMPTIED, TokenSelection, TokenSelector
 
 SCORES_FOLDER = "scores"
 NO_TOKEN = "no token to learn"

@@ -13,9 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from ..comparison import EPOCHS, FULL, rank_correlation
-from ..scores import LAYER, ScoreTable, count_reasons
-from ..selection import KEPT, DataSelector, Drop, Selection, drop_order, dropped_of
+from ..scores.score_table import LAYER, ScoreTable, count_reasons
+from ..scores.statistics import rank_correlation
+from ..selecting.results import EPOCHS, FULL
+from ..selecting.selection import KEPT, DataSelector, Drop, Selection, drop_order, dropped_of
 from .contents import Contents, Epoch
 
 BINS = 60

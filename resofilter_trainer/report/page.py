@@ -18,8 +18,8 @@ from typing import Any
 import jinja2
 
 from .. import __version__
-from ..scores import ScoreTable
-from ..selection import KEPT, Selection
+from ..scores.score_table import ScoreTable
+from ..selecting.selection import KEPT, Selection
 from .charts import Specification, javascript
 from .contents import Epoch
 from .numbers import Numbers, finite

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import numpy as np
 import xxhash
 
-from ..scores import ScoreTable
-from ..token_selection import TokenSelection
+from ..scores.score_table import ScoreTable
+from ..selecting.token_selection import TokenSelection
 
 Text = tuple[str, str]  # prompt and completion
 Tokens = tuple[list[str], list[float], list[bool]]  # a row's learnt tokens: text, loss, whether they are kept

@@ -1,0 +1,193 @@
+"""How the selectors of a comparison score rows: one function for each, `Request -> scores`. Knows no selector's policy.
+
+Every one leaves its scores in the request's folder, and takes those that lie there.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+import xxhash
+from datasets import Dataset
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from trl import SFTConfig
+
+from ..config import ColumnMapping, InputError, Norm, NotFiniteError, ResonanceConfig, TokenCleaning, Update
+from ..criteria.criterion import Criterion
+from ..criteria.prompted import RATING_PROMPTS, Nuggets, SelectIT
+from ..data.loading import check_model, open_pass, placed, usable_rows
+from ..data.preparation import PreparedRows, prepare
+from ..scores.score_table import ScoreTable
+from ..scores.token_scores import TokenScores
+from ..scoring.criterion import score_by
+from ..scoring.dataset import score_dataset
+from ..scoring.less import LessConfig, less_scores
+from ..scoring.output import PassOutput
+from ..tokens.cleaning import measure_tokens
+from ..training.stages import save_model, train_stage
+from .config import SelectorConfig
+
+REFERENCE_SHARE = 0.2  # of the rows, on which the reference of token cleaning is tuned: the paper's 10k of 50k
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a selector scores, and with which model.
+
+    Attributes:
+        model: where it was loaded.
+        tokenizer: its.
+        dataset: `prompt` and `completion`, and the user's other columns.
+        args: how rows become tokens.
+        folder: where scores lie, or are written to.
+        selector: its own settings.
+        validation: `prompt` and `completion` of the rows that it selects for, where it needs some.
+        reference: a model's name or folder, against which tokens are cleaned.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    dataset: Dataset
+    args: SFTConfig
+    folder: Path
+    selector: SelectorConfig
+    validation: Dataset | None = None
+    reference: str | None = None
+
+    @cached_property
+    def validation_tokens(self) -> PreparedRows:
+        """The validation rows as tokens."""
+        assert self.validation is not None, "check() asks for them"
+        return as_tokens(self.validation, self.tokenizer, self.args)
+
+
+def by_criterion(name: str) -> Callable[[Request], ScoreTable]:
+    """Scores by one of `criteria.CRITERIA`."""
+
+    def score(request: Request) -> ScoreTable:
+        return score_by(
+            name, request.model, request.dataset, request.tokenizer, request.args, request.folder, drop_empty=True
+        )
+
+    return score
+
+
+def by_resonance(update: Update = "adamw", norm: Norm = "mean_abs") -> Callable[[Request], ScoreTable]:
+    """ResoFilter's scores."""
+
+    def score(request: Request) -> ScoreTable:
+        return score_dataset(
+            request.model,
+            request.dataset,
+            request.tokenizer,
+            request.args,
+            ResonanceConfig(update=update, norm=norm),
+            request.folder,
+            drop_empty=True,
+        )
+
+    return score
+
+
+def by_nuggets(request: Request) -> ScoreTable:
+    """The golden score on the validation rows."""
+    tasks = request.validation_tokens
+    anchors = [{name: torch.tensor(row[name]) for name in ("input_ids", "labels")} for row in tasks.dataset]
+    between = request.tokenizer("\n\n", add_special_tokens=False)["input_ids"]
+    criterion = Criterion(Nuggets(anchors, between), drop="smallest", settings={"validation": tasks.fingerprint})
+    return score_by(
+        criterion, request.model, request.dataset, request.tokenizer, request.args, request.folder, drop_empty=True
+    )
+
+
+def by_selectit(request: Request) -> ScoreTable:
+    """The model's own rating."""
+    criterion = Criterion(SelectIT(request.tokenizer), drop="smallest", settings={"prompts": RATING_PROMPTS})
+    return score_by(
+        criterion, request.model, request.dataset, request.tokenizer, request.args, request.folder, drop_empty=True
+    )
+
+
+def by_less(request: Request) -> ScoreTable:
+    """Influence on the validation rows."""
+    own = LessConfig(**{"seed": request.args.seed, **request.selector.settings})
+    config = {
+        "criterion": "less",
+        "drop": "smallest",
+        **dataclasses.asdict(own),
+        "validation": request.validation_tokens.fingerprint,
+    }
+    model, opened = open_pass(request.model, request.dataset, request.tokenizer, request.args, config, drop_empty=True)
+    output = PassOutput(request.folder, opened)
+    earlier = output.earlier()
+    if earlier is not None:
+        return earlier
+    model = placed(model, request.args)
+    check_model(model, request.validation_tokens)
+    values = less_scores(model, request.tokenizer, opened.prepared, request.validation_tokens, request.args, own)
+    if not np.isfinite(values).all():
+        raise NotFiniteError(
+            "LESS's warm-up gave gradients that are not finite: try a smaller learning_rate in its settings."
+        )
+    return output.finish({"score": values})
+
+
+def by_column(request: Request) -> ScoreTable:
+    """The user's own scores, from a column of the dataset."""
+    name, dataset = str(request.selector.score_column), request.dataset
+    if name not in dataset.column_names:
+        raise InputError(f"score_column '{name}' is none of the dataset's: {', '.join(dataset.column_names)}.")
+    config = {"score_column": name, "values": xxhash.xxh3_128_hexdigest(repr(dataset[name][:]).encode())}
+    _, opened = open_pass(request.model, dataset, request.tokenizer, request.args, config, drop_empty=True)
+    output = PassOutput(request.folder, opened)
+    earlier = output.earlier()
+    if earlier is not None:
+        return earlier
+    try:
+        values = np.array(dataset[name], dtype=np.float64)[opened.prepared.sample_ids]
+    except (TypeError, ValueError) as error:
+        raise InputError(f"score_column '{name}' holds something else than numbers: {error}.") from error
+    if not np.isfinite(values).all():
+        row = opened.prepared.sample_ids[int(np.argmin(np.isfinite(values)))]
+        raise InputError(f"Row {row} has no finite number in score_column '{name}'.")
+    return output.finish({"score": values})
+
+
+def by_token_losses(request: Request) -> TokenScores:
+    """Every learnt token's loss under the model and under a reference."""
+    assert request.reference is not None, "a comparison tunes one where none is named"
+    cleaning = TokenCleaning(keep=1.0, reference=request.reference)
+    _, scores = measure_tokens(
+        request.model, request.dataset, cleaning, request.tokenizer, request.args, request.folder, drop_empty=True
+    )
+    return scores
+
+
+def as_tokens(rows: Dataset, tokenizer: PreTrainedTokenizerBase, args: SFTConfig) -> PreparedRows:
+    """`prompt` and `completion` as scores see them: without the rows that have nothing to learn."""
+    usable, _ = usable_rows(rows, ColumnMapping(), args.dataset_text_field, False, True)
+    return prepare(usable, tokenizer, args)
+
+
+def tune_reference(request: Request, folder: Path) -> None:
+    """Tune the model on all tokens of the first rows, as fixed-model cleaning does (arXiv 2502.01968, section 3.2).
+
+    Args:
+        request: whose model is trained, in place.
+        folder: the model is left in `model` there.
+    """
+    rows = as_tokens(request.dataset, request.tokenizer, request.args)
+    first = rows.select(np.arange(max(1, round(REFERENCE_SHARE * len(rows.lengths)))))
+    args = copy.copy(request.args)
+    if args.max_steps > 0:
+        args.max_steps = max(1, round(REFERENCE_SHARE * args.max_steps))
+    dataset = first.dataset.select_columns(["input_ids", "labels"])
+    trained = train_stage(request.model, dataset, args, request.tokenizer, None, folder / "trainer")
+    save_model(trained, request.tokenizer, folder / "model")

@@ -1,0 +1,195 @@
+"""What came out of a comparison: one table, one picture, one JSON file. Knows cells and matplotlib, no model."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from ..io.files import replacing
+from ..selecting.results import COMPARISON_FILE, EPOCHS, FLOPS, FULL, RANDOM
+from .cells import Cell, summarise, transfer
+from .config import ComparisonConfig
+from .published import Needs, dense_ranks, efficiency_ranks, feasibility_ranks, pir, pixel_distances, residual
+
+PICTURE = "comparison.png"
+OWN, BASELINE = "#0072b2", "#999999"  # told apart by colour-blind eyes as well
+NOTE = """metric: held-out, mean over seeds with its 95 % interval (Student's t); over random, over all: paired by seed.
+SDF: kept / all. PIR: 3.1311 p - 1.6875, p the ratio to training on all. line: PIR above the survey's line, whose ranks
+are `effic`; `feas` ranks what a selector needs before it runs (arXiv 2406.14115). Length, loss: rank correlations with
+what goes first, so -1 where the longest, or those with the highest loss, stay. Seconds are this machine's."""
+
+
+def write(config: ComparisonConfig, cells: Sequence[Cell], needs: dict[str, Needs]) -> str:
+    """Leave JSON and picture in the folder. Returns the table.
+
+    Args:
+        config: what was compared.
+        cells: all of it.
+        needs: of each selector, by its name.
+    """
+    lines = judged(summarise(cells), needs)
+    output = Path(config.output)
+    found = {
+        "settings": dataclasses.asdict(config),
+        "lines": lines,
+        "transfer": [
+            {"method": method, "keep": keep, "scored_by": scored_by, "model": model, "over_random": difference}
+            for (method, keep), pairs in transfer(lines).items()
+            for (scored_by, model), difference in pairs.items()
+        ],
+        "cells": [dataclasses.asdict(cell) for cell in cells],
+    }
+    with replacing(output / COMPARISON_FILE) as part:
+        part.write_text(json.dumps(_plain(found), indent=2, default=str) + "\n")
+    with replacing(output / PICTURE) as part:
+        draw(lines, part)
+    return table(lines)
+
+
+def judged(lines: Sequence[dict[str, Any]], needs: dict[str, Needs]) -> list[dict[str, Any]]:
+    """The lines with PIR, both efficiencies and the ranks among those of the same budget and trained model.
+
+    None where nothing was trained on all rows.
+    """
+    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for line in lines:
+        groups.setdefault((line["budget"], line["model"]), []).append(line)
+    return [each for group in groups.values() for each in _judged(group, needs)]
+
+
+def _judged(lines: Sequence[dict[str, Any]], needs: dict[str, Needs]) -> list[dict[str, Any]]:
+    found = [{**line, "pir": None if line["p"] is None else pir(line["p"])} for line in lines]
+    there = [line for line in found if line["pir"] is not None]
+    points = [(line["sdf"], line["pir"]) for line in there]
+    spread = all(len({point[axis] for point in points}) > 1 for axis in (0, 1))
+    pixels: Sequence[float | None] = pixel_distances(points) if spread else [None] * len(points)
+    for line, rank, distance in zip(there, efficiency_ranks(points), pixels, strict=True):
+        line |= {"above_line": residual(line["sdf"], line["pir"]), "pixels": distance, "efficiency_rank": rank}
+    for line, rank in zip(found, feasibility_ranks([needs[line["selector"]] for line in found]), strict=True):
+        line["feasibility_rank"] = rank
+    costs = [line["selection_flops"] + line["training_flops"] for line in found]
+    for line, cost, rank in zip(found, costs, dense_ranks(costs), strict=True):
+        line |= {"flops": cost, "cost_rank": rank, "seconds": line["selection_seconds"] + line["training_seconds"]}
+    return found
+
+
+COLUMNS = (
+    ("keep", 6, lambda line: f"{line['keep']:g}"),
+    ("metric", 22, lambda line: _interval((line["metric"], line["metric_low"], line["metric_high"]))),
+    ("over random", 24, lambda line: _interval(line["over_random"], "+")),
+    ("over all", 24, lambda line: _interval(line["over_full"], "+")),
+    ("SDF", 6, lambda line: f"{line['sdf']:.2f}"),
+    ("PIR", 7, lambda line: _number(line["pir"])),
+    ("line", 8, lambda line: _number(line.get("above_line"), "+")),
+    ("effic", 6, lambda line: str(line.get("efficiency_rank", "-"))),
+    ("feas", 5, lambda line: str(line["feasibility_rank"])),
+    ("select s", 9, lambda line: f"{line['selection_seconds']:.1f}"),
+    ("train s", 8, lambda line: f"{line['training_seconds']:.1f}"),
+    ("GFLOPs", 9, lambda line: f"{line['flops'] / 1e9:.0f}"),
+    ("length", 7, lambda line: _number(line["length_correlation"], "+", 2)),
+    ("loss", 6, lambda line: _number(line["loss_correlation"], "+", 2)),
+    ("AUROC", 7, lambda line: _number(line["auroc"])),
+    ("wrong", 6, lambda line: _number(line["wrong_kept"], digits=2)),
+)
+
+
+BUDGETS = {
+    EPOCHS: "",
+    FLOPS: "At equal FLOPs: selecting and training together cost what training on all rows does.",
+}
+
+
+def table(lines: Sequence[dict[str, Any]]) -> str:
+    """The lines as text, a table for each budget."""
+    parts = []
+    for budget, title in BUDGETS.items():
+        own = [line for line in lines if line["budget"] == budget]
+        if own:
+            parts += [*([title] if title else []), *_table(own), ""]
+    return "\n".join([*parts, NOTE, *_transfer_tables(lines)])
+
+
+def _table(lines: Sequence[dict[str, Any]]) -> list[str]:
+    names = [_name(line, lines) for line in lines]
+    width = max(len("selector"), *map(len, names)) + 1
+    rows = ["selector".ljust(width) + "".join(title.rjust(size) for title, size, _ in COLUMNS)]
+    for name, line in zip(names, lines, strict=True):
+        rows.append(name.ljust(width) + "".join(show(line).rjust(size) for _, size, show in COLUMNS))
+    for name, line in zip(names, lines, strict=True):
+        for why, count in Counter(line["failures"]).items():
+            rows.append(f"left out: {name} keep {line['keep']:g}, {count} run(s): {why}")
+    return rows
+
+
+def _transfer_tables(lines: Sequence[dict[str, Any]]) -> list[str]:
+    """For each method, what is scored by whom against what is trained."""
+    rows = []
+    for (method, keep), pairs in transfer(lines).items():
+        scorers, trained = (list(dict.fromkeys(pair[side] for pair in pairs)) for side in (0, 1))
+        width = max(len(name) for name in ("scored by", *scorers, *trained)) + 2
+        rows += ["", f"{method}, keep {keep:g}: over random, by the model that scored and the model that was trained"]
+        rows.append("scored by".ljust(width) + "".join(name.rjust(width) for name in trained))
+        for scorer in scorers:
+            row = [_number(pairs.get((scorer, model)), "+").rjust(width) for model in trained]
+            rows.append(scorer.ljust(width) + "".join(row))
+    return rows
+
+
+def _name(line: dict[str, Any], lines: Sequence[dict[str, Any]]) -> str:
+    """The selector's, and where several models are trained the model's."""
+    several = len({each["model"] for each in lines}) > 1
+    return f"{line['model']}: {line['selector']}" if several else str(line["selector"])
+
+
+def draw(lines: Sequence[dict[str, Any]], path: Path) -> None:
+    """For each budget and share, best first: the metric with its interval, and what selecting and training cost."""
+    pairs = {(line["budget"], line["keep"]) for line in lines if line["selector"] != FULL}
+    panels = sorted(pairs) or [(EPOCHS, 1.0)]
+    figure = Figure(figsize=(10, len(panels) * (1 + 0.28 * (len(lines) // len(panels) + 1))), layout="constrained")
+    for (left, right), (budget, keep) in zip(figure.subplots(len(panels), 2, squeeze=False), panels, strict=True):
+        own = [line for line in lines if (line["budget"], line["keep"]) == (budget, keep) and line["selector"] != FULL]
+        shown = [line for line in (*own, *(each for each in lines if each["selector"] == FULL)) if line["seeds"]]
+        shown.sort(key=lambda line: line["metric"])
+        places = range(len(shown))
+        for place, line in zip(places, shown, strict=True):
+            colour = BASELINE if line["selector"] in (FULL, RANDOM) else OWN
+            if not math.isnan(line["metric_low"]):
+                left.plot([line["metric_low"], line["metric_high"]], [place, place], color=colour, linewidth=2)
+            left.plot(line["metric"], place, "o", color=colour)
+        left.set(xlabel="held-out metric, 95 % interval", title=f"keep {keep:g}{', equal FLOPs' * (budget == FLOPS)}")
+        left.set_yticks(places, [_name(line, lines) for line in shown])
+        selecting = [line["selection_flops"] for line in shown]
+        right.barh(places, selecting, color=OWN, label="selecting")
+        training = [line["training_flops"] for line in shown]
+        right.barh(places, training, left=selecting, color=BASELINE, label="training")
+        right.set(xlabel="FLOPs, estimated")
+        right.set_yticks(places, [""] * len(shown))
+        right.legend()
+    figure.savefig(path, dpi=120, format="png")
+
+
+def _interval(found: Sequence[float], sign: str = "") -> str:
+    mean, low, high = found
+    if math.isnan(mean):
+        return "-"
+    return f"{mean:{sign}.3f}" if math.isnan(low) else f"{mean:{sign}.3f} [{low:{sign}.3f}, {high:{sign}.3f}]"
+
+
+def _number(value: float | None, sign: str = "", digits: int = 3) -> str:
+    return "-" if value is None else f"{value:{sign}.{digits}f}"
+
+
+def _plain(value: Any) -> Any:
+    """The same for JSON, which knows no NaN."""
+    if isinstance(value, dict):
+        return {name: _plain(each) for name, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,163 @@
+"""What a person can choose, as plain dataclasses. Knows nothing of data, models or torch."""
+
+from __future__ import annotations
+
+import math
+import numbers
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+from .checks import one_of, token_share
+from .errors import InputError
+
+Update = Literal["adamw", "sgd"]
+Norm = Literal["mean_abs", "l2"]
+Ranking = Literal["global", "sample"]
+Precision = Literal["auto", "float32", "bfloat16"]
+FILE_FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}  # of datasets, by suffix
+SELF = "self"
+RESONANCE = "resonance"
+CRITERION_NAMES = (  # criteria.CRITERIA's, without torch
+    *("loss", "perplexity", "entropy", "el2n", "grand", "ifd", "k_center", "donod"),
+    *("length", "response_ratio", "repetition", "rarity"),
+)
+CLEANING_MODES = ("fixed", "self-evolving", "rho")
+
+
+@dataclass(frozen=True)
+class ResonanceConfig:
+    """How a sample's resonance is measured. The defaults are ResoFilter's released ones (arXiv 2412.14809).
+
+    Attributes:
+        n_layers: how many of the last decoder layers are measured; the score is the mean over them.
+        update: the optimizer whose first, fresh step is measured: `"adamw"`, or `"sgd"`, the plain step
+            `lr * g` (no momentum, no weight decay).
+        norm: how one matrix of changes becomes a number: `"mean_abs"`, or `"l2"`, the Frobenius norm.
+        lr: learning rate of that step. It scales every score and changes no ranking.
+        eps: AdamW's eps. The score saturates where gradients exceed it; a larger eps spreads the scores.
+        weight_decay: AdamW's decoupled weight decay.
+        up_projection: regex over dotted module names, for model families that are not known.
+    """
+
+    n_layers: int = 3
+    update: Update = "adamw"
+    norm: Norm = "mean_abs"
+    lr: float = 1e-5
+    eps: float = 1e-8
+    weight_decay: float = 0.01
+    up_projection: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.n_layers < 1:
+            raise InputError(f"n_layers must be at least 1, got {self.n_layers}.")
+        one_of("update", self.update, get_args(Update))
+        one_of("norm", self.norm, get_args(Norm))
+        if not (0 < self.lr < math.inf and 0 < self.eps < math.inf and 0 <= self.weight_decay < math.inf):
+            raise InputError(
+                "lr and eps must be above 0 and weight_decay at least 0, and all finite, "
+                f"got lr={self.lr}, eps={self.eps}, weight_decay={self.weight_decay}."
+            )
+
+
+@dataclass(frozen=True)
+class ColumnMapping:
+    """Which columns of the user's dataset are the prompt and the completion, the messages, or the text.
+
+    With nothing set, the dataset is left as it is: TRL's own names (`prompt` and `completion`, `messages`,
+    `text`, `input_ids`) are understood already.
+
+    Attributes:
+        prompt_column: the prompt; several columns (instruction, input) are joined by a blank line, empty ones
+            left out.
+        completion_column: what the model should learn to answer.
+        messages_column: a list of `{"role", "content"}` messages.
+        text_column: plain text, every token of which is learnt.
+        separator: put between prompt and completion where the prompt does not end in white space.
+        conversational: make a user message of the prompt and an assistant message of the completion, so that the
+            tokenizer's chat template applies.
+    """
+
+    prompt_column: str | Sequence[str] | None = None
+    completion_column: str | None = None
+    messages_column: str | None = None
+    text_column: str | None = None
+    separator: str = "\n"
+    conversational: bool = False
+
+    def __post_init__(self) -> None:
+        if (self.prompt_column is None) != (self.completion_column is None):
+            raise InputError("prompt_column and completion_column go together: pass both, or neither.")
+        ways = [self.prompt_column, self.messages_column, self.text_column]
+        if sum(way is not None for way in ways) > 1:
+            raise InputError("Pass one of prompt_column with completion_column, messages_column, or text_column.")
+
+    @property
+    def prompt_columns(self) -> list[str]:
+        """The prompt's columns, in the order in which they are joined; empty when none is mapped."""
+        if self.prompt_column is None:
+            return []
+        return [self.prompt_column] if isinstance(self.prompt_column, str) else list(self.prompt_column)
+
+    @property
+    def columns(self) -> list[str]:
+        """Every column the mapping names."""
+        others = (self.completion_column, self.messages_column, self.text_column)
+        return self.prompt_columns + [column for column in others if column is not None]
+
+
+@dataclass(frozen=True)
+class TokenCleaning:
+    """Which tokens of the rows are learnt. The defaults are Token Cleaning's (arXiv 2502.01968).
+
+    A token's score is its loss under the base model less its loss under the reference model; the others are masked.
+
+    Attributes:
+        keep: share of the learnt tokens that stays.
+        reference: the name or folder of a model or a LoRA adapter that was trained on good data: fixed-model cleaning,
+            of all rows before the first step. Or `"self"`, the model in training itself: self-evolving cleaning.
+        ranking: `"global"`, over all rows that are cleaned together, or `"sample"`, within each row, as RHO does.
+        parts: with `"self"`, into how many parts an epoch falls. The first is learnt whole, each further one is cleaned
+            by the latest weights when its turn comes; from the second epoch on, every part is.
+        group_by: a column of the dataset, such as its source; what each group keeps is reported.
+        tokens_per_batch: tokens of a batch in which losses are measured, padding included.
+    """
+
+    keep: float = 0.6
+    reference: str = SELF
+    ranking: Ranking = "global"
+    parts: int = 5
+    group_by: str | None = None
+    tokens_per_batch: int = 4096
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "keep", token_share(self.keep))
+        one_of("ranking", self.ranking, get_args(Ranking))
+        for name, least in (("parts", 2), ("tokens_per_batch", 1)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, numbers.Integral) or int(value) < least:
+                raise InputError(f"{name} must be a whole number of at least {least}, got {value!r}.")
+            object.__setattr__(self, name, int(value))
+        if not isinstance(self.reference, str) or not self.reference:
+            raise InputError(f"reference is a name, a folder or 'self', got {self.reference!r}.")
+
+
+def cleaning_of_mode(mode: str, reference: str | None, ranking: str | None, **settings: Any) -> TokenCleaning:
+    """The settings that a command's `--mode` stands for.
+
+    Args:
+        mode: one of `CLEANING_MODES`.
+        reference: a model or an adapter; None for the mode that makes its own, or where one is still to be tuned.
+        ranking: None for the mode's own.
+        **settings: the other fields of `TokenCleaning`.
+
+    Raises:
+        InputError: the mode is not known, or they do not go together.
+    """
+    one_of("--mode", mode, CLEANING_MODES)
+    if mode == "rho" and ranking == "global":
+        raise InputError("--mode rho ranks within each sample: leave --ranking out, or use --mode fixed.")
+    if mode == "self-evolving" and reference is not None:
+        raise InputError("--mode self-evolving makes its own reference: leave --reference out, or use --mode fixed.")
+    chosen: Any = ranking or ("sample" if mode == "rho" else "global")
+    return TokenCleaning(reference=reference or SELF, ranking=chosen, **settings)

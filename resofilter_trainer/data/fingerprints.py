@@ -1,0 +1,177 @@
+"""What a scoring pass was made from, as hashes and settings. Knows models and tokenizers, not how they are used."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import json
+from collections.abc import Mapping
+from typing import Any, cast
+
+import torch
+import xxhash
+from datasets import Dataset
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
+from trl import SFTConfig
+
+from ..config import ColumnMapping, Precision, ResonanceConfig
+from ..model.quantised import bits_of, stored_tensors
+from ..scores.provenance import Provenance
+from .preparation import PreparedRows, survey
+from .rows import hash_rows
+
+PACKAGES = ("resofilter_trainer", "torch", "transformers", "trl")
+
+
+def describe(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prepared: PreparedRows,
+    rows: int,
+    args: SFTConfig,
+    config: Mapping[str, Any],
+    columns: ColumnMapping,
+    source: Mapping[str, Any],
+    precision: Precision | None = None,
+) -> Provenance:
+    """The provenance of what this model, these rows and these settings, `config`, would give.
+
+    The forward's precision is what `args.bf16` says where none is given.
+    """
+    precision = precision or ("bfloat16" if args.bf16 else "float32")
+    preparation = {
+        **dataclasses.asdict(columns),
+        "prompt_column": columns.prompt_columns,
+        "max_length": args.max_length,
+        "completion_only_loss": args.completion_only_loss,
+        "assistant_only_loss": args.assistant_only_loss,
+        "model_config": _hash_text(json.dumps(_settings(model), sort_keys=True, default=str)),
+        "attention": model.config._attn_implementation,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "autocast": None if precision == "float32" else precision,
+    }
+    return Provenance(
+        model=str(model.config.name_or_path or type(model).__name__),
+        weights=hash_weights(model),
+        tokenizer=hash_tokenizer(tokenizer),
+        template=_hash_text(prepared.template),
+        dataset=prepared.fingerprint,
+        rows=rows,
+        config=config,
+        preparation=preparation,
+        versions={package: importlib.metadata.version(package) for package in PACKAGES},
+        source=dict(source),
+    )
+
+
+def describe_training(
+    trainer: Trainer,
+    rows: int,
+    config: ResonanceConfig,
+    settings: Mapping[str, Any],
+) -> Provenance:
+    """The provenance of scores that are measured while this trainer trains, from its weights as they are now.
+
+    Args:
+        trainer: about to begin.
+        rows: rows in the user's dataset.
+        config: which step is measured and how.
+        settings: what must be the same for a run to go on: what is dropped and when, batches, seeds, the dataset's
+            fingerprint. Scores depend on all of it from the second epoch on.
+    """
+    args, model, tokenizer = trainer.args, cast(Any, trainer.model), trainer.processing_class
+    known = isinstance(tokenizer, PreTrainedTokenizerBase)
+    preparation = {
+        "max_length": getattr(args, "max_length", None),
+        "completion_only_loss": getattr(args, "completion_only_loss", None),
+        "assistant_only_loss": getattr(args, "assistant_only_loss", None),
+        "model_config": _hash_text(json.dumps(_settings(model), sort_keys=True, default=str)),
+        "attention": model.config._attn_implementation,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "autocast": "bfloat16" if args.bf16 else None,
+        "run": dict(settings),
+    }
+    return Provenance(
+        model=str(model.config.name_or_path or type(model).__name__),
+        weights=hash_weights(model),
+        tokenizer=hash_tokenizer(tokenizer) if known else "",
+        template=_hash_text(str(getattr(tokenizer, "chat_template", None) or "")),
+        dataset=str(settings["dataset"]),
+        rows=rows,
+        config=dataclasses.asdict(config),
+        preparation=preparation,
+        versions={package: importlib.metadata.version(package) for package in PACKAGES},
+    )
+
+
+def run_settings(trainer: Trainer, **settings: Any) -> dict[str, Any]:
+    """What must be the same for a run to go on: the given settings, and the trainer's that make its order and rows."""
+    args = trainer.args
+    own = {
+        "seed": args.seed,
+        "data_seed": args.data_seed,
+        "train_sampling_strategy": args.train_sampling_strategy,
+        "dataset": fingerprint(trainer.train_dataset),
+    }
+    plain: dict[str, Any] = json.loads(json.dumps({**settings, **own}))
+    return plain
+
+
+def fingerprint(dataset: Any) -> str:
+    """Of the tokens that a trainer holds, or of all columns; empty for what is no `datasets.Dataset`."""
+    if not isinstance(dataset, Dataset):
+        return ""
+    if {"input_ids", "labels"} <= set(dataset.column_names):
+        return survey(dataset.select_columns(["input_ids", "labels"]))[3]
+    return hash_rows(dataset)
+
+
+def identity(model: PreTrainedModel | PeftModel) -> dict[str, str]:
+    """Hashes of the weights and of the settings that make losses of them, those of the active adapter included."""
+    inner = model.get_base_model() if isinstance(model, PeftModel) else model
+    settings: dict[str, Any] = {"model": _settings(inner)}
+    if isinstance(model, PeftModel):
+        adapter = model.peft_config[model.active_adapter].to_dict()
+        settings["adapter"] = {name: adapter[name] for name in adapter if name != "base_model_name_or_path"}
+    text = json.dumps(
+        settings, sort_keys=True, default=lambda each: sorted(each) if isinstance(each, set) else str(each)
+    )
+    return {"reference_weights": hash_weights(model), "reference_settings": _hash_text(text)}
+
+
+def _settings(model: PreTrainedModel) -> dict[str, Any]:
+    """The model's configuration, without where it lies and who wrote it."""
+    aside = ("name_or_path", "_name_or_path", "transformers_version", "use_cache")
+    return {name: value for name, value in model.config.to_dict().items() if name not in aside}
+
+
+def hash_weights(model: nn.Module) -> str:
+    """Of every parameter's name, shape, dtype and bytes, in order; tied ones count once.
+
+    Of a quantised one also of what gives its bytes their meaning.
+    """
+    digest = xxhash.xxh3_128()
+    for name, parameter in model.named_parameters():
+        if bits_of(parameter) is None:
+            _add(digest, name, parameter)
+            continue
+        owner = name.rpartition(".")[0]
+        for key, value in stored_tensors(model.get_submodule(owner)).items():
+            _add(digest, f"{owner}.{key}", value)
+    return digest.hexdigest()
+
+
+def _add(digest: xxhash.xxh3_128, name: str, tensor: Tensor) -> None:
+    digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+    digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+
+
+def hash_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Of the vocabulary and the special tokens."""
+    return _hash_text(json.dumps([sorted(tokenizer.get_vocab().items()), repr(tokenizer.special_tokens_map)]))
+
+
+def _hash_text(text: str) -> str:
+    return xxhash.xxh3_128(text.encode()).hexdigest()

@@ -1,0 +1,176 @@
+"""What a pass over a dataset begins with: the model and its tokenizer, the rows that can be used, and that both fit.
+
+Knows transformers' loading and the user's rows, not what is measured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from trl import SFTConfig
+
+from ..config import ColumnMapping, InputError, NothingError, Precision
+from ..io.files import check_folder
+from ..scores.provenance import Provenance
+from ..scores.score_table import EMPTY, SAME_PROMPT
+from .fingerprints import describe
+from .preparation import ROW, PreparedRows, prepare
+from .rows import duplicate_rows, empty_rows, first_line, hash_rows, looks_local, map_columns
+
+
+@dataclass(frozen=True)
+class Opened:
+    """All of a pass over a user's dataset but the model and what is measured.
+
+    Attributes:
+        tokenizer: the model's.
+        prepared: the rows that can be measured, as tokens.
+        reasons: why the user's other rows cannot, by place.
+        rows: rows of the user's dataset.
+        provenance: of what will be measured.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    prepared: PreparedRows
+    reasons: dict[int, str]
+    rows: int
+    provenance: Provenance
+
+
+def open_pass(
+    model: str | PreTrainedModel,
+    dataset: Dataset,
+    processing_class: PreTrainedTokenizerBase | None,
+    args: SFTConfig,
+    config: Mapping[str, Any],
+    *,
+    precision: Precision | None = None,
+    drop_duplicates: bool = False,
+    drop_empty: bool = False,
+    source: Mapping[str, Any] | None = None,
+    **columns: Any,
+) -> tuple[PreTrainedModel, Opened]:
+    """The model, not yet on its device, and everything else that a pass begins with.
+
+    Args:
+        config: what is measured, for the provenance.
+        precision: the forward's; what `args.bf16` says where none is given.
+        model, dataset, processing_class, args, drop_duplicates, drop_empty, source, **columns: as for `score_dataset`.
+
+    Raises:
+        InputError: no row can be measured, or model, tokenizer and rows do not fit.
+    """
+    mapping = ColumnMapping(**columns)
+    rows, reasons = usable_rows(dataset, mapping, args.dataset_text_field, drop_duplicates, drop_empty)
+    model, tokenizer = load_model(model, processing_class, args)
+    prepared = prepare(rows, tokenizer, args)
+    check_model(model, prepared)
+    source = {**(source or {}), "content": hash_rows(dataset)}
+    provenance = describe(model, tokenizer, prepared, len(dataset), args, config, mapping, source, precision)
+    return model, Opened(tokenizer, prepared, reasons | prepared.reasons, len(dataset), provenance)
+
+
+def default_arguments() -> SFTConfig:
+    """SFTConfig's own, in float32."""
+    return SFTConfig(output_dir="unused", bf16=False, use_cpu=not torch.cuda.is_available(), report_to="none")
+
+
+def load_model(
+    model: str | PreTrainedModel, processing_class: PreTrainedTokenizerBase | None, args: SFTConfig
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The model, from its name in float32 as SFTTrainer loads it, and its tokenizer.
+
+    Raises:
+        InputError: either cannot be found, reached or read.
+    """
+    if isinstance(model, str):
+        model = load_weights(model, args)
+    name = model.config.name_or_path
+    try:
+        tokenizer = processing_class or AutoTokenizer.from_pretrained(name, trust_remote_code=args.trust_remote_code)
+    except Exception as error:  # transformers and the hub each raise their own
+        raise InputError(f"The tokenizer of '{name}' cannot be loaded: {first_line(error)}") from error
+    return model, tokenizer
+
+
+def load_weights(name: str, args: SFTConfig) -> PreTrainedModel:
+    """A model from its name or folder, in float32 unless `args.model_init_kwargs` says otherwise.
+
+    Raises:
+        InputError: it cannot be found, reached or read.
+    """
+    if looks_local(name) and not Path(name).is_dir():
+        raise InputError(f"There is no model at '{name}'. Pass a folder, or a name on the hub.")
+    safe = {"trust_remote_code": args.trust_remote_code, "use_safetensors": True}  # a pickle may run anything
+    settings = {"dtype": torch.float32, **safe, **(args.model_init_kwargs or {})}
+    try:
+        return AutoModelForCausalLM.from_pretrained(name, **settings)
+    except Exception as error:  # transformers, safetensors and the hub each raise their own
+        raise InputError(f"The model '{name}' cannot be loaded: {first_line(error)}") from error
+
+
+def usable_rows(
+    dataset: Dataset, mapping: ColumnMapping, text_field: str, drop_duplicates: bool, drop_empty: bool
+) -> tuple[Dataset, dict[int, str]]:
+    """The rows under TRL's names, each with its place, and by place why others are left out.
+
+    Raises:
+        InputError: no row is left, or there are empty ones and they are not to be left out.
+    """
+    if "seq_lengths" in (getattr(dataset, "column_names", None) or ()):
+        raise InputError(
+            "The rows are packed already (seq_lengths), several samples in one: pass them as they were, or "
+            "resofilter_trainer.unpack(dataset), which has a row for each."
+        )
+    rows = map_columns(dataset, mapping, text_field)
+    reasons: dict[int, str] = {}
+    if drop_duplicates:
+        repeated = duplicate_rows(rows, text_field)
+        reasons |= {row: f"{SAME_PROMPT} {first}" for row, first in repeated.items()}
+    empty = [row for row in empty_rows(rows, text_field) if row not in reasons]
+    if empty and not drop_empty:
+        listed = ", ".join(map(str, empty[:5])) + (", ..." if len(empty) > 5 else "")
+        raise InputError(
+            f"{len(empty)} of {len(rows)} rows teach nothing, their completion is empty: rows {listed}. "
+            "Remove them, or leave them out with --drop_empty (drop_empty=True)."
+        )
+    reasons |= dict.fromkeys(empty, EMPTY)
+    if len(reasons) == len(rows):
+        raise NothingError(f"All {len(rows)} rows are empty or repeated: there is nothing to score or to train on.")
+    rows = rows.add_column(ROW, np.arange(len(rows)))
+    return rows.select([row for row in range(len(rows)) if row not in reasons]), reasons
+
+
+def check_arguments(args: SFTConfig, output: Path | None) -> None:
+    """Raise InputError for arguments with which nothing can be measured, or a folder that cannot be written to."""
+    for name in ("per_device_train_batch_size", "gradient_accumulation_steps", "ddp_timeout"):
+        if getattr(args, name) < 1:
+            raise InputError(f"{name} must be at least 1, got {getattr(args, name)}.")
+    if args.max_length is not None and args.max_length < 1:
+        raise InputError(f"max_length must be at least 1, got {args.max_length}.")
+    if output is not None:
+        check_folder(output)
+
+
+def check_model(model: PreTrainedModel, prepared: PreparedRows) -> None:
+    """Raise InputError for a model that does not know the tokens of these rows."""
+    size = model.get_input_embeddings().num_embeddings
+    if prepared.largest_token >= size:
+        raise InputError(
+            f"The tokenizer makes token {prepared.largest_token} and the model knows {size}: they do not belong "
+            "together. Pass the model's own tokenizer, or resize the model's embeddings first."
+        )
+
+
+def placed(model: PreTrainedModel, args: SFTConfig) -> PreTrainedModel:
+    """The model on the device that training would use; one that is spread over devices stays where it is."""
+    if getattr(model, "hf_device_map", None) is None:
+        model.to(args.device)
+    return model

@@ -1,0 +1,203 @@
+"""From rows to the tokens and labels that SFTTrainer would train on, by TRL's own preparation, not a copy of it.
+
+A column with each row's place in the user's dataset goes through with the rest, so that a row which the preparation
+drops is missed and one that it moves is found.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import xxhash
+from datasets import Dataset
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
+from trl import SFTConfig, SFTTrainer
+
+from ..config import InputError, NothingError
+from ..model.losses import IGNORE
+from .rows import first_line
+
+ROW = "resofilter_row"  # the place in the user's dataset
+
+
+@dataclass(frozen=True)
+class PreparedRows:
+    """The rows that can be scored, as tokens.
+
+    Attributes:
+        dataset: `input_ids`, `labels` and `ROW`, the place in the user's dataset; every row has a learnt token.
+        lengths: (N,) tokens of each row.
+        num_tokens: (N,) those of them that are learnt.
+        largest_token: the largest token id.
+        fingerprint: hash of all token ids, labels and places.
+        reasons: for the user's other rows, by place, why they cannot be scored.
+        template: the chat template that was used, or an empty string.
+    """
+
+    dataset: Dataset
+    lengths: np.ndarray
+    num_tokens: np.ndarray
+    largest_token: int
+    fingerprint: str
+    reasons: dict[int, str]
+    template: str
+
+    @property
+    def sample_ids(self) -> np.ndarray:
+        """(N,) each row's place in the user's dataset."""
+        return np.array(self.dataset[ROW])
+
+    def select(self, rows: np.ndarray) -> PreparedRows:
+        """Some of the rows, in this order; the fingerprint stays that of all."""
+        dataset, lengths, num_tokens = self.dataset.select(rows), self.lengths[rows], self.num_tokens[rows]
+        return dataclasses.replace(self, dataset=dataset, lengths=lengths, num_tokens=num_tokens)
+
+
+def prepare(dataset: Dataset, processing_class: PreTrainedTokenizerBase, args: SFTConfig) -> PreparedRows:
+    """Tokenise, mask and truncate as SFTTrainer does.
+
+    Args:
+        dataset: the user's rows, or some of them, under TRL's column names and with a `ROW` column.
+        processing_class: the tokenizer; it is copied, and a missing pad token is no error.
+        args: lengths and masking. Packing, padding-free batches and shuffling change no sample and are left out.
+
+    Raises:
+        InputError: TRL refuses the dataset, or no row has a token to learn.
+    """
+    asked = dataset[ROW]
+    tokens, template = _by_trl(dataset, copy.deepcopy(processing_class), args)
+    lengths, learnt, largest, fingerprint = survey(tokens)
+    kept = learnt > 0
+    within = "" if args.max_length is None else f" within max_length {args.max_length}"
+    scored = set(np.array(tokens[ROW])[kept].tolist())
+    reasons = {row: f"no token to learn{within}" for row in asked if row not in scored}
+    if not scored:
+        raise NothingError(f"None of the {len(reasons)} rows has a token to learn{within}: every label is masked.")
+    if not kept.all():
+        tokens, lengths, learnt = tokens.select(np.flatnonzero(kept)), lengths[kept], learnt[kept]
+    return PreparedRows(tokens, lengths, learnt, largest, fingerprint, reasons, template)
+
+
+def prepared_already(dataset: Dataset, collate: Callable[[list[Any]], Any]) -> PreparedRows:
+    """The rows that a trainer holds, as it would train on them; their places are those in its own dataset.
+
+    Args:
+        dataset: with `input_ids` and `labels`, or whatever the collator makes these of.
+        collate: the trainer's collator.
+    """
+    if {"input_ids", "labels"} <= set(dataset.column_names):
+        tokens = dataset.select_columns(["input_ids", "labels"])
+    else:
+        tokens = dataset.map(_collated, fn_kwargs={"collate": collate}, remove_columns=dataset.column_names)
+    lengths, learnt, largest, fingerprint = survey(tokens)
+    tokens = tokens.add_column(ROW, np.arange(len(tokens)))
+    return PreparedRows(tokens, lengths, learnt, largest, fingerprint, {}, "")
+
+
+def _collated(example: dict[str, Any], collate: Callable[[list[Any]], Any]) -> dict[str, Any]:
+    """One example as the collator makes it, without padding."""
+    batch = collate([example])
+    mask = batch["attention_mask"][0].bool() if "attention_mask" in batch else slice(None)
+    return {name: batch[name][0][mask].tolist() for name in ("input_ids", "labels")}
+
+
+class _Preparer(SFTTrainer):
+    """SFTTrainer as far as the dataset; it trains nothing, so there is nothing to report to TRL's statistics."""
+
+    def _send_telemetry(self) -> None:
+        pass
+
+
+def _by_trl(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, args: SFTConfig) -> tuple[Dataset, str]:
+    """The dataset as SFTTrainer holds it once it is built, around a stand-in for the model."""
+    args = copy.copy(args)
+    args.packing = args.padding_free = args.shuffle_dataset = False
+    args.gradient_checkpointing = args.activation_offloading = args.use_liger_kernel = args.push_to_hub = False
+    args.report_to, args.eval_strategy, args.disable_tqdm = [], "no", True
+    args.model_init_kwargs = args.router_aux_loss_coef = None
+    stand_in = LlamaForCausalLM(
+        LlamaConfig(vocab_size=len(tokenizer), hidden_size=2, intermediate_size=2, num_hidden_layers=1,
+                    num_attention_heads=1, num_key_value_heads=1)
+    )  # fmt: skip
+    with tempfile.TemporaryDirectory() as folder:
+        args.output_dir = folder
+        try:
+            trainer = _Preparer(stand_in, args=args, train_dataset=dataset, processing_class=tokenizer)
+        except Exception as error:  # TRL, tokenizers and templates each raise their own
+            raise InputError(f"TRL cannot prepare this dataset: {first_line(error)}") from error
+    template = trainer.chat_template or getattr(trainer.processing_class, "chat_template", None) or ""
+    return trainer.train_dataset.select_columns([ROW, "input_ids", "labels"]), str(template)
+
+
+def survey(tokens: Dataset) -> tuple[np.ndarray, np.ndarray, int, str]:
+    """Look at every token of a dataset with `input_ids` and `labels`, and with `ROW` or without.
+
+    Returns:
+        Each row's length and number of learnt tokens, (N,) each, the largest token id, and a hash of it all.
+    """
+    lengths, learnt, largest, digest = [np.empty(0, int)], [np.empty(0, int)], 0, xxhash.xxh3_128()
+    for table in _arrow_batches(tokens):
+        ids, labels = (table[name].combine_chunks().flatten().to_numpy() for name in ("input_ids", "labels"))
+        length, is_learnt = _learnt(table)
+        lengths.append(length)
+        so_far = np.concatenate([[0], np.cumsum(is_learnt)])
+        ends = np.cumsum(length)
+        learnt.append(so_far[ends] - so_far[ends - length])
+        largest = max(largest, int(ids.max(initial=0)))
+        places = [table[ROW].to_numpy()] if ROW in table.column_names else []
+        for array in (*places, length, ids, labels):
+            digest.update(array.astype(np.int64).tobytes())
+    return np.concatenate(lengths), np.concatenate(learnt), largest, digest.hexdigest()
+
+
+def learnt_tokens(tokens: Dataset) -> tuple[np.ndarray, np.ndarray]:
+    """Of every learnt token, row after row: where in its row it stands, and its id; (N,) int32 each."""
+    positions, ids = [np.empty(0, np.int32)], [np.empty(0, np.int32)]
+    for table in _arrow_batches(tokens):
+        length, is_learnt = _learnt(table)
+        position = np.arange(len(is_learnt)) - np.repeat(np.cumsum(length) - length, length)
+        positions.append(position[is_learnt].astype(np.int32))
+        ids.append(table["input_ids"].combine_chunks().flatten().to_numpy()[is_learnt].astype(np.int32))
+    return np.concatenate(positions), np.concatenate(ids)
+
+
+def beginnings(tokens: Dataset) -> tuple[np.ndarray, np.ndarray, int]:
+    """What rows begin with: a hash of each one's prompt, its length, and how many first tokens all have in common.
+
+    The prompt is what comes before the first learnt token; the rows have `input_ids` and `labels`.
+    """
+    hashes, lengths, first, common = list[int](), list[int](), np.empty(0), 0
+    for table in _arrow_batches(tokens):
+        ids, labels = (table[name].combine_chunks() for name in ("input_ids", "labels"))
+        ends = np.cumsum(pc.list_value_length(ids).to_numpy())
+        flat, learnt = ids.flatten().to_numpy(), labels.flatten().to_numpy() != IGNORE
+        for start, end in zip([0, *ends[:-1]], ends, strict=True):
+            own, length = flat[start:end], int(learnt[start:end].argmax()) if end > start else 0
+            if not hashes:
+                first, common = own, len(own)
+            differs = own[:common] != first[: len(own)][:common]
+            common = int(differs.argmax()) if differs.any() else min(common, len(own))
+            hashes.append(xxhash.xxh3_64_intdigest(np.ascontiguousarray(own[:length]).data))
+            lengths.append(length)
+    return np.array(hashes, dtype=np.uint64), np.array(lengths), common
+
+
+def _learnt(table: pa.Table) -> tuple[np.ndarray, np.ndarray]:
+    """Each row's length, and of all their tokens whether they are learnt: nothing predicts the first of a row."""
+    labels = table["labels"].combine_chunks()
+    length = pc.list_value_length(labels).to_numpy()
+    is_learnt = labels.flatten().to_numpy() != IGNORE
+    is_learnt[(np.cumsum(length) - length)[length > 0]] = False
+    return length, is_learnt
+
+
+def _arrow_batches(dataset: Dataset) -> Iterator[pa.Table]:
+    yield from dataset.with_format("arrow").iter(batch_size=1000)

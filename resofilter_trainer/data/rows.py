@@ -1,0 +1,278 @@
+"""The user's rows: where they come from, which column is what, which are empty or repeated.
+
+Knows datasets, not models: a row is a dict here, and its place in the dataset is its `sample_id`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import xxhash
+from datasets import Dataset, DatasetDict, IterableDataset, load_dataset, load_from_disk
+
+from ..config import FILE_FORMATS, ColumnMapping, InputError
+
+KNOWN_PAIRS = [
+    (("instruction", "input"), "output"),
+    (("instruction",), "output"),
+    (("question",), "answer"),
+    (("query",), "response"),
+    (("problem",), "solution"),
+]
+
+
+def load_rows(source: str, split: str = "train", name: str | None = None) -> Dataset:
+    """The rows of a dataset, wherever it lies.
+
+    Args:
+        source: a JSON, JSONL, CSV or Parquet file, a folder written by `save_to_disk`, a folder of data files, or
+            a name on the hub.
+        split: which split, where there are several.
+        name: which configuration of a dataset on the hub.
+
+    Raises:
+        InputError: it is not there, cannot be read or reached, has no such split, or has no rows.
+    """
+    path = Path(source)
+    try:
+        if path.is_file():
+            found = load_dataset(_format(path), data_files={split: str(path)}, split=split)
+        elif (path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file():
+            found = load_from_disk(source)
+        elif not path.is_dir() and (looks_local(source) or path.suffix in FILE_FORMATS):
+            raise InputError(f"There is no dataset at '{source}'. Pass a file, a folder, or a name on the hub.")
+        else:
+            found = load_dataset(source, name, split=split)
+    except InputError:
+        raise
+    except Exception as error:  # datasets, the hub and pyarrow each raise their own
+        if path.exists() and _says_empty(error):
+            raise InputError(f"The dataset '{source}' has no rows.") from error
+        raise InputError(f"The dataset '{source}' cannot be loaded: {first_line(error)}") from error
+    if isinstance(found, DatasetDict):
+        if split not in found:
+            raise InputError(f"'{source}' has no split '{split}'. It has: {', '.join(found)}.")
+        found = found[split]
+    if len(found) == 0:
+        raise InputError(f"The dataset '{source}' has no rows.")
+    return found
+
+
+def load_stream(source: str, split: str = "train", name: str | None = None) -> IterableDataset:
+    """The rows of a dataset one after another, as they are read; arguments as for `load_rows`.
+
+    Raises:
+        InputError: it is not there, or cannot be read or reached.
+    """
+    path = Path(source)
+    try:
+        if path.is_file():
+            return load_dataset(_format(path), data_files={split: str(path)}, split=split, streaming=True)
+        if not path.is_dir() and (looks_local(source) or path.suffix in FILE_FORMATS):
+            raise InputError(f"There is no dataset at '{source}'. Pass a file, a folder, or a name on the hub.")
+        return load_dataset(source, name, split=split, streaming=True)
+    except InputError:
+        raise
+    except Exception as error:  # datasets, the hub and pyarrow each raise their own
+        raise InputError(f"The dataset '{source}' cannot be streamed: {first_line(error)}") from error
+
+
+def map_columns(dataset: Dataset, mapping: ColumnMapping, text_field: str = "text") -> Dataset:
+    """The dataset under TRL's column names: `prompt` and `completion`, `messages`, or `text`.
+
+    Args:
+        dataset: the user's rows.
+        mapping: which columns are which; where nothing is mapped, TRL's own names must be there already.
+        text_field: the name TRL is told to look for text under.
+
+    Raises:
+        InputError: the dataset has no rows, a mapped column is missing, or no column is usable.
+    """
+    if not isinstance(dataset, Dataset):
+        raise InputError(
+            f"A dataset is needed, got {type(dataset).__name__}. Pass one split of a DatasetDict, a list through "
+            "Dataset.from_list, and a stream to score_stream."
+        )
+    if len(dataset) == 0:
+        raise InputError("The dataset has no rows.")
+    columns = dataset.column_names
+    missing = [column for column in mapping.columns if column not in columns]
+    if missing:
+        raise InputError(f"The dataset has no column '{missing[0]}'. It has: {', '.join(columns)}.")
+    if mapping.prompt_columns:
+        return dataset.map(prompt_and_completion, fn_kwargs={"mapping": mapping}, remove_columns=columns)
+    if mapping.messages_column:
+        mapped = dataset.select_columns([mapping.messages_column]).rename_columns(
+            _to(mapping.messages_column, "messages")
+        )
+    elif mapping.text_column:
+        mapped = dataset.select_columns([mapping.text_column]).rename_columns(_to(mapping.text_column, text_field))
+    elif _usable(columns, text_field):
+        mapped = dataset
+    else:
+        raise InputError(f"No column of the dataset can be trained on. It has: {', '.join(columns)}. {_hint(columns)}")
+    _check_types(mapped, text_field)
+    return mapped
+
+
+def unpack(dataset: Dataset) -> Dataset:
+    """A row for each sample of rows that TRL has packed: `input_ids`, and `labels` where there are any.
+
+    Args:
+        dataset: with `seq_lengths`, the lengths of the samples that each row was made of, one after another. Samples
+            that packing has cut in two stay so.
+
+    Raises:
+        InputError: the rows are not packed, or their lengths are not those of their samples.
+    """
+    if not {"seq_lengths", "input_ids"} <= set(dataset.column_names):
+        raise InputError(f"The rows are not packed: no seq_lengths among {', '.join(dataset.column_names)}.")
+    columns = [name for name in ("input_ids", "labels") if name in dataset.column_names]
+
+    def split(packed: dict[str, list[Any]]) -> dict[str, list[Any]]:
+        samples: dict[str, list[Any]] = {name: [] for name in columns}
+        for row, lengths in enumerate(packed["seq_lengths"]):
+            for name in columns:
+                tokens, start = packed[name][row], 0
+                if sum(lengths) != len(tokens):
+                    raise InputError(f"A packed row has {len(tokens)} {name} and seq_lengths of {sum(lengths)}.")
+                for length in lengths:
+                    samples[name].append(tokens[start : start + length])
+                    start += length
+        return samples
+
+    return dataset.map(split, batched=True, remove_columns=dataset.column_names)
+
+
+def empty_rows(dataset: Dataset, text_field: str = "text") -> list[int]:
+    """Rows, by TRL's column names, with nothing to learn: an empty completion, answer or text."""
+    return [row for row, example in enumerate(dataset) if _is_blank(_target(example, text_field))]
+
+
+def duplicate_rows(dataset: Dataset, text_field: str = "text") -> dict[int, int]:
+    """Rows whose prompt repeats an earlier row's exactly, and that row (ResoFilter, released code: the first is kept).
+
+    Of messages, everything before the last answer is the prompt; plain text is compared whole.
+    """
+    first: dict[str, int] = {}
+    repeated = {}
+    for row, example in enumerate(dataset):
+        earlier = first.setdefault(repr(_query(example, text_field)), row)
+        if earlier != row:
+            repeated[row] = earlier
+    return repeated
+
+
+def hash_rows(dataset: Dataset) -> str:
+    """Of all columns and values, in order: another order or another value gives another hash."""
+    digest = xxhash.xxh3_128()
+    add_rows(digest, dataset)
+    return digest.hexdigest()
+
+
+def add_rows(digest: Any, dataset: Dataset) -> None:
+    """Let a hash go on over more rows; in pieces of a multiple of 1000 rows it is that of the whole."""
+    for batch in dataset.with_format(None).iter(batch_size=1000):
+        digest.update(json.dumps(batch, sort_keys=True, default=str).encode())
+
+
+def looks_local(name: str) -> bool:
+    """Whether a name is a path for sure: no name on the hub begins with a slash, a dot or a tilde."""
+    return Path(name).is_absolute() or name.startswith((".", "~"))
+
+
+def first_line(error: BaseException) -> str:
+    """An error of another library as one line; of datasets' "error while generating", the cause."""
+    if type(error).__name__.startswith("DatasetGeneration") and error.__cause__ is not None:
+        error = error.__cause__
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__
+
+
+def _says_empty(error: BaseException) -> bool:
+    """Whether an error of datasets means that there was nothing to read."""
+    return isinstance(error, StopIteration | IndexError) or "no data" in str(error)
+
+
+def _format(path: Path) -> str:
+    suffixes = [suffix for suffix in path.suffixes if suffix in FILE_FORMATS]
+    if not suffixes:
+        raise InputError(f"'{path}' is no data file that is known. Known: {', '.join(FILE_FORMATS)}.")
+    return FILE_FORMATS[suffixes[-1]]
+
+
+def prompt_and_completion(example: Mapping[str, Any], mapping: ColumnMapping) -> dict[str, Any]:
+    """A row's mapped prompt columns joined, and its completion, as text or as messages."""
+    for column in mapping.columns:
+        if isinstance(example[column], list | Mapping):
+            raise InputError(
+                f"Column '{column}' holds {type(example[column]).__name__}, not text: make text of it first."
+            )
+    parts = [str(example[column]) for column in mapping.prompt_columns if not _is_blank(example[column])]
+    prompt, completion = "\n\n".join(parts), example[str(mapping.completion_column)]
+    completion = "" if completion is None else str(completion)
+    if mapping.conversational:
+        return {
+            "prompt": [{"role": "user", "content": prompt}],
+            "completion": [{"role": "assistant", "content": completion}],
+        }
+    return {"prompt": prompt if prompt[-1:].isspace() else prompt + mapping.separator, "completion": completion}
+
+
+def _to(old: str, new: str) -> dict[str, str]:
+    return {} if old == new else {old: new}
+
+
+def _check_types(dataset: Dataset, text_field: str) -> None:
+    """Raise InputError where a column that TRL reads holds neither text nor messages, by the first row."""
+    example = dataset[0]
+    for name in ("prompt", "completion", "messages", "conversations", text_field):
+        value = example.get(name)
+        is_text = isinstance(value, str) and name not in ("messages", "conversations")
+        are_messages = isinstance(value, list) and all(isinstance(each, Mapping) for each in value)
+        if not (value is None or is_text or are_messages):
+            raise InputError(f"Column '{name}' holds {type(value).__name__}, not text or a list of messages.")
+
+
+def _usable(columns: list[str], text_field: str) -> bool:
+    pairs = "prompt" in columns and "completion" in columns
+    return pairs or any(name in columns for name in ("input_ids", "messages", "conversations", text_field))
+
+
+def _hint(columns: list[str]) -> str:
+    for prompts, completion in KNOWN_PAIRS:
+        if {*prompts, completion} <= set(columns):
+            return f"Say which is which: --prompt_column {' '.join(prompts)} --completion_column {completion}."
+    return "Say which is which: --prompt_column X --completion_column Y, --messages_column X, or --text_column X."
+
+
+def _target(example: Mapping[str, Any], text_field: str) -> Any:
+    """What the row teaches: the completion, the last message, or the text."""
+    for name in ("input_ids", "completion", "messages", "conversations"):
+        if name in example:
+            return example[name]
+    return example[text_field]
+
+
+def _query(example: Mapping[str, Any], text_field: str) -> Any:
+    """What the row is asked: the prompt, the messages before the last, or the whole text."""
+    if "input_ids" in example:
+        return example["input_ids"]
+    if "prompt" in example:
+        return example["prompt"]
+    for name in ("messages", "conversations"):
+        if name in example:
+            return example[name][:-1]
+    return example[text_field]
+
+
+def _is_blank(value: Any) -> bool:
+    """None, white space, an empty list, or messages of which the last neither says nor calls anything."""
+    if isinstance(value, list) and value and isinstance(value[-1], Mapping):
+        last = value[-1]
+        says = last.get("content", last.get("value", last.get("text")))  # a message, ShareGPT's, or a part of one
+        return not last.get("tool_calls") and _is_blank(says)
+    return value is None or (isinstance(value, str) and not value.strip()) or value == []

@@ -1,0 +1,1 @@
+"""How well a trained model answers: generation, metrics, tasks. Knows nothing of scores."""

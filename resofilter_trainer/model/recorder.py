@@ -1,0 +1,280 @@
+"""The score for whole batches, from one shared backward. Knows nothing of datasets, files or trainers.
+
+    forward    ... layer L-3 [a | out] ... layer L-1 [a | out] -> hidden, at learnt positions -> losses, gradient
+    backward                 b <- ...................... b <-         <- .................................. <-
+    each sample: b^T a, a tile at a time -> update -> sum
+
+The backward stops at the lowest measured up-projection: below it nothing needs a gradient. No parameter's gradient is
+formed, no random number drawn, and the model is left as it was found.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from ..config import InputError, ResonanceConfig
+from .gradients import Segment, block_gradients, gram_is_cheaper, runs_of, segments_of, spans, squared_norm, tiles
+from .head import Decoded
+from .lean_forward import LeanForward
+from .losses import Inputs, learnt_positions, sample_means, unpacked
+from .modes import at_least_float32, evaluating, own_precision, requiring_grad
+from .resonance import Resonance
+from .up_projection import UpProjection, decoder_layers, find_up_projections
+from .updates import size_of_change, tile_sum, unchanged_sum
+
+
+class Recorder:
+    """Measures the samples of a batch of any size as `literal` measures them one by one.
+
+    A context manager: inside it, the model's parameters are frozen and its dropout is off.
+
+    >>> with Recorder(model, ResonanceConfig()) as record:
+    ...     measured = record(batch)    # measured.score: (B,)
+
+    Args:
+        model: a causal language model in float32, float64 or bfloat16. Products are in float32, or in float64 for a
+            float64 model; a bfloat16 forward, by weights or by autocast, brings bfloat16's noise and no more.
+            Where it is sharded, all processes must measure at the same time: see `in_step`.
+        config: which step is measured and how.
+
+    Raises:
+        InputError: the model has no up-projection that is known, it is offloaded, or sharded by another than `shard`.
+    """
+
+    def __init__(self, model: nn.Module, config: ResonanceConfig) -> None:
+        self.model = model
+        self.config = config
+        up_projections = find_up_projections(model, config.n_layers, config.up_projection)
+        self.layer_indices = sorted({each.layer for each in up_projections})
+        self._modules: dict[nn.Module, list[UpProjection]] = {}
+        self._entries = np.zeros(len(self.layer_indices), dtype=np.int64)
+        for each in up_projections:
+            self._modules.setdefault(each.module, []).append(each)
+            self._entries[self._column(each)] += each.entries
+            if each.parameter.device.type == "meta":
+                raise InputError(
+                    f"'{each.name}' is offloaded, so its weight is not at hand when it is measured. Place the last "
+                    f"{config.n_layers} layers on a device, by device_map."
+                )
+            if isinstance(each.parameter, DTensor):
+                raise InputError(
+                    f"'{each.name}' is sharded, so its weight is not at hand when it is measured. Pass the model as it "
+                    "was loaded, and let resofilter_trainer.sharding.shard spread it: it leaves what is measured whole."
+                )
+        self._calls: dict[nn.Module, Call] | None = None
+        lowest, last = self.layer_indices[0], self.layer_indices[-1]
+        layers = list(decoder_layers(model)[1])
+        blocks = {each.block: None for each in up_projections if each.layer == last}
+        self._forward = LeanForward(model, layers[:lowest], layers[lowest], list(blocks))
+        self._stack = contextlib.ExitStack()
+
+    def __enter__(self) -> Recorder:
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(evaluating(self.model))
+            stack.enter_context(requiring_grad(self.model.parameters(), False))
+            for module, up_projections in self._modules.items():
+                hook = partial(self._catch, up_projections)
+                stack.callback(module.register_forward_hook(hook, with_kwargs=True).remove)
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stack.close()
+        self.forget()
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """The weights that are measured."""
+        return [each.parameter for all_ in self._modules.values() for each in all_]
+
+    @property
+    def may_share(self) -> bool:
+        """False where it is known that rows which begin alike are no less work together."""
+        return self._forward.may_share
+
+    @property
+    def in_step(self) -> bool:
+        """Whether the model is sharded: every process must measure as many batches, at the same time."""
+        return self._forward.in_step
+
+    def forget(self) -> None:
+        """Let go of what was kept of earlier batches, before the weights or the precision (an autocast) change."""
+        self._forward.forget()
+
+    def try_sharing(self, row: Mapping[str, Tensor]) -> None:
+        """Find out on one row what rows that begin alike may share; else the first batch that could tells it."""
+        with own_precision(self.model):
+            self._forward.try_sharing(row)
+
+    def __call__(self, batch: Mapping[str, Tensor], shared: int | None = None) -> Resonance:
+        """Measure a batch.
+
+        Args:
+            batch: `input_ids`, `attention_mask` and `labels`, each (B, T), padded on either side; or padding-free,
+                (1, T) each, with `position_ids` in the place of the mask: each of the samples in it is measured.
+            shared: how many first tokens the batch shares with others, where that is known.
+        """
+        batch = batch if "attention_mask" in batch else unpacked(batch)
+        learnt = learnt_positions(batch["labels"])
+        num_tokens = learnt.sum(1)
+        with torch.enable_grad(), own_precision(self.model):
+            inputs = self._forward.inputs(batch)
+            decoded, calls = self._run(inputs, batch["attention_mask"].sum(1), shared)
+            shares = (1 / num_tokens.clamp(min=1).double())[learnt.nonzero()[:, 0]]
+            token_losses, gradient = decoded.losses_and_gradient(shares)
+            outputs = [call.output for call in calls.values()]
+            gradients = torch.autograd.grad(decoded.hidden, outputs, gradient, allow_unused=True)
+            whole = inputs.shape, segments_of({"attention_mask": batch["attention_mask"][:, : inputs.shape[1]]})
+            learnt_only = torch.Size([1, len(inputs.index)]), runs_of(num_tokens)
+            sums = np.zeros((len(learnt), len(self._entries)))
+            for call, b in zip(calls.values(), gradients, strict=True):
+                places = learnt_only if call.up_projections[0].block in self._forward.narrowed else whole
+                sums[:, self._column(call.up_projections[0])] += self._call_sums(call, b, *places)
+            for module in self._modules.keys() - calls.keys():
+                sums[:, self._column(self._modules[module][0])] += self._unchanged(self._modules[module])
+        return Resonance(
+            loss=sample_means(token_losses.to(learnt.device), learnt).cpu().numpy(),
+            num_tokens=num_tokens.cpu().numpy(),
+            layers=size_of_change(sums, self._entries, self.config),
+        )
+
+    def _run(self, inputs: Inputs, lengths: Tensor, shared: int | None) -> tuple[Decoded, dict[nn.Module, Call]]:
+        """Run the model, and see what goes through the up-projections."""
+        calls: dict[nn.Module, Call] = {}
+        with self._forward.prepare(inputs, lengths, shared):
+            self._calls = calls
+            try:
+                decoded = self._forward.run(inputs)
+            finally:
+                self._calls = None
+        if not calls:
+            raise RuntimeError(
+                "The forward pass called no up-projection. A compiled model drops the hooks: pass the original."
+            )
+        return decoded, calls
+
+    def _call_sums(self, call: Call, b: Tensor | None, shape: torch.Size, segments: Sequence[Segment]) -> np.ndarray:
+        if b is None:  # the loss does not depend on it
+            return self._unchanged(call.up_projections)
+        return call_sums(call, b, shape, segments, self.config).cpu().numpy()
+
+    def _unchanged(self, up_projections: Sequence[UpProjection]) -> np.ndarray:
+        """Without a gradient there is no step."""
+        return np.array(sum(unchanged_sum(each.entries, self.config) for each in up_projections))
+
+    def _catch(
+        self, up_projections: list[UpProjection], module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any
+    ) -> None:
+        """Forward hook. Where nothing below needs a gradient, the graph begins at this output."""
+        if self._calls is None:
+            return
+        if module in self._calls:
+            raise used_twice(up_projections[0])
+        output = output[0] if isinstance(output, tuple) else output
+        if not output.requires_grad:
+            output.requires_grad_()
+        self._calls[module] = Call(up_projections, args, kwargs, output)
+
+    def _column(self, each: UpProjection) -> int:
+        return self.layer_indices.index(each.layer)
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of a hooked module: the up-projections in it, what went in and what came out."""
+
+    up_projections: Sequence[UpProjection]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    output: Tensor
+
+
+def used_twice(each: UpProjection) -> InputError:
+    """The error for a module that a forward pass calls more than once."""
+    return InputError(
+        f"'{each.name}' is used twice in a forward pass, its weights are shared by layers: not supported. "
+        "Measure layers that are used once, by n_layers or up_projection."
+    )
+
+
+def call_sums(
+    call: Call,
+    b: Tensor,
+    shape: torch.Size,
+    segments: Sequence[Segment],
+    config: ResonanceConfig,
+    scales: Tensor | None = None,
+) -> Tensor:
+    """What one call adds to each sample's sum, (N,) float64 for `size_of_change`.
+
+    Args:
+        call: what went into the hooked module.
+        b: loss gradient at its output, (B, T, O) or flattened.
+        shape: (B, T), of the batch.
+        segments: N samples.
+        config: which step is measured and how.
+        scales: (N,) what to multiply a sample's gradient by, where the loss is not the sum of the samples' own means.
+    """
+    b = b.view(*shape, -1)  # OPT and others flatten (B, T) before the feed-forward
+    runs = spans(b, segments)
+    factors = [None] * len(runs) if scales is None else list(scales)
+    if call.up_projections[0].kind == "experts":
+        return _block_sums(call, b, runs, factors, config)
+    a = call.args[0].detach().view(*shape, -1)
+    with torch.autocast(b.device.type, enabled=False):
+        return _linear_sums(call.up_projections[0], a, b, runs, factors, config)
+
+
+def _linear_sums(
+    each: UpProjection,
+    a: Tensor,
+    b: Tensor,
+    runs: Sequence[Segment],
+    factors: Sequence[Tensor | None],
+    config: ResonanceConfig,
+) -> Tensor:
+    a, b = at_least_float32(a), at_least_float32(b[..., each.outputs])
+    weight = at_least_float32(each.plain_weight())
+    norm_only = config.update == "sgd" and config.norm == "l2"
+    sums = []
+    for run, factor in zip(runs, factors, strict=True):
+        own_a, own_b = a[run.row, run.tokens], b[run.row, run.tokens]
+        if factor is not None:
+            own_b = own_b * factor
+        if each.kind == "conv1d":
+            own_a, own_b = own_b, own_a  # its weight is (I, O)
+        if norm_only and gram_is_cheaper(len(own_a), a.shape[-1], b.shape[-1]):
+            sums.append(squared_norm(own_a, own_b))
+        else:
+            parts = [tile_sum(gradient, weight[rows], config) for rows, gradient in tiles(own_a, own_b)]
+            sums.append(torch.stack(parts).sum())
+    return torch.stack(sums)
+
+
+def _block_sums(
+    call: Call, b: Tensor, runs: Sequence[Segment], factors: Sequence[Tensor | None], config: ResonanceConfig
+) -> Tensor:
+    block, parameters = call.up_projections[0].module, [each.parameter for each in call.up_projections]
+    sums = torch.zeros(len(runs), dtype=torch.float64, device=b.device)
+    for sample, (run, factor) in enumerate(zip(runs, factors, strict=True)):
+        gradients = block_gradients(block, parameters, call.args, call.kwargs, b, run)
+        for each, gradient in zip(call.up_projections, gradients, strict=True):
+            if gradient is None:
+                sums[sample] += unchanged_sum(each.entries, config)
+                continue
+            weight = at_least_float32(each.plain_weight())
+            own = at_least_float32(each.up(gradient)).clone()
+            sums[sample] += tile_sum(own if factor is None else own.mul_(factor), weight, config)
+    return sums

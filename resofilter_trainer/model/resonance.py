@@ -1,0 +1,114 @@
+"""The score: how far one optimizer step on one sample moves W_up. Knows nothing of datasets, files or trainers.
+
+    resonance(sample) = mean over the last n layers of mean |W_up - W_up'|    (ResoFilter, arXiv 2412.14809)
+
+`literal` is that sentence done by the book: one sample, a fresh optimizer, one step, the difference, the weights put
+back. It is slow and it is the oracle; `recorder.py` has the same numbers for whole batches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..config import InputError, ResonanceConfig
+from .losses import IGNORE
+from .modes import at_least_float32, evaluating, own_precision, requiring_grad
+from .quantised import check_plain
+from .up_projection import UpProjection, find_up_projections
+
+
+@dataclass(frozen=True)
+class Resonance:
+    """What was measured of B samples.
+
+    Attributes:
+        loss: (B,) float64, each sample's own mean token loss, in nats.
+        num_tokens: (B,) int64, positions whose next token is learnt.
+        layers: (B, n_layers) float64, the change of each layer's up-projection in the unit of the weights, lowest
+            layer first.
+    """
+
+    loss: np.ndarray
+    num_tokens: np.ndarray
+    layers: np.ndarray
+
+    @property
+    def score(self) -> np.ndarray:
+        """(B,) float64, the mean over the layers."""
+        return self.layers.mean(axis=1)
+
+
+def literal(model: nn.Module, samples: Sequence[Mapping[str, Tensor]], config: ResonanceConfig) -> Resonance:
+    """The released procedure, done by the book (ResoFilter, released code).
+
+    Args:
+        model: a causal language model in float32 or float64. All its parameters are trained and put back.
+        samples: each with `input_ids` (T,) and `labels` (T,), -100 where nothing is learnt.
+        config: which step is taken and how its change is measured.
+
+    Raises:
+        InputError: the weights are quantised, bfloat16 or float16, or the model has no up-projection that is known.
+    """
+    check_plain(model, "The literal procedure")
+    up_projections = find_up_projections(model, config.n_layers, config.up_projection)
+    _refuse_half_precision(up_projections)
+    start = {name: value.detach().clone() for name, value in model.state_dict().items()}
+    losses, layers = [], []
+    with evaluating(model), requiring_grad(model.parameters(), True), own_precision(model):
+        try:
+            for sample in samples:
+                model.load_state_dict(start)
+                before = [each.plain_weight().clone() for each in up_projections]
+                losses.append(_one_step(model, sample, config))
+                after = [each.plain_weight() for each in up_projections]
+                changes = [old - new for old, new in zip(before, after, strict=True)]
+                layers.append(layer_values(up_projections, changes, config))
+        finally:
+            model.load_state_dict(start)
+    tokens = [int((sample["labels"][1:] != IGNORE).sum()) for sample in samples]
+    return Resonance(np.array(losses), np.array(tokens), np.array(layers))
+
+
+def _one_step(model: nn.Module, sample: Mapping[str, Tensor], config: ResonanceConfig) -> float:
+    """One step of a fresh optimizer on one sample, a batch of one; returns the loss before it."""
+    if config.update == "adamw":
+        optimizer: torch.optim.Optimizer = torch.optim.AdamW(
+            model.parameters(), lr=config.lr, eps=config.eps, weight_decay=config.weight_decay
+        )
+    else:
+        optimizer = torch.optim.SGD(model.parameters(), lr=config.lr)
+    model.zero_grad()
+    ids, labels = sample["input_ids"][None], sample["labels"]
+    logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits[0]
+    loss = F.cross_entropy(at_least_float32(logits[:-1]), labels[1:], ignore_index=IGNORE)
+    loss.backward()
+    optimizer.step()
+    model.zero_grad()
+    return loss.item()
+
+
+def layer_values(
+    up_projections: Sequence[UpProjection], changes: Sequence[Tensor], config: ResonanceConfig
+) -> list[float]:
+    """Mean |change|, or its L2 norm, over all up-projections of each layer, lowest layer first."""
+    by_layer: dict[int, list[Tensor]] = {}
+    for each, change in zip(up_projections, changes, strict=True):
+        by_layer.setdefault(each.layer, []).append(change.double().flatten())
+    values = [torch.cat(parts) for parts in by_layer.values()]
+    return [(value.abs().mean() if config.norm == "mean_abs" else value.norm()).item() for value in values]
+
+
+def _refuse_half_precision(up_projections: Sequence[UpProjection]) -> None:
+    for each in up_projections:
+        if each.parameter.dtype not in (torch.float32, torch.float64):
+            raise InputError(
+                f"The literal procedure needs float32 or float64 weights, '{each.name}' is {each.parameter.dtype}: "
+                "a change of 1e-5 is smaller than the gap between two such numbers near 0.02, so it is lost or doubled "
+                "by rounding. Load the model in float32, or use the recorder, which never forms the changed weight."
+            )

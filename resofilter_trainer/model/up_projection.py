@@ -1,0 +1,238 @@
+"""Where each decoder layer's up-projection lives, in any causal LM of transformers.
+
+Knows names, layouts and nothing else: runs no forward, changes nothing, reads no number until asked. It goes by the
+names below, not by what a layer computes: a feed-forward that is new and uses a known name otherwise is resolved
+wrongly, one with an unknown name is refused. Nor does it know how often a layer runs in one forward: twice in hrm_text.
+
+In a gated feed-forward, `down(act(gate(x)) * up(x))`, the up-projection is the branch that does not pass through the
+activation; otherwise it is the only branch.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor, nn
+
+from ..config import InputError
+from .quantised import REMEDY, bits_of, matrix_shape, plain_matrix
+
+Kind = Literal["linear", "conv1d", "experts"]
+
+# The end of the dotted name -> which of its output features are the up-projection. A new family is one line here.
+NAMES: dict[str, Literal["all", "second half"]] = {
+    "up_proj": "all",  # llama, qwen, gemma and most; 3-D in inkling's shared experts and nemotron_h's experts
+    "gate_up_proj": "second half",  # phi3, glm, glm4; 3-D in most mixtures of experts
+    "c_fc": "all",  # gpt2, gpt_neo, gpt_bigcode, starcoder2
+    "dense_h_to_4h": "all",  # gpt_neox, falcon, bloom, persimmon
+    "fc_in": "all",  # gptj, codegen
+    "fc1": "all",  # opt, phi, bart, nanochat
+    "w3": "all",  # lfm2
+    "v1": "all",  # dbrx: all experts stacked in a 2-D parameter
+    "w_1": "all",  # cpmant
+    "Wi": "second half",  # modernbert-decoder: what it calls gate is not activated
+    "input_linear": "second half",  # granitemoeshared, granitemoehybrid; 3-D in jetmoe
+    "intermediate.dense": "all",  # bert, roberta and their kin as decoders
+    "feed_forward.key": "all",  # rwkv
+    "ffn.proj_up": "all",  # xlstm
+    "ffn.0": "all",  # ctrl
+    "lin1": "all",  # xlm
+}
+GATED_CLASSES = {"MoshiGatingMLP"}  # their first map holds both branches whatever its name, the up-projection second
+TRANSPOSED_CLASSES = {"Conv1D", "Llama4TextExperts"}  # (I, O), (E, I, O); other experts say so in `is_transposed`
+
+OTHER_STACKS = re.compile("attn|attention|vision|visual|image|audio|speech")  # no text decoder's layers
+OTHER_PARTS = re.compile("attn|attention|norm|router|mamba")  # parts of a layer that are no feed-forward
+ROUTED = re.compile(r"(^|\.)experts\.\d+\.")  # one expert of a ModuleList sees only the tokens routed to it
+
+
+@dataclass(frozen=True)
+class UpProjection:
+    """One up-projection: what to hook, what to read.
+
+    Attributes:
+        name: dotted path of the linear map, or of the parameter that holds all experts.
+        layer: index of its decoder layer.
+        module: what to hook. The linear map itself (the outermost wrapper around it, under PEFT). For experts the part
+            of the decoder layer around them, which maps each token by itself: hidden states (B, T, H) in, as many out,
+            or a tuple that begins with them; llama4 returns them as (B * T, H), and gemma4's experts, which stand in
+            the layer without a block, take (B * T, H) and the routes of each.
+        block: the part of the decoder layer that it is in, often the whole feed-forward.
+        owner: the module whose own parameter it is.
+        parameter: the whole parameter, as it is stored; packed where the model is quantised.
+        shape: of what it stands for: (O, I), (I, O) for conv1d, (E, O, I) or (E, I, O) for most experts.
+        kind: `"experts"` is everything that must be replayed, because not every token passes through it.
+        outputs: which output features of the map are the up-projection.
+        part: `outputs` as an index into anything of `shape`.
+    """
+
+    name: str
+    layer: int
+    module: nn.Module
+    block: nn.Module
+    owner: nn.Module
+    parameter: nn.Parameter
+    shape: torch.Size
+    kind: Kind
+    outputs: slice
+    part: tuple[slice, ...]
+
+    def up(self, tensor: Tensor) -> Tensor:
+        """The up-projection's entries of a tensor of `shape`, as a view."""
+        return tensor[self.part]
+
+    @property
+    def entries(self) -> int:
+        """How many numbers the up-projection has."""
+        return math.prod(len(range(*part.indices(size))) for part, size in zip(self.part, self.shape, strict=True))
+
+    def plain_weight(self) -> Tensor:
+        """The up-projection's numbers, without gradient: a view of the parameter, or a copy where it is quantised."""
+        return self.up(plain_matrix(self.owner, self.parameter))
+
+
+def find_up_projections(model: nn.Module, n_layers: int = 3, pattern: str | None = None) -> tuple[UpProjection, ...]:
+    """The up-projections of the last decoder layers, lowest layer first; a mixture of experts may have several.
+
+    Args:
+        model: a causal LM of transformers, wrapped by PEFT or not, on any device, meta included.
+        n_layers: how many layers, counted from the last.
+        pattern: regex, searched in the dotted names of modules and of parameters without a module of their own. It
+            replaces the known names; everything found counts whole, unless its name is known to hold the gate too.
+
+    Raises:
+        InputError: one of these layers has no up-projection that is known, or the arguments cannot work.
+    """
+    path, layers = decoder_layers(model)
+    depth = len(layers)
+    if not 1 <= n_layers <= depth:
+        raise InputError(f"n_layers must be between 1 and {depth}, the depth of '{_label(model)}'; got {n_layers}.")
+    regex = None if pattern is None else _compiled(pattern)
+    measured = range(depth - n_layers, depth)
+    found = [each for index in measured for each in _in_layer(layers[index], index, f"{path}.{index}", regex)]
+    missing = sorted(set(measured) - {each.layer for each in found})
+    if missing:
+        _refuse_without_weight(layers[missing[-1]], f"{path}.{missing[-1]}")
+        where = f"the last {n_layers} of {depth} layers"
+        if len(missing) < n_layers:
+            where += f"; missing in layer {', '.join(map(str, missing))}"
+        examples = [f"{path}.{missing[-1]}.{weight.name}" for weight in _weights(layers[missing[-1]])]
+        raise InputError(_nothing_found(_label(model), where, examples[:8], pattern))
+    return tuple(found)
+
+
+def decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
+    """The text decoder's stack: of the outermost module lists the longest; one called decoder first, then the last."""
+    stacks: dict[str, nn.ModuleList] = {}
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.ModuleList) or OTHER_STACKS.search(name):
+            continue
+        inside_another = any(name.startswith(f"{outer}.") for outer in stacks)
+        if not inside_another and len(module) and all(list(layer.children()) for layer in module):
+            stacks[name] = module
+    if not stacks:
+        raise InputError(f"'{_label(model)}' has no decoder layers: no list of blocks outside vision and audio.")
+    path = max(reversed(stacks), key=lambda name: ("decoder" in name, len(stacks[name])))
+    return path, stacks[path]
+
+
+@dataclass(frozen=True)
+class _Weight:
+    """A parameter of two or more dimensions.
+
+    `name` is that of its linear map, or its own, inside the layer and without PEFT's wrappers; `owner` the module it
+    belongs to, `outer` the outermost wrapper around that.
+    """
+
+    name: str
+    owner: nn.Module
+    outer: nn.Module
+    parameter: nn.Parameter
+
+
+def _weights(module: nn.Module, path: str = "", outer: nn.Module | None = None) -> Iterator[_Weight]:
+    """All weights below a module; adapters are left out."""
+    children = dict(module.named_children())
+    if "base_layer" in children:
+        yield from _weights(children["base_layer"], path, outer or module)
+        return
+    dot = "." if path else ""
+    for name, parameter in module.named_parameters(recurse=False):
+        if parameter.dim() >= 2 and not isinstance(module, nn.Embedding):
+            yield _Weight(path if name == "weight" else f"{path}{dot}{name}", module, outer or module, parameter)
+    for name, child in children.items():
+        yield from _weights(child, f"{path}{dot}{name}")
+
+
+def _known(name: str) -> str | None:
+    """The entry of NAMES that a dotted name inside a layer ends with, unless it is no feed-forward's."""
+    if OTHER_PARTS.search(name.rpartition(".")[0]):
+        return None
+    return next((known for known in NAMES if f".{name}".endswith(f".{known}")), None)
+
+
+def _in_layer(layer: nn.Module, index: int, path: str, regex: re.Pattern[str] | None) -> Iterator[UpProjection]:
+    for weight in _weights(layer):
+        name, parameter = f"{path}.{weight.name}", weight.parameter
+        if not (_known(weight.name) if regex is None else regex.search(name)):
+            continue
+        shape = matrix_shape(name, weight.owner, parameter)
+        transposed = vars(weight.owner).get("is_transposed", type(weight.owner).__name__ in TRANSPOSED_CLASSES)
+        axis = len(shape) - (1 if transposed else 2)  # where the output features are
+        outputs = _outputs(layer, weight, shape[axis])
+        part = tuple(outputs if each == axis else slice(None) for each in range(len(shape)))
+        block = layer.get_submodule(weight.name.split(".")[0])
+        module, kind = _what_to_hook(block, weight, transposed)
+        if kind == "experts" and bits_of(parameter):
+            raise InputError(f"'{name}' is quantised and sees only tokens routed to it. Leave experts unquantised.")
+        yield UpProjection(name, index, module, block, weight.owner, parameter, shape, kind, outputs, part)
+
+
+def _refuse_without_weight(layer: nn.Module, path: str) -> None:
+    """Raise InputError for a known name whose module keeps its weight in a form of its own, as GPTQ and AWQ do."""
+    for name, module in layer.named_modules():
+        if _known(name) and not list(module.parameters()) and list(module.buffers()):
+            raise InputError(f"'{path}.{name}' is a {type(module).__name__}, which has no weight to read. {REMEDY}")
+
+
+def _outputs(layer: nn.Module, weight: _Weight, size: int) -> slice:
+    known = _known(weight.name)
+    parent = layer.get_submodule(weight.name.rpartition(".")[0])
+    gated = type(parent).__name__ in GATED_CLASSES or (known is not None and NAMES[known] == "second half")
+    if not gated:
+        return slice(None)
+    return slice(size // 2, None) if vars(weight.owner).get("is_concatenated", True) else slice(1, None, 2)
+
+
+def _what_to_hook(block: nn.Module, weight: _Weight, transposed: bool) -> tuple[nn.Module, Kind]:
+    its_own = dict(weight.owner.named_parameters(recurse=False)).get("weight") is weight.parameter
+    if its_own and weight.parameter.dim() == 2 and not ROUTED.search(weight.name):
+        return weight.outer, "conv1d" if transposed else "linear"
+    return block, "experts"
+
+
+def _compiled(pattern: str) -> re.Pattern[str]:
+    try:
+        return re.compile(pattern)
+    except re.error as error:
+        raise InputError(f"up_projection={pattern!r} is no regular expression: {error}.") from None
+
+
+def _nothing_found(label: str, where: str, examples: Sequence[str], pattern: str | None) -> str:
+    """What, where, what to do."""
+    names = ", ".join(examples)
+    if pattern is not None:
+        return f"up_projection={pattern!r} matches nothing in '{label}' (looked in {where}). Names there: {names}."
+    return (
+        f"No up-projection found in '{label}' (looked in {where}). "
+        f'Pass up_projection="<regex>" that finds it among names such as {names}. Known names: {", ".join(NAMES)}.'
+    )
+
+
+def _label(model: nn.Module) -> str:
+    return str(cast(Any, model).config.model_type)

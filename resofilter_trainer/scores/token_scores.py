@@ -1,0 +1,109 @@
+"""What two models lose on every learnt token. Knows arrays and Arrow files, no model.
+
+Ragged: a row has as many scores as tokens that are learnt. They lie one after another, and a file of them is mapped
+into memory, so that of 50 million only what is looked at is held; its digest is checked before, a column at a time.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+from ..config import InputError
+from ..io.files import load_arrow, save_arrow
+from .provenance import Provenance
+
+TOKEN_SCORES_FILE = "token_scores.arrow"
+KEY = "resofilter_token_scores"  # the metadata that holds the provenance
+LISTS = {"position": np.int32, "token": np.int32, "base": np.float32, "reference": np.float32}
+SCHEMA = pa.schema(
+    {"sample_id": pa.int64(), **{name: pa.large_list(pa.from_numpy_dtype(kind)) for name, kind in LISTS.items()}}
+)
+
+
+@dataclass(frozen=True)
+class TokenScores:
+    """The losses of R rows' N learnt tokens under a base and under a reference model, in nats.
+
+    A token's score is `base - reference`: high is what the reference has learnt and the base has not (Token Cleaning,
+    arXiv 2502.01968, section 3). It is not stored: the difference of two float32 is taken in float64.
+
+    Attributes:
+        sample_id: (R,) int64, the place of each row in the user's dataset.
+        offsets: (R + 1,) int64; row r's tokens are `offsets[r]:offsets[r + 1]`.
+        position: (N,) int32, where in its row each token stands.
+        token: (N,) int32, its id.
+        base, reference: (N,) float32.
+        provenance: of the base model's losses; its `config` names the reference model and its weights' hash.
+    """
+
+    sample_id: np.ndarray
+    offsets: np.ndarray
+    position: np.ndarray
+    token: np.ndarray
+    base: np.ndarray
+    reference: np.ndarray
+    provenance: Provenance
+
+    def __post_init__(self) -> None:
+        rows, tokens = len(self.sample_id), len(self.base)
+        sound = len(self.offsets) == rows + 1 and self.offsets[0] == 0 and self.offsets[-1] == tokens
+        if not sound or (np.diff(self.offsets) < 0).any():
+            raise InputError(f"The offsets do not cut {tokens} tokens into {rows} rows.")
+        for name in LISTS:
+            if len(getattr(self, name)) != tokens:
+                raise InputError(f"'{name}' has {len(getattr(self, name))} values for {tokens} tokens.")
+
+    def __len__(self) -> int:
+        return len(self.base)
+
+    @property
+    def num_tokens(self) -> np.ndarray:
+        """(R,) learnt tokens of each row."""
+        return np.diff(self.offsets)
+
+    def of_row(self, row: int) -> np.ndarray:
+        """(n,) float64, the scores of one row's learnt tokens."""
+        span = slice(self.offsets[row], self.offsets[row + 1])
+        return self.base[span].astype(np.float64) - self.reference[span]
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write to an Arrow file, or to `token_scores.arrow` in a folder; whole or not at all. Returns the file."""
+        offsets = pa.array(self.offsets.astype(np.int64))
+        lists = {
+            name: pa.LargeListArray.from_arrays(offsets, pa.array(getattr(self, name).astype(kind, copy=False)))
+            for name, kind in LISTS.items()
+        }
+        table = pa.table({"sample_id": self.sample_id.astype(np.int64), **lists})
+        return save_arrow(table, token_scores_at(path), KEY, self.provenance.to_json())
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> TokenScores:
+        """Map what `save` wrote into memory. Raises InputError for a missing, damaged or foreign file."""
+        table, metadata = load_arrow(token_scores_at(path), KEY, "token scores")
+        try:
+            if table.schema.remove_metadata() != SCHEMA or table["base"].num_chunks != 1:
+                raise ValueError("other columns")
+            chunks = {name: table[name].chunk(0) for name in SCHEMA.names}  # written as one, and not copied
+            if any(chunk.null_count or chunk.offset for chunk in chunks.values()):
+                raise ValueError("rows without values")
+            return cls(
+                chunks["sample_id"].to_numpy(),
+                chunks["base"].offsets.to_numpy(),
+                **{name: chunks[name].values.to_numpy() for name in LISTS},
+                provenance=Provenance.from_json(metadata),
+            )
+        except (TypeError, KeyError, ValueError, AttributeError, RecursionError) as error:
+            raise InputError(
+                f"The token scores at '{path}' were written by another version. Make them again."
+            ) from error
+
+
+def token_scores_at(path: str | os.PathLike[str]) -> Path:
+    """`path` itself if it names an Arrow file, else `token_scores.arrow` in that folder."""
+    path = Path(path)
+    return path if path.suffix == ".arrow" else path / TOKEN_SCORES_FILE

@@ -1,0 +1,202 @@
+"""Scores of a stream: rows that come one after another and are never all at hand. Knows the scoring pass, and pieces.
+
+    stream -> a piece of some rows -> score_dataset, into a folder of its own -> the next ... -> one table
+
+A row's `sample_id` is its place in the stream. What is done is found again by the place, and the rows of every piece
+are compared with those that were scored, so the stream must give the same rows in the same order each time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import itertools
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import xxhash
+from accelerate import PartialState
+from datasets import Dataset, IterableDataset
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from trl import SFTConfig
+
+from ..config import InputError, NothingError, Precision, ResonanceConfig
+from ..data.loading import default_arguments, load_model, open_pass
+from ..data.rows import add_rows
+from ..io.files import remove_folder
+from ..scores.provenance import Provenance, Trust
+from ..scores.score_table import SAME_PROMPT, SCORES_FILE, ScoreTable
+from .dataset import score_dataset
+from .passes import held
+
+PIECE = 10_000  # rows; a multiple of those that are hashed together
+PIECES = "pieces"
+
+
+def score_stream(
+    model: str | PreTrainedModel,
+    stream: IterableDataset,
+    output: str | os.PathLike[str],
+    processing_class: PreTrainedTokenizerBase | None = None,
+    args: SFTConfig | None = None,
+    config: ResonanceConfig | None = None,
+    *,
+    rows_per_piece: int = PIECE,
+    source: Mapping[str, Any] | None = None,
+    **options: Any,
+) -> ScoreTable:
+    """Score every row of a stream; `score_dataset` for rows that do not fit a disk.
+
+    Args:
+        stream: rows as for `score_dataset`; `Selection.apply` filters it by the places of its rows.
+        output: a folder for `scores.parquet`, and until then for the pieces; an interrupted pass goes on where it was.
+        rows_per_piece: rows that are held at a time, a multiple of 1,000. Repeated prompts are found within a piece.
+        model, processing_class, args, config, source, **options: as for `score_dataset`. With `precision="auto"` the
+            first piece decides for all.
+
+    Returns:
+        A line for every row, in the stream's order.
+
+    Raises:
+        InputError: as for `score_dataset`; the stream is empty, or has changed since it was scored.
+    """
+    if not isinstance(stream, IterableDataset):
+        raise InputError(f"A stream is needed, got {type(stream).__name__}: use score_dataset, or streaming=True.")
+    if rows_per_piece < 1 or rows_per_piece % 1000:
+        raise InputError(f"rows_per_piece must be a multiple of 1000, got {rows_per_piece}.")
+    if options.get("sharded"):
+        raise InputError("A stream is scored piece by piece, and a model is sharded for good: leave sharded out.")
+    if args is None:
+        options.setdefault("precision", "auto")
+    args, config = args or default_arguments(), config or ResonanceConfig()
+    model, tokenizer = load_model(model, processing_class, args)
+    passes = _Pieces(model, tokenizer, args, config, Path(output), rows_per_piece, options)
+    with held(output):
+        if (passes.folder / SCORES_FILE).exists():
+            return passes.earlier(stream)
+        whole = passes.score(stream, dict(source or {}))
+        if PartialState().is_main_process:
+            whole.save(passes.folder)
+            remove_folder(passes.folder / PIECES)
+    return whole
+
+
+@dataclass(frozen=True)
+class _Pieces:
+    """All of a pass over a stream but the stream."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    args: SFTConfig
+    config: ResonanceConfig
+    folder: Path
+    size: int
+    options: Mapping[str, Any]
+
+    def score(self, stream: IterableDataset, source: Mapping[str, Any]) -> ScoreTable:
+        """Piece after piece; those that are done are read."""
+        digest, options, start = xxhash.xxh3_128(), dict(self.options), 0
+        tables: list[ScoreTable | tuple[int, str]] = []
+        for number, piece in enumerate(_pieces(stream, self.size)):
+            add_rows(digest, piece)
+            place = self.folder / PIECES / f"{number:06d}"
+            try:
+                scores = score_dataset(self.model, piece, self.tokenizer, self.args, self.config, place, **options)
+                tables.append(scores)
+                trust = scores.provenance.trust
+                if options.get("precision") == "auto" and trust is not None:  # one for all pieces
+                    options["precision"] = trust.forward
+            except NothingError:
+                tables.append((len(piece), "nothing in its piece can be scored"))
+            except InputError as error:
+                which = f"Rows {start} to {start + len(piece) - 1} of the stream (counted from 0 in what follows)"
+                raise InputError(f"{which}: {error}") from error
+            start += len(piece)
+        if not any(isinstance(each, ScoreTable) for each in tables):
+            raise InputError("The stream has no rows that can be scored." if tables else "The stream has no rows.")
+        return together(tables, {**source, "content": digest.hexdigest()}, self.config)
+
+    def earlier(self, stream: IterableDataset) -> ScoreTable:
+        """Scores that lie in the folder already, if they are of this stream, model and settings."""
+        earlier, digest, opened = ScoreTable.load(self.folder), xxhash.xxh3_128(), None
+        for piece in _pieces(stream, self.size):
+            add_rows(digest, piece)
+            with contextlib.suppress(NothingError):
+                opened = opened or self._open(piece)
+        content = earlier.provenance.source.get("content")
+        if opened is None or content != digest.hexdigest():
+            raise InputError(f"'{self.folder}' holds scores of other rows. Choose another output, or remove it.")
+        here = dataclasses.replace(opened, dataset=earlier.provenance.dataset, rows=earlier.provenance.rows)
+        earlier.provenance.check_same(here, "scores", self.folder)
+        return earlier
+
+    def _open(self, piece: Dataset) -> Provenance:
+        options = {name: value for name, value in self.options.items() if name not in ("tokens_per_batch", "sharded")}
+        precision: Precision = options.pop("precision", None) or ("bfloat16" if self.args.bf16 else "float32")
+        settings = dataclasses.asdict(self.config)
+        _, opened = open_pass(self.model, piece, self.tokenizer, self.args, settings, precision=precision, **options)
+        return opened.provenance
+
+
+def together(
+    tables: Sequence[ScoreTable | tuple[int, str]], source: Mapping[str, Any], config: ResonanceConfig
+) -> ScoreTable:
+    """The tables of pieces that follow each other, as one of all their rows.
+
+    Args:
+        tables: of pieces, or of a piece of which nothing was scored its rows and why; one table at least.
+        source: of the whole.
+        config: how it was measured.
+    """
+    scored = [each for each in tables if isinstance(each, ScoreTable)]
+    moved, start = [], 0
+    for each in tables:
+        rows = len(each) if isinstance(each, ScoreTable) else each[0]
+        table = each.table if isinstance(each, ScoreTable) else _empty(scored[0].table.schema, *each)
+        reasons = [_moved(reason, start) for reason in table["reason"].to_pylist()]
+        table = table.set_column(0, "sample_id", pa.array(np.arange(start, start + rows)))
+        place = table.column_names.index("reason")
+        moved.append(table.set_column(place, "reason", pa.array(reasons, pa.string())))
+        start += rows
+    whole = ScoreTable(pa.concat_tables(moved), scored[0].provenance)
+    trusts = [each.provenance.trust for each in scored if each.provenance.trust is not None]
+    agreements = [each.agreement for each in trusts if each.agreement is not None]
+    trust = None
+    if trusts:
+        span = float(np.ptp(whole.column("score")[whole.scored])) / config.lr
+        trust = Trust(
+            agreement=min(agreements) if agreements else None,
+            rows=sum(each.rows for each in trusts),
+            saturation=None if trusts[0].saturation is None else span,
+            forward=trusts[0].forward,
+        )
+    content = xxhash.xxh3_128("".join(each.provenance.dataset for each in scored).encode()).hexdigest()
+    provenance = dataclasses.replace(
+        scored[0].provenance, dataset=content, rows=start, source=dict(source), trust=trust
+    )
+    return ScoreTable(whole.table, provenance)
+
+
+def _empty(schema: pa.Schema, rows: int, reason: str) -> pa.Table:
+    columns = {each.name: pa.nulls(rows, each.type) for each in schema}
+    return pa.table({**columns, "reason": pa.array([reason] * rows, pa.string())})
+
+
+def _moved(reason: str | None, start: int) -> str | None:
+    """A reason that names a row of its piece, with the row's place in the stream."""
+    if reason is None or not reason.startswith(SAME_PROMPT):
+        return reason
+    return f"{SAME_PROMPT} {int(reason.removeprefix(SAME_PROMPT)) + start}"
+
+
+def _pieces(stream: IterableDataset, size: int) -> Iterator[Dataset]:
+    """The rows of a stream, so many at a time, with the stream's own types where it knows them."""
+    rows = iter(stream)
+    while piece := list(itertools.islice(rows, size)):
+        names = dict.fromkeys(name for row in piece for name in row)  # the first row need not have all
+        yield Dataset.from_dict({name: [row.get(name) for row in piece] for name in names}, features=stream.features)

@@ -1,0 +1,232 @@
+"""The card of a filtered dataset: how it was made, from what, and the commands that make it again. Knows no model.
+
+The licence is that of the dataset it was made from: a filter changes nothing about it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import shlex
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..config import FILE_FORMATS, RESONANCE, ColumnMapping, ResonanceConfig
+from ..scores.provenance import Provenance
+from ..scores.score_table import EMPTY, OF_GROUP, SAME_PROMPT, count_reasons
+
+if TYPE_CHECKING:
+    from huggingface_hub import DatasetCard
+
+LISTED = 10  # reasons
+PATIENCE = 3  # seconds to wait for the hub: a licence is worth no more
+SELECTS = {"keep", "drop", "threshold", "by", "combine", "stratify_by", "strata"}  # what DataSelector is set by
+
+
+def make_card(
+    provenance: Provenance,
+    reasons: Sequence[str],
+    kept: str,
+    policy: Mapping[str, Any],
+    licence: str | None = None,
+    name: str | None = None,
+    group_column: str | None = None,
+) -> DatasetCard:
+    """The card.
+
+    Args:
+        provenance: of the scores.
+        reasons: of every row of the dataset.
+        kept: the reason of rows that stay.
+        policy: the settings that decided.
+        licence: of the dataset that was filtered, where the caller knows it; else what `licence_of` finds.
+        name: of the filtered dataset.
+        group_column: of the dataset, where shares held within its groups.
+    """
+    from huggingface_hub import DatasetCard, DatasetCardData
+
+    source = provenance.source.get("dataset")
+    licence = licence or licence_of(source)
+    sources = [str(source)] if _on_hub(source) else None
+    data = DatasetCardData(license=licence, tags=["resofilter"], source_datasets=sources, pretty_name=name)
+    stay = sum(reason == kept for reason in reasons)
+    lines = [
+        f"# {_plain(name or 'Filtered dataset')}",
+        "",
+        f"{stay:,} of {len(reasons):,} rows of {_code(source or 'a dataset')}, chosen by `resofilter_trainer` "
+        f"{_plain(provenance.versions.get('resofilter_trainer', ''))}: {_measured(provenance)}.",
+        "",
+        "| rows that went | because |",
+        "|---|---|",
+        *(f"| {n:,} | {_plain(why)} |" for why, n in count_reasons((r for r in reasons if r != kept), LISTED)),
+        "",
+        "## How to make it again",
+        "",
+        *_how(commands_of(provenance, policy, reasons, group_column), policy),
+        "",
+        "## Where the scores come from",
+        "",
+        "| | |",
+        "|---|---|",
+        *(f"| {name} | {_code(value)} |" for name, value in _origin(provenance)),
+        "",
+        f"Licence: {_plain(licence)}, that of the source." if licence else "Licence: that of the source; look there.",
+        "",
+    ]
+    return DatasetCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n".join(lines))
+
+
+def push_card(card: DatasetCard, repo_id: str, revision: str | None, token: Any) -> None:
+    """Put the card where `Dataset.push_to_hub` has put rows, and keep what that has written into it of its files."""
+    from huggingface_hub import DatasetCard, DatasetCardData, hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError
+
+    where: dict[str, Any] = {"repo_type": "dataset", "revision": revision, "token": token}
+    try:
+        there = DatasetCard.load(hf_hub_download(repo_id, "README.md", **where)).data.to_dict()
+    except EntryNotFoundError:
+        there = {}
+    card.data = DatasetCardData(**{**there, **card.data.to_dict()})
+    card.push_to_hub(repo_id, **where)
+
+
+def licence_of(source: Any) -> str | None:
+    """The licence that a dataset's own card names: in its folder, or on the hub; None where there is none to be had."""
+    import yaml
+    from huggingface_hub import DatasetCard, hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError
+
+    if not isinstance(source, str) or not source:
+        return None
+    try:
+        if Path(source).is_dir():
+            path = str(Path(source) / "README.md")
+        elif _on_hub(source):
+            path = hf_hub_download(source, "README.md", repo_type="dataset", etag_timeout=PATIENCE)
+        else:
+            return None
+        return DatasetCard.load(path).data.to_dict().get("license")
+    except (OSError, ValueError, yaml.YAMLError, HfHubHTTPError):  # no network, no card, or one without a sound header
+        return None
+
+
+def commands_of(
+    provenance: Provenance, policy: Mapping[str, Any], reasons: Iterable[str], group_column: str | None
+) -> list[str]:
+    """The two commands that score and select again; none where something else than `resofilter select` decided."""
+    there, by = set(reasons), policy.get("by")
+    if policy.keys() != SELECTS or isinstance(policy["keep"], Mapping):
+        return []
+    if group_column is None and not policy["stratify_by"] and any(OF_GROUP in reason for reason in there):
+        return []
+    score = {"model": provenance.model, **_source(provenance.source), **_measure(provenance), **_rows(provenance)}
+    score |= {
+        "drop_duplicates": any(reason.startswith(SAME_PROMPT) for reason in there),
+        "drop_empty": EMPTY in there,
+        "output": "scores",
+    }
+    several = by if isinstance(by, Sequence) and not isinstance(by, str) else None
+    select = {
+        **{name: policy[name] for name in ("keep", "drop", "threshold", "stratify_by")},
+        "by": ",".join(several) if several else by,
+        "combine": policy["combine"] if several else None,
+        "strata": policy["strata"] if policy["stratify_by"] else None,
+        "group_column": group_column,
+        "output": "kept",
+    }
+    found = [f"resofilter score{_flags(score)}", f"resofilter select scores{_flags(select)}"]
+    return [] if any("\n" in command for command in found) else found
+
+
+def _how(commands: Sequence[str], policy: Mapping[str, Any]) -> list[str]:
+    """An indented block, out of which no name breaks; or the settings."""
+    if commands:
+        return [f"    {command}" for command in commands]
+    where = "By `ResonanceCallback` in a training run" if "epoch" in policy else "In Python, by a policy"
+    return [f"{where}, with these settings:", "", _code(dict(policy))]
+
+
+def _on_hub(source: Any) -> bool:
+    """Whether a dataset's name is one on the hub, `owner/name`, and nothing on a disk."""
+    if not isinstance(source, str) or Path(source).exists() or FILE_FORMATS.keys() & set(Path(source).suffixes):
+        return False
+    return bool(re.fullmatch(r"[\w.-]+/[\w.-]+", source)) and not source.startswith(".")
+
+
+def _measure(provenance: Provenance) -> dict[str, Any]:
+    """What was measured, where it is not the default."""
+    config = provenance.config
+    if "criterion" in config:
+        return {"criterion": config["criterion"]}
+    return {
+        each.name: config[each.name]
+        for each in dataclasses.fields(ResonanceConfig)
+        if each.name in config and config[each.name] != each.default
+    }
+
+
+def _rows(provenance: Provenance) -> dict[str, Any]:
+    """Which columns, and how they became tokens, where it is not the default."""
+    preparation = provenance.preparation
+    defaults: dict[str, Any] = {each.name: each.default for each in dataclasses.fields(ColumnMapping)}
+    defaults |= {"prompt_column": [], "max_length": 1024, "assistant_only_loss": False, "completion_only_loss": None}
+    found = {name: preparation[name] for name in defaults if name in preparation}
+    found = {name: value for name, value in found.items() if value != defaults[name]}
+    if "max_length" in found and found["max_length"] is None:
+        found["max_length"] = "none"
+    autocast = preparation.get("autocast")
+    return found | ({} if autocast in (None, "auto") else {"precision": autocast})
+
+
+def _source(source: Mapping[str, Any]) -> dict[str, Any]:
+    split = source.get("split")
+    return {
+        "dataset": source.get("dataset"),
+        "split": None if split == "train" else split,
+        "dataset_config": source.get("name"),
+    }
+
+
+def _flags(values: Mapping[str, Any]) -> str:
+    parts = []
+    for name, value in values.items():
+        if value is None or value is False:
+            continue
+        several = value if isinstance(value, list) else [] if value is True else [value]
+        quoted = [shlex.quote(str(each)) for each in several]
+        parts += [f"--{name}={quoted[0]}"] if len(quoted) == 1 else [f"--{name}", *quoted]
+    return "".join(f" {part}" for part in parts)
+
+
+def _measured(provenance: Provenance) -> str:
+    config = provenance.config
+    if "criterion" in config and config["criterion"] != RESONANCE:
+        return f"scored by {_code(config['criterion'])}"
+    return "by how far training on each would move the up-projection weights (ResoFilter, arXiv 2412.14809)"
+
+
+def _origin(provenance: Provenance) -> list[tuple[str, Any]]:
+    """The provenance, line by line."""
+    versions = ", ".join(f"{name} {version}" for name, version in provenance.versions.items())
+    return [
+        ("model", provenance.model),
+        ("weights", provenance.weights),
+        ("tokenizer", provenance.tokenizer),
+        ("tokens and labels", provenance.dataset),
+        ("settings", dict(provenance.config)),
+        ("versions", versions),
+        *([] if provenance.trust is None else [("trust", provenance.trust)]),
+    ]
+
+
+def _plain(value: object) -> str:
+    """On one line, and nothing in it is a table, a link or markup."""
+    text = " ".join(str(value).split())
+    return "".join(f"\\{sign}" if sign in "\\`*_[]<>|#" else sign for sign in text)
+
+
+def _code(value: object) -> str:
+    """As code, on one line."""
+    text = " ".join(str(value).split()).replace("`", "'").replace("|", "\\|")
+    return f"`{text}`"

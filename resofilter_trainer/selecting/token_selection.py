@@ -1,0 +1,187 @@
+"""From token scores to the tokens that are learnt. Knows nothing of models: sees arrays, returns masks.
+
+Function first: `keep_globally(base, reference, 0.6)` decides; `TokenSelector` only holds the settings.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, get_args
+
+import numpy as np
+import pandas as pd
+
+from ..config import InputError, Ranking, one_of, token_share
+from ..scores.token_scores import TokenScores
+
+CHUNK = 1 << 21  # tokens that are looked at together
+EMPTIED = "every token was cleaned away"
+
+
+@dataclass(frozen=True)
+class TokenSelector:
+    """Keeps the tokens with the highest scores; by default 60 % of all tokens together (Token Cleaning).
+
+    Attributes:
+        keep: share k of the learnt tokens that stays, above 0 and at most 1.
+        ranking: `"global"`, int(N*k) of all N tokens; or `"sample"`, int(n*k) of each row's n, as RHO does.
+
+    Of tokens with the same score, those of earlier rows stay, and in a row the earlier ones.
+    """
+
+    keep: float = 0.6
+    ranking: Ranking = "global"
+
+    def __post_init__(self) -> None:
+        one_of("ranking", self.ranking, get_args(Ranking))
+        object.__setattr__(self, "keep", token_share(self.keep))
+
+    def check(self, num_tokens: np.ndarray) -> None:
+        """Raise InputError where no token would stay of rows with so many, (R,): before anything is measured."""
+        total = int(num_tokens.sum())
+        if not (int(total * self.keep) if self.ranking == "global" else (num_tokens * self.keep >= 1).any()):
+            raise InputError(f"Of {total} tokens, keep_tokens={self.keep} keeps none: choose a larger share.")
+
+    def select(self, scores: TokenScores) -> TokenSelection:
+        """Decide for every token."""
+        if self.ranking == "global":
+            keep = keep_globally(scores.base, scores.reference, self.keep)
+        else:
+            keep = keep_by_sample(scores.base, scores.reference, scores.offsets, self.keep)
+        return TokenSelection(scores, keep)
+
+
+@dataclass(frozen=True)
+class TokenSelection:
+    """Keep or mask, for every learnt token.
+
+    Attributes:
+        scores: what was decided on.
+        keep: (N,) bool.
+    """
+
+    scores: TokenScores
+    keep: np.ndarray
+
+    @property
+    def kept_of_row(self) -> np.ndarray:
+        """(R,) how many tokens each row keeps."""
+        return kept_of_rows(self.keep, self.scores.offsets)
+
+    @property
+    def emptied(self) -> np.ndarray:
+        """(R,) bool, the rows that had tokens to learn and keep none."""
+        return (self.scores.num_tokens > 0) & (self.kept_of_row == 0)
+
+    def share(self) -> float:
+        """The share of all tokens that stays."""
+        return float(self.keep.mean()) if len(self.keep) else 0.0
+
+    def share_of_groups(self, groups: Sequence[Any]) -> dict[str, float]:
+        """The share of each group's tokens that stays.
+
+        Args:
+            groups: R values, each row's group or source.
+
+        Raises:
+            InputError: there are more or fewer groups than rows.
+        """
+        if len(groups) != len(self.scores.sample_id):
+            raise InputError(f"{len(groups)} groups for {len(self.scores.sample_id)} rows: give one for each row.")
+        frame = pd.DataFrame({"tokens": self.scores.num_tokens, "kept": self.kept_of_row})
+        sums = frame.groupby([str(group) for group in groups]).sum()
+        return {str(name): kept / tokens for name, tokens, kept in sums.itertuples() if tokens}
+
+    def tokens_by_share(self, at_least: int = 5) -> pd.DataFrame:
+        """Each token id of some frequency: `token`, `count` and `share` that stays, the highest share first.
+
+        Args:
+            at_least: how often it occurs, and no less than a thousandth of all.
+        """
+        token, size = self.scores.token, int(self.scores.token.max(initial=0)) + 1
+        count, kept = np.zeros(size, dtype=np.int64), np.zeros(size, dtype=np.int64)
+        for start in range(0, len(token), CHUNK):
+            span = slice(start, start + CHUNK)
+            count += np.bincount(token[span], minlength=size)
+            kept += np.bincount(token[span][self.keep[span]], minlength=size)
+        ids = np.flatnonzero(count >= max(at_least, len(self.keep) / 1000))
+        frame = pd.DataFrame({"token": ids, "count": count[ids], "share": kept[ids] / count[ids]})
+        return frame.sort_values(["share", "count", "token"], ascending=[False, False, True], ignore_index=True)
+
+
+def keep_globally(base: np.ndarray, reference: np.ndarray, keep: float) -> np.ndarray:
+    """(N,) bool: the int(N * keep) tokens with the largest `base - reference`, of equal ones the first.
+
+    The float32 difference is never out of order with the exact one, so it is what is partitioned; the exact one decides
+    among the tokens that it cannot tell apart.
+    """
+    size, count = len(base), int(len(base) * keep)
+    if count in (0, size):
+        return np.full(size, count == size)
+    rounded = base - reference
+    rounded.partition(size - count)  # in place: memory is what is scarce
+    _check_numbers(rounded)
+    threshold = rounded[size - count]
+    del rounded
+    kept, undecided = np.empty(size, dtype=bool), []
+    for start in range(0, size, CHUNK):
+        span = slice(start, start + CHUNK)
+        difference = base[span] - reference[span]
+        np.greater(difference, threshold, out=kept[span])
+        undecided.append(start + np.flatnonzero(difference == threshold))
+    at_threshold = np.concatenate(undecided)
+    exact = base[at_threshold].astype(np.float64) - reference[at_threshold]
+    kept[at_threshold] = _largest(exact, count - int(kept.sum()))
+    return kept
+
+
+def keep_by_sample(base: np.ndarray, reference: np.ndarray, offsets: np.ndarray, keep: float) -> np.ndarray:
+    """(N,) bool: of each row's n tokens the int(n * keep) with the largest `base - reference`, of equal ones the first.
+
+    Args:
+        base, reference: (N,) losses.
+        offsets: (R + 1,) where each row begins, and the end.
+        keep: the share k.
+    """
+    kept = np.empty(len(base), dtype=bool)
+    first = 0
+    while first < len(offsets) - 1:  # as many whole rows as fit into a chunk
+        last = max(int(np.searchsorted(offsets, offsets[first] + CHUNK, side="right")) - 1, first + 1)
+        start, stop = offsets[first], offsets[last]
+        counts = np.diff(offsets[first : last + 1])
+        exact = base[start:stop].astype(np.float64) - reference[start:stop]
+        _check_numbers(exact)
+        row = np.repeat(np.arange(len(counts)), counts)
+        order = np.lexsort((-exact, row))  # by row, then by falling score; stable
+        rank = np.empty(stop - start, dtype=np.int64)
+        rank[order] = np.arange(stop - start)
+        rank -= np.repeat(offsets[first:last] - start, counts)
+        kept[start:stop] = rank < np.repeat((counts * keep).astype(np.int64), counts)
+        first = last
+    return kept
+
+
+def kept_of_rows(keep: np.ndarray, offsets: np.ndarray) -> np.ndarray:
+    """(R,) how many tokens each row keeps, of N with `keep` (N,) bool, cut into rows by `offsets` (R + 1,)."""
+    some = np.diff(offsets) > 0
+    kept = np.zeros(len(some), dtype=np.int64)
+    if some.any():
+        kept[some] = np.add.reduceat(keep, offsets[:-1][some], dtype=np.int64)
+    return kept
+
+
+def _check_numbers(values: np.ndarray) -> None:
+    if np.isnan(values.max(initial=0)):
+        raise InputError("A token's score is not a number: its loss is not finite under one of the models.")
+
+
+def _largest(values: np.ndarray, count: int) -> np.ndarray:
+    """(M,) bool: the `count` largest, of equal ones the first."""
+    if count in (0, len(values)):
+        return np.full(len(values), count > 0)
+    threshold = np.partition(values, len(values) - count)[len(values) - count]
+    kept: np.ndarray = values > threshold
+    ties = np.flatnonzero(values == threshold)
+    kept[ties[: count - int(kept.sum())]] = True
+    return kept

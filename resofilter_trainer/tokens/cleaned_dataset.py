@@ -1,0 +1,189 @@
+"""The dataset with the tokens masked that are not kept, and what is said about it. Knows rows as tokens, no model."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import xxhash
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
+
+from ..config import InputError
+from ..data.preparation import ROW
+from ..io.files import check_folder, writing
+from ..model.losses import IGNORE
+from ..selecting.results import SUMMARY_FILE
+from ..selecting.token_selection import TokenSelection
+
+SAMPLE_ID = "sample_id"
+SHOWN = 5  # most and least kept tokens
+
+
+@dataclass(frozen=True)
+class CleanedDataset:
+    """A dataset that SFTTrainer trains on as it is, and how it came about.
+
+    Attributes:
+        dataset: `input_ids`, `labels` and `sample_id`, the place in the user's dataset. Rows without a token to learn
+            are left out.
+        selection: of every token that could be learnt, whether it is, and its scores.
+        reasons: why the user's other rows are not in it, by place.
+        summary: tokens and rows in numbers, as in `summary.json`.
+    """
+
+    dataset: Dataset
+    selection: TokenSelection
+    reasons: Mapping[int, str]
+    summary: Mapping[str, Any]
+
+
+def masked(dataset: Dataset, offsets: np.ndarray, position: np.ndarray, keep: np.ndarray) -> Dataset:
+    """Prepared rows with every label masked that is not kept.
+
+    Args:
+        dataset: R rows with `input_ids` and `labels`.
+        offsets, position: (R + 1,) and (N,), where their learnt tokens stand, as in `TokenScores`.
+        keep: (N,) bool.
+    """
+    digest = xxhash.xxh3_128(str(dataset._fingerprint).encode())
+    for array in (keep, offsets, position):
+        digest.update(np.ascontiguousarray(array).data)
+    arrow = dataset.with_format("arrow").map(
+        partial(_mask_batch, offsets=offsets, position=position, keep=keep),
+        with_indices=True,
+        batched=True,
+        new_fingerprint=digest.hexdigest()[:16],  # else the arrays would be pickled to make one
+    )
+    return arrow.with_format(None)
+
+
+def mask_labels(dataset: Dataset, selection: TokenSelection) -> Dataset:
+    """What is trained on: prepared rows with the labels that are kept; rows that keep none are left out.
+
+    Args:
+        dataset: R prepared rows, in the order of the selection's.
+        selection: of their learnt tokens.
+
+    Returns:
+        `input_ids`, `labels` and `sample_id`.
+    """
+    scores = selection.scores
+    cleaned = masked(dataset, scores.offsets, scores.position, selection.keep).rename_column(ROW, SAMPLE_ID)
+    some = np.flatnonzero(selection.kept_of_row > 0)
+    return cleaned if len(some) == len(cleaned) else cleaned.select(some)
+
+
+def summarise(
+    selection: TokenSelection, tokenizer: PreTrainedTokenizerBase, groups: list[Any] | None
+) -> dict[str, Any]:
+    """What was kept, in numbers and by token.
+
+    Args:
+        selection: of the tokens of R rows.
+        tokenizer: to show tokens as text.
+        groups: each row's, R values, or None.
+    """
+    frame = selection.tokens_by_share()
+    ends = {"most_kept": frame.head(SHOWN), "least_kept": frame.tail(SHOWN)[::-1]}
+    listed = {
+        name: [
+            {"token": tokenizer.decode([int(token)]), "count": int(count), "share": float(share)}
+            for token, count, share in part.itertuples(index=False)
+        ]
+        for name, part in ends.items()
+    }
+    return {
+        "tokens": len(selection.keep),
+        "tokens_kept": int(selection.keep.sum()),
+        "rows": len(selection.scores.sample_id),
+        "rows_emptied": selection.scores.sample_id[selection.emptied].tolist(),
+        **({} if groups is None else {"share_of_groups": selection.share_of_groups(groups)}),
+        **listed,
+    }
+
+
+def described(summary: Mapping[str, Any], reasons: Mapping[int, str]) -> str:
+    """A summary, of one cleaning or of stages, in a few lines for the console."""
+    lines = []
+    for stage in summary.get("stages", [summary]):
+        name = f"stage {stage['stage']}: " if "stage" in stage else ""
+        share = stage["tokens_kept"] / max(stage["tokens"], 1)
+        lines.append(f"{name}{stage['tokens_kept']:,} of {stage['tokens']:,} tokens stay ({share:.1%})")
+        for group, kept in stage.get("share_of_groups", {}).items():
+            lines.append(f"  {group}: {kept:.1%}")
+        for ends in ("most_kept", "least_kept"):
+            listed = ", ".join(f"{each['token']!r} {each['share']:.0%}" for each in stage.get(ends, []))
+            lines += [f"  {ends.replace('_', ' ')}: {listed}"] if listed else []
+    for reason, count in Counter(reasons.values()).most_common(5):
+        lines.append(f"  {count} rows left out: {reason}")
+    return "\n".join(lines)
+
+
+def groups_of(dataset: Any, column: str | None) -> list[Any] | None:
+    """The values of a column. Raises InputError where there is none of that name."""
+    if column is None:
+        return None
+    names = getattr(dataset, "column_names", None) or []
+    if column not in names:
+        raise InputError(f"group_by: the dataset has no column '{column}'. It has: {', '.join(names)}.")
+    return list(dataset[column])
+
+
+def check_output(folder: Path | None, own: str) -> None:
+    """Raise InputError where a folder holds a dataset and no file `own`, which whoever makes one here leaves first."""
+    if folder is None:
+        return
+    check_folder(folder)
+    if (folder / own).exists():
+        return
+    if any((folder / name).exists() for name in ("dataset_info.json", "dataset_dict.json", "state.json")):
+        raise InputError(f"'{folder}' holds a dataset that was made in another way. Choose another output.")
+
+
+def save_dataset(dataset: Dataset, summary: Mapping[str, Any], folder: Path) -> None:
+    """Write dataset and summary into a folder that may hold those of an earlier cleaning.
+
+    The dataset is written beside its place first. `state.json`, without which `datasets` opens nothing, goes first and
+    comes back last, so that no mixture of two datasets is ever read.
+    """
+    part = folder / f".dataset.{os.getpid()}.part"
+    shutil.rmtree(part, ignore_errors=True)  # left by one that was killed and had the same number
+    try:
+        with writing(folder):
+            dataset.save_to_disk(part)
+            text = json.dumps(summary, indent=2, ensure_ascii=False)
+            (part / SUMMARY_FILE).write_text(text + "\n", encoding="utf-8")
+        (folder / "state.json").unlink(missing_ok=True)
+        for stale in folder.glob("data-*-of-*.arrow"):
+            stale.unlink()
+        for path in sorted(part.iterdir(), key=lambda path: path.name == "state.json"):
+            os.replace(path, folder / path.name)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def _mask_batch(
+    table: pa.Table, rows: list[int], offsets: np.ndarray, position: np.ndarray, keep: np.ndarray
+) -> pa.Table:
+    """Some consecutive rows, with the labels that are not kept masked."""
+    labels = table["labels"].combine_chunks()
+    flat = labels.flatten().to_numpy().copy()
+    lengths = pc.list_value_length(labels).to_numpy()
+    ends = np.cumsum(lengths)
+    first, last = rows[0], rows[-1] + 1
+    span = slice(offsets[first], offsets[last])
+    starts = np.repeat(ends - lengths, np.diff(offsets[first : last + 1]))
+    flat[(starts + position[span])[~keep[span]]] = IGNORE
+    column = pa.ListArray.from_arrays(pa.array(np.concatenate([[0], ends]).astype(np.int32)), pa.array(flat))
+    return table.set_column(table.column_names.index("labels"), "labels", column)

@@ -1,0 +1,143 @@
+"""What was measured of each row while training, epoch after epoch. Knows arrays and files, no model, no Trainer."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+from ..config import InputError
+from ..io.files import load_parquet, save_parquet
+from ..scores.provenance import Provenance
+from ..scores.score_table import LAYER, ScoreTable
+from .drift import on_scale_of, without_drift
+
+FILE = "measurements.parquet"
+KEY = "resofilter_measurements"
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What one process measured of some rows in one update: (N,) each, and (N, L) for the layers."""
+
+    epoch: int
+    step: int
+    rows: np.ndarray
+    loss: np.ndarray
+    num_tokens: np.ndarray
+    length: np.ndarray
+    layers: np.ndarray
+
+    def where(self, which: np.ndarray) -> Measured:
+        """Of some of the rows, (N,) bool."""
+        names = ("rows", "loss", "num_tokens", "length", "layers")
+        return dataclasses.replace(self, **{name: getattr(self, name)[which] for name in names})
+
+
+class Measurements:
+    """The last measurement of every row that is trained on.
+
+    Attributes:
+        score: (N,) what rows are ranked by: the measured score, drift taken out, on the scale of the first epoch; NaN
+            until the row's first epoch has ended.
+        measured: (N,) the mean over the layers, as it was measured.
+        epoch, step: (N,) when; -1 for a row that was never measured.
+        loss, num_tokens, length, layers: (N,) each, and (N, L).
+    """
+
+    def __init__(self, rows: int, layers: Sequence[int]) -> None:
+        self.layer_indices = list(layers)
+        self.score = np.full(rows, np.nan)
+        self.loss = np.full(rows, np.nan)
+        self.layers = np.full((rows, len(layers)), np.nan)
+        self.num_tokens = np.zeros(rows, dtype=np.int64)
+        self.length = np.zeros(rows, dtype=np.int64)
+        self.epoch = np.full(rows, -1)
+        self.step = np.full(rows, -1)
+
+    @property
+    def measured(self) -> np.ndarray:
+        """The mean over the layers."""
+        return self.layers.mean(axis=1)
+
+    @property
+    def ever(self) -> np.ndarray:
+        """Which rows were measured at all."""
+        return self.epoch >= 0
+
+    def add(self, found: Measured) -> None:
+        """Take in one update. Of a row that comes more than once in an epoch, the first measurement counts.
+
+        A row without a token to learn has no measurement.
+        """
+        found = found.where(found.num_tokens > 0)
+        _, first = np.unique(found.rows, return_index=True)
+        first = first[(found.rows[first] >= 0) & (self.epoch[found.rows[first]] != found.epoch)]
+        rows = found.rows[first]
+        self.epoch[rows], self.step[rows] = found.epoch, found.step
+        for name in ("loss", "num_tokens", "length", "layers"):
+            getattr(self, name)[rows] = getattr(found, name)[first]
+
+    def end_epoch(self, epoch: int, correct_drift: bool) -> None:
+        """Make scores of what was measured in an epoch."""
+        now = self.epoch == epoch
+        values = self.measured[now]
+        if correct_drift:
+            values = on_scale_of(without_drift(values, self.step[now]), self.score[now])
+        self.score[now] = values
+
+    def to_scores(self, sample_ids: np.ndarray, reasons: Sequence[str | None], provenance: Provenance) -> ScoreTable:
+        """As a table with a line for every row of the user's dataset.
+
+        Args:
+            sample_ids: (N,) the place of each row in the user's dataset.
+            reasons: why a row of the user's dataset has no score, None where it has one.
+            provenance: what the scores were measured from.
+        """
+        missing = np.array([reason is not None for reason in reasons])
+
+        def column(values: np.ndarray) -> pa.Array:
+            spread = np.zeros(len(reasons), dtype=values.dtype)
+            spread[sample_ids] = values
+            return pa.array(spread, mask=missing)
+
+        columns = {
+            "sample_id": np.arange(len(reasons)),
+            "score": column(self.score),
+            **{name: column(getattr(self, name)) for name in ("loss", "num_tokens", "length")},
+            **{f"{LAYER}{layer}": column(self.layers[:, i]) for i, layer in enumerate(self.layer_indices)},
+            "measured": column(self.measured),
+            "epoch": column(self.epoch),
+            "step": column(self.step),
+            "reason": pa.array(reasons, pa.string()),
+        }
+        return ScoreTable(pa.table(columns), provenance)
+
+    def save(self, folder: Path, extra: Mapping[str, np.ndarray]) -> None:
+        """Write to a folder, with further columns of a value for each row; whole or not at all."""
+        names = ("score", "loss", "num_tokens", "length", "epoch", "step")
+        columns = {name: getattr(self, name) for name in names}
+        columns |= {f"{LAYER}{layer}": self.layers[:, i] for i, layer in enumerate(self.layer_indices)}
+        save_parquet(pa.table({**columns, **extra}), folder / FILE, {KEY: json.dumps(self.layer_indices)})
+
+    @classmethod
+    def load(cls, folder: Path) -> tuple[Measurements, dict[str, np.ndarray]]:
+        """Undo `save`: the measurements and the further columns. Raises InputError where they are not there."""
+        table, metadata = load_parquet(folder / FILE, KEY, "measurements of a training run")
+        try:
+            columns = {name: table[name].to_numpy().copy() for name in table.column_names}
+            measurements = cls(table.num_rows, json.loads(metadata))
+            for i, layer in enumerate(measurements.layer_indices):
+                measurements.layers[:, i] = columns.pop(f"{LAYER}{layer}")
+            for name in ("score", "loss", "num_tokens", "length", "epoch", "step"):
+                setattr(measurements, name, columns.pop(name))
+            return measurements, columns
+        except (TypeError, KeyError, ValueError, RecursionError) as error:
+            raise InputError(
+                f"'{folder / FILE}' was written by another version. Start from an earlier checkpoint."
+            ) from error

@@ -1,0 +1,330 @@
+"""Each criterion against the plain formula, sample by sample, on a tiny model; and the pass that measures rows."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+from helpers.samples import collate, make_samples
+from helpers.scoring import COLUMNS, ROWS, arguments
+from torch.nn import functional as F
+from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from resofilter_trainer import Criterion, DataSelector, InputError, ScoreTable, score_by, score_dataset
+from resofilter_trainer.cli.entry import main
+from resofilter_trainer.config import CRITERION_NAMES
+from resofilter_trainer.criteria.criterion import CRITERIA
+from resofilter_trainer.criteria.model import (
+    LR,
+    below_one,
+    el2n,
+    embedding,
+    entropy,
+    grand,
+    ifd,
+    loss,
+    norms,
+)
+from resofilter_trainer.model.losses import IGNORE
+
+SHAPE = {
+    "vocab_size": 128,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "tie_word_embeddings": False,
+}
+
+
+def llama(**settings):
+    torch.manual_seed(0)
+    return LlamaForCausalLM(LlamaConfig(**SHAPE, **settings)).double().eval()
+
+
+def gemma(**settings):
+    """With a cap on its logits, well within their reach."""
+    torch.manual_seed(0)
+    return Gemma2ForCausalLM(Gemma2Config(**SHAPE, head_dim=8, final_logit_softcapping=0.2, **settings)).double().eval()
+
+
+MODELS = {"llama": llama, "gemma2": gemma}
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def model(request):
+    return MODELS[request.param]()
+
+
+@pytest.fixture(scope="module")
+def samples():
+    return make_samples(7, shortest=6)
+
+
+def learnt_logits(model, sample):
+    """(n, V) and the n tokens that follow: of one sample, by itself."""
+    logits = model(input_ids=sample["input_ids"][None]).logits[0, :-1]
+    learnt = sample["labels"][1:] != IGNORE
+    return logits[learnt], sample["labels"][1:][learnt]
+
+
+def each(model, samples, formula):
+    with torch.no_grad():
+        return np.array([formula(*learnt_logits(model, sample)) for sample in samples])
+
+
+def nll(logits, targets):
+    p = torch.softmax(logits, -1)
+    return -sum(torch.log(p[i, target]) for i, target in enumerate(targets)).item() / len(targets)
+
+
+def mean_entropy(logits, targets):
+    return float(np.mean([torch.distributions.Categorical(logits=row).entropy().item() for row in logits]))
+
+
+def mean_error(logits, targets):
+    errors = torch.softmax(logits, -1)
+    for i, target in enumerate(targets):
+        errors[i, target] -= 1
+    return float(np.mean([np.sqrt((error.numpy() ** 2).sum()) for error in errors]))
+
+
+@pytest.mark.parametrize(("criterion", "formula"), [(loss, nll), (entropy, mean_entropy), (el2n, mean_error)])
+def test_criteria_of_one_forward(criterion, formula, model, samples):
+    np.testing.assert_allclose(criterion(model, collate(samples)), each(model, samples, formula), rtol=1e-5)
+
+
+def test_perplexity_is_the_losss_exponential(model, samples):
+    found = CRITERIA["perplexity"].measure(model, collate(samples))
+    np.testing.assert_allclose(found, np.exp(each(model, samples, nll)), rtol=1e-5)
+
+
+def test_grand_is_the_norm_of_the_samples_gradient(model, samples):
+    expected = []
+    for sample in samples:
+        model.zero_grad()
+        F.cross_entropy(*learnt_logits(model, sample)).backward()
+        expected.append(np.sqrt(sum((p.grad**2).sum().item() for p in model.parameters())))
+    model.zero_grad()
+    np.testing.assert_allclose(grand(model, collate(samples)), expected, rtol=1e-5)
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_grand_needs_something_to_train(samples):
+    frozen = llama().requires_grad_(False)
+    with pytest.raises(InputError, match="all are frozen"):
+        grand(frozen, collate(samples))
+
+
+def test_donods_norms_are_those_of_the_step_taken(model, samples):
+    expected = []
+    before = model.lm_head.weight.detach().clone()
+    for sample in samples:
+        model.zero_grad()
+        F.cross_entropy(*learnt_logits(model, sample)).backward()
+        after = before - LR * model.lm_head.weight.grad
+        expected.append([(after.norm() - before.norm()).item(), (after - before).norm().item()])
+    model.zero_grad()
+    found = norms(model, collate(samples)).numpy()
+    np.testing.assert_allclose(found[:, 1], np.array(expected)[:, 1], rtol=1e-5)
+    # a difference of two norms of about 1: what is left of 16 digits
+    np.testing.assert_allclose(found[:, 0], np.array(expected)[:, 0], rtol=1e-4, atol=1e-13)
+
+
+def test_donods_norms_with_a_bias_in_the_head(samples):
+    model = llama()
+    model.lm_head = torch.nn.Linear(32, 128, bias=True, dtype=torch.float64)
+    test_donods_norms_are_those_of_the_step_taken(model, samples)
+
+
+def response_loss(model, ids, start):
+    """Mean loss of a response alone, from its `start`-th token on."""
+    logits = model(input_ids=ids[None]).logits[0, :-1]
+    return F.cross_entropy(logits[start - 1 :], ids[start:]).item()
+
+
+def test_ifd_is_the_ratio_of_both_losses(model, samples):
+    expected = []
+    with torch.no_grad():
+        for sample in samples:
+            first = int((sample["labels"] != IGNORE).nonzero()[0])
+            first = max(first, 1)
+            response = sample["input_ids"][first:]
+            given, _ = learnt_logits(model, sample)
+            expected.append(F.cross_entropy(given[1:], response[1:]).item() / response_loss(model, response, 1))
+    np.testing.assert_allclose(ifd(model, collate(samples)), expected, rtol=1e-5)
+
+
+def test_ifd_keeps_the_beginning_of_sequence_before_the_response(samples):
+    model = llama(bos_token_id=2)
+    samples = [{name: tensor.clone() for name, tensor in sample.items()} for sample in samples]
+    expected = []
+    for sample in samples:
+        sample["input_ids"][0], sample["labels"][0] = 2, IGNORE
+        first = int((sample["labels"] != IGNORE).nonzero()[0])
+        response = torch.cat([torch.tensor([2]), sample["input_ids"][first:]])
+        with torch.no_grad():
+            expected.append(nll(*learnt_logits(model, sample)) / response_loss(model, response, 1))
+    np.testing.assert_allclose(ifd(model, collate(samples)), expected, rtol=1e-5)
+
+
+def test_ifd_of_a_response_of_one_token_is_no_ratio(model):
+    sample = {"input_ids": torch.tensor([5, 6, 7]), "labels": torch.tensor([IGNORE, IGNORE, 7])}
+    longer = {"input_ids": torch.tensor([5, 6, 7, 8]), "labels": torch.tensor([IGNORE, 6, 7, 8])}
+    found = ifd(model, collate([sample, longer]))
+    assert found[0] == 1
+    assert found[1] != 1
+
+
+def test_where_the_prompt_is_no_help_a_row_goes_first():
+    assert below_one(np.array([[0.5], [1.0], [1.5], [0.9]])).tolist() == [0.5, 0, 0, 0.9]
+
+
+def test_embedding_is_the_mean_over_a_samples_own_tokens(model, samples):
+    expected = []
+    with torch.no_grad():
+        for sample in samples:
+            output = model(input_ids=sample["input_ids"][None], output_hidden_states=True)
+            expected.append(output.hidden_states[-1][0].mean(0))
+    torch.testing.assert_close(embedding(model, collate(samples)), torch.stack(expected), rtol=1e-5, atol=1e-7)
+
+
+# ---- the pass
+
+
+@pytest.mark.parametrize("name", CRITERIA)
+def test_rows_are_measured_in_their_order_whatever_the_batches(name, tiny_llama, tokenizer):
+    model, dataset = tiny_llama(dtype=torch.float64), Dataset.from_list(ROWS)
+    scores = score_by(name, model, dataset, tokenizer, arguments(), **COLUMNS)
+    alone = score_by(name, model, dataset, tokenizer, arguments(), tokens_per_batch=1, **COLUMNS)
+    assert scores.scored.all()
+    for column in ("score", *CRITERIA[name].columns):
+        np.testing.assert_allclose(scores.column(column), alone.column(column), rtol=1e-4, atol=1e-12)
+    assert np.ptp(scores.column("score")) > 0 or name == "repetition"  # of which these short rows have none
+
+
+def test_the_loss_is_the_scoring_passs_own(tiny_llama, tokenizer):
+    model, dataset = tiny_llama(dtype=torch.float64), Dataset.from_list(ROWS)
+    mine = score_by("loss", model, dataset, tokenizer, arguments(), **COLUMNS)
+    theirs = score_dataset(model, dataset, tokenizer, arguments(), **COLUMNS)
+    np.testing.assert_allclose(mine.column("score"), theirs.column("loss"), rtol=1e-6)
+    np.testing.assert_array_equal(mine.column("num_tokens"), theirs.column("num_tokens"))
+
+
+def test_rows_that_cannot_be_measured_keep_their_reason(tiny_llama, tokenizer):
+    rows = [*ROWS[:4], {"question": "q", "answer": ""}]
+    scores = score_by("el2n", tiny_llama(), Dataset.from_list(rows), tokenizer, arguments(), drop_empty=True, **COLUMNS)
+    assert scores.reasons == [None] * 4 + ["empty completion"]
+    assert np.isnan(scores.column("score")[4])
+
+
+def test_a_function_of_ones_own(tiny_llama, tokenizer):
+    def length(model, batch):
+        return batch["attention_mask"].sum(1)
+
+    plain = score_by(length, tiny_llama(), Dataset.from_list(ROWS), tokenizer, arguments(), **COLUMNS)
+    assert plain.provenance.config["criterion"] == "test_criteria.length"
+    mine = Criterion(length, drop="smallest")
+    scores = score_by(mine, tiny_llama(), Dataset.from_list(ROWS), tokenizer, arguments(), **COLUMNS)
+    assert scores.column("score").tolist() == scores.column("length").tolist()
+    kept = DataSelector(keep=0.5).select(scores)
+    assert scores.column("length")[kept.keep].min() >= np.median(scores.column("length")) - 1
+
+
+@pytest.mark.parametrize("name", CRITERIA)
+def test_the_end_that_goes_is_the_criterions_own(name, tiny_llama, tokenizer):
+    scores = score_by(name, tiny_llama(), Dataset.from_list(ROWS), tokenizer, arguments(), **COLUMNS)
+    mine = DataSelector(keep=0.5).select(scores)
+    named = DataSelector(keep=0.5, drop=CRITERIA[name].drop).select(scores)
+    assert mine.keep.tolist() == named.keep.tolist()
+    assert mine.policy["drop"] == CRITERIA[name].drop
+    by_length = DataSelector(keep=0.5, by="num_tokens").select(scores)
+    assert by_length.policy["drop"] == "largest"
+
+
+def test_scores_are_used_again_and_another_criterions_refused(tmp_path, tiny_llama, tokenizer, monkeypatch):
+    model, dataset = tiny_llama(), Dataset.from_list(ROWS)
+    first = score_by("el2n", model, dataset, tokenizer, arguments(), tmp_path, **COLUMNS)
+    monkeypatch.setattr("resofilter_trainer.scoring.criterion.measure_rows", None)  # is not called again
+    again = score_by("el2n", model, dataset, tokenizer, arguments(), tmp_path, **COLUMNS)
+    assert again.table.equals(first.table)
+    with pytest.raises(InputError, match=r"criterion \(el2n / loss\)"):
+        score_by("loss", model, dataset, tokenizer, arguments(), tmp_path, **COLUMNS)
+    with pytest.raises(InputError, match="holds scores of something else"):
+        score_dataset(model, dataset, tokenizer, arguments(), output=tmp_path, **COLUMNS)
+
+
+def test_a_function_without_a_name_is_not_kept(tmp_path, tiny_llama, tokenizer):
+    with pytest.raises(InputError, match="give it one"):
+        score_by(lambda model, batch: None, tiny_llama(), Dataset.from_list(ROWS), tokenizer, arguments(), tmp_path)
+
+
+def test_several_numbers_need_names_and_a_way_to_join_them(tiny_llama, tokenizer):
+    def two(model, batch):
+        return torch.ones(len(batch["input_ids"]), 2)
+
+    for criterion in (two, Criterion(two, columns=("one",), join=below_one)):
+        with pytest.raises(InputError, match="gives 2 numbers a row"):
+            score_by(criterion, tiny_llama(), Dataset.from_list(ROWS), tokenizer, arguments(), **COLUMNS)
+
+
+def test_ifd_does_not_depend_on_the_rows_beside_it(samples):
+    model = llama(bos_token_id=int(samples[0]["input_ids"][0]))
+    samples = [{**sample, "labels": sample["labels"].clone()} for sample in samples]
+    samples[0]["labels"][0] = IGNORE
+    together = ifd(model, collate(samples))
+    alone = torch.cat([ifd(model, collate([sample])) for sample in samples])
+    torch.testing.assert_close(together, alone)
+
+
+def test_an_unknown_criterion_lists_those_there_are(tiny_llama, tokenizer):
+    with pytest.raises(InputError, match="no criterion 'beauty'"):
+        score_by("beauty", tiny_llama(), Dataset.from_list(ROWS), tokenizer, arguments(), **COLUMNS)
+
+
+def test_a_number_that_is_not_finite_names_its_row(tmp_path, tiny_llama, tokenizer):
+    def broken(model, batch):
+        return torch.where(batch["attention_mask"].sum(1) > 20, torch.nan, 1.0)
+
+    dataset = Dataset.from_list([*ROWS[:3], {"question": "why " * 30, "answer": "so"}])
+    with pytest.raises(InputError, match="Row 3 of the dataset"):
+        score_by(Criterion(broken), tiny_llama(), dataset, tokenizer, arguments(), tmp_path, **COLUMNS)
+    assert not list(tmp_path.iterdir())
+
+
+def test_it_leaves_alone_what_another_pass_has_done(tmp_path, tiny_llama, tokenizer):
+    def broken(model, batch):
+        return torch.full((len(batch["input_ids"]),), torch.nan)
+
+    theirs = tmp_path / "parts" / "resonance" / "scoring-float32" / "manifest.json"
+    theirs.parent.mkdir(parents=True)
+    theirs.write_text("{}")
+    with pytest.raises(InputError, match="not finite"):
+        score_by(Criterion(broken), tiny_llama(), Dataset.from_list(ROWS), tokenizer, arguments(), tmp_path, **COLUMNS)
+    score_by("loss", tiny_llama(), Dataset.from_list(ROWS), tokenizer, arguments(), tmp_path, **COLUMNS)
+    assert theirs.read_text() == "{}"
+    assert [path.name for path in (tmp_path / "parts").iterdir()] == ["resonance"]
+
+
+def test_the_command_knows_the_same_names():
+    assert set(CRITERION_NAMES) == set(CRITERIA)
+
+
+def test_from_the_shell(tmp_path, tiny_model_dir, capsys):
+    Dataset.from_list(ROWS).to_json(tmp_path / "rows.jsonl")
+    options = ["--dataset", str(tmp_path / "rows.jsonl"), "--prompt_column", "question"]
+    options += ["--completion_column", "answer"]
+    output = ["--output", str(tmp_path / "scores")]
+    main(["score", "--model", str(tiny_model_dir), *options, "--criterion", "ifd", *output])
+    assert "30 rows, 30 scored" in capsys.readouterr().out
+    main(["select", str(tmp_path / "scores"), "--output", str(tmp_path / "kept")])
+    assert "15 smallest 50 %" in capsys.readouterr().out
+    assert "ifd" in ScoreTable.load(tmp_path / "scores").table.column_names
+    with pytest.raises(SystemExit):
+        main(["score", "--model", str(tiny_model_dir), *options, "--criterion", "ifd", "--eps", "1e-4", *output])
+    assert "--eps is of the step that resonance measures" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["score", "--model", str(tiny_model_dir), *options, "--criterion", "x", "--output", str(tmp_path / "y")])
+    assert "--criterion must be one of 'resonance', 'loss'" in capsys.readouterr().err

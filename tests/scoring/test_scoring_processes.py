@@ -1,0 +1,89 @@
+"""One, two and three processes give the same scores, bit for bit; and none waits for one that is gone."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from datasets import Dataset
+from helpers.scoring import ROWS
+
+from resofilter_trainer import DataSelector, ScoreTable
+from resofilter_trainer.cli.entry import main
+
+
+def resofilter(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "resofilter_trainer.cli", *map(str, arguments)]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, env=env)
+
+
+@pytest.fixture
+def command(tmp_path, tiny_model_dir) -> list[object]:
+    Dataset.from_list(ROWS).to_json(tmp_path / "rows.jsonl")
+    rows = ["--dataset", tmp_path / "rows.jsonl", "--prompt_column", "question", "--completion_column", "answer"]
+    named = ["--tokens_per_batch", 40, "--precision", "float32"]  # which auto asks a clock for
+    return ["score", "--model", tiny_model_dir, *rows, *named]
+
+
+@pytest.mark.slow
+def test_any_number_of_processes_gives_the_same_scores(command, tmp_path):
+    assert resofilter(*command, "--output", tmp_path / "0").returncode == 0
+    for processes in (1, 2, 3):
+        done = resofilter(*command, "--output", tmp_path / str(processes), "--num_processes", processes)
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert done.stdout.count("Scores: ") == 1
+    tables = [ScoreTable.load(tmp_path / str(number)) for number in range(4)]
+    for table in tables[1:]:
+        assert table.table.equals(tables[0].table)
+        assert np.array_equal(DataSelector().select(table).keep, DataSelector().select(tables[0]).keep)
+
+
+@pytest.mark.slow
+def test_a_sharded_model_gives_the_scores_of_a_whole_one(command, tmp_path):
+    for name, options in (("whole", []), ("sharded", ["--sharded"])):
+        options = ["--output", tmp_path / name, "--num_processes", 2, "--eps", 1e-4, *options]
+        done = resofilter(*command, *options)
+        assert done.returncode == 0, done.stderr[-3000:]
+    whole, sharded = (ScoreTable.load(tmp_path / name) for name in ("whole", "sharded"))
+    score = whole.column("score")  # up to rounding: a sharded model does not share what rows begin with
+    assert np.abs(sharded.column("score") - score).max() < 1e-5 * np.ptp(score)
+    assert np.array_equal(DataSelector().select(sharded).keep, DataSelector().select(whole).keep)
+
+
+def test_one_process_has_nothing_to_share_a_model_with(command, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        main([*map(str, command), "--output", str(tmp_path / "out"), "--sharded"])
+    assert "sharded over several processes, and there is one" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("criterion", ["el2n", "donod"])
+def test_so_do_criteria_of_other_selectors(criterion, command, tmp_path):
+    for processes in (1, 2):
+        options = ["--criterion", criterion, "--output", tmp_path / str(processes), "--num_processes", processes]
+        assert resofilter(*command, *options).returncode == 0
+    assert ScoreTable.load(tmp_path / "1").table.equals(ScoreTable.load(tmp_path / "2").table)
+
+
+@pytest.mark.slow
+def test_an_error_of_the_input_is_one_line_and_not_0(command, tmp_path):
+    done = resofilter(*command, "--output", tmp_path / "out", "--num_processes", 2, "--up_projection", "nothing")
+    assert done.returncode != 0
+    said = re.findall(r"^resofilter score( \(process 1\))?: error: (.*)$", done.stderr, flags=re.MULTILINE)
+    assert said  # whoever comes to it first; the launcher may stop the other before it has said the same
+    assert len({process for process, _ in said}) == len(said)
+    assert all("matches nothing" in message for _, message in said)
+
+
+@pytest.mark.parametrize("processes", ["0", "-1"])
+def test_processes_there_must_be(processes, command, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main([*map(str, command), "--output", "out", "--num_processes", processes])
+    assert ended.value.code == 2
+    assert "--num_processes must be at least 1" in capsys.readouterr().err

@@ -1,0 +1,223 @@
+"""A stream is scored as its rows are, piece by piece; packed rows as the samples in them."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset, load_from_disk
+from helpers.samples import collate, make_samples
+from helpers.scoring import arguments
+from helpers.training import llama, rows
+from trl import SFTTrainer
+
+from resofilter_trainer import (
+    DataSelector,
+    InputError,
+    Recorder,
+    ResonanceConfig,
+    ScoreTable,
+    score_dataset,
+    score_stream,
+    unpack,
+)
+from resofilter_trainer.cli.entry import main
+from resofilter_trainer.data.rows import hash_rows
+from resofilter_trainer.scores.score_table import SCORES_FILE
+from resofilter_trainer.scoring import stream as streaming
+
+ROWS = 60
+
+
+@pytest.fixture(autouse=True)
+def small_pieces(monkeypatch):
+    """Of 25 rows, as a thousand take long."""
+    real = streaming._pieces
+    monkeypatch.setattr(streaming, "_pieces", lambda stream, size: real(stream, size * 25 // 1000))
+
+
+@pytest.fixture(scope="module")
+def model(tokenizer):
+    return llama(len(tokenizer))
+
+
+def score(model, tokenizer, stream, output, **options) -> ScoreTable:
+    options = {"rows_per_piece": 1000, "args": arguments(), **options}
+    return score_stream(model, stream, output, tokenizer, **options)
+
+
+def test_a_stream_scores_as_its_rows(model, tokenizer, tmp_path):
+    dataset = rows(ROWS)
+    found = score(model, tokenizer, dataset.to_iterable_dataset(num_shards=2), tmp_path)
+    whole = score_dataset(model, dataset, tokenizer, arguments())
+    for name in ("sample_id", "num_tokens", "length"):
+        assert np.array_equal(found.column(name), whole.column(name))
+    np.testing.assert_allclose(found.column("score"), whole.column("score"), rtol=1e-6)
+    assert found.provenance.rows == ROWS
+    assert [path.name for path in tmp_path.iterdir()] == [SCORES_FILE]
+    assert ScoreTable.load(tmp_path).table.equals(found.table)
+
+
+def test_a_selection_filters_the_stream(model, tokenizer, tmp_path):
+    dataset = rows(ROWS)
+    selection = DataSelector(keep=0.4).select(score(model, tokenizer, dataset.to_iterable_dataset(), tmp_path))
+    assert list(selection.apply(dataset.to_iterable_dataset())) == list(selection.apply(dataset))
+    with pytest.raises(InputError, match="the stream has more"):
+        list(selection.apply(rows(ROWS + 1).to_iterable_dataset()))
+
+
+@pytest.mark.parametrize("after", [0, 1, 2])
+def test_an_interrupted_pass_goes_on(after, model, tokenizer, tmp_path, monkeypatch):
+    whole = score(model, tokenizer, rows(ROWS).to_iterable_dataset(), tmp_path / "whole")
+    real, scored = streaming.score_dataset, []
+
+    def stops(*args, **kwargs):
+        if len(scored) == after:
+            raise KeyboardInterrupt
+        scored.append(args[1])
+        return real(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(streaming, "score_dataset", stops)
+        with pytest.raises(KeyboardInterrupt):
+            score(model, tokenizer, rows(ROWS).to_iterable_dataset(), tmp_path / "cut")
+    found = score(model, tokenizer, rows(ROWS).to_iterable_dataset(), tmp_path / "cut")
+    assert found.table.equals(whole.table)
+    assert (tmp_path / "cut" / SCORES_FILE).read_bytes() == (tmp_path / "whole" / SCORES_FILE).read_bytes()
+
+
+def test_a_stream_that_changed_is_refused(model, tokenizer, tmp_path, monkeypatch):
+    changed = [*rows(30).to_list(), {"prompt": "new ", "completion": "row"}, *rows(60).to_list()[31:]]
+    with monkeypatch.context() as patch:
+        patch.setattr(streaming, "together", lambda *args: 1 / 0)  # all pieces are there, the whole is not
+        with pytest.raises(ZeroDivisionError):
+            score(model, tokenizer, rows(ROWS).to_iterable_dataset(), tmp_path)
+    with pytest.raises(InputError, match=r"Rows 25 to 49 of the stream .* something else.* dataset"):
+        score(model, tokenizer, Dataset.from_list(changed).to_iterable_dataset(), tmp_path)
+    score(model, tokenizer, rows(ROWS).to_iterable_dataset(), tmp_path)
+    with pytest.raises(InputError, match="holds scores of other rows"):
+        score(model, tokenizer, Dataset.from_list(changed).to_iterable_dataset(), tmp_path)
+    with pytest.raises(InputError, match=r"something else.* model weights"):
+        score(llama(len(tokenizer), seed=3), tokenizer, rows(ROWS).to_iterable_dataset(), tmp_path)
+    with pytest.raises(InputError, match=r"something else.* n_layers \(3 / 2\)"):
+        score(model, tokenizer, rows(ROWS).to_iterable_dataset(), tmp_path, config=ResonanceConfig(n_layers=2))
+
+
+def test_rows_that_cannot_be_scored_keep_their_places(model, tokenizer, tmp_path):
+    listed = rows(55).to_list()
+    listed[30] = listed[27]
+    listed[50:] = [{"prompt": f"nothing {i} ", "completion": ""} for i in range(5)]  # the whole last piece
+    stream = Dataset.from_list(listed).to_iterable_dataset()
+    found = score(model, tokenizer, stream, tmp_path, drop_duplicates=True, drop_empty=True)
+    assert found.reasons[30] == "same prompt as row 27"
+    assert found.reasons[50:] == ["nothing in its piece can be scored"] * 5
+    assert found.column("sample_id").tolist() == list(range(55))
+    assert found.scored.sum() == 49
+    assert found.provenance.trust.saturation == pytest.approx(np.ptp(found.column("score")[found.scored]) / 1e-5)
+
+
+def test_a_stream_without_a_row_that_can_be_scored_is_refused(model, tokenizer, tmp_path):
+    stream = Dataset.from_list([{"prompt": "a", "completion": ""}] * 3).to_iterable_dataset()
+    with pytest.raises(InputError, match="no rows that can be scored"):
+        score(model, tokenizer, stream, tmp_path, drop_empty=True)
+
+
+def test_another_run_is_kept_out(model, tokenizer, tmp_path, monkeypatch):
+    real = streaming.score_dataset
+
+    def meanwhile(*args, **kwargs):
+        command = "import sys; from pathlib import Path; from resofilter_trainer.files import only_writer\n"
+        command += "with only_writer(Path(sys.argv[1])): pass"
+        done = subprocess.run([sys.executable, "-c", command, tmp_path], capture_output=True, text=True)
+        assert "Another run writes to" in done.stderr
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(streaming, "score_dataset", meanwhile)
+    score(model, tokenizer, rows(3).to_iterable_dataset(), tmp_path)
+
+
+def test_scores_that_are_there_are_given_back(model, tokenizer, tmp_path, monkeypatch):
+    first = score(model, tokenizer, rows(ROWS).to_iterable_dataset(), tmp_path)
+    monkeypatch.setattr(streaming, "score_dataset", None)  # is not called again
+    assert score(model, tokenizer, rows(ROWS).to_iterable_dataset(), tmp_path).table.equals(first.table)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"rows_per_piece": 1}, "multiple of 1000"),
+        ({"stream": rows(3)}, "A stream is needed, got Dataset"),
+        ({"sharded": True}, "leave sharded out"),
+    ],
+)
+def test_what_cannot_work_is_refused(change, message, model, tokenizer, tmp_path):
+    settings = {"stream": rows(3).to_iterable_dataset(), **change}
+    with pytest.raises(InputError, match=message):
+        score(model, tokenizer, output=tmp_path, **settings)
+
+
+def test_an_empty_stream_is_refused(model, tokenizer, tmp_path):
+    with pytest.raises(InputError, match="no rows"):
+        score(model, tokenizer, rows(3).to_iterable_dataset().take(0), tmp_path)
+
+
+def test_from_the_shell(tmp_path, tiny_model_dir, capsys):
+    rows(ROWS).to_json(tmp_path / "rows.jsonl")
+    command = ["score", "--model", str(tiny_model_dir), "--dataset", str(tmp_path / "rows.jsonl"), "--streaming"]
+    main([*command, "--output", str(tmp_path / "scores")])
+    assert f"{ROWS} rows, {ROWS} scored" in capsys.readouterr().out
+    main(["select", str(tmp_path / "scores"), "--output", str(tmp_path / "kept")])  # knows the rows by their hash
+    assert len(load_from_disk(tmp_path / "kept" / "dataset")) == ROWS // 2
+
+
+def test_the_hash_of_a_stream_is_that_of_its_rows(monkeypatch, model, tokenizer, tmp_path):
+    monkeypatch.undo()
+    dataset = rows(1100)
+    digest = streaming.xxhash.xxh3_128()
+    for piece in streaming._pieces(dataset.to_iterable_dataset(), 1000):
+        streaming.add_rows(digest, piece)
+    assert digest.hexdigest() == hash_rows(dataset)
+
+
+# ---- packed rows
+
+
+def test_packed_rows_are_unpacked_to_the_samples_that_they_are_made_of(model, tokenizer):
+    dataset = rows(20)
+    args = arguments(packing=True, max_length=96, padding_free=True)
+    packed = SFTTrainer(model, args, train_dataset=dataset, processing_class=tokenizer).train_dataset
+    assert "seq_lengths" in packed.column_names
+    with pytest.raises(InputError, match=r"resofilter_trainer\.unpack"):
+        score_dataset(model, packed, tokenizer, arguments())
+    samples = unpack(packed)
+    assert len(samples) == 20
+    found = score_dataset(model, samples, tokenizer, arguments())
+    whole = score_dataset(model, dataset, tokenizer, arguments())
+    np.testing.assert_allclose(np.sort(found.column("loss")), np.sort(whole.column("loss")), rtol=1e-6)
+    np.testing.assert_allclose(np.sort(found.column("score")), np.sort(whole.column("score")), rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ({"text": ["a"]}, "not packed"),
+        ({"input_ids": [[1, 2]], "seq_lengths": [[1]]}, "A packed row has 2 input_ids and seq_lengths of 1"),
+    ],
+)
+def test_rows_that_are_not_packed_are_refused(columns, message):
+    with pytest.raises(InputError, match=message):
+        unpack(Dataset.from_dict(columns))
+
+
+def test_a_padding_free_batch_is_measured_sample_by_sample(model):
+    samples = make_samples(5)
+    free = {name: torch.cat([sample[name] for sample in samples])[None] for name in ("input_ids", "labels")}
+    free["position_ids"] = torch.cat([torch.arange(len(sample["input_ids"])) for sample in samples])[None]
+    with Recorder(model, ResonanceConfig()) as record:
+        found, truth = record(free), record(collate(samples))
+    assert np.array_equal(found.num_tokens, truth.num_tokens)
+    np.testing.assert_allclose(found.loss, truth.loss, rtol=1e-6)
+    np.testing.assert_allclose(found.score, truth.score, rtol=1e-6)

@@ -1,0 +1,53 @@
+"""Two processes decide as one does."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from helpers.processes import torchrun
+
+
+def launch(output: Path, processes: int, kind: str) -> dict[str, np.ndarray]:
+    folder = output / f"{kind}-{processes}"
+    torchrun("two_processes", folder, processes, kind, processes=processes)
+    outcome = dict(np.load(folder / "outcome.npz"))
+    assert outcome.pop("processes") == processes
+    return outcome
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kind", "sizes"),
+    [("plain", [44, 22, 11]), ("before", [27, 22, 11]), ("ragged", [45, 23, 12]), ("sequential", [44, 22, 11])],
+)
+def test_two_processes_keep_what_one_keeps(kind, sizes, tmp_path):
+    one, two = (launch(tmp_path, processes, kind) for processes in (1, 2))
+    assert np.array_equal(one["keep"], two["keep"])
+    assert one["keep"].sum(axis=1).tolist() == sizes
+    assert one["steps"] == two["steps"]
+    same_weights = one["epoch"] <= (0 if kind == "ragged" else 2)  # two processes repeat a row to end the first epoch
+    assert same_weights.any()
+    np.testing.assert_allclose(two["measured"][same_weights], one["measured"][same_weights], rtol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["tokens", "ragged tokens"])
+def test_two_processes_keep_the_tokens_that_one_keeps(kind, tmp_path):
+    one, two = (launch(tmp_path, processes, kind) for processes in (1, 2))
+    if "ragged" in kind:  # two processes repeat rows to end an epoch, so weights differ from then on
+        one, two = ({"masks": each["masks"][:3]} for each in (one, two))
+        assert np.array_equal(one["masks"], two["masks"])
+        return
+    assert len(one["masks"]) == len(two["masks"]) > 5
+    assert np.array_equal(one["masks"], two["masks"])
+    assert len(np.unique(one["masks"], axis=0)) >= 5  # of six parts, the first whole
+
+
+@pytest.mark.slow
+def test_two_processes_go_on_where_they_were(tmp_path):
+    whole = launch(tmp_path, 2, "plain")
+    resumed = launch(tmp_path, 2, "resumed")
+    for name, value in whole.items():
+        assert np.array_equal(resumed[name], value, equal_nan=True), name
