@@ -1,6 +1,6 @@
 """What a user can choose, as plain dataclasses, and how it is checked. Knows nothing of data, models or torch."""
 
-from .checks import one_of, token_share
+from .checks import at_most_one, number, one_of, share, whole_number
 from .errors import InputError, NotFiniteError, NothingError
 from .settings import (
     CLEANING_MODES,
@@ -34,7 +34,10 @@ __all__ = [
     "ResonanceConfig",
     "TokenCleaning",
     "Update",
+    "at_most_one",
     "cleaning_of_mode",
+    "number",
     "one_of",
-    "token_share",
+    "share",
+    "whole_number",
 ]

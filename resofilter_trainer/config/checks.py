@@ -1,7 +1,11 @@
-"""Checks of what a user passed, each with one message. Knows values, not what they are for."""
+"""Checks of what a user passed. Each returns the value as the type it should have, or raises InputError: what is wrong.
+
+Knows values, not what they are for. numpy's numbers count as numbers; a bool never does.
+"""
 
 from __future__ import annotations
 
+import math
 import numbers
 from collections.abc import Sequence
 from typing import Any
@@ -9,14 +13,54 @@ from typing import Any
 from .errors import InputError
 
 
-def token_share(keep: Any) -> float:
-    """A share of tokens. Raises InputError unless it is a number above 0 and at most 1."""
-    if isinstance(keep, bool) or not isinstance(keep, numbers.Real) or not 0 < float(keep) <= 1:
-        raise InputError(f"keep_tokens is the share of tokens that stays, above 0 and at most 1, got {keep}.")
-    return float(keep)
+def whole_number(name: str, value: Any, least: int | None = None, most: int | None = None) -> int:
+    """A whole number within its bounds, which belong to it."""
+    sound = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+    if not sound or (least is not None and value < least) or (most is not None and value > most):
+        raise InputError(f"{name} must be a whole number{_bounds(least, most)}, got {value!r}.")
+    return int(value)
+
+
+def number(
+    name: str, value: Any, *, above: float | None = None, least: float | None = None, most: float | None = None
+) -> float:
+    """A finite number within its bounds: greater than `above`, at least `least`, at most `most`."""
+    sound = isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
+    if (
+        not sound
+        or (above is not None and value <= above)
+        or (least is not None and value < least)
+        or (most is not None and value > most)
+    ):
+        raise InputError(f"{name} must be a finite number{_bounds(least, most, above)}, got {value!r}.")
+    return float(value)
+
+
+def share(name: str, value: Any, what: str = "rows") -> float:
+    """The share of something to keep, above 0 and at most 1."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not 0 < float(value) <= 1:
+        raise InputError(f"{name} is the share of the {what} to keep, above 0 and at most 1, got {value!r}.")
+    return float(value)
 
 
 def one_of(name: str, value: object, allowed: Sequence[object]) -> None:
     """Raise InputError unless `value` is one of `allowed`."""
     if value not in allowed:
         raise InputError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}.")
+
+
+def at_most_one(**settings: object) -> str | None:
+    """The name of the one setting that is not None; None where none is. Raises InputError for two or more."""
+    given = [name for name, value in settings.items() if value is not None]
+    if len(given) > 1:
+        *first, last = settings
+        raise InputError(f"Pass one of {', '.join(first)} and {last}, got {' and '.join(given)}.")
+    return given[0] if given else None
+
+
+def _bounds(least: float | None, most: float | None, above: float | None = None) -> str:
+    """` above 0`, ` of at least 1 and at most 10`."""
+    lower = "" if above is None else f" above {above:g}"
+    lower += "" if least is None else f" of at least {least:g}"
+    upper = "" if most is None else f" {'and' if lower else 'of'} at most {most:g}"
+    return lower + upper

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import math
-import numbers
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from .checks import one_of, token_share
+from .checks import at_most_one, number, one_of, share, whole_number
 from .errors import InputError
 
 Update = Literal["adamw", "sgd"]
@@ -49,15 +47,12 @@ class ResonanceConfig:
     up_projection: str | None = None
 
     def __post_init__(self) -> None:
-        if self.n_layers < 1:
-            raise InputError(f"n_layers must be at least 1, got {self.n_layers}.")
+        object.__setattr__(self, "n_layers", whole_number("n_layers", self.n_layers, least=1))
         one_of("update", self.update, get_args(Update))
         one_of("norm", self.norm, get_args(Norm))
-        if not (0 < self.lr < math.inf and 0 < self.eps < math.inf and 0 <= self.weight_decay < math.inf):
-            raise InputError(
-                "lr and eps must be above 0 and weight_decay at least 0, and all finite, "
-                f"got lr={self.lr}, eps={self.eps}, weight_decay={self.weight_decay}."
-            )
+        for name in ("lr", "eps"):
+            object.__setattr__(self, name, number(name, getattr(self, name), above=0))
+        object.__setattr__(self, "weight_decay", number("weight_decay", self.weight_decay, least=0))
 
 
 @dataclass(frozen=True)
@@ -88,9 +83,9 @@ class ColumnMapping:
     def __post_init__(self) -> None:
         if (self.prompt_column is None) != (self.completion_column is None):
             raise InputError("prompt_column and completion_column go together: pass both, or neither.")
-        ways = [self.prompt_column, self.messages_column, self.text_column]
-        if sum(way is not None for way in ways) > 1:
-            raise InputError("Pass one of prompt_column with completion_column, messages_column, or text_column.")
+        at_most_one(
+            prompt_column=self.prompt_column, messages_column=self.messages_column, text_column=self.text_column
+        )
 
     @property
     def prompt_columns(self) -> list[str]:
@@ -131,13 +126,10 @@ class TokenCleaning:
     tokens_per_batch: int = 4096
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "keep", token_share(self.keep))
+        object.__setattr__(self, "keep", share("keep_tokens", self.keep, "tokens"))
         one_of("ranking", self.ranking, get_args(Ranking))
         for name, least in (("parts", 2), ("tokens_per_batch", 1)):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, numbers.Integral) or int(value) < least:
-                raise InputError(f"{name} must be a whole number of at least {least}, got {value!r}.")
-            object.__setattr__(self, name, int(value))
+            object.__setattr__(self, name, whole_number(name, getattr(self, name), least))
         if not isinstance(self.reference, str) or not self.reference:
             raise InputError(f"reference is a name, a folder or 'self', got {self.reference!r}.")
 

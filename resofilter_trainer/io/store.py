@@ -27,6 +27,7 @@ import xxhash
 
 from ..config import InputError
 from .files import flush, read_json, remove_folder, replacing, writing
+from .made_from import check_made_from
 
 MANIFEST = "manifest.json"
 FORMAT = 1
@@ -115,14 +116,8 @@ class Store:
         return part_paths(self.folder)
 
     def _check(self, theirs: Mapping[str, Any]) -> None:
-        mine = json.loads(json.dumps(dict(self.made_of)))
-        differences = [f"{name} ({_short(theirs.get(name))} / {_short(mine.get(name))})"
-                       for name in sorted({*mine, *theirs}) if theirs.get(name) != mine.get(name)]  # fmt: skip
-        if differences:
-            raise InputError(
-                f"'{self.folder}' holds {self.what} of something else, they differ in {'; '.join(differences)} "
-                "(there / here). Choose another output, or remove that folder."
-            )
+        what = f"'{self.folder}' holds {self.what}"
+        check_made_from(theirs, self.made_of, what, "Choose another output, or remove that folder.")
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -217,12 +212,6 @@ def _read(path: Path, columns: list[str] | None) -> pa.Table:
             "again."
         )
     return table
-
-
-def _short(value: Any) -> str:
-    """A hash is known by its beginning."""
-    text = str(value)
-    return text[:8] if re.fullmatch("[0-9a-f]{16,}", text) else text[:80]
 
 
 def _digest(path: Path) -> str:

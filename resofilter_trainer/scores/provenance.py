@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..config import InputError
+from ..io.made_from import differences, refuse_differences
 
 
 @dataclass(frozen=True)
@@ -87,42 +87,35 @@ class Provenance:
     @property
     def compared(self) -> dict[str, Any]:
         """All that is compared, flat, by name."""
-        hashes = {name: getattr(self, name) for name in ("weights", "tokenizer", "template", "dataset", "rows")}
-        return {**hashes, **self.config, **self.preparation, **self.versions}
+        return {**self._hashes, **self.config, **self.preparation, **self.versions}
+
+    @property
+    def _hashes(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in ("weights", "tokenizer", "template", "dataset", "rows")}
 
     def differences(self, other: Provenance) -> list[str]:
         """What keeps the two apart, in words; empty where scores of both belong together."""
         found = []
-        for name in ("weights", "tokenizer", "template", "dataset", "rows", "config", "preparation", "versions"):
-            mine, theirs = getattr(self, name), getattr(other, name)
-            if mine == theirs:
-                continue
-            if isinstance(mine, Mapping):
-                keys = sorted(key for key in {*mine, *theirs} if mine.get(key) != theirs.get(key))
-                found += [f"{key} ({mine.get(key)} / {theirs.get(key)})" for key in keys]
-            elif name == "weights":
-                found.append(f"model weights ({self.model} {mine[:8]} / {other.model} {theirs[:8]})")
-            else:
-                found.append(f"{name} ({str(mine)[:8]} / {str(theirs)[:8]})")
+        if self.weights != other.weights:
+            found.append(f"model weights ({self.model} {self.weights[:8]} / {other.model} {other.weights[:8]})")
+        found += differences(self._hashes, other._hashes, ("tokenizer", "template", "dataset", "rows"))
+        for name in ("config", "preparation", "versions"):
+            found += differences(getattr(self, name), getattr(other, name))
         forwards = [each.trust.forward for each in (self, other) if each.trust is not None]
         if len(set(forwards)) > 1:  # precision="auto" may choose another on another machine
             found.append(f"forward ({' / '.join(forwards)})")
         return found
 
     def check_same(self, here: Provenance, what: str, place: object) -> None:
-        """Raise InputError where what lies at a place, whose provenance this is, is of something else.
+        """Raise InputError where scores at a place, whose provenance this is, were made from something else.
 
         Args:
-            here: the provenance that it should have.
-            what: lies there.
-            place: where.
+            here: the provenance they should have.
+            what: the kind of scores, for people.
+            place: the folder or file that holds them.
         """
-        differences = self.differences(here)
-        if differences:
-            raise InputError(
-                f"'{place}' holds {what} of something else, they differ in {'; '.join(differences)} (there / here). "
-                "Choose another folder, or remove that one."
-            )
+        remedy = "Choose another folder, or remove that one."
+        refuse_differences(self.differences(here), f"'{place}' holds {what}", remedy)
 
     def to_json(self) -> str:
         """As it is stored in the Parquet file's metadata."""

@@ -12,7 +12,7 @@ from typing import Any, get_args
 import numpy as np
 import pandas as pd
 
-from ..config import InputError, Ranking, one_of, token_share
+from ..config import InputError, Ranking, one_of, share
 from ..scores.token_scores import TokenScores
 
 CHUNK = 1 << 21  # tokens that are looked at together
@@ -35,7 +35,7 @@ class TokenSelector:
 
     def __post_init__(self) -> None:
         one_of("ranking", self.ranking, get_args(Ranking))
-        object.__setattr__(self, "keep", token_share(self.keep))
+        object.__setattr__(self, "keep", share("keep_tokens", self.keep, "tokens"))
 
     def check(self, num_tokens: np.ndarray) -> None:
         """Raise InputError where no token would stay of rows with so many, (R,): before anything is measured."""

@@ -160,7 +160,7 @@ def test_model_without_up_projection_is_told_what_to_pass(place, tokenizer, tmp_
 def test_output_with_scores_of_another_model_is_left_alone(place, scored, other_model, capsys):
     before = (scored / "scores.parquet").read_bytes()
     message = refused(capsys, "score", "--model", other_model, "--dataset", place.rows, "--output", scored)
-    assert "scores of something else" in message
+    assert "scores made from something else" in message
     assert f"model weights ({place.model}" in message
     assert str(other_model) in message
     assert files_in(scored) == ["scores.parquet"]

@@ -252,7 +252,7 @@ def test_scores_are_used_again_and_another_criterions_refused(tmp_path, tiny_lla
     assert again.table.equals(first.table)
     with pytest.raises(InputError, match=r"criterion \(el2n / loss\)"):
         score_by("loss", model, dataset, tokenizer, arguments(), tmp_path, **COLUMNS)
-    with pytest.raises(InputError, match="holds scores of something else"):
+    with pytest.raises(InputError, match="holds scores made from something else"):
         score_dataset(model, dataset, tokenizer, arguments(), output=tmp_path, **COLUMNS)
 
 

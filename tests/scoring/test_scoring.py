@@ -168,7 +168,7 @@ def test_scores_of_the_same_are_reused_and_of_another_refused(dataset, tiny_llam
             tiny_llama(), dataset.select(range(9)), tokenizer, arguments(), output=tmp_path, **COLUMNS
         ),
     ):
-        with pytest.raises(InputError, match="holds scores of something else"):
+        with pytest.raises(InputError, match="holds scores made from something else"):
             other()
     assert (tmp_path / "scores.parquet").stat().st_mtime_ns == written
     assert ScoreTable.load(tmp_path).provenance == first.provenance

@@ -153,7 +153,7 @@ def test_a_kill_costs_no_more_than_what_was_not_yet_saved(model, prepared, tmp_p
 
 def test_parts_of_something_else_are_refused(model, prepared, tmp_path, tokenizer):
     measure(llama(len(tokenizer), seed=1), prepared, parts=kept(tmp_path, "other"))
-    with pytest.raises(InputError, match=r"holds token losses of something else.*weights \(other / key\)"):
+    with pytest.raises(InputError, match=r"holds token losses made from something else.*weights \(other / key\)"):
         measure(model, prepared, parts=kept(tmp_path))
     with pytest.raises(InputError, match="batches"):
         measure(model, prepared, budget=100, parts=kept(tmp_path, "other"))

@@ -254,7 +254,7 @@ def test_keep_outside_0_to_1_is_refused(keep):
     with pytest.raises(InputError, match="above 0 and at most 1") as refused:
         TokenSelector(keep=keep)
     assert "\n" not in str(refused.value)
-    assert str(refused.value).endswith(f"got {keep}.")
+    assert str(refused.value).endswith(f"got {keep!r}.")
 
 
 @pytest.mark.parametrize("keep", [1, 1.0, 0.6, 1e-9, np.float64(0.5), np.float32(0.5)])

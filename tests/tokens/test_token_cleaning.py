@@ -405,7 +405,7 @@ def test_scores_of_something_else_are_refused_by_name_and_left_alone(what, base,
     options = {"tokens_per_batch": 100} if what == "tokens_per_batch" else {}
     if what == "max_length":
         options["args"] = arguments(Path("unused"), max_length=40)
-    with pytest.raises(InputError, match="holds token scores of something else") as refused:
+    with pytest.raises(InputError, match="holds token scores made from something else") as refused:
         clean(*other, **options)
     assert told in str(refused.value)
     assert "\n" not in str(refused.value)
