@@ -41,7 +41,7 @@ from resofilter_trainer import (
 )
 from resofilter_trainer.cli.commands import summary
 from resofilter_trainer.cli.entry import exit_on_input_error
-from resofilter_trainer.config import Norm, Update
+from resofilter_trainer.config import Norm, UpdateName
 from resofilter_trainer.data.row_texts import RowTexts
 from resofilter_trainer.data.rows import first_line
 from resofilter_trainer.evaluation.generate import exact_match
@@ -64,7 +64,7 @@ class RecipeArguments:
     completion_column: str = field(default="answer", metadata={"help": "column of the training rows"})
     keep: float = field(default=0.5, metadata={"help": "share that stays; the largest changes go"})
     n_layers: int = field(default=3, metadata={"help": "how many of the last layers are measured"})
-    update: Update = field(default="adamw", metadata={"help": "the optimizer step that is measured"})
+    update: UpdateName = field(default="adamw", metadata={"help": "the optimizer step that is measured"})
     norm: Norm = field(default="mean_abs", metadata={"help": "how a matrix of changes becomes one number"})
     score_lr: float = field(default=1e-5, metadata={"help": "learning rate of the measured step"})
     score_eps: float = field(default=1e-8, metadata={"help": "AdamW's eps in the measured step"})

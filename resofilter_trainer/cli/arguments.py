@@ -8,12 +8,13 @@ from typing import get_args
 from ..config import (
     CLEANING_MODES,
     CRITERION_NAMES,
+    OPTIMIZER,
     Norm,
     Precision,
     Ranking,
     ResonanceConfig,
     TokenCleaning,
-    Update,
+    UpdateName,
 )
 
 
@@ -75,7 +76,8 @@ def score_arguments(parser: argparse.ArgumentParser) -> None:
     measure = parser.add_argument_group("measure")
     defaults = ResonanceConfig()
     measure.add_argument("--n_layers", type=int, default=defaults.n_layers)
-    measure.add_argument("--update", default=defaults.update, help=" or ".join(get_args(Update)))
+    updates = [name for name in get_args(UpdateName) if name != OPTIMIZER]
+    measure.add_argument("--update", default=defaults.update, help=" or ".join(updates))
     measure.add_argument("--norm", default=defaults.norm, help=" or ".join(get_args(Norm)))
     measure.add_argument("--lr", type=float, default=defaults.lr)
     measure.add_argument("--eps", type=float, default=defaults.eps)

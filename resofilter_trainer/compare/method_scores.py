@@ -19,7 +19,7 @@ from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import SFTConfig
 
-from ..config import ColumnMapping, InputError, Norm, NotFiniteError, ResonanceConfig, TokenCleaning, Update
+from ..config import ColumnMapping, InputError, Norm, NotFiniteError, ResonanceConfig, TokenCleaning, UpdateName
 from ..criteria.criterion import Criterion
 from ..criteria.prompted import RATING_PROMPTS, Nuggets, SelectIT
 from ..data.loading import check_model, open_pass, placed, usable_rows
@@ -79,7 +79,7 @@ def by_criterion(name: str) -> Callable[[Request], ScoreTable]:
     return score
 
 
-def by_resonance(update: Update = "adamw", norm: Norm = "mean_abs") -> Callable[[Request], ScoreTable]:
+def by_resonance(update: UpdateName = "adamw", norm: Norm = "mean_abs") -> Callable[[Request], ScoreTable]:
     """ResoFilter's scores."""
 
     def score(request: Request) -> ScoreTable:

@@ -6,6 +6,7 @@ from .settings import (
     CLEANING_MODES,
     CRITERION_NAMES,
     FILE_FORMATS,
+    OPTIMIZER,
     RESONANCE,
     SELF,
     ColumnMapping,
@@ -14,7 +15,7 @@ from .settings import (
     Ranking,
     ResonanceConfig,
     TokenCleaning,
-    Update,
+    UpdateName,
     cleaning_of_mode,
 )
 
@@ -22,6 +23,7 @@ __all__ = [
     "CLEANING_MODES",
     "CRITERION_NAMES",
     "FILE_FORMATS",
+    "OPTIMIZER",
     "RESONANCE",
     "SELF",
     "ColumnMapping",
@@ -33,7 +35,7 @@ __all__ = [
     "Ranking",
     "ResonanceConfig",
     "TokenCleaning",
-    "Update",
+    "UpdateName",
     "at_most_one",
     "cleaning_of_mode",
     "number",

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 
 from .checks import at_most_one, number, one_of, share, whole_number
 from .errors import InputError
 
-Update = Literal["adamw", "sgd"]
+UpdateName = Literal["adamw", "sgd", "optimizer"]  # model.updates has a record of each
 Norm = Literal["mean_abs", "l2"]
 Ranking = Literal["global", "sample"]
 Precision = Literal["auto", "float32", "bfloat16"]
 FILE_FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}  # of datasets, by suffix
+OPTIMIZER: UpdateName = "optimizer"
 SELF = "self"
 RESONANCE = "resonance"
 CRITERION_NAMES = (  # criteria.CRITERIA's, without torch
@@ -29,8 +30,8 @@ class ResonanceConfig:
 
     Attributes:
         n_layers: how many of the last decoder layers are measured; the score is the mean over them.
-        update: the optimizer whose first, fresh step is measured: `"adamw"`, or `"sgd"`, the plain step
-            `lr * g` (no momentum, no weight decay).
+        update: the step that is measured: the first of a fresh `"adamw"`; `"sgd"`, the plain step `lr * g` without
+            momentum or weight decay; or `"optimizer"`, what a training run's own optimizer did (`ResonanceCallback`).
         norm: how one matrix of changes becomes a number: `"mean_abs"`, or `"l2"`, the Frobenius norm.
         lr: learning rate of that step. It scales every score and changes no ranking.
         eps: AdamW's eps. The score saturates where gradients exceed it; a larger eps spreads the scores.
@@ -39,7 +40,7 @@ class ResonanceConfig:
     """
 
     n_layers: int = 3
-    update: Update = "adamw"
+    update: UpdateName = "adamw"
     norm: Norm = "mean_abs"
     lr: float = 1e-5
     eps: float = 1e-8
@@ -48,11 +49,17 @@ class ResonanceConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "n_layers", whole_number("n_layers", self.n_layers, least=1))
-        one_of("update", self.update, get_args(Update))
+        one_of("update", self.update, get_args(UpdateName))
         one_of("norm", self.norm, get_args(Norm))
         for name in ("lr", "eps"):
             object.__setattr__(self, name, number(name, getattr(self, name), above=0))
         object.__setattr__(self, "weight_decay", number("weight_decay", self.weight_decay, least=0))
+
+    def to_json(self) -> dict[str, Any]:
+        """The settings by name, as provenance has them. A run's own optimizer has its own: lr, eps and weight_decay
+        are None for it."""
+        own = dict.fromkeys(("lr", "eps", "weight_decay")) if self.update == OPTIMIZER else {}
+        return {**asdict(self), **own}
 
 
 @dataclass(frozen=True)

@@ -100,7 +100,7 @@ def describe_training(
         template=_hash_text(str(getattr(tokenizer, "chat_template", None) or "")),
         dataset=str(settings["dataset"]),
         rows=rows,
-        config=dataclasses.asdict(config),
+        config=config.to_json(),
         preparation=preparation,
         versions={package: importlib.metadata.version(package) for package in PACKAGES},
     )

@@ -30,7 +30,7 @@ from .losses import Inputs, learnt_positions, sample_means, unpacked
 from .modes import at_least_float32, evaluating, own_precision, requiring_grad
 from .resonance import Resonance
 from .up_projection import UpProjection, decoder_layers, find_up_projections
-from .updates import size_of_change, tile_sum, unchanged_sum
+from .updates import UPDATES, closed_form, size_of_change, tile_sum, unchanged_sum
 
 
 class Recorder:
@@ -52,6 +52,7 @@ class Recorder:
     """
 
     def __init__(self, model: nn.Module, config: ResonanceConfig) -> None:
+        closed_form(config)  # refuses an update that has none
         self.model = model
         self.config = config
         up_projections = find_up_projections(model, config.n_layers, config.up_projection)
@@ -247,7 +248,7 @@ def _linear_sums(
 ) -> Tensor:
     a, b = at_least_float32(a), at_least_float32(b[..., each.outputs])
     weight = at_least_float32(each.plain_weight())
-    norm_only = config.update == "sgd" and config.norm == "l2"
+    norm_only = UPDATES[config.update].is_gradient and config.norm == "l2"
     sums = []
     for run, factor in zip(runs, factors, strict=True):
         own_a, own_b = a[run.row, run.tokens], b[run.row, run.tokens]

@@ -21,6 +21,7 @@ from .losses import IGNORE
 from .modes import at_least_float32, evaluating, own_precision, requiring_grad
 from .quantised import check_plain
 from .up_projection import UpProjection, find_up_projections
+from .updates import fresh_optimizer
 
 
 @dataclass(frozen=True)
@@ -77,12 +78,7 @@ def literal(model: nn.Module, samples: Sequence[Mapping[str, Tensor]], config: R
 
 def _one_step(model: nn.Module, sample: Mapping[str, Tensor], config: ResonanceConfig) -> float:
     """One step of a fresh optimizer on one sample, a batch of one; returns the loss before it."""
-    if config.update == "adamw":
-        optimizer: torch.optim.Optimizer = torch.optim.AdamW(
-            model.parameters(), lr=config.lr, eps=config.eps, weight_decay=config.weight_decay
-        )
-    else:
-        optimizer = torch.optim.SGD(model.parameters(), lr=config.lr)
+    optimizer = fresh_optimizer(model.parameters(), config)
     model.zero_grad()
     ids, labels = sample["input_ids"][None], sample["labels"]
     logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits[0]

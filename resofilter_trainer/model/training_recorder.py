@@ -29,7 +29,7 @@ from .modes import at_least_float32
 from .recorder import Call, call_sums, used_twice
 from .resonance import Resonance, layer_values
 from .up_projection import UpProjection, find_up_projections
-from .updates import size_of_change, unchanged_sum
+from .updates import UPDATES, closed_form, size_of_change, unchanged_sum
 
 NOTHING_RECORDED = (
     "A training step went by without a measurement: the forward pass did not call every up-projection, or no gradient "
@@ -84,6 +84,7 @@ class TrainingRecorder:
         self.model, self.config = model, config
         self._modules: dict[nn.Module, list[UpProjection]] = {}
         if config is not None:
+            closed_form(config)  # refuses an update that has none
             up_projections = find_up_projections(model, config.n_layers, config.up_projection)
             self._layers = sorted({each.layer for each in up_projections})
             for each in up_projections:
@@ -229,21 +230,18 @@ class StepRecorder:
         return np.array(layer_values(self._up_projections, changes, self._config))
 
 
-def recorders(
-    model: nn.Module, config: ResonanceConfig, by_optimizer: bool, samples: int
-) -> tuple[TrainingRecorder, StepRecorder | None]:
-    """What measures a run: each sample in the backward, or the optimizer's own step of one sample.
+def recorders(model: nn.Module, config: ResonanceConfig, samples: int) -> tuple[TrainingRecorder, StepRecorder | None]:
+    """What measures a run: each sample in the backward, or, for an update without a closed form, the weights.
 
     Args:
         model: what is trained.
         config: which step is measured and how.
-        by_optimizer: whether it is the optimizer's own.
-        samples: of an update, over all processes.
+        samples: the samples of a step, over all processes.
 
     Raises:
         InputError: the optimizer's own step is wanted of several samples together.
     """
-    if not by_optimizer:
+    if UPDATES[config.update].step is not None:
         return TrainingRecorder(model, config), None
     if samples != 1:
         raise InputError(

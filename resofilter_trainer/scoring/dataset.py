@@ -5,7 +5,6 @@ Knows batches, devices and processes. The measuring is the recorder's, the token
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import time
@@ -34,6 +33,7 @@ from ..model.modes import bfloat16_forward
 from ..model.recorder import Recorder
 from ..model.resonance import Resonance
 from ..model.sharding import is_sharded, shard
+from ..model.updates import UPDATES, closed_form
 from ..scores.provenance import Trust
 from ..scores.score_table import LAYER, ScoreTable
 from ..scores.statistics import rank_correlation
@@ -95,6 +95,7 @@ def score_dataset(
     from `args.seed`.
     """
     config = config or ResonanceConfig()
+    closed_form(config)  # refuses an update that has none
     if precision is None and args is None:
         precision = "auto"
     args = args or default_arguments()
@@ -106,7 +107,7 @@ def score_dataset(
         raise InputError(VANISHING)
     if args.device.type == "mps":
         raise InputError("Apple's GPU has no float64, in which scores are summed up. Pass use_cpu=True.")
-    settings = dataclasses.asdict(config)
+    settings = config.to_json()
     if not isinstance(model, str) and is_sharded(model):
         raise InputError("The model is sharded already: pass it whole, as it was loaded.")
     model, opened = open_pass(model, dataset, processing_class, args, settings, precision=precision, **row_options)
@@ -165,7 +166,7 @@ def score_prepared(
         autocast, mixed = _forward_of(scoring, rows, alone, precision)
         measured = scoring.measure_all(autocast)
     agreements = [rank_correlation(measured.score[rows], again) for again in (alone, mixed)]
-    bounded = config.update == "adamw" and config.norm == "mean_abs"
+    bounded = UPDATES[config.update].saturates and config.norm == "mean_abs"
     trust = Trust(
         agreement=None if len(rows) < 3 else min(agreements),
         rows=len(rows),

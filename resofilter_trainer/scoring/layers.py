@@ -26,7 +26,7 @@ from ..model.losses import token_losses
 from ..model.modes import at_least_float32, requiring_grad
 from ..model.quantised import check_plain
 from ..model.up_projection import UpProjection, decoder_layers, find_up_projections
-from ..model.updates import UPDATES
+from ..model.updates import closed_form
 from ..scores.score_table import LAYER, LAYERS_FOLDER, ScoreTable
 from .criterion import measure_rows
 from .output import PassOutput
@@ -66,9 +66,10 @@ def score_layers(
     if limit < 1:
         raise InputError(f"limit must be at least 1, got {limit}.")
     config, args = config or ResonanceConfig(), args or default_arguments()
+    closed_form(config)  # refuses an update that has none
     folder = None if output is None else Path(output) / LAYERS_FOLDER
     check_arguments(args, folder)
-    settings = {**dataclasses.asdict(config), "n_layers": "all", "limit": limit}
+    settings = {**config.to_json(), "n_layers": "all", "limit": limit}
     model, opened = open_pass(model, dataset, processing_class, args, settings, precision="float32", **row_options)
     target = PassOutput(folder, opened)
     with target.held():
@@ -120,7 +121,7 @@ class _Changes:
         if gradient is None:
             return torch.zeros_like(weight)
         own = at_least_float32(each.up(gradient)).clone()
-        return UPDATES[self.config.update](own, weight, self.config).abs_().mul_(self.config.lr)
+        return closed_form(self.config)(own, weight, self.config).abs_().mul_(self.config.lr)
 
     def _values(self, change: Tensor) -> Tensor:
         """(3,) float64."""

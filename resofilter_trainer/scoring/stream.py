@@ -138,7 +138,7 @@ class _Pieces:
     def _open(self, piece: Dataset) -> Provenance:
         options = {name: value for name, value in self.options.items() if name not in ("tokens_per_batch", "sharded")}
         precision: Precision = options.pop("precision", None) or ("bfloat16" if self.args.bf16 else "float32")
-        settings = dataclasses.asdict(self.config)
+        settings = self.config.to_json()
         _, opened = open_pass(self.model, piece, self.tokenizer, self.args, settings, precision=precision, **options)
         return opened.provenance
 

@@ -15,7 +15,7 @@ from typing import Any, get_args
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ..config import InputError, ResonanceConfig, TokenCleaning, Update, one_of
+from ..config import InputError, ResonanceConfig, TokenCleaning, UpdateName, one_of
 from ..scores.score_table import ScoreTable
 from ..scoring.passes import held
 from ..selecting.results import Results
@@ -72,12 +72,12 @@ class ResonanceCallback(TrainerCallback):
             keep = 1.0
         self.token_cleaning = token_cleaning
         self.filter = FilterConfig(keep, threshold, selector, when, start_epoch, readmit, correct_drift, end_epoch)
-        one_of("update", update, (*get_args(Update), OPTIMIZER))
+        one_of("update", update, get_args(UpdateName))
         self.report = report
         self.by_optimizer = update == OPTIMIZER
         if self.by_optimizer and when == "before":
             raise InputError("update='optimizer' is seen while training only: leave when='before' out.")
-        self.config = ResonanceConfig(update="adamw" if self.by_optimizer else update, **config)  # type: ignore[arg-type]
+        self.config = ResonanceConfig(update=update, **config)  # type: ignore[arg-type]
         self._results = Results()
         self._run: Run | None = None
         self._holding = contextlib.ExitStack()  # holds it against other runs

@@ -89,7 +89,7 @@ class Run:
         self.step_recorder: StepRecorder | None = None
         if filtering.when == "training":
             size = self.batching.per_micro_batch * self.batching.accumulation
-            self.recorder, self.step_recorder = recorders(cast(Any, trainer.model), config, by_optimizer, size)
+            self.recorder, self.step_recorder = recorders(cast(Any, trainer.model), config, size)
         sampler = access.sampler_of(train_dataloader)
         self.random_order = isinstance(sampler, RandomSampler)
         self.sampler = ShrinkingSampler(sampler, self.batching, max_steps is not None)
@@ -110,7 +110,7 @@ class Run:
         self.settings = run_settings(
             trainer,
             **self.filter.to_json(),
-            **dataclasses.asdict(self.config) | {"update": OPTIMIZER if by_optimizer else config.update},
+            **self.config.to_json(),
             **dataclasses.asdict(self.batching),
             epochs=self.plan.epochs,
             max_steps=self.plan.max_steps,

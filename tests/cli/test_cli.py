@@ -291,7 +291,8 @@ def test_yaml_may_hold_lists_flags_and_text_that_begins_with_a_dash(place, tmp_p
         ("model: [", "cannot be read"),
         ("n_layers: two", "n_layers"),
         ("n_layers: 2.5", "n_layers"),
-        ("update: bogus", "update must be one of 'adamw', 'sgd', got 'bogus'"),
+        ("update: bogus", "update must be one of 'adamw', 'sgd', 'optimizer', got 'bogus'"),
+        ("update: optimizer", "only ResonanceCallback sees it"),
         (None, "cannot be read"),
     ],
 )

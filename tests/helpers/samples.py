@@ -12,8 +12,11 @@ from torch.nn import functional as F
 
 from resofilter_trainer import Recorder, Resonance, ResonanceConfig
 from resofilter_trainer.model.losses import IGNORE
+from resofilter_trainer.model.updates import UPDATES
 
 Sample = dict[str, Tensor]
+# The updates that `Recorder` and `literal` measure: a new one is tested as soon as it is in UPDATES.
+CLOSED_FORMS = [name for name, update in UPDATES.items() if update.step is not None]
 
 
 def make_samples(

@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 import numpy as np
 import pytest
 import torch
 from helpers.families import FAMILIES, tiny
-from helpers.samples import collate, error_over_spread, make_samples, record_all
+from helpers.samples import CLOSED_FORMS, collate, error_over_spread, make_samples, record_all
 from peft import LoraConfig, get_peft_model
 
 from resofilter_trainer import InputError, Recorder, ResonanceConfig, literal
+from resofilter_trainer.config import Norm, UpdateName
+from resofilter_trainer.model.updates import UPDATES
 from resofilter_trainer.scores.statistics import rank_correlation
 
 # The families and settings that the promise is made for.
 PROMISED = ["llama", "qwen3", "gemma2", "gpt2", "phi3", "opt", "mixtral"]
+NORMS = get_args(Norm)
 SETTINGS = {
-    "adamw": ResonanceConfig(),
-    "adamw, eps 1e-4": ResonanceConfig(eps=1e-4),
-    "adamw, l2": ResonanceConfig(norm="l2"),
-    "adamw, l2, eps 1e-4": ResonanceConfig(norm="l2", eps=1e-4),
-    "sgd": ResonanceConfig(update="sgd"),
-    "sgd, l2": ResonanceConfig(update="sgd", norm="l2"),
+    f"{update}, {norm}, eps {eps:g}": ResonanceConfig(update=update, norm=norm, eps=eps)
+    for update in CLOSED_FORMS
+    for norm in NORMS
+    for eps in ((1e-8, 1e-4) if UPDATES[update].saturates else (1e-8,))
 }
 
 
@@ -48,7 +51,7 @@ def test_float64_agrees_with_the_literal_procedure_in_every_batch(family: str, s
             np.testing.assert_array_equal(found.num_tokens, truth.num_tokens)
 
 
-@pytest.mark.parametrize("norm", ["mean_abs", "l2"])
+@pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("family", PROMISED)
 def test_float32_agrees_at_eps_1e_4(family: str, norm: str) -> None:
     model = build(family, torch.float32, **WIDE.get(family, {"hidden_size": 64, "intermediate_size": 128}))
@@ -59,11 +62,12 @@ def test_float32_agrees_at_eps_1e_4(family: str, norm: str) -> None:
             assert error_over_spread(record_all(model, samples, config, size, side), truth) < 1e-4
 
 
-@pytest.mark.parametrize("norm", ["mean_abs", "l2"])
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("update", [name for name in CLOSED_FORMS if not UPDATES[name].saturates])
 @pytest.mark.parametrize("family", PROMISED)
-def test_float32_sgd_agrees_with_the_float64_literal_procedure(family: str, norm: str) -> None:
-    # In float32 the literal SGD step of lr * g, about 1e-9, is lost in the rounding of weights near 0.02.
-    samples, config = make_samples(), ResonanceConfig(update="sgd", norm=norm)
+def test_float32_agrees_with_the_float64_literal_procedure(family: str, update: UpdateName, norm: Norm) -> None:
+    # In float32 a literal step such as SGD's lr * g, about 1e-9, is lost in the rounding of weights near 0.02.
+    samples, config = make_samples(), ResonanceConfig(update=update, norm=norm)
     truth = literal(build(family, torch.float64), samples, config)
     assert error_over_spread(record_all(build(family, torch.float32), samples, config), truth) < 1e-4
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from helpers.commands import QUESTIONS, refused, write
+from helpers.samples import CLOSED_FORMS
 from helpers.training import llama, rows
 
 from resofilter_trainer import InputError, ResonanceConfig, ScoreTable, score_dataset, score_layers
@@ -50,7 +51,7 @@ def test_changes_and_their_quantiles_are_those_of_torchs_adamw(model, tokenizer,
 
 
 @pytest.mark.parametrize("norm", ["mean_abs", "l2"])
-@pytest.mark.parametrize("update", ["adamw", "sgd"])
+@pytest.mark.parametrize("update", CLOSED_FORMS)
 def test_the_last_layers_are_those_of_the_scoring_pass(model, tokenizer, update, norm):
     config, dataset = ResonanceConfig(update=update, norm=norm), rows(ROWS)
     every = score_layers(model, dataset, tokenizer, config=config, limit=ROWS)
