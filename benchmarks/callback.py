@@ -59,15 +59,15 @@ class Toggle(Clock):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """The callback has attached its recorder."""
-        self._recorder = self._callback._running.recorder
+        self._recorder = self._callback._running._watch._recorder
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Attach or detach it for the next step."""
         super().on_step_end(args, state, control, **kwargs)
-        run = self._callback._running
+        watch = self._callback._running._watch
         wanted, recorder = measures(state.global_step), self._recorder
-        if recorder is not None and wanted != (run.recorder is not None):
-            run.recorder = recorder if wanted else None
+        if recorder is not None and wanted != (watch._recorder is not None):
+            watch._recorder = recorder if wanted else None
             recorder.attach() if wanted else recorder.detach()
 
 

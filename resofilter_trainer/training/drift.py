@@ -1,14 +1,15 @@
-"""Scores measured while the weights move, made comparable. Knows nothing of models: sees arrays.
+"""Scores measured while the weights move, made comparable. Knows arrays, no model.
 
-A sample that is measured late in an epoch meets a model that has learnt from the others: its loss is smaller, and so,
-mostly, is its score. Where the order is random, the rows measured around any one moment are a random sample of all
-rows. So a change of their distribution is a change of the model, not of the rows, and it is taken out: a score that
-lies at some quantile of the scores measured around it moves to that quantile of all scores.
+A sample measured late in an epoch meets a model that has learnt from the others: its loss is smaller, and so, mostly,
+is its score. Where the order is random, the rows measured around any moment are a random sample of all rows. A change
+of their distribution is then a change of the model, not of the rows, and is removed: a score at some quantile of the
+scores measured around it moves to that quantile of all scores.
 
-    corrected = Q_all(F_moment(score)), with F and Q straight lines between the quantiles in LEVELS
+    corrected = Q_all(F_moment(score)), with F and Q linear between the quantiles in LEVELS
 
-In the first and the last half of a window, where there are not rows enough on either side, the quantiles go straight
-on. Below the lowest of them scores keep their ratio to it, above the highest their distance, stretched as the middle.
+In the first and the last half of a window, where one side has too few rows, the quantiles are extrapolated linearly.
+Below the lowest quantile scores keep their ratio to it; above the highest they keep their distance, stretched as the
+middle is.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from __future__ import annotations
 import numpy as np
 
 LEVELS = np.array([0.05, 0.15, 0.25, 0.35, 0.5, 0.65, 0.75, 0.85, 0.95])
-SMALLEST_WINDOW = 50  # rows: quantiles of fewer are noise, and taking out noise adds noise
+SMALLEST_WINDOW = 50  # rows: quantiles of fewer are noise, and removing noise adds noise
 WINDOWS = 10  # otherwise a tenth of the rows
 
 
@@ -24,8 +25,8 @@ def without_drift(scores: np.ndarray, moments: np.ndarray) -> np.ndarray:
     """The scores as if all had been measured at the same moment.
 
     Args:
-        scores: (N,) finite or not; what is not finite stays as it is and counts for nothing.
-        moments: (N,) when each was measured, in any unit; the update, say.
+        scores: (N,) finite or not; values that are not finite are returned as they are and are not used.
+        moments: (N,) when each was measured, in any unit, such as the step.
 
     Returns:
         (N,) in the unit of `scores`. Fewer than 100 finite scores are returned as they are.
@@ -45,14 +46,14 @@ def without_drift(scores: np.ndarray, moments: np.ndarray) -> np.ndarray:
 
 
 def on_scale_of(scores: np.ndarray, earlier: np.ndarray) -> np.ndarray:
-    """Scores of one epoch on the scale of an earlier one, by the rows that were measured in both.
+    """Scores of one epoch on the scale of an earlier one, from the rows that were measured in both.
 
     Args:
         scores: (N,) of this epoch, NaN where a row was not measured.
         earlier: (N,) of earlier epochs, NaN likewise.
 
     Returns:
-        (N,) with the median and the interquartile range of the common rows moved to what they were.
+        (N,) scores, in which the common rows have the median and interquartile range of `earlier`.
     """
     common = np.isfinite(scores) & np.isfinite(earlier)
     if not common.any():
@@ -63,10 +64,10 @@ def on_scale_of(scores: np.ndarray, earlier: np.ndarray) -> np.ndarray:
     return median + (scores - middle) * stretch
 
 
-def drop_rate_by_moment(dropped: np.ndarray, moments: np.ndarray, parts: int = 10) -> np.ndarray:
-    """The share of rows dropped in each part of an epoch, early to late; (parts,). Flat where there is no bias."""
+def drop_rate_by_moment(dropped: np.ndarray, moments: np.ndarray, bins: int = 10) -> np.ndarray:
+    """The share of rows dropped in each of some equal bins of an epoch, early to late; (bins,). Flat without bias."""
     order = np.argsort(moments, kind="stable")
-    return np.array([dropped[part].mean() for part in np.array_split(order, parts)])
+    return np.array([dropped[some].mean() for some in np.array_split(order, bins)])
 
 
 def _mapped(values: np.ndarray, knots: np.ndarray, targets: np.ndarray) -> np.ndarray:
@@ -90,7 +91,7 @@ def _mapped(values: np.ndarray, knots: np.ndarray, targets: np.ndarray) -> np.nd
 
 
 def _line(centres: np.ndarray, values: np.ndarray, length: int) -> np.ndarray:
-    """(length,) through the values at the centres, and straight on at both ends."""
+    """(length,) the line through the values at the centres, extrapolated at both ends."""
     positions = np.arange(length)
     line = np.interp(positions, centres, values)
     reach = int(np.searchsorted(centres, 2 * centres[0]))  # as far in as the end is far out
@@ -104,5 +105,5 @@ def _line(centres: np.ndarray, values: np.ndarray, length: int) -> np.ndarray:
 
 
 def _ratio(above: np.ndarray, below: np.ndarray) -> np.ndarray:
-    """One where there is nothing to divide by."""
+    """`above / below`; 1 where `below` is not positive."""
     return np.divide(above, below, out=np.ones(np.broadcast(above, below).shape), where=below > 0)

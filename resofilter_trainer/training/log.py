@@ -1,4 +1,4 @@
-"""What a run says about itself: scalars for the trackers, lines for the console. Knows the Trainer's log only."""
+"""What a run reports: scalars for the trackers, lines for the console. Knows the Trainer's log only."""
 
 from __future__ import annotations
 
@@ -15,7 +15,14 @@ from .measurements import Measurements
 
 
 def report_rows(trainer: Trainer, when: str, measurements: Measurements, kept: np.ndarray) -> None:
-    """How many rows stay, (N,) bool, with how many of the tokens, and where their scores lie."""
+    """Report the scores, and how many rows the next epoch keeps with how many of the tokens.
+
+    Args:
+        trainer: the trainer whose trackers are used.
+        when: the moment the scores are of, for people: `"after epoch 1 of 3"`.
+        measurements: what was measured of every row.
+        kept: (N,) bool, the rows to keep.
+    """
     scores = measurements.score[np.isfinite(measurements.score)]
     tokens = measurements.num_tokens
     dropped_tokens = float(tokens[~kept].sum() / max(tokens.sum(), 1))
@@ -24,27 +31,33 @@ def report_rows(trainer: Trainer, when: str, measurements: Measurements, kept: n
         quantiles = np.quantile(scores, [0.25, 0.5, 0.75])
         scalars |= dict(zip(("score_q25", "score_q50", "score_q75"), map(float, quantiles), strict=True))
     broken = int((measurements.ever & ~np.isfinite(measurements.score)).sum())
-    notes = f", {broken} rows have a score that is no number" if broken else ""
+    notes = f", {broken} rows have a score that is not a number" if broken else ""
     span = f"{scores.min():.4g} to {scores.max():.4g}" if len(scores) else "none"
     line = (
-        f"{when}: {int(kept.sum()):,} of {len(kept):,} rows stay, with {1 - dropped_tokens:.1%} of the tokens; "
-        f"scores {span}{notes}"
+        f"scores {when}: {span}{notes}; kept: {int(kept.sum()):,} of {len(kept):,} rows "
+        f"with {1 - dropped_tokens:.1%} of the tokens"
     )
     _say(trainer, scalars, line)
 
 
+def report_plan(trainer: Trainer, line: str) -> None:
+    """Report the plan of an epoch in the console."""
+    _say(trainer, {}, line)
+
+
 def report_tokens(trainer: Trainer, numbers: Mapping[str, Any]) -> None:
-    """What a cleaning of tokens kept, and of each group: groups may lose out from part to part."""
+    """Report what a cleaning of tokens kept, in all and of each group: groups may lose out from stage to stage."""
     groups = numbers.get("share_of_groups", {})
     share = numbers["tokens_kept"] / max(numbers["tokens"], 1)
     scalars = {"kept_token_share": share, **{f"kept_token_share/{name}": kept for name, kept in groups.items()}}
-    part = f" of part {numbers['part'] + 1} of epoch {numbers['epoch']}" if "part" in numbers else ""
-    part = f" of stage {numbers['stage']}" if "stage" in numbers else part
+    stage = f" of stage {numbers['part'] + 1} of epoch {numbers['epoch']}" if "part" in numbers else ""
+    stage = f" of stage {numbers['stage']}" if "stage" in numbers else stage
     listed = "".join(f", {name} {kept:.1%}" for name, kept in groups.items())
-    _say(trainer, scalars, f"{numbers['tokens_kept']:,} of {numbers['tokens']:,} tokens{part} stay{listed}")
+    _say(trainer, scalars, f"kept {numbers['tokens_kept']:,} of {numbers['tokens']:,} tokens{stage}{listed}")
 
 
 def _say(trainer: Trainer, scalars: Mapping[str, float], line: str) -> None:
-    access.log(trainer, {f"{NAME}/{name}": value for name, value in scalars.items()})
+    if scalars:
+        access.log(trainer, {f"{NAME}/{name}": value for name, value in scalars.items()})
     if trainer.args.process_index == 0:
         tqdm.write(f"{NAME}: {line}")

@@ -1,4 +1,4 @@
-"""What was measured of each row while training, epoch after epoch. Knows arrays and files, no model, no Trainer."""
+"""What is measured of each row while training, epoch by epoch. Knows arrays and files, no model, no Trainer."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ KEY = "resofilter_measurements"
 
 @dataclass(frozen=True)
 class Measured:
-    """What one process measured of some rows in one update: (N,) each, and (N, L) for the layers."""
+    """What one process measured of some rows in one step: (N,) each, and (N, L) for the layers."""
 
     epoch: int
     step: int
@@ -34,7 +34,7 @@ class Measured:
     layers: np.ndarray
 
     def where(self, which: np.ndarray) -> Measured:
-        """Of some of the rows, (N,) bool."""
+        """The same for some of the rows, `which` (N,) bool."""
         names = ("rows", "loss", "num_tokens", "length", "layers")
         return dataclasses.replace(self, **{name: getattr(self, name)[which] for name in names})
 
@@ -42,11 +42,15 @@ class Measured:
 class Measurements:
     """The last measurement of every row that is trained on.
 
+    Args:
+        rows: the number of rows.
+        layers: the indices of the measured layers.
+
     Attributes:
-        score: (N,) what rows are ranked by: the measured score, drift taken out, on the scale of the first epoch; NaN
+        score: (N,) what rows are ranked by: the measured score without drift, on the scale of the first epoch; NaN
             until the row's first epoch has ended.
         measured: (N,) the mean over the layers, as it was measured.
-        epoch, step: (N,) when; -1 for a row that was never measured.
+        epoch, step: (N,) when it was measured; -1 for a row that was never measured.
         loss, num_tokens, length, layers: (N,) each, and (N, L).
     """
 
@@ -71,9 +75,9 @@ class Measurements:
         return self.epoch >= 0
 
     def add(self, found: Measured) -> None:
-        """Take in one update. Of a row that comes more than once in an epoch, the first measurement counts.
+        """Add the measurements of one step. Of a row that comes more than once in an epoch, the first counts.
 
-        A row without a token to learn has no measurement.
+        A row without a learnt token has no measurement.
         """
         found = found.where(found.num_tokens > 0)
         _, first = np.unique(found.rows, return_index=True)
@@ -84,7 +88,7 @@ class Measurements:
             getattr(self, name)[rows] = getattr(found, name)[first]
 
     def end_epoch(self, epoch: int, correct_drift: bool) -> None:
-        """Make scores of what was measured in an epoch."""
+        """Make the scores from what was measured in an epoch, with or without its drift."""
         now = self.epoch == epoch
         values = self.measured[now]
         if correct_drift:
@@ -92,11 +96,11 @@ class Measurements:
         self.score[now] = values
 
     def to_scores(self, sample_ids: np.ndarray, reasons: Sequence[str | None], provenance: Provenance) -> ScoreTable:
-        """As a table with a line for every row of the user's dataset.
+        """The scores as a table with a line for every row of the user's dataset.
 
         Args:
-            sample_ids: (N,) the place of each row in the user's dataset.
-            reasons: why a row of the user's dataset has no score, None where it has one.
+            sample_ids: (N,) the position of each row in the user's dataset.
+            reasons: why each row of the user's dataset has no score; None where it has one.
             provenance: what the scores were measured from.
         """
         missing = np.array([reason is not None for reason in reasons])
@@ -119,7 +123,7 @@ class Measurements:
         return ScoreTable(pa.table(columns), provenance)
 
     def save(self, folder: Path, extra: Mapping[str, np.ndarray]) -> None:
-        """Write to a folder, with further columns of a value for each row; whole or not at all."""
+        """Write to a folder, with `extra` columns of a value for each row; whole or not at all."""
         names = ("score", "loss", "num_tokens", "length", "epoch", "step")
         columns = {name: getattr(self, name) for name in names}
         columns |= {f"{LAYER}{layer}": self.layers[:, i] for i, layer in enumerate(self.layer_indices)}
@@ -127,7 +131,7 @@ class Measurements:
 
     @classmethod
     def load(cls, folder: Path) -> tuple[Measurements, dict[str, np.ndarray]]:
-        """Undo `save`: the measurements and the further columns. Raises InputError where they are not there."""
+        """Undo `save`: the measurements and the extra columns. Raises InputError for a missing or damaged file."""
         table, metadata = load_parquet(folder / FILE, KEY, "measurements of a training run")
         try:
             columns = {name: table[name].to_numpy().copy() for name in table.column_names}

@@ -1,6 +1,6 @@
 """How many rows, micro-batches and steps each epoch has when rows become fewer. Arithmetic: knows no data, no Trainer.
 
-rows of an epoch -> slots -> micro-batches of every process -> updates of `accumulation` micro-batches
+rows of an epoch -> slots -> micro-batches of every process -> steps of `accumulation` micro-batches
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Batching:
-    """How rows become updates.
+    """How rows become steps.
 
     Attributes:
-        rows: rows of the whole dataset.
-        per_process: rows of one process's micro-batch.
-        processes: how many share the rows.
-        accumulation: micro-batches of one update.
-        drop_last: whether rows that fill no micro-batch are left out of their epoch.
+        rows: the number of rows of the whole dataset.
+        per_process: the number of rows in one process's micro-batch.
+        processes: the number of processes that share the rows.
+        accumulation: the number of micro-batches of one step.
+        drop_last: whether rows that do not fill a micro-batch are left out of their epoch.
     """
 
     rows: int
@@ -33,29 +33,29 @@ class Batching:
 
     @property
     def per_micro_batch(self) -> int:
-        """Rows of one micro-batch over all processes."""
+        """The rows of one micro-batch over all processes."""
         return self.per_process * self.processes
 
     def micro_batches(self, rows: int) -> int:
-        """Micro-batches of an epoch on so many rows; the last may be smaller."""
+        """The micro-batches of an epoch on so many rows; the last may be smaller."""
         return rows // self.per_micro_batch if self.drop_last else math.ceil(rows / self.per_micro_batch)
 
     def steps(self, rows: int) -> int:
-        """Updates of an epoch on so many rows; the last may have fewer micro-batches."""
+        """The steps of an epoch on so many rows; the last may have fewer micro-batches."""
         return math.ceil(self.micro_batches(rows) / self.accumulation)
 
     def slots(self, order: np.ndarray) -> np.ndarray:
         """An epoch's rows as its batches take them.
 
-        Several processes need batches of one size. On all rows, the first are repeated, as accelerate does it. On fewer
-        rows, fillers take their place, whose labels are masked: they have no loss, no token and no gradient, so that
-        the update is that of one process.
+        Several processes need batches of the same size. On all rows, the first rows are repeated, as Accelerate does.
+        On fewer rows, fillers are added, whose labels are masked: they have no loss, no token and no gradient, so the
+        step equals that of a single process.
 
         Args:
             order: (K,) rows in the order of the epoch.
 
         Returns:
-            (S,) rows, or `~row` for a filler that looks like that row.
+            (S,) rows, or `~row` for a filler that is a copy of that row.
         """
         if self.processes == 1 or self.drop_last:
             return order
@@ -76,10 +76,10 @@ class Plan:
     """How many rows each epoch trains on, and what follows from it.
 
     Attributes:
-        batching: how rows become updates.
-        sizes: rows of each epoch.
-        epochs: number of epochs; the last may be a part of one.
-        max_steps: the number of updates where the user fixed it; every epoch then has as many as one on all rows.
+        batching: how rows become steps.
+        sizes: the number of rows of each epoch.
+        epochs: the number of epochs; the last may be a fraction of one.
+        max_steps: the number of steps where the user fixes it; every epoch then has as many as one on all rows.
     """
 
     batching: Batching
@@ -87,22 +87,31 @@ class Plan:
     epochs: float
     max_steps: int | None = None
 
+    @property
+    def full_steps(self) -> int:
+        """The steps of an epoch on all rows, which the Trainer takes every epoch to have."""
+        return self.batching.steps(self.batching.rows)
+
     def micro_batches(self, epoch: int) -> int:
-        """Micro-batches of an epoch, counted from 0."""
+        """The micro-batches of an epoch, counted from 0."""
         return self.batching.micro_batches(self._rows(epoch))
 
     def steps(self, epoch: int) -> int:
-        """Updates of an epoch, counted from 0."""
+        """The steps of an epoch, counted from 0."""
         return self.batching.steps(self._rows(epoch))
+
+    def first_step(self, epoch: int) -> int:
+        """The number of steps before an epoch."""
+        return sum(self.steps(each) for each in range(epoch))
 
     @property
     def total(self) -> int:
-        """Updates of the whole run."""
+        """The steps of the whole run."""
         if self.max_steps is not None:
             return self.max_steps
         last = len(self.sizes) - 1
         of_last = math.ceil(self.epochs * self.steps(last)) - last * self.steps(last)  # rounded as the Trainer does
-        return sum(self.steps(epoch) for epoch in range(last)) + of_last
+        return self.first_step(last) + of_last
 
     def _rows(self, epoch: int) -> int:
         return self.batching.rows if self.max_steps is not None else self.sizes[epoch]
@@ -110,14 +119,14 @@ class Plan:
 
 @dataclass(frozen=True)
 class Progress:
-    """How far along its schedule the learning rate is at each step, when the number of steps changes on the way.
+    """How far along its schedule the learning rate is at each step, when the number of steps changes during the run.
 
-    The schedule is made once, for `scheduled` steps. A change of the total stretches what is left of it, so that the
-    learning rate is continuous and ends where it should.
+    The schedule is made once, for `scheduled` steps. A change of the total stretches the rest of it, so the learning
+    rate is continuous and ends where it should.
 
     Attributes:
-        scheduled: steps the schedule was made for.
-        knots: (step, step of the schedule), ascending; straight lines lie between them.
+        scheduled: the number of steps that the schedule was made for.
+        knots: (step, step of the schedule), ascending, with straight lines between them.
     """
 
     scheduled: int

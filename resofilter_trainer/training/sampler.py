@@ -1,4 +1,4 @@
-"""Which row is each sample of a batch, and the sampler whose epochs shrink. Knows torch's data loading, no Trainer.
+"""Which row each sample of a batch is, and the sampler whose epochs shrink. Knows torch's data loading, no Trainer.
 
 sampler: row, or ~row for a filler -> IndexedRows: example with its row -> RowCollator: batch with its rows
 """
@@ -16,6 +16,7 @@ from ..config import InputError
 from ..model.gradients import segments_of
 from ..model.losses import IGNORE
 from .plan import Batching
+from .position import Position
 
 ROW = "resofilter_row"
 FILLER = -1
@@ -23,13 +24,13 @@ RESEEDED = 1 << 20  # further passes over the rows within an epoch are shuffled 
 
 
 class IndexedRows(Dataset):
-    """A dataset whose examples know their row. A negative index gives a copy of row `~index` that is a filler."""
+    """A dataset whose examples contain their row. A negative index gives a copy of row `~index` that is a filler."""
 
     def __init__(self, dataset: Any) -> None:
         self.dataset = dataset
 
     def __getattr__(self, name: str) -> Any:
-        if name == "dataset":  # not there yet, while it is unpickled in a worker
+        if name == "dataset":  # not set yet, while it is unpickled in a worker
             raise AttributeError(name)
         return getattr(self.dataset, name)  # set_epoch, column_names and the like
 
@@ -49,7 +50,7 @@ class IndexedRows(Dataset):
 
 
 class RowCollator:
-    """A collator whose batches say which rows they hold, `ROW` (N,), and whose fillers have nothing to learn."""
+    """A collator whose batches say which rows they contain, `ROW` (N,), and whose fillers have nothing to learn."""
 
     def __init__(self, inner: Callable[[list[Any]], Any]) -> None:
         self.inner = inner
@@ -69,60 +70,75 @@ class RowCollator:
 class ShrinkingSampler(Sampler[int]):
     """The Trainer's own sampler, restricted to the rows that are kept.
 
-    An epoch's order is the order in which the inner sampler would take all rows, without those that were dropped: it
-    is random, sequential or grouped by length as that one is, and where nothing is dropped it is that order.
+    An epoch's order is the order in which the inner sampler takes all rows, without the dropped ones: random,
+    sequential or grouped by length as that one is. Where nothing is dropped, it is exactly that order.
+
+    Args:
+        inner: the Trainer's own sampler.
+        batching: how rows become steps.
+        whole_epochs: whether an epoch on fewer rows is as long as one on all, and takes its rows several times.
 
     Attributes:
-        kept: (N,) bool.
-        epoch: the true epoch, whatever the Trainer counts.
-        order: the rows of this epoch once they are drawn; set it to go on with an epoch.
-        skip: slots of this epoch that are done already.
-        prefix: as many slots are given first, for the Trainer to skip.
-        ended: whether nothing comes after them.
-        random_state: torch's random state as it was before the iterator took a number from it.
+        order: (K,) the rows of this epoch in their order, once it is drawn; None before.
     """
 
     def __init__(self, inner: Any, batching: Batching, whole_epochs: bool) -> None:
-        self.inner, self.batching, self.whole_epochs = inner, batching, whole_epochs
-        self.kept = np.ones(batching.rows, dtype=bool)
-        self.epoch, self.skip, self.prefix, self.ended = 0, 0, 0, False
-        self.order: np.ndarray | None = None
-        self.random_state: torch.Tensor | None = None
+        self.inner = inner
+        self._batching, self._whole_epochs = batching, whole_epochs
+        self._random_state: torch.Tensor | None = None
+        self.begin(0, np.ones(batching.rows, dtype=bool))
 
-    def begin(self, epoch: int, kept: np.ndarray) -> None:
-        """A new epoch on these rows."""
-        self.epoch, self.kept, self.order, self.skip, self.prefix = epoch, kept, None, 0, 0
+    def begin(self, epoch: int, kept: np.ndarray, order: np.ndarray | None = None) -> None:
+        """Begin a true epoch.
+
+        Args:
+            epoch: its number, counted from 0, whatever the Trainer counts.
+            kept: (N,) bool, the rows to train on.
+            order: (K,) their order where it was drawn before; None to draw it.
+        """
+        self._epoch, self._kept, self.order = epoch, kept, order
+        self.place(Position(epoch, 0, 0, 0))
+
+    def place(self, position: Position) -> None:
+        """Set what the next iterator gives."""
+        self._position = position
 
     def set_epoch(self, epoch: int) -> None:
         """Called by the loader just before it makes an iterator; the number is the Trainer's and is not used."""
-        self.random_state = torch.get_rng_state()
+        self._random_state = torch.get_rng_state()
+
+    def undo_draw(self) -> None:
+        """Set torch's random state back to what it was before the loader's last iterator drew a number from it."""
+        if self._random_state is not None:
+            torch.set_rng_state(self._random_state)
 
     def __len__(self) -> int:
-        return self.batching.rows
+        return self._batching.rows
 
     def __iter__(self) -> Iterator[int]:
-        yield from np.resize(np.flatnonzero(self.kept), self.prefix).tolist()
-        if self.ended:
+        position = self._position
+        yield from np.resize(np.flatnonzero(self._kept), position.skipped_slots).tolist()
+        if position.first_slot is None:
             return
         if self.order is None:
             self.order = self._draw()
-        yield from self.batching.slots(self.order)[self.skip :].tolist()
+        yield from self._batching.slots(self.order)[position.first_slot :].tolist()
 
     def _draw(self) -> np.ndarray:
-        order = self._pass(self.epoch)
-        for further in range(1, -(-self.batching.rows // len(order)) if self.whole_epochs else 1):
-            order = np.concatenate([order, self._pass(self.epoch + further * RESEEDED)])
-        return order[: self.batching.rows]
+        order = self._pass(self._epoch)
+        for further in range(1, -(-self._batching.rows // len(order)) if self._whole_epochs else 1):
+            order = np.concatenate([order, self._pass(self._epoch + further * RESEEDED)])
+        return order[: self._batching.rows]
 
     def _pass(self, epoch: int) -> np.ndarray:
         if hasattr(self.inner, "set_epoch"):
             self.inner.set_epoch(epoch)
         order = np.fromiter(self.inner, dtype=np.int64)
-        order = order[self.kept[order]]
-        if len(order) != self.kept.sum() or len(np.unique(order)) != len(order):
+        order = order[self._kept[order]]
+        if len(order) != self._kept.sum() or len(np.unique(order)) != len(order):
             raise InputError(
-                f"The trainer's {type(self.inner).__name__} repeats rows or leaves some out: which epoch a row belongs "
-                "to is not known. Use train_sampling_strategy='random', 'sequential' or 'group_by_length'."
+                f"The trainer's {type(self.inner).__name__} repeats rows or leaves some out, so the epoch a row "
+                "belongs to is unknown. Use train_sampling_strategy='random', 'sequential' or 'group_by_length'."
             )
         return order
 

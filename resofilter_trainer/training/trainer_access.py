@@ -1,6 +1,6 @@
-"""What a callback needs of the Trainer and is not handed: the trainer itself, which rows it holds, what it can do.
+"""What a callback needs of the Trainer and is not given: the trainer itself, its rows, what it supports.
 
-Knows transformers' Trainer and TRL's SFTTrainer, nothing of scores. Everything here is about versions of theirs.
+Knows transformers' Trainer and TRL's SFTTrainer, and is the only module that knows their internals. Knows no scores.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import inspect
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -31,37 +31,59 @@ from .plan import Batching, Progress
 from .sampler import IndexedRows, RowCollator, ShrinkingSampler
 
 
-class Hold:
-    """What a run changes in a trainer, and how it is put back.
+class LoaderPatch:
+    """Lets the batches of a loader say which rows they contain, and undoes it.
 
     Args:
-        trainer, train_dataloader: the trainer and what it iterates.
-        sampler: takes the place of the trainer's own.
-        fetch: takes the place of `trainer.get_batch_samples`, which it is given as `inner`.
+        train_dataloader: the loader that the Trainer iterates.
+        collator: makes the collator that is used from one that adds the rows, see `RowCollator`; None for that itself.
+    """
+
+    def __init__(self, train_dataloader: Any, collator: Callable[[RowCollator], Any] | None = None) -> None:
+        self._base = getattr(train_dataloader, "base_dataloader", train_dataloader)
+        self._dataset, self._collate = self._base.dataset, self._base.collate_fn
+        rows = RowCollator(self._collate)
+        self._patched = rows if collator is None else collator(rows)
+
+    def install(self) -> None:
+        """Replace the loader's dataset and collator."""
+        self._base.__dict__["dataset"] = IndexedRows(self._dataset)  # a loader refuses it as a plain attribute
+        self._base.collate_fn = self._patched
+
+    def remove(self) -> None:
+        """Put the loader's own back."""
+        self._base.__dict__["dataset"], self._base.collate_fn = self._dataset, self._collate
+
+
+class TrainerPatch:
+    """What a run changes in a trainer, and undoes.
+
+    Args:
+        trainer, train_dataloader: the trainer and the loader that it iterates.
+        sampler: replaces the trainer's own sampler.
+        fetch: replaces `trainer.get_batch_samples`, which it finds as `inner`.
     """
 
     def __init__(self, trainer: Trainer, train_dataloader: Any, sampler: ShrinkingSampler, fetch: Any) -> None:
         self._trainer, self._loader, self._sampler, self._fetch = trainer, train_dataloader, sampler, fetch
-        base = getattr(train_dataloader, "base_dataloader", train_dataloader)
-        self._base, self._dataset, self._collate = base, base.dataset, base.collate_fn
+        self._rows = LoaderPatch(train_dataloader)
 
-    def take(self) -> None:
-        """Let rows be known, and fetched by the run."""
-        self._base.__dict__["dataset"] = IndexedRows(self._dataset)  # a loader refuses it as a plain attribute
-        self._base.collate_fn = RowCollator(self._collate)
+    def install(self) -> None:
+        """Let batches say their rows, and the run fetch them."""
+        self._rows.install()
         self._loader.set_sampler(self._sampler)
-        self._let_go()  # of what an earlier run left, that ended by an exception
+        self._restore_fetch()  # after an earlier run that an exception ended
         self.inner = self._trainer.get_batch_samples
         self._trainer.get_batch_samples = _Fetch(self._fetch, vars(self._trainer).get("get_batch_samples"))
 
-    def release(self) -> None:
+    def remove(self) -> None:
         """Leave the trainer as it was found."""
-        if self._let_go():
-            self._base.__dict__["dataset"], self._base.collate_fn = self._dataset, self._collate
+        if self._restore_fetch():
+            self._rows.remove()
             self._loader.set_sampler(self._sampler.inner)
 
-    def _let_go(self) -> bool:
-        """Give the trainer its own `get_batch_samples` back; whether a run had taken its place."""
+    def _restore_fetch(self) -> bool:
+        """Give the trainer its own `get_batch_samples` back; whether a run had replaced it."""
         there = vars(self._trainer).get("get_batch_samples")
         if not isinstance(there, _Fetch):
             return False
@@ -73,7 +95,7 @@ class Hold:
 
 
 class _Fetch:
-    """A run's own `get_batch_samples`, to be known again, and what it took the place of on the trainer itself."""
+    """A run's `get_batch_samples`, with the attribute of the trainer that it replaced."""
 
     def __init__(self, fetch: Any, replaced: Any) -> None:
         self._fetch, self.replaced = fetch, replaced
@@ -83,10 +105,10 @@ class _Fetch:
 
 
 def calling_trainer() -> tuple[Trainer, str | None]:
-    """The trainer that fires the event which is being handled, and the checkpoint that it goes on from.
+    """The trainer that fires the present event, and the checkpoint that it resumes from.
 
-    A callback is handed neither, and without the trainer nothing can be logged through its trackers. So they are read
-    off the call stack.
+    A callback is given neither, and without the trainer nothing can be logged through its trackers. So they are read
+    from the call stack.
     """
     frame = inspect.currentframe()
     while frame is not None:
@@ -101,59 +123,86 @@ def calling_trainer() -> tuple[Trainer, str | None]:
 def check_trainer(trainer: Trainer, train_dataloader: Any) -> None:
     """Raise InputError for a setting under which rows or gradients cannot be told apart; it says what to change."""
     args = cast(SFTConfig, trainer.args)
-    dataset = train_dataloader.dataset
     accelerator = trainer.accelerator
-    strategy = args.train_sampling_strategy
     sharded = "Score first (resofilter score), then train on the selection"
     by_fsdp = accelerator.distributed_type == DistributedType.FSDP or is_sharded(cast(Any, trainer.model))
+    balanced = args.train_sampling_strategy == "batch_rebalance"
     refusals = [
-        (isinstance(dataset, torch.utils.data.IterableDataset), "a streaming dataset", "Load it as a Dataset"),
-        (is_packed(args, dataset), "packed rows", "Set packing=False; padding_free=True wastes no padding either"),
-        (strategy == "batch_rebalance", "train_sampling_strategy='batch_rebalance'", "Use 'random'"),
+        *_common_refusals(trainer, train_dataloader.dataset),
+        (balanced, "train_sampling_strategy='batch_rebalance'", "Use 'random'"),
         (args.accelerator_config.dispatch_batches is True, "dispatch_batches=True", "Leave it unset"),
-        (args.torch_compile, "torch_compile=True, which drops hooks", "Set torch_compile=False"),
         (args.fp16, "fp16, in which gradients near eps vanish", "Use bf16=True or float32"),
-        (args.n_gpu > 1, "nn.DataParallel", "Use accelerate launch, or show one GPU by CUDA_VISIBLE_DEVICES"),
         (by_fsdp, "FSDP, which shards weights and gradients", sharded),
         (accelerator.distributed_type == DistributedType.DEEPSPEED, "DeepSpeed", sharded),
         (accelerator.parallelism_config is not None, "parallelism within a sample", "Leave parallelism_config unset"),
         (args.device.type == "mps", "Apple's GPU, which has no float64", "Pass use_cpu=True"),
         (cast(Any, trainer.model).dtype == torch.float16, "float16 weights", "Load the model in float32 or bfloat16"),
         (_averages_averages(trainer), "accumulation, where each batch's loss is its own mean", "Accumulate 1 batch"),
-        (learns_prompts(trainer.model), "prompt learning, which adds tokens", "Use LoRA, or train all weights"),
     ]
-    for refused, what, remedy in refusals:
-        if refused:
-            raise InputError(f"ResonanceCallback cannot work with {what}. {remedy}.")
-    if len(dataset) == 0:
+    _refuse("ResonanceCallback cannot work with", refusals)
+    if len(train_dataloader.dataset) == 0:
         raise InputError("The dataset has no rows to train on.")
 
 
+def check_weighable(trainer: Trainer, train_dataloader: Any) -> None:
+    """Raise InputError where a sample's loss cannot be weighted; it says what to change."""
+    args = cast(Any, trainer.args)
+    if not isinstance(trainer, SFTTrainer):
+        raise InputError(f"Rows are weighted in SFTTrainer's loss, this is {type(trainer).__name__}.")
+    refusals = [
+        *_common_refusals(trainer, train_dataloader.dataset),
+        (args.loss_type != "nll", f"loss_type='{args.loss_type}'", "Use 'nll'"),
+        (trainer.compute_loss_func is not None, "compute_loss_func", "Weight the rows there"),
+        (bool(args.label_smoothing_factor), "label smoothing", "Leave it out"),
+    ]
+    _refuse("Rows cannot be weighted with", refusals)
+
+
+def _common_refusals(trainer: Trainer, dataset: Any) -> list[tuple[bool, str, str]]:
+    """What stands in the way of telling samples apart: whether it does, what it is, and what to change."""
+    args = trainer.args
+    return [
+        (isinstance(dataset, torch.utils.data.IterableDataset), "a streaming dataset", "Load it as a Dataset"),
+        (is_packed(args, dataset), "packed rows", "Set packing=False; padding_free=True wastes no padding either"),
+        (args.torch_compile, "torch_compile=True, which drops hooks", "Set torch_compile=False"),
+        (args.n_gpu > 1, "nn.DataParallel", "Use accelerate launch, or show one GPU by CUDA_VISIBLE_DEVICES"),
+        (_learns_prompts(trainer.model), "prompt learning, which adds tokens", "Use LoRA, or train all weights"),
+    ]
+
+
+def _refuse(cannot: str, refusals: Sequence[tuple[bool, str, str]]) -> None:
+    for refused, what, remedy in refusals:
+        if refused:
+            raise InputError(f"{cannot} {what}. {remedy}.")
+
+
 def batching_of(trainer: Trainer, train_dataloader: Any) -> Batching:
-    """How this trainer makes updates of rows. Raises InputError for a dataset that fills no batch."""
+    """How this trainer makes steps of rows. Raises InputError for a dataset that does not fill a batch."""
     args, processes = trainer.args, trainer.args.world_size
     batch_size = trainer._train_batch_size  # that of args, unless auto_find_batch_size has lowered it
     per_process = batch_size // (processes if args.accelerator_config.split_batches else 1)
     rows, drop_last = len(train_dataloader.dataset), args.dataloader_drop_last
     if drop_last and rows < per_process * processes:
-        raise InputError(f"{rows} rows fill no batch of {per_process * processes}: leave out dataloader_drop_last.")
+        raise InputError(
+            f"{rows} rows do not fill a batch of {per_process * processes}: leave out dataloader_drop_last."
+        )
     return Batching(rows, per_process, processes, args.gradient_accumulation_steps, drop_last)
 
 
 def sampler_of(train_dataloader: Any) -> Any:
-    """The trainer's own sampler; of several processes each has a shard of its batches."""
+    """The trainer's own sampler; with several processes, each has a shard of its batches."""
     batch_sampler = train_dataloader.batch_sampler
     return getattr(batch_sampler, "batch_sampler", batch_sampler).sampler
 
 
 @dataclass(frozen=True)
-class HeldRows:
-    """Which rows of the dataset that the user passed a trainer holds.
+class TrainerRows:
+    """Which rows of the user's dataset a trainer trains on.
 
     Attributes:
-        sample_ids: (N,) the place of each of them in the user's dataset.
-        total: rows of the user's dataset.
-        dropped: why it does not hold the others.
+        sample_ids: (N,) the position of each of them in the user's dataset.
+        total: the number of rows of the user's dataset.
+        dropped: why the trainer leaves out the others.
     """
 
     sample_ids: np.ndarray
@@ -161,10 +210,10 @@ class HeldRows:
     dropped: str
 
     def left_out(self, emptied: np.ndarray | None) -> list[str | None]:
-        """Of the user's rows, why each is not trained on in any epoch; None where it is.
+        """Why each of the user's rows is not trained on in any epoch; None where it is.
 
         Args:
-            emptied: (N,) bool, the held rows of which no token is learnt.
+            emptied: (N,) bool, the trainer's rows of which no token is learnt; None for none.
         """
         reasons: list[str | None] = [self.dropped] * self.total
         for row in self.sample_ids:
@@ -174,12 +223,12 @@ class HeldRows:
         return reasons
 
 
-def held_rows(trainer: Trainer) -> HeldRows:
-    """The rows that a trainer holds.
+def rows_of(trainer: Trainer) -> TrainerRows:
+    """The rows that a trainer trains on.
 
-    SFTTrainer first maps all rows, which makes a table in the user's order, then drops those with every label masked
-    and shuffles, which only list the table's rows in another way. Where it maps nothing it drops nothing, and its
-    shuffling is known by the seed. A plain Trainer leaves the dataset as it is.
+    SFTTrainer first maps all rows, which makes a table in the user's order, then drops those whose labels are all
+    masked and shuffles, which only list the table's rows in another way. Where it maps nothing it drops nothing, and
+    its shuffling follows from the seed. A plain Trainer leaves the dataset as it is.
     """
     dataset, args = cast(Any, trainer.train_dataset), cast(SFTConfig, trainer.args)
     rows, total = np.arange(len(dataset)), len(dataset)
@@ -189,16 +238,17 @@ def held_rows(trainer: Trainer) -> HeldRows:
         rows = rows if listed is None else listed.column(0).to_numpy()
     elif prepared and args.shuffle_dataset:
         rows = np.random.default_rng(args.seed).permutation(total)
-    return HeldRows(rows, total, f"no token to learn within max_length {getattr(args, 'max_length', None)}")
+    return TrainerRows(rows, total, f"no token to learn within max_length {getattr(args, 'max_length', None)}")
 
 
 def token_weight(trainer: Trainer, num_items: Any, batch: Any, micro_batches: int) -> Any:
-    """What the loss of a micro-batch multiplies each token's own loss by.
+    """The factor by which the loss of a micro-batch multiplies each token's own loss.
 
     Args:
-        num_items: learnt tokens of the whole update, as the Trainer counts them; None where it does not.
+        trainer: the trainer that computes the loss.
+        num_items: the number of learnt tokens of the whole step, as the Trainer counts them; None where it does not.
         batch: the micro-batch.
-        micro_batches: how many the update has.
+        micro_batches: the number of micro-batches of the step.
     """
     if num_items is None or trainer.loss_is_scaled_for_ga is False:  # a mean of means
         return 1 / ((batch["labels"][:, 1:] != IGNORE).sum().clamp(min=1) * micro_batches)
@@ -209,7 +259,9 @@ def follow_progress(trainer: Trainer, progress: Progress, begin: bool) -> None:
     """Make the learning rate follow its schedule at another pace. A schedule of the user's own is left alone.
 
     Args:
-        begin: whether no step was made yet, so that the first learning rate is set too.
+        trainer: the trainer whose scheduler is changed.
+        progress: the step of the schedule at each step of the run.
+        begin: whether no step was made yet, so the first learning rate is set, too.
     """
     args, scheduler = trainer.args, trainer.lr_scheduler
     if not trainer._created_lr_scheduler or not isinstance(scheduler, LambdaLR):
@@ -230,10 +282,12 @@ def follow_progress(trainer: Trainer, progress: Progress, begin: bool) -> None:
 
 
 def set_total(trainer: Trainer, total: int, intervals: bool) -> None:
-    """Tell the Trainer and its progress bar how many steps the run has.
+    """Tell the Trainer and its progress bar the number of steps of the run.
 
     Args:
-        intervals: whether logging, evaluation and saving, where they are a share of the run, follow.
+        trainer: the trainer.
+        total: the number of steps.
+        intervals: whether to change the intervals of logging, evaluation and saving that are a share of the run.
     """
     trainer.state.max_steps = total
     if intervals:
@@ -246,7 +300,7 @@ def set_total(trainer: Trainer, total: int, intervals: bool) -> None:
 
 
 def learnt_anywhere(trainer: Trainer, batches: Sequence[Any]) -> bool:
-    """Whether any process has a token to learn in these micro-batches of an update."""
+    """Whether any process has a token to learn in these micro-batches of a step."""
     counts = [(batch["labels"][..., 1:] != IGNORE).sum() for batch in batches]
     return bool(trainer.accelerator.gather(torch.stack(counts).sum()).sum() > 0)
 
@@ -264,14 +318,14 @@ def masked_copy(batch: Any) -> Any:
 
 
 def log(trainer: Trainer, scalars: dict[str, float]) -> None:
-    """Through the trainer's history and trackers; what else is due to be logged stays due."""
+    """Log through the trainer's history and trackers; what else is due to be logged stays due."""
     due = trainer.control.should_log
     Trainer.log(trainer, dict(scalars))  # not the trainer's own: TRL's would add, and clear, its running averages
     trainer.control.should_log = due
 
 
 def checkpoint_folder(checkpoint: str | None, trainer: Trainer) -> Path:
-    """Where a checkpoint keeps what belongs to this package; by default of the one at the current step."""
+    """The folder of a checkpoint for what belongs to this package; by default of the checkpoint of the current step."""
     default = os.path.join(cast(str, trainer.args.output_dir), f"checkpoint-{trainer.state.global_step}")
     return Path(checkpoint or default) / "resofilter"
 
@@ -286,10 +340,10 @@ def is_packed(args: Any, dataset: Any) -> bool:
 
 
 def _averages_averages(trainer: Trainer) -> bool:
-    """Whether the model takes no number of items: an update that is filled up would weigh its rows less."""
+    """Whether the model takes no number of items: a step that is filled up would give its rows less weight."""
     return trainer.args.gradient_accumulation_steps > 1 and not trainer.model_accepts_loss_kwargs
 
 
-def learns_prompts(model: Any) -> bool:
-    """Whether tokens are added that stand in no batch."""
+def _learns_prompts(model: Any) -> bool:
+    """Whether the model adds tokens that are in no batch."""
     return isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning

@@ -1,9 +1,9 @@
-"""Rows whose loss counts for more or less in SFTTrainer's own loss. Knows TRL's outputs and batches, no scores.
+"""Rows whose loss is weighted in SFTTrainer's own loss. Knows TRL's outputs and batches, no scores.
 
-    loss = sum over samples of w_s * sum over its tokens of -log p, over the number of tokens of the update
+    loss = sum over samples of w_s * sum over its tokens of -log p, over the number of tokens of the step
 
-which is what SFTTrainer computes, but for w_s. With weights `n / kept` for a part of which `kept` of `n` rows stay, its
-expected gradient is that of all rows (InfoBatch, Qin et al., arXiv 2303.04947).
+which is what SFTTrainer computes, apart from w_s. With weights `n / kept` for a group of `n` rows of which `kept` are
+kept, its expected gradient is that of all rows (InfoBatch, Qin et al., arXiv 2303.04947).
 """
 
 from __future__ import annotations
@@ -15,65 +15,62 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from trl import SFTTrainer
 
 from ..config import InputError
 from ..model.gradients import Segment, segments_of
 from ..selecting.selection import Selection
 from . import trainer_access as access
-from .sampler import ROW, IndexedRows, RowCollator
+from .sampler import ROW, RowCollator
 
-WEIGHT = "resofilter_weight"  # (B, T) in a batch: what each token's loss counts
+WEIGHT = "resofilter_weight"  # (B, T) in a batch: the weight of each token's loss
 
 
 class SampleWeights(TrainerCallback):
-    """Lets each row's loss count as much as a selection says, in a training on the rows that stay.
+    """Weights each row's loss as a selection says, in a training on the rows it keeps.
 
     >>> selection = SoftPruning(keep=0.5).select(scores)
     >>> SFTTrainer(model, train_dataset=selection.apply(dataset), callbacks=[SampleWeights.of(selection)]).train()
 
     Args:
-        weight: (N,) for every row of the trainer's dataset, as it is passed to the trainer.
+        weight: (N,) the weight of every row of the dataset that is passed to the trainer.
 
     Raises:
-        InputError: a weight is negative or not finite, here; or the trainer has another loss or dataset, when training
-            begins.
+        InputError: here, where a weight is negative or not finite; when training begins, where the trainer has another
+            loss or another number of rows.
     """
 
     def __init__(self, weight: Sequence[float] | np.ndarray) -> None:
         self.weight = np.asarray(weight, dtype=np.float64)
         if self.weight.ndim != 1 or not np.isfinite(self.weight).all() or (self.weight < 0).any():
-            raise InputError("weight is one finite number of at least 0 for every row.")
+            raise InputError("weight must be one finite number of at least 0 for every row.")
         self._release: Callable[[], None] = lambda: None
 
     @classmethod
     def of(cls, selection: Selection) -> SampleWeights:
-        """The weights of the rows that stay; 1 where the selection has none."""
+        """The weights of the rows that a selection keeps; 1 where it has none."""
         return cls(np.ones(int(selection.keep.sum())) if selection.weight is None else selection.weight[selection.keep])
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Let batches say what their tokens count, and the model's outputs follow."""
+        """Add the weights to the batches, and apply them to the model's outputs."""
         self._release()
         trainer, _ = access.calling_trainer()
         loader = kwargs["train_dataloader"]
         if sum(isinstance(each, SampleWeights) for each in trainer.callback_handler.callbacks) > 1:
             raise InputError("SampleWeights was added twice: multiply the weights, and add it once.")
-        check_loss(trainer, loader)
-        held = access.held_rows(trainer)
-        if held.total != len(self.weight):
+        access.check_weighable(trainer, loader)
+        rows = access.rows_of(trainer)
+        if rows.total != len(self.weight):
             raise InputError(
-                f"There are {len(self.weight)} weights and the dataset has {held.total} rows: pass one for each."
+                f"There are {len(self.weight)} weights and the dataset has {rows.total} rows: pass one for each."
             )
-        base = getattr(loader, "base_dataloader", loader)
-        dataset, collate = base.dataset, base.collate_fn
-        base.__dict__["dataset"] = IndexedRows(dataset)  # a loader refuses it as a plain attribute
-        base.collate_fn = _WeightCollator(RowCollator(collate), self.weight[held.sample_ids])
+        patch = access.LoaderPatch(loader, lambda inner: _WeightCollator(inner, self.weight[rows.sample_ids]))
+        patch.install()
         weighted = WeightedLoss(cast(nn.Module, trainer.model))
 
         def release() -> None:
-            base.__dict__["dataset"], base.collate_fn = dataset, collate
+            patch.remove()
             weighted.detach()
             self._release = lambda: None
 
@@ -87,10 +84,10 @@ class SampleWeights(TrainerCallback):
 
 
 class WeightedLoss:
-    """Multiplies what the model's output says of each token by its weight, where a batch has weights.
+    """Multiplies the log-probability of each token by its weight, where a batch has weights.
 
     Args:
-        model: as SFTTrainer has patched it; its output has `log_probs`, (B, T - 1).
+        model: the model as SFTTrainer has patched it: its output has `log_probs`, (B, T - 1).
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -113,10 +110,10 @@ class WeightedLoss:
 
 
 class BatchWeights:
-    """Puts the weights of rows into a run's batches; the model is hooked once there are any.
+    """Adds the weights of rows to a run's batches; the model is hooked once there are any.
 
     Args:
-        trainer, train_dataloader: of the run.
+        trainer, train_dataloader: the run's trainer and its loader.
     """
 
     def __init__(self, trainer: Trainer, train_dataloader: Any) -> None:
@@ -124,15 +121,15 @@ class BatchWeights:
         self._weighted: WeightedLoss | None = None
 
     def put(self, batches: Sequence[Any], rows: Sequence[np.ndarray], weights: np.ndarray) -> None:
-        """Let every row of some micro-batches count as much as its weight.
+        """Add the weights of their rows to some micro-batches.
 
         Args:
-            batches: micro-batches, changed in place.
-            rows: their rows, an array for each.
-            weights: what every row that can be trained on counts.
+            batches: the micro-batches, changed in place.
+            rows: the rows of each, an array for each micro-batch.
+            weights: (N,) the weight of every row of the trainer.
         """
         if self._weighted is None:
-            check_loss(self._trainer, self._loader)
+            access.check_weighable(self._trainer, self._loader)
             self._weighted = WeightedLoss(cast(nn.Module, self._trainer.model))
         for batch, own_rows in zip(batches, rows, strict=True):
             segments = segments_of(batch)[: len(own_rows)]
@@ -146,41 +143,20 @@ class BatchWeights:
 
 
 def weights_of(rows: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """What the rows of a batch count; 1 for a filler, which has no loss."""
+    """The weights of the rows of a batch; 1 for a filler, which has no loss."""
     return np.where(rows < 0, 1.0, weights[rows])
 
 
 def token_weights(labels: Tensor, segments: Sequence[Segment], weights: Sequence[float]) -> Tensor:
-    """What each token counts, (B, T) float32: as much as its sample; 1 outside of all."""
+    """The weight of each token, (B, T) float32: that of its sample; 1 outside of all samples."""
     found = torch.ones(labels.shape, dtype=torch.float32, device=labels.device)
     for where, weight in zip(segments, weights, strict=True):
         found[where.row, where.tokens] = weight
     return found
 
 
-def check_loss(trainer: Trainer, train_dataloader: Any) -> None:
-    """Raise InputError where a sample's loss cannot be weighed; it says what to change."""
-    args = cast(Any, trainer.args)
-    if not isinstance(trainer, SFTTrainer):
-        raise InputError(f"Rows are weighed in SFTTrainer's loss, this is {type(trainer).__name__}.")
-    dataset = train_dataloader.dataset
-    refusals = [
-        (isinstance(dataset, torch.utils.data.IterableDataset), "a streaming dataset", "Load it as a Dataset"),
-        (access.is_packed(args, dataset), "packed rows", "Set packing=False"),
-        (args.loss_type != "nll", f"loss_type='{args.loss_type}'", "Use 'nll'"),
-        (trainer.compute_loss_func is not None, "compute_loss_func", "Weigh the rows there"),
-        (bool(args.label_smoothing_factor), "label smoothing", "Leave it out"),
-        (args.torch_compile, "torch_compile=True, which drops hooks", "Set torch_compile=False"),
-        (access.learns_prompts(trainer.model), "prompt learning, which adds tokens", "Use LoRA, or train all weights"),
-        (args.n_gpu > 1, "nn.DataParallel", "Use accelerate launch, or show one GPU by CUDA_VISIBLE_DEVICES"),
-    ]
-    for refused, what, remedy in refusals:
-        if refused:
-            raise InputError(f"Rows cannot be weighed with {what}. {remedy}.")
-
-
 class _WeightCollator:
-    """A collator whose batches say what their tokens count."""
+    """A collator whose batches contain the weights of their tokens."""
 
     def __init__(self, inner: RowCollator, weight: np.ndarray) -> None:
         self.inner, self.weight = inner, weight

@@ -373,9 +373,15 @@ def test_scalars_go_through_the_trackers_and_a_line_to_the_console(tmp_path, tok
     assert [entry[f"{STATE}/kept_share"] for entry in ours] == [0.5, 0.5, 0.5]
     assert {"dropped_token_share", "score_q25", "score_q50", "score_q75"} <= {key.split("/")[-1] for key in ours[0]}
     assert len([entry for entry in tracker.entries if "loss" in entry]) == 3  # the Trainer's own are still logged
-    printed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("resofilter: epoch")]
-    assert len(printed) == 3
-    assert "10 of 20 rows stay" in printed[0]
+    printed = [line.removeprefix("resofilter: ") for line in capsys.readouterr().out.splitlines()]
+    assert [line for line in printed if line.startswith("epoch")] == [
+        "epoch 1: 20 of 20 rows, 10 steps, 20 in all (no scores yet)",
+        "epoch 2: 10 of 20 rows, 5 steps, 20 in all (keep 0.5)",
+        "epoch 3: 10 of 20 rows, 5 steps, 20 in all (keep 0.5)",
+    ]
+    scores = [line for line in printed if line.startswith("scores after epoch")]
+    assert len(scores) == 3
+    assert "kept: 10 of 20 rows with" in scores[0]
 
 
 class LogSpy(TrainerCallback):
@@ -504,7 +510,7 @@ def test_rows_whose_score_is_no_number_go_and_are_counted(tmp_path, tokenizer, c
     reasons = callback.selections[1].to_pandas().reason
     assert (reasons == "score is nan, after epoch 1").sum() == 1
     assert callback.selections[1].keep.sum() == 18
-    assert "1 rows have a score that is no number" in capsys.readouterr().out
+    assert "1 rows have a score that is not a number" in capsys.readouterr().out
 
 
 def test_sequential_order_is_not_taken_for_drift(tmp_path, tokenizer):
@@ -529,7 +535,7 @@ def test_sequential_order_is_not_taken_for_drift(tmp_path, tokenizer):
         ({"callback": {"update": "optimizer"}}, "Make it 1"),
         ({"callback": {"keep": [1.0, 0.5, 0.4, 0.3]}}, "4 shares and the run 3 epochs"),
         ({"callback": {"n_layers": 9}}, "between 1 and 4"),
-        ({"dataloader_drop_last": True, "per_device_train_batch_size": 64, "max_steps": 4}, "fill no batch"),
+        ({"dataloader_drop_last": True, "per_device_train_batch_size": 64, "max_steps": 4}, "not fill a batch"),
     ],
 )
 def test_what_cannot_work_is_refused_before_the_first_step(changes, said, tmp_path, tokenizer):

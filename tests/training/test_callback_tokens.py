@@ -325,5 +325,5 @@ def test_settings_that_are_none():
     ):
         with pytest.raises(InputError, match=message):
             TokenCleaning(**settings)
-    with pytest.raises(InputError, match="token_cleaning is a TokenCleaning"):
+    with pytest.raises(InputError, match="token_cleaning must be a TokenCleaning"):
         ResonanceCallback(token_cleaning=0.6)

@@ -104,9 +104,9 @@ def test_fewer_than_100_scores_are_copied(holes):
 def test_100_scores_are_enough():
     when = np.arange(100)
     scores = truth(rows=100) - 5 * when / 100
-    early, late = drop_rate_by_moment(dropped(scores), when, parts=2)
+    early, late = drop_rate_by_moment(dropped(scores), when, bins=2)
     assert early - late > 0.8
-    early, late = drop_rate_by_moment(dropped(without_drift(scores, when)), when, parts=2)
+    early, late = drop_rate_by_moment(dropped(without_drift(scores, when)), when, bins=2)
     assert abs(early - late) < 0.4  # half windows at either end are all there is
 
 
@@ -165,7 +165,7 @@ def test_without_a_spread_scores_are_only_moved(earlier, found):
 def test_drop_rate_is_of_rows_by_when_they_were_measured():
     when = np.array([5, 0, 3, 1, 4, 2])
     gone = np.array([True, False, True, False, False, True])
-    assert drop_rate_by_moment(gone, when, parts=3).tolist() == [0, 1, 0.5]
+    assert drop_rate_by_moment(gone, when, bins=3).tolist() == [0, 1, 0.5]
 
 
 def test_drop_rate_has_ten_parts_and_takes_every_row():

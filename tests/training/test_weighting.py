@@ -25,7 +25,7 @@ from resofilter_trainer import (
     SoftPruning,
 )
 from resofilter_trainer.selecting.selection import KEPT
-from resofilter_trainer.training.trainer_access import held_rows
+from resofilter_trainer.training.trainer_access import rows_of
 
 WEIGHTS = np.array([0.0, 0.5, 1, 2, 3, 1.5, 0.25])
 SGD = {"optim": "sgd", "learning_rate": 1e-1, "max_grad_norm": 0.0, "lr_scheduler_type": "constant"}
@@ -33,7 +33,7 @@ SGD = {"optim": "sgd", "learning_rate": 1e-1, "max_grad_norm": 0.0, "lr_schedule
 
 def by_hand(model, trainer, weights, learning_rate):
     """One step on all rows at once: the loss is `sum w_s sum_t -log p / N`, N the learnt tokens of all."""
-    model, held = copy.deepcopy(model), held_rows(trainer)
+    model, held = copy.deepcopy(model), rows_of(trainer)
     total, tokens = torch.zeros(()), 0
     for row, example in zip(held.sample_ids, trainer.train_dataset, strict=True):
         ids, labels = torch.tensor(example["input_ids"])[None], torch.tensor(example["labels"])
@@ -94,7 +94,7 @@ def test_weights_are_the_users_rows_though_one_is_dropped(tmp_path, tokenizer):
     dataset[2]["prompt"] *= 20  # nothing of its completion is left within max_length
     dataset = type(rows(1)).from_list(dataset)
     start, outcome = one_step(tmp_path, tokenizer, WEIGHTS, dataset)
-    assert held_rows(outcome.trainer).sample_ids.tolist() == [0, 1, 3, 4, 5, 6]
+    assert rows_of(outcome.trainer).sample_ids.tolist() == [0, 1, 3, 4, 5, 6]
     expected, _ = by_hand(start, outcome.trainer, WEIGHTS, SGD["learning_rate"])
     for name, value in expected.state_dict().items():
         torch.testing.assert_close(outcome.weights[name], value, msg=name)
@@ -187,7 +187,7 @@ def test_weights_of_a_selection():
 
 @pytest.mark.parametrize("weight", [[1, -1], [1, float("nan")], [[1, 2]], [1, float("inf")]])
 def test_weights_that_cannot_work_are_refused(weight):
-    with pytest.raises(InputError, match="weight is one finite number"):
+    with pytest.raises(InputError, match="weight must be one finite number"):
         SampleWeights(weight)
 
 
@@ -211,7 +211,7 @@ def test_another_number_of_rows_is_refused(tmp_path, tokenizer):
 
 @pytest.mark.parametrize(
     ("other", "said"),
-    [(SampleWeights(np.ones(4)), "added twice"), (ResonanceCallback(), "Leave SampleWeights out")],
+    [(SampleWeights(np.ones(4)), "added twice"), (ResonanceCallback(), "Leave out SampleWeights")],
     ids=["twice", "both callbacks"],
 )
 def test_a_second_callback_for_the_rows_is_refused(other, said, tmp_path, tokenizer):

@@ -1,0 +1,83 @@
+"""Why an epoch has the steps it has, for people: a line in the console and `plan.json`. Knows the plan and the filter.
+
+resofilter: epoch 2: 13 of 21 rows, 3 steps, 9 in all (keep 0.6)
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from ..io.files import replacing
+from .filtering import FilterConfig
+from .plan import Plan
+
+PLAN_FILE = "plan.json"
+
+
+def planned_epochs(plan: Plan, filtering: FilterConfig, decided: int) -> list[dict[str, Any]]:
+    """The plan in numbers, an entry for each epoch.
+
+    Args:
+        plan: the rows and steps of each epoch.
+        filtering: what is dropped and when.
+        decided: the number of epochs whose rows are decided on; the numbers of later ones are a forecast.
+
+    Returns:
+        For each epoch `epoch`, counted from 1, `rows`, `of_rows`, `steps`, `total_steps` of the whole run, `decided`
+        and `why` it has these rows.
+    """
+    found, left = [], plan.total
+    for epoch, rows in enumerate(plan.sizes):
+        steps = min(plan.steps(epoch), left)
+        left -= steps
+        found.append(
+            {
+                "epoch": epoch + 1,
+                "rows": rows,
+                "of_rows": plan.batching.rows,
+                "steps": steps,
+                "total_steps": plan.total,
+                "decided": epoch < decided,
+                "why": why(plan, filtering, epoch, epoch < decided),
+            }
+        )
+    return found
+
+
+def line(entry: dict[str, Any]) -> str:
+    """An epoch's entry as a line."""
+    numbers = f"epoch {entry['epoch']}: {entry['rows']:,} of {entry['of_rows']:,} rows, {entry['steps']:,} steps"
+    return f"{numbers}, {entry['total_steps']:,} in all ({entry['why']})"
+
+
+def save_plan(folder: Path, entries: list[dict[str, Any]]) -> None:
+    """Write the plan beside the scores."""
+    with replacing(folder / PLAN_FILE) as temporary:
+        temporary.write_text(json.dumps(entries, indent=2) + "\n")
+
+
+def why(plan: Plan, filtering: FilterConfig, epoch: int, decided: bool) -> str:
+    """Why an epoch, counted from 0, trains on the rows it trains on."""
+    return f"{_rows(plan, filtering, epoch, decided)}{_steps(plan, epoch)}"
+
+
+def _rows(plan: Plan, filtering: FilterConfig, epoch: int, decided: bool) -> str:
+    if filtering.ended(epoch):
+        return "all rows from here on, end_epoch"
+    if epoch < filtering.first:
+        return "no scores yet" if epoch == 0 and filtering.when == "training" else "before start_epoch"
+    if filtering.has_shares:
+        return f"keep {filtering.shares(len(plan.sizes))[epoch]:g}"
+    what = type(filtering.selector).__name__ if filtering.threshold is None else f"threshold {filtering.threshold:g}"
+    if decided:
+        return what
+    return f"{what} decides later, at most as many rows as now" if not filtering.readmit else f"{what} decides later"
+
+
+def _steps(plan: Plan, epoch: int) -> str:
+    """Why the steps are not those that the rows need."""
+    if plan.max_steps is not None and plan.batching.steps(plan.sizes[epoch]) != plan.steps(epoch):
+        return "; max_steps fixes the steps, rows come more often"
+    return ""

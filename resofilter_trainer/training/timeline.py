@@ -1,0 +1,167 @@
+"""The plan of one run, applied to its Trainer: rows of each epoch, steps, learning rate. Knows no scores.
+
+The only counter is the number of true epochs that have ended; where the run stands follows from the plan and the
+Trainer's step (see `position`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from transformers import Trainer
+
+from ..config import InputError
+from . import trainer_access as access
+from .filtering import FilterConfig
+from .plan import Batching, Plan, Progress
+from .position import Position, position, steps_to_skip
+from .sampler import ShrinkingSampler
+
+
+class Timeline:
+    """Which epoch and step a run is at, and what the Trainer is told about it.
+
+    Args:
+        trainer: the trainer, about to start or to resume.
+        sampler: the trainer's own sampler.
+        batching: how rows become steps.
+        filtering: what is dropped and when.
+
+    Attributes:
+        plan: the rows and steps of each epoch.
+        ended_epochs: the number of true epochs that have ended.
+        sampler: the sampler that gives each epoch its rows.
+    """
+
+    def __init__(self, trainer: Trainer, sampler: Any, batching: Batching, filtering: FilterConfig) -> None:
+        args, state = trainer.args, trainer.state
+        self._trainer, self._filter = trainer, filtering
+        self.epochs, self._trainers_total = int(state.num_train_epochs), state.max_steps
+        max_steps = args.max_steps if args.max_steps > 0 else None
+        length = min(args.num_train_epochs, self.epochs) if max_steps is None else self.epochs
+        self.plan = Plan(batching, filtering.sizes(self.epochs, batching.rows), length, max_steps)
+        self.sampler = ShrinkingSampler(sampler, batching, max_steps is not None)
+        self.ended_epochs = 0
+        self._progress = Progress.of(self.plan.total)
+        self._skipped_steps = 0  # by the Trainer, in its first epoch after resuming
+        self._position = Position(0, 0, 0, 0)  # when the Trainer's present epoch began
+
+    @property
+    def steps_done(self) -> int:
+        """The steps of the present true epoch that are made."""
+        return self._trainer.state.global_step - self.plan.first_step(self.ended_epochs)
+
+    @property
+    def in_last_epoch_or_later(self) -> bool:
+        """Whether no epoch comes after the present one."""
+        return self.ended_epochs + 1 >= self.epochs
+
+    @property
+    def over(self) -> bool:
+        """Whether every true epoch has ended."""
+        return self.ended_epochs >= self.epochs
+
+    @property
+    def epoch_is_complete(self) -> bool:
+        """Whether all steps of the present true epoch are made."""
+        return not self.over and self.steps_done >= self.plan.steps(self.ended_epochs)
+
+    @property
+    def trains(self) -> bool:
+        """Whether anything is trained in the Trainer's present epoch; otherwise it only skips."""
+        return self._position.trains
+
+    def install(self, starts: bool) -> None:
+        """Tell the Trainer the number of steps, and let the learning rate follow."""
+        access.set_total(self._trainer, self.plan.total, intervals=starts)
+        self._follow_progress(begin=starts)
+
+    def plan_start(self, kept: np.ndarray, sizes: Sequence[int] | None = None) -> None:
+        """Plan the run anew before its first step, on fewer rows.
+
+        Args:
+            kept: (N,) bool, the rows of the first epoch.
+            sizes: the number of rows of each epoch; None for what was planned.
+        """
+        if sizes is not None:
+            self.plan = dataclasses.replace(self.plan, sizes=sizes)
+        self.sampler.begin(0, kept)
+        self.replan(kept)
+        self._progress = Progress.of(self.plan.total)
+
+    def begin_epoch(self) -> None:
+        """An epoch of the Trainer's begins: the sampler learns what to give in it."""
+        step = self._trainer.state.global_step
+        self._position = position(self.plan, self.ended_epochs, step, self._skipped_steps)
+        self.sampler.place(self._position)
+        self._skipped_steps = 0
+
+    def begin_step(self) -> None:
+        """Undo the random draw of an iterator that the uninterrupted run did not make, before its first step."""
+        if self._position.draws_again:
+            self.sampler.undo_draw()
+            self._position = dataclasses.replace(self._position, first_slot=0)
+
+    def end_step(self) -> None:
+        """Set the Trainer's epoch to the true one."""
+        accumulation, planned = self.plan.batching.accumulation, self.plan.micro_batches(self.ended_epochs)
+        done = min(self.steps_done * accumulation, planned)
+        self._trainer.state.epoch = self.ended_epochs + done / planned
+
+    def next_epoch(self, kept: np.ndarray, replan: bool) -> None:
+        """The present true epoch has ended; the next one trains on `kept`, (N,) bool."""
+        self.ended_epochs += 1
+        self.sampler.begin(self.ended_epochs, kept)
+        if replan:
+            self.replan(kept)
+
+    def replan(self, kept: np.ndarray) -> None:
+        """Set steps and learning rate to the number of rows that there are now, from the present epoch on."""
+        rows, sizes, share_known = int(kept.sum()), list(self.plan.sizes), self._filter.has_shares
+        most = self.plan.batching.rows if self._filter.readmit else rows
+        for epoch in range(self.ended_epochs, self.epochs):
+            known = share_known and epoch > self.ended_epochs
+            sizes[epoch] = min(sizes[epoch], most) if known or self._filter.ended(epoch) else rows
+        before, self.plan = self.plan.total, dataclasses.replace(self.plan, sizes=sizes)
+        if self.plan.total != before:
+            self._progress = self._progress.replanned(self._trainer.state.global_step, self.plan.total)
+            access.set_total(self._trainer, self.plan.total, intervals=True)
+            self._follow_progress(begin=False)
+
+    def _follow_progress(self, begin: bool) -> None:
+        if self._progress != Progress.of(self._trainers_total):  # otherwise the Trainer's own schedule is right
+            access.follow_progress(self._trainer, self._progress, begin)
+
+    def to_json(self) -> dict[str, Any]:
+        """What a checkpoint keeps of it."""
+        return {
+            "epoch": self.ended_epochs,
+            "steps_done": self.steps_done,
+            "sizes": list(self.plan.sizes),
+            "scheduled": self._progress.scheduled,
+            "knots": [list(knot) for knot in self._progress.knots],
+        }
+
+    def resume(self, saved: Mapping[str, Any], checkpoint: object) -> None:
+        """Continue where a checkpoint was made.
+
+        Args:
+            saved: what `to_json` gave.
+            checkpoint: its folder, for people.
+
+        Raises:
+            InputError: the Trainer's step is another than the checkpoint's.
+        """
+        self._progress = Progress(saved["scheduled"], tuple((step, at) for step, at in saved["knots"]))
+        self.plan = dataclasses.replace(self.plan, sizes=saved["sizes"])
+        self.ended_epochs = saved["epoch"]
+        if self.steps_done != saved["steps_done"]:
+            raise InputError(
+                f"'{checkpoint}' is damaged: step {self._trainer.state.global_step} is not step {saved['steps_done']} "
+                f"of epoch {saved['epoch'] + 1}. Resume from another checkpoint."
+            )
+        args, step = self._trainer.args, self._trainer.state.global_step
+        self._skipped_steps = steps_to_skip(self.plan, step, args.ignore_data_skip)
