@@ -55,7 +55,6 @@ class Loop:
         self.plan, self.step, self.ended = plan, step, ended
         self.to_skip = steps_to_skip(plan, step, ignore_data_skip)
         self.trained: list[list[tuple[int, int]]] = []
-        self.trains: list[Position] = []
 
     def run(self) -> Loop:
         for _ in range(self.step // self.plan.full_steps, len(self.plan.sizes)):
@@ -70,13 +69,14 @@ class Loop:
         given: list[tuple[int, int]] = [(-1, -1)] * at.skipped_slots
         if at.first_slot is not None:
             given += slots_of(self.plan, self.ended)[at.first_slot :]
-            self.trains.append(at)
         steps = steps_of(self.plan, given)[self.to_skip :]
         for step in steps[: self.plan.full_steps - self.to_skip]:
-            if self.step < self.plan.total:
-                self.trained.append(step)
-                self.step += 1
-        if at.trains and self.step - self.plan.first_step(self.ended) == self.plan.steps(self.ended):
+            self.trained.append(step)
+            self.step += 1
+            if self.step >= self.plan.total:  # which the Trainer asks after a step, never before one
+                break
+        if at.trains and self.step < self.plan.total:  # a true epoch ends with the Trainer's, or log and save are wrong
+            assert self.step - self.plan.first_step(self.ended) == self.plan.steps(self.ended)
             self.ended += 1
 
 
