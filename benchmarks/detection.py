@@ -33,7 +33,7 @@ from resofilter_trainer.data.loading import load_model
 from resofilter_trainer.scores.statistics import auroc, rank_correlation
 from resofilter_trainer.scores.token_scores import TokenScores
 from resofilter_trainer.selecting.selection import DataSelector
-from resofilter_trainer.training.stages import save_model
+from resofilter_trainer.training.fine_tuning import save_model
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 HELD_BACK = 100

@@ -54,7 +54,7 @@ if "select" not in sys.argv:  # which needs no model, and is not measured with t
     from resofilter_trainer.scoring.batches import collate, split_by_tokens
     from resofilter_trainer.scoring.token_losses import measure_token_losses
     from resofilter_trainer.tokens.cleaned_dataset import mask_labels
-    from resofilter_trainer.tokens.cleaning import score_tokens
+    from resofilter_trainer.tokens.losses import score_tokens
 
 KEEP = 0.6
 LONGEST_ROW, VOCABULARY = 400, 49152

@@ -58,7 +58,7 @@ from resofilter_trainer.scores.token_scores import TokenScores
 from resofilter_trainer.scoring.token_losses import measure_token_losses
 from resofilter_trainer.selecting.token_selection import TokenSelection, TokenSelector
 from resofilter_trainer.tokens.cleaned_dataset import SAMPLE_ID, mask_labels
-from resofilter_trainer.tokens.cleaning import score_tokens
+from resofilter_trainer.tokens.losses import score_tokens
 from resofilter_trainer.training.self_evolving import Evolved, self_evolve
 
 KEEP = 0.6

@@ -10,11 +10,11 @@ batch 16, 768 tokens, the last three layers, half of the rows. For its MetaMathQ
     accelerate launch recipes/gsm8k.py --dataset_name meta-math/MetaMathQA --dataset_config default \
         --prompt_column query --completion_column response --test_dataset_name openai/gsm8k
 
-Pass one scores every training row with the untrained model; pass two trains on what is kept. Both take SFTConfig's
-arguments. The paper's float32 is the default; with `--bf16 true` both passes run in bfloat16 autocast, on a GPU several
-times faster, and the line on trust says what the ranking loses by it.
+Pass one scores every training row with the untrained model; pass two trains on the rows to keep. Both take SFTConfig's
+arguments. The default is the paper's float32. With `--bf16 true` both passes run in bfloat16 autocast, which is several
+times faster on a GPU; the line on trust says how well the ranking agrees with float32.
 
-`accelerate launch` turns every exit code but 0 into 1; `python recipes/gsm8k.py` keeps the 2 of input that cannot work.
+For invalid input `python recipes/gsm8k.py` exits with code 2; `accelerate launch` turns every code but 0 into 1.
 """
 
 from __future__ import annotations
@@ -51,33 +51,36 @@ from resofilter_trainer.report import Contents
 
 @dataclass
 class RecipeArguments:
-    """What is trained and tested on, and how it is filtered."""
+    """The rows to train and test on, and how to filter them."""
 
     dataset_name: str = field(
         default="openai/gsm8k", metadata={"help": "a name on the hub, a data file, or a folder with train and test"}
     )
     dataset_config: str | None = field(default=None, metadata={"help": "configuration on the hub; GSM8K's is 'main'"})
     test_dataset_name: str | None = field(
-        default=None, metadata={"help": "where the test split is, if elsewhere; its columns are question and answer"}
+        default=None,
+        metadata={"help": "the dataset of the test split, if another; its columns are question and answer"},
     )
     prompt_column: str = field(default="question", metadata={"help": "column of the training rows"})
     completion_column: str = field(default="answer", metadata={"help": "column of the training rows"})
-    keep: float = field(default=0.5, metadata={"help": "share that stays; the largest changes go"})
-    n_layers: int = field(default=3, metadata={"help": "how many of the last layers are measured"})
+    keep: float = field(
+        default=0.5, metadata={"help": "the share of the rows to keep; those with the largest changes are dropped"}
+    )
+    n_layers: int = field(default=3, metadata={"help": "the number of last layers that are measured"})
     update: UpdateName = field(default="adamw", metadata={"help": "the optimizer step that is measured"})
-    norm: Norm = field(default="mean_abs", metadata={"help": "how a matrix of changes becomes one number"})
+    norm: Norm = field(default="mean_abs", metadata={"help": "the norm that turns a matrix of changes into one number"})
     score_lr: float = field(default=1e-5, metadata={"help": "learning rate of the measured step"})
     score_eps: float = field(default=1e-8, metadata={"help": "AdamW's eps in the measured step"})
     score_weight_decay: float = field(default=0.01, metadata={"help": "weight decay of the measured step"})
-    up_projection: str | None = field(default=None, metadata={"help": "regex, for an unknown model family"})
-    max_new_tokens: int = field(default=256, metadata={"help": "where an answer is cut off"})
+    up_projection: str | None = field(default=None, metadata={"help": "a regex, for model families that are not known"})
+    max_new_tokens: int = field(default=256, metadata={"help": "the most tokens of a generated answer"})
 
     def columns(self) -> ColumnMapping:
-        """Which columns of the training rows are which."""
+        """The column mapping of the training rows."""
         return ColumnMapping(prompt_column=self.prompt_column, completion_column=self.completion_column)
 
     def resonance(self) -> ResonanceConfig:
-        """The scoring pass's settings."""
+        """The settings of the scoring pass."""
         return ResonanceConfig(
             n_layers=self.n_layers,
             update=self.update,
@@ -93,15 +96,15 @@ class RecipeArguments:
 class PaperTraining(SFTConfig):
     """SFTConfig with the paper's defaults (ResoFilter, released training settings)."""
 
-    output_dir: str | None = field(default="runs/gsm8k", metadata={"help": "folder for everything that it leaves"})
+    output_dir: str | None = field(default="runs/gsm8k", metadata={"help": "the folder for all results"})
     learning_rate: float = field(default=1e-5, metadata={"help": "initial learning rate of the training"})
-    num_train_epochs: float = field(default=1.0, metadata={"help": "epochs over the rows that are kept"})
+    num_train_epochs: float = field(default=1.0, metadata={"help": "epochs over the kept rows"})
     weight_decay: float = field(default=0.1, metadata={"help": "weight decay of the training"})
     adam_beta2: float = field(default=0.95, metadata={"help": "AdamW's beta2 in the training"})
     warmup_steps: float = field(default=0.01, metadata={"help": "steps of warm-up, or below 1 their share"})
     bf16: bool | None = field(default=False, metadata={"help": "bfloat16 autocast, in scoring and training"})
     gradient_accumulation_steps: int = field(default=2, metadata={"help": "batches of one optimizer step"})
-    max_length: int | None = field(default=768, metadata={"help": "tokens of a row; what is beyond is cut"})
+    max_length: int | None = field(default=768, metadata={"help": "tokens of a row; longer rows are truncated"})
 
 
 @dataclass
@@ -140,18 +143,18 @@ def main() -> None:
         write_results(scores, selection, accuracy, len(test), recipe, training)
         contents, texts = Contents(scores, selection), RowTexts(train, recipe.columns())
         report = write_report(contents, str(training.output_dir), texts)
-        print(f"Why each row went: {report.path}")
+        print(f"Report of the dropped rows: {report.path}")
     trainer.end()
 
 
 def parse() -> tuple[RecipeArguments, SFTConfig, ModelConfig]:
-    """The command line and the YAML file, by TRL's own parser."""
+    """The command line and the YAML file, parsed by TRL."""
     try:
         recipe, training, model = TrlParser((RecipeArguments, PaperTraining, PaperModel)).parse_args_and_config()
     except (OSError, ValueError) as error:
         raise InputError(first_line(error)) from error
     if model.load_in_4bit or model.load_in_8bit:
-        raise InputError("Quantised models are not scored yet: leave out --load_in_4bit and --load_in_8bit.")
+        raise InputError("Quantised models cannot be scored yet: leave out --load_in_4bit and --load_in_8bit.")
     return recipe, training, model
 
 
@@ -162,21 +165,21 @@ def test_rows(recipe: RecipeArguments) -> Dataset:
     rows = map_columns(load_rows(name, "test", configuration(name, recipe)), mapping)
     unmarked = [row for row, text in enumerate(rows["completion"]) if final_answer(text) is None]
     if unmarked:
-        raise InputError(f"Row {unmarked[0]} of the test split has no final answer after '####': nothing to compare.")
+        raise InputError(f"Row {unmarked[0]} of the test split has no final answer after '####' to compare with.")
     return rows
 
 
 def configuration(name: str, recipe: RecipeArguments) -> str | None:
-    """The configuration to load: GSM8K on the hub has no default one."""
+    """The configuration to load. GSM8K on the hub has no default configuration."""
     if recipe.dataset_config and name == recipe.dataset_name:
         return recipe.dataset_config
     return "main" if name == "openai/gsm8k" else None
 
 
 def score_rows(train: Dataset, recipe: RecipeArguments, training: SFTConfig, model: ModelConfig) -> ScoreTable:
-    """Pass one: every row's resonance under the untrained model; repeated prompts are left out, as in the paper."""
+    """Pass one: every row's resonance under the untrained model. Repeated prompts are left out, as in the paper."""
     if model.model_name_or_path is None:
-        raise InputError("--model_name_or_path is missing.")
+        raise InputError("Pass --model_name_or_path.")
     scores = score_dataset(
         model.model_name_or_path,
         train,
@@ -198,7 +201,7 @@ def score_rows(train: Dataset, recipe: RecipeArguments, training: SFTConfig, mod
 
 
 def train_on(rows: Dataset, training: SFTConfig, model: ModelConfig) -> SFTTrainer:
-    """Pass two: SFTTrainer on the rows that stay."""
+    """Pass two: SFTTrainer on the kept rows."""
     trainer = SFTTrainer(
         model=model.model_name_or_path, args=training, train_dataset=rows, peft_config=get_peft_config(model)
     )
@@ -215,7 +218,7 @@ def write_results(
     recipe: RecipeArguments,
     training: SFTConfig,
 ) -> None:
-    """The selection and the result, beside the scores and the model."""
+    """Write `results.json` beside the scores, the selection and the model, and print the accuracy."""
     output = Path(str(training.output_dir))
     trust = scores.provenance.trust
     results = {
@@ -227,7 +230,9 @@ def write_results(
         "recipe": asdict(recipe),
     }
     (output / "results.json").write_text(json.dumps(results, indent=2) + "\n")
-    print(f"Trained on {results['kept']} of {results['rows']} rows: exact match {accuracy:.4f} on {test_rows} of test.")
+    print(
+        f"Trained on {results['kept']} of {results['rows']} rows: exact match {accuracy:.4f} on {test_rows} test rows."
+    )
     print(f"Scores, selection, model and results.json: {output}")
 
 

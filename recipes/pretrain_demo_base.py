@@ -1,11 +1,11 @@
-"""Make the demo's base model: a small Llama trained from scratch on right word problems, every token learnt.
+"""Pretrain the demo's base model: a small Llama, from scratch, on all tokens of word problems with right answers.
 
     python recipes/pretrain_demo_base.py --output resofilter_trainer/demo/base
     python recipes/pretrain_demo_base.py --start resofilter_trainer/demo/base --steps 200 --lr 1e-3 --seed 3000000000 \
-        --output runs/base80        # goes on from it, to about 80 % of new problems
+        --output runs/base80        # further pretraining, to about 80 % of new problems
 
 About ten minutes on two CPU cores. Training stops while the model still makes mistakes, so that the demo's
-fine-tuning has something to improve. Weights are stored as float16; load them with `dtype=torch.float32`.
+fine-tuning can improve it. Weights are stored as float16; load them with `dtype=torch.float32`.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTraine
 from resofilter_trainer.demo.problems import make_problems
 from resofilter_trainer.evaluation.generate import exact_match
 
-FIRST_SEED = 1_000_000_000  # far from the demo's seeds: its problems must be new to the model
+FIRST_SEED = 1_000_000_000  # far from the demo's seeds, whose problems must be new to the model
 WORDS_DIGITS_REST = Regex(r" ?[A-Za-z]+|\d| ?#+|[^A-Za-z\d\s]|\s")
 END, PAD = "<|end|>", "<|pad|>"
 
 
 def make_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
-    """Byte-level BPE: any text survives encode and decode; digits are tokens, and the words of `texts` are too."""
+    """Byte-level BPE: encoding and decoding preserves any text. Digits and the words of `texts` are tokens."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -52,7 +52,7 @@ def make_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
 
 
 def make_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
-    """Just under 0.9 million parameters, 1.8 MB as float16."""
+    """A model of just under 0.9 million parameters, 1.8 MB as float16."""
     return LlamaForCausalLM(
         LlamaConfig(
             vocab_size=len(tokenizer),
@@ -70,7 +70,7 @@ def make_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
 
 
 def batches(tokenizer: PreTrainedTokenizerFast, batch_size: int, seed: int) -> Iterator[dict[str, Tensor]]:
-    """New problems for ever, right-padded; padding is not learnt."""
+    """An endless stream of new problems, right-padded; the labels of padding are masked."""
     while True:
         seed += 1
         problems = make_problems(100 * batch_size, seed=seed)
@@ -84,7 +84,7 @@ def batches(tokenizer: PreTrainedTokenizerFast, batch_size: int, seed: int) -> I
 
 
 def pretrain(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, args: argparse.Namespace) -> None:
-    """Plain AdamW on the mean loss of all tokens."""
+    """Train with AdamW on the mean loss of all tokens."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_factor(step, args.steps))
     start = time.perf_counter()
@@ -101,15 +101,15 @@ def pretrain(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, args: 
 
 
 def learning_rate_factor(step: int, num_steps: int, warmup: int = 50) -> float:
-    """Linear from 0 to 1, then a cosine from 1 to a tenth."""
+    """A linear warm-up from 0 to 1, then a cosine from 1 to 0.1."""
     return min(1.0, (step + 1) / warmup) * (0.55 + 0.45 * math.cos(math.pi * step / num_steps))
 
 
 def parse_args() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", required=True, help="folder to write the model and the tokenizer to")
-    parser.add_argument("--start", help="go on from this model and its tokenizer")
+    parser.add_argument("--output", required=True, help="the folder for the model and the tokenizer")
+    parser.add_argument("--start", help="a model to continue from, with its tokenizer")
     parser.add_argument("--steps", type=int, default=1750)
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--lr", type=float, default=2e-3)

@@ -4,16 +4,16 @@
     accelerate launch recipes/token_cleaning.py --config recipes/token_cleaning.yaml --mode fixed --warmup_rows 10000
     accelerate launch recipes/token_cleaning.py --mode fixed --reference tuned/ --dataset_name rows.jsonl
 
-`--mode self-evolving`, the default, cuts the pool into five parts: the base model learns the first whole; each further
-part is cleaned by the base against the latest model, which then learns what is kept. Every stage has a schedule of its
-own, and its LoRA adapter is merged at its end.
+`--mode self-evolving`, the default, divides the rows into five stages (`--parts`). The base model learns all tokens of
+the first stage. Each further stage is cleaned by the base against the latest model, which then learns what is kept.
+Every stage has its own learning-rate schedule, and its LoRA adapter is merged at its end.
 
-`--mode fixed` tunes a reference on a warm-up set first (the first `--warmup_rows` rows, or `--warmup_dataset_name`), or
-takes one that is there; cleans the whole pool once; and tunes the base model on what is kept. `--mode rho` ranks within
-each row.
+`--mode fixed` tunes a reference model on a warm-up set (the first `--warmup_rows` rows, or `--warmup_dataset_name`) or
+takes the one that `--reference` names, cleans all rows once, and tunes the base model on what is kept. `--mode rho`
+does the same, but ranks the tokens within each row.
 
 The defaults are the paper's: 60 % of the tokens, LoRA of rank 64 on all projections, learning rate 1e-4, linear, one
-epoch, unshuffled, 48 rows per step, 2048 tokens. All of SFTConfig's and ModelConfig's arguments are understood.
+epoch, unshuffled, 48 rows per step, 2048 tokens. All arguments of SFTConfig and ModelConfig can be passed.
 """
 
 from __future__ import annotations
@@ -38,40 +38,40 @@ from resofilter_trainer import (
     write_report,
 )
 from resofilter_trainer.cli.entry import exit_on_input_error
-from resofilter_trainer.config import CLEANING_MODES, Ranking, cleaning_of_mode
+from resofilter_trainer.config import CLEANING_MODES, Ranking, cleaning_of_mode, whole_number
 from resofilter_trainer.data.loading import load_model, usable_rows
 from resofilter_trainer.data.row_texts import RowTexts, decoder
 from resofilter_trainer.data.rows import first_line
 from resofilter_trainer.tokens.cleaned_dataset import described, groups_of
+from resofilter_trainer.training.fine_tuning import check_settings, fine_tune, save_model, training_settings
 from resofilter_trainer.training.self_evolving import self_evolve
-from resofilter_trainer.training.stages import check_settings, save_model, train_stage, training_settings
 
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
 @dataclass
 class RecipeArguments:
-    """What is cleaned, and how."""
+    """The rows to clean, and how to clean them."""
 
     dataset_name: str | None = field(default=None, metadata={"help": "a name on the hub, a data file, or a folder"})
     dataset_config: str | None = field(default=None, metadata={"help": "configuration on the hub"})
-    prompt_column: str | None = field(default=None, metadata={"help": "if the rows have no TRL names"})
-    completion_column: str | None = field(default=None, metadata={"help": "if the rows have no TRL names"})
-    messages_column: str | None = field(default=None, metadata={"help": "if the rows have no TRL names"})
+    prompt_column: str | None = field(default=None, metadata={"help": "if the columns do not have TRL's names"})
+    completion_column: str | None = field(default=None, metadata={"help": "if the columns do not have TRL's names"})
+    messages_column: str | None = field(default=None, metadata={"help": "if the columns do not have TRL's names"})
     drop_duplicates: bool = field(default=False, metadata={"help": "leave out rows whose prompt repeats another's"})
     drop_empty: bool = field(default=False, metadata={"help": "leave out rows with an empty completion"})
     mode: str = field(default="self-evolving", metadata={"help": " | ".join(CLEANING_MODES)})
-    keep_tokens: float = field(default=0.6, metadata={"help": "share of the tokens that stays"})
-    ranking: Ranking | None = field(default=None, metadata={"help": "global, or sample; with --mode rho sample"})
-    parts: int = field(default=5, metadata={"help": "of --mode self-evolving"})
-    group_by: str | None = field(default=None, metadata={"help": "a column; what each group keeps is reported"})
-    reference: str | None = field(default=None, metadata={"help": "a tuned model or adapter, instead of a warm-up"})
+    keep_tokens: float = field(default=0.6, metadata={"help": "the share of the tokens to keep"})
+    ranking: Ranking | None = field(default=None, metadata={"help": "global, or sample (the only one with --mode rho)"})
+    parts: int = field(default=5, metadata={"help": "the number of stages of --mode self-evolving"})
+    group_by: str | None = field(default=None, metadata={"help": "a column; the share kept of each group is reported"})
+    reference: str | None = field(default=None, metadata={"help": "a tuned model or adapter, instead of the warm-up"})
     warmup_dataset_name: str | None = field(default=None, metadata={"help": "rows to tune the reference on"})
-    warmup_rows: int = field(default=10_000, metadata={"help": "how many of the first rows are the warm-up"})
-    tokens_per_batch: int = field(default=4096, metadata={"help": "of the passes that measure; padding included"})
+    warmup_rows: int = field(default=10_000, metadata={"help": "the number of first rows that are the warm-up set"})
+    tokens_per_batch: int = field(default=4096, metadata={"help": "tokens of a batch when measuring, padding included"})
 
     def columns(self) -> ColumnMapping:
-        """Which columns of the rows are which."""
+        """The column mapping of the rows."""
         return ColumnMapping(self.prompt_column, self.completion_column, self.messages_column)
 
     def cleaning(self, reference: str | None) -> TokenCleaning:
@@ -91,14 +91,14 @@ class RecipeArguments:
 class PaperTraining(SFTConfig):
     """SFTConfig with the paper's defaults (Token Cleaning, released training settings)."""
 
-    output_dir: str | None = field(default="runs/token_cleaning", metadata={"help": "folder for everything it leaves"})
+    output_dir: str | None = field(default="runs/token_cleaning", metadata={"help": "the folder for all results"})
     learning_rate: float = field(default=1e-4, metadata={"help": "initial learning rate of every training"})
     num_train_epochs: float = field(default=1.0, metadata={"help": "epochs of every training"})
     warmup_steps: float = field(default=0.03, metadata={"help": "steps of warm-up, or below 1 their share"})
     gradient_accumulation_steps: int = field(default=6, metadata={"help": "batches of one optimizer step"})
-    train_sampling_strategy: str = field(default="sequential", metadata={"help": "the order of the rows"})
+    train_sampling_strategy: str = field(default="sequential", metadata={"help": "the order of the rows in training"})
     bf16: bool | None = field(default=False, metadata={"help": "bfloat16 autocast, in measuring and training"})
-    max_length: int | None = field(default=2048, metadata={"help": "tokens of a row; what is beyond is cut"})
+    max_length: int | None = field(default=2048, metadata={"help": "tokens of a row; longer rows are truncated"})
     save_strategy: str = field(default="no", metadata={"help": "checkpoints within a training"})
 
 
@@ -125,7 +125,7 @@ def main() -> None:
         **(training.model_init_kwargs or {}),
     }
     dataset = load_rows(str(recipe.dataset_name), "train", recipe.dataset_config)
-    groups_of(dataset, recipe.group_by)  # says what is wrong before anything is trained
+    groups_of(dataset, recipe.group_by)  # raises before anything is trained
     usable_rows(dataset, recipe.columns(), training.dataset_text_field, recipe.drop_duplicates, recipe.drop_empty)
     columns = asdict(recipe.columns()) | {"drop_duplicates": recipe.drop_duplicates, "drop_empty": recipe.drop_empty}
     if recipe.mode == "self-evolving":
@@ -155,23 +155,22 @@ def main() -> None:
 
 
 def parse() -> tuple[RecipeArguments, SFTConfig, ModelConfig]:
-    """The command line and the YAML file, by TRL's own parser."""
+    """The command line and the YAML file, parsed by TRL."""
     try:
         recipe, training, model = TrlParser((RecipeArguments, PaperTraining, PaperModel)).parse_args_and_config()
     except (OSError, ValueError) as error:
         raise InputError(first_line(error)) from error
     recipe.cleaning(recipe.reference)
     if recipe.dataset_name is None or model.model_name_or_path is None:
-        raise InputError("--dataset_name and --model_name_or_path must be there.")
-    if recipe.warmup_rows < 1:
-        raise InputError(f"warmup_rows must be at least 1, got {recipe.warmup_rows}.")
+        raise InputError("Pass --dataset_name and --model_name_or_path.")
+    whole_number("warmup_rows", recipe.warmup_rows, least=1)
     if model.load_in_4bit or model.load_in_8bit:
-        raise InputError("Quantised models are not measured yet: leave out --load_in_4bit and --load_in_8bit.")
+        raise InputError("Quantised models cannot be measured yet: leave out --load_in_4bit and --load_in_8bit.")
     return recipe, training, model
 
 
 def warm_up(dataset: Dataset, recipe: RecipeArguments, training: SFTConfig, model: ModelConfig) -> str:
-    """The reference: the base model tuned on the warm-up set, all tokens. Returns its folder."""
+    """Tune the base model on all tokens of the warm-up set. Returns the folder of this reference model."""
     name = recipe.warmup_dataset_name
     rows = dataset if name is None else load_rows(name, "train")
     rows = rows.select(range(min(recipe.warmup_rows, len(rows))))
@@ -180,7 +179,7 @@ def warm_up(dataset: Dataset, recipe: RecipeArguments, training: SFTConfig, mode
 
 
 def tune(rows: Dataset, training: SFTConfig, model: ModelConfig, name: str) -> None:
-    """Tune the base model, and write it to a folder of this name; one that is there, of the same settings, stays."""
+    """Tune the base model and write it to a folder of this name, unless it exists and has the same settings."""
     folder = Path(str(training.output_dir)) / name
     peft_config = get_peft_config(model)
     settings = {"model": model.model_name_or_path, "rows": rows._fingerprint}
@@ -188,20 +187,20 @@ def tune(rows: Dataset, training: SFTConfig, model: ModelConfig, name: str) -> N
     if folder.is_dir():
         return
     base, tokenizer = load_model(str(model.model_name_or_path), None, training)
-    trained = train_stage(base, rows, training, tokenizer, peft_config, folder.with_name(f"{name}-training"))
+    trained = fine_tune(base, rows, training, tokenizer, peft_config, folder.with_name(f"{name}-training"))
     save_model(trained, tokenizer, folder)
 
 
 def report(dataset: Dataset, recipe: RecipeArguments, training: SFTConfig, model: str) -> None:
-    """Show which tokens went, beside the cleaned dataset."""
+    """Write a report of the masked tokens beside the cleaned dataset."""
     folder = Path(str(training.output_dir)) / "cleaned"
     texts = RowTexts(dataset, recipe.columns(), training.dataset_text_field)
     written = write_report(read_contents(folder), folder, texts, groups_of(dataset, recipe.group_by), decoder(model))
-    print(f"Which tokens went: {written.path}")
+    print(f"Report of the masked tokens: {written.path}")
 
 
 def finish(summary: Mapping[str, Any], reasons: Mapping[int, str], training: SFTConfig, model: str) -> None:
-    """Say what was kept, and where everything lies."""
+    """Print what was kept, and where the results are."""
     if PartialState().is_main_process:
         output = Path(str(training.output_dir))
         print(described(summary, reasons))

@@ -31,7 +31,7 @@ from ..scoring.dataset import score_dataset
 from ..scoring.less import LessConfig, less_scores
 from ..scoring.output import PassOutput
 from ..tokens.cleaning import measure_tokens
-from ..training.stages import save_model, train_stage
+from ..training.fine_tuning import fine_tune, save_model
 from .config import SelectorConfig
 
 REFERENCE_SHARE = 0.2  # of the rows, on which the reference of token cleaning is tuned: the paper's 10k of 50k
@@ -189,5 +189,5 @@ def tune_reference(request: Request, folder: Path) -> None:
     if args.max_steps > 0:
         args.max_steps = max(1, round(REFERENCE_SHARE * args.max_steps))
     dataset = first.dataset.select_columns(["input_ids", "labels"])
-    trained = train_stage(request.model, dataset, args, request.tokenizer, None, folder / "trainer")
+    trained = fine_tune(request.model, dataset, args, request.tokenizer, None, folder / "trainer")
     save_model(trained, request.tokenizer, folder / "model")

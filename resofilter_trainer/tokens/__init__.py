@@ -1,1 +1,1 @@
-"""Token cleaning: which tokens of a dataset are learnt, by a base and a reference model. Knows no Trainer."""
+"""Token cleaning: a base and a reference model decide which tokens of a dataset are learnt. Knows no Trainer."""

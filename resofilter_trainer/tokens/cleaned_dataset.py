@@ -1,4 +1,4 @@
-"""The dataset with the tokens masked that are not kept, and what is said about it. Knows rows as tokens, no model."""
+"""The dataset with all but the kept tokens masked, and its summary. Knows rows as tokens, no model."""
 
 from __future__ import annotations
 
@@ -27,19 +27,19 @@ from ..selecting.results import SUMMARY_FILE
 from ..selecting.token_selection import TokenSelection
 
 SAMPLE_ID = "sample_id"
-SHOWN = 5  # most and least kept tokens
+SHOWN = 5  # of the most and of the least kept tokens
 
 
 @dataclass(frozen=True)
 class CleanedDataset:
-    """A dataset that SFTTrainer trains on as it is, and how it came about.
+    """A dataset that SFTTrainer trains on as it is, and what led to it.
 
     Attributes:
-        dataset: `input_ids`, `labels` and `sample_id`, the place in the user's dataset. Rows without a token to learn
+        dataset: `input_ids`, `labels` and `sample_id`, the position in the user's dataset. Rows without a learnt token
             are left out.
-        selection: of every token that could be learnt, whether it is, and its scores.
-        reasons: why the user's other rows are not in it, by place.
-        summary: tokens and rows in numbers, as in `summary.json`.
+        selection: the decision on every token that could be learnt, and the token scores.
+        reasons: why each of the user's other rows is left out, by position.
+        summary: the numbers of tokens and rows, as in `summary.json`.
     """
 
     dataset: Dataset
@@ -49,12 +49,12 @@ class CleanedDataset:
 
 
 def masked(dataset: Dataset, offsets: np.ndarray, position: np.ndarray, keep: np.ndarray) -> Dataset:
-    """Prepared rows with every label masked that is not kept.
+    """Prepared rows with the labels of all but the kept tokens masked.
 
     Args:
         dataset: R rows with `input_ids` and `labels`.
-        offsets, position: (R + 1,) and (N,), where their learnt tokens stand, as in `TokenScores`.
-        keep: (N,) bool.
+        offsets, position: (R + 1,) and (N,), the positions of their learnt tokens, as in `TokenScores`.
+        keep: (N,) bool, the tokens to keep.
     """
     digest = xxhash.xxh3_128(str(dataset._fingerprint).encode())
     for array in (keep, offsets, position):
@@ -63,17 +63,17 @@ def masked(dataset: Dataset, offsets: np.ndarray, position: np.ndarray, keep: np
         partial(_mask_batch, offsets=offsets, position=position, keep=keep),
         with_indices=True,
         batched=True,
-        new_fingerprint=digest.hexdigest()[:16],  # else the arrays would be pickled to make one
+        new_fingerprint=digest.hexdigest()[:16],  # otherwise `map` pickles the arrays to compute one
     )
     return arrow.with_format(None)
 
 
 def mask_labels(dataset: Dataset, selection: TokenSelection) -> Dataset:
-    """What is trained on: prepared rows with the labels that are kept; rows that keep none are left out.
+    """The rows to train on: all but the kept labels are masked, and rows that keep none are left out.
 
     Args:
-        dataset: R prepared rows, in the order of the selection's.
-        selection: of their learnt tokens.
+        dataset: R prepared rows, in the order of the selection.
+        selection: the decision on their learnt tokens.
 
     Returns:
         `input_ids`, `labels` and `sample_id`.
@@ -90,18 +90,18 @@ def summarise(
     """What was kept, in numbers and by token.
 
     Args:
-        selection: of the tokens of R rows.
-        tokenizer: to show tokens as text.
-        groups: each row's, R values, or None.
+        selection: the decision on the tokens of R rows.
+        tokenizer: the tokenizer, to show tokens as text.
+        groups: the group of each row, R values, or None.
     """
     frame = selection.tokens_by_share()
     ends = {"most_kept": frame.head(SHOWN), "least_kept": frame.tail(SHOWN)[::-1]}
     listed = {
         name: [
             {"token": tokenizer.decode([int(token)]), "count": int(count), "share": float(share)}
-            for token, count, share in part.itertuples(index=False)
+            for token, count, share in tokens.itertuples(index=False)
         ]
-        for name, part in ends.items()
+        for name, tokens in ends.items()
     }
     return {
         "tokens": len(selection.keep),
@@ -114,12 +114,12 @@ def summarise(
 
 
 def described(summary: Mapping[str, Any], reasons: Mapping[int, str]) -> str:
-    """A summary, of one cleaning or of stages, in a few lines for the console."""
+    """A summary, of one cleaning or of several stages, in a few lines for the console."""
     lines = []
     for stage in summary.get("stages", [summary]):
         name = f"stage {stage['stage']}: " if "stage" in stage else ""
         share = stage["tokens_kept"] / max(stage["tokens"], 1)
-        lines.append(f"{name}{stage['tokens_kept']:,} of {stage['tokens']:,} tokens stay ({share:.1%})")
+        lines.append(f"{name}{stage['tokens_kept']:,} of {stage['tokens']:,} tokens kept ({share:.1%})")
         for group, kept in stage.get("share_of_groups", {}).items():
             lines.append(f"  {group}: {kept:.1%}")
         for ends in ("most_kept", "least_kept"):
@@ -131,7 +131,7 @@ def described(summary: Mapping[str, Any], reasons: Mapping[int, str]) -> str:
 
 
 def groups_of(dataset: Any, column: str | None) -> list[Any] | None:
-    """The values of a column. Raises InputError where there is none of that name."""
+    """The values of a column; None without a name. Raises InputError where the dataset has no such column."""
     if column is None:
         return None
     names = getattr(dataset, "column_names", None) or []
@@ -141,7 +141,7 @@ def groups_of(dataset: Any, column: str | None) -> list[Any] | None:
 
 
 def check_output(folder: Path | None, own: str) -> None:
-    """Raise InputError where a folder holds a dataset and no file `own`, which whoever makes one here leaves first."""
+    """Raise InputError where a folder holds a dataset, but not the file `own` that a cleaning writes before it."""
     if folder is None:
         return
     check_folder(folder)
@@ -154,29 +154,29 @@ def check_output(folder: Path | None, own: str) -> None:
 def save_dataset(dataset: Dataset, summary: Mapping[str, Any], folder: Path) -> None:
     """Write dataset and summary into a folder that may hold those of an earlier cleaning.
 
-    The dataset is written beside its place first. `state.json`, without which `datasets` opens nothing, goes first and
-    comes back last, so that no mixture of two datasets is ever read.
+    The dataset is written to a temporary folder first. `datasets` opens no folder without `state.json`: it is removed
+    first and put in place last, so that no mixture of two datasets is ever read.
     """
-    part = folder / f".dataset.{os.getpid()}.part"
-    shutil.rmtree(part, ignore_errors=True)  # left by one that was killed and had the same number
+    temporary = folder / f".dataset.{os.getpid()}.part"
+    shutil.rmtree(temporary, ignore_errors=True)  # left by a killed process with the same number
     try:
         with writing(folder):
-            dataset.save_to_disk(part)
+            dataset.save_to_disk(temporary)
             text = json.dumps(summary, indent=2, ensure_ascii=False)
-            (part / SUMMARY_FILE).write_text(text + "\n", encoding="utf-8")
+            (temporary / SUMMARY_FILE).write_text(text + "\n", encoding="utf-8")
         (folder / "state.json").unlink(missing_ok=True)
         for stale in folder.glob("data-*-of-*.arrow"):
             stale.unlink()
-        for path in sorted(part.iterdir(), key=lambda path: path.name == "state.json"):
+        for path in sorted(temporary.iterdir(), key=lambda path: path.name == "state.json"):
             os.replace(path, folder / path.name)
     finally:
-        shutil.rmtree(part, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _mask_batch(
     table: pa.Table, rows: list[int], offsets: np.ndarray, position: np.ndarray, keep: np.ndarray
 ) -> pa.Table:
-    """Some consecutive rows, with the labels that are not kept masked."""
+    """Consecutive rows with the labels of all but the kept tokens masked."""
     labels = table["labels"].combine_chunks()
     flat = labels.flatten().to_numpy().copy()
     lengths = pc.list_value_length(labels).to_numpy()

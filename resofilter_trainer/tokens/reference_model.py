@@ -1,6 +1,6 @@
-"""The model that tokens are cleaned against: a whole one, or a LoRA adapter on a base that is there already.
+"""The model that tokens are cleaned against: a whole model, or a LoRA adapter on the base model.
 
-Knows transformers and PEFT, not what is measured.
+Knows transformers and PEFT. Does not know what is measured.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -23,117 +24,146 @@ from ..data.rows import first_line, looks_local
 ADAPTER = "resofilter_reference"
 
 
-def is_adapter(reference: str, args: SFTConfig) -> bool:
-    """Whether a name or a folder holds an adapter and no whole model.
+@dataclass(frozen=True)
+class Reference:
+    """A reference model that was found, and is loaded only while it is needed.
 
-    Raises:
-        InputError: it holds neither, or cannot be reached.
+    Attributes:
+        name: its name on the hub, or its folder.
+        is_adapter: whether it is a LoRA adapter on the base model rather than a whole model.
+        args: how it is loaded (`model_init_kwargs`, `trust_remote_code`), and its device.
     """
-    if looks_local(reference) and not Path(reference).is_dir():
-        raise InputError(f"There is no reference model at '{reference}'. Pass a folder, or a name on the hub.")
-    adapter = False
-    with contextlib.suppress(Exception):  # of the hub, and then the next line fails, too
-        adapter = find_adapter_config_file(reference) is not None
-    if not adapter:
-        _config(reference, args)
-    elif Path(reference).is_dir() and not list(Path(reference).glob("adapter_model.*")):
-        raise InputError(f"The reference '{reference}' holds an adapter_config.json, but no adapter_model to it.")
-    return adapter
 
+    name: str
+    is_adapter: bool
+    args: SFTConfig
 
-def check_vocabulary(
-    reference: str, base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, args: SFTConfig, adapter: bool
-) -> None:
-    """Raise InputError where a reference has another vocabulary: losses of tokens that differ cannot be compared.
+    @classmethod
+    def find(cls, name: str, args: SFTConfig) -> Reference:
+        """Look for a reference without loading its weights.
 
-    Special tokens may be added or missing: a pad token is often added for tuning. Where one side brings no
-    tokenizer, the sizes of the vocabularies are compared, unless the reference is an adapter, which has none.
-    """
-    own = None
-    if tokenizer is not None:
-        with contextlib.suppress(Exception):  # it brings none
-            own = AutoTokenizer.from_pretrained(reference, trust_remote_code=args.trust_remote_code)
-    if tokenizer is None or own is None:
-        if adapter:
+        Raises:
+            InputError: there is neither a model nor an adapter of this name, or it cannot be reached.
+        """
+        if looks_local(name) and not Path(name).is_dir():
+            raise InputError(f"There is no reference model at '{name}'. Pass a folder, or a name on the hub.")
+        is_adapter = False
+        with contextlib.suppress(Exception):  # an error of the hub, which `_config` reports
+            is_adapter = find_adapter_config_file(name) is not None
+        found = cls(name, is_adapter, args)
+        if not is_adapter:
+            found._config()
+        elif Path(name).is_dir() and not list(Path(name).glob("adapter_model.*")):
+            raise InputError(f"The reference '{name}' has an adapter_config.json, but no adapter_model beside it.")
+        return found
+
+    def check_vocabulary(self, base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> None:
+        """Raise InputError where the vocabularies differ: losses of different tokens cannot be compared.
+
+        Special tokens may differ: a pad token is often added for tuning. Where one side has no tokenizer, the sizes of
+        the vocabularies are compared; an adapter has no vocabulary of its own.
+
+        Args:
+            base: the base model.
+            tokenizer: its tokenizer, if it has one.
+        """
+        own = None
+        if tokenizer is not None:
+            with contextlib.suppress(Exception):  # the reference has no tokenizer
+                own = AutoTokenizer.from_pretrained(self.name, trust_remote_code=self.args.trust_remote_code)
+        if tokenizer is not None and own is not None:
+            difference = _tokenizer_difference(own, tokenizer)
+        elif self.is_adapter:
             return
-        theirs = _config(reference, args).get_text_config().vocab_size
-        size = base.config.get_text_config().vocab_size
-        what = None if theirs == size else f"{theirs} tokens against {size}"
-    else:
-        mine, theirs = tokenizer.get_vocab(), own.get_vocab()
-        special = {*tokenizer.all_special_tokens, *own.all_special_tokens}
-        differing = sum(mine.get(token) != theirs.get(token) for token in mine.keys() & theirs.keys())
-        differing += len((mine.keys() ^ theirs.keys()) - special)
-        what = f"{len(theirs)} tokens against {len(mine)}, {differing} differ" if differing else None
-    if what is not None:
-        raise InputError(
-            f"The reference '{reference}' has another vocabulary than the base model ({what}): losses of its tokens "
-            "cannot be compared. Choose a reference that was tuned from the same base."
-        )
+        else:
+            sizes = [each.get_text_config().vocab_size for each in (self._config(), base.config)]
+            difference = None if sizes[0] == sizes[1] else f"{sizes[0]} tokens against {sizes[1]}"
+        if difference is not None:
+            raise InputError(
+                f"The reference '{self.name}' has another vocabulary than the base model ({difference}): the losses of "
+                "their tokens cannot be compared. Choose a reference that was tuned from the same base."
+            )
 
+    @contextlib.contextmanager
+    def loaded(self, base: PreTrainedModel | None) -> Iterator[PreTrainedModel]:
+        """The reference model, on the device of `args`.
 
-def load_reference(reference: str, args: SFTConfig) -> PreTrainedModel:
-    """A whole reference model, on the device of `args`. Raises InputError where it cannot be loaded."""
-    args = copy.copy(args)
-    args.model_init_kwargs = {k: v for k, v in (args.model_init_kwargs or {}).items() if k != "revision"}  # the base's
-    return placed(load_weights(reference, args), args).eval()
+        Args:
+            base: the base model, which carries an adapter meanwhile; a whole reference needs none.
+
+        Raises:
+            InputError: the reference cannot be loaded, or its adapter does not fit.
+        """
+        if self.is_adapter:
+            assert base is not None, "an adapter needs its base model"
+            with adapted(base, self.name) as model:
+                yield model
+        else:
+            args = copy.copy(self.args)
+            given = args.model_init_kwargs or {}
+            args.model_init_kwargs = {name: given[name] for name in given if name != "revision"}  # the base model's
+            yield placed(load_weights(self.name, args), args).eval()
+
+    def _config(self) -> PreTrainedConfig:
+        try:
+            return AutoConfig.from_pretrained(self.name, trust_remote_code=self.args.trust_remote_code)
+        except Exception as error:  # transformers and the hub each raise their own
+            raise InputError(f"The reference model '{self.name}' cannot be loaded: {first_line(error)}") from error
 
 
 @contextlib.contextmanager
-def wearing(model: PreTrainedModel | PeftModel, adapter: str) -> Iterator[PeftModel]:
-    """The model with a LoRA adapter on it, for a while; no second copy of its weights is made.
+def adapted(model: PreTrainedModel | PeftModel, adapter: str) -> Iterator[PeftModel]:
+    """The model with a LoRA adapter, without a second copy of its weights.
 
-    Afterwards modules and their modes, weights, trainable parameters and the active adapter are as they were.
+    On exit the modules and their modes, the weights, the trainable parameters and the active adapter are restored.
 
     Raises:
         InputError: the adapter cannot be loaded, or does not fit.
     """
-    required = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    requires_grad = {parameter: parameter.requires_grad for parameter in model.parameters()}
     modules = dict(model.named_modules(remove_duplicate=False))
     attributes = {each: dict(vars(each)) for each in model.modules()}  # their modes among them
     embeddings = model.get_input_embeddings()
-    hooks = dict(embeddings._forward_hooks)  # checkpointing adds one, and forgets the one that was there
+    hooks = dict(embeddings._forward_hooks)  # gradient checkpointing adds one, and loses the one from before
     active = model.active_adapter if isinstance(model, PeftModel) else None
     try:
         try:
-            worn = _put_on(model, adapter)
+            with_adapter = _add_adapter(model, adapter)
         except Exception as error:  # peft, safetensors and torch each raise their own
             raise InputError(f"The reference adapter '{adapter}' cannot be used: {first_line(error)}") from error
-        yield worn
+        yield with_adapter
     finally:
         if isinstance(model, PeftModel):
             model.set_adapter(active)
             if ADAPTER in model.peft_config:
                 model.delete_adapter(ADAPTER)
         for name, module in modules.items():
-            if name and model.get_submodule(name) is not module:  # it was wrapped
+            if name and model.get_submodule(name) is not module:  # PEFT wrapped it
                 parent, _, child = name.rpartition(".")
                 setattr(model.get_submodule(parent), child, module)
-        for each, own in attributes.items():
+        for each, before in attributes.items():
             vars(each).clear()
-            vars(each).update(own)
+            vars(each).update(before)
         embeddings._forward_hooks.clear()
         embeddings._forward_hooks.update(hooks)
-        for parameter, flag in required.items():
+        for parameter, flag in requires_grad.items():
             parameter.requires_grad_(flag)
 
 
-def _put_on(model: PreTrainedModel | PeftModel, adapter: str) -> PeftModel:
+def _add_adapter(model: PreTrainedModel | PeftModel, adapter: str) -> PeftModel:
     device = next(model.parameters()).device
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):  # PEFT draws what it then overwrites
-        return _loaded(model, adapter)
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):  # PEFT draws weights, then overwrites them
+        if not isinstance(model, PeftModel):
+            return PeftModel.from_pretrained(model, adapter, ADAPTER)
+        model.load_adapter(adapter, ADAPTER, is_trainable=False)
+        model.set_adapter(ADAPTER)
+        return model
 
 
-def _loaded(model: PreTrainedModel | PeftModel, adapter: str) -> PeftModel:
-    if not isinstance(model, PeftModel):
-        return PeftModel.from_pretrained(model, adapter, ADAPTER)
-    model.load_adapter(adapter, ADAPTER, is_trainable=False)
-    model.set_adapter(ADAPTER)
-    return model
-
-
-def _config(reference: str, args: SFTConfig) -> PreTrainedConfig:
-    try:
-        return AutoConfig.from_pretrained(reference, trust_remote_code=args.trust_remote_code)
-    except Exception as error:  # transformers and the hub each raise their own
-        raise InputError(f"The reference model '{reference}' cannot be loaded: {first_line(error)}") from error
+def _tokenizer_difference(one: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> str | None:
+    """How the vocabularies of two tokenizers differ, special tokens aside; None where they do not."""
+    mine, theirs = one.get_vocab(), other.get_vocab()
+    special = {*one.all_special_tokens, *other.all_special_tokens}
+    differing = sum(mine[token] != theirs[token] for token in mine.keys() & theirs.keys())
+    differing += len((mine.keys() ^ theirs.keys()) - special)
+    return f"{len(mine)} tokens against {len(theirs)}, {differing} differ" if differing else None

@@ -78,7 +78,7 @@ def test_fixed(reference, place, tmp_path, capsys):
     printed = capsys.readouterr().out.splitlines()
     tokens = len(TokenScores.load(output))
     assert sum(labels_kept(output).values()) == int(tokens * 0.3)
-    assert printed[0] == f"{int(tokens * 0.3)} of {tokens} tokens stay ({int(tokens * 0.3) / tokens:.1%})"
+    assert printed[0] == f"{int(tokens * 0.3)} of {tokens} tokens kept ({int(tokens * 0.3) / tokens:.1%})"
     assert [line[:5] for line in printed[1:3]] == ["  a: ", "  b: "]
     assert printed[-1] == f"Rows to train on, as they are: {output} (datasets.load_from_disk)"
     summary = json.loads((output / "summary.json").read_text())
@@ -121,7 +121,7 @@ def test_self_evolving(rank, place, tmp_path, capsys):
     printed = capsys.readouterr().out
     stages = json.loads((output / "summary.json").read_text())["stages"]
     for stage in stages:
-        assert f"stage {stage['stage']}: {stage['tokens_kept']} of {stage['tokens']} tokens stay" in printed
+        assert f"stage {stage['stage']}: {stage['tokens_kept']} of {stage['tokens']} tokens kept" in printed
         assert stage["tokens_kept"] == (stage["tokens"] if stage["stage"] == 0 else stage["tokens"] // 2)
     assert sum(labels_kept(output).values()) == sum(stage["tokens_kept"] for stage in stages)
     model = AutoModelForCausalLM.from_pretrained(output / "stage-2" / "model")

@@ -11,7 +11,7 @@ from helpers.tokenizers import make_tokenizer
 from helpers.training import rows, train
 from resofilter_trainer import ResonanceCallback, TokenCleaning
 from resofilter_trainer.io.files import load_arrow
-from resofilter_trainer.training.token_run import MASKS_FILE, MASKS_KEY
+from resofilter_trainer.training.token_masks import MASKS_FILE, MASKS_KEY
 
 
 def main() -> None:

@@ -34,9 +34,9 @@ from resofilter_trainer.scores.score_table import SCORES_FILE, ScoreTable
 from resofilter_trainer.scores.token_scores import TOKEN_SCORES_FILE, TokenScores
 from resofilter_trainer.selecting.results import COMPARISON_FILE, LOG_FILE, SUMMARY_FILE
 from resofilter_trainer.selecting.selection import SELECTION_FILE, DataSelector, Selection
+from resofilter_trainer.training.fine_tuning import check_settings
 from resofilter_trainer.training.measurements import FILE as MEASUREMENTS_FILE
 from resofilter_trainer.training.measurements import Measurements
-from resofilter_trainer.training.stages import check_settings
 
 EXAMPLES = settings(deadline=None, derandomize=True, database=None, max_examples=250,
                     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])  # fmt: skip

@@ -32,7 +32,7 @@ def run(monkeypatch: pytest.MonkeyPatch, *argv: object) -> None:
     runpy.run_path(str(RECIPE), run_name="__main__")
 
 
-def test_self_evolving_goes_through_its_stages_and_says_what_each_group_kept(usual, tmp_path, monkeypatch, capsys):
+def test_self_evolving_trains_its_stages_and_prints_what_each_group_keeps(usual, tmp_path, monkeypatch, capsys):
     run(monkeypatch, *usual, "--parts", 3)
     output = tmp_path / "out"
     summary = json.loads((output / "summary.json").read_text())
@@ -60,7 +60,7 @@ def test_a_reference_is_tuned_first_where_none_is_given(mode, usual, tmp_path, m
     assert any(not value.equal(reference[name]) for name, value in tuned.items())
 
 
-def test_a_reference_that_is_there_is_taken(usual, tokenizer, tmp_path, monkeypatch):
+def test_an_existing_reference_is_used(usual, tokenizer, tmp_path, monkeypatch):
     llama(len(tokenizer), seed=4).save_pretrained(tmp_path / "tuned")
     tokenizer.save_pretrained(tmp_path / "tuned")
     run(monkeypatch, *usual, "--mode", "fixed", "--reference", tmp_path / "tuned")
@@ -77,10 +77,10 @@ def test_a_reference_that_is_there_is_taken(usual, tokenizer, tmp_path, monkeypa
         (["--mode", "fixed", "--reference", "/nowhere/model"], "no reference model at '/nowhere/model'"),
         (["--reference", "/nowhere/model"], "leave --reference out"),
         (["--parts", "1"], "at least 2"),
-        (["--mode", "fixed", "--warmup_rows", "0"], "warmup_rows must be at least 1"),
+        (["--mode", "fixed", "--warmup_rows", "0"], "warmup_rows must be a whole number of at least 1"),
         (["--dataset_name", "/nowhere/rows"], "no dataset at '/nowhere/rows'"),
         (["--model_name_or_path", "/nowhere/model"], "no model at '/nowhere/model'"),
-        (["--load_in_4bit"], "Quantised models are not measured yet"),
+        (["--load_in_4bit"], "Quantised models cannot be measured yet"),
     ],
 )
 def test_bad_input_is_one_line_before_any_training(argv, told, usual, tmp_path, monkeypatch, capsys):

@@ -23,10 +23,10 @@ from resofilter_trainer.config import InputError, TokenCleaning
 from resofilter_trainer.scores.token_scores import TokenScores
 from resofilter_trainer.scoring import token_losses as loss_pass
 from resofilter_trainer.selecting.token_selection import EMPTIED
-from resofilter_trainer.tokens import cleaning as token_cleaning
+from resofilter_trainer.tokens import losses as token_losses
 from resofilter_trainer.tokens.cleaned_dataset import described, save_dataset
 from resofilter_trainer.tokens.cleaning import clean_dataset
-from resofilter_trainer.tokens.reference_model import wearing
+from resofilter_trainer.tokens.reference_model import adapted
 
 TARGETS = ["q_proj", "up_proj", "down_proj"]
 
@@ -72,13 +72,13 @@ def merged(place, base, adapter, tokenizer) -> str:
 def passes(monkeypatch) -> list[str]:
     """What every pass over the models says it measures."""
     seen: list[str] = []
-    real = token_cleaning.measure_token_losses
+    real = token_losses.measure_token_losses
 
     def spy(model, prepared, args, budget, label, parts=None):
         seen.append(label)
         return real(model, prepared, args, budget, label, parts)
 
-    monkeypatch.setattr(token_cleaning, "measure_token_losses", spy)
+    monkeypatch.setattr(token_losses, "measure_token_losses", spy)
     return seen
 
 
@@ -243,7 +243,7 @@ def test_a_summary_in_lines(base, reference):
     cleaned = clean(base, reference, keep=0.1, group_by="source")
     lines = described(cleaned.summary, cleaned.reasons).splitlines()
     tokens, kept = cleaned.summary["tokens"], cleaned.summary["tokens_kept"]
-    assert lines[0] == f"{kept} of {tokens} tokens stay ({kept / tokens:.1%})"
+    assert lines[0] == f"{kept} of {tokens} tokens kept ({kept / tokens:.1%})"
     assert lines[1].startswith("  a: ")
     assert lines[2].startswith("  b: ")
     assert lines[3].startswith("  most kept: '")
@@ -255,8 +255,8 @@ def test_a_summary_of_stages_in_lines():
     first = {"stage": 0, "tokens": 1200, "tokens_kept": 1200}
     second = {"stage": 1, "tokens": 1000, "tokens_kept": 600, "share_of_groups": {"a": 0.5}}
     assert described({"stages": [first, second]}, {}).splitlines() == [
-        "stage 0: 1,200 of 1,200 tokens stay (100.0%)",
-        "stage 1: 600 of 1,000 tokens stay (60.0%)",
+        "stage 0: 1,200 of 1,200 tokens kept (100.0%)",
+        "stage 1: 600 of 1,000 tokens kept (60.0%)",
         "  a: 50.0%",
     ]
 
@@ -303,7 +303,7 @@ def test_another_share_needs_no_model_pass_and_replaces_the_dataset(base, refere
     assert len(list(tmp_path.glob("data-*"))) == 1
 
 
-def test_an_interrupted_cleaning_goes_on(base, reference, tmp_path, monkeypatch):
+def test_an_interrupted_cleaning_is_resumed(base, reference, tmp_path, monkeypatch):
     whole = clean(base, reference, tokens_per_batch=64)
     real, done, stops = loss_pass._losses_of, [], [3, 10, 13]  # in the base's pass, or the reference's
 
@@ -523,15 +523,15 @@ def test_a_model_that_is_passed_is_left_as_it_was(base, adapter, tokenizer, tmp_
 
 
 @pytest.mark.parametrize("targets", [TARGETS, ["v_proj", "up_proj"]])
-def test_a_model_with_an_adapter_of_its_own_wears_another_for_a_while(targets, base, adapter):
+def test_a_model_with_an_adapter_of_its_own_takes_another_and_is_restored(targets, base, adapter):
     torch.manual_seed(5)
     own = LoraConfig(r=2, target_modules=targets, init_lora_weights=False)
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), own, "mine")
     truth = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter).eval()
     batch = {"input_ids": torch.arange(5, 25)[None]}
     before, logits = look(model), model.eval()(**batch).logits
-    with wearing(model, adapter) as worn, torch.no_grad():
-        torch.testing.assert_close(worn.eval()(**batch).logits, truth(**batch).logits)
+    with adapted(model, adapter) as other, torch.no_grad():
+        torch.testing.assert_close(other.eval()(**batch).logits, truth(**batch).logits)
     assert_same_look(model, before)
     assert model.active_adapter == "mine"
     assert list(model.peft_config) == ["mine"]
@@ -539,12 +539,12 @@ def test_a_model_with_an_adapter_of_its_own_wears_another_for_a_while(targets, b
 
 
 @pytest.mark.parametrize("kind", ["plain", "with an adapter"])
-def test_a_model_is_left_as_it_was_when_what_it_wears_fails(kind, base, adapter):
+def test_a_model_is_left_as_it_was_when_its_use_with_an_adapter_fails(kind, base, adapter):
     model = AutoModelForCausalLM.from_pretrained(base)
     if kind != "plain":
         model = get_peft_model(model, LoraConfig(r=2, target_modules=TARGETS), "mine")
     before = look(model)
-    with pytest.raises(RuntimeError, match="no"), wearing(model, adapter):
+    with pytest.raises(RuntimeError, match="no"), adapted(model, adapter):
         raise RuntimeError("no")
     assert_same_look(model, before)
 
@@ -572,7 +572,7 @@ def test_an_adapter_that_does_not_fit_is_refused_and_the_model_is_left_as_it_was
     if kind != "plain":
         model = get_peft_model(model, LoraConfig(r=2, target_modules=TARGETS), "mine")
     before = look(model)
-    with pytest.raises(InputError, match="cannot be used") as refused, wearing(model, str(folder)):
+    with pytest.raises(InputError, match="cannot be used") as refused, adapted(model, str(folder)):
         pass
     assert "\n" not in str(refused.value)
     assert_same_look(model, before)

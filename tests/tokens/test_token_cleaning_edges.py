@@ -18,9 +18,9 @@ from trl import SFTTrainer
 from resofilter_trainer import InputError, ResonanceCallback, TokenCleaning, TokenSelector, clean_dataset, self_evolve
 from resofilter_trainer.scores.token_scores import TOKEN_SCORES_FILE
 from resofilter_trainer.scoring import token_losses as loss_pass
+from resofilter_trainer.tokens import losses as token_losses
 from resofilter_trainer.tokens.cleaned_dataset import SUMMARY_FILE
-from resofilter_trainer.tokens.reference_model import wearing
-from resofilter_trainer.training import token_run as cleaning_run
+from resofilter_trainer.tokens.reference_model import adapted
 
 ARGS = arguments(Path("unused"))
 
@@ -117,7 +117,7 @@ def test_an_adapter_as_reference_draws_no_random_number(place, tmp_path, tokeniz
 
 
 @pytest.mark.parametrize("lora", [False, True])
-def test_wearing_leaves_hooks_attributes_and_randomness_as_they_were(lora, place):
+def test_an_adapter_leaves_hooks_attributes_and_randomness_as_they_were(lora, place):
     model = base_of(place)
     if lora:
         model = get_peft_model(model, LoraConfig(r=2, target_modules=["v_proj"]))
@@ -131,7 +131,7 @@ def test_wearing_leaves_hooks_attributes_and_randomness_as_they_were(lora, place
         return hooks, attributes, torch.get_rng_state().tolist()
 
     before = state()
-    with wearing(model, str(place / "adapter")):
+    with adapted(model, str(place / "adapter")):
         pass
     assert state() == before
 
@@ -186,21 +186,21 @@ def test_shares_and_counts_of_numpy_and_fractions_are_numbers(place, tmp_path):
 
 
 def test_too_many_parts_are_refused_before_anything_is_measured(tmp_path, tokenizer, monkeypatch):
-    monkeypatch.setattr(cleaning_run, "measure_token_losses", lambda *args, **kwargs: pytest.fail("measured"))
+    monkeypatch.setattr(token_losses, "measure_token_losses", lambda *args, **kwargs: pytest.fail("measured"))
     for keep in (1.0, [1.0, 0.1]):
         mine = ResonanceCallback(keep, token_cleaning=TokenCleaning(parts=4))
-        with pytest.raises(InputError, match="cannot be cut into parts=4"):
+        with pytest.raises(InputError, match="too short for parts=4"):
             train(tmp_path, tokenizer, mine, per_device_train_batch_size=7 if keep == 1.0 else 2)
 
 
 def test_a_threshold_that_leaves_too_few_rows_for_the_parts_saves_first(tmp_path, tokenizer):
     mine = ResonanceCallback(threshold=-1.0, token_cleaning=TokenCleaning(parts=4))
-    with pytest.raises(InputError, match=r"would have no batch|cannot be cut"):
+    with pytest.raises(InputError, match=r"would have no batch|too short for parts"):
         train(tmp_path, tokenizer, mine)
     assert (tmp_path / "resofilter" / "scores.parquet").is_file()
 
 
-def test_an_interrupted_pass_before_training_goes_on(place, tmp_path, tokenizer, monkeypatch):
+def test_an_interrupted_pass_before_training_is_resumed(place, tmp_path, tokenizer, monkeypatch):
     real, measured = loss_pass._losses_of, []
 
     def stops(model, dataset, batch, args):
@@ -272,7 +272,7 @@ def test_settings_of_evaluation_and_of_raw_rows_do_not_disturb_the_stages(place,
 def test_stages_of_other_settings_of_any_kind_are_refused(place, tmp_path):
     evolve(place, tmp_path)
     for changes in ({"dataloader_drop_last": True}, {"neftune_noise_alpha": 5.0}, {"shuffle_dataset": True}):
-        with pytest.raises(InputError, match=r"other settings: .*training"):
+        with pytest.raises(InputError, match=r"made from something else, they differ in training\.\w+ \("):
             evolve(place, tmp_path, **changes)
     evolve(place, tmp_path, logging_steps=7, save_strategy="no", disable_tqdm=True)
 
@@ -280,7 +280,7 @@ def test_stages_of_other_settings_of_any_kind_are_refused(place, tmp_path):
 @pytest.mark.parametrize("content", [b"", b'{"a"', b"[]", b"\xff"])
 def test_damaged_settings_are_refused_in_one_line(content, place, tmp_path):
     (tmp_path / "stages.json").write_bytes(content)
-    with pytest.raises(InputError, match=r"damaged|other settings"):
+    with pytest.raises(InputError, match=r"damaged|made from something else"):
         evolve(place, tmp_path)
 
 

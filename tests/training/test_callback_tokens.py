@@ -13,6 +13,7 @@ from trl import SFTTrainer
 from resofilter_trainer import InputError, ResonanceCallback, TokenCleaning, clean_dataset
 from resofilter_trainer.model.losses import IGNORE
 from resofilter_trainer.model.modes import evaluating
+from resofilter_trainer.tokens import losses as token_losses
 
 
 @pytest.fixture
@@ -246,7 +247,7 @@ def test_an_adapter_as_reference_leaves_the_model_as_it_was(lora, place, tokeniz
 
 
 @pytest.mark.parametrize("kind", ["fixed", "fixed, few tokens", "self", "self and before"])
-def test_going_on_from_any_checkpoint(kind, place, tokenizer):
+def test_resuming_from_any_checkpoint(kind, place, tokenizer):
     reference = {"reference": "self", "parts": 2} if "self" in kind else {}
     when = {"when": "before", "keep": 0.7} if "before" in kind else {"keep": [1.0, 0.6]}
 
@@ -263,11 +264,9 @@ def test_going_on_from_any_checkpoint(kind, place, tokenizer):
 
 
 def test_the_base_is_measured_once(tmp_path, tokenizer, monkeypatch):
-    from resofilter_trainer.training import token_run as cleaning_run
-
-    measured, real = [], cleaning_run.measure_token_losses
+    measured, real = [], token_losses.measure_token_losses
     monkeypatch.setattr(
-        cleaning_run, "measure_token_losses", lambda *args, **kwargs: measured.append(args[4]) or real(*args, **kwargs)
+        token_losses, "measure_token_losses", lambda *args, **kwargs: measured.append(args[4]) or real(*args, **kwargs)
     )
     for _ in range(2):
         train(tmp_path, tokenizer, ResonanceCallback(token_cleaning=TokenCleaning(parts=2)), num_train_epochs=1)
@@ -279,7 +278,7 @@ def test_the_base_is_measured_once(tmp_path, tokenizer, monkeypatch):
     assert measured[3:] == ["Losses of the base model", "Losses of the latest model"]
 
 
-def test_going_on_without_the_base_losses_is_refused(tmp_path, tokenizer):
+def test_resuming_without_the_base_losses_is_refused(tmp_path, tokenizer):
     settings = {"save_strategy": "steps", "save_steps": 4}
     train(tmp_path, tokenizer, ResonanceCallback(token_cleaning=TokenCleaning(parts=2)), **settings)
     (tmp_path / "resofilter" / "base_token_losses.arrow").unlink()
@@ -295,7 +294,7 @@ def test_going_on_without_the_base_losses_is_refused(tmp_path, tokenizer):
     [
         ({"reference": "/nowhere/model"}, "no reference model at '/nowhere/model'"),
         ({"reference": "{place}/small"}, "another vocabulary"),
-        ({"reference": "self", "parts": 50}, "updates cannot be cut into parts=50"),
+        ({"reference": "self", "parts": 50}, "steps is too short for parts=50"),
         ({"reference": "self", "group_by": "origin"}, "no column 'origin'"),
     ],
 )

@@ -25,13 +25,14 @@ from resofilter_trainer.config import InputError, TokenCleaning
 from resofilter_trainer.scores.token_scores import TokenScores
 from resofilter_trainer.scoring import token_losses as loss_pass
 from resofilter_trainer.selecting.token_selection import EMPTIED
-from resofilter_trainer.tokens import cleaning as token_cleaning
+from resofilter_trainer.tokens import losses as token_losses
 from resofilter_trainer.tokens.cleaning import clean_dataset
 from resofilter_trainer.training import self_evolving
 from resofilter_trainer.training.self_evolving import Evolved, self_evolve
 
-COUNT = 14  # 5, 5 and 4 rows in three parts
+COUNT = 14  # 5, 5 and 4 rows in three stages
 CLEANING = TokenCleaning(keep=0.5, parts=3, group_by="source")
+PREPARED = "base model, dataset or preparation of the rows"  # as in stages.json
 SPLIT = np.array_split(np.arange(COUNT), 3)
 
 
@@ -66,15 +67,15 @@ def evolved(base, tmp_path_factory) -> tuple[Evolved, Path]:
 
 @pytest.fixture
 def trained(monkeypatch) -> list[int]:
-    """The first row of every part that is trained on."""
+    """The first row of every stage that is trained on."""
     seen: list[int] = []
-    real = self_evolving.train_stage
+    real = self_evolving.fine_tune
 
     def spy(model, stage, *args):
         seen.append(stage["sample_id"][0])
         return real(model, stage, *args)
 
-    monkeypatch.setattr(self_evolving, "train_stage", spy)
+    monkeypatch.setattr(self_evolving, "fine_tune", spy)
     return seen
 
 
@@ -96,30 +97,30 @@ def files_in(folder: Path) -> list[str]:
 # ---- what it is
 
 
-def masked_by_hand(part: Dataset, base, latest, keep: float) -> Dataset:
+def masked_by_hand(rows_of_stage: Dataset, base, latest, keep: float) -> Dataset:
     """The labels of the int(N * keep) tokens that the latest model has learnt most about; rows without are left out."""
-    samples = list(part.select_columns(["input_ids", "labels"]).with_format("torch"))
+    samples = list(rows_of_stage.select_columns(["input_ids", "labels"]).with_format("torch"))
     scores = (plain_losses(base.eval(), samples).double() - plain_losses(latest.eval(), samples).double()).tolist()
     best = set(sorted(range(len(scores)), key=lambda n: -scores[n])[: int(len(scores) * keep)])
     labels, n = [], 0
-    for row in part["labels"]:
+    for row in rows_of_stage["labels"]:
         new = []
         for place, label in enumerate(row):
             learnt = place > 0 and label != -100
             new.append(label if learnt and n in best else -100)
             n += learnt
         labels.append(new)
-    masked = Dataset.from_dict({"input_ids": part["input_ids"], "labels": labels})
+    masked = Dataset.from_dict({"input_ids": rows_of_stage["input_ids"], "labels": labels})
     return masked.select([row for row, new in enumerate(labels) if set(new) != {-100}])
 
 
 def test_stages_are_those_of_a_loop_by_hand(evolved, base, tokenizer, tmp_path):
     found, _ = evolved
     tokens = prepared_by_trl(data().remove_columns("source"), base, tokenizer)
-    parts = [tokens.select(part) for part in SPLIT]
+    blocks = [tokens.select(block) for block in SPLIT]
     fixed, latest = (AutoModelForCausalLM.from_pretrained(base) for _ in range(2))
-    for number, part in enumerate(parts):
-        learnt = part if number == 0 else masked_by_hand(part, fixed, latest, CLEANING.keep)
+    for number, block in enumerate(blocks):
+        learnt = block if number == 0 else masked_by_hand(block, fixed, latest, CLEANING.keep)
         stage = found.stages[number].dataset
         assert list(stage["labels"]) == list(learnt["labels"]), number
         assert list(stage["input_ids"]) == list(learnt["input_ids"])
@@ -130,15 +131,15 @@ def test_stages_are_those_of_a_loop_by_hand(evolved, base, tokenizer, tmp_path):
     assert all(torch.equal(value, weights[name]) for name, value in latest.state_dict().items())
 
 
-def test_the_first_part_is_learnt_whole_and_the_others_in_part(evolved):
+def test_the_first_stage_keeps_all_tokens_and_the_others_a_share(evolved):
     found, _ = evolved
     first, *others = found.stages
     assert first.selection is None
     assert first.dataset["sample_id"] == SPLIT[0].tolist()
     assert first.summary["tokens"] == first.summary["tokens_kept"]
-    for stage, part in zip(others, SPLIT[1:], strict=True):
-        assert set(stage.dataset["sample_id"]) <= set(part.tolist())
-        assert stage.selection.scores.sample_id.tolist() == part.tolist()
+    for stage, block in zip(others, SPLIT[1:], strict=True):
+        assert set(stage.dataset["sample_id"]) <= set(block.tolist())
+        assert stage.selection.scores.sample_id.tolist() == block.tolist()
         assert stage.summary["tokens_kept"] == int(stage.summary["tokens"] * 0.5) == stage.selection.keep.sum()
 
 
@@ -182,7 +183,7 @@ def test_ranking_within_samples(base, tmp_path):
 @contextlib.contextmanager
 def stopped_after(done: int, trained: list[int], monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """An interrupt comes once so many stages are trained."""
-    real = self_evolving.train_stage
+    real = self_evolving.fine_tune
 
     def stop(*args):
         if len(trained) == done:
@@ -190,7 +191,7 @@ def stopped_after(done: int, trained: list[int], monkeypatch: pytest.MonkeyPatch
         return real(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(self_evolving, "train_stage", stop)
+        patch.setattr(self_evolving, "fine_tune", stop)
         with pytest.raises(KeyboardInterrupt):
             yield
 
@@ -199,7 +200,7 @@ def stopped_after(done: int, trained: list[int], monkeypatch: pytest.MonkeyPatch
 def test_an_interrupted_run_comes_to_the_same_end(done, evolved, base, tmp_path, trained, monkeypatch):
     with stopped_after(done, trained, monkeypatch):
         evolve(base, tmp_path)
-    firsts = [int(part[0]) for part in SPLIT]
+    firsts = [int(block[0]) for block in SPLIT]
     assert len(trained) == done
     torch.rand(3)  # nothing hangs on the state that an interrupt leaves
     found = evolve(base, tmp_path)
@@ -209,7 +210,7 @@ def test_an_interrupted_run_comes_to_the_same_end(done, evolved, base, tmp_path,
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["folder", "object", "adapters"])
-def test_a_run_that_is_stopped_while_losses_are_measured_goes_on(kind, base, tokenizer, tmp_path, trained, monkeypatch):
+def test_a_run_that_is_stopped_while_measuring_is_resumed(kind, base, tokenizer, tmp_path, trained, monkeypatch):
     real, count = loss_pass._losses_of, []
 
     def stop(*args):
@@ -240,7 +241,7 @@ def test_a_run_that_is_stopped_while_losses_are_measured_goes_on(kind, base, tok
 def test_a_run_that_is_done_trains_and_measures_nothing(evolved, base, tmp_path, trained, monkeypatch):
     first = evolve(base, tmp_path)
     assert len(trained) == 3
-    monkeypatch.setattr(token_cleaning, "measure_token_losses", None)
+    monkeypatch.setattr(token_losses, "measure_token_losses", None)
     again = evolve(base, tmp_path)
     assert len(trained) == 3
     assert_same_end(again, first)
@@ -253,33 +254,46 @@ def test_a_run_that_is_done_trains_and_measures_nothing(evolved, base, tmp_path,
 @pytest.mark.parametrize(
     ("cleaning", "options", "told"),
     [
-        ({"keep": 0.4}, {}, "token cleaning"),
-        ({"parts": 2}, {}, "token cleaning"),
-        ({"ranking": "sample"}, {}, "token cleaning"),
-        ({}, {"changes": {"learning_rate": 1e-4}}, "training"),
-        ({}, {"changes": {"seed": 1}}, "training"),
-        ({}, {"changes": {"max_length": 40}}, "base model, dataset or preparation of the rows"),
-        ({}, {"dataset": data().select(range(COUNT - 1))}, "base model, dataset or preparation of the rows"),
-        ({}, {"peft_config": LoraConfig(r=2)}, "LoRA"),
+        ({"keep": 0.4}, {}, {"token cleaning.keep (0.5 / 0.4)"}),
+        ({"parts": 2}, {}, {"token cleaning.parts (3 / 2)"}),
+        ({"ranking": "sample"}, {}, {"token cleaning.ranking (global / sample)"}),
+        ({}, {"changes": {"learning_rate": 1e-4}}, {"training.learning_rate (0.01 / 0.0001)"}),
+        ({}, {"changes": {"seed": 1}}, {"training.seed (42 / 1)"}),
+        (
+            {},
+            {"changes": {"max_length": 40}},
+            {f"{PREPARED}.preparation.max_length (64 / 40)", "training.max_length (64 / 40)"},
+        ),
+        (
+            {},
+            {"dataset": data().select(range(COUNT - 1))},
+            {f"{PREPARED}.dataset", f"{PREPARED}.rows (14 / 13)"},
+        ),
+        ({}, {"peft_config": LoraConfig(r=2)}, {"LoRA"}),
     ],
 )
 def test_stages_of_other_settings_are_refused_by_name(cleaning, options, told, evolved, base, trained):
     _, output = evolved
     before = files_in(output)
-    with pytest.raises(InputError, match=f"other settings: {told}(, training)?. Choose another output_dir") as refused:
+    with pytest.raises(InputError, match="made from something else") as refused:
         evolve(base, output, dataclasses.replace(CLEANING, **cleaning), **options)
+    differing, way_out = str(refused.value).split("they differ in ")[1].split(" (there / here). ")
+    found = differing.split("; ")
+    assert all(any(each.startswith(name) for each in found) for name in told)
+    assert all(any(each.startswith(name) for name in told) for each in found)
+    assert way_out == f"Choose another output_dir, or remove '{output}'."
     assert "\n" not in str(refused.value)
     assert (trained, files_in(output)) == ([], before)
 
 
 def test_stages_of_another_base_model_are_refused(evolved, trained):
     _, output = evolved
-    with pytest.raises(InputError, match="other settings: base model"):
+    with pytest.raises(InputError, match=f"they differ in {PREPARED}.weights"):
         evolve(str(output / "stage-2" / "model"), output)
     assert trained == []
 
 
-def test_fewer_rows_than_parts_are_refused_before_anything_is_written(base, tmp_path, trained):
+def test_fewer_rows_than_stages_are_refused_before_anything_is_written(base, tmp_path, trained):
     with pytest.raises(InputError, match="2 rows have tokens to learn, too few for parts=3"):
         evolve(base, tmp_path, dataset=data().select(range(2)))
     assert (trained, files_in(tmp_path)) == ([], [])
@@ -293,7 +307,7 @@ def test_a_folder_with_another_dataset_is_refused(base, tmp_path, trained):
     assert (trained, files_in(tmp_path)) == ([], before)
 
 
-def test_a_share_that_keeps_no_token_of_a_part_is_refused(base, tmp_path):
+def test_a_share_that_keeps_no_token_of_a_stage_is_refused(base, tmp_path):
     with pytest.raises(InputError):
         evolve(base, tmp_path, dataclasses.replace(CLEANING, keep=1e-4))
 
@@ -301,7 +315,7 @@ def test_a_share_that_keeps_no_token_of_a_part_is_refused(base, tmp_path):
 def test_what_an_interrupted_run_measured_is_not_taken_for_the_whole_dataset(base, tmp_path, monkeypatch):
     cleaning = TokenCleaning(keep=0.5, reference=base, tokens_per_batch=64)
     whole = clean_dataset(base, data(), cleaning, args=settings(tmp_path))
-    monkeypatch.setattr(self_evolving, "train_stage", lambda *args: exec("raise KeyboardInterrupt"))
+    monkeypatch.setattr(self_evolving, "fine_tune", lambda *args: exec("raise KeyboardInterrupt"))
     with pytest.raises(KeyboardInterrupt):
         evolve(base, tmp_path, TokenCleaning(keep=0.5, parts=2, tokens_per_batch=64))
     try:
@@ -318,14 +332,14 @@ LORA = LoraConfig(r=2, lora_alpha=16, lora_dropout=0.1, target_modules="all-line
 
 def test_adapters_are_merged_between_stages_and_base_losses_measured_once(base, tmp_path, trained, monkeypatch):
     labels: list[str] = []
-    real = token_cleaning.measure_token_losses
+    real = token_losses.measure_token_losses
 
     def spy(model, prepared, args, budget, label, parts=None):
         labels.append(label)
         assert not [name for name, _ in model.named_modules() if "lora" in name]
         return real(model, prepared, args, budget, label, parts)
 
-    monkeypatch.setattr(token_cleaning, "measure_token_losses", spy)
+    monkeypatch.setattr(token_losses, "measure_token_losses", spy)
     before = json.dumps(LORA.to_dict(), default=str)
     found = evolve(base, tmp_path, peft_config=LORA)
     assert labels == [f"Losses of the {name} model" for name in ("base", "stage-1", "stage-2")]
