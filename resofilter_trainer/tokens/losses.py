@@ -1,4 +1,4 @@
-"""The losses of every learnt token under the models of a cleaning, and what they are made into: token scores.
+"""The losses of every learnt token under the models of a cleaning, and the token scores made from them.
 
 Knows where the parts of an interrupted pass are. Does not know which tokens are kept.
 """

@@ -54,7 +54,7 @@ class Base:
 
     Attributes:
         losses: (N,) float32, of all learnt tokens.
-        provenance: the run's, which names these weights.
+        provenance: the provenance of the run, with the hash of these weights.
     """
 
     losses: np.ndarray
@@ -104,7 +104,7 @@ class CleaningRun:
         """Measure the base model, which the weights still are, and with a fixed reference decide on every token.
 
         Args:
-            provenance: the run's.
+            provenance: the provenance of the run.
             folder: the run's folder: base losses for a resumed run, token scores, and parts of an interrupted pass.
             steps: the steps of the shortest epoch that is planned.
 
@@ -133,7 +133,7 @@ class CleaningRun:
         )
 
     def _base_losses(self, provenance: Provenance, folder: Path) -> np.ndarray:
-        """The base model's losses: those in the folder if they still hold, else measured."""
+        """The base model's losses, from the folder if they were made from the same model and rows, or else measured."""
         made_from = self._made_from(provenance)
         try:
             return _load_base_losses(folder, made_from)
@@ -222,7 +222,7 @@ class CleaningRun:
 
         Args:
             folder: the checkpoint's folder.
-            provenance: that of the run to resume.
+            provenance: the provenance of the run to resume.
             own: the run's folder.
 
         Raises:

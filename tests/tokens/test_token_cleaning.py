@@ -441,7 +441,7 @@ def test_a_reference_with_another_vocabulary_is_refused_before_anything_is_measu
     assert not (tmp_path / "out").exists()
 
 
-def test_a_reference_of_the_same_size_without_a_tokenizer_is_taken(base, place, tokenizer):
+def test_a_reference_of_the_same_size_without_a_tokenizer_is_accepted(base, place, tokenizer):
     llama(len(tokenizer), seed=1).save_pretrained(place / "bare")
     assert len(clean(base, str(place / "bare")).dataset)
 

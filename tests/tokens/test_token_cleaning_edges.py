@@ -160,7 +160,7 @@ def test_an_adapter_that_brings_another_tokenizer_is_refused(place, tokenizer):
             path.unlink()
 
 
-def test_a_reference_that_only_gained_a_pad_token_is_taken(place, tmp_path, tokenizer):
+def test_a_reference_that_only_gained_a_pad_token_is_accepted(place, tmp_path, tokenizer):
     llama(len(tokenizer) + 1, seed=1).save_pretrained(tmp_path / "padded")
     other = AutoTokenizer.from_pretrained(place / "base")
     other.add_special_tokens({"pad_token": "<padding>"})
@@ -185,7 +185,7 @@ def test_shares_and_counts_of_numpy_and_fractions_are_numbers(place, tmp_path):
     assert json.loads((tmp_path / SUMMARY_FILE).read_text())["keep_tokens"] == 0.6
 
 
-def test_too_many_parts_are_refused_before_anything_is_measured(tmp_path, tokenizer, monkeypatch):
+def test_too_many_stages_are_refused_before_anything_is_measured(tmp_path, tokenizer, monkeypatch):
     monkeypatch.setattr(token_losses, "measure_token_losses", lambda *args, **kwargs: pytest.fail("measured"))
     for keep in (1.0, [1.0, 0.1]):
         mine = ResonanceCallback(keep, token_cleaning=TokenCleaning(parts=4))
@@ -193,7 +193,7 @@ def test_too_many_parts_are_refused_before_anything_is_measured(tmp_path, tokeni
             train(tmp_path, tokenizer, mine, per_device_train_batch_size=7 if keep == 1.0 else 2)
 
 
-def test_a_threshold_that_leaves_too_few_rows_for_the_parts_saves_first(tmp_path, tokenizer):
+def test_a_threshold_that_leaves_too_few_rows_for_the_stages_saves_first(tmp_path, tokenizer):
     mine = ResonanceCallback(threshold=-1.0, token_cleaning=TokenCleaning(parts=4))
     with pytest.raises(InputError, match=r"would have no batch|too short for parts"):
         train(tmp_path, tokenizer, mine)

@@ -43,7 +43,7 @@ def plain_losses(model, example):
 
 
 def masked_by_hand(examples, base_losses, latest_losses, keep):
-    """Labels of a part: all tokens sorted by score, the first int(N * keep) stay."""
+    """Labels of a stage: all tokens sorted by score, the first int(N * keep) are kept."""
     scored = [
         (one - other, row, token)
         for row, (ones, others) in enumerate(zip(base_losses, latest_losses, strict=True))
@@ -94,7 +94,7 @@ def test_fixed_reference_trains_as_on_the_cleaned_dataset(ranking, keep, place, 
 
 
 def test_self_evolving_in_one_run_is_the_staged_pipeline_by_hand(tmp_path, tokenizer):
-    """One epoch per part, the optimizer going on; the last update of every part is full."""
+    """One epoch per stage with one optimizer for all; the last step of every stage is full."""
     args = {"num_train_epochs": 1, "train_sampling_strategy": "sequential", "lr_scheduler_type": "constant"}
     args |= {"gradient_accumulation_steps": 2, "learning_rate": 3e-3}
     dataset, parts, keep = rows(40), 5, 0.7
@@ -108,17 +108,17 @@ def test_self_evolving_in_one_run_is_the_staged_pipeline_by_hand(tmp_path, token
     optimizer = SFTTrainer(
         latest, arguments(tmp_path, **args), train_dataset=dataset, processing_class=tokenizer
     ).create_optimizer()
-    for part, chosen in enumerate(np.array_split(np.arange(len(prepared)), parts)):
+    for number, chosen in enumerate(np.array_split(np.arange(len(prepared)), parts)):
         examples = [prepared[row] for row in chosen]
         labels = [example["labels"] for example in examples]
-        if part:
+        if number:
             losses = [[plain_losses(model, each) for each in examples] for model in (first, latest)]
             labels = masked_by_hand(examples, *losses, keep)
         for example, wanted in zip(examples, labels, strict=True):
             assert spy.seen.get(tuple(example["input_ids"]), [[IGNORE] * len(wanted)]) == [wanted]
         stage = mine.trainer.train_dataset.select(chosen).remove_columns("labels").add_column("labels", labels)
         trainer = SFTTrainer(
-            latest, arguments(tmp_path / f"stage-{part}", **args), train_dataset=stage, processing_class=tokenizer,
+            latest, arguments(tmp_path / f"stage-{number}", **args), train_dataset=stage, processing_class=tokenizer,
             optimizers=(optimizer, get_constant_schedule(optimizer)),
         )  # fmt: skip
         trainer.train()
@@ -175,8 +175,8 @@ def test_what_each_group_keeps_is_logged(tmp_path, tokenizer):
     assert (tmp_path / "resofilter" / "token_cleaning.json").is_file()
 
 
-def test_an_update_without_a_token_to_learn_is_none(tmp_path, tokenizer):
-    """One row per update and 5 % of a part's tokens: most updates have nothing to learn."""
+def test_a_step_without_a_token_to_learn_changes_nothing(tmp_path, tokenizer):
+    """One row per step and 5 % of a stage's tokens: most steps have nothing to learn."""
     seen, model = [], llama(len(tokenizer))
 
     class Watch(ResonanceCallback):
