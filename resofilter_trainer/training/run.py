@@ -198,7 +198,7 @@ class Run:
         The Trainer steps its optimizer after as many micro-batches as it asks for. The last step of an epoch on fewer
         rows may have fewer, and is filled up with micro-batches that have nothing to learn.
         """
-        iterator = iterator if self._tokens is None else self._tokens.cleaned_batches(iterator, self._enter_step)
+        iterator = iterator if self._tokens is None else self._tokens.masked_batches(iterator, self._enter_step)
         batches, num_items = self._patch.inner(iterator, count, *args, **kwargs)
         if any(ROW not in batch for batch in batches):  # a later training, without the callback
             return batches, num_items
@@ -218,12 +218,12 @@ class Run:
     def _enter_step(self, tokens: CleaningRun) -> None:
         """Clean the tokens of the stage that begins with this step, if one does."""
         plan, epoch, done = self._timeline.plan, self._timeline.ended_epochs, self._timeline.steps_done
-        stage, order = tokens.part_at(done, plan.steps(epoch)), self._timeline.sampler.order
+        stage, order = tokens.stage_at(done, plan.steps(epoch)), self._timeline.sampler.order
         if stage is not None and order is not None:
             size = self._batching.per_micro_batch
             rows, per_step = order[: plan.micro_batches(epoch) * size], size * self._batching.accumulation
             rows = rows[done * per_step : stage.stop * per_step]
-            report_tokens(self.trainer, tokens.clean_part(epoch, stage.number, rows))
+            report_tokens(self.trainer, tokens.clean_stage(epoch, stage.number, rows))
 
     def begin_step(self) -> None:
         """The rows of the step are fetched."""

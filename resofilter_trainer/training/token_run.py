@@ -158,7 +158,7 @@ class CleaningRun:
 
     # At each stage of an epoch
 
-    def part_at(self, step: int, steps: int) -> EpochStage | None:
+    def stage_at(self, step: int, steps: int) -> EpochStage | None:
         """The stage of an epoch that begins with a step, if one does.
 
         Args:
@@ -171,7 +171,7 @@ class CleaningRun:
         number = bounds.index(step) if step in bounds else None
         return None if number is None else EpochStage(number, bounds[number + 1])
 
-    def clean_part(self, epoch: int, stage: int, rows: np.ndarray) -> dict[str, Any]:
+    def clean_stage(self, epoch: int, stage: int, rows: np.ndarray) -> dict[str, Any]:
         """Decide on the tokens of a stage by the latest weights. The first stage of the first epoch keeps all tokens.
 
         Args:
@@ -195,7 +195,7 @@ class CleaningRun:
 
     # At each step
 
-    def cleaned_batches(self, iterator: Any, enter: Callable[[CleaningRun], None]) -> Iterator[Any]:
+    def masked_batches(self, iterator: Any, enter: Callable[[CleaningRun], None]) -> Iterator[Any]:
         """The batches of a step, with the labels of all but the kept tokens masked.
 
         Args:
