@@ -1,8 +1,9 @@
 """Watch how far each training sample moves W_up, drop those that move it most, train on the rest.
 
-Names are imported when they are first used, so that whatever needs no model needs no torch either.
+A name is imported when it is first used: what needs no model works without importing torch.
 """
 
+# ruff: noqa: F401, the imports below are for type checkers
 from __future__ import annotations
 
 import importlib
@@ -33,85 +34,37 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-_HOME = {
-    "CleanedDataset": "tokens.cleaned_dataset",
-    "ColumnMapping": "config",
-    "Criterion": "criteria.criterion",
-    "DataSelector": "selecting.selection",
-    "DiverseSelector": "selecting.policies",
-    "InputError": "config",
-    "Provenance": "scores.provenance",
-    "RandomSelector": "selecting.policies",
-    "Recorder": "model.recorder",
-    "Report": "report",
-    "Resonance": "model.resonance",
-    "ResonanceCallback": "training.callback",
-    "ResonanceConfig": "config",
-    "SampleWeights": "training.weighting",
-    "ScoreTable": "scores.score_table",
-    "Selection": "selecting.selection",
-    "SoftPruning": "selecting.policies",
-    "TokenCleaning": "config",
-    "TokenScores": "scores.token_scores",
-    "TokenSelection": "selecting.token_selection",
-    "TokenSelector": "selecting.token_selection",
-    "Trust": "scores.provenance",
-    "clean_dataset": "tokens.cleaning",
-    "literal": "model.resonance",
-    "load_rows": "data.rows",
-    "map_columns": "data.rows",
-    "read_contents": "report",
-    "score_by": "scoring.criterion",
-    "score_dataset": "scoring.dataset",
-    "score_layers": "scoring.layers",
-    "score_stream": "scoring.stream",
-    "self_evolve": "training.self_evolving",
-    "unpack": "data.rows",
-    "write_report": "report",
+_NAMES = {  # the public names of each module, as above
+    "config": ("ColumnMapping", "InputError", "ResonanceConfig", "TokenCleaning"),
+    "criteria.criterion": ("Criterion",),
+    "data.rows": ("load_rows", "map_columns", "unpack"),
+    "model.recorder": ("Recorder",),
+    "model.resonance": ("Resonance", "literal"),
+    "report": ("Report", "read_contents", "write_report"),
+    "scores.provenance": ("Provenance", "Trust"),
+    "scores.score_table": ("ScoreTable",),
+    "scores.token_scores": ("TokenScores",),
+    "scoring.criterion": ("score_by",),
+    "scoring.dataset": ("score_dataset",),
+    "scoring.layers": ("score_layers",),
+    "scoring.stream": ("score_stream",),
+    "selecting.policies": ("DiverseSelector", "RandomSelector", "SoftPruning"),
+    "selecting.selection": ("DataSelector", "Selection"),
+    "selecting.token_selection": ("TokenSelection", "TokenSelector"),
+    "tokens.cleaned_dataset": ("CleanedDataset",),
+    "tokens.cleaning": ("clean_dataset",),
+    "training.callback": ("ResonanceCallback",),
+    "training.self_evolving": ("self_evolve",),
+    "training.weighting": ("SampleWeights",),
 }
-
-__all__ = [
-    "CleanedDataset",
-    "ColumnMapping",
-    "Criterion",
-    "DataSelector",
-    "DiverseSelector",
-    "InputError",
-    "Provenance",
-    "RandomSelector",
-    "Recorder",
-    "Report",
-    "Resonance",
-    "ResonanceCallback",
-    "ResonanceConfig",
-    "SampleWeights",
-    "ScoreTable",
-    "Selection",
-    "SoftPruning",
-    "TokenCleaning",
-    "TokenScores",
-    "TokenSelection",
-    "TokenSelector",
-    "Trust",
-    "clean_dataset",
-    "literal",
-    "load_rows",
-    "map_columns",
-    "read_contents",
-    "score_by",
-    "score_dataset",
-    "score_layers",
-    "score_stream",
-    "self_evolve",
-    "unpack",
-    "write_report",
-]
+_MODULE_OF = {name: module for module, names in _NAMES.items() for name in names}
+__all__ = sorted(_MODULE_OF)
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOME:
+    if name not in _MODULE_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f".{_HOME[name]}", __name__), name)
+    return getattr(importlib.import_module(f".{_MODULE_OF[name]}", __name__), name)
 
 
 def __dir__() -> list[str]:

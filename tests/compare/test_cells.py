@@ -8,8 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from resofilter_trainer import InputError
 from resofilter_trainer.compare.cells import Cell, summarise, transfer
@@ -19,7 +17,7 @@ from resofilter_trainer.compare.methods import check
 from resofilter_trainer.compare.published import Needs, pir, residual
 from resofilter_trainer.compare.report import judged, table
 from resofilter_trainer.compare.round import sft_config
-from resofilter_trainer.scores.statistics import NORMAL975, T975, interval
+from resofilter_trainer.scores.statistics import interval
 
 
 def cell(selector, seed, metric, keep=0.5, **settings) -> Cell:
@@ -38,34 +36,6 @@ def cells() -> list[Cell]:
 
 def by_name(lines):
     return {line["selector"]: line for line in lines}
-
-
-def test_the_interval_is_students():
-    mean, low, high = interval([1.0, 2.0, 4.0])
-    half = 4.303 * np.std([1, 2, 4], ddof=1) / math.sqrt(3)
-    assert (mean, low, high) == pytest.approx((7 / 3, 7 / 3 - half, 7 / 3 + half))
-
-
-def test_one_seed_has_no_interval_and_none_no_mean():
-    assert interval([0.5])[0] == 0.5
-    assert math.isnan(interval([0.5])[1])
-    assert all(map(math.isnan, interval([])))
-
-
-@pytest.mark.parametrize(("count", "t"), [(31, 2.042), (32, 2.040), (61, 2.000), (121, 1.980), (100_001, 1.960)])
-def test_the_table_of_t_falls_to_the_normal_distributions(count, t):
-    assert len(T975) == 30
-    assert list(T975) == sorted(T975, reverse=True)
-    assert T975[-1] > NORMAL975
-    values = list(np.arange(float(count)))
-    mean, low, _ = interval(values)
-    assert mean - low == pytest.approx(t * np.std(values, ddof=1) / math.sqrt(count), rel=2e-3)
-
-
-@given(st.lists(st.floats(-1, 1), min_size=2, max_size=6), st.floats(-10, 10))
-def test_an_interval_moves_with_its_values(values, shift):
-    before, after = interval(values), interval([value + shift for value in values])
-    np.testing.assert_allclose(after, np.array(before) + shift, atol=1e-9)
 
 
 def test_differences_are_paired_by_seed(cells):
