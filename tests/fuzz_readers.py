@@ -1,4 +1,7 @@
-"""For hours instead of seconds: `python tests/fuzz_readers.py scores|store -max_total_time=600`, with `atheris`."""
+"""Fuzz readers for hours instead of seconds: `python tests/fuzz_readers.py scores|store -max_total_time=600`.
+
+Needs `atheris`.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +27,7 @@ def scores(data: bytes) -> None:
 
 
 def lines(data: bytes) -> None:
-    """A part whose name fits its bytes, as they are refused unread otherwise."""
+    """A part whose name fits its bytes; any other is refused without being read."""
     (PLACE / "bytes").write_bytes(data)
     path = PLACE / f"part-{0:010d}-{store._digest(PLACE / 'bytes')}.parquet"
     (PLACE / "bytes").rename(path)

@@ -116,7 +116,7 @@ def summary(scores: Any) -> str:
 
 def run_select(args: argparse.Namespace) -> None:
     """Decide on scores that were saved, and write the decision and the rows that stay."""
-    from ..io.files import check_folder, only_writer
+    from ..io.files import check_folder, folder_lock
     from ..scores.score_table import ScoreTable
     from ..selecting.kept_dataset import DATASET, check_place, save_kept
     from ..selecting.selection import DataSelector
@@ -145,7 +145,7 @@ def run_select(args: argparse.Namespace) -> None:
     if not selection.keep.any():
         raise InputError(f"There is no row that stays, of {len(selection)}. Choose another threshold or share.")
     rows = None if dataset is None else selection.apply(dataset)
-    with only_writer(Path(args.output)):
+    with folder_lock(Path(args.output)):
         if rows is None:
             saved = selection.save(args.output)
         else:

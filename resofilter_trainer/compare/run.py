@@ -21,7 +21,7 @@ from accelerate import PartialState
 
 from ..config import InputError
 from ..evaluation.tasks import check_tasks
-from ..io.files import only_writer, read_json, replacing
+from ..io.files import folder_lock, read_json, replacing
 from ..selecting.results import EPOCHS, FLOPS, FULL
 from .cells import Cell
 from .config import ComparisonConfig, SelectorConfig, slug
@@ -51,7 +51,7 @@ def run(config: ComparisonConfig) -> list[Cell]:
         check_tasks(config.tasks, config.task_folder)
     output = Path(config.output)
     cells = []
-    with only_writer(output):
+    with folder_lock(output):
         for seed in config.seeds:
             data = make_data(config, seed)
             for model in config.model:

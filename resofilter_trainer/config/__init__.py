@@ -1,4 +1,4 @@
-"""What a user can choose, as plain dataclasses, and how it is checked. Knows nothing of data, models or torch."""
+"""The settings a user can choose, as plain dataclasses, and their checks. Knows nothing of data, models or torch."""
 
 from .checks import at_most_one, number, one_of, share, whole_number
 from .errors import InputError, NotFiniteError, NothingError

@@ -1,6 +1,6 @@
-"""Checks of what a user passed. Each returns the value as the type it should have, or raises InputError: what is wrong.
+"""Checks of settings. Each returns the value in its proper type, or raises an InputError that says what is wrong.
 
-Knows values, not what they are for. numpy's numbers count as numbers; a bool never does.
+Knows values, not what they are for. NumPy numbers count as numbers, bools do not.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from .errors import InputError
 
 
 def whole_number(name: str, value: Any, least: int | None = None, most: int | None = None) -> int:
-    """A whole number within its bounds, which belong to it."""
+    """A whole number from `least` to `most`, both included."""
     sound = isinstance(value, numbers.Integral) and not isinstance(value, bool)
     if not sound or (least is not None and value < least) or (most is not None and value > most):
         raise InputError(f"{name} must be a whole number{_bounds(least, most)}, got {value!r}.")
@@ -24,7 +24,7 @@ def whole_number(name: str, value: Any, least: int | None = None, most: int | No
 def number(
     name: str, value: Any, *, above: float | None = None, least: float | None = None, most: float | None = None
 ) -> float:
-    """A finite number within its bounds: greater than `above`, at least `least`, at most `most`."""
+    """A finite number greater than `above`, at least `least` and at most `most`."""
     sound = isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
     if (
         not sound
@@ -50,7 +50,7 @@ def one_of(name: str, value: object, allowed: Sequence[object]) -> None:
 
 
 def at_most_one(**settings: object) -> str | None:
-    """The name of the one setting that is not None; None where none is. Raises InputError for two or more."""
+    """The name of the one setting that is not None, or None if all are. Raises InputError if more than one is set."""
     given = [name for name, value in settings.items() if value is not None]
     if len(given) > 1:
         *first, last = settings
@@ -59,7 +59,7 @@ def at_most_one(**settings: object) -> str | None:
 
 
 def _bounds(least: float | None, most: float | None, above: float | None = None) -> str:
-    """` above 0`, ` of at least 1 and at most 10`."""
+    """The bounds in words, such as ` of at least 1 and at most 10`."""
     lower = "" if above is None else f" above {above:g}"
     lower += "" if least is None else f" of at least {least:g}"
     upper = "" if most is None else f" {'and' if lower else 'of'} at most {most:g}"

@@ -1,21 +1,21 @@
-"""The errors that tell a user what to change. Knows nothing else."""
+"""The errors that tell users what to change. Knows nothing else."""
 
 from __future__ import annotations
 
 
 class InputError(ValueError):
-    """Something the user passed cannot work; the message is one line: what, why, what to do.
+    """Something that the user passed cannot work. The message is one line: what, why, and what to do.
 
-    The commands print it and exit with 2. Anything else that escapes is a bug of ours.
+    The commands print it and exit with code 2. Any other exception is a bug in this package.
     """
 
     def __init__(self, message: str = "") -> None:
-        super().__init__(" ".join(message.splitlines()))  # a name or another's message may have several
+        super().__init__(" ".join(message.splitlines()))  # names and other libraries' messages may have several lines
 
 
 class NothingError(InputError):
-    """None of the rows can be scored or trained on."""
+    """No row can be scored or trained on."""
 
 
 class NotFiniteError(InputError):
-    """A loss, a gradient or a score is no number: the weights are not sound."""
+    """A loss, gradient or score is NaN or infinite: the weights are broken."""

@@ -1,4 +1,4 @@
-"""What a person can choose, as plain dataclasses. Knows nothing of data, models or torch."""
+"""The settings a user can choose, as plain dataclasses. Knows nothing of data, models or torch."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ UpdateName = Literal["adamw", "sgd", "optimizer"]  # model.updates has a record 
 Norm = Literal["mean_abs", "l2"]
 Ranking = Literal["global", "sample"]
 Precision = Literal["auto", "float32", "bfloat16"]
-FILE_FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}  # of datasets, by suffix
+FILE_FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}  # dataset files, by suffix
 OPTIMIZER: UpdateName = "optimizer"
 SELF = "self"
 RESONANCE = "resonance"
@@ -64,20 +64,22 @@ class ResonanceConfig:
 
 @dataclass(frozen=True)
 class ColumnMapping:
-    """Which columns of the user's dataset are the prompt and the completion, the messages, or the text.
+    """The columns of the user's dataset that hold the prompt and the completion, the messages, or the text.
 
-    With nothing set, the dataset is left as it is: TRL's own names (`prompt` and `completion`, `messages`,
-    `text`, `input_ids`) are understood already.
+    By default the dataset is used as it is: with the column names that TRL expects (`prompt` and `completion`,
+    `messages`, `text`, or `input_ids`).
 
     Attributes:
-        prompt_column: the prompt; several columns (instruction, input) are joined by a blank line, empty ones
-            left out.
-        completion_column: what the model should learn to answer.
+        prompt_column: the prompt. Several columns (instruction, input) are joined by a blank line, without empty ones.
+        completion_column: the answer that the model learns.
         messages_column: a list of `{"role", "content"}` messages.
         text_column: plain text, every token of which is learnt.
-        separator: put between prompt and completion where the prompt does not end in white space.
-        conversational: make a user message of the prompt and an assistant message of the completion, so that the
-            tokenizer's chat template applies.
+        separator: the text between prompt and completion if the prompt does not end in white space.
+        conversational: whether to turn the prompt into a user message and the completion into an assistant message, so
+            that the tokenizer's chat template is applied.
+
+    Raises:
+        InputError: one of `prompt_column` and `completion_column` is missing, or the settings exclude each other.
     """
 
     prompt_column: str | Sequence[str] | None = None
@@ -96,33 +98,37 @@ class ColumnMapping:
 
     @property
     def prompt_columns(self) -> list[str]:
-        """The prompt's columns, in the order in which they are joined; empty when none is mapped."""
+        """The prompt's columns, in the order in which they are joined; empty if no prompt is mapped."""
         if self.prompt_column is None:
             return []
         return [self.prompt_column] if isinstance(self.prompt_column, str) else list(self.prompt_column)
 
     @property
     def columns(self) -> list[str]:
-        """Every column the mapping names."""
+        """Every column that the mapping names."""
         others = (self.completion_column, self.messages_column, self.text_column)
         return self.prompt_columns + [column for column in others if column is not None]
 
 
 @dataclass(frozen=True)
 class TokenCleaning:
-    """Which tokens of the rows are learnt. The defaults are Token Cleaning's (arXiv 2502.01968).
+    """How token cleaning chooses the tokens to learn; it masks the others. Defaults as in arXiv 2502.01968.
 
-    A token's score is its loss under the base model less its loss under the reference model; the others are masked.
+    A token's score is its loss under the base model minus its loss under the reference model. The tokens with the
+    highest scores are kept.
 
     Attributes:
-        keep: share of the learnt tokens that stays.
-        reference: the name or folder of a model or a LoRA adapter that was trained on good data: fixed-model cleaning,
-            of all rows before the first step. Or `"self"`, the model in training itself: self-evolving cleaning.
-        ranking: `"global"`, over all rows that are cleaned together, or `"sample"`, within each row, as RHO does.
-        parts: with `"self"`, into how many parts an epoch falls. The first is learnt whole, each further one is cleaned
-            by the latest weights when its turn comes; from the second epoch on, every part is.
-        group_by: a column of the dataset, such as its source; what each group keeps is reported.
-        tokens_per_batch: tokens of a batch in which losses are measured, padding included.
+        keep: the share of the learnt tokens to keep.
+        reference: the name or folder of a model or LoRA adapter that was trained on good data, which cleans all rows
+            before the first step (fixed-model cleaning); or `"self"`, the model in training (self-evolving cleaning).
+        ranking: `"global"` ranks tokens over all rows that are cleaned together, `"sample"` within each row, as RHO.
+        parts: the number of stages of an epoch, for `"self"`. The first stage of the first epoch is learnt whole; every
+            other one is cleaned by the latest weights when it begins.
+        group_by: a column of the dataset, such as its source. The kept share of each group is reported.
+        tokens_per_batch: the number of tokens, padding included, in a batch whose losses are measured.
+
+    Raises:
+        InputError: a value is out of range or unknown.
     """
 
     keep: float = 0.6
@@ -138,25 +144,25 @@ class TokenCleaning:
         for name, least in (("parts", 2), ("tokens_per_batch", 1)):
             object.__setattr__(self, name, whole_number(name, getattr(self, name), least))
         if not isinstance(self.reference, str) or not self.reference:
-            raise InputError(f"reference is a name, a folder or 'self', got {self.reference!r}.")
+            raise InputError(f"reference must be a name, a folder or 'self', got {self.reference!r}.")
 
 
 def cleaning_of_mode(mode: str, reference: str | None, ranking: str | None, **settings: Any) -> TokenCleaning:
-    """The settings that a command's `--mode` stands for.
+    """The settings for a command's `--mode`.
 
     Args:
         mode: one of `CLEANING_MODES`.
-        reference: a model or an adapter; None for the mode that makes its own, or where one is still to be tuned.
-        ranking: None for the mode's own.
+        reference: a model or an adapter; None for self-evolving cleaning, or if the reference is still to be trained.
+        ranking: the ranking, by default the one of the mode.
         **settings: the other fields of `TokenCleaning`.
 
     Raises:
-        InputError: the mode is not known, or they do not go together.
+        InputError: the mode is unknown, or does not go with the reference or the ranking.
     """
     one_of("--mode", mode, CLEANING_MODES)
     if mode == "rho" and ranking == "global":
         raise InputError("--mode rho ranks within each sample: leave --ranking out, or use --mode fixed.")
     if mode == "self-evolving" and reference is not None:
-        raise InputError("--mode self-evolving makes its own reference: leave --reference out, or use --mode fixed.")
+        raise InputError("--mode self-evolving trains its own reference: leave --reference out, or use --mode fixed.")
     chosen: Any = ranking or ("sample" if mode == "rho" else "global")
     return TokenCleaning(reference=reference or SELF, ranking=chosen, **settings)

@@ -1,1 +1,1 @@
-"""Writing and reading files, whole or not at all. Knows bytes and Parquet, not what they mean."""
+"""Reading and writing files that are complete or absent. Knows formats, not what the content means."""

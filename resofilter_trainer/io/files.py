@@ -1,4 +1,4 @@
-"""Files that are whole or not there, whatever happens meanwhile. Knows their formats, not what is in them."""
+"""Files that are complete or absent, even after a crash. Knows file formats, not what the files contain."""
 
 from __future__ import annotations
 
@@ -24,48 +24,46 @@ from filelock import FileLock, Timeout
 from ..config import InputError
 
 LOCK = ".resofilter.lock"
-DIGEST = b"resofilter_digest"  # the metadata that holds a table's own; files of earlier versions have none
-NO_LOCKS = {errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK}  # of a network file system without any
-REFUSALS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.EACCES, errno.EPERM}  # of a disk
+DIGEST = b"resofilter_digest"  # the metadata key of a table's digest; files of earlier versions may lack it
+NO_LOCKS = {errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK}  # from a network file system without locks
+REFUSALS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.EACCES, errno.EPERM}  # from a disk
 
 
-def save_parquet(table: pa.Table, path: Path, metadata: Mapping[str, str]) -> Path:
-    """Write a table and its metadata beside the target, then rename: the file is whole or not there."""
-    with replacing(path) as part:
-        text = [each.name for each in table.schema if pa.types.is_string(each.type)]  # numbers hardly repeat
-        table = _signed(table.replace_schema_metadata(dict(metadata)))
-        pq.write_table(table, part, use_dictionary=text, write_page_checksum=True)
-    return path
+# ---- writing
 
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A place beside `path` for a file or a folder that takes its place once it is whole; else nothing is left of it.
+    """A temporary path beside `path` for a file or folder, which is renamed to `path` when the block ends.
 
-    It is on the disk before it is renamed, so that neither a kill nor a power failure leaves half of it. A folder only
-    takes the place of none, or of an empty one. Raises InputError where nothing can be written.
+    The content is flushed to the disk before it is renamed, so neither a kill nor a power failure leaves half of it.
+    After an error, the temporary file is removed and `path` is unchanged. A folder replaces only an empty folder or
+    none.
+
+    Raises:
+        InputError: nothing can be written there.
     """
     check_folder(path.parent)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-            _remove(part)  # left by one that was killed and had the same number, as in a container
-            yield part
-            flush(part)
-            os.replace(part, path)
-            flush(path.parent)
+            _remove(temporary)  # a killed process may have had the same number, as in a container
+            yield temporary
+            flush(temporary)
+            os.replace(temporary, path)
+            flush_entry(path.parent)
     finally:
-        _remove(part)
+        _remove(temporary)
 
 
-def _remove(part: Path) -> None:
-    part.unlink(missing_ok=True) if part.is_file() else shutil.rmtree(part, ignore_errors=True)
+def _remove(path: Path) -> None:
+    path.unlink(missing_ok=True) if path.is_file() else shutil.rmtree(path, ignore_errors=True)
 
 
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Turn the disk's refusal to take `path` into an InputError."""
+    """Turns the disk's refusal to write `path` into an InputError."""
     try:
         yield
     except OSError as error:
@@ -78,24 +76,57 @@ def writing(path: Path) -> Iterator[None]:
 
 
 def flush(path: Path) -> None:
-    """Wait until a file, everything in a folder, or the folder's own list is on the disk."""
-    inside = path.rglob("*") if path.is_dir() and path.name.endswith(".part") else ()
-    for each in (*inside, path):
-        number = os.open(each, os.O_RDONLY)
-        try:
-            os.fsync(number)
-        except OSError as error:
-            if error.errno != errno.EINVAL or not each.is_dir():  # some file systems have no such thing for folders
-                raise
-        finally:
-            os.close(number)
+    """Wait until a file, or a folder with everything in it, is on the disk."""
+    for each in (*(path.rglob("*") if path.is_dir() else ()), path):
+        flush_entry(each)
+
+
+def flush_entry(path: Path) -> None:
+    """Wait until a file, or a folder's list of names, is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno != errno.EINVAL or not path.is_dir():  # some file systems cannot flush folders
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def save_parquet(table: pa.Table, path: Path, metadata: Mapping[str, str]) -> Path:
+    """Write a table and its metadata to a Parquet file that is complete or absent. Returns the file."""
+    with replacing(path) as temporary:
+        text = [each.name for each in table.schema if pa.types.is_string(each.type)]  # numbers hardly repeat
+        table = _with_digest(table.replace_schema_metadata(dict(metadata)))
+        pq.write_table(table, temporary, use_dictionary=text, write_page_checksum=True)
+    return path
+
+
+def save_arrow(table: pa.Table, path: Path, key: str, metadata: str) -> Path:
+    """Write a table, uncompressed, to an Arrow file that is complete or absent. Returns the file."""
+    table = _with_digest(table.replace_schema_metadata({key: metadata}).combine_chunks())
+    batches = table.to_batches() or [pa.RecordBatch.from_pylist([], table.schema)]
+    with (
+        replacing(path) as temporary,
+        pa.OSFile(str(temporary), "wb") as sink,
+        pa.ipc.new_file(sink, table.schema) as writer,
+    ):
+        for batch in batches:
+            writer.write_batch(batch)
+    return path
+
+
+# ---- folders
 
 
 @contextlib.contextmanager
-def only_writer(folder: Path) -> Iterator[None]:
-    """Hold a folder against other processes; the system lets go of it when this one ends, however it ends.
+def folder_lock(folder: Path) -> Iterator[None]:
+    """Locks a folder against other processes. The system releases the lock when the process ends, however it ends.
 
-    Raises InputError where another holds it. Within a process it may be held several times.
+    One process may lock a folder several times. A folder that was made for the lock and stays empty is removed.
+
+    Raises:
+        InputError: another process has locked the folder, or it cannot be written to.
     """
     check_folder(folder)
     made = [each for each in (folder, *folder.parents) if not each.exists()]
@@ -111,14 +142,14 @@ def only_writer(folder: Path) -> Iterator[None]:
     except (NotImplementedError, OSError) as error:
         if isinstance(error, OSError) and error.errno not in NO_LOCKS:
             raise InputError(f"'{lock.lock_file}' cannot be locked ({error}). Choose another output.") from error
-        warnings.warn(f"'{folder}' cannot be locked ({error}): see to it that no other run writes to it.", stacklevel=3)
+        warnings.warn(f"'{folder}' cannot be locked ({error}): make sure that no other run writes to it.", stacklevel=3)
         yield
         return
     try:
         yield
     finally:
         if lock.lock_counter == 1:
-            Path(lock.lock_file).unlink(missing_ok=True)  # who locks a file that is gone notices, and tries again
+            Path(lock.lock_file).unlink(missing_ok=True)  # a process that locks a removed file notices and retries
         lock.release()
         with contextlib.suppress(OSError):  # not empty: something was written
             for each in made:
@@ -126,7 +157,7 @@ def only_writer(folder: Path) -> Iterator[None]:
 
 
 def remove_folder(path: Path) -> None:
-    """Remove a folder and all in it: at any moment it is there as it was, or not at all."""
+    """Remove a folder with its content. It is renamed first, so at any moment it is there as it was or not at all."""
     removed = path.with_name(f".{path.name}.removed.part")
     _remove(removed)
     with contextlib.suppress(FileNotFoundError):
@@ -135,7 +166,7 @@ def remove_folder(path: Path) -> None:
 
 
 def check_folder(path: Path) -> None:
-    """Raise InputError where a folder cannot be made or written to."""
+    """Raise InputError if a folder cannot be made or written to."""
     there = path.absolute()
     try:
         blocking = next((each for each in (path, *path.parents) if each.exists() and not each.is_dir()), None)
@@ -150,45 +181,7 @@ def check_folder(path: Path) -> None:
         raise InputError(f"Nothing can be written to '{there}' ({error.strerror}). Choose another output.") from error
 
 
-def load_parquet(path: Path, key: str, what: str) -> tuple[pa.Table, str]:
-    """The table at `path` and the metadata under `key`; `what` names the content in the errors."""
-    return load_table(path, key, what, "a Parquet file", _checked)
-
-
-def _checked(path: Path) -> pa.Table:
-    table = pq.read_table(path, memory_map=True, page_checksum_verification=True, partitioning=None)
-    return _as_signed(table, table.columns)
-
-
-def load_table(path: Path, key: str, what: str, kind: str, read: Callable[[Path], pa.Table]) -> tuple[pa.Table, str]:
-    """What `read` gives of a file, and the metadata under `key`.
-
-    Args:
-        path: the file.
-        key: under which name its metadata hold what is ours.
-        what: names the content in the errors.
-        kind: names the format, with its article.
-        read: opens it.
-
-    Raises:
-        InputError: the file is missing, cannot be read, or holds something else.
-    """
-    if not path.is_file():
-        raise InputError(f"No {what} at '{path}'. Pass the folder or the file that they were written to.")
-    try:
-        table = read(path)
-    except (pa.ArrowException, OSError, ValueError) as error:
-        format_ = kind.split(" ", 1)[1]
-        raise InputError(
-            f"'{path}' cannot be read, it is cut off or damaged, or no {format_} ({error}). Make it again."
-        ) from error
-    metadata = (table.schema.metadata or {}).get(key.encode())
-    if metadata is None:
-        raise InputError(f"'{path}' is {kind}, but holds no {what} of resofilter.")
-    try:
-        return table, metadata.decode()
-    except UnicodeDecodeError as error:
-        raise InputError(f"'{path}' is damaged: its metadata are no text. Make it again.") from error
+# ---- reading
 
 
 def file_at(path: str | os.PathLike[str], name: str) -> Path:
@@ -197,42 +190,106 @@ def file_at(path: str | os.PathLike[str], name: str) -> Path:
     return path if path.suffix == ".parquet" else path / name
 
 
-def save_arrow(table: pa.Table, path: Path, key: str, metadata: str) -> Path:
-    """Write a table, uncompressed, beside the target, then rename: the file is whole or not there."""
-    table = _signed(table.replace_schema_metadata({key: metadata}).combine_chunks())
-    with replacing(path) as part, pa.OSFile(str(part), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
-        for batch in table.to_batches() or [pa.RecordBatch.from_pylist([], table.schema)]:
-            writer.write_batch(batch)
-    return path
+def load_parquet(path: Path, key: str, what: str) -> tuple[pa.Table, str]:
+    """A Parquet file's table and its metadata. Arguments and errors as for `load_table`."""
+    return load_table(path, key, what, "a Parquet file", _read_parquet)
 
 
 def load_arrow(path: Path, key: str, what: str) -> tuple[pa.Table, str]:
-    """The table at `path`, mapped into memory, and the metadata under `key`; `what` names the content in the errors."""
-    return load_table(path, key, what, "an Arrow file", _mapped)
+    """An Arrow file's table, mapped into memory, and its metadata. Arguments and errors as for `load_table`."""
+    return load_table(path, key, what, "an Arrow file", _read_arrow)
 
 
-def _mapped(path: Path) -> pa.Table:
+def load_table(path: Path, key: str, what: str, kind: str, read: Callable[[Path], pa.Table]) -> tuple[pa.Table, str]:
+    """A file's table and its metadata under `key`.
+
+    Args:
+        path: the file.
+        key: the name of this package's metadata.
+        what: the content in words, for errors: `scores`.
+        kind: the format in words: `a Parquet file`.
+        read: the function that reads the file.
+
+    Raises:
+        InputError: the file is missing, cannot be read, or contains something else.
+    """
+    if not path.is_file():
+        raise InputError(f"No {what} at '{path}'. Pass the folder or the file that they were written to.")
+    try:
+        table = read(path)
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise InputError(
+            f"'{path}' cannot be read: it is truncated, damaged or not {kind} ({error}). Make it again."
+        ) from error
+    metadata = (table.schema.metadata or {}).get(key.encode())
+    if metadata is None:
+        raise InputError(f"'{path}' is {kind}, but holds no {what} written by resofilter.")
+    try:
+        return table, metadata.decode()
+    except UnicodeDecodeError as error:
+        raise InputError(f"'{path}' is damaged: its metadata is not text. Make it again.") from error
+
+
+def _read_parquet(path: Path) -> pa.Table:
+    table = pq.read_table(path, memory_map=True, page_checksum_verification=True, partitioning=None)
+    return _verified(table, table.columns)
+
+
+def _read_arrow(path: Path) -> pa.Table:
     with path.open("rb") as file:
         memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     table = pa.ipc.open_file(pa.py_buffer(memory)).read_all()
-    table.validate()  # else a damaged file is followed beyond its end
-    return _as_signed(table, _let_go(table.columns, memory))
+    table.validate()  # else a damaged file would be read beyond its end
+    return _verified(table, _freeing_pages(table.columns, memory))
 
 
-def _let_go(columns: Iterable[pa.ChunkedArray], memory: mmap.mmap) -> Iterator[pa.ChunkedArray]:
-    """One after another; of each that has been read, no page stays in memory."""
+def _freeing_pages(columns: Iterable[pa.ChunkedArray], memory: mmap.mmap) -> Iterator[pa.ChunkedArray]:
+    """The columns one by one; the pages of a column are freed after it was read."""
     for column in columns:
         yield column
-        if hasattr(mmap, "MADV_DONTNEED"):  # not everywhere
+        if hasattr(mmap, "MADV_DONTNEED"):  # not on every platform
             memory.madvise(mmap.MADV_DONTNEED)
 
 
-def _signed(table: pa.Table) -> pa.Table:
+def read_json(path: Path, way_out: str) -> Any:
+    """A JSON file's content.
+
+    Raises:
+        FileNotFoundError: the file is missing.
+        InputError: the file is damaged; the message ends with the way out.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"'{path}' is damaged ({error}). {way_out}") from error
+
+
+def read_yaml(path: str | os.PathLike[str], name: str) -> Any:
+    """A YAML file's content. Raises InputError, which calls the file `name`, if it cannot be read."""
+    import yaml
+
+    try:
+        return yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError, ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
+        # `safe_load` itself raises the last ones, for a thirteenth month, `!!bool x` and the like
+        raise InputError(f"{name} cannot be read: {' '.join(str(error).split())}") from error
+
+
+# ---- a table's digest
+
+
+def _with_digest(table: pa.Table) -> pa.Table:
     return table.replace_schema_metadata({**table.schema.metadata, DIGEST: _digest(table, table.columns)})
 
 
-def _as_signed(table: pa.Table, columns: Iterable[pa.ChunkedArray]) -> pa.Table:
-    """The table. Raises ArrowInvalid where it is not what was signed: no page checksum covers names and metadata."""
+def _verified(table: pa.Table, columns: Iterable[pa.ChunkedArray]) -> pa.Table:
+    """The table, if it has the digest that was written. Page checksums cover neither names nor metadata.
+
+    Raises:
+        ArrowInvalid: the digest differs.
+    """
     expected = (table.schema.metadata or {}).get(DIGEST)
     if expected is not None and expected != _digest(table, columns):
         raise pa.ArrowInvalid("what it holds is not what was written")
@@ -240,18 +297,18 @@ def _as_signed(table: pa.Table, columns: Iterable[pa.ChunkedArray]) -> pa.Table:
 
 
 def _digest(table: pa.Table, columns: Iterable[pa.ChunkedArray]) -> bytes:
-    """Of a table's names, types and metadata, and of its columns."""
+    """The digest of a table's names, types, metadata and columns."""
     metadata = sorted((name, value) for name, value in (table.schema.metadata or {}).items() if name != DIGEST)
     names = [(field.name, str(field.type)) for field in table.schema]
     digest = xxhash.xxh3_128(repr((table.num_rows, names, metadata)).encode(errors="replace"))
     for column in columns:
-        for part in _bytes_of(column):
-            digest.update(np.ascontiguousarray(part).data)
+        for piece in _bytes_of(column):
+            digest.update(np.ascontiguousarray(piece).data)
     return digest.hexdigest().encode()
 
 
 def _bytes_of(column: pa.ChunkedArray) -> Iterator[np.ndarray]:
-    """Of numbers, truth values and text the same ones however a column is cut into chunks; of lists as they are cut."""
+    """A column's bytes. For numbers, bools and text they do not depend on the chunks; for lists they do."""
     kind = column.type
     if column.null_count:
         yield from (chunk.is_valid().to_numpy(zero_copy_only=False) for chunk in column.chunks)
@@ -270,29 +327,8 @@ def _bytes_of(column: pa.ChunkedArray) -> Iterator[np.ndarray]:
 
 
 def _text_of(chunk: pa.Array) -> np.ndarray:
-    """The bytes of all its texts, one after another; none of them is null."""
+    """The bytes of a chunk's texts, one after another. None of them may be null."""
     _, offsets, text = chunk.buffers()
     width = np.int64 if pa.types.is_large_string(chunk.type) else np.int32
     first, last = np.frombuffer(offsets, width)[[chunk.offset, chunk.offset + len(chunk)]]
     return np.empty(0, np.uint8) if text is None else np.frombuffer(text, np.uint8)[first:last]
-
-
-def read_json(path: Path, way_out: str) -> Any:
-    """What a JSON file holds. Raises InputError, which ends with the way out, where it is damaged."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"'{path}' is damaged ({error}). {way_out}") from error
-
-
-def read_yaml(path: str | os.PathLike[str], name: str) -> Any:
-    """What a YAML file holds. Raises InputError, which calls it by the name, where it cannot be read."""
-    import yaml
-
-    try:
-        return yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError, ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
-        # the last ones of `safe_load` itself, for a thirteenth month, `!!bool x` and the like
-        raise InputError(f"{name} cannot be read: {' '.join(str(error).split())}") from error

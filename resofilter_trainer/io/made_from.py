@@ -1,7 +1,7 @@
-"""What something on a disk was made from, compared with what is asked for now. Knows plain values by name.
+"""Compares what saved results were made from with what is asked for now. Knows plain values by name.
 
-Scores, parts of a pass, stages, checkpoints and comparisons are only resumed or reused where they were made from the
-same model, rows and settings. The comparison and its wording are here, once.
+Scores, parts of a pass, stages, checkpoints and comparisons are resumed or reused only if they were made from the same
+model, rows and settings. All of them use this comparison and its wording.
 """
 
 from __future__ import annotations
@@ -14,22 +14,22 @@ from typing import Any
 from ..config import InputError
 
 HASH = re.compile("[0-9a-f]{16,}")
-SHOWN = 80  # characters of a value
+SHOWN = 80  # characters of a value in a message
 
 
 def as_json(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The values as a JSON file gives them back: lists for tuples and sets, text for what JSON does not have."""
+    """The values as read from a JSON file: lists for tuples and sets, text for types that JSON lacks."""
     plain: dict[str, Any] = json.loads(json.dumps(dict(values), default=_plain))
     return plain
 
 
 def differences(there: Mapping[str, Any], here: Mapping[str, Any], names: Collection[str] | None = None) -> list[str]:
-    """What differs, as `name (there / here)`, by name in alphabetical order; empty where nothing does.
+    """The values that differ, as `name (there / here)`, in alphabetical order. A missing value counts as None.
 
     Args:
-        there: what something was made from.
+        there: what the saved results were made from.
         here: what is asked for now.
-        names: the names to compare; by default all of both sides.
+        names: the names to compare, by default those of both sides.
     """
     mine, theirs = as_json(here), as_json(there)
     compared = sorted({*mine, *theirs} if names is None else names)
@@ -41,12 +41,12 @@ def differences(there: Mapping[str, Any], here: Mapping[str, Any], names: Collec
 
 
 def refuse_differences(found: Collection[str], what: str, remedy: str) -> None:
-    """Raise InputError where something differs.
+    """Raise InputError if there are differences.
 
     Args:
         found: the differences.
-        what: the place and what it holds, for people: `'scores/' holds scores`.
-        remedy: what to do, a sentence.
+        what: the place and its content, for the message: `'scores/' holds scores`.
+        remedy: a sentence that says what to do.
     """
     if found:
         raise InputError(f"{what} made from something else, they differ in {'; '.join(found)} (there / here). {remedy}")
@@ -59,7 +59,7 @@ def check_made_from(
     remedy: str,
     names: Collection[str] | None = None,
 ) -> None:
-    """Raise InputError where something was made from other values than it is asked for now.
+    """Raise InputError if saved results were made from other values than those asked for now.
 
     Args:
         there, here, names: as for `differences`.
@@ -73,6 +73,6 @@ def _plain(value: Any) -> Any:
 
 
 def _short(value: Any) -> str:
-    """A hash is recognised by its beginning."""
+    """The value as text; the first characters are enough for a hash."""
     text = str(value)
     return text[:8] if HASH.fullmatch(text) else text[:SHOWN]

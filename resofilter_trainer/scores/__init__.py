@@ -1,1 +1,1 @@
-"""The records: a score for every row or token, where it comes from, and statistics of them. Knows no model."""
+"""Scores of rows and tokens, what they were made from, and their statistics. Knows no model."""

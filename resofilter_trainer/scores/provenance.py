@@ -1,4 +1,4 @@
-"""What a table of scores was measured from, and how far it can be trusted. Knows names and hashes, no model."""
+"""What scores were made from, and how far they can be trusted. Knows names and hashes, no model."""
 
 from __future__ import annotations
 
@@ -13,16 +13,17 @@ from ..io.made_from import differences, refuse_differences
 
 @dataclass(frozen=True)
 class Trust:
-    """How far the scores of one table can be trusted.
+    """How far the scores of a table can be trusted.
 
     Attributes:
-        agreement: rank correlation (Spearman) of a random subset's scores with the same rows' scores measured alone,
-            without autocast, and in other batches; the lower of the two. 1 is perfect, numerical noise lowers it. What
-            bfloat16 weights lost when they were made, it cannot see. None where there are fewer than three rows.
-        rows: size of that subset.
-        saturation: share of the possible range (0 to lr) that lies between the smallest and the largest score; None
-            where the update has no bound. Small means that the ranking rests on small differences.
-        forward: what the forward ran in, `"float32"` (or the weights' own dtype) or `"bfloat16"`, by autocast.
+        agreement: Spearman's rank correlation between the scores of a random subset of rows and the same rows measured
+            again: alone and without autocast, and in other batches; the lower of the two. Numerical noise lowers it
+            from 1. It does not show what was lost when weights were converted to bfloat16. None for fewer than three
+            rows.
+        rows: the size of the subset.
+        saturation: the distance between the smallest and the largest score, as a share of the possible range (0 to lr).
+            If it is small, the ranking rests on small differences. None for an update without bounds.
+        forward: the precision of the forward: `"float32"` (or the weights' dtype), or `"bfloat16"` by autocast.
     """
 
     agreement: float | None
@@ -32,7 +33,7 @@ class Trust:
 
     @property
     def trusted(self) -> bool:
-        """Whether the agreement is at least 0.95, or unknown."""
+        """Whether the agreement is unknown or at least 0.95."""
         return self.agreement is None or self.agreement >= 0.95
 
     def __str__(self) -> str:
@@ -48,18 +49,18 @@ class Trust:
 
 @dataclass(frozen=True)
 class Provenance:
-    """What a table of scores was measured from. Tables are mixed or reused only where all but names agree.
+    """What a table of scores was made from. Tables are joined or reused only if everything but the names is equal.
 
     Attributes:
-        model, source: the names of the model and of the dataset, as the user gave them, and a hash of its rows. Not
-            compared.
-        weights, tokenizer, template, dataset: hashes of the weights, the tokenizer, its chat template, and the token
-            ids and labels that were scored.
-        rows: number of rows in the user's dataset.
-        config: the ResonanceConfig.
-        preparation: how rows became tokens: column mapping, lengths, masking, precision.
-        versions: of this package and of those that compute.
-        trust: see `Trust`; not compared.
+        model: the model's name as the user passed it. Not compared.
+        weights, tokenizer, template: hashes of the weights, the tokenizer, and its chat template.
+        dataset: a hash of the scored token ids and labels.
+        rows: the number of rows in the user's dataset.
+        config: the ResonanceConfig, or the settings of another criterion.
+        preparation: how rows were turned into tokens: column mapping, lengths, masking, precision.
+        versions: the versions of this package and of the packages that compute.
+        source: the dataset's name as the user passed it, and a hash of its rows. Not compared.
+        trust: see `Trust`. Not compared, except for its `forward`.
     """
 
     model: str
@@ -75,18 +76,18 @@ class Provenance:
     trust: Trust | None = None
 
     def __post_init__(self) -> None:
-        for name in ("config", "preparation", "versions", "source"):  # as JSON has them: lists, no tuples
+        for name in ("config", "preparation", "versions", "source"):  # as read from JSON: lists for tuples
             object.__setattr__(self, name, json.loads(json.dumps(getattr(self, name))))
 
     @property
     def key(self) -> str:
-        """All that is compared, as JSON: equal where scores of both belong together."""
-        aside = ("model", "source", "trust")
-        return json.dumps({name: value for name, value in dataclasses.asdict(self).items() if name not in aside})
+        """Everything that is compared except `trust.forward`, as JSON text."""
+        ignored = ("model", "source", "trust")
+        return json.dumps({name: value for name, value in dataclasses.asdict(self).items() if name not in ignored})
 
     @property
     def compared(self) -> dict[str, Any]:
-        """All that is compared, flat, by name."""
+        """Everything that is compared except `trust.forward`, in one mapping."""
         return {**self._hashes, **self.config, **self.preparation, **self.versions}
 
     @property
@@ -94,7 +95,7 @@ class Provenance:
         return {name: getattr(self, name) for name in ("weights", "tokenizer", "template", "dataset", "rows")}
 
     def differences(self, other: Provenance) -> list[str]:
-        """What keeps the two apart, in words; empty where scores of both belong together."""
+        """The differences in words, as `name (self / other)`; empty if scores of both belong together."""
         found = []
         if self.weights != other.weights:
             found.append(f"model weights ({self.model} {self.weights[:8]} / {other.model} {other.weights[:8]})")
@@ -102,35 +103,35 @@ class Provenance:
         for name in ("config", "preparation", "versions"):
             found += differences(getattr(self, name), getattr(other, name))
         forwards = [each.trust.forward for each in (self, other) if each.trust is not None]
-        if len(set(forwards)) > 1:  # precision="auto" may choose another on another machine
+        if len(set(forwards)) > 1:  # precision="auto" chooses for each machine
             found.append(f"forward ({' / '.join(forwards)})")
         return found
 
     def check_same(self, here: Provenance, what: str, place: object) -> None:
-        """Raise InputError where scores at a place, whose provenance this is, were made from something else.
+        """Raise InputError if saved scores, whose provenance this is, were made from something else.
 
         Args:
-            here: the provenance they should have.
-            what: the kind of scores, for people.
-            place: the folder or file that holds them.
+            here: the provenance that they should have.
+            what: the kind of scores, for the message: `token scores`.
+            place: their folder or file.
         """
         remedy = "Choose another folder, or remove that one."
         refuse_differences(self.differences(here), f"'{place}' holds {what}", remedy)
 
     def to_json(self) -> str:
-        """As it is stored in the Parquet file's metadata."""
+        """The text for a file's metadata."""
         return json.dumps(dataclasses.asdict(self), sort_keys=True)
 
     @classmethod
     def from_json(cls, text: str) -> Provenance:
-        """Undo `to_json`. Raises ValueError, TypeError or KeyError where it is of another version."""
+        """Read what `to_json` wrote. Raises ValueError, TypeError or KeyError for text of another version."""
         values = json.loads(text)
         if not isinstance(values, dict):
-            raise TypeError("no mapping")
+            raise TypeError("not a mapping")
         trust = values.pop("trust")
         made = cls(**values, trust=None if trust is None else Trust(**trust))
         for each in dataclasses.fields(cls):
             kind = {"str": str, "int": int}.get(str(each.type), Mapping if "Mapping" in str(each.type) else object)
             if not isinstance(getattr(made, each.name), kind):
-                raise TypeError(f"{each.name} is of another kind")
+                raise TypeError(f"{each.name} has another type")
         return made

@@ -1,4 +1,4 @@
-"""What was measured, row by row, and from what. Knows nothing of models or policies: Parquet in, Parquet out."""
+"""A score for each row, and what it was made from. Knows nothing of models or policies: Parquet in, Parquet out."""
 
 from __future__ import annotations
 
@@ -20,21 +20,29 @@ if TYPE_CHECKING:
     import pandas as pd
 
 SCORES_FILE = "scores.parquet"
-KEY = "resofilter_scores"  # the Parquet metadata that holds the provenance
-LAYERS_FOLDER = "layers"  # beside the scores: of every layer, for some rows
-SAME_PROMPT, EMPTY = "same prompt as row", "empty completion"  # reasons, or how they begin
-OF_GROUP = " of group "  # in the reason of a row that went within its group
-LAYER = "layer_"  # layer_27, layer_28, ... : the change of one layer
+KEY = "resofilter_scores"  # the metadata key of the provenance
+LAYERS_FOLDER = "layers"  # beside the scores: scores of every layer, for some rows
+SAME_PROMPT, EMPTY = "same prompt as row", "empty completion"  # reasons, or their beginnings
+OF_GROUP = " of group "  # in the reason of a row that was dropped within its group
+LAYER = "layer_"  # layer_27, layer_28, ...: a column for each measured layer
 
 
 @dataclass(frozen=True)
 class ScoreTable:
-    """One line for every row of the user's dataset: its score, or the reason why it has none.
+    """The score of every row of the user's dataset, or the reason why it has none.
 
-    Columns: `sample_id` (int64, position in the user's dataset), `score` (float64, mean absolute weight change, about
-    lr), `loss` (float64, mean over the sample's learnt tokens, in nats), `num_tokens` (int64, tokens learnt), `length`
-    (int64, all tokens), `layer_<i>` (float64, each measured layer's change) and `reason` (why there is no score). What
-    a row does not have is null; pandas then shows whole numbers as floats.
+    Columns, with null for a missing value (so pandas shows integers as floats):
+        sample_id: int64, the position of the row in the user's dataset.
+        score: float64; for resonance the mean absolute weight change, about lr.
+        loss: float64, the mean over the sample's learnt tokens, in nats.
+        num_tokens: int64, the number of learnt tokens.
+        length: int64, the number of all tokens.
+        layer_<i>: float64, the score of each measured layer.
+        reason: text, why the row has no score.
+
+    Attributes:
+        table: the columns.
+        provenance: what the scores were made from.
     """
 
     table: pa.Table
@@ -44,7 +52,7 @@ class ScoreTable:
         return self.table.num_rows
 
     def column(self, name: str) -> np.ndarray:
-        """A numeric column; NaN where a row has no value."""
+        """A numeric column, with NaN for a missing value. Raises InputError for an unknown column."""
         numeric = [column for column in self.table.column_names if column != "reason"]
         if name not in numeric:
             raise InputError(f"The scores have no column '{name}' of numbers. They have: {', '.join(numeric)}.")
@@ -52,25 +60,25 @@ class ScoreTable:
 
     @property
     def reasons(self) -> list[str | None]:
-        """Why each row has no score; None where it has one."""
+        """Why each row has no score; None if it has one."""
         return self.table["reason"].to_pylist()
 
     @property
     def scored(self) -> np.ndarray:
-        """Bool, which rows have a score."""
+        """Which rows have a score, (N,) bool."""
         return self.table["reason"].is_null().to_numpy()
 
     def to_pandas(self) -> pd.DataFrame:
-        """All columns, one line per row of the dataset."""
+        """All columns, with a line for each row of the dataset."""
         return self.table.to_pandas()
 
     def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write to a Parquet file, or to `scores.parquet` in a folder; whole or not at all. Returns the file."""
+        """Write to a Parquet file, or to `scores.parquet` in a folder; complete or not at all. Returns the file."""
         return save_parquet(self.table, file_at(path, SCORES_FILE), {KEY: self.provenance.to_json()})
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> ScoreTable:
-        """Read what `save` wrote. Raises InputError for a missing, truncated or foreign file."""
+        """Read what `save` wrote. Raises InputError if the file is missing, damaged, or something else."""
         table, metadata = load_parquet(file_at(path, SCORES_FILE), KEY, "scores")
         try:
             scores = cls(table, Provenance.from_json(metadata))
@@ -80,31 +88,34 @@ class ScoreTable:
             raise InputError(f"The scores at '{path}' were written by another version. Make them again.") from error
 
     def _check_columns(self) -> None:
-        """Raise TypeError or ValueError where they are not those of the class's description."""
+        """Raise TypeError or ValueError if they are not those of the class docstring."""
         for name, kind in zip(self.table.column_names, self.table.schema.types, strict=True):
             number = pa.types.is_integer(kind) or pa.types.is_floating(kind)
             text = pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_null(kind)
             if not (text if name == "reason" else number):
-                raise TypeError(f"{name} is of another kind")
+                raise TypeError(f"{name} has another type")
         if len({*self.table.column_names}) < self.table.num_columns:
             raise ValueError("two columns have the same name")
         if not {"sample_id", "score", "reason"} <= {*self.table.column_names}:
             raise ValueError("columns are missing")
         ids = self.table["sample_id"]
         if not pa.types.is_integer(ids.type) or ids.null_count:
-            raise TypeError("sample_id is of another kind")
+            raise TypeError("sample_id has another type")
         if len(ids) and not 0 <= ids.to_numpy().min() <= ids.to_numpy().max() < self.provenance.rows:
-            raise ValueError("there are rows that the dataset has not")
+            raise ValueError("sample_id is outside the dataset")
 
     @classmethod
     def join(cls, tables: Sequence[ScoreTable]) -> ScoreTable:
-        """Parts of one dataset's scores as one table, in the dataset's order.
+        """Shards of one dataset's scores as one table, in the dataset's order.
+
+        Args:
+            tables: the shards, in any order.
 
         Raises:
-            InputError: the parts come from different models, data or settings, or a row is in two of them.
+            InputError: the shards were made from different models, data or settings, or two of them have the same row.
         """
         if not tables:
-            raise InputError("There are no scores: pass one table or more.")
+            raise InputError("There are no scores: pass at least one table.")
         first = tables[0]
         for other in tables[1:]:
             differences = first.provenance.differences(other.provenance)
@@ -117,16 +128,16 @@ class ScoreTable:
             ids = table["sample_id"].to_numpy()
         repeated = ids[1:][ids[1:] == ids[:-1]]
         if len(repeated):
-            raise InputError(f"Row {repeated[0]} is scored twice: the same part was passed more than once.")
+            raise InputError(f"Row {repeated[0]} is scored twice: the same shard was passed more than once.")
         return cls(table, first.provenance)
 
 
 def count_reasons(reasons: Iterable[str], listed: int) -> list[tuple[str, int]]:
-    """Why rows went, and how many for each, most first; what says which row it repeats is one reason, the rest another.
+    """The most frequent reasons and their counts, in descending order. Repeated prompts count as one reason.
 
     Args:
-        reasons: of the rows that went.
-        listed: how many are told apart.
+        reasons: one reason for each row.
+        listed: the number of reasons to list; the others are summed up in a last entry.
     """
     counts = Counter("same prompt as another row" if each.startswith(SAME_PROMPT) else each for each in reasons)
     found = counts.most_common(listed)

@@ -1,7 +1,7 @@
-"""What two models lose on every learnt token. Knows arrays and Arrow files, no model.
+"""The losses of two models on every learnt token. Knows arrays and Arrow files, no model.
 
-Ragged: a row has as many scores as tokens that are learnt. They lie one after another, and a file of them is mapped
-into memory, so that of 50 million only what is looked at is held; its digest is checked before, a column at a time.
+The arrays are ragged: a row has a score for each learnt token, and the rows follow each other. A file is mapped into
+memory, so 50 million scores take no memory until they are read. Its digest is checked first, a column at a time.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from ..io.files import load_arrow, save_arrow
 from .provenance import Provenance
 
 TOKEN_SCORES_FILE = "token_scores.arrow"
-KEY = "resofilter_token_scores"  # the metadata that holds the provenance
+KEY = "resofilter_token_scores"  # the metadata key of the provenance
 LISTS = {"position": np.int32, "token": np.int32, "base": np.float32, "reference": np.float32}
 SCHEMA = pa.schema(
     {"sample_id": pa.int64(), **{name: pa.large_list(pa.from_numpy_dtype(kind)) for name, kind in LISTS.items()}}
@@ -27,18 +27,21 @@ SCHEMA = pa.schema(
 
 @dataclass(frozen=True)
 class TokenScores:
-    """The losses of R rows' N learnt tokens under a base and under a reference model, in nats.
+    """The losses of the N learnt tokens of R rows under the base model and the reference model, in nats.
 
-    A token's score is `base - reference`: high is what the reference has learnt and the base has not (Token Cleaning,
-    arXiv 2502.01968, section 3). It is not stored: the difference of two float32 is taken in float64.
+    A token's score is `base - reference`: it is high if the reference model has learnt the token and the base model has
+    not (Token Cleaning, arXiv 2502.01968, section 3). The score is not stored; it is computed in float64.
 
     Attributes:
-        sample_id: (R,) int64, the place of each row in the user's dataset.
-        offsets: (R + 1,) int64; row r's tokens are `offsets[r]:offsets[r + 1]`.
-        position: (N,) int32, where in its row each token stands.
-        token: (N,) int32, its id.
-        base, reference: (N,) float32.
-        provenance: of the base model's losses; its `config` names the reference model and its weights' hash.
+        sample_id: (R,) int64, the position of each row in the user's dataset.
+        offsets: (R + 1,) int64; row r has the tokens `offsets[r]:offsets[r + 1]`.
+        position: (N,) int32, the position of each token in its row.
+        token: (N,) int32, the token ids.
+        base, reference: (N,) float32, the losses.
+        provenance: what the base losses were made from; its `config` has the reference model's name and weights hash.
+
+    Raises:
+        InputError: the lengths of the arrays do not fit together.
     """
 
     sample_id: np.ndarray
@@ -63,16 +66,16 @@ class TokenScores:
 
     @property
     def num_tokens(self) -> np.ndarray:
-        """(R,) learnt tokens of each row."""
+        """(R,) the number of learnt tokens in each row."""
         return np.diff(self.offsets)
 
     def of_row(self, row: int) -> np.ndarray:
-        """(n,) float64, the scores of one row's learnt tokens."""
+        """The scores of one row's learnt tokens, (n,) float64."""
         span = slice(self.offsets[row], self.offsets[row + 1])
         return self.base[span].astype(np.float64) - self.reference[span]
 
     def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write to an Arrow file, or to `token_scores.arrow` in a folder; whole or not at all. Returns the file."""
+        """Write to an Arrow file, or to `token_scores.arrow` in a folder; complete or not at all. Returns the file."""
         offsets = pa.array(self.offsets.astype(np.int64))
         lists = {
             name: pa.LargeListArray.from_arrays(offsets, pa.array(getattr(self, name).astype(kind, copy=False)))
@@ -83,12 +86,12 @@ class TokenScores:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> TokenScores:
-        """Map what `save` wrote into memory. Raises InputError for a missing, damaged or foreign file."""
+        """Map what `save` wrote into memory. Raises InputError if the file is missing, damaged, or something else."""
         table, metadata = load_arrow(token_scores_at(path), KEY, "token scores")
         try:
             if table.schema.remove_metadata() != SCHEMA or table["base"].num_chunks != 1:
                 raise ValueError("other columns")
-            chunks = {name: table[name].chunk(0) for name in SCHEMA.names}  # written as one, and not copied
+            chunks = {name: table[name].chunk(0) for name in SCHEMA.names}  # one chunk, so nothing is copied
             if any(chunk.null_count or chunk.offset for chunk in chunks.values()):
                 raise ValueError("rows without values")
             return cls(

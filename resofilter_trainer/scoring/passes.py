@@ -25,7 +25,7 @@ from tqdm.auto import tqdm
 from transformers import TrainingArguments
 
 from ..config import InputError
-from ..io.files import only_writer
+from ..io.files import folder_lock
 from ..io.store import UNIT, Store
 from .distribution import guided_chunks, rounds
 from .team import Team
@@ -131,7 +131,7 @@ def held(folder: str | os.PathLike[str] | None) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         if folder is not None:
             path = Path(folder)
-            from_main(lambda: stack.enter_context(only_writer(path)))
+            from_main(lambda: stack.enter_context(folder_lock(path)))
         yield
 
 

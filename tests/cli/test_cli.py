@@ -186,7 +186,7 @@ def test_truncated_scores_in_the_output_are_refused(place, scored, tmp_path, cap
     half = (scored / "scores.parquet").read_bytes()[:200]
     (tmp_path / "scores.parquet").write_bytes(half)
     message = refused(capsys, "score", "--model", place.model, "--dataset", place.rows, "--output", tmp_path)
-    assert "cut off" in message
+    assert "truncated" in message
     assert (tmp_path / "scores.parquet").read_bytes() == half
 
 
@@ -382,7 +382,7 @@ def test_select_refuses_a_truncated_file(scored, tmp_path, capsys):
     path = tmp_path / "scores.parquet"
     path.write_bytes((scored / "scores.parquet").read_bytes()[:-100])
     message = refused(capsys, "select", tmp_path, "--output", tmp_path / "out")
-    assert f"'{path}' cannot be read, it is cut off" in message
+    assert f"'{path}' cannot be read: it is truncated" in message
     assert files_in(tmp_path) == ["scores.parquet"]
 
 

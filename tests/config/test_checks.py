@@ -1,4 +1,4 @@
-"""What a user passed is returned as what it should be, or refused in one line."""
+"""A setting is returned in its proper type, or refused in one line."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 from resofilter_trainer.config import InputError, at_most_one, number, one_of, share, whole_number
 
 
-def test_values_come_back_as_pythons_own():
+def test_values_are_returned_in_python_types():
     assert type(whole_number("n", np.int64(3), least=1)) is int
     assert type(number("lr", 1, above=0)) is float
     assert type(share("keep", np.float32(0.5))) is float

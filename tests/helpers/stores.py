@@ -21,7 +21,7 @@ def new(folder: Path, **changes: Any) -> Store:
 
 
 def measured(units: Sequence[int], rows: int = 3) -> pa.Table:
-    """Some lines for each unit, whose values tell unit and line."""
+    """Some lines for each unit, with values that depend on unit and line."""
     unit = np.repeat(np.array(units, dtype=np.int64), rows)
     value = unit * 10 + np.tile(np.arange(rows), len(units))
     return pa.table({"unit": unit, "value": value / 3, "losses": [[each / 7] * (each % 3) for each in value.tolist()]})

@@ -37,7 +37,7 @@ def make_provenance(**changes: Any) -> Provenance:
 def make_scores(
     values: Sequence[float | None], ids: Sequence[int] | None = None, provenance: Provenance | None = None
 ) -> ScoreTable:
-    """Row i scores `values[i]`; rows of None have none, and say why."""
+    """Row i has the score `values[i]`; a row with None has a reason instead."""
     ids = range(len(values)) if ids is None else ids
     half = [None if value is None else value / 2 for value in values]
     table = pa.table(
@@ -58,13 +58,13 @@ def files_in(folder: Path) -> list[str]:
     return sorted(each.name for each in folder.iterdir())
 
 
-Row = Sequence[tuple[float, float]]  # of each learnt token: what the base and what the reference loses
+Row = Sequence[tuple[float, float]]  # the losses of each learnt token under the base and the reference model
 
 
 def make_token_scores(
     rows: Sequence[Row], tokens: Sequence[int] | None = None, provenance: Provenance | None = None
 ) -> TokenScores:
-    """Row r learns `len(rows[r])` tokens, of ids 0, 1, ... in the order of all unless told otherwise."""
+    """Row r has `len(rows[r])` learnt tokens. By default, their ids are 0, 1, ... over all rows."""
     flat = [pair for row in rows for pair in row]
     return TokenScores(
         sample_id=np.arange(len(rows), dtype=np.int64) * 2,

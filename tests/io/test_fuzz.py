@@ -1,4 +1,4 @@
-"""Whatever lies in a file, a reader gives what was written or says in one line why not; and it runs nothing of it."""
+"""A reader returns what was written or refuses the file in one line, whatever it contains; nothing in it is run."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def token_scores() -> TokenScores:
 
 
 def make_folder(folder: Path) -> None:
-    """A file of each kind that is read again."""
+    """One file of each kind that the package reads."""
     SCORES.save(folder)
     DataSelector().select(SCORES).save(folder)
     token_scores().save(folder)
@@ -95,7 +95,7 @@ def read_arguments(folder: Path) -> None:
     cli._yaml_arguments(args)
 
 
-READERS: dict[str, tuple[str, Callable[[Path], object]]] = {  # the file, and who reads it
+READERS: dict[str, tuple[str, Callable[[Path], object]]] = {  # the file and its reader
     "scores": (SCORES_FILE, ScoreTable.load),
     "selection": (SELECTION_FILE, Selection.load),
     "token scores": (TOKEN_SCORES_FILE, TokenScores.load),
@@ -126,7 +126,7 @@ def made() -> Iterator[Path]:
 
 @pytest.fixture
 def folder(made, tmp_path) -> Path:
-    """One of those, to be damaged again and again."""
+    """A copy of the folder, to be damaged."""
     shutil.copytree(made, tmp_path / "in", dirs_exist_ok=True)
     return tmp_path / "in"
 
@@ -137,7 +137,7 @@ def target(folder: Path, name: str) -> Path:
 
 
 def one_line(call: Callable[[], object]) -> object:
-    """What it gives; None where it is refused as it should be."""
+    """The result; None if the call is refused in one line."""
     said = ["why"]
     with contextlib.suppress(InputError):
         try:
@@ -150,7 +150,7 @@ def one_line(call: Callable[[], object]) -> object:
 
 
 def survives(folder: Path, name: str, content: bytes) -> object:
-    """Read the file with this content: whatever comes of it, no other error, and no file elsewhere."""
+    """Read the file with this content: no error but InputError, and no other file, may come of it."""
     path = target(folder, name)
     whole, around = path.read_bytes(), {each for each in folder.parent.rglob("*") if "parts" not in each.parts}
     path.write_bytes(content)
@@ -170,7 +170,7 @@ MUTATION = st.tuples(
 
 
 def mutated(whole: bytes, changes: list[tuple[str, float, float, bytes]]) -> bytes:
-    """With some bytes changed, left out, put in between or doubled; places are shares of the length."""
+    """With some bytes changed, removed, inserted or repeated; places are shares of the length."""
     for kind, one, two, new in changes:
         start, stop = sorted((int(one * len(whole)), int(two * len(whole))))
         if kind == "flip":
@@ -214,14 +214,14 @@ def test_mutated_files_are_read_or_refused_in_one_line(name, folder):
     check()
 
 
-@pytest.mark.parametrize("name", [name for name in READERS if name != "cell"])  # which is read where it is there
-@pytest.mark.parametrize("change", ["missing", "a folder", "a link into nothing"])
-def test_what_is_no_file_is_refused_in_one_line(change, name, folder):
+@pytest.mark.parametrize("name", [name for name in READERS if name != "cell"])  # only read if it exists
+@pytest.mark.parametrize("change", ["missing", "a folder", "a broken link"])
+def test_a_missing_file_is_refused_in_one_line(change, name, folder):
     path = target(folder, name)
     path.unlink()
     if change == "a folder":
         path.mkdir()
-    elif change == "a link into nothing":
+    elif change == "a broken link":
         path.symlink_to(folder / "nowhere")
     one_line(lambda: READERS[name][1](folder))
 
@@ -260,9 +260,9 @@ COLUMN = st.sampled_from([
 
 
 def rewritten(table: pa.Table, path: Path, metadata: dict[bytes, bytes]) -> bytes:
-    """As a file of the same kind, with or without a digest that fits."""
+    """The bytes of a file of the same kind, with or without the right digest."""
     table = table.replace_schema_metadata(metadata)
-    table = files._signed(table) if len(metadata) % 2 else table
+    table = files._with_digest(table) if len(metadata) % 2 else table
     with tempfile.TemporaryDirectory() as place:
         other = Path(place) / "x"
         if path.suffix == ".parquet":

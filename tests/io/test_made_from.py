@@ -12,7 +12,7 @@ from resofilter_trainer.config import InputError
 from resofilter_trainer.io.made_from import SHOWN, as_json, check_made_from, differences, refuse_differences
 
 HASH, OTHER_HASH = "0123456789abcdef" * 2, "fedcba9876543210" * 2
-REMEDY = "Choose another output."
+WHAT, REMEDY = "'out' holds scores", "Choose another output."
 plain = st.none() | st.booleans() | st.integers() | st.text(max_size=4) | st.lists(st.integers(), max_size=2)
 
 
@@ -29,7 +29,7 @@ plain = st.none() | st.booleans() | st.integers() | st.text(max_size=4) | st.lis
         ({"weights": HASH}, {"weights": OTHER_HASH}, ["weights (01234567 / fedcba98)"]),
         ({"weights": HASH}, {}, ["weights (01234567 / None)"]),
         ({"name": "0123456789abcde"}, {"name": "x"}, ["name (0123456789abcde / x)"]),  # too short for a hash
-        ({"text": "a" * 200}, {"text": "z"}, [f"text ({'a' * SHOWN} / z)"]),
+        ({"text": "x" * 200}, {"text": "z"}, [f"text ({'x' * SHOWN} / z)"]),
         ({"a": 1}, {"a": True}, []),  # as in Python
         ({"a": "1"}, {"a": 1}, ["a (1 / 1)"]),
     ],
@@ -76,9 +76,7 @@ def test_only_the_given_names_are_compared():
 
 def test_the_refusal_names_place_differences_and_remedy():
     with pytest.raises(InputError) as refused:
-        check_made_from(
-            {"rows": 40, "weights": HASH}, {"rows": 41, "weights": OTHER_HASH}, "'out' holds scores", REMEDY
-        )
+        check_made_from({"rows": 40, "weights": HASH}, {"rows": 41, "weights": OTHER_HASH}, WHAT, REMEDY)
     assert str(refused.value) == (
         "'out' holds scores made from something else, they differ in rows (40 / 41); weights (01234567 / fedcba98) "
         "(there / here). Choose another output."
@@ -87,11 +85,11 @@ def test_the_refusal_names_place_differences_and_remedy():
 
 def test_a_refusal_is_one_line():
     with pytest.raises(InputError, match="two lines") as refused:
-        check_made_from({"name": "two\nlines"}, {}, "'out' holds scores", REMEDY)
+        check_made_from({"name": "two\nlines"}, {}, WHAT, REMEDY)
     assert "\n" not in str(refused.value)
 
 
 def test_nothing_is_refused_where_nothing_differs():
-    refuse_differences([], "'out' holds scores", REMEDY)
-    check_made_from({"columns": ["a"]}, {"columns": ("a",)}, "'out' holds scores", REMEDY)
-    check_made_from({"rows": 1, "seed": 1}, {"rows": 2, "seed": 1}, "'out' holds scores", REMEDY, names=["seed"])
+    refuse_differences([], WHAT, REMEDY)
+    check_made_from({"columns": ["a"]}, {"columns": ("a",)}, WHAT, REMEDY)
+    check_made_from({"rows": 1, "seed": 1}, {"rows": 2, "seed": 1}, WHAT, REMEDY, names=["seed"])

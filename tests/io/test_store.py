@@ -1,4 +1,4 @@
-"""Parts that are whole or not there: what was added once is there once, whoever reads, writes or dies meanwhile."""
+"""Parts are complete or absent: a line that was added is read once, whichever process reads, writes or dies."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ import pytest
 from helpers.stores import MADE_OF, filled, measured, new
 
 from resofilter_trainer.config import InputError
-from resofilter_trainer.io import store as rooms
+from resofilter_trainer.io import store
 from resofilter_trainer.io.store import MANIFEST, MANY, PART, part_paths, read_manifest
 
 
 def copied(path: Path) -> Path:
-    """The same bytes under the name that fits them."""
-    target = path.with_name(f"part-{0:010d}-{rooms._digest(path)}.parquet")
+    """The file under the name that fits its bytes."""
+    target = path.with_name(f"part-{0:010d}-{store._digest(path)}.parquet")
     return path.rename(target)
 
 
@@ -82,7 +82,7 @@ def test_a_unit_in_two_parts_counts_once(tmp_path):
     assert made.done().tolist() == [0, 1, 2, 5]
 
 
-def test_parts_put_together_hold_the_same_lines(tmp_path):
+def test_merged_parts_hold_the_same_lines(tmp_path):
     made = filled(tmp_path, 9)
     before = made.lines()
     made.compact()
@@ -95,7 +95,7 @@ def test_parts_put_together_hold_the_same_lines(tmp_path):
 
 
 @pytest.mark.parametrize(("parts", "left"), [(MANY, MANY), (MANY + 1, 1)])
-def test_many_parts_are_put_together_when_the_store_is_opened(parts, left, tmp_path):
+def test_many_parts_are_merged_when_the_store_is_opened(parts, left, tmp_path):
     before = filled(tmp_path, parts).lines()
     again = new(tmp_path)
     assert len(part_paths(again.folder)) == left
@@ -152,7 +152,7 @@ def test_a_reader_never_sees_less_than_before_nor_anything_twice(tmp_path):
 
 
 @pytest.mark.parametrize("removed", [0, 1, 3])
-def test_killed_while_parts_are_put_together_nothing_is_lost_or_doubled(removed, tmp_path, monkeypatch):
+def test_a_kill_while_parts_are_merged_loses_and_doubles_nothing(removed, tmp_path, monkeypatch):
     made = filled(tmp_path, 6)
     before = made.lines()
     real, count = Path.unlink, [0]
@@ -172,13 +172,13 @@ def test_killed_while_parts_are_put_together_nothing_is_lost_or_doubled(removed,
     assert len(part_paths(made.folder)) == 7 - removed
     assert made.lines().equals(before)
     assert made.done().tolist() == list(range(12))
-    monkeypatch.setattr(rooms, "MANY", 2)
-    again = new(tmp_path)  # which puts them together once more: the whole part is made again under the name that it has
+    monkeypatch.setattr(store, "MANY", 2)
+    again = new(tmp_path)  # merges them again, into a part of the same name
     assert len(part_paths(again.folder)) == 1
     assert again.lines().equals(before)
 
 
-def test_what_a_killed_writer_left_is_not_read_and_goes(tmp_path, monkeypatch):
+def test_the_temporary_file_of_a_killed_writer_is_not_read_and_is_removed(tmp_path, monkeypatch):
     made = filled(tmp_path, 2)
 
     def work() -> None:
@@ -194,7 +194,7 @@ def test_what_a_killed_writer_left_is_not_read_and_goes(tmp_path, monkeypatch):
     assert again.lines().equals(measured(range(4)))
 
 
-def test_killed_while_the_manifest_is_written_the_store_is_opened_anew(tmp_path, monkeypatch):
+def test_after_a_kill_while_the_manifest_is_written_the_store_is_new(tmp_path, monkeypatch):
     def work() -> None:
         monkeypatch.setattr(os, "replace", lambda *paths: os._exit(9))
         new(tmp_path)
@@ -217,7 +217,7 @@ def test_killed_while_the_manifest_is_written_the_store_is_opened_anew(tmp_path,
         ({"several\nlines": "a\nb"}, "several lines (None / a b)"),
     ],
 )
-def test_a_store_of_something_else_is_refused_and_the_difference_named(changes, named, tmp_path):
+def test_a_store_made_from_something_else_is_refused_with_the_difference(changes, named, tmp_path):
     before = filled(tmp_path, 2)
     names = {path: path.read_bytes() for path in before.folder.iterdir()}
     text = refusal(lambda: new(tmp_path, **changes))
@@ -240,7 +240,7 @@ def test_a_damaged_manifest_is_refused(content, tmp_path):
     assert text.endswith(f"Remove '{made.folder}': its rows are measured again.")
 
 
-def test_a_manifest_of_another_version_is_called_so(tmp_path):
+def test_a_manifest_of_another_version_is_refused(tmp_path):
     made = filled(tmp_path, 1)
     (made.folder / MANIFEST).write_text(json.dumps({"format": 2, "made_of": MADE_OF}))
     assert "was written by another version. Remove" in refusal(made.open)
@@ -249,27 +249,27 @@ def test_a_manifest_of_another_version_is_called_so(tmp_path):
 def test_a_folder_in_the_place_of_a_file_is_refused(tmp_path):
     made = filled(tmp_path, 1)
     (made.folder / f"part-{5:010d}-{'0' * 32}.parquet").mkdir()
-    assert "is no part of a pass" in refusal(made.lines)
+    assert "is not a part of a pass" in refusal(made.lines)
     (made.folder / MANIFEST).unlink()
     (made.folder / MANIFEST).mkdir()
     assert "is damaged" in refusal(made.open)
 
 
-def test_a_link_into_nothing_is_refused_and_not_waited_for(tmp_path):
+def test_a_broken_link_is_refused_and_not_waited_for(tmp_path):
     made = filled(tmp_path, 1)
     (made.folder / f"part-{5:010d}-{'0' * 32}.parquet").symlink_to(tmp_path / "nowhere")
-    assert "is a link into nothing. Remove it." in refusal(made.lines)
+    assert "is a broken link. Remove it." in refusal(made.lines)
 
 
 def test_parts_without_a_manifest_are_refused(tmp_path):
     made = filled(tmp_path, 1)
     (made.folder / MANIFEST).unlink()
     assert f"'{made.folder}' holds parts and no manifest.json" in refusal(made.open)
-    assert "no pass was begun there" in refusal(lambda: read_manifest(made.folder))
+    assert "no pass was started there" in refusal(lambda: read_manifest(made.folder))
     assert len(part_paths(made.folder)) == 1
 
 
-def test_a_store_where_a_file_lies_is_refused(tmp_path):
+def test_a_file_in_the_place_of_the_folder_is_refused(tmp_path):
     (tmp_path / "parts").write_text("mine")
     assert "is a file, not a folder" in refusal(lambda: new(tmp_path))
     assert (tmp_path / "parts").read_text() == "mine"
@@ -288,7 +288,7 @@ def flipped(whole: bytes, at: int, mask: int) -> bytes:
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_part_is_known_and_named(damage, tmp_path):
+def test_a_damaged_part_is_noticed_and_named(damage, tmp_path):
     made, chance = filled(tmp_path, 3), random.Random(0)
     path = part_paths(made.folder)[1]
     whole = path.read_bytes()
@@ -334,17 +334,17 @@ def test_a_foreign_file_under_a_name_that_fits_it_is_refused(table, tmp_path):
     path = copied(path)
     for call in (made.done, made.lines):
         text = refusal(call)
-        assert f"'{path}' is no part of a pass" in text
+        assert f"'{path}' is not a part of a pass" in text
         assert text.endswith("Remove it.")
 
 
-def test_a_column_whose_name_is_no_text_is_refused(tmp_path):
+def test_a_column_whose_name_is_not_text_is_refused(tmp_path):
     made = filled(tmp_path, 1)
     path = made.folder / "foreign"
     pq.write_table(pa.table({"unit": [0], "abcd": [1]}), path, store_schema=False)
     path.write_bytes(path.read_bytes().replace(b"abcd", b"ab\x8dd"))
     path = copied(path)
-    assert f"'{path}' is no part of a pass" in refusal(made.lines)
+    assert f"'{path}' is not a part of a pass" in refusal(made.lines)
 
 
 def test_parts_with_other_columns_do_not_belong_together(tmp_path):

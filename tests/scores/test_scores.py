@@ -1,4 +1,4 @@
-"""What is written is what is read, to the last bit; what does not belong together is not mixed."""
+"""Scores are read bit for bit as they were written; scores that do not belong together are not joined."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_provenance_survives_with_whatever_trust(tmp_path, trust):
     assert ScoreTable.load(scores.save(tmp_path)).provenance == scores.provenance
 
 
-def test_saves_into_a_folder_that_is_not_there_yet(tmp_path):
+def test_saves_into_a_new_folder(tmp_path):
     path = make_scores(AWKWARD).save(tmp_path / "new" / "folder")
     assert path == tmp_path / "new" / "folder" / SCORES_FILE
     assert files_in(path.parent) == [SCORES_FILE]
@@ -64,7 +64,7 @@ def test_saving_again_replaces(tmp_path):
 
 @pytest.mark.parametrize("interruption", [OSError("No space left on device"), KeyboardInterrupt()])
 @pytest.mark.parametrize("step", ["write", "rename"])
-def test_interrupted_save_leaves_the_old_file_whole(tmp_path, monkeypatch, interruption, step):
+def test_an_interrupted_save_leaves_the_old_file_unchanged(tmp_path, monkeypatch, interruption, step):
     path = make_scores(AWKWARD).save(tmp_path)
     before = path.read_bytes()
 
@@ -87,12 +87,12 @@ def test_interrupted_save_leaves_the_old_file_whole(tmp_path, monkeypatch, inter
 
 
 @pytest.mark.parametrize("share", [0, 0.5, 0.99])
-def test_truncated_file_is_named_with_what_to_do(tmp_path, share):
+def test_a_truncated_file_is_named_with_the_remedy(tmp_path, share):
     path = make_scores(AWKWARD).save(tmp_path)
     whole = path.read_bytes()
     path.write_bytes(whole[: int(len(whole) * share)])
 
-    with pytest.raises(InputError, match=r"cut off .*Make it again") as refused:
+    with pytest.raises(InputError, match=r"truncated.*Make it again") as refused:
         ScoreTable.load(tmp_path)
     assert str(path) in str(refused.value)
     assert "\n" not in str(refused.value)
@@ -100,19 +100,19 @@ def test_truncated_file_is_named_with_what_to_do(tmp_path, share):
 
 def test_text_under_the_name_of_parquet_is_refused(tmp_path):
     (tmp_path / SCORES_FILE).write_text("sample_id,score\n0,1e-5\n")
-    with pytest.raises(InputError, match="no Parquet file"):
+    with pytest.raises(InputError, match="not a Parquet file"):
         ScoreTable.load(tmp_path)
 
 
-def test_parquet_of_someone_else_is_refused(tmp_path):
+def test_a_parquet_file_of_another_program_is_refused(tmp_path):
     path = tmp_path / "theirs.parquet"
     pq.write_table(pa.table({"score": [1.0]}), path)
-    with pytest.raises(InputError, match="holds no scores of resofilter") as refused:
+    with pytest.raises(InputError, match="holds no scores written by resofilter") as refused:
         ScoreTable.load(path)
     assert str(path) in str(refused.value)
 
 
-def test_a_selection_is_no_table_of_scores(tmp_path):
+def test_a_selection_is_not_a_table_of_scores(tmp_path):
     path = DataSelector().select(make_scores(AWKWARD)).save(tmp_path)
     with pytest.raises(InputError, match="holds no scores"):
         ScoreTable.load(path)
@@ -125,10 +125,10 @@ def test_missing_file_is_named(tmp_path, name):
     assert str(tmp_path / name) in str(refused.value)
 
 
-# ---- what a table says
+# ---- the columns
 
 
-def test_to_pandas_has_the_columns_that_are_promised():
+def test_to_pandas_has_the_documented_columns():
     frame = make_scores([1e-5, None, 2e-5]).to_pandas()
 
     assert list(frame.columns) == ["sample_id", "score", "loss", "num_tokens", "layer_2", "layer_3", "reason"]
@@ -139,14 +139,14 @@ def test_to_pandas_has_the_columns_that_are_promised():
     assert frame["reason"][1] == WHY
 
 
-def test_column_is_nan_where_a_row_has_no_value():
+def test_a_missing_value_is_nan_in_a_column():
     scores = make_scores([1e-5, None])
     np.testing.assert_array_equal(scores.column("score"), [1e-5, np.nan])
     np.testing.assert_array_equal(scores.column("num_tokens"), [3, np.nan])
     assert scores.scored.tolist() == [True, False]
 
 
-def test_unknown_column_lists_those_there_are():
+def test_an_unknown_column_is_refused_with_the_known_ones():
     scores = make_scores([1e-5])
     with pytest.raises(InputError, match="no column 'scores'") as refused:
         scores.column("scores")
@@ -154,22 +154,22 @@ def test_unknown_column_lists_those_there_are():
         assert column in str(refused.value)
 
 
-def test_text_is_no_column_of_numbers():
+def test_a_text_column_is_refused():
     with pytest.raises(InputError, match="reason"):
         make_scores([1e-5, 2e-5]).column("reason")
 
 
-# ---- what belongs together
+# ---- joined
 
 
-def test_parts_join_in_the_order_of_the_dataset():
+def test_shards_are_joined_in_the_order_of_the_dataset():
     provenance = make_provenance(rows=5)
-    parts = [
+    shards = [
         make_scores([0.4, 0.1], [4, 1], provenance),
         make_scores([None], [2], provenance),
         make_scores([0.3, 0.0], [3, 0], provenance),
     ]
-    joined = ScoreTable.join(parts)
+    joined = ScoreTable.join(shards)
 
     assert joined.column("sample_id").tolist() == [0, 1, 2, 3, 4]
     np.testing.assert_array_equal(joined.column("score"), [0.0, 0.1, np.nan, 0.3, 0.4])
@@ -178,7 +178,7 @@ def test_parts_join_in_the_order_of_the_dataset():
 
 
 def test_another_forward_is_another_table():
-    """What precision="auto" chose on another machine."""
+    """precision="auto" may choose another one on another machine."""
     one = make_scores([1.0, 2, 3], provenance=make_provenance())
     other = make_scores(
         [4.0, 5, 6], [3, 4, 5], make_provenance(trust=Trust(0.99, 6, saturation=None, forward="bfloat16"))
@@ -210,18 +210,18 @@ def test_tables_that_differ_are_not_joined_and_the_difference_is_named(changes, 
     assert str(refused.value).endswith(f"they differ in {named}.")  # this, and nothing else
 
 
-def test_names_and_trust_keep_nothing_apart():
+def test_names_and_trust_are_not_compared():
     one = make_provenance()
     assert one.differences(make_provenance(model="other", source={"dataset": "moved.jsonl"}, trust=None)) == []
 
 
 def test_provenance_does_not_differ_from_itself_saved():
-    """As `prompt_column=("instruction", "input")` gives it."""
+    """With a tuple, as from `prompt_column=("instruction", "input")`."""
     one = make_provenance(preparation={"prompt_column": ("instruction", "input")})
     assert one.differences(Provenance.from_json(one.to_json())) == []
 
 
-def test_a_row_in_two_parts_is_refused():
+def test_a_row_in_two_shards_is_refused():
     provenance = make_provenance()
     with pytest.raises(InputError, match="Row 1 is scored twice"):
         ScoreTable.join([make_scores([0.1, 0.2], [0, 1], provenance), make_scores([0.3, 0.4], [2, 1], provenance)])
@@ -230,7 +230,7 @@ def test_a_row_in_two_parts_is_refused():
 @pytest.mark.parametrize(
     ("agreement", "trusted"), [(None, True), (1.0, True), (0.95, True), (0.9499, False), (float("nan"), False)]
 )
-def test_trust_ends_below_95_hundredths_and_says_what_to_do(agreement, trusted):
+def test_an_agreement_below_95_hundredths_is_not_trusted_and_has_a_remedy(agreement, trusted):
     trust = Trust(agreement=agreement, rows=8, saturation=0.5)
     assert trust.trusted is trusted
     assert ("larger eps" in str(trust)) is not trusted

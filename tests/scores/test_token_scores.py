@@ -1,4 +1,4 @@
-"""Millions of losses are written once and mapped, not read: the same to the last bit, or refused."""
+"""Token scores are mapped into memory bit for bit as they were written, or refused."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def assert_same(one: TokenScores, other: TokenScores) -> None:
 
 
 def write(table: pa.Table, path: Path, metadata: dict[str, Any] | None = None) -> Path:
-    """Any Arrow file, as someone else may have written it."""
+    """An Arrow file with any content, as another program may write it."""
     table = table.replace_schema_metadata(metadata)
     with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
         writer.write_table(table)
@@ -42,13 +42,13 @@ def write(table: pa.Table, path: Path, metadata: dict[str, Any] | None = None) -
 
 
 def table_of(scores: TokenScores, path: Path) -> tuple[pa.Table, dict[str, str]]:
-    """What `save` writes, to be changed."""
+    """What `save` writes, as a table to be changed."""
     table, metadata = load_arrow(scores.save(path), KEY, "token scores")
     return table, {KEY: metadata}
 
 
 def assert_refused(path: Path, match: str) -> None:
-    """In one line that names the file."""
+    """The refusal is one line that names the file."""
     with pytest.raises(InputError, match=match) as refused:
         TokenScores.load(path)
     assert str(path) in str(refused.value)
@@ -78,12 +78,12 @@ def test_round_trip_of_any_rows(tmp_path_factory, rows):
     assert_same(TokenScores.load(scores.save(tmp_path_factory.mktemp("any"))), scores)
 
 
-def test_what_was_loaded_can_be_saved_again_over_itself(tmp_path):
+def test_loaded_scores_can_be_saved_over_their_own_file(tmp_path):
     scores = make_token_scores(ROWS)
     mapped = TokenScores.load(scores.save(tmp_path))
     mapped.save(tmp_path)
     assert_same(TokenScores.load(tmp_path), scores)
-    assert_same(mapped, scores)  # still, although its file has been replaced
+    assert_same(mapped, scores)  # still mapped, although the file was replaced
 
 
 def test_saving_again_replaces(tmp_path):
@@ -95,12 +95,12 @@ def test_saving_again_replaces(tmp_path):
 
 
 @pytest.mark.parametrize("rows", [ROWS, [[]], []])
-def test_arrays_have_the_kinds_that_are_promised(tmp_path, rows):
+def test_arrays_have_the_documented_types(tmp_path, rows):
     loaded = TokenScores.load(make_token_scores(rows).save(tmp_path))
     assert {name: getattr(loaded, name).dtype for name in KINDS} == KINDS
 
 
-def test_other_kinds_are_written_as_promised(tmp_path):
+def test_arrays_of_other_types_are_converted(tmp_path):
     scores = make_token_scores(ROWS)
     wide = {name: getattr(scores, name).astype(np.float64) for name in ("base", "reference")}
     whole = {name: getattr(scores, name).astype(np.int64) for name in ("position", "token")}
@@ -109,7 +109,7 @@ def test_other_kinds_are_written_as_promised(tmp_path):
     assert_same(TokenScores.load(other.save(tmp_path)), scores)
 
 
-def test_loading_maps_and_does_not_hold(tmp_path):
+def test_loading_maps_the_file_and_copies_nothing(tmp_path):
     path = make_token_scores([[(1.0, 0.5)] * 100_000]).save(tmp_path)
     before = pa.total_allocated_bytes()
 
@@ -128,7 +128,7 @@ def test_provenance_survives(tmp_path, trust):
     assert TokenScores.load(scores.save(tmp_path)).provenance == provenance
 
 
-# ---- what the scores say
+# ---- the scores
 
 
 def test_lengths_and_rows():
@@ -151,7 +151,7 @@ def test_score_keeps_what_float32_would_round_away():
     assert scores.of_row(0).tolist() == [99_999_999, 100_000_000]
 
 
-# ---- what does not fit together
+# ---- arrays that do not fit together
 
 
 @pytest.mark.parametrize(
@@ -199,7 +199,7 @@ def test_truncated_file_is_refused_wherever_it_is_cut(tmp_path):
     whole = path.read_bytes()
     for length in {0, 1, 6, 8, len(whole) - 1, *range(0, len(whole), 37)}:
         path.write_bytes(whole[:length])
-        assert_refused(path, r"cut off .*Make it again")
+        assert_refused(path, r"truncated.*Make it again")
 
 
 @pytest.mark.parametrize("rows", [ROWS, [], [[]]])
@@ -221,13 +221,13 @@ def test_a_changed_byte_is_noticed_wherever_it_counts(tmp_path, rows):
 def test_random_bytes_are_refused(tmp_path, seed, ends):
     path = tmp_path / TOKEN_SCORES_FILE
     path.write_bytes(ends + random.Random(seed).randbytes(1000) + ends)
-    assert_refused(path, "no Arrow file")
+    assert_refused(path, "not an Arrow file")
 
 
 @pytest.mark.parametrize("metadata", [None, {"resofilter_scores": "{}"}])
-def test_arrow_of_someone_else_is_refused(tmp_path, metadata):
+def test_an_arrow_file_of_another_program_is_refused(tmp_path, metadata):
     path = write(pa.table({"base": [1.0]}), tmp_path / "theirs.arrow", metadata)
-    assert_refused(path, "holds no token scores of resofilter")
+    assert_refused(path, "holds no token scores written by resofilter")
 
 
 @pytest.mark.parametrize("column", ["sample_id", *LISTS])
@@ -246,7 +246,7 @@ def test_a_missing_column_is_refused(tmp_path, column):
         pa.array([[1], [], [2], []]),  # another length
         pa.array([[1, None], [], [2], []]),
     ],
-    ids=["no lists", "text", "too few", "nulls"],
+    ids=["not lists", "text", "too few", "nulls"],
 )
 def test_a_column_of_something_else_is_refused(tmp_path, column, values):
     table, metadata = table_of(make_token_scores(ROWS), tmp_path)
@@ -260,7 +260,7 @@ def test_a_provenance_of_another_version_is_refused(tmp_path, text):
     assert_refused(write(table, tmp_path / "other.arrow", {KEY: text}), "written by another version")
 
 
-def test_a_provenance_that_is_no_text_is_refused(tmp_path):
+def test_a_provenance_that_is_not_text_is_refused(tmp_path):
     table, _ = table_of(make_token_scores(ROWS), tmp_path)
     assert_refused(write(table, tmp_path / "other.arrow", {KEY: b"\xff"}), "[Mm]ake (it|them) again")
 
@@ -271,12 +271,12 @@ def test_a_provenance_that_is_no_text_is_refused(tmp_path):
 @pytest.mark.parametrize("interruption", [OSError("No space left on device"), KeyboardInterrupt()])
 @pytest.mark.parametrize("step", ["open", "write", "rename"])
 @pytest.mark.parametrize("earlier", [True, False])
-def test_interrupted_save_leaves_no_part_and_the_old_file_whole(tmp_path, monkeypatch, interruption, step, earlier):
+def test_an_interrupted_save_changes_no_file(tmp_path, monkeypatch, interruption, step, earlier):
     path = tmp_path / TOKEN_SCORES_FILE
     if earlier:
         make_token_scores(ROWS).save(tmp_path)
     before = path.read_bytes() if earlier else None
-    new_file, parts = pa.ipc.new_file, []
+    new_file, temporary = pa.ipc.new_file, []
 
     class HalfAFile:
         def __init__(self, sink, schema):
@@ -289,21 +289,21 @@ def test_interrupted_save_leaves_no_part_and_the_old_file_whole(tmp_path, monkey
 
         def write_batch(self, batch):
             self.writer.write_batch(batch)
-            parts.extend(set(files_in(tmp_path)) - {path.name})
+            temporary.extend(set(files_in(tmp_path)) - {path.name})
             raise interruption
 
         def __exit__(self, *_):
             self.writer.close()
 
     def no_rename(old: Path, new: Path) -> None:
-        parts.append(Path(old).name)
+        temporary.append(Path(old).name)
         raise interruption
 
     monkeypatch.setattr(*((os, "replace", no_rename) if step == "rename" else (pa.ipc, "new_file", HalfAFile)))
     with pytest.raises(type(interruption)):
         make_token_scores([[(7.0, 1.0)]]).save(tmp_path)
 
-    assert len(parts) == (step != "open")  # it was on its way, beside the target
+    assert len(temporary) == (step != "open")  # one was beside the target
     assert files_in(tmp_path) == ([path.name] if earlier else [])
     assert (path.read_bytes() if earlier else None) == before
 

@@ -286,7 +286,7 @@ def test_damaged_scores_are_not_made_again_unasked(runs, undisturbed, tmp_path):
     for content in (whole[:-1], whole[: len(whole) // 2], b""):
         (tmp_path / SCORES_FILE).write_bytes(content)
         text = refusal(lambda: runs["loss"][0](tmp_path, ROWS))
-        assert f"'{tmp_path / SCORES_FILE}' cannot be read, it is cut off or damaged" in text
+        assert f"'{tmp_path / SCORES_FILE}' cannot be read: it is truncated, damaged or" in text
         assert text.endswith("Make it again.")
         assert (tmp_path / SCORES_FILE).read_bytes() == content
 

@@ -129,8 +129,8 @@ def test_another_run_is_kept_out(model, tokenizer, tmp_path, monkeypatch):
     real = streaming.score_dataset
 
     def meanwhile(*args, **kwargs):
-        command = "import sys; from pathlib import Path; from resofilter_trainer.files import only_writer\n"
-        command += "with only_writer(Path(sys.argv[1])): pass"
+        command = "import sys; from pathlib import Path; from resofilter_trainer.io.files import folder_lock\n"
+        command += "with folder_lock(Path(sys.argv[1])): pass"
         done = subprocess.run([sys.executable, "-c", command, tmp_path], capture_output=True, text=True)
         assert "Another run writes to" in done.stderr
         return real(*args, **kwargs)
