@@ -1,1 +1,1 @@
-"""The embedded demo: generated problems, a tiny base model, and the whole method on them. Knows no other data."""
+"""The embedded demo: generated problems, a tiny base model, and the whole method on both. Knows no other data."""

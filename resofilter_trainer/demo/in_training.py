@@ -1,6 +1,6 @@
-"""The demo in one run: measure and filter inside SFTTrainer, by the callback. Needs no network.
+"""The demo in one run: the callback measures and filters inside SFTTrainer. Needs no network.
 
-two epochs on: all rows | all, then a random half | all, then what is kept | what is kept by scores at the start
+two epochs on: all rows | all, then a random half | all, then the kept half | the half kept by scores at the start
 """
 
 from __future__ import annotations
@@ -24,12 +24,19 @@ from ..training.drift import drop_rate_by_moment
 from ..training.run import STATE
 from .run import KEEP, make_data, train_with, training_arguments
 
-PARTS = 10  # of an epoch, in which the rate of dropping is counted
+TENTHS = 10  # intervals of an epoch in which the drop rate is counted
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """One training: rows of each epoch, how many of the last epoch's are wrong, and the held-out exact match."""
+    """One training.
+
+    Attributes:
+        name: the name of the run.
+        rows: the number of rows of each epoch.
+        wrong_share: the share of wrong rows in the last epoch.
+        accuracy: the exact match on the held-out problems after the training.
+    """
 
     name: str
     rows: list[int]
@@ -39,7 +46,16 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Ranking:
-    """Scores as a way to drop half of the rows, and how they agree with those at the starting weights."""
+    """How well scores find the wrong rows, and how well they agree with the scores before training.
+
+    Attributes:
+        name: the name of the scores.
+        auroc: the AUROC as a detector of the wrong rows.
+        wrong_share_kept: the share of wrong rows in the kept half.
+        rank_correlation_with_before: the rank correlation with the scores at the starting weights.
+        same_decision_as_before: the share of rows on which both decide alike.
+        drop_rate_by_moment: the share of rows dropped in each tenth of the epoch.
+    """
 
     name: str
     auroc: float
@@ -51,19 +67,19 @@ class Ranking:
 
 @dataclass(frozen=True)
 class RandomHalf:
-    """A policy that looks at no score."""
+    """A policy that keeps a random half of the rows."""
 
     seed: int
 
     def select(self, scores: ScoreTable) -> Selection:
-        """Keep a random half of the rows."""
+        """Keep a random half of the rows, whatever their scores."""
         keep = np.zeros(len(scores), dtype=bool)
         keep[np.random.default_rng(self.seed).choice(len(scores), size=round(KEEP * len(scores)), replace=False)] = True
         return Selection(keep, [KEPT if each else "random" for each in keep], {}, scores.provenance.to_json())
 
 
 def run(output: Path, seed: int) -> dict[str, object]:
-    """Run the demo, print its table, and leave the runs' scores and selections and `results.json` in `output`."""
+    """Run the demo, print its table, and write the runs' scores and selections and `results.json` to `output`."""
     started = time.perf_counter()
     dataset, wrong, held_out = make_data(seed)
     outcomes = []
@@ -88,13 +104,13 @@ def run(output: Path, seed: int) -> dict[str, object]:
     }
     (output / "results.json").write_text(json.dumps(results, indent=2) + "\n")
     print(table(outcomes, rankings))
-    print(f"Why each row went: {output / 'training' / STATE / PAGE}")
+    print(f"Report, with the reason for each dropped row: {output / 'training' / STATE / PAGE}")
     print(f"Scores, selections and results.json: {output}  ({time.perf_counter() - started:.0f} s)")
     return results
 
 
 def compare(output: Path, wrong: np.ndarray) -> list[Ranking]:
-    """Scores of the first epoch, as measured and without drift, against those at the starting weights."""
+    """Compare the scores of the first epoch, measured and corrected for drift, with those at the starting weights."""
     first = ScoreTable.load(output / "training" / STATE / "scores-epoch-1.parquet")
     before = ScoreTable.load(output / "before" / STATE).column("score")
     dropped_before = ~drop_share(before, KEEP, "largest")
@@ -105,7 +121,7 @@ def compare(output: Path, wrong: np.ndarray) -> list[Ranking]:
         ("before", before),
     ):
         dropped = ~drop_share(scores, KEEP, "largest")
-        rates = drop_rate_by_moment(dropped, first.column("step"), PARTS).round(3).tolist()
+        rates = drop_rate_by_moment(dropped, first.column("step"), TENTHS).round(3).tolist()
         rankings.append(
             Ranking(
                 name,
@@ -120,7 +136,7 @@ def compare(output: Path, wrong: np.ndarray) -> list[Ranking]:
 
 
 def table(outcomes: Sequence[Outcome], rankings: Sequence[Ranking]) -> str:
-    """The results as text."""
+    """The results as a text table."""
     lines = [f"{'run':12}{'rows of each epoch':>20}{'wrong rows in the last':>24}{'accuracy':>10}"]
     for each in outcomes:
         sizes = ", ".join(map(str, each.rows))

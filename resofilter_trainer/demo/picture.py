@@ -1,4 +1,4 @@
-"""The demo's picture: scores of right and wrong rows with the cut, and the accuracies. Knows matplotlib."""
+"""The demo's picture: the scores of right and wrong rows with the threshold, and the accuracies. Knows matplotlib."""
 
 from __future__ import annotations
 
@@ -12,12 +12,19 @@ from matplotlib.figure import Figure
 from ..scores.score_table import ScoreTable
 from ..selecting.selection import Selection
 
-RIGHT, WRONG, NEUTRAL = "#0072b2", "#d55e00", "#999999"  # told apart by colour-blind eyes as well
+RIGHT, WRONG, NEUTRAL = "#0072b2", "#d55e00", "#999999"  # distinct for colour-blind readers
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """One of the four trainings: on which rows, how many of them wrong, and the held-out exact match after it."""
+    """One of the four trainings.
+
+    Attributes:
+        name: the name of the set of rows.
+        rows: the number of rows.
+        wrong_share: the share of wrong rows among them.
+        accuracy: the exact match on the held-out problems after the training.
+    """
 
     name: str
     rows: int
@@ -26,16 +33,18 @@ class Outcome:
 
 
 def draw(scores: ScoreTable, selection: Selection, wrong: np.ndarray, outcomes: Sequence[Outcome], path: Path) -> None:
-    """Write the picture to `path`."""
+    """Draw the picture and write it to `path`."""
     figure = Figure(figsize=(10, 4), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(3, 2))
     lr = scores.provenance.config["lr"]
-    distance = np.maximum(1 - scores.column("score") / lr, 1e-9)  # the score saturates at lr
+    distance = np.maximum(1 - scores.column("score") / lr, 1e-9)  # scores saturate at lr
     bins = np.geomspace(distance.min(), distance.max(), 60)
     left.hist(
         [distance[~wrong], distance[wrong]], bins=bins, stacked=True, color=[RIGHT, WRONG], label=["right", "wrong"]
     )
-    left.axvline(distance[selection.keep].min(), color="black", linestyle="--", label="cut: what is right of it goes")
+    left.axvline(
+        distance[selection.keep].min(), color="black", linestyle="--", label="threshold: rows to the right are dropped"
+    )
     left.set(xscale="log", xlabel="1 - score / lr (larger changes to the right)", ylabel="rows", title="Resonance")
     left.invert_xaxis()
     left.legend()

@@ -1,13 +1,13 @@
-"""Word problems with worked answers, a known share of them wrong. Knows nothing of models: makes text.
+"""Word problems with worked answers, of which a known share is wrong. Makes text; knows no model.
 
     Tom has 47 apples. Tom buys 25 more. Tom gives Ann 18. How many apples does Tom have?
     47+25=72. 72-18=54. #### 54
 
 A wrong row is fluent and well formed, and wrong in one of three ways:
 
-    wrong_step        one result slips, and the steps after it go on from there     47+25=71. 71-18=53. #### 53
-    wrong_final       the steps are right, the final answer is not                  47+25=72. 72-18=54. #### 57
-    other_question    the right answer, to another question                         30+12=42. #### 42
+    wrong_step        one result is wrong, and the later steps continue from it    47+25=71. 71-18=53. #### 53
+    wrong_final       the steps are right, and the final answer is wrong           47+25=72. 72-18=54. #### 57
+    other_question    the right answer to another question                         30+12=42. #### 42
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import Literal, get_args
 
-from ..config import InputError
+from ..config import number, whole_number
 
 Kind = Literal["clean", "wrong_step", "wrong_final", "other_question"]
 
@@ -35,10 +35,10 @@ class Problem:
     """One row.
 
     Attributes:
-        prompt: story and question; ends in a line break.
-        completion: worked steps, then `#### N`. In a wrong row these are the wrong ones.
-        answer: the true answer of the prompt, also where the completion is wrong.
-        kind: "clean", or how the completion is wrong.
+        prompt: the story and its question, with a line break at the end.
+        completion: the steps, then `#### N`; right or wrong, according to `kind`.
+        answer: the right answer to the prompt, also in a wrong row.
+        kind: "clean", or the way in which the completion is wrong.
     """
 
     prompt: str
@@ -49,7 +49,7 @@ class Problem:
 
 @dataclass(frozen=True)
 class Story:
-    """A question and the arithmetic behind it: what there is at first, and by how much each sentence changes it."""
+    """A question and its arithmetic: the amount at the start, and the change that each sentence makes."""
 
     prompt: str
     start: int
@@ -57,25 +57,28 @@ class Story:
 
     @property
     def amounts(self) -> list[int]:
-        """How many there are at first and after each change."""
+        """The amounts at the start and after each change."""
         return list(accumulate(self.changes, initial=self.start))
 
 
 def make_problems(
     num_rows: int, wrong_share: float = 0.0, seed: int = 0, exclude: Collection[str] = ()
 ) -> list[Problem]:
-    """Rows in random order, `round(wrong_share * num_rows)` of them wrong, the three kinds in equal parts.
+    """Generate rows in random order, `round(wrong_share * num_rows)` of them wrong, as many of each kind.
+
+    No prompt occurs twice.
 
     Args:
-        num_rows: how many rows.
-        wrong_share: share of rows with a wrong completion, between 0 and 1.
-        seed: the same seed gives the same rows.
-        exclude: prompts that must not occur, such as those trained on. No prompt occurs twice either way.
+        num_rows: the number of rows.
+        wrong_share: the share of rows with a wrong completion, between 0 and 1.
+        seed: the random seed.
+        exclude: prompts that must not occur, such as those of the training rows.
+
+    Raises:
+        InputError: `num_rows` or `wrong_share` is out of its range.
     """
-    if num_rows < 0 or not 0 <= wrong_share <= 1:
-        raise InputError(
-            f"num_rows must be at least 0 and wrong_share between 0 and 1, got {num_rows} and {wrong_share}."
-        )
+    num_rows = whole_number("num_rows", num_rows, least=0)
+    wrong_share = number("wrong_share", wrong_share, least=0, most=1)
     rng = random.Random(seed)
     seen = set(exclude)
     problems = []
@@ -112,7 +115,7 @@ def _tell(rng: random.Random) -> Story:
 
 
 def _change(amount: int, rng: random.Random) -> int:
-    """A gain or a loss of 2 to 99 that leaves between 0 and 199."""
+    """A gain or a loss of 2 to 99, after which the amount is between 0 and 199."""
     gains = range(2, min(99, 199 - amount) + 1)
     losses = range(2, min(99, amount) + 1)
     if gains and losses:
@@ -125,7 +128,7 @@ def _clean(story: Story, rng: random.Random) -> str:
 
 
 def _wrong_step(story: Story, rng: random.Random) -> str:
-    """From a random step on, every amount is off by the same slip; none falls below 0."""
+    """From a random step onwards, every amount is wrong by the same slip, and none is below 0."""
     amounts = story.amounts
     first = rng.randrange(1, len(amounts))
     slip = rng.choice([slip for slip in SLIPS if min(amounts[first:]) + slip >= 0])
@@ -146,7 +149,7 @@ def _other_question(story: Story, rng: random.Random) -> str:
 
 
 def _completion(amounts: list[int], changes: tuple[int, ...], final: int | None = None) -> str:
-    """`47+25=72. 72-18=54. #### 54`; each step starts from the amount the one before it wrote down."""
+    """`47+25=72. 72-18=54. #### 54`; each step starts from the result of the step before."""
     steps = [f"{left}{change:+d}={right}." for left, change, right in zip(amounts, changes, amounts[1:], strict=False)]
     return " ".join([*steps, f"#### {amounts[-1] if final is None else final}"])
 

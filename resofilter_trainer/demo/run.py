@@ -1,7 +1,7 @@
-"""The whole method in some minutes: make noisy data, score, select, train, compare. Needs no network.
+"""The whole method in a few minutes: make noisy data, score, select, train, compare. Needs no network.
 
 problems, 40 % wrong -> score with the base model -> drop the larger half
-fine-tune the base on: all rows | a random half | the kept half | the clean rows -> held-out accuracy
+fine-tune the base model on: all rows | a random half | the kept half | the clean rows -> held-out accuracy
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ TRAINING: dict[str, Any] = {
 
 
 def run(output: Path, seed: int) -> dict[str, object]:
-    """Run the demo, print its table, and leave scores, selection, `results.json` and a picture in `output`."""
+    """Run the demo, print its table, and write scores, selection, `results.json`, picture and report to `output`."""
     started = time.perf_counter()
     dataset, wrong, held_out = make_data(seed)
     args = training_arguments(output, seed)
@@ -74,7 +74,7 @@ def run(output: Path, seed: int) -> dict[str, object]:
     report = write_report(Contents(scores, selection), output, texts, kinds, title="The demo")
     print(table(outcomes, detectors))
     print(f"Trust: {scores.provenance.trust}")
-    print(f"Why each row went: {report.path}")
+    print(f"Report, with the reason for each dropped row: {report.path}")
     print(f"Scores, selection, results.json and picture.png: {output}  ({time.perf_counter() - started:.0f} s)")
     return results
 
@@ -82,7 +82,7 @@ def run(output: Path, seed: int) -> dict[str, object]:
 def make_data(
     seed: int, rows: int = ROWS, wrong_share: float = WRONG_SHARE, held_out: int = HELD_OUT
 ) -> tuple[Dataset, np.ndarray, list[Problem]]:
-    """The rows to train on, which of them are wrong, (N,) bool, and held-out problems that are none of them."""
+    """Make the rows to train on, a mask of the wrong ones, (N,) bool, and held-out problems with other prompts."""
     problems = make_problems(rows, wrong_share, seed)
     others = make_problems(held_out, seed=HELD_OUT_SEED + seed, exclude={problem.prompt for problem in problems})
     wrong = np.array([problem.kind != "clean" for problem in problems])
@@ -90,30 +90,30 @@ def make_data(
 
 
 def as_dataset(problems: Sequence[Problem]) -> Dataset:
-    """Prompts and completions."""
+    """The problems as a dataset with the columns `prompt` and `completion`."""
     return Dataset.from_list([{"prompt": p.prompt, "completion": p.completion} for p in problems])
 
 
 def training_arguments(output: Path, seed: int) -> SFTConfig:
-    """What all four trainings share, and the scoring before them."""
+    """The arguments of all four trainings and of the scoring."""
     return SFTConfig(output_dir=str(output), use_cpu=not torch.cuda.is_available(), seed=seed, **TRAINING)
 
 
 def row_sets(selection: Selection, wrong: np.ndarray, seed: int) -> dict[str, np.ndarray]:
-    """Which rows each training sees, in the dataset's order."""
+    """The rows of each training, in the order of the dataset."""
     kept = selection.sample_ids
     random = np.random.default_rng(seed).choice(len(wrong), size=len(kept), replace=False)
     return {"all": np.arange(len(wrong)), "random": np.sort(random), "kept": kept, "oracle": np.flatnonzero(~wrong)}
 
 
 def train_and_test(rows: Dataset, held_out: Sequence[Problem], args: SFTConfig, name: str) -> float:
-    """Fine-tune a fresh copy of the base model with SFTTrainer; returns the exact match on the held-out problems."""
+    """Fine-tune a new copy of the base model with SFTTrainer. Returns the exact match on the held-out problems."""
     print(f"Training on {name}: {len(rows)} rows")
     return train_with(rows, held_out, args, [])
 
 
 def train_with(rows: Dataset, held_out: Sequence[Problem], args: SFTConfig, callbacks: list[TrainerCallback]) -> float:
-    """The same, with callbacks."""
+    """Like `train_and_test`, with callbacks."""
     model = AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(BASE)
     trainer = SFTTrainer(model=model, args=args, train_dataset=rows, processing_class=tokenizer, callbacks=callbacks)
@@ -123,13 +123,13 @@ def train_with(rows: Dataset, held_out: Sequence[Problem], args: SFTConfig, call
 
 
 def detect(scores: ScoreTable, wrong: np.ndarray) -> dict[str, float]:
-    """AUROC of the score, of plain loss and of length as detectors of the wrong rows."""
+    """The AUROC of score, loss and length as detectors of the wrong rows."""
     columns = {"resonance": "score", "loss": "loss", "length": "num_tokens"}
     return {name: auroc(scores.column(column), wrong) for name, column in columns.items()}
 
 
 def table(outcomes: Sequence[Outcome], detectors: dict[str, float]) -> str:
-    """The results as text."""
+    """The results as a text table."""
     lines = [f"{'trained on':12}{'rows':>6}{'wrong rows':>12}{'accuracy':>10}"]
     lines += [f"{each.name:12}{each.rows:6}{each.wrong_share:12.1%}{each.accuracy:10.3f}" for each in outcomes]
     found = ", ".join(f"{name} {value:.3f}" for name, value in detectors.items())

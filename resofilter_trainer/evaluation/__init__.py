@@ -1,1 +1,1 @@
-"""How well a trained model answers: generation, metrics, tasks. Knows nothing of scores."""
+"""How well a trained model answers: generation, metrics, tasks. Knows models and tokenizers, no scores."""

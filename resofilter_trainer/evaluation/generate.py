@@ -1,4 +1,4 @@
-"""What a trained model answers, and how often it is right. Knows models and tokenizers, not how they were trained."""
+"""Generate answers and count the right ones. Knows models and tokenizers, not how they were trained."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ def exact_match(
     max_new_tokens: int,
     batch_size: int,
 ) -> float:
-    """Share of prompts that the model answers with the reference's final answer, by greedy generation.
+    """The share of prompts that the model answers with the right final answer, by greedy generation.
 
     Args:
         model: a causal language model.
-        tokenizer: its tokenizer.
-        prompts: texts as they were trained on, or lists of messages.
-        references: texts that end in `#### <number>` or `The answer is <number>`.
-        max_new_tokens: where an answer is cut off.
-        batch_size: prompts written to at once by each process; processes share the prompts.
+        tokenizer: the tokenizer of the model.
+        prompts: the prompts, as texts in the format of the training rows, or as lists of messages.
+        references: the right answers, as texts with `#### <number>` or `The answer is <number>` at the end.
+        max_new_tokens: the largest number of tokens of an answer.
+        batch_size: the number of prompts in a batch of one process; the processes share the prompts.
     """
     answers = generate(model, tokenizer, prompts, max_new_tokens, batch_size)
     return evaluate.load(str(FINAL_ANSWER)).compute(predictions=answers, references=list(references))["exact_match"]
@@ -47,12 +47,12 @@ def generate(
     max_new_tokens: int,
     batch_size: int,
 ) -> list[str]:
-    """The greedy continuation of each prompt, without special tokens, in the prompts' order."""
+    """The greedy continuation of each prompt, without special tokens, in the order of the prompts."""
     state = PartialState()
     chat = any(not isinstance(prompt, str) for prompt in prompts)
     texts = [_from_template(tokenizer, prompt) for prompt in prompts] if chat else list(prompts)
-    special = not chat  # a template writes its special tokens itself
-    order = sorted(range(len(texts)), key=lambda row: len(texts[row]))  # similar lengths together: little padding
+    special = not chat  # a chat template adds its own special tokens
+    order = sorted(range(len(texts)), key=lambda row: len(texts[row]))  # little padding
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
     mine = batches[state.process_index :: state.num_processes]
     found: list[tuple[int, str]] = []

@@ -1,4 +1,4 @@
-"""What a trained model reaches in tasks of lm-evaluation-harness (the extra `eval`). Knows no training."""
+"""The metrics of a model on tasks of lm-evaluation-harness (the extra `eval`). Knows no training."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ..config import InputError
 from ..data.rows import first_line
 from ..model.modes import evaluating
 
-INSTALL = "tasks are lm-evaluation-harness's, which is not installed: pip install 'lm_eval>=0.4.13'"
+INSTALL = "Tasks need lm-evaluation-harness, which is not installed: pip install 'lm_eval>=0.4.13'"
 
 
 def evaluate_tasks(
@@ -26,20 +26,23 @@ def evaluate_tasks(
     limit: int | None = None,
     unsafe_code: bool = False,
 ) -> dict[str, float]:
-    """The main metric of each task: the first in its file that is better when larger.
+    """Evaluate a model on tasks.
 
     Args:
-        model, tokenizer: what is asked.
-        tasks: names of tasks or groups, as `lm_eval --tasks` takes them.
-        batch_size: requests at once.
-        folder: of task files of one's own, which may read local data.
-        limit: how many documents of each task.
-        unsafe_code: whether tasks may run on this machine what the model writes.
+        model, tokenizer: the model and its tokenizer.
+        tasks: the names of tasks or groups, as for `lm_eval --tasks`.
+        batch_size: the number of requests in a batch.
+        folder: a folder with further task files, which may read local data.
+        limit: the number of documents of each task; None for all.
+        unsafe_code: whether tasks may run code that the model generates on this machine.
+
+    Returns:
+        The main metric of each task, by name: the first in its file for which larger is better.
 
     Raises:
-        InputError: the harness is not installed, a task is not known or cannot be run, or has no such metric.
+        InputError: the harness is not installed, or a task is not known, fails, or has no such metric.
     """
-    known = check_tasks(tasks, folder)
+    index = check_tasks(tasks, folder)
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
 
@@ -48,29 +51,29 @@ def evaluate_tasks(
             found = simple_evaluate(
                 HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size),
                 tasks=list(tasks),
-                task_manager=known,
+                task_manager=index,
                 limit=limit,
                 bootstrap_iters=0,
                 log_samples=False,
                 confirm_run_unsafe_code=unsafe_code,
             )
-    except Exception as error:  # datasets, metrics and tasks each raise their own
-        raise InputError(f"The tasks {', '.join(tasks)} cannot be run: {first_line(error)}") from error
+    except Exception as error:  # tasks, datasets and metrics raise errors of any type
+        raise InputError(f"The tasks {', '.join(tasks)} failed: {first_line(error)}") from error
     return {name: main_metric(name, found) for name in tasks}
 
 
 def check_tasks(tasks: Sequence[str], folder: str | None = None) -> Any:
-    """The harness's index of tasks. Raises InputError where it is not installed, or a task is not known."""
+    """The harness's index of tasks. Raises InputError where the harness is not installed, or a task is not known."""
     try:
         from lm_eval.tasks import TaskManager
     except ImportError as error:
         raise InputError(INSTALL) from error
     if folder is not None and not Path(folder).is_dir():
-        raise InputError(f"There is no folder '{folder}' with task files.")
+        raise InputError(f"The folder of task files '{folder}' does not exist.")
     index = _index(TaskManager, folder)
     for name in tasks:
         if name in index.all_tags:
-            raise InputError(f"'{name}' is a tag of lm-evaluation-harness: name its tasks, or a group.")
+            raise InputError(f"'{name}' is a tag of lm-evaluation-harness. Pass its tasks, or a group.")
         if name not in index.all_tasks:
             raise InputError(f"lm-evaluation-harness knows no task '{name}'. `lm_eval ls tasks` lists them.")
     return index
@@ -78,15 +81,19 @@ def check_tasks(tasks: Sequence[str], folder: str | None = None) -> Any:
 
 @functools.cache
 def _index(manager: Any, folder: str | None) -> Any:
-    """Made once: the harness reads thousands of task files for it."""
+    """The index, cached: the harness reads thousands of task files for it."""
     return manager(include_path=folder)
 
 
 def main_metric(name: str, found: Mapping[str, Any]) -> float:
-    """Of a task, from the harness's results; of a group its own, or the mean of its tasks'.
+    """The main metric of a task or a group; of a group without its own metrics, the mean over its tasks.
+
+    Args:
+        name: the name of the task or group.
+        found: the results of `lm_eval.simple_evaluate`.
 
     Raises:
-        InputError: there is none of which more is better.
+        InputError: the task has no metric for which larger is better.
     """
     results, better = found["results"].get(name, {}), _directions(name, found)
     for key, value in results.items():
@@ -95,11 +102,11 @@ def main_metric(name: str, found: Mapping[str, Any]) -> float:
     members = found["group_subtasks"].get(name)
     if members:
         return fmean(main_metric(each, found) for each in members)
-    raise InputError(f"The task '{name}' has no metric that is better when larger: {', '.join(map(str, results))}.")
+    raise InputError(f"The task '{name}' has no metric for which larger is better: {', '.join(map(str, results))}.")
 
 
 def _directions(name: str, found: Mapping[str, Any]) -> dict[str, bool]:
-    """Whether more is better, by metric; a group's from its tasks', as the harness leaves out those of outer groups."""
+    """Whether larger is better, by metric; for a group from its tasks, as the harness omits those of nested groups."""
     better: dict[str, bool] = {}
     for member in found["group_subtasks"].get(name, []):
         better |= _directions(member, found)

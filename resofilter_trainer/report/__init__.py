@@ -1,4 +1,4 @@
-"""A page that shows why a sample went. Knows scores, selections and text; no model, and imports no torch.
+"""A page that shows why rows were dropped. Knows scores, selections and text; knows no model and imports no torch.
 
 folder -> Contents -> Numbers, Samples -> charts -> report.html, PNGs, the dropped rows as CSV and Parquet
 """
@@ -22,25 +22,26 @@ from ..scores.score_table import ScoreTable
 from ..selecting.selection import Selection
 from .charts import NAMES, charts_of, points_of, ratios_chart, save_png, specification
 from .contents import Contents, read_contents
-from .numbers import Numbers, numbers_of, ratios_of, word_frequency
+from .numbers import Numbers, numbers_of
 from .page import make_page
-from .samples import Decode, Text, cut, samples_of
+from .paper_figures import ratios_of, word_frequency
+from .samples import Decode, Text, samples_of, shortened
 
 __all__ = ["Contents", "Numbers", "Report", "read_contents", "write_report"]
 
-FORMULA = tuple("=+-@\t\r")  # begin what a spreadsheet would compute
-PAGE, FILES, TITLE = "report.html", "report", "Why a sample went"
+FORMULA = tuple("=+-@\t\r")  # a spreadsheet computes text that begins with one of these
+PAGE, FILES, TITLE = "report.html", "report", "Why rows were dropped"
 COUNTED = 20_000  # rows whose words are counted
 
 
 @dataclass(frozen=True)
 class Report:
-    """What was written.
+    """A written report; in a notebook it shows the page.
 
     Attributes:
-        path: of the page.
-        numbers: that stand on it; None where there is only a comparison.
-        pictures: one PNG for each chart.
+        path: the page.
+        numbers: the numbers on the page; None where there is only a comparison.
+        pictures: the PNG file of each chart.
     """
 
     path: Path
@@ -48,7 +49,7 @@ class Report:
     pictures: list[Path]
 
     def _repr_html_(self) -> str:
-        """The page inside a notebook, in a frame of its own that can reach nothing of the notebook's."""
+        """The page in a sandboxed frame, which has no access to the notebook."""
         page = html.escape(self.path.read_text(encoding="utf-8"), quote=True)
         frame = 'sandbox="allow-scripts allow-downloads" style="width:100%;height:900px;border:0"'
         return f'<iframe title="resofilter report" {frame} srcdoc="{page}"></iframe>'
@@ -62,25 +63,25 @@ def write_report(
     decode: Decode | None = None,
     title: str | None = None,
 ) -> Report:
-    """Write `report.html`, and beside it in `report/` the pictures and all dropped rows.
+    """Write `report.html`, and the charts and all dropped rows to the folder `report` next to it.
 
     Args:
-        contents: what `read_contents` found, or made by hand of a `ScoreTable` and a `Selection`.
-        output: a folder.
-        texts: prompt and completion of every row; iterated once, and asked for some rows by their place.
-        groups: each row's group, such as its source.
-        decode: token ids to the text of each, to show which tokens are learnt.
-        title: of the page.
+        contents: the result of `read_contents`, or `Contents(scores, selection)`.
+        output: the folder to write to.
+        texts: (N,) prompt and completion of every row; iterated once, then indexed by position.
+        groups: (N,) the group of each row, such as its source.
+        decode: a function from token ids to the text of each; it shows which tokens are learnt.
+        title: the title of the page.
 
     Raises:
-        InputError: there are more or fewer texts or groups than rows, or nothing can be written there.
+        InputError: the number of texts or groups is not the number of rows, or the folder cannot be written to.
     """
     output, scores = Path(output), contents.scores
     check_folder(output)
     for what, values in (("texts", texts), ("groups", groups)):
         if scores is not None and values is not None and len(values) != len(scores):
             raise InputError(f"There are {len(scores)} rows and {len(values)} {what}: every row needs one.")
-    groups = None if groups is None else [cut(str(each)) for each in groups]
+    groups = None if groups is None else [shortened(str(each)) for each in groups]
     selection = samples = numbers = None
     files = ""
     if scores is None:
@@ -92,19 +93,19 @@ def write_report(
         numbers = numbers_of(contents, groups, _frequency(texts), samples.copies)
         charts = charts_of(numbers, points_of(scores, selection.keep, samples.rows))
         files = _save_dropped(scores, selection, output / FILES)
-    for old in NAMES:  # of an earlier page
+    for old in NAMES:  # charts of an earlier report
         (output / FILES / f"{old}.png").unlink(missing_ok=True)
     pictures = [output / FILES / f"{name}.png" for name in charts]
     for chart, picture in zip(charts.values(), pictures, strict=True):
         save_png(chart, picture)
     page = make_page(title or TITLE, numbers, charts, scores, selection, samples, groups, contents.epochs, files)
-    with replacing(output / PAGE) as part:
-        part.write_bytes(page.encode("utf-8", "replace"))  # half a surrogate pair becomes a question mark
+    with replacing(output / PAGE) as temporary:
+        temporary.write_bytes(page.encode("utf-8", "replace"))  # a lone surrogate becomes a question mark
     return Report(output / PAGE, numbers, pictures)
 
 
 def _frequency(texts: Sequence[Text] | None) -> np.ndarray | None:
-    """(N,) how common each row's words are; of some rows, evenly spread, where there are many."""
+    """(N,) the word frequency of the completions; of a large dataset that of an even sample, NaN for other rows."""
     if texts is None or not len(texts):
         return None
     rows = np.unique(np.linspace(0, len(texts) - 1, min(len(texts), COUNTED)).astype(int))
@@ -114,14 +115,14 @@ def _frequency(texts: Sequence[Text] | None) -> np.ndarray | None:
 
 
 def _save_dropped(scores: ScoreTable, selection: Selection, folder: Path) -> str:
-    """Write every row that goes, with its scores and its reason; how people find it."""
-    gone = np.flatnonzero(~selection.keep)
+    """Write every dropped row with its scores and its reason. Returns where they are, as text for the page."""
+    dropped = np.flatnonzero(~selection.keep)
     columns = {name: scores.table[name] for name in scores.table.column_names if name != "reason"}
-    table = pa.table({**columns, "reason": pa.array(list(selection.reason), pa.string())}).take(gone)
-    with replacing(folder / "dropped.parquet") as part:
-        pyarrow.parquet.write_table(table, part)
-    with replacing(folder / "dropped.csv") as part:
-        named = [f"'{why}" if why[:1] in FORMULA else why for why in table["reason"].to_pylist()]
-        place = table.column_names.index("reason")
-        pyarrow.csv.write_csv(table.set_column(place, "reason", pa.array(named, pa.string())), part)
-    return f"{FILES}/dropped.csv and {FILES}/dropped.parquet, beside this page"
+    table = pa.table({**columns, "reason": pa.array(list(selection.reason), pa.string())}).take(dropped)
+    with replacing(folder / "dropped.parquet") as temporary:
+        pyarrow.parquet.write_table(table, temporary)
+    with replacing(folder / "dropped.csv") as temporary:
+        quoted = [f"'{why}" if why[:1] in FORMULA else why for why in table["reason"].to_pylist()]
+        index = table.column_names.index("reason")
+        pyarrow.csv.write_csv(table.set_column(index, "reason", pa.array(quoted, pa.string())), temporary)
+    return f"{FILES}/dropped.csv and {FILES}/dropped.parquet, next to this page"

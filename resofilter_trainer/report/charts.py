@@ -1,6 +1,6 @@
-"""The pictures of a report, as Vega-Lite says them. Knows the numbers and Altair, no page.
+"""The charts of a report, as Vega-Lite specifications. Knows the numbers and Altair, no page.
 
-One definition for both: the page embeds the specification, `save_png` draws it without a browser.
+Page and PNG share one definition: the page embeds the specification, and `save_png` draws it without a browser.
 """
 
 from __future__ import annotations
@@ -17,16 +17,18 @@ import vl_convert
 
 from ..io.files import replacing
 from ..scores.score_table import ScoreTable
-from .numbers import Numbers, Quarter, Scale
+from .distribution import Scale
+from .numbers import Numbers
+from .paper_figures import Quarter
 
 VERSIONS = vl_convert.get_vegalite_versions()  # oldest first
 SCHEMA = ".".join(alt.SCHEMA_VERSION.removeprefix("v").split(".")[:2])
 VEGA_LITE = SCHEMA if SCHEMA in VERSIONS else VERSIONS[-1]
-KEPT_COLOUR, DROPPED_COLOUR, OTHER = "#0072b2", "#d55e00", "#767676"  # told apart by colour-blind eyes as well
+KEPT_COLOUR, DROPPED_COLOUR, OTHER = "#0072b2", "#d55e00", "#767676"  # distinct for colour-blind readers
 DECISIONS = alt.Scale(domain=["kept", "dropped"], range=[KEPT_COLOUR, DROPPED_COLOUR])
 HEIGHT, WIDTH = 220, 460
-KINDS = ("rows' means", "entries of W_up")
-NAMES = (  # of all pictures
+KINDS = ("means of rows", "entries of W_up")
+NAMES = (  # of all charts
     *("scores", "length", "loss", "layers", "length_of_quarters", "frequency_of_quarters", "ratios", "epochs", "steps"),
 )
 Specification = dict[str, Any]
@@ -34,11 +36,11 @@ Chart = alt.Chart | alt.LayerChart | alt.VConcatChart
 
 
 def charts_of(numbers: Numbers, points: Sequence[dict[str, Any]]) -> dict[str, Specification]:
-    """Every picture that there are numbers for, by its name.
+    """The specification of every chart that has numbers, by name.
 
     Args:
-        numbers: what is drawn.
-        points: of the rows that are shown, see `points_of`.
+        numbers: the numbers to draw.
+        points: one entry for each shown row, see `points_of`.
     """
     found: dict[str, Chart | None] = {
         "scores": scores_chart(numbers) if numbers.histogram else None,
@@ -55,15 +57,21 @@ def charts_of(numbers: Numbers, points: Sequence[dict[str, Any]]) -> dict[str, S
 
 
 def points_of(scores: ScoreTable, keep: np.ndarray, rows: Sequence[int]) -> list[dict[str, Any]]:
-    """Score, learnt tokens and loss of some rows that have them, and whether they stay."""
+    """Score, learnt tokens, loss and decision of the rows that have a finite score.
+
+    Args:
+        scores: the scores of N rows.
+        keep: (N,) bool, the rows that are kept.
+        rows: the rows to show.
+    """
     columns = {"tokens": "num_tokens", "loss": "loss", "score": "score"}
-    there = [name for name in columns if columns[name] in scores.table.column_names]
-    values = {name: scores.column(columns[name]) for name in there}
+    known = [name for name in columns if columns[name] in scores.table.column_names]
+    values = {name: scores.column(columns[name]) for name in known}
     return [
         {
             "row": row,
             "decision": "kept" if keep[row] else "dropped",
-            **{name: float(values[name][row]) for name in there if np.isfinite(values[name][row])},
+            **{name: float(values[name][row]) for name in known if np.isfinite(values[name][row])},
         }
         for row in rows
         if np.isfinite(values["score"][row])
@@ -71,9 +79,10 @@ def points_of(scores: ScoreTable, keep: np.ndarray, rows: Sequence[int]) -> list
 
 
 def scores_chart(numbers: Numbers) -> Chart:
-    """How many rows have which score, which of them stay, and the cut."""
+    """The histogram of the scores, kept and dropped rows stacked, with the threshold."""
     scale = _score_scale(numbers.scale)
-    below: dict[float, int] = {}  # dropped rows stand on the kept ones of their bin
+    title = numbers.scale.title + ("" if numbers.scale.bound is None else " (larger changes to the right)")
+    below: dict[float, int] = {}  # the dropped rows of a bin stand on its kept rows
     stacked = []
     for bar in numbers.histogram:
         foot = below.get(bar.start, 0)
@@ -83,7 +92,7 @@ def scores_chart(numbers: Numbers) -> Chart:
         alt.Chart(_data(stacked))
         .mark_rect()
         .encode(
-            x=alt.X("start:Q", title=numbers.scale.title, scale=scale, axis=_numbers_axis()),
+            x=alt.X("start:Q", title=title, scale=scale, axis=_numbers_axis()),
             x2="end:Q",
             y=alt.Y("foot:Q", title="rows", scale=alt.Scale(zero=True)),
             y2="top:Q",
@@ -91,15 +100,21 @@ def scores_chart(numbers: Numbers) -> Chart:
             tooltip=["decision:N", "start:Q", "end:Q", "rows:Q"],
         )
     )
-    if numbers.cut is None:
+    if numbers.threshold is None:
         return _sized(bars)
-    at = _data([{"cut": float(numbers.scale.shown(np.array(numbers.cut)))}])
+    at = _data([{"threshold": float(numbers.scale.shown(np.array(numbers.threshold)))}])
     rule = alt.Chart(at).mark_rule(strokeDash=[4, 4], color=OTHER, strokeWidth=2)
-    return _sized(bars + rule.encode(x=alt.X("cut:Q", scale=scale), tooltip=["cut:Q"]))
+    return _sized(bars + rule.encode(x=alt.X("threshold:Q", scale=scale), tooltip=["threshold:Q"]))
 
 
 def points_chart(points: Sequence[dict[str, Any]], scale: Scale, name: str, title: str) -> Chart | None:
-    """The score of some rows against something else."""
+    """The score of the shown rows against another of their numbers; None where no row has it.
+
+    Args:
+        points: the entries of `points_of`.
+        scale: the scale of the score.
+        name, title: the other number in `points`, and the title of its axis.
+    """
     points = [point for point in points if name in point]
     if not points:
         return None
@@ -113,7 +128,7 @@ def points_chart(points: Sequence[dict[str, Any]], scale: Scale, name: str, titl
         .mark_point(size=14, filled=True, opacity=0.5)
         .encode(
             x=alt.X("x:Q", title=title, scale=alt.Scale(zero=False)),
-            y=alt.Y("y:Q", title=scale.title.split(":")[0], scale=_score_scale(scale), axis=_numbers_axis()),
+            y=alt.Y("y:Q", title=scale.title, scale=_score_scale(scale), axis=_numbers_axis()),
             color=_decision(),
             shape=alt.Shape("decision:N", scale=alt.Scale(domain=["kept", "dropped"], range=["circle", "cross"])),
             tooltip=["row:Q", alt.Tooltip("x:Q", title=title), "score:Q", "decision:N"],
@@ -122,7 +137,7 @@ def points_chart(points: Sequence[dict[str, Any]], scale: Scale, name: str, titl
 
 
 def layers_chart(numbers: Numbers) -> Chart:
-    """Quartiles of the change by layer (ResoFilter, figure 2)."""
+    """The quartiles of the change by layer (ResoFilter, figure 2)."""
     rows = []
     for layer in numbers.layers:
         values = (layer.low, layer.high, layer.entries_low, layer.entries_high)
@@ -143,7 +158,7 @@ def layers_chart(numbers: Numbers) -> Chart:
 
 
 def length_chart(quarters: Sequence[Quarter]) -> Chart:
-    """Learnt tokens of the rows that move least and most: means and quartiles (ResoFilter, figure 4)."""
+    """Learnt tokens of the rows with the lowest and highest scores: means and quartiles (ResoFilter, figure 4)."""
     data = _data([dataclasses.asdict(each) for each in quarters])
     across = alt.X("rows:N", title=None, sort=[each.rows for each in quarters], axis=alt.Axis(labelAngle=0))
     bars = (
@@ -158,7 +173,7 @@ def length_chart(quarters: Sequence[Quarter]) -> Chart:
 
 
 def frequency_chart(quarters: Sequence[Quarter]) -> Chart | None:
-    """How common the words are of the rows that move least and most (ResoFilter, figure 5)."""
+    """Word frequency of the rows with the lowest and highest scores (ResoFilter, figure 5); None without text."""
     known = [{"rows": each.rows, "frequency": each.frequency} for each in quarters if each.frequency is not None]
     if not known:
         return None
@@ -174,13 +189,13 @@ def frequency_chart(quarters: Sequence[Quarter]) -> Chart | None:
 
 
 def ratios_chart(ratios: Sequence[dict[str, Any]]) -> Chart:
-    """A comparison's metric by the share that stays (ResoFilter, figure 3)."""
+    """The metric of a comparison by kept share (ResoFilter, figure 3)."""
     several = len({each["model"] for each in ratios}) > 1
     lines = [
         {**each, "name": f"{each['model']}: {each['selector']}" if several else each["selector"]} for each in ratios
     ]
     base = alt.Chart(_data(lines)).encode(
-        x=alt.X("keep:Q", title="share that stays", axis=alt.Axis(format="%")),
+        x=alt.X("keep:Q", title="share of rows kept", axis=alt.Axis(format="%")),
         color=alt.Color("name:N", title=None, scale=alt.Scale(scheme="tableau20")),
     )
     points = base.mark_line(point=True).encode(
@@ -191,7 +206,7 @@ def ratios_chart(ratios: Sequence[dict[str, Any]]) -> Chart:
 
 
 def epochs_chart(numbers: Numbers) -> Chart:
-    """Where the scores lay after each epoch: median and quartiles."""
+    """The median and the quartiles of the scores after each epoch."""
     data = _data([dataclasses.asdict(each) for each in numbers.epochs if each.median is not None])
     base = alt.Chart(data).encode(x=alt.X("epoch:O", title="epoch", axis=alt.Axis(labelAngle=0)))
     scale = alt.Scale(zero=False)
@@ -202,7 +217,7 @@ def epochs_chart(numbers: Numbers) -> Chart:
 
 
 def steps_chart(log: Sequence[dict[str, Any]]) -> Chart:
-    """Learning rate and kept share by step, one above the other."""
+    """The learning rate and the kept share by step, one panel each."""
     panels = []
     for what in dict.fromkeys(str(entry["what"]) for entry in log):
         own = [entry for entry in log if entry["what"] == what]
@@ -215,21 +230,21 @@ def steps_chart(log: Sequence[dict[str, Any]]) -> Chart:
 
 
 def specification(chart: Chart) -> Specification:
-    """As the page embeds it."""
+    """The specification that the page embeds."""
     with alt.data_transformers.disable_max_rows():
         found: Specification = chart.to_dict()
     return found
 
 
 def save_png(chart: Specification, path: Path) -> None:
-    """Draw it to a file, by vl-convert."""
+    """Draw a chart to a PNG file."""
     picture = vl_convert.vegalite_to_png(chart, vl_version=VEGA_LITE, scale=2)
-    with replacing(path) as part:
-        part.write_bytes(picture)
+    with replacing(path) as temporary:
+        temporary.write_bytes(picture)
 
 
 def javascript() -> str:
-    """Vega, Vega-Lite and Vega-Embed as one script that needs no network."""
+    """Vega, Vega-Lite and Vega-Embed as one script, which needs no network."""
     return vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;", vl_version=VEGA_LITE)
 
 
@@ -247,10 +262,10 @@ def _decision() -> alt.Color:
 
 
 def _score_scale(scale: Scale) -> alt.Scale:
-    """Larger scores to the right and above, whatever is drawn of them."""
-    return alt.Scale(zero=False, nice=False) if scale.lr is None else alt.Scale(type="log", reverse=True, nice=False)
+    """Larger scores to the right and at the top, also where the distance to the bound is shown."""
+    return alt.Scale(zero=False, nice=False) if scale.bound is None else alt.Scale(type="log", reverse=True, nice=False)
 
 
 def _numbers_axis() -> alt.Axis:
-    """Scores are small and close together: as many digits as they need."""
+    """An axis with as many digits as scores need, which are small and close together."""
     return alt.Axis(format="~g", labelOverlap=True, tickCount=6)

@@ -1,4 +1,4 @@
-"""What a folder holds that can be reported on. Knows the files that the other rooms leave, no model, no chart."""
+"""What a folder holds for a report. Knows the files that the other packages write; knows no model and no chart."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ import pyarrow as pa
 
 from ..config import InputError
 from ..io.files import file_at, read_json
+from ..io.made_from import check_made_from, refuse_differences
 from ..scores.provenance import Provenance
 from ..scores.score_table import LAYERS_FOLDER, SCORES_FILE, ScoreTable
 from ..scores.token_scores import TOKEN_SCORES_FILE, TokenScores
@@ -23,17 +24,21 @@ from ..selecting.selection import KEPT, SELECTION_FILE, DataSelector, Selection
 from ..selecting.token_selection import EMPTIED, TokenSelection, TokenSelector
 
 SCORES_FOLDER = "scores"
-NO_TOKEN = "no token to learn"
-OF_TOKENS = {"what": "tokens"}  # the policy where no row was decided on
-LINE = {"selector", "model", "keep", "metric", "metric_low", "metric_high"}  # what a comparison's has at least
+REMEDY = "Remove it, or make it again."
+NO_TOKEN = "no learnt token"
+TOKEN_POLICY = {"what": "tokens"}  # the policy of a selection that was derived from selected tokens
+LINE_KEYS = {"selector", "model", "keep", "metric", "metric_low", "metric_high"}  # required in a comparison's lines
+MEASURED_FROM = ("weights", "tokenizer", "template", "dataset", "rows")  # the same for the layers as for the scores
 
 
 @dataclass(frozen=True)
 class Epoch:
-    """One epoch of a run: the scores after it, and which rows it trained on; None where there are none.
+    """One epoch of a training run.
 
     Attributes:
-        number: counted from 1, as in the files' names.
+        number: the epoch, counted from 1, as in the names of the files.
+        scores: the scores after the epoch; None where none were saved.
+        selection: the rows that the epoch trained on; None where it was not saved.
     """
 
     number: int
@@ -43,16 +48,19 @@ class Epoch:
 
 @dataclass(frozen=True)
 class Contents:
-    """All that a report can be made of.
+    """Everything that a report can show.
 
     Attributes:
-        scores: a line for every row of the dataset; None where there is only a comparison.
-        selection: what was decided on them; None where nothing was.
-        epochs: of a run, first epoch first; none of a two-pass run.
-        log: the Trainer's, a mapping for every entry.
-        layers: scores of every layer, of some rows (`resofilter score --layers all`).
-        cleaned: which tokens are learnt, and two models' losses of them (`resofilter clean`).
-        comparison: what `resofilter compare` has left.
+        scores: one line for every row of the dataset; None where there is only a comparison.
+        selection: the rows kept by these scores; None where no selection was made.
+        epochs: the epochs of a training run, first epoch first; empty without one.
+        log: the Trainer's log, one mapping per entry.
+        layers: scores of every layer for some rows (`resofilter score --layers all`).
+        cleaned: the tokens to learn and their losses under both models (`resofilter clean`).
+        comparison: the content of `comparison.json` (`resofilter compare`).
+
+    Raises:
+        InputError: the scores do not cover every row, or a selection, epoch or layer belongs to other scores.
     """
 
     scores: ScoreTable | None
@@ -66,31 +74,34 @@ class Contents:
     def __post_init__(self) -> None:
         if self.scores is None:
             return
-        object.__setattr__(self, "scores", ScoreTable.join([self.scores]))  # in the dataset's order
+        object.__setattr__(self, "scores", ScoreTable.join([self.scores]))  # sorted by row
         rows = self.scores.provenance.rows
         if len(self.scores) != rows:
-            raise InputError(f"The dataset has {rows} rows and the scores cover {len(self.scores)}. Pass all parts.")
+            raise InputError(
+                f"The dataset has {rows} rows and the scores cover {len(self.scores)}. "
+                "Pass the scores of all shards, joined by ScoreTable.join."
+            )
         if self.selection is not None:
-            check_of(self.selection, self.scores)
+            check_selection(self.selection, self.scores)
         if self.layers is not None:
             check_layers(self.layers, self.scores)
         for epoch in self.epochs:
             for found in (epoch.scores, epoch.selection):
                 if found is not None and len(found) != rows:
-                    raise InputError(f"Epoch {epoch.number} is of {len(found)} rows and the scores are of {rows}.")
+                    raise InputError(f"Epoch {epoch.number} has {len(found)} rows and the scores have {rows}.")
 
     @property
-    def of_tokens(self) -> bool:
-        """Whether tokens were selected, and no rows."""
-        return self.selection is not None and self.selection.policy == OF_TOKENS
+    def selects_tokens(self) -> bool:
+        """Whether tokens were selected instead of rows."""
+        return self.selection is not None and self.selection.policy == TOKEN_POLICY
 
     def decided(self) -> Selection:
-        """The selection, or where there is none what `DataSelector()` would decide."""
+        """The selection; where none was made, that of `DataSelector()`."""
         return self._default if self.selection is None else self.selection
 
     @cached_property
     def _default(self) -> Selection:
-        assert self.scores is not None, "there are scores"
+        assert self.scores is not None, "a selection needs scores"
         return DataSelector().select(self.scores)
 
 
@@ -99,35 +110,35 @@ def read_contents(
     selection: str | os.PathLike[str] | None = None,
     comparison: str | os.PathLike[str] | None = None,
 ) -> Contents:
-    """What lies at a path.
+    """Read everything that a report can show from a folder.
 
     Args:
-        path: a file of scores, a folder that `score`, `clean` or `compare` wrote to, or a training's `output_dir`.
-        selection: a file or folder of `select`, where it lies elsewhere.
-        comparison: a file or folder of `compare`, likewise.
+        path: a file of scores, an output folder of `score`, `clean` or `compare`, or the `output_dir` of a training.
+        selection: the file or folder of a selection in another place.
+        comparison: the file or folder of a comparison in another place.
 
     Raises:
-        InputError: there is nothing to report on, a file is damaged or of another version, or the selection is of
-            other scores.
+        InputError: there is nothing to report on, a file is damaged or from another version, or the selection was made
+            from other scores.
     """
     path = Path(path)
     if not path.exists():
-        raise InputError(f"There is nothing at '{path}'. Pass the folder of a run, or of scores.")
+        raise InputError(f"'{path}' does not exist. Pass the folder of a run, or of scores.")
     folder = path.parent if path.suffix == ".parquet" else path
     if not file_at(path, SCORES_FILE).is_file() and (folder / NAME).is_dir():
-        path = folder = folder / NAME  # a training's output_dir
+        path = folder = folder / NAME  # the output_dir of a training
     if not file_at(path, SCORES_FILE).is_file() and (folder / SCORES_FOLDER).is_dir():
-        path = folder / SCORES_FOLDER  # a recipe's
+        path = folder / SCORES_FOLDER  # the output of a recipe
     scores = ScoreTable.load(path) if file_at(path, SCORES_FILE).is_file() else None
     compared, cleaned = _comparison(folder, comparison), _cleaned(folder)
     epochs = list(_epochs(folder))
     decided = _selection(folder, selection, epochs)
     if scores is None and cleaned is not None:
-        scores, decided = as_scores(cleaned.scores), rows_of(cleaned)
+        scores, decided = scores_of_tokens(cleaned.scores), selection_of_tokens(cleaned)
     if scores is None and compared is None:
         there = f"'{folder}' holds no scores and no comparison"
         if decided is not None:
-            raise InputError(f"{there}, but a selection: pass the folder of its scores, and this one as --selection.")
+            raise InputError(f"{there}, only a selection. Pass the folder of its scores, and this one as --selection.")
         raise InputError(f"{there}. Run `resofilter score` or `compare` first.")
     layers = (path.parent if path.suffix == ".parquet" else path) / LAYERS_FOLDER
     return Contents(
@@ -142,7 +153,7 @@ def read_contents(
 
 
 def _selection(folder: Path, elsewhere: str | os.PathLike[str] | None, epochs: Sequence[Epoch]) -> Selection | None:
-    """The one that was asked for, or that lies there, or the last epoch's."""
+    """The selection that was asked for, else that in the folder, else that of the last epoch."""
     if elsewhere is not None:
         return Selection.load(elsewhere)
     if (folder / SELECTION_FILE).is_file():
@@ -150,19 +161,19 @@ def _selection(folder: Path, elsewhere: str | os.PathLike[str] | None, epochs: S
     return next((each.selection for each in reversed(epochs) if each.selection is not None), None)
 
 
-def rows_of(cleaned: TokenSelection) -> Selection:
-    """The rows that keep a token, where it was tokens that were selected."""
+def selection_of_tokens(cleaned: TokenSelection) -> Selection:
+    """The rows that keep at least one token, as a selection of rows."""
     provenance = cleaned.scores.provenance
     keep = np.zeros(provenance.rows, dtype=bool)
     keep[cleaned.scores.sample_id] = cleaned.kept_of_row > 0
     reason = [NO_TOKEN] * provenance.rows
     for row, count, kept in zip(cleaned.scores.sample_id, cleaned.scores.num_tokens, cleaned.kept_of_row, strict=True):
         reason[row] = KEPT if kept else EMPTIED if count else NO_TOKEN
-    return Selection(keep, reason, OF_TOKENS, provenance.to_json())
+    return Selection(keep, reason, TOKEN_POLICY, provenance.to_json())
 
 
-def as_scores(tokens: TokenScores) -> ScoreTable:
-    """Each row's mean loss under the base model as its score, where tokens were cleaned and no row was scored."""
+def scores_of_tokens(tokens: TokenScores) -> ScoreTable:
+    """A table of scores from token scores: the score of a row is its mean loss under the base model."""
     rows = tokens.provenance.rows
     missing = np.ones(rows, dtype=bool)
     missing[tokens.sample_id[tokens.num_tokens > 0]] = False
@@ -181,32 +192,27 @@ def as_scores(tokens: TokenScores) -> ScoreTable:
     return ScoreTable(pa.table(columns), tokens.provenance)
 
 
-def check_of(selection: Selection, scores: ScoreTable) -> None:
-    """Raise InputError where a selection was made on other scores."""
+def check_selection(selection: Selection, scores: ScoreTable) -> None:
+    """Raise InputError unless a selection was made from these scores."""
     if len(selection) != len(scores):
-        raise InputError(f"The selection is of {len(selection)} rows and the scores are of {len(scores)}.")
+        raise InputError(f"The selection has {len(selection)} rows and the scores have {len(scores)}.")
     try:
-        theirs = Provenance.from_json(selection.provenance)
+        there = Provenance.from_json(selection.provenance)
     except (TypeError, KeyError, ValueError) as error:
         raise InputError("The selection was written by another version. Make it again.") from error
-    differences = theirs.differences(scores.provenance)
-    if differences:
-        raise InputError(f"The selection is of other scores, they differ in {'; '.join(differences)}.")
+    remedy = "Pass the selection of these scores, or select again."
+    refuse_differences(there.differences(scores.provenance), "The selection is of scores that were", remedy)
 
 
 def check_layers(layers: ScoreTable, scores: ScoreTable) -> None:
-    """Raise InputError where the layers were measured with another model, or on other rows."""
-    for name in ("weights", "tokenizer", "template", "dataset", "rows"):
-        mine, theirs = getattr(scores.provenance, name), getattr(layers.provenance, name)
-        if mine != theirs:
-            raise InputError(
-                f"The layers were measured on another {name} than the scores ({str(theirs)[:8]} / {str(mine)[:8]}): "
-                "measure them again, or move them away."
-            )
+    """Raise InputError unless the layers were measured with the same model and on the same rows as the scores."""
+    there, here = ({name: getattr(each.provenance, name) for name in MEASURED_FROM} for each in (layers, scores))
+    remedy = "Measure the layers again, or move them to another folder."
+    check_made_from(there, here, "The scores of every layer were", remedy)
 
 
 def _epochs(folder: Path) -> Iterator[Epoch]:
-    """In the order of their numbers."""
+    """Read the files of each epoch, in the order of the epochs."""
     found = [re.search(r"-epoch-(\d+)\.parquet$", path.name) for path in folder.glob("*-epoch-*.parquet")]
     for number in sorted({int(each.group(1)) for each in found if each}):
         scores, selection = folder / f"scores-epoch-{number}.parquet", folder / selection_file(number - 1)
@@ -218,7 +224,7 @@ def _epochs(folder: Path) -> Iterator[Epoch]:
 
 
 def _comparison(folder: Path, elsewhere: str | os.PathLike[str] | None) -> dict[str, Any] | None:
-    """What `compare` has left, there or elsewhere."""
+    """Read the comparison in a folder, or in another place; None where the folder has none."""
     place = folder if elsewhere is None else Path(elsewhere)
     path = place if place.suffix == ".json" else place / COMPARISON_FILE
     found = _json(path)
@@ -227,21 +233,21 @@ def _comparison(folder: Path, elsewhere: str | os.PathLike[str] | None) -> dict[
     if found is None:
         return None
     lines = found.get("lines") if isinstance(found, dict) else None
-    if not isinstance(lines, list) or not all(isinstance(line, dict) and line.keys() >= LINE for line in lines):
-        raise InputError(f"'{path}' is damaged, or no comparison of this version. Remove it, or make it again.")
+    if not isinstance(lines, list) or not all(isinstance(line, dict) and line.keys() >= LINE_KEYS for line in lines):
+        raise InputError(f"'{path}' is damaged, or not a comparison of this version. {REMEDY}")
     return found
 
 
 def _log(path: Path) -> list[dict[str, Any]]:
-    """The Trainer's, if there is one."""
+    """Read the Trainer's log; empty where there is none."""
     found = _json(path) or []
     if not isinstance(found, list) or not all(isinstance(entry, dict) for entry in found):
-        raise InputError(f"'{path}' is damaged, or no log of this version. Remove it, or make it again.")
+        raise InputError(f"'{path}' is damaged, or not a log of this version. {REMEDY}")
     return found
 
 
 def _cleaned(folder: Path) -> TokenSelection | None:
-    """Which tokens a cleaning has kept: decided again, as it was."""
+    """The tokens that a cleaning kept, selected again from its scores and settings; None where there is none."""
     settings = _json(folder / SUMMARY_FILE)
     sound = isinstance(settings, dict) and {"keep_tokens", "ranking"} <= settings.keys()
     if not sound or not (folder / TOKEN_SCORES_FILE).is_file():
@@ -249,10 +255,10 @@ def _cleaned(folder: Path) -> TokenSelection | None:
     scores = TokenScores.load(folder)
     ids = scores.sample_id
     if len(ids) and not 0 <= ids.min() <= ids.max() < scores.provenance.rows:
-        raise InputError(f"The token scores in '{folder}' are of rows that the dataset has not. Make them again.")
+        raise InputError(f"The token scores in '{folder}' have rows that are not in the dataset. Make them again.")
     return TokenSelector(settings["keep_tokens"], settings["ranking"]).select(scores)
 
 
 def _json(path: Path) -> Any:
-    """What a file holds; None where there is none."""
-    return read_json(path, "Remove it, or make it again.") if path.is_file() else None
+    """Read a JSON file; None where it does not exist."""
+    return read_json(path, REMEDY) if path.is_file() else None

@@ -1,10 +1,10 @@
 "use strict";
-// Fills the page from its data. A dataset's text only ever becomes text nodes: nothing in it is markup here.
+// Fills the page from its data. Text from a dataset only becomes text nodes, never markup.
 (() => {
   const data = JSON.parse(document.getElementById("data").textContent);
   const at = (id) => document.getElementById(id);
   const count = (number) => number.toLocaleString("en-US");
-  const digits = { score: 8, loss: 5 };  // scores saturate, and differ far behind the point
+  const digits = { score: 8, loss: 5 };  // saturated scores differ only in late digits
   const short = (number, name) => (number === null ? "–" : Number.isInteger(number) ? String(number) : number.toPrecision(digits[name]));
 
   function element(name, content, attributes = {}) {
@@ -14,8 +14,8 @@
     return made;
   }
 
-  // What cannot be seen, or turns the direction of what comes after it, is shown by its number. Joiners that scripts
-  // need (U+200C, U+200D) stay.
+  // Invisible characters and those that change the direction of text are shown by their code point. The joiners that
+  // some scripts need (U+200C, U+200D) are kept.
   const HIDDEN = /([\u0000-\u0008\u000b-\u001f\u007f-\u009f\u00ad\u061c\u115f\u1160\u180e\u200b\u200e\u200f\u202a-\u202e\u2060-\u206f\u3164\ufeff\uffa0\ufff9-\ufffb\u{e0000}-\u{e007f}])/u;
 
   function textNodes(text) {
@@ -38,9 +38,9 @@
   function draw() {
     const config = chartStyle(root.dataset.theme === "dark");
     const drawn = Object.entries(data.charts).map(([name, chart]) => {
-      const place = at(`chart-${name}`);
+      const target = at(`chart-${name}`);
       const options = { actions: false, renderer: "svg", mode: "vega-lite", config };
-      return place && vegaEmbed(place, structuredClone(chart), options);
+      return target && vegaEmbed(target, structuredClone(chart), options);
     });
     return Promise.all(drawn).then(() => { root.dataset.drawn = "true"; });
   }
@@ -58,17 +58,17 @@
   const whatIf = data.what_if;
 
   function showWhatIf() {
-    const place = Number(at("keep").value) - 1;
-    const stay = whatIf.rows[place];
+    const index = Number(at("keep").value) - 1;
+    const kept = whatIf.rows[index];
     at("keep-shown").value = `${at("keep").value} %`;
-    at("what-if-rows").textContent = count(stay);
-    if (whatIf.tokens) at("what-if-tokens").textContent = count(whatIf.tokens[place]);
-    at("what-if-gone").textContent = count(whatIf.rows[99] - stay + whatIf.unscored);
+    at("what-if-rows").textContent = count(kept);
+    if (whatIf.tokens) at("what-if-tokens").textContent = count(whatIf.tokens[index]);
+    at("what-if-dropped").textContent = count(whatIf.rows[99] - kept + whatIf.unscored);
     const table = at("what-if-groups");
     if (!table) return;
-    const lines = Object.entries(whatIf.dropped_of_groups).map(([name, gone]) => {
+    const lines = Object.entries(whatIf.dropped_of_groups).map(([name, dropped]) => {
       const line = element("tr");
-      line.append(element("td", element("bdi", name)), element("td", count(gone[place])), element("td", count(whatIf.size_of_groups[name])));
+      line.append(element("td", element("bdi", name)), element("td", count(dropped[index])), element("td", count(whatIf.size_of_groups[name])));
       return line;
     });
     table.tBodies[0].replaceChildren(...lines);
@@ -100,17 +100,17 @@
 
   function filtered() {
     const wanted = at("search").value.trim().toLowerCase();
-    const place = /^#\d+$/.test(wanted) ? Number(wanted.slice(1)) : null;
+    const position = /^#\d+$/.test(wanted) ? Number(wanted.slice(1)) : null;
     const [decision, group] = [at("decision").value, at("group").value];
     const found = samples.row.map((_, i) => i).filter((i) =>
-      (place !== null ? samples.row[i] === place : haystack[i].includes(wanted)) &&
+      (position !== null ? samples.row[i] === position : haystack[i].includes(wanted)) &&
       (!decision || samples.decision[i] === decision) &&
       (!group || `=${samples.group[i]}` === group));
     const values = samples[state.sort];
     const sign = state.down ? -1 : 1;
     return found.sort((a, b) => {
       const [x, y] = [values[a], values[b]];
-      if (x === null || y === null) return (x === null) - (y === null);  // what has none comes last
+      if (x === null || y === null) return (x === null) - (y === null);  // rows without a value come last
       return sign * (typeof x === "number" ? x - y : String(x).localeCompare(String(y))) || samples.row[a] - samples.row[b];
     });
   }
@@ -120,7 +120,7 @@
     const byLoss = at("colour").value === "loss";
     const most = Math.max(...losses, 1e-9);
     return texts.map((text, i) => {
-      const made = element("span", undefined, { class: `token${kept[i] ? "" : " masked"}`, title: `loss ${losses[i]}, ${kept[i] ? "learnt" : "masked"}` });
+      const made = element("span", undefined, { class: `token${kept[i] ? "" : " masked"}`, title: `loss ${losses[i]}, ${kept[i] ? "kept" : "masked"}` });
       made.append(...textNodes(text));
       if (byLoss) {
         made.className = "token";
@@ -136,8 +136,8 @@
     return [element("div", title), made];
   }
 
-  function rowLink(row, likeness) {
-    const made = element("button", `row ${row}${likeness === undefined ? "" : ` (${likeness})`}`, { class: "link", type: "button" });
+  function rowLink(row, similarity) {
+    const made = element("button", `row ${row}${similarity === undefined ? "" : ` (${similarity})`}`, { class: "link", type: "button" });
     made.addEventListener("click", () => {
       at("search").value = `#${row}`;
       at("decision").value = at("group").value = "";
@@ -157,10 +157,10 @@
     }
     if (samples.cut[i]) cell.append(element("p", `${count(samples.cut[i])} more characters are not shown.`));
     const first = samples.copy_of[i];
-    if (first !== samples.row[i]) cell.append("The same text as ", samples.row.includes(first) ? rowLink(first) : `row ${count(first)}, which is not shown`, ". ");
+    if (first !== samples.row[i]) cell.append("Same text as ", samples.row.includes(first) ? rowLink(first) : `row ${count(first)}, which is not shown`, ". ");
     if (samples.neighbours[i].length) {
-      cell.append("Most like it, of the rows shown: ");
-      samples.neighbours[i].forEach(([row, likeness]) => cell.append(rowLink(row, likeness), " "));
+      cell.append("Most similar rows shown: ");
+      samples.neighbours[i].forEach(([row, similarity]) => cell.append(rowLink(row, similarity), " "));
     }
     const line = element("tr", undefined, { class: "details" });
     line.append(element("td", cell, { colspan: columns.length + 2 }));
@@ -235,7 +235,7 @@
   function saveCsv() {
     const quoted = (value) => {
       const text = value === null || value === undefined ? "" : String(value);
-      const safe = typeof value === "string" && /^[=+\-@\t\r]/.test(text) ? `'${text}` : text;  // no formula of a spreadsheet
+      const safe = typeof value === "string" && /^[=+\-@\t\r]/.test(text) ? `'${text}` : text;  // else a spreadsheet computes it
       return /[",\n\r]/.test(safe) ? `"${safe.replaceAll('"', '""')}"` : safe;
     };
     const names = columns.map(([name]) => name);

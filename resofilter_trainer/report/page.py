@@ -1,7 +1,7 @@
-"""One HTML file that needs no network: the numbers as text, the pictures' specifications, the samples as data.
+"""One HTML file that needs no network: the numbers as text, the charts' specifications, the samples as data.
 
-Whatever comes from a dataset is data: Jinja escapes it where it is markup, the script makes text nodes of it, and the
-page's own policy runs one script, by its hash, and lets nothing be fetched.
+Nothing from a dataset is interpreted: Jinja escapes it in the markup, the script turns it into text nodes, and the
+page's content security policy allows one script, by its hash, and no request. Knows numbers and templates, no model.
 """
 
 from __future__ import annotations
@@ -21,9 +21,11 @@ from .. import __version__
 from ..scores.score_table import ScoreTable
 from ..selecting.selection import KEPT, Selection
 from .charts import Specification, javascript
+from .columns import finite
 from .contents import Epoch
-from .numbers import Numbers, finite
-from .samples import Samples, as_json, cut
+from .numbers import Numbers
+from .samples import Samples, as_json, shortened
+from .what_if import LISTED_GROUPS
 
 HERE = Path(__file__).parent
 
@@ -39,14 +41,18 @@ def make_page(
     epochs: Sequence[Epoch],
     files: str,
 ) -> str:
-    """The page.
+    """Render the page.
 
     Args:
-        title: of the page.
-        numbers, charts: what is said and drawn; no numbers where there is only a comparison.
-        scores, selection, samples, groups: of the dataset; None where there are none.
-        epochs: of a run.
-        files: where all dropped rows are listed, for people; may be empty.
+        title: the title of the page.
+        numbers: the numbers to show; None where there is only a comparison.
+        charts: the charts to draw, by name.
+        scores, selection, samples, groups: the rows of the dataset; None where there are none.
+        epochs: the epochs of a training run.
+        files: where all dropped rows are listed, as text; may be empty.
+
+    Returns:
+        The HTML.
     """
     script = _script()
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
@@ -68,7 +74,7 @@ def make_page(
     return environment.from_string((HERE / "page.html").read_text()).render(
         title=title,
         policy=f"default-src 'none'; script-src 'sha256-{digest}' 'unsafe-eval'; style-src 'unsafe-inline'; "
-        "img-src data: blob:; base-uri 'none'; form-action 'none'",  # Vega makes functions of its own expressions
+        "img-src data: blob:; base-uri 'none'; form-action 'none'",  # Vega compiles its expressions
         style=(HERE / "page.css").read_text(),
         script=script,
         data=as_json(content),
@@ -76,23 +82,25 @@ def make_page(
         charts=charts,
         files=files,
         version=__version__,
+        listed_groups=LISTED_GROUPS,
         correlation=lambda value: "unknown." if value is None else f"{value:+.3f}.",
         **about,
     )
 
 
 def verdict_line(numbers: Numbers, scores: ScoreTable) -> str:
-    """What happened, in one line."""
+    """The verdict in one line."""
     v, name = numbers.verdict, scores.provenance.model
     tokens = f", with {v.tokens_kept / v.tokens:.1%} of the learnt tokens" if v.tokens else ""
-    line = f"{v.kept:,} of {v.rows:,} rows stay{tokens}; {v.dropped:,} go. Scored by {v.score}, model {name}."
+    line = f"{v.kept:,} of {v.rows:,} rows are kept{tokens}; {v.dropped:,} are dropped. "
+    line += f"Scored by {v.score}, model {name}."
     if v.previewed:
-        return f"Nothing was decided yet; with keep=0.5: {line}"
-    return line if v.epoch is None else f"As epoch {v.epoch} was trained: {line}"
+        return f"No selection was made; with keep=0.5, {line}"
+    return line if v.epoch is None else f"In epoch {v.epoch}, {line}"
 
 
 def provenance_lines(scores: ScoreTable, selection: Selection) -> list[tuple[str, str]]:
-    """Where the scores come from and what decided, name by name."""
+    """The provenance of the scores and the policy of the selection, as names and values."""
     provenance = scores.provenance
     policy = {name: value for name, value in selection.policy.items() if value is not None}
     lines: dict[str, Any] = {
@@ -101,7 +109,7 @@ def provenance_lines(scores: ScoreTable, selection: Selection) -> list[tuple[str
         "dataset": provenance.source.get("dataset"),
         "tokens and labels": provenance.dataset,
         "measured": _listed(provenance.config),
-        "rows became tokens": _listed(provenance.preparation),
+        "preparation": _listed(provenance.preparation),
         "policy": _listed(policy),
         "trust": provenance.trust,
         "versions": _listed(provenance.versions),
@@ -116,7 +124,7 @@ def rows_shown(
     groups: Sequence[str] | None,
     epochs: Sequence[Epoch] = (),
 ) -> dict[str, list[Any] | None]:
-    """The samples as columns, as the page's script wants them; of a run, whether each epoch has trained on the row."""
+    """The shown rows as columns for the page's script; with a run's epochs, which of them trained on each row."""
     rows = samples.rows
     keeps = [epoch.selection.keep for epoch in epochs if epoch.selection is not None]
     found: dict[str, list[Any] | None] = {"row": list(rows)}
@@ -126,12 +134,12 @@ def rows_shown(
     return {
         **found,
         "decision": ["kept" if selection.keep[row] else "dropped" for row in rows],
-        "reason": ["" if selection.reason[row] == KEPT else cut(selection.reason[row]) for row in rows],
+        "reason": ["" if selection.reason[row] == KEPT else shortened(selection.reason[row]) for row in rows],
         "epochs": ["".join("●○"[not keep[row]] for keep in keeps) for row in rows] if len(keeps) > 1 else None,
         "group": None if groups is None else [groups[row] for row in rows],
         "prompt": samples.prompts,
         "completion": samples.completions,
-        "cut": list(samples.cut),
+        "cut": list(samples.omitted),
         "neighbours": list(samples.neighbours),
         "copy_of": list(samples.copy_of),
         "tokens": list(samples.tokens),
@@ -139,25 +147,25 @@ def rows_shown(
 
 
 def shown_note(shown: int, rows: int) -> str:
-    """Whether pictures of points show all of them."""
-    return "" if shown >= rows else f" The correlation is over all rows, the picture shows {shown:,} of them."
+    """A note where charts of points show only some of the rows."""
+    return "" if shown >= rows else f" The correlation is over all rows; the chart shows {shown:,} of them."
 
 
 def samples_note(samples: Samples, rows: int) -> str:
-    """Which rows can be looked at."""
+    """A note on which rows the table lists."""
     shown = len(samples.rows)
     note = f"All {rows:,} rows."
     if shown < rows:
-        note = f"{shown:,} of {rows:,} rows: both ends of the ranking, and an even sample by rank between them. "
-        note += "Scores, tokens and groups above are counted over all rows."
+        note = f"{shown:,} of {rows:,} rows: both ends of the ranking and an even sample between them. "
+        note += "The numbers above are counted over all rows."
     coloured = sum(each is not None for each in samples.tokens)
     if 0 < coloured < shown:
-        note += f" The tokens of {coloured:,} of them are coloured."
-    return note if samples.prompts is not None else f"{note} Their text is not known: pass --dataset."
+        note += f" The tokens of {coloured:,} rows are coloured."
+    return note if samples.prompts is not None else f"{note} To show their text, pass --dataset."
 
 
 def keep_percent(numbers: Numbers) -> int:
-    """Where the slider stands at first: at what is kept of the rows with a score."""
+    """The slider's first position: the kept share of the scored rows, in per cent."""
     return min(max(round(100 * numbers.verdict.kept / max(numbers.verdict.scored, 1)), 1), 100)
 
 
@@ -171,10 +179,10 @@ def _what_if(numbers: Numbers, groups: Sequence[str] | None) -> dict[str, Any] |
 
 @cache
 def _script() -> str:
-    """Vega and the page's own script."""
+    """Vega and the script of the page."""
     script = f"{javascript()}\n{(HERE / 'page.js').read_text()}"
     if "</script" in script.lower() or "<!--" in script:
-        raise RuntimeError("The bundled script would end its own element.")
+        raise RuntimeError("The bundled script contains the end of its own script element.")
     return script
 
 

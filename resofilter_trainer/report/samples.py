@@ -1,7 +1,7 @@
-"""The rows that a page can show: which of them, as how much text, and which resemble each other. Knows text, no model.
+"""The rows that a page shows: which rows, how much of their text, and which are similar. Knows text, no model.
 
 A page cannot hold 400,000 rows. It holds those at both ends of the ranking and an even sample of the others, and says
-so; what is counted, is counted over all rows.
+so. Numbers are counted over all rows.
 """
 
 from __future__ import annotations
@@ -18,39 +18,39 @@ from ..scores.score_table import ScoreTable
 from ..selecting.token_selection import TokenSelection
 
 Text = tuple[str, str]  # prompt and completion
-Tokens = tuple[list[str], list[float], list[bool]]  # a row's learnt tokens: text, loss, whether they are kept
+Tokens = tuple[list[str], list[float], list[bool]]  # text, loss and decision of a row's learnt tokens
 Decode = Callable[[Sequence[int]], list[str]]  # token ids to the text of each
 
-SHOWN = 3000
-ENDS = 500  # of these at either end of the ranking
-UNSCORED = 200
-NAME = 120  # characters of a group's name or a reason
-LONGEST = 4000  # characters of a prompt or a completion
-TEXT_BYTES = 8_000_000  # of all texts, as they stand in the page
-TOKENS = 200_000  # that are coloured
-NEIGHBOURS = 3
-FEATURES, GRAM = 1024, 2
-ALIKE = 0.5  # cosine from which on two texts are called neighbours
+MAX_ROWS = 3000
+ENDS = 500  # rows at each end of the ranking
+UNSCORED = 200  # rows without a score, at most
+MAX_NAME = 120  # characters of a group's name or a reason
+MAX_TEXT = 4000  # characters of a prompt or a completion
+TEXT_BYTES = 8_000_000  # of all texts in the page
+MAX_TOKENS = 200_000  # of all coloured tokens
+NEIGHBOURS = 3  # of a row, at most
+FEATURES = 1024  # of a text
+SIMILAR = 0.5  # cosine from which two texts are neighbours
 
 
 @dataclass(frozen=True)
 class Samples:
-    """What the page shows of R rows.
+    """The R rows that the page shows; lists have one entry per row.
 
     Attributes:
-        rows: their places in the dataset, ascending.
-        prompts, completions: cut where they are long; None without text.
-        cut: characters of each row that are left out.
-        neighbours: for each row the others that resemble it most, and how much (cosine of word pairs, 0 to 1).
-        copy_of: for each row the place of the first row with its text, itself where it is the first.
-        tokens: for each row its learnt tokens' text, base loss in nats, and which are kept; None where not measured.
-        copies: rows of the whole dataset whose text is that of an earlier one.
+        rows: their positions in the dataset, ascending.
+        prompts, completions: their text, truncated where it is long; None without text.
+        omitted: the number of characters that are not shown.
+        neighbours: the most similar of the shown rows, with the similarity (cosine over words and word pairs).
+        copy_of: the position of the first row of the dataset with the same text.
+        tokens: the text, base loss in nats and decision of the learnt tokens; None where they were not measured.
+        copies: the number of rows of the whole dataset that repeat the text of an earlier row.
     """
 
     rows: list[int]
     prompts: list[str] | None
     completions: list[str] | None
-    cut: list[int]
+    omitted: list[int]
     neighbours: list[list[tuple[int, float]]]
     copy_of: list[int]
     tokens: list[Tokens | None]
@@ -60,13 +60,13 @@ class Samples:
 def samples_of(
     scores: ScoreTable, texts: Sequence[Text] | None, cleaned: TokenSelection | None, decode: Decode | None
 ) -> Samples:
-    """The rows to be shown.
+    """Choose the rows to show and collect what is shown of them.
 
     Args:
-        scores: of N rows.
-        texts: of N rows, or None.
-        cleaned: which tokens of which rows are learnt.
-        decode: what token ids are as text; without it no token is shown.
+        scores: the scores of N rows.
+        texts: (N,) prompt and completion of each row, or None.
+        cleaned: the tokens to learn, or None.
+        decode: a function from token ids to the text of each; without it no token is shown.
     """
     rows = chosen_rows(scores.column("score"), scores.scored)
     tokens: list[Tokens | None] = [None] * len(rows)
@@ -77,12 +77,12 @@ def samples_of(
         return Samples(rows.tolist(), None, None, [0] * len(rows), nothing, rows.tolist(), tokens, 0)
     first = first_of_copies(texts)
     shown = [texts[row] for row in rows.tolist()]
-    size = cut_at([text for pair in shown for text in pair])
+    size = text_limit([text for pair in shown for text in pair])
     return Samples(
         rows=rows.tolist(),
         prompts=[prompt[:size] for prompt, _ in shown],
         completions=[completion[:size] for _, completion in shown],
-        cut=[sum(max(len(text) - size, 0) for text in pair) for pair in shown],
+        omitted=[sum(max(len(text) - size, 0) for text in pair) for pair in shown],
         neighbours=neighbours([f"{prompt} {completion}" for prompt, completion in shown], rows),
         copy_of=first[rows].tolist(),
         tokens=tokens,
@@ -90,13 +90,13 @@ def samples_of(
     )
 
 
-def chosen_rows(values: np.ndarray, scored: np.ndarray, shown: int = SHOWN) -> np.ndarray:
-    """Places of the rows to be shown, ascending: all, or both ends, an even sample by rank, and some without score.
+def chosen_rows(values: np.ndarray, scored: np.ndarray, shown: int = MAX_ROWS) -> np.ndarray:
+    """The rows to show, ascending: all, or both ends of the ranking, an even sample between, and some without a score.
 
     Args:
         values: (N,) scores.
-        scored: (N,) bool.
-        shown: as many at most, and some without a score.
+        scored: (N,) bool, the rows that have a score.
+        shown: the number of scored rows to show, at most.
     """
     if len(values) <= shown:
         return np.arange(len(values))
@@ -112,11 +112,11 @@ def chosen_rows(values: np.ndarray, scored: np.ndarray, shown: int = SHOWN) -> n
 
 
 def first_of_copies(texts: Iterable[Text]) -> np.ndarray:
-    """(N,) for each row the place of the first one with the same prompt and completion."""
+    """(N,) the position of the first row with the same prompt and completion; rows without text are no copies."""
     seen: dict[int, int] = {}
     found = []
     for row, (prompt, completion) in enumerate(texts):
-        if not (prompt or completion):  # which is no text, not the same one
+        if not (prompt or completion):
             found.append(row)
             continue
         key = xxhash.xxh3_128_intdigest(f"{len(prompt)} {prompt}{completion}".encode("utf-8", "surrogatepass"))
@@ -124,34 +124,34 @@ def first_of_copies(texts: Iterable[Text]) -> np.ndarray:
     return np.array(found, dtype=np.int64)
 
 
-def cut_at(texts: Sequence[str], size: int = TEXT_BYTES) -> int:
-    """How many characters of each text can be shown, so that all together fit into so many bytes."""
-    cut = LONGEST
-    while cut > 1 and sum(page_bytes(text[:cut]) for text in texts) > size:
-        cut //= 2
-    return cut
+def text_limit(texts: Sequence[str], size: int = TEXT_BYTES) -> int:
+    """The number of characters to show of each text, so that all texts take at most `size` bytes in the page."""
+    limit = MAX_TEXT
+    while limit > 1 and sum(page_bytes(text[:limit]) for text in texts) > size:
+        limit //= 2
+    return limit
 
 
-def cut(name: str) -> str:
-    """A name or a reason as short as it is shown."""
-    return name if len(name) <= NAME else f"{name[:NAME]}\u2026"
+def shortened(name: str) -> str:
+    """A group's name or a reason, truncated where it is long."""
+    return name if len(name) <= MAX_NAME else f"{name[:MAX_NAME]}\u2026"
 
 
 def page_bytes(text: str) -> int:
-    """What a text takes in the page."""
+    """The number of bytes that a text takes in the page."""
     return len(as_json(text).encode())
 
 
 def as_json(value: object) -> str:
-    """JSON that can stand inside a script element: nothing in it ends or begins one, and no line separator is left."""
+    """JSON for a script element: it contains no `<`, `>` or `&`, and no Unicode line separator."""
     text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     for sign in "<>&\u2028\u2029":
         text = text.replace(sign, f"\\u{ord(sign):04x}")
-    return text.encode("utf-8", "backslashreplace").decode()  # half a surrogate pair becomes \udXXX, as JSON has it
+    return text.encode("utf-8", "backslashreplace").decode()  # a lone surrogate becomes \udXXX, as in JSON
 
 
 def neighbours(texts: Sequence[str], rows: np.ndarray) -> list[list[tuple[int, float]]]:
-    """For each text the rows of those most like it, nearest first: cosine of their hashed words and word pairs."""
+    """The rows of the texts most similar to each text, by cosine over hashed words and word pairs, nearest first."""
     features = np.zeros((len(texts), FEATURES), dtype=np.float32)
     for i, text in enumerate(texts):
         words = text.lower().split()
@@ -162,28 +162,28 @@ def neighbours(texts: Sequence[str], rows: np.ndarray) -> list[list[tuple[int, f
     features /= np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-9)
     found: list[list[tuple[int, float]]] = []
     for start in range(0, len(texts), 512):
-        likeness = features[start : start + 512] @ features.T
-        likeness[np.arange(len(likeness)), start + np.arange(len(likeness))] = -1
+        cosine = features[start : start + 512] @ features.T
+        cosine[np.arange(len(cosine)), start + np.arange(len(cosine))] = -1  # a text is not its own neighbour
         count = min(NEIGHBOURS, max(len(texts) - 1, 0))
-        best = np.argpartition(-likeness, count - 1, axis=1)[:, :count] if count else np.empty((len(likeness), 0), int)
-        for own, each in zip(likeness, best, strict=True):
+        best = np.argpartition(-cosine, count - 1, axis=1)[:, :count] if count else np.empty((len(cosine), 0), int)
+        for own, each in zip(cosine, best, strict=True):
             nearest = each[np.argsort(-own[each], kind="stable")]
-            found.append([(int(rows[i]), round(float(own[i]), 3)) for i in nearest if own[i] >= ALIKE])
+            found.append([(int(rows[i]), round(float(own[i]), 3)) for i in nearest if own[i] >= SIMILAR])
     return found
 
 
 def _tokens(rows: np.ndarray, cleaned: TokenSelection, decode: Decode) -> list[Tokens | None]:
-    """Each row's learnt tokens, until there are too many."""
-    scores, left = cleaned.scores, TOKENS
-    place = {int(row): i for i, row in enumerate(scores.sample_id)}
+    """The learnt tokens of each row, up to `MAX_TOKENS` in all."""
+    scores, left = cleaned.scores, MAX_TOKENS
+    index = {int(row): i for i, row in enumerate(scores.sample_id)}
     found: list[Tokens | None] = []
     for row in rows.tolist():
-        count = int(scores.num_tokens[place[row]]) if row in place else 0
+        count = int(scores.num_tokens[index[row]]) if row in index else 0
         if not 0 < count <= left:
             found.append(None)
             continue
         left -= count
-        span = slice(scores.offsets[place[row]], scores.offsets[place[row] + 1])
+        span = slice(scores.offsets[index[row]], scores.offsets[index[row] + 1])
         losses = [round(float(loss), 3) for loss in scores.base[span]]
         found.append((decode(scores.token[span].tolist()), losses, cleaned.keep[span].tolist()))
     return found

@@ -1,4 +1,4 @@
-"""The report of a training run, written where the run has left its scores. Knows the rows that a trainer holds."""
+"""The report of a training run, written to the folder of its scores. Knows the trainer's rows and tokenizer."""
 
 from __future__ import annotations
 
@@ -16,27 +16,32 @@ from ..scores.score_table import SCORES_FILE
 
 
 def report_run(trainer: Trainer, folder: Path, sample_ids: np.ndarray, rows: int) -> Report | None:
-    """Write the page, in the process that writes.
+    """Write the report, in the process that saves the model.
 
-    Whatever goes wrong with it is a warning: the training is over, and what it learnt is still to be saved.
+    Any error becomes a warning, so that the trained model can still be saved.
 
     Args:
-        trainer: after its training.
-        folder: in which its scores lie.
-        sample_ids: (N,) the places, in the user's dataset, of the rows that it holds.
-        rows: of the user's dataset.
+        trainer: the trainer, at the end of its training.
+        folder: the folder of the run's scores.
+        sample_ids: (N,) the positions of the trainer's rows in the user's dataset.
+        rows: the number of rows of the user's dataset.
+
+    Returns:
+        The report; None where this process does not save, there are no scores, or an error occurred.
     """
     if not trainer.args.should_save or not (folder / SCORES_FILE).is_file():
         return None
     try:
         return write_report(read_contents(folder), folder, texts_of(trainer, sample_ids, rows))
     except Exception as error:
-        warnings.warn(f"The report was not written ({error}). Later: resofilter report {folder}", stacklevel=2)
+        warnings.warn(
+            f"The report was not written ({error}). To write it later, run: resofilter report {folder}", stacklevel=2
+        )
         return None
 
 
 def texts_of(trainer: Trainer, sample_ids: np.ndarray, rows: int) -> TokenTexts | None:
-    """The rows that a trainer holds as text again; None where they are no tokens, or the tokenizer is not known."""
+    """The text of the trainer's rows; None unless the rows are tokens and the trainer has a tokenizer."""
     dataset, tokenizer = cast(Any, trainer.train_dataset), trainer.processing_class
     if not isinstance(dataset, Dataset) or TOKENS not in dataset.column_names:
         return None

@@ -1,4 +1,4 @@
-"""Clean rows are right, wrong rows are wrong in the way they say, and the same seed tells the same stories."""
+"""Clean rows are right, wrong rows are wrong as their kind says, and the same seed gives the same rows."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_every_wrong_row_ends_in_a_wrong_answer(problems):
         assert (final_answer(problem.completion) == problem.answer) == (problem.kind == "clean")
 
 
-def test_wrong_step_has_one_false_step_and_goes_on_from_it(problems):
+def test_wrong_step_has_one_false_step_and_continues_from_it(problems):
     for problem in of_kind(problems, "wrong_step"):
         steps = STEPS.findall(problem.completion)
         false = [int(left) + int(sign + right) != int(result) for left, sign, right, result in steps]
@@ -107,9 +107,22 @@ def test_no_prompt_occurs_twice_nor_where_excluded(problems):
     assert prompts.isdisjoint(problem.prompt for problem in held_out)
 
 
-@pytest.mark.parametrize("arguments", [{"num_rows": -1}, {"num_rows": 5, "wrong_share": 1.2}])
-def test_impossible_arguments_are_refused(arguments):
-    with pytest.raises(InputError, match="wrong_share between 0 and 1"):
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"num_rows": -1}, "num_rows must be a whole number of at least 0, got -1"),
+        (
+            {"num_rows": 5, "wrong_share": 1.2},
+            "wrong_share must be a finite number of at least 0 and at most 1, got 1.2",
+        ),
+        (
+            {"num_rows": 5, "wrong_share": -0.1},
+            "wrong_share must be a finite number of at least 0 and at most 1, got -0.1",
+        ),
+    ],
+)
+def test_impossible_arguments_are_refused(arguments, message):
+    with pytest.raises(InputError, match=message):
         make_problems(**arguments)
 
 

@@ -42,7 +42,7 @@ def test_an_unknown_task_and_one_that_cannot_be_read_are_refused(tmp_path, demo_
     with pytest.raises(InputError, match="knows no task 'beauty'"):
         evaluate_tasks(*demo_model, ["beauty"], 4, str(folder))
     (folder / "problems.jsonl").unlink()
-    with pytest.raises(InputError, match="The tasks sums cannot be run"):
+    with pytest.raises(InputError, match="The tasks sums failed"):
         evaluate_tasks(*demo_model, ["sums"], 4, str(folder))
 
 
@@ -70,10 +70,10 @@ FOUND = {
 
 
 @pytest.mark.parametrize(("name", "value"), [("a", 0.5), ("b", 0.1), ("g", 0.3), ("h", 0.9)])
-def test_the_main_metric_is_the_first_of_which_more_is_better(name, value):
+def test_the_main_metric_is_the_first_for_which_larger_is_better(name, value):
     assert main_metric(name, FOUND) == pytest.approx(value)
 
 
-def test_a_task_with_nothing_to_raise_is_refused():
+def test_a_task_without_such_a_metric_is_refused():
     with pytest.raises(InputError, match=r"'c' has no metric .* perplexity,none"):
         main_metric("c", FOUND)

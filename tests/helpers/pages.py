@@ -1,4 +1,4 @@
-"""What a report page holds."""
+"""The data of a report page."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 
 
 def data_of(page) -> dict:
-    """What the page's script reads."""
+    """The data that the page's script reads."""
     text = page.read_text(encoding="utf-8")
     start = text.index('id="data">') + len('id="data">')
     return json.loads(text[start : text.index("</script>", start)])

@@ -40,7 +40,7 @@ task: [sums, choices]
 
 
 def write_tasks(folder):
-    """Two tasks and a group of them, on a few of the demo's problems."""
+    """Write two tasks and a group of both, on a few problems of the demo. Returns their folder."""
     where = folder / "tasks"
     where.mkdir()
     lines = [json.dumps({"prompt": p.prompt, "completion": p.completion}) for p in make_problems(12, seed=5)]

@@ -1,18 +1,24 @@
-"""However much there is, and whatever it is called, the page stays a page."""
+"""Every table has a page of bounded size, however many rows it has, and whatever its values, texts and names are."""
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pyarrow as pa
+import pyarrow.csv
+import pyarrow.parquet as pq
 import pytest
 from helpers.pages import data_of
+from helpers.reports import make_table, usual
 from helpers.tables import make_provenance, make_scores
 
-from resofilter_trainer import InputError, ScoreTable, Selection, write_report
+from resofilter_trainer import DataSelector, InputError, ScoreTable, Selection, write_report
 from resofilter_trainer.data.row_texts import pieces
-from resofilter_trainer.report import Contents, read_contents
-from resofilter_trainer.report.numbers import STEPS, steps_of
-from resofilter_trainer.report.samples import NAME, first_of_copies
+from resofilter_trainer.report import Contents, Report, read_contents
+from resofilter_trainer.report.epochs import MAX_STEPS, steps_of
+from resofilter_trainer.report.paper_figures import layers_of
+from resofilter_trainer.report.samples import MAX_NAME, first_of_copies
 from resofilter_trainer.scores.score_table import SAME_PROMPT, count_reasons
 
 MEGABYTES = 15
@@ -39,7 +45,7 @@ def large(tmp_path_factory):
 def test_the_page_is_bounded(large):
     assert large.path.stat().st_size <= MEGABYTES * 1e6
     shown = data_of(large.path)["samples"]
-    assert max(len(name) for name in shown["group"] + shown["reason"]) <= NAME + 1
+    assert max(len(name) for name in shown["group"] + shown["reason"]) <= MAX_NAME + 1
 
 
 def test_reasons_are_told_apart_as_far_as_they_are_listed(large):
@@ -57,7 +63,7 @@ def test_no_reason_is_a_formula_of_a_spreadsheet(large):
 
 def test_a_long_log_is_thinned_and_keeps_its_ends():
     found = steps_of([{"step": step, "learning_rate": float(step)} for step in range(30_000)])
-    assert len(found) == STEPS
+    assert len(found) == MAX_STEPS
     assert (found[0]["step"], found[-1]["step"]) == (0, 29_999)
     assert steps_of([{"step": 1, "learning_rate": float("nan")}, {"learning_rate": 1.0}]) == []
 
@@ -92,3 +98,68 @@ def test_an_earlier_pages_pictures_go(tmp_path):
     assert (tmp_path / "report" / "steps.png").is_file()
     write_report(Contents(make_scores([1.0, 2.0])), tmp_path)
     assert not (tmp_path / "report" / "steps.png").exists()
+
+
+# ---- every table has a page
+
+LONG = ["a" * 100_000, "שלום עולם", "नमस्ते दुनिया", "漢字 かな", "<script>", "\ud800 half", "\u202e", ""]
+ODD = np.array([math.nan, math.inf, -math.inf, 1, 2, 3, 4, None], dtype=object)
+TABLES: dict[str, tuple[ScoreTable, list[str] | None]] = {
+    "no row": (make_table([], loss=np.empty(0), num_tokens=np.empty(0, dtype=int)), []),
+    "one row, without text": (usual(1), None),
+    "all equal": (usual(8, score=np.ones(8)), LONG),
+    "not finite": (usual(8, score=ODD), LONG[::-1]),
+    "all unscored": (usual(8, score=np.array([None] * 8, dtype=object)), LONG),
+    "of another criterion": (make_table([3.0, 1.0, 2.0], make_provenance(rows=3, config={"criterion": "ifd"})), None),
+}
+
+
+@pytest.fixture(scope="module", params=list(TABLES))
+def written(request, tmp_path_factory) -> tuple[ScoreTable, Selection, Report]:
+    scores, texts = TABLES[request.param]
+    pairs = None if texts is None else [(f"prompt {row % 2}", text) for row, text in enumerate(texts)]
+    selection = DataSelector().select(scores)
+    groups = ["ab"[row % 2] for row in range(len(scores))]
+    folder = tmp_path_factory.mktemp("report")
+    return scores, selection, write_report(Contents(scores, selection), folder, pairs, groups)
+
+
+def test_every_table_has_a_page_with_all_its_rows(written):
+    scores, selection, report = written
+    rows = data_of(report.path)["samples"]
+    assert rows["row"] == list(range(len(scores)))
+    assert rows["decision"] == ["kept" if each else "dropped" for each in selection.keep]
+    assert rows["score"] == [value if math.isfinite(value) else None for value in scores.column("score").tolist()]
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in report.pictures)
+    assert sorted(each.name for each in report.path.parent.iterdir()) == ["report", "report.html"]
+
+
+def test_the_dropped_rows_lie_beside_the_page(written):
+    _, selection, report = written
+    dropped = np.flatnonzero(~selection.keep)
+    for read in (pq.read_table, pa.csv.read_csv):
+        table = read(report.path.parent / "report" / f"dropped.{'csv' if read is pa.csv.read_csv else 'parquet'}")
+        assert table["sample_id"].to_pylist() == dropped.tolist()
+        assert table["reason"].to_pylist() == [selection.reason[row] for row in dropped]
+
+
+@pytest.mark.parametrize("what", ["texts", "groups"])
+@pytest.mark.parametrize("count", [0, 7, 9])
+def test_every_row_needs_a_text_and_a_group(what, count, tmp_path):
+    values = [("", "")] * count if what == "texts" else ["a"] * count
+    with pytest.raises(InputError, match=f"8 rows and {count} {what}"):
+        write_report(Contents(usual(8)), tmp_path, **{what: values})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_groups_may_be_an_array(tmp_path):
+    report = write_report(Contents(usual(4)), tmp_path, groups=np.array(["a", "b", "a", "b"]))
+    assert data_of(report.path)["samples"]["group"] == ["a", "b", "a", "b"]
+
+
+def test_a_layer_with_a_change_that_is_no_number_is_no_obstacle(tmp_path):
+    table = usual(2)
+    write_report(Contents(table, layers=make_scores([1.0, math.nan], provenance=table.provenance)), tmp_path)
+    assert layers_of(make_scores([None, None])) == []
+    with pytest.raises(InputError, match="scores of every layer .* made from something else, .*weights"):
+        Contents(table, layers=make_scores([1.0, 2.0], provenance=make_provenance(rows=2, weights="other")))

@@ -17,7 +17,7 @@ import pytest
 from helpers.tables import make_provenance, make_token_scores
 
 from resofilter_trainer.report import Contents, Report, write_report
-from resofilter_trainer.report.contents import as_scores, rows_of
+from resofilter_trainer.report.contents import scores_of_tokens, selection_of_tokens
 from resofilter_trainer.scores.score_table import ScoreTable
 from resofilter_trainer.selecting.selection import KEPT, DataSelector
 from resofilter_trainer.selecting.token_selection import TokenSelector
@@ -244,15 +244,15 @@ def test_every_row_is_on_one_page(page):
 def test_the_slider_shows_what_the_selector_does(page, percent):
     page.locator("#keep").evaluate("(it, to) => { it.value = to; it.dispatchEvent(new Event('input')); }", percent)
     keep = DataSelector(keep=percent / 100).select(TABLE).keep
-    shown = {name: page.locator(f"#what-if-{name}").text_content() for name in ("rows", "tokens", "gone")}
+    shown = {name: page.locator(f"#what-if-{name}").text_content() for name in ("rows", "tokens", "dropped")}
     tokens = np.nan_to_num(TABLE.column("num_tokens"))
     assert page.locator("#keep-shown").text_content() == f"{percent} %"
-    assert shown == {"rows": f"{keep.sum()}", "tokens": f"{tokens[keep].sum():,.0f}", "gone": f"{(~keep).sum()}"}
+    assert shown == {"rows": f"{keep.sum()}", "tokens": f"{tokens[keep].sum():,.0f}", "dropped": f"{(~keep).sum()}"}
     lines = page.locator("#what-if-groups tbody tr").evaluate_all(
         "rows => rows.map(r => [...r.cells].map(c => c.textContent))"
     )
-    gone = ~keep
-    expected = [[name, str(sum(gone[np.array(GROUP) == name])), str(GROUP.count(name))] for name in GROUPS]
+    dropped = ~keep
+    expected = [[name, str(sum(dropped[np.array(GROUP) == name])), str(GROUP.count(name))] for name in GROUPS]
     assert sorted(lines) == sorted(expected)
 
 
@@ -260,7 +260,8 @@ def test_the_verdict_is_the_selections(page):
     tokens = np.nan_to_num(TABLE.column("num_tokens"))
     share, kept = tokens[DECIDED.keep].sum() / tokens.sum(), DECIDED.keep.sum()
     verdict = page.locator("#verdict").text_content()
-    assert verdict.startswith(f"{kept} of {ROWS} rows stay, with {share:.1%} of the learnt tokens; {ROWS - kept} go.")
+    tokens_kept = f"with {share:.1%} of the learnt tokens"
+    assert verdict.startswith(f"{kept} of {ROWS} rows are kept, {tokens_kept}; {ROWS - kept} are dropped.")
     assert page.locator("#keep").input_value() == str(round(100 * kept / TABLE.scored.sum()))
 
 
@@ -367,7 +368,7 @@ def test_tokens_are_coloured_by_what_is_learnt_or_by_loss(visit, tmp_path):
     losses = [[(3.0, 0.0), (1.0, 0.9), (2.0, 0.0)], [(0.5, 0.4)]]
     cleaned = TokenSelector(0.5).select(make_token_scores(losses, provenance=make_provenance(rows=4)))
     names = ["<b>", "\u202e", " c", "d"]
-    contents = Contents(as_scores(cleaned.scores), rows_of(cleaned), cleaned=cleaned)
+    contents = Contents(scores_of_tokens(cleaned.scores), selection_of_tokens(cleaned), cleaned=cleaned)
     texts = [("prompt", "response")] * 4
     path = write_report(contents, tmp_path, texts, decode=lambda ids: [names[each] for each in ids]).path
     page = drawn(visit(path))
@@ -384,7 +385,7 @@ def test_tokens_are_coloured_by_what_is_learnt_or_by_loss(visit, tmp_path):
 
 def test_tokens_are_shown_where_there_is_no_text(visit, tmp_path):
     cleaned = TokenSelector(1).select(make_token_scores([[(1.0, 0.0)]], provenance=make_provenance(rows=1)))
-    contents = Contents(as_scores(cleaned.scores), rows_of(cleaned), cleaned=cleaned)
+    contents = Contents(scores_of_tokens(cleaned.scores), selection_of_tokens(cleaned), cleaned=cleaned)
     page = drawn(visit(write_report(contents, tmp_path, decode=lambda ids: ["learnt"] * len(ids)).path))
     assert details(page, 0).locator(".token").all_text_contents() == ["learnt"]
 

@@ -99,7 +99,7 @@ def test_a_dataset_that_is_gone_leaves_a_page_without_text(scored, tmp_path, cap
 
 
 BAD = {
-    "nothing there": (["nowhere"], "There is nothing at 'nowhere'"),
+    "nothing there": (["nowhere"], "'nowhere' does not exist"),
     "no scores": (["empty"], "no scores and no comparison"),
     "no such dataset": (["scores", "--dataset", "none.jsonl"], "There is no dataset at 'none.jsonl'"),
     "another dataset": (["scores", "--dataset", "other.jsonl"], "is not what was scored"),
@@ -158,7 +158,7 @@ def test_a_page_that_fails_is_a_warning_and_the_training_stands(tmp_path, tokeni
         processing_class=tokenizer,
         callbacks=[ResonanceCallback(n_layers=2, report=True)],
     )
-    with pytest.warns(UserWarning, match=f"Later: resofilter report {tmp_path}"):
+    with pytest.warns(UserWarning, match=f"run: resofilter report {tmp_path}"):
         trainer.train()
     assert (tmp_path / NAME / "scores.parquet").is_file()
 

@@ -1,1 +1,1 @@
-"""Metrics as local `evaluate` modules: `evaluate.load(path)` reads them without a network."""
+"""Metrics as local `evaluate` modules, which `evaluate.load(path)` reads without a network."""

@@ -1,4 +1,4 @@
-"""Exact match of final answers, as an `evaluate` module. Knows nothing of models: sees text."""
+"""The exact match of final answers, as an `evaluate` module. Knows text, no model."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ MARKED = re.compile(r"(?:####|[Tt]he answer is:?)\s*(-?)\s*\$?\s*(-?[\d,]*\.?\d+
 
 
 def final_answer(text: str) -> Decimal | None:
-    """The number after the last `####` (GSM8K) or `The answer is` (MetaMathQA); None where there is none."""
+    """The number after the last `####` (GSM8K) or `The answer is` (MetaMathQA); None without such a number."""
     found = MARKED.findall(text)
     try:
         return Decimal("".join(found[-1]).replace(",", "")) if found else None
@@ -22,13 +22,13 @@ def final_answer(text: str) -> Decimal | None:
 
 
 class FinalAnswer(evaluate.Metric):
-    """Share of predictions whose final answer is the reference's. A prediction without one is wrong."""
+    """The share of predictions with the final answer of the reference; a prediction without a final answer is wrong."""
 
     def _info(self) -> evaluate.MetricInfo:
         return evaluate.MetricInfo(
             description="Exact match of the number after the last '####' or 'The answer is'.",
             citation="",
-            inputs_description="predictions and references: texts that end in a marked final answer",
+            inputs_description="predictions and references: texts with a marked final answer at the end",
             features=datasets.Features(
                 {"predictions": datasets.Value("string"), "references": datasets.Value("string")}
             ),
