@@ -24,7 +24,7 @@ from ..training.drift import drop_rate_by_moment
 from ..training.run import STATE
 from .run import KEEP, make_data, train_with, training_arguments
 
-TENTHS = 10  # intervals of an epoch in which the drop rate is counted
+INTERVALS = 10  # of an epoch, in each of which the drop rate is counted
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ def compare(output: Path, wrong: np.ndarray) -> list[Ranking]:
         ("before", before),
     ):
         dropped = ~drop_share(scores, KEEP, "largest")
-        rates = drop_rate_by_moment(dropped, first.column("step"), TENTHS).round(3).tolist()
+        rates = drop_rate_by_moment(dropped, first.column("step"), INTERVALS).round(3).tolist()
         rankings.append(
             Ranking(
                 name,

@@ -151,9 +151,9 @@
     if (samples.prompt) {
       if (samples.prompt[i]) cell.append(...block("prompt", textNodes(samples.prompt[i]), "Prompt"));
     }
-    if (samples.tokens[i]) cell.append(...block("completion", tokenNodes(samples.tokens[i]), "Response"));
+    if (samples.tokens[i]) cell.append(...block("completion", tokenNodes(samples.tokens[i]), "Completion"));
     else if (samples.completion) {
-      cell.append(...block("completion", textNodes(samples.completion[i]), "Response"));
+      cell.append(...block("completion", textNodes(samples.completion[i]), "Completion"));
     }
     if (samples.cut[i]) cell.append(element("p", `${count(samples.cut[i])} more characters are not shown.`));
     const first = samples.copy_of[i];
@@ -208,7 +208,7 @@
       });
       cells.push(element("th", button, { scope: "col", "data-name": name, "aria-sort": sorted ? (state.down ? "descending" : "ascending") : "none" }));
     }
-    if (samples.prompt) cells.push(element("th", "response", { scope: "col" }));
+    if (samples.prompt) cells.push(element("th", "completion", { scope: "col" }));
     at("samples").tHead.rows[0].replaceChildren(...cells);
   }
 

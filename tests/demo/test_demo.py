@@ -1,4 +1,4 @@
-"""The embedded demo: what it promises, on the base model that ships."""
+"""The embedded demo on its base model."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def every_core() -> Iterator[None]:
 
 
 @pytest.mark.slow
-def test_the_whole_demo_leaves_what_it_says_and_repeats_itself(tmp_path, every_core) -> None:
+def test_the_whole_demo_writes_its_files_and_is_reproducible(tmp_path, every_core) -> None:
     found = []
     for folder in (tmp_path / "first", tmp_path / "again"):
         main(["demo", "--output", str(folder), "--seed", "3"])

@@ -26,7 +26,7 @@ def of_kind(problems: list[Problem], kind: str) -> list[Problem]:
 
 
 def amounts_told(prompt: str) -> list[int]:
-    """Read the story, not the generator's notes: the amount at first and after each sentence."""
+    """The amount at the start and after each sentence, read from the story."""
     amounts = [int(re.search(r"has (\d+)", prompt).group(1))]
     for verb, amount in CHANGES.findall(prompt):
         amounts.append(amounts[-1] + int(amount) * (1 if verb in ("buys", "finds", "gets") else -1))
@@ -46,7 +46,7 @@ def test_answer_is_true_in_every_row(problems):
     assert all(amounts_told(problem.prompt)[-1] == problem.answer >= 0 for problem in problems)
 
 
-def test_clean_rows_are_worked_rightly(problems):
+def test_clean_rows_are_right(problems):
     for problem in of_kind(problems, "clean"):
         assert amounts_worked(problem.completion) == amounts_told(problem.prompt)
         assert steps_are_right(problem.completion)
@@ -100,7 +100,7 @@ def test_wrong_rows_are_spread_over_the_set(problems):
     assert 150 < sum(first_half) < 250
 
 
-def test_no_prompt_occurs_twice_nor_where_excluded(problems):
+def test_no_prompt_occurs_twice_or_is_excluded(problems):
     prompts = {problem.prompt for problem in problems}
     assert len(prompts) == len(problems)
     held_out = make_problems(1000, wrong_share=0.4, seed=3, exclude=prompts)

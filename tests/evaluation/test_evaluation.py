@@ -1,4 +1,4 @@
-"""The final answer is read as a person would read it, and prompts are answered in their order."""
+"""The final answer of a text, the metric on it, and answers in the order of the prompts."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def alone(model: LlamaForCausalLM, tokenizer, prompt: str, length: int) -> str:
 
 @pytest.mark.parametrize("batch_size", [1, 2, 6])
 def test_answers_are_each_prompts_own_in_the_prompts_order(tiny_llama, tokenizer, batch_size):
-    """Prompts of all lengths, in batches with padding, against the plain loop over one prompt."""
+    """Prompts of different lengths in padded batches, against a plain loop over one prompt."""
     model = tiny_llama(dtype=torch.float64)
     expected = [alone(model, tokenizer, prompt, 6) for prompt in PROMPTS]
     assert len(set(expected)) == len(PROMPTS)  # otherwise the order would not show

@@ -1,4 +1,4 @@
-"""Tasks of lm-evaluation-harness from files, without a network: against the same marked by hand."""
+"""Tasks of lm-evaluation-harness from local files, against the metric computed by hand."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ FOUND = {
         "g": {"alias": "g"},
         "h": {"alias": "h", "acc,none": 0.9},
     },
-    "group_subtasks": {"g": ["a", "b"], "h": ["i"], "i": ["a"]},  # as mmlu, whose own directions are not given
+    "group_subtasks": {"g": ["a", "b"], "h": ["i"], "i": ["a"]},  # like mmlu, for which the harness gives no directions
     "higher_is_better": {
         "a": {"perplexity": False, "acc": True, "acc_norm": True},
         "b": {"exact_match": True},

@@ -1,4 +1,4 @@
-"""What a folder holds is read, and what is damaged or made from other scores is refused."""
+"""The files in a folder are read; damaged ones, and those made from other scores, are refused."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_a_trainings_output_is_read_epoch_by_epoch(tmp_path):
     assert counted(**vars(found)).log == [{"step": 1, "what": "learning rate", "value": 0.5}]
 
 
-def test_cleaned_tokens_are_decided_again(tmp_path):
+def test_cleaned_tokens_are_selected_again(tmp_path):
     cleaned = cleaning()
     cleaned.scores.save(tmp_path)
     (tmp_path / "summary.json").write_text(json.dumps({"keep_tokens": 0.5, "ranking": "global"}))
@@ -52,16 +52,16 @@ def test_cleaned_tokens_are_decided_again(tmp_path):
     assert (verdict.tokens, verdict.tokens_kept, verdict.scored) == (4, 2, 2)
 
 
-def test_rows_of_cleaned_tokens_say_why_they_went():
+def test_rows_without_a_kept_token_have_a_reason():
     assert contents.selection_of_tokens(cleaning()).reason[2] == EMPTIED
     assert contents.selection_of_tokens(cleaning()).reason[1] == contents.scores_of_tokens(cleaning().scores).reasons[1]
 
 
-def test_scores_beside_cleaned_tokens_keep_their_name():
+def test_scores_next_to_cleaned_tokens_keep_their_name():
     assert "resonance" in counted(usual(4), cleaned=cleaning()).verdict.score
 
 
-def test_nothing_there_is_said(tmp_path):
+def test_a_missing_path_and_an_empty_folder_are_refused(tmp_path):
     with pytest.raises(InputError, match="nowhere' does not exist"):
         read_contents(tmp_path / "nowhere")
     with pytest.raises(InputError, match="no scores and no comparison"):
@@ -90,7 +90,7 @@ def test_other_numbers_of_rows_are_refused():
         Contents(make_scores([1.0, 2.0], [0, 1], make_provenance()))
 
 
-def test_scores_in_another_order_are_no_other_scores():
+def test_scores_may_be_in_any_order():
     found = counted(make_scores([1.0, 9.0, 2.0], [2, 0, 1]))  # row 0 scores 9
     assert [bar.decision for bar in found.histogram if bar.end == 9] == ["dropped"]
 

@@ -1,4 +1,4 @@
-"""Every table has a page of bounded size, however many rows it has, and whatever its values, texts and names are."""
+"""Every table has a page of bounded size, for any number of rows and any values, texts and names."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ MEGABYTES = 15
 
 @pytest.fixture(scope="module")
 def large(tmp_path_factory):
-    """Rows with the worst text for a page, long names, a reason each, and a log of every step."""
+    """A report on rows with long text full of markup, long names, a reason of their own, and a log of every step."""
     rows = 5000
     lot = np.random.default_rng(0)
     columns = {"sample_id": np.arange(rows), "score": lot.random(rows), "loss": lot.random(rows)}
@@ -48,7 +48,7 @@ def test_the_page_is_bounded(large):
     assert max(len(name) for name in shown["group"] + shown["reason"]) <= MAX_NAME + 1
 
 
-def test_reasons_are_told_apart_as_far_as_they_are_listed(large):
+def test_only_the_most_frequent_reasons_are_listed(large):
     reasons = large.numbers.verdict.reasons
     assert reasons[0] == ("same prompt as another row", 2499)
     assert len(reasons) == 51
@@ -79,7 +79,7 @@ def test_tokens_are_shown_as_they_read_together(tokenizer):
     assert "\ufffd" not in "".join(pieces(tokenizer, ids))
 
 
-def test_a_comparison_that_lies_elsewhere(tmp_path):
+def test_a_comparison_in_another_folder(tmp_path):
     make_scores([1.0, 2.0]).save(tmp_path)
     line = '{"selector": "a", "model": "m", "keep": 0.5, "metric": 0.5, "metric_low": NaN, "metric_high": null}'
     (tmp_path / "other").mkdir()
@@ -92,7 +92,7 @@ def test_a_comparison_that_lies_elsewhere(tmp_path):
         read_contents(tmp_path, comparison=tmp_path / "nowhere")
 
 
-def test_an_earlier_pages_pictures_go(tmp_path):
+def test_the_charts_of_an_earlier_report_are_removed(tmp_path):
     log = [{"step": 1, "learning_rate": 1e-5}, {"step": 2, "learning_rate": 0.0}]
     write_report(Contents(make_scores([1.0, 2.0]), log=log), tmp_path)
     assert (tmp_path / "report" / "steps.png").is_file()
@@ -134,7 +134,7 @@ def test_every_table_has_a_page_with_all_its_rows(written):
     assert sorted(each.name for each in report.path.parent.iterdir()) == ["report", "report.html"]
 
 
-def test_the_dropped_rows_lie_beside_the_page(written):
+def test_the_dropped_rows_are_written_next_to_the_page(written):
     _, selection, report = written
     dropped = np.flatnonzero(~selection.keep)
     for read in (pq.read_table, pa.csv.read_csv):
@@ -157,9 +157,9 @@ def test_groups_may_be_an_array(tmp_path):
     assert data_of(report.path)["samples"]["group"] == ["a", "b", "a", "b"]
 
 
-def test_a_layer_with_a_change_that_is_no_number_is_no_obstacle(tmp_path):
+def test_a_layer_with_changes_that_are_not_finite_is_read(tmp_path):
     table = usual(2)
     write_report(Contents(table, layers=make_scores([1.0, math.nan], provenance=table.provenance)), tmp_path)
     assert layers_of(make_scores([None, None])) == []
-    with pytest.raises(InputError, match="scores of every layer .* made from something else, .*weights"):
+    with pytest.raises(InputError, match=r"scores of every layer .* made from something else, .*weights"):
         Contents(table, layers=make_scores([1.0, 2.0], provenance=make_provenance(rows=2, weights="other")))

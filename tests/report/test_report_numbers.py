@@ -1,4 +1,4 @@
-"""A report says what the library decides and a plain count finds."""
+"""The numbers of a report agree with the library's selectors and with plain counts."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def test_what_if_drops_the_end_that_the_criterion_says():
 
 @settings(deadline=None)
 @given(st.lists(st.tuples(st.floats(1e-6, 1e3), st.booleans()), min_size=1, max_size=40), st.booleans())
-def test_bars_hold_every_row_once(rows, log):
+def test_bars_count_every_row_once(rows, log):
     values, keep = (np.array(each) for each in zip(*rows, strict=True))
     if log and np.ptp(values) == 0:
         return
@@ -96,7 +96,7 @@ def test_bars_hold_every_row_once(rows, log):
 
 @pytest.mark.parametrize("low", [1.0, 1e-5, 0.0])
 def test_values_next_to_each_other_have_bars(low):
-    """Saturated scores differ in the last digit."""
+    """As for saturated scores, which differ in the last digit."""
     bars = histogram(np.array([low, np.nextafter(low, 1e9)]), np.array([True, False]), log=False)
     assert sorted(bar.rows for bar in bars) == [1, 1]
 
@@ -152,7 +152,7 @@ def test_the_threshold_is_the_last_kept_score(keep, threshold):
 # ---- verdict, correlations, warnings
 
 
-def test_correlations_are_the_librarys():
+def test_correlations_are_rank_correlations():
     scores = usual(score=np.array([None, math.nan, *np.random.default_rng(1).random(98)], dtype=object))
     found, there = counted(scores), np.arange(2, 100)
     of = {name: scores.column(name)[there] for name in ("score", "loss", "num_tokens")}
@@ -204,14 +204,14 @@ def warnings_of(columns: dict[str, Any], provenance: dict[str, Any], copies: int
 
 
 @pytest.mark.parametrize("what", list(WARNINGS))
-def test_what_makes_the_verdict_doubtful_is_said_and_nothing_else(what):
+def test_there_is_one_warning_for_each_doubt(what):
     warnings = warnings_of(*WARNINGS[what])
     assert len(warnings) == 1
     assert what in warnings[0]
 
 
 @pytest.mark.parametrize("case", QUIET.values(), ids=list(QUIET))
-def test_nothing_is_said_where_nothing_is_wrong(case):
+def test_there_is_no_warning_without_a_doubt(case):
     assert warnings_of(*case) == []
 
 

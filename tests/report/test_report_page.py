@@ -1,4 +1,4 @@
-"""A report in a real browser: it shows what the library says, runs nothing of a dataset, and asks for nothing."""
+"""A report in a real browser: it shows the library's numbers, runs no code from a dataset and makes no request."""
 
 from __future__ import annotations
 
@@ -41,11 +41,11 @@ COPIED, COPY = 20, 21
 GROUPS = ["math", HACK, "=1+1", "", "__proto__"]
 REASONS = ["=HYPERLINK(1)", f"{HACK}\u202e", 'a "quoted", reason']
 TITLE = f"</title>{HOSTILE[0]}{{{{7*7}}}}"
-IGNORED = ("blob:", "data:", "about:")  # what a page makes itself
+IGNORED = ("blob:", "data:", "about:")  # made by the page itself
 
 
 def make_table() -> ScoreTable:
-    """Ties, rows without a score, and a score that is no number."""
+    """A table with ties, rows without a score, and a score of NaN."""
     draw = np.random.default_rng(0)
     score = draw.integers(0, 120, ROWS) / 7
     score[[COPIED, COPY, 30]] = -1, 99, np.nan
@@ -84,7 +84,7 @@ def browser() -> Iterator[Any]:
 
 @pytest.fixture
 def visit(browser) -> Iterator[Callable[..., Any]]:
-    """Opens a file; in the end nothing was complained of, asked for or executed."""
+    """A function that opens a file. At the end there was no error, no request and no injected code."""
     pages, wrong = [], []
 
     def opened(path: Path, **options: Any) -> Any:
@@ -137,22 +137,22 @@ def details(page: Any, row: int) -> Any:
 
 
 def visible(text: str) -> str:
-    """As the page shows it."""
+    """The text with invisible characters as the page shows them."""
     for hidden in "\u202e\u202c\u200b\ufeff":
         text = text.replace(hidden, f"U+{ord(hidden):04X}")
     return text
 
 
 def ordered(name: str, down: bool, rows: Any = range(ROWS)) -> list[int]:
-    """By a column, what has none last, of equal ones the earlier first."""
+    """Rows sorted by a column: missing values last, ties in the order of the dataset."""
     values = np.arange(ROWS) if name == "row" else TABLE.column(name)
     return sorted(rows, key=lambda row: (math.isnan(values[row]), -values[row] if down else values[row], row))
 
 
-# ---- what comes from a dataset is text
+# ---- text from a dataset is never markup
 
 
-def test_opens_without_a_complaint_or_a_request(page):
+def test_opens_without_an_error_or_a_request(page):
     assert page.locator(".chart svg").count() == page.locator(".chart").count() >= 4
 
 
@@ -167,7 +167,7 @@ def test_text_is_shown_as_it_is(page, row):
 
 
 def revealed(text: str) -> str:
-    """As the page shows what turns the direction of what comes after it."""
+    """The text with characters that change its direction as the page shows them."""
     return text.replace("\u202e", "U+202E")
 
 
@@ -187,7 +187,7 @@ def test_names_and_reasons_are_shown_as_they_are(page):
     assert page.locator("#samples tbody tr").text_content().count(revealed(REASONS[1])) == 1
 
 
-# ---- found, filtered, sorted
+# ---- search, filters, sorting
 
 
 def test_rows_are_found_by_text_and_by_number(page):
@@ -283,7 +283,7 @@ def test_a_row_opens_by_keyboard(page):
     assert page.locator("tr.details").count() == 0
 
 
-def test_links_go_to_the_copy_and_to_what_is_most_like_it(page):
+def test_links_lead_to_the_copy_and_to_the_most_similar_row(page):
     links = details(page, COPY).locator("button.link")
     assert links.all_text_contents()[:2] == [f"row {COPIED}", f"row {COPIED} (1)"]
     links.nth(0).click()
@@ -292,7 +292,7 @@ def test_links_go_to_the_copy_and_to_what_is_most_like_it(page):
     assert rows_of_page(page) == [COPY]
 
 
-def test_a_link_goes_to_a_row_that_a_filter_hides(page):
+def test_a_link_leads_to_a_row_that_a_filter_hides(page):
     assert (DECIDED.keep[COPIED], DECIDED.keep[COPY]) == (True, False)
     page.select_option("#decision", "dropped")
     details(page, COPY).locator("button.link").first.click()
@@ -319,7 +319,7 @@ def test_saved_rows_are_those_that_are_found(page):
 
 
 @pytest.mark.parametrize("first", ["light", "dark"])
-def test_light_and_dark_are_drawn_anew(visit, report, first):
+def test_charts_are_redrawn_for_light_and_dark(visit, report, first):
     page = drawn(visit(report.path, color_scheme=first))
     ink, other = {"light": "#1b1b1b", "dark": "#e8e8e8"}, {"light": "dark", "dark": "light"}
     fill = "([ink]) => document.querySelector('#chart-scores .role-axis-label text').getAttribute('fill') === ink"
@@ -338,7 +338,7 @@ def test_the_page_is_no_wider_than_the_window(visit, report, width):
 
 
 @pytest.mark.parametrize("what", ["title", "model", "group", "reason"])
-def test_names_without_a_space_are_broken(visit, tmp_path, what):
+def test_names_without_a_space_are_wrapped(visit, tmp_path, what):
     long = {what: "/home/someone/models/a_run_with_a_long_name/checkpoint-10000"}
     provenance = dataclasses.replace(TABLE.provenance, model=long.get("model", "tiny"))
     reason = [why if why == KEPT else long.get("reason", "gone") for why in REASON]
@@ -349,7 +349,7 @@ def test_names_without_a_space_are_broken(visit, tmp_path, what):
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
 
 
-def test_inside_a_notebook_it_is_drawn_and_reaches_nothing(visit, report, tmp_path):
+def test_in_a_notebook_it_is_drawn_without_access_to_the_notebook(visit, report, tmp_path):
     notebook = tmp_path / "notebook.html"
     notebook.write_text(f"<!doctype html><meta charset=utf-8><body>{report._repr_html_()}</body>", encoding="utf-8")
     frame = drawn(visit(notebook).frames[1])

@@ -1,4 +1,4 @@
-"""The report as a command, and as what a training run, the demo and the recipe leave by themselves."""
+"""The report written by the command, and at the end of a training run."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_the_command_shows_the_rows_that_were_scored(scored, capsys):
     assert [each == "kept" for each in shown["decision"]] == decided.keep.tolist()
 
 
-def test_a_selection_beside_the_scores_is_what_is_shown(scored, tmp_path):
+def test_the_selection_next_to_the_scores_is_shown(scored, tmp_path):
     scores = ScoreTable.load(scored / "scores")
     selection = DataSelector(keep=0.25).select(scores)
     for folder in ("recipe", "recipe/scores", "one", "kept"):
@@ -84,7 +84,7 @@ def test_it_opens_the_page_when_asked(scored, monkeypatch):
     assert opened == [(scored / "scores" / "report.html").resolve().as_uri()]
 
 
-def test_a_dataset_that_is_gone_leaves_a_page_without_text(scored, tmp_path, capsys):
+def test_without_its_dataset_a_page_has_no_text(scored, tmp_path, capsys):
     moved = tmp_path / "rows.jsonl"
     (scored / "rows.jsonl").rename(moved)
     try:
@@ -119,7 +119,7 @@ def test_bad_input_gets_one_line(scored, monkeypatch, capsys, name):
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory, tokenizer):
-    """A training of three epochs that reports; after it, a trainer."""
+    """A trainer and a callback after a training of three epochs with a report."""
     folder = tmp_path_factory.mktemp("run")
     callback = ResonanceCallback(keep=0.5, readmit=True, n_layers=2, report=True)
     trainer = SFTTrainer(
@@ -149,7 +149,7 @@ def test_a_training_reports_on_its_rows_and_epochs(run, tokenizer):
     assert drawn == pytest.approx(logged)
 
 
-def test_a_page_that_fails_is_a_warning_and_the_training_stands(tmp_path, tokenizer, monkeypatch):
+def test_a_report_that_fails_is_a_warning_and_the_training_is_saved(tmp_path, tokenizer, monkeypatch):
     monkeypatch.setattr("resofilter_trainer.training.report.write_report", lambda *_: 1 / 0)
     trainer = SFTTrainer(
         llama(len(tokenizer)),

@@ -26,12 +26,12 @@ def test_all_rows_are_shown_or_both_ends_and_an_even_sample_of_the_others():
     assert gaps.max() - gaps.min() <= 1
 
 
-def test_a_copy_names_the_first_of_its_text():
+def test_a_copy_names_the_first_row_with_its_text():
     texts = [("a", "b"), ("ab", ""), ("a", "b"), ("", "ab"), ("\ud800", "x"), ("\ud800", "x")]
     assert samples.first_of_copies(texts).tolist() == [0, 1, 0, 3, 4, 4]
 
 
-def test_the_same_text_is_nearest_and_none_alike_has_none():
+def test_the_same_text_is_nearest_and_other_texts_have_no_neighbour():
     texts = ["one two three four", "one two three five", "six seven", "ONE two three four", "", ""]
     found = samples.neighbours(texts, np.arange(6) * 10)
     assert found[0][0] == (30, 1.0)
@@ -49,12 +49,12 @@ def test_texts_are_truncated_so_that_all_fit():
 
 
 @given(st.text(st.characters(codec="utf-8") | st.sampled_from("<>&\u2028\u2029\\\"'/")))
-def test_json_comes_back_and_ends_no_script(text):
+def test_json_is_read_back_and_ends_no_script(text):
     found = samples.as_json({"text": [text]})
     assert json.loads(found) == {"text": [text]}
     assert not set(found) & set("<>&\u2028\u2029")
 
 
 @pytest.mark.parametrize("text", ["\ud800", "a\udfffb", "\\\ud800"])
-def test_half_a_surrogate_pair_comes_back(text):
+def test_a_lone_surrogate_is_read_back(text):
     assert json.loads(samples.as_json(text).encode()) == text
