@@ -32,7 +32,7 @@ from resofilter_trainer.compare.round import row_values, token_row_values
 from resofilter_trainer.data.loading import load_model
 from resofilter_trainer.scores.statistics import auroc, rank_correlation
 from resofilter_trainer.scores.token_scores import TokenScores
-from resofilter_trainer.selecting.selection import DataSelector
+from resofilter_trainer.selecting.data_selector import DataSelector
 from resofilter_trainer.training.fine_tuning import save_model
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"

@@ -23,8 +23,9 @@ if TYPE_CHECKING:
     from .scoring.dataset import score_dataset
     from .scoring.layers import score_layers
     from .scoring.stream import score_stream
+    from .selecting.data_selector import DataSelector
     from .selecting.policies import DiverseSelector, RandomSelector, SoftPruning
-    from .selecting.selection import DataSelector, Selection
+    from .selecting.selection import Selection
     from .selecting.token_selection import TokenSelection, TokenSelector
     from .tokens.cleaned_dataset import CleanedDataset
     from .tokens.cleaning import clean_dataset
@@ -48,8 +49,9 @@ _NAMES = {  # the public names of each module, as above
     "scoring.dataset": ("score_dataset",),
     "scoring.layers": ("score_layers",),
     "scoring.stream": ("score_stream",),
+    "selecting.data_selector": ("DataSelector",),
     "selecting.policies": ("DiverseSelector", "RandomSelector", "SoftPruning"),
-    "selecting.selection": ("DataSelector", "Selection"),
+    "selecting.selection": ("Selection",),
     "selecting.token_selection": ("TokenSelection", "TokenSelector"),
     "tokens.cleaned_dataset": ("CleanedDataset",),
     "tokens.cleaning": ("clean_dataset",),

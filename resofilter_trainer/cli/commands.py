@@ -118,8 +118,8 @@ def run_select(args: argparse.Namespace) -> None:
     """Decide on scores that were saved, and write the decision and the rows that stay."""
     from ..io.files import check_folder, folder_lock
     from ..scores.score_table import ScoreTable
+    from ..selecting.data_selector import DataSelector
     from ..selecting.kept_dataset import DATASET, check_place, save_kept
-    from ..selecting.selection import DataSelector
 
     if args.output is None:
         raise InputError("--output is missing: a folder for the selection and the rows that stay.")

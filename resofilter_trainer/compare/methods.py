@@ -25,10 +25,9 @@ from ..config import InputError, Ranking, TokenCleaning
 from ..scores.score_table import ScoreTable
 from ..scores.token_scores import TokenScores
 from ..scoring.less import LessConfig, projection_flops
-from ..selecting.policies import RandomSelector, SoftPruning
-from ..selecting.selection import DataSelector
+from ..selecting.data_selector import DataSelector
+from ..selecting.policies import Policy, RandomSelector, SoftPruning
 from ..selecting.token_selection import TokenSelector
-from ..training.filtering import Policy
 from .config import DEMO, ComparisonConfig, SelectorConfig
 from .method_scores import (
     REFERENCE_SHARE,

@@ -35,8 +35,8 @@ from ..evaluation.tasks import evaluate_tasks
 from ..scores.score_table import ScoreTable
 from ..scores.statistics import auroc, rank_correlation
 from ..scores.token_scores import TokenScores
+from ..selecting.data_selector import DataSelector
 from ..selecting.results import FLOPS
-from ..selecting.selection import DataSelector
 from ..selecting.token_selection import TokenSelector
 from ..tokens.cleaned_dataset import mask_labels
 from ..training.callback import ResonanceCallback

@@ -18,7 +18,8 @@ import numpy as np
 from ..report import PAGE
 from ..scores.score_table import ScoreTable
 from ..scores.statistics import auroc, rank_correlation
-from ..selecting.selection import KEPT, Selection, drop_share
+from ..selecting.selection import KEPT, Selection
+from ..selecting.shares import drop_share
 from ..training.callback import ResonanceCallback
 from ..training.drift import drop_rate_by_moment
 from ..training.run import STATE

@@ -26,7 +26,8 @@ from ..report import Contents, write_report
 from ..scores.score_table import ScoreTable
 from ..scores.statistics import auroc
 from ..scoring.dataset import score_dataset
-from ..selecting.selection import DataSelector, Selection
+from ..selecting.data_selector import DataSelector
+from ..selecting.selection import Selection
 from .picture import Outcome, draw
 from .problems import Problem, make_problems
 

@@ -19,8 +19,9 @@ from ..io.made_from import check_made_from, refuse_differences
 from ..scores.provenance import Provenance
 from ..scores.score_table import LAYERS_FOLDER, SCORES_FILE, ScoreTable
 from ..scores.token_scores import TOKEN_SCORES_FILE, TokenScores
+from ..selecting.data_selector import DataSelector
 from ..selecting.results import COMPARISON_FILE, LOG_FILE, NAME, SUMMARY_FILE, selection_file
-from ..selecting.selection import KEPT, SELECTION_FILE, DataSelector, Selection
+from ..selecting.selection import KEPT, SELECTION_FILE, Selection
 from ..selecting.token_selection import EMPTIED, TokenSelection, TokenSelector
 
 SCORES_FOLDER = "scores"

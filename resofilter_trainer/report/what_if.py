@@ -9,7 +9,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..scores.score_table import ScoreTable
-from ..selecting.selection import DataSelector, Drop, Selection, drop_order, dropped_of
+from ..selecting.data_selector import DataSelector
+from ..selecting.selection import Selection
+from ..selecting.shares import Drop, drop_order, number_dropped
 from .columns import column_or_nan
 
 SHARES = [percent / 100 for percent in range(1, 101)]
@@ -51,7 +53,7 @@ def what_if(selector: DataSelector, scores: ScoreTable, groups: Sequence[str] | 
     rows = np.flatnonzero(scores.scored & np.isfinite(values))
     end = selector.end(scores.provenance)
     order = rows[drop_order(values[rows], end)]  # the first to be dropped comes first
-    dropped = [dropped_of(len(rows), share) for share in SHARES]
+    dropped = [number_dropped(len(rows), share) for share in SHARES]
     tokens = np.nan_to_num(column_or_nan(scores, "num_tokens")).astype(np.int64)
     dropped_tokens = np.concatenate([[0], np.cumsum(tokens[order])])
     return WhatIf(

@@ -1,6 +1,7 @@
-"""Several indicators as one number per row. Arithmetic: knows no rows, no policies.
+"""Ways to combine several columns into one number per row. Arithmetic: knows no policies.
 
-Each takes (N, K) finite values in which large is bad, and gives (N,) in which large is bad.
+Each function takes (N, K) finite values, where large is bad, and returns (N,) values, where large is bad too. A new
+combination is a function here and a line in `COMBINATIONS`.
 """
 
 from __future__ import annotations
@@ -12,21 +13,21 @@ import numpy as np
 
 from ..scores.statistics import ranks
 
-ROUNDING = 9  # decimals of a rank: below lies numerical noise, which would order rows of which nothing is left
+ROUNDING = 9  # decimals of a rank to keep: the rest is rounding, which must not order rows whose residual is 0
 
 
 def mean_rank(values: np.ndarray) -> np.ndarray:
-    """The mean of a row's ranks, from 1 to N (Borda's count)."""
+    """The mean of a row's ranks, from 1 to N (Borda count)."""
     return np.stack([ranks(column) for column in values.T], axis=1).mean(1)
 
 
 def topsis(values: np.ndarray) -> np.ndarray:
-    """How far from the best and how near to the worst, from 0 to 1 (Hwang and Yoon, 1981).
+    """TOPSIS: 0 for the best values of all columns, 1 for the worst (Hwang and Yoon, 1981).
 
-        v = x / ||x|| of each indicator, best = min v, worst = max v
-        d / (d + d'), d and d' the distances of a row's v from the best and from the worst
+        v = x / ||x|| for each column, best = min v, worst = max v
+        d / (d + d'), where d and d' are the distances of a row's v from the best and from the worst
 
-    Equal weights; 0 for all where nothing differs.
+    All columns weigh the same. The result is 0 for all rows if all rows are equal.
     """
     norms = np.linalg.norm(values, axis=0)
     scaled = values / np.where(norms > 0, norms, 1)
@@ -37,18 +38,18 @@ def topsis(values: np.ndarray) -> np.ndarray:
 
 
 def pareto(values: np.ndarray) -> np.ndarray:
-    """Which front a row is on, from 1 for those that no row is better than; within a front, by mean rank.
+    """The number of a row's Pareto front, from 1 for the rows that no row dominates; within a front, by mean rank.
 
-    A row is better than another if nothing of it is larger and something is smaller (non-dominated sorting: Deb et al.,
-    NSGA-II, 2002).
+    A row dominates another if none of its values is larger and at least one is smaller (non-dominated sorting: Deb et
+    al., NSGA-II, 2002).
     """
-    points, place = np.unique(values, axis=0, return_inverse=True)  # what is better comes before
+    points, index = np.unique(values, axis=0, return_inverse=True)  # sorted: a point comes after those dominating it
     front = (_fronts_of_two if points.shape[1] == 2 else _fronts)(points)
-    return front[place.ravel()] + mean_rank(values) / (len(values) + 1)
+    return front[index.ravel()] + mean_rank(values) / (len(values) + 1)
 
 
 def residual(values: np.ndarray) -> np.ndarray:
-    """What the first indicator says beyond the others: its ranks less their least-squares fit to the others' ranks."""
+    """The ranks of the first column minus their least-squares fit to the ranks of the other columns."""
     ranked = np.stack([ranks(column) for column in values.T], axis=1)
     others = np.column_stack([np.ones(len(ranked)), ranked[:, 1:]])
     fit, *_ = np.linalg.lstsq(others, ranked[:, 0], rcond=None)
@@ -56,10 +57,10 @@ def residual(values: np.ndarray) -> np.ndarray:
 
 
 def _fronts_of_two(points: np.ndarray) -> np.ndarray:
-    """The fronts of (N, 2) different points in order: each front's last point has its smallest second value."""
+    """The fronts of (N, 2) different points, sorted: the last point of a front has its smallest second value."""
     front, last = np.empty(len(points)), list[float]()
     for i, second in enumerate(points[:, 1].tolist()):
-        number = bisect_right(last, second)  # fronts that hold a better point
+        number = bisect_right(last, second)  # fronts with a point that dominates this one
         if number == len(last):
             last.append(second)
         else:
@@ -69,11 +70,11 @@ def _fronts_of_two(points: np.ndarray) -> np.ndarray:
 
 
 def _fronts(points: np.ndarray) -> np.ndarray:
-    """The fronts of (N, K) different points in order; N^2 comparisons, so for some 10,000 rows at most."""
+    """The fronts of (N, K) different points, sorted; N^2 comparisons, so for about 10,000 rows at most."""
     front, members = np.zeros(len(points)), list[list[int]]()
     for i, point in enumerate(points):
-        better_in = ((points[some] <= point).all(1).any() for some in members)
-        number = next((n for n, better in enumerate(better_in) if not better), len(members))
+        dominated = ((points[some] <= point).all(1).any() for some in members)
+        number = next((n for n, by_front in enumerate(dominated) if not by_front), len(members))
         if number == len(members):
             members.append([])
         members[number].append(i)

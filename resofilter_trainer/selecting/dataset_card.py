@@ -1,6 +1,6 @@
-"""The card of a filtered dataset: how it was made, from what, and the commands that make it again. Knows no model.
+"""The card of a filtered dataset: how it was made, from what, and the commands that reproduce it. Knows no model.
 
-The licence is that of the dataset it was made from: a filter changes nothing about it.
+The licence is that of the source dataset: filtering does not change it.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from ..scores.score_table import EMPTY, OF_GROUP, SAME_PROMPT, count_reasons
 if TYPE_CHECKING:
     from huggingface_hub import DatasetCard
 
-LISTED = 10  # reasons
-PATIENCE = 3  # seconds to wait for the hub: a licence is worth no more
-SELECTS = {"keep", "drop", "threshold", "by", "combine", "stratify_by", "strata"}  # what DataSelector is set by
+LISTED = 10  # reasons to drop rows
+PATIENCE = 3  # seconds to wait for the Hub, which is only asked for a licence
+SELECTS = {"keep", "drop", "threshold", "by", "combine", "stratify_by", "strata"}  # the settings of DataSelector
 
 
 def make_card(
@@ -33,16 +33,16 @@ def make_card(
     name: str | None = None,
     group_column: str | None = None,
 ) -> DatasetCard:
-    """The card.
+    """The card of a filtered dataset.
 
     Args:
-        provenance: of the scores.
-        reasons: of every row of the dataset.
-        kept: the reason of rows that stay.
-        policy: the settings that decided.
-        licence: of the dataset that was filtered, where the caller knows it; else what `licence_of` finds.
-        name: of the filtered dataset.
-        group_column: of the dataset, where shares held within its groups.
+        provenance: the provenance of the scores.
+        reasons: the reason of every row of the dataset.
+        kept: the reason of the kept rows.
+        policy: the settings of the policy that decided.
+        licence: the licence of the source dataset; by default the one that `licence_of` finds.
+        name: the name of the filtered dataset.
+        group_column: the column whose groups each have their share, if any.
     """
     from huggingface_hub import DatasetCard, DatasetCardData
 
@@ -50,49 +50,54 @@ def make_card(
     licence = licence or licence_of(source)
     sources = [str(source)] if _on_hub(source) else None
     data = DatasetCardData(license=licence, tags=["resofilter"], source_datasets=sources, pretty_name=name)
-    stay = sum(reason == kept for reason in reasons)
+    count = sum(reason == kept for reason in reasons)
     lines = [
         f"# {_plain(name or 'Filtered dataset')}",
         "",
-        f"{stay:,} of {len(reasons):,} rows of {_code(source or 'a dataset')}, chosen by `resofilter_trainer` "
+        f"{count:,} of {len(reasons):,} rows of {_code(source or 'a dataset')}, selected by `resofilter_trainer` "
         f"{_plain(provenance.versions.get('resofilter_trainer', ''))}: {_measured(provenance)}.",
         "",
-        "| rows that went | because |",
+        "| dropped rows | reason |",
         "|---|---|",
         *(f"| {n:,} | {_plain(why)} |" for why, n in count_reasons((r for r in reasons if r != kept), LISTED)),
         "",
-        "## How to make it again",
+        "## How to reproduce it",
         "",
         *_how(commands_of(provenance, policy, reasons, group_column), policy),
         "",
-        "## Where the scores come from",
+        "## What the scores were made from",
         "",
         "| | |",
         "|---|---|",
         *(f"| {name} | {_code(value)} |" for name, value in _origin(provenance)),
         "",
-        f"Licence: {_plain(licence)}, that of the source." if licence else "Licence: that of the source; look there.",
+        f"Licence: {_plain(licence)}, as the source dataset." if licence else "Licence: see the source dataset.",
         "",
     ]
     return DatasetCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n".join(lines))
 
 
 def push_card(card: DatasetCard, repo_id: str, revision: str | None, token: Any) -> None:
-    """Put the card where `Dataset.push_to_hub` has put rows, and keep what that has written into it of its files."""
+    """Push the card to where `Dataset.push_to_hub` pushed rows, and keep what that wrote into the card's header.
+
+    Args:
+        card: the card.
+        repo_id, revision, token: as for `Dataset.push_to_hub`.
+    """
     from huggingface_hub import DatasetCard, DatasetCardData, hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError
 
     where: dict[str, Any] = {"repo_type": "dataset", "revision": revision, "token": token}
     try:
-        there = DatasetCard.load(hf_hub_download(repo_id, "README.md", **where)).data.to_dict()
+        pushed = DatasetCard.load(hf_hub_download(repo_id, "README.md", **where)).data.to_dict()
     except EntryNotFoundError:
-        there = {}
-    card.data = DatasetCardData(**{**there, **card.data.to_dict()})
+        pushed = {}
+    card.data = DatasetCardData(**{**pushed, **card.data.to_dict()})
     card.push_to_hub(repo_id, **where)
 
 
 def licence_of(source: Any) -> str | None:
-    """The licence that a dataset's own card names: in its folder, or on the hub; None where there is none to be had."""
+    """The licence that the dataset's own card names, in its folder or on the Hub; None if it cannot be found."""
     import yaml
     from huggingface_hub import DatasetCard, hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError
@@ -107,23 +112,23 @@ def licence_of(source: Any) -> str | None:
         else:
             return None
         return DatasetCard.load(path).data.to_dict().get("license")
-    except (OSError, ValueError, yaml.YAMLError, HfHubHTTPError):  # no network, no card, or one without a sound header
+    except (OSError, ValueError, yaml.YAMLError, HfHubHTTPError):  # no network, no card, or a card with a broken header
         return None
 
 
 def commands_of(
     provenance: Provenance, policy: Mapping[str, Any], reasons: Iterable[str], group_column: str | None
 ) -> list[str]:
-    """The two commands that score and select again; none where something else than `resofilter select` decided."""
-    there, by = set(reasons), policy.get("by")
+    """The two commands that repeat the selection; none if it was not made by the settings of `resofilter select`."""
+    unique, by = set(reasons), policy.get("by")
     if policy.keys() != SELECTS or isinstance(policy["keep"], Mapping):
         return []
-    if group_column is None and not policy["stratify_by"] and any(OF_GROUP in reason for reason in there):
+    if group_column is None and not policy["stratify_by"] and any(OF_GROUP in reason for reason in unique):
         return []
     score = {"model": provenance.model, **_source(provenance.source), **_measure(provenance), **_rows(provenance)}
     score |= {
-        "drop_duplicates": any(reason.startswith(SAME_PROMPT) for reason in there),
-        "drop_empty": EMPTY in there,
+        "drop_duplicates": any(reason.startswith(SAME_PROMPT) for reason in unique),
+        "drop_empty": EMPTY in unique,
         "output": "scores",
     }
     several = by if isinstance(by, Sequence) and not isinstance(by, str) else None
@@ -140,7 +145,7 @@ def commands_of(
 
 
 def _how(commands: Sequence[str], policy: Mapping[str, Any]) -> list[str]:
-    """An indented block, out of which no name breaks; or the settings."""
+    """The commands as an indented block, which no name can break; without commands, the settings."""
     if commands:
         return [f"    {command}" for command in commands]
     where = "By `ResonanceCallback` in a training run" if "epoch" in policy else "In Python, by a policy"
@@ -148,14 +153,14 @@ def _how(commands: Sequence[str], policy: Mapping[str, Any]) -> list[str]:
 
 
 def _on_hub(source: Any) -> bool:
-    """Whether a dataset's name is one on the hub, `owner/name`, and nothing on a disk."""
+    """Whether a dataset's name is one on the Hub, `owner/name`, and no path."""
     if not isinstance(source, str) or Path(source).exists() or FILE_FORMATS.keys() & set(Path(source).suffixes):
         return False
     return bool(re.fullmatch(r"[\w.-]+/[\w.-]+", source)) and not source.startswith(".")
 
 
 def _measure(provenance: Provenance) -> dict[str, Any]:
-    """What was measured, where it is not the default."""
+    """The settings of the measurement that are not the defaults."""
     config = provenance.config
     if "criterion" in config:
         return {"criterion": config["criterion"]}
@@ -167,7 +172,7 @@ def _measure(provenance: Provenance) -> dict[str, Any]:
 
 
 def _rows(provenance: Provenance) -> dict[str, Any]:
-    """Which columns, and how they became tokens, where it is not the default."""
+    """The settings of columns and tokens that are not the defaults."""
     preparation = provenance.preparation
     defaults: dict[str, Any] = {each.name: each.default for each in dataclasses.fields(ColumnMapping)}
     defaults |= {"prompt_column": [], "max_length": 1024, "assistant_only_loss": False, "completion_only_loss": None}
@@ -189,14 +194,14 @@ def _source(source: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _flags(values: Mapping[str, Any]) -> str:
-    parts = []
+    flags = []
     for name, value in values.items():
         if value is None or value is False:
             continue
         several = value if isinstance(value, list) else [] if value is True else [value]
         quoted = [shlex.quote(str(each)) for each in several]
-        parts += [f"--{name}={quoted[0]}"] if len(quoted) == 1 else [f"--{name}", *quoted]
-    return "".join(f" {part}" for part in parts)
+        flags += [f"--{name}={quoted[0]}"] if len(quoted) == 1 else [f"--{name}", *quoted]
+    return "".join(f" {flag}" for flag in flags)
 
 
 def _measured(provenance: Provenance) -> str:
@@ -207,7 +212,7 @@ def _measured(provenance: Provenance) -> str:
 
 
 def _origin(provenance: Provenance) -> list[tuple[str, Any]]:
-    """The provenance, line by line."""
+    """The rows of the card's table of provenance."""
     versions = ", ".join(f"{name} {version}" for name, version in provenance.versions.items())
     return [
         ("model", provenance.model),
@@ -221,12 +226,12 @@ def _origin(provenance: Provenance) -> list[tuple[str, Any]]:
 
 
 def _plain(value: object) -> str:
-    """On one line, and nothing in it is a table, a link or markup."""
+    """A value as text on one line, with Markdown escaped."""
     text = " ".join(str(value).split())
     return "".join(f"\\{sign}" if sign in "\\`*_[]<>|#" else sign for sign in text)
 
 
 def _code(value: object) -> str:
-    """As code, on one line."""
+    """A value as code, on one line."""
     text = " ".join(str(value).split()).replace("`", "'").replace("|", "\\|")
     return f"`{text}`"

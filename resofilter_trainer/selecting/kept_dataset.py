@@ -1,4 +1,4 @@
-"""The rows that stay, as a dataset beside the selection that chose them. Knows folders, not how it was chosen."""
+"""The kept rows as a dataset, beside the selection that kept them. Knows folders, not how rows were selected."""
 
 from __future__ import annotations
 
@@ -14,39 +14,39 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 DATASET = "dataset"
-REPLACED = ".dataset.replaced"  # until the new one is there
+REPLACED = ".dataset.replaced"  # the earlier rows, until the new ones are in place
 
 
 def check_place(output: Path, source: str | None) -> None:
-    """Raise InputError where the rows that stay would replace anything but those of an earlier selection.
+    """Raise InputError where the kept rows would replace anything but those of an earlier selection.
 
     Args:
         output: the folder of the selection.
-        source: the dataset that was scored, by its name or path, where that is known.
+        source: the name or path of the scored dataset, if known.
     """
     folder = output / DATASET
     ours = (output / SELECTION_FILE).exists()
     if folder.exists() and (not ours or (source is not None and folder.resolve() == Path(source).resolve())):
-        raise InputError(f"'{folder}' holds something that is no earlier selection. Choose another output.")
+        raise InputError(f"'{folder}' exists and is no earlier selection's. Choose another output.")
 
 
 def save_kept(rows: Dataset, selection: Selection, output: Path, group_column: str | None = None) -> Path:
-    """Write a selection, the rows that it keeps and their card; at no moment do rows lie beside another selection.
+    """Write a selection, the rows that it keeps and their card. Rows are never beside another selection than theirs.
 
     Args:
-        rows: that stay.
-        selection: that says so.
-        output: a folder; an earlier selection's rows in it are replaced.
-        group_column: for the card, where shares held within its groups.
+        rows: the kept rows.
+        selection: the selection that keeps them.
+        output: a folder; the rows of an earlier selection in it are replaced.
+        group_column: the column whose groups each have their share, for the card.
 
     Returns:
         The selection's file.
     """
     folder, replaced = output / DATASET, output / REPLACED
-    with replacing(folder) as part:
-        rows.save_to_disk(part)
-        selection.card(group_column=group_column).save(part / "README.md")
-        flush(part)  # before anything gives way to it
+    with replacing(folder) as temporary:
+        rows.save_to_disk(temporary)
+        selection.card(group_column=group_column).save(temporary / "README.md")
+        flush(temporary)  # before the earlier rows are moved away
         shutil.rmtree(replaced, ignore_errors=True)
         if folder.exists():
             folder.rename(replaced)

@@ -1,4 +1,4 @@
-"""What a training run leaves: scores and the selection of every epoch, and the folder they lie in. Knows no model."""
+"""What a training run writes: the scores and the selection of every epoch, and the files' names. Knows no models."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from ..scores.score_table import ScoreTable
 from ..scores.token_scores import TOKEN_SCORES_FILE
 from .selection import Selection
 
-NAME = "resofilter"  # of the folder in a training's output_dir, of its state and its scalars
+NAME = "resofilter"  # the folder in a run's output_dir, its state in a checkpoint, the prefix of its scalars
 TOKENS_FILE = "token_cleaning.json"
-LOG_FILE = "log.json"  # the Trainer's
-FULL, RANDOM = "full", "random"  # selectors of a comparison that the others are compared with
-EPOCHS, FLOPS = "epochs", "flops"  # what two trainings of a comparison have as many of
-COMPARISON_FILE, SUMMARY_FILE = "comparison.json", "summary.json"  # of a comparison, of a cleaning of tokens
+LOG_FILE = "log.json"  # the Trainer's log
+FULL, RANDOM = "full", "random"  # the methods of a comparison that the others are compared with
+EPOCHS, FLOPS = "epochs", "flops"  # what is equal in the trainings of a comparison
+COMPARISON_FILE, SUMMARY_FILE = "comparison.json", "summary.json"  # of a comparison, of token cleaning
 
 
 @dataclass
 class Results:
-    """Of one run.
+    """The results of one run.
 
     Attributes:
-        scores: a line for every row of the user's dataset, as of the last epoch that has ended; None before.
-        selections: which rows each epoch trained on, first epoch first.
-        token_stages: what each cleaning of tokens kept, in numbers.
+        scores: the scores of every row of the user's dataset after the last complete epoch; None before.
+        selections: the rows that each epoch trains on, in the order of the epochs.
+        token_stages: for each stage of token cleaning, what it kept, in numbers.
     """
 
     scores: ScoreTable | None = None
@@ -36,10 +36,15 @@ class Results:
     token_stages: list[dict[str, Any]] = field(default_factory=list)
 
     def save(self, folder: Path, ended: int) -> None:
-        """Write the scores, also under the name of the epoch that has ended (0: none has), and every selection."""
+        """Write the scores, also under the number of the epoch that has ended, and every selection.
+
+        Args:
+            folder: the folder to write to.
+            ended: the number of complete epochs.
+        """
         if self.token_stages:
-            with replacing(folder / TOKENS_FILE) as part:
-                part.write_text(json.dumps(self.token_stages, indent=2) + "\n")
+            with replacing(folder / TOKENS_FILE) as temporary:
+                temporary.write_text(json.dumps(self.token_stages, indent=2) + "\n")
         if self.scores is None:
             return
         self.scores.save(folder)
@@ -52,8 +57,8 @@ class Results:
     def save_log(self, folder: Path, entries: Sequence[Mapping[str, Any]]) -> None:
         """Write the Trainer's log beside the scores, if there are any."""
         if self.scores is not None:
-            with replacing(folder / LOG_FILE) as part:
-                part.write_text(json.dumps(list(entries), default=str) + "\n")
+            with replacing(folder / LOG_FILE) as temporary:
+                temporary.write_text(json.dumps(list(entries), default=str) + "\n")
 
     def save_selections(self, folder: Path) -> None:
         """Write every selection."""
@@ -61,12 +66,12 @@ class Results:
             selection.save(folder / selection_file(epoch))
 
     def load_selections(self, folder: Path, count: int) -> None:
-        """Undo `save_selections`. Raises InputError where one is missing."""
+        """Read what `save_selections` wrote, of `count` epochs. Raises InputError where one is missing."""
         self.selections = [Selection.load(folder / selection_file(epoch)) for epoch in range(count)]
 
 
 def remove_stale(folder: Path) -> None:
-    """Remove what an earlier run left of its epochs: this one may have fewer."""
+    """Remove the files of an earlier run, which may have had more epochs."""
     for stale in (
         *folder.glob("*-epoch-*.parquet"),
         *(folder / name for name in (TOKENS_FILE, TOKEN_SCORES_FILE, LOG_FILE)),
@@ -75,5 +80,5 @@ def remove_stale(folder: Path) -> None:
 
 
 def selection_file(epoch: int) -> str:
-    """Its name, for an epoch counted from 0; people count from 1."""
+    """The file of an epoch's selection. Epochs are counted from 0, and from 1 in names of files."""
     return f"selection-epoch-{epoch + 1}.parquet"

@@ -1,6 +1,6 @@
-"""From token scores to the tokens that are learnt. Knows nothing of models: sees arrays, returns masks.
+"""From token scores to the tokens to learn. Knows nothing of models: sees arrays, returns masks.
 
-Function first: `keep_globally(base, reference, 0.6)` decides; `TokenSelector` only holds the settings.
+`keep_globally(base, reference, 0.6)` decides; `TokenSelector` only holds the settings.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import pandas as pd
 from ..config import InputError, Ranking, one_of, share
 from ..scores.token_scores import TokenScores
 
-CHUNK = 1 << 21  # tokens that are looked at together
+CHUNK = 1 << 21  # tokens that are processed at once
 EMPTIED = "every token was cleaned away"
 
 
@@ -24,10 +24,10 @@ class TokenSelector:
     """Keeps the tokens with the highest scores; by default 60 % of all tokens together (Token Cleaning).
 
     Attributes:
-        keep: share k of the learnt tokens that stays, above 0 and at most 1.
-        ranking: `"global"`, int(N*k) of all N tokens; or `"sample"`, int(n*k) of each row's n, as RHO does.
+        keep: the share k of the learnt tokens to keep, above 0 and at most 1.
+        ranking: `"global"` keeps int(N*k) of all N tokens; `"sample"` keeps int(n*k) of each row's n, as RHO does.
 
-    Of tokens with the same score, those of earlier rows stay, and in a row the earlier ones.
+    Of tokens with the same score, those of earlier rows are kept first, and within a row the earlier ones.
     """
 
     keep: float = 0.6
@@ -38,13 +38,17 @@ class TokenSelector:
         object.__setattr__(self, "keep", share("keep_tokens", self.keep, "tokens"))
 
     def check(self, num_tokens: np.ndarray) -> None:
-        """Raise InputError where no token would stay of rows with so many, (R,): before anything is measured."""
+        """Raise InputError if no token would be kept. Needs no scores: can be called before they are measured.
+
+        Args:
+            num_tokens: (R,) the number of learnt tokens of each row.
+        """
         total = int(num_tokens.sum())
         if not (int(total * self.keep) if self.ranking == "global" else (num_tokens * self.keep >= 1).any()):
             raise InputError(f"Of {total} tokens, keep_tokens={self.keep} keeps none: choose a larger share.")
 
     def select(self, scores: TokenScores) -> TokenSelection:
-        """Decide for every token."""
+        """Keep or mask, for every learnt token."""
         if self.ranking == "global":
             keep = keep_globally(scores.base, scores.reference, self.keep)
         else:
@@ -57,7 +61,7 @@ class TokenSelection:
     """Keep or mask, for every learnt token.
 
     Attributes:
-        scores: what was decided on.
+        scores: the scores that were decided on.
         keep: (N,) bool.
     """
 
@@ -66,26 +70,26 @@ class TokenSelection:
 
     @property
     def kept_of_row(self) -> np.ndarray:
-        """(R,) how many tokens each row keeps."""
+        """(R,) the number of tokens that each row keeps."""
         return kept_of_rows(self.keep, self.scores.offsets)
 
     @property
     def emptied(self) -> np.ndarray:
-        """(R,) bool, the rows that had tokens to learn and keep none."""
+        """(R,) bool, the rows that had learnt tokens and keep none."""
         return (self.scores.num_tokens > 0) & (self.kept_of_row == 0)
 
     def share(self) -> float:
-        """The share of all tokens that stays."""
+        """The kept share of all tokens."""
         return float(self.keep.mean()) if len(self.keep) else 0.0
 
     def share_of_groups(self, groups: Sequence[Any]) -> dict[str, float]:
-        """The share of each group's tokens that stays.
+        """The kept share of each group's tokens.
 
         Args:
-            groups: R values, each row's group or source.
+            groups: the group or source of each row, R values.
 
         Raises:
-            InputError: there are more or fewer groups than rows.
+            InputError: the number of groups is not the number of rows.
         """
         if len(groups) != len(self.scores.sample_id):
             raise InputError(f"{len(groups)} groups for {len(self.scores.sample_id)} rows: give one for each row.")
@@ -94,10 +98,11 @@ class TokenSelection:
         return {str(name): kept / tokens for name, tokens, kept in sums.itertuples() if tokens}
 
     def tokens_by_share(self, at_least: int = 5) -> pd.DataFrame:
-        """Each token id of some frequency: `token`, `count` and `share` that stays, the highest share first.
+        """The kept share of each frequent token id, the highest first: `token`, `count` and `share`.
 
         Args:
-            at_least: how often it occurs, and no less than a thousandth of all.
+            at_least: the least number of times that a listed token id occurs; it also makes up at least a thousandth of
+                all tokens.
         """
         token, size = self.scores.token, int(self.scores.token.max(initial=0)) + 1
         count, kept = np.zeros(size, dtype=np.int64), np.zeros(size, dtype=np.int64)
@@ -111,16 +116,16 @@ class TokenSelection:
 
 
 def keep_globally(base: np.ndarray, reference: np.ndarray, keep: float) -> np.ndarray:
-    """(N,) bool: the int(N * keep) tokens with the largest `base - reference`, of equal ones the first.
+    """(N,) bool: the int(N * keep) tokens with the largest `base - reference`; of equal ones, the first.
 
-    The float32 difference is never out of order with the exact one, so it is what is partitioned; the exact one decides
-    among the tokens that it cannot tell apart.
+    The float32 difference never contradicts the order of the exact one, so it is partitioned; among tokens that are
+    equal in float32, the exact difference decides.
     """
     size, count = len(base), int(len(base) * keep)
     if count in (0, size):
         return np.full(size, count == size)
     rounded = base - reference
-    rounded.partition(size - count)  # in place: memory is what is scarce
+    rounded.partition(size - count)  # in place, to save memory
     _check_numbers(rounded)
     threshold = rounded[size - count]
     del rounded
@@ -137,16 +142,16 @@ def keep_globally(base: np.ndarray, reference: np.ndarray, keep: float) -> np.nd
 
 
 def keep_by_sample(base: np.ndarray, reference: np.ndarray, offsets: np.ndarray, keep: float) -> np.ndarray:
-    """(N,) bool: of each row's n tokens the int(n * keep) with the largest `base - reference`, of equal ones the first.
+    """(N,) bool: as `keep_globally`, but the int(n * keep) of each row's n tokens.
 
     Args:
         base, reference: (N,) losses.
-        offsets: (R + 1,) where each row begins, and the end.
-        keep: the share k.
+        offsets: (R + 1,) the start of each row, and the end.
+        keep: the share k to keep.
     """
     kept = np.empty(len(base), dtype=bool)
     first = 0
-    while first < len(offsets) - 1:  # as many whole rows as fit into a chunk
+    while first < len(offsets) - 1:  # as many complete rows as fit into a chunk
         last = max(int(np.searchsorted(offsets, offsets[first] + CHUNK, side="right")) - 1, first + 1)
         start, stop = offsets[first], offsets[last]
         counts = np.diff(offsets[first : last + 1])
@@ -163,7 +168,12 @@ def keep_by_sample(base: np.ndarray, reference: np.ndarray, offsets: np.ndarray,
 
 
 def kept_of_rows(keep: np.ndarray, offsets: np.ndarray) -> np.ndarray:
-    """(R,) how many tokens each row keeps, of N with `keep` (N,) bool, cut into rows by `offsets` (R + 1,)."""
+    """(R,) the number of tokens that each row keeps.
+
+    Args:
+        keep: (N,) bool, for every token.
+        offsets: (R + 1,) the start of each row, and the end.
+    """
     some = np.diff(offsets) > 0
     kept = np.zeros(len(some), dtype=np.int64)
     if some.any():
@@ -173,11 +183,11 @@ def kept_of_rows(keep: np.ndarray, offsets: np.ndarray) -> np.ndarray:
 
 def _check_numbers(values: np.ndarray) -> None:
     if np.isnan(values.max(initial=0)):
-        raise InputError("A token's score is not a number: its loss is not finite under one of the models.")
+        raise InputError("A token's score is not a number: its loss is not finite under one of the models. Check both.")
 
 
 def _largest(values: np.ndarray, count: int) -> np.ndarray:
-    """(M,) bool: the `count` largest, of equal ones the first."""
+    """(M,) bool: the `count` largest; of equal ones, the first."""
     if count in (0, len(values)):
         return np.full(len(values), count > 0)
     threshold = np.partition(values, len(values) - count)[len(values) - count]

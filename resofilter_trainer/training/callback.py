@@ -19,8 +19,9 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from ..config import OPTIMIZER, InputError, ResonanceConfig, TokenCleaning, UpdateName
 from ..scores.score_table import ScoreTable
 from ..scoring.passes import held
+from ..selecting.data_selector import DataSelector
 from ..selecting.results import Results
-from ..selecting.selection import DataSelector, Selection
+from ..selecting.selection import Selection
 from . import trainer_access as access
 from .filtering import FilterConfig, Policy, When
 from .run import Run

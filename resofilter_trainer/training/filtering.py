@@ -5,52 +5,90 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
-import numbers
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, Protocol, get_args
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
 
 import numpy as np
 import pyarrow as pa
 import xxhash
 
-from ..config import InputError, one_of
+from ..config import InputError, at_most_one, number, one_of, whole_number
+from ..config import share as checked_share
 from ..scores.score_table import ScoreTable
-from ..selecting.policies import SoftPruning
-from ..selecting.selection import KEPT, DataSelector, Selection, drop_count, dropped_of, per_cent_dropped
+from ..selecting.data_selector import DataSelector
+from ..selecting.policies import Policy, SoftPruning, ask
+from ..selecting.selection import KEPT, Selection, check_weights
+from ..selecting.shares import drop_count, number_dropped, share_reason
 
 When = Literal["training", "before"]
-WHOLE = numbers.Integral
 
 
-class Policy(Protocol):
-    """Anything that decides as `DataSelector` does."""
+@dataclass(frozen=True)
+class ByShare:
+    """A decision by shares of the dataset: the number of rows of every epoch is known before training.
 
-    def select(self, scores: ScoreTable, /) -> Selection:
-        """Keep or drop, with a reason, for every row of the dataset."""
-        ...
+    Attributes:
+        ranking: what ranks the rows; its own share is not used.
+        shares: the share of each epoch to keep, from the first epoch that filters; the last one repeats.
+    """
+
+    ranking: DataSelector
+    shares: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class ByPolicy:
+    """A decision by a policy, which keeps as many rows as it likes."""
+
+    policy: Policy
+
+    @property
+    def ranking(self) -> DataSelector:
+        """Which values must be finite for a row to be shown to the policy."""
+        return self.policy if isinstance(self.policy, DataSelector) else DataSelector()
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """What the arguments of `FilterConfig` come to. Epochs are counted from 0.
+
+    Attributes:
+        decision: how to decide on the rows of an epoch.
+        first: the first epoch that may train on fewer rows.
+        end: the first epoch that trains on all rows again; None for no such epoch.
+    """
+
+    decision: ByShare | ByPolicy
+    first: int
+    end: int | None
 
 
 @dataclass(frozen=True)
 class FilterConfig:
-    """What is dropped, how much of it, and when.
+    """Which rows are dropped, how many, and when.
 
     Attributes:
-        keep: the share of the whole dataset that an epoch trains on: a number for every epoch from `start_epoch` on,
-            or a list with a share for each epoch, of which the last repeats. Or a `DataSelector`, whose share is meant
-            in the same way.
-        threshold: an absolute score instead: rows above it go.
-        selector: any policy instead, asked at the end of every epoch, of the rows that are left, or with `readmit` of
-            all; with `when="before"` asked once. Its weights, if it has any, count in SFTTrainer's loss.
-        when: `"training"`, where an epoch's own scores decide on the next, or `"before"`, where the scores at the
-            starting weights decide on every epoch.
-        start_epoch: the first epoch, counted from 0, that trains on fewer rows. 1, or 0 with `when="before"`.
-        end_epoch: the first epoch, counted from 0, that trains on all rows again, with `readmit`; None: there is none.
+        keep: the share of the whole dataset that an epoch trains on: one number for all epochs from `start_epoch` on,
+            or a list with a share for each epoch, of which the last one repeats. Or a `DataSelector`, whose share is
+            meant in the same way.
+        threshold: an absolute score above which rows are dropped, instead of `keep`.
+        selector: a policy, instead of `keep`. It is asked at the end of every epoch about the rows that are left, or
+            with `readmit` about all rows; with `when="before"` it is asked once. Its weights, if it has any, weight
+            the rows in SFTTrainer's loss.
+        when: `"training"`: the scores of an epoch decide on the next one. `"before"`: the scores at the starting
+            weights decide on every epoch.
+        start_epoch: the first epoch, counted from 0, that trains on fewer rows; by default 1, or 0 with
+            `when="before"`.
+        end_epoch: with `readmit`, the first epoch, counted from 0, that trains on all rows again; by default none.
         readmit: whether dropped rows are ranked again, by their last score; otherwise they stay dropped.
-        correct_drift: whether the change of the model during an epoch is taken out of its scores (see `drift`). None:
-            where the order of the rows is random, which is the condition for it. It is the score that is corrected;
+        correct_drift: whether the drift of the scores during an epoch is removed (see `drift`); by default if the
+            order of the rows is random, as the correction requires. Only the score is corrected:
             `DataSelector(by="loss")` ranks losses as they were measured.
+
+    Raises:
+        InputError: a setting is not allowed, or two exclude each other.
     """
 
     keep: float | Sequence[float] | DataSelector | None = None
@@ -61,115 +99,137 @@ class FilterConfig:
     readmit: bool = False
     correct_drift: bool | None = None
     end_epoch: int | None = None
+    schedule: Schedule = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         one_of("when", self.when, get_args(When))
-        ways = [name for name in ("keep", "threshold", "selector") if getattr(self, name) is not None]
-        if len(ways) > 1:
-            raise InputError(f"Pass one of keep, threshold and selector, got {' and '.join(ways)}.")
-        for name, kind in (("threshold", numbers.Real), ("start_epoch", WHOLE), ("end_epoch", WHOLE)):
-            value = getattr(self, name)
-            if value is not None and (isinstance(value, bool) or not isinstance(value, kind)):
-                raise InputError(f"{name} must be a {'whole ' * (kind is WHOLE)}number, got {value!r}.")
-        if self.selector is not None and not callable(getattr(self.selector, "select", None)):
-            raise InputError(f"selector must have a method select(scores), got {self.selector!r}.")
-        if isinstance(self.selector, SoftPruning) and self.when == "training" and not self.readmit:
-            raise InputError("SoftPruning draws among all rows after every epoch: pass readmit=True.")
-        if self.start_epoch is not None and isinstance(self.keep, Sequence):
-            raise InputError("A list of shares says itself when filtering begins: leave start_epoch out.")
-        if self.end_epoch is not None and (not self.readmit or isinstance(self.keep, Sequence)):
-            raise InputError(
-                "end_epoch takes dropped rows back: pass readmit=True, and in a list of shares end with 1.0 instead."
-            )
-        if self.end_epoch is not None and self.end_epoch <= self.first:
-            raise InputError(
-                f"end_epoch={self.end_epoch}: filtering begins with epoch {self.first}, so nothing would go."
-            )
-        if self.first < (1 if self.when == "training" else 0):
-            raise InputError(
-                f"start_epoch={self.start_epoch}: the first epoch has no scores to decide by. "
-                "Begin at 1, or measure with when='before'."
-            )
-        listed = self.keep if isinstance(self.keep, Sequence) else [self._share]
-        if not listed:
-            raise InputError("keep is an empty list: give a share, or a list with a share for each epoch.")
-        for share in listed:
-            if isinstance(share, bool) or not isinstance(share, numbers.Real) or not 0 < share <= 1:
-                raise InputError(f"keep is the share that stays, above 0 and at most 1, got {share}.")
-        if isinstance(self.keep, Sequence) and self.when == "training" and listed[0] != 1:
-            raise InputError(
-                f"keep begins with {listed[0]}: the first epoch has no scores to decide by. "
-                "Begin the list with 1.0, or measure with when='before'."
-            )
-        if not self.readmit and any(later > earlier for earlier, later in itertools.pairwise(listed)):
-            raise InputError("keep rises, but rows once dropped stay dropped. Pass readmit=True to take them back.")
-        _ = self.policy  # a threshold that is none is refused now
+        at_most_one(keep=self.keep, threshold=self.threshold, selector=self.selector)
+        first = _first_epoch(self)
+        object.__setattr__(self, "schedule", Schedule(_decision(self, first), first, _end_epoch(self, first)))
 
     @property
     def first(self) -> int:
         """The first epoch that may train on fewer rows."""
-        if self.start_epoch is None:
-            return 1 if self.when == "training" else 0
-        return self.start_epoch
+        return self.schedule.first
 
     def ended(self, epoch: int) -> bool:
         """Whether an epoch trains on all rows again."""
-        return self.end_epoch is not None and epoch >= self.end_epoch
+        return self.schedule.end is not None and epoch >= self.schedule.end
 
     def decides(self, epoch: int) -> bool:
-        """Whether something is decided before an epoch; otherwise it trains on what the last one did."""
+        """Whether there is a decision before an epoch; otherwise it trains on the rows of the epoch before."""
         if self.when == "before" and not self.has_shares:  # a policy is asked once
-            return epoch in (self.first, self.end_epoch)
-        return epoch >= self.first
-
-    @property
-    def policy(self) -> Policy:
-        """Who decides."""
-        if self.selector is not None:
-            return self.selector
-        if self.threshold is not None:
-            return DataSelector(threshold=self.threshold)
-        return self.keep if isinstance(self.keep, DataSelector) else DataSelector()
-
-    @property
-    def _share(self) -> float:
-        """The one share, where there is one."""
-        keep = self.keep.keep if isinstance(self.keep, DataSelector) else self.keep
-        if isinstance(keep, Mapping):
-            raise InputError("keep has a share for each group: in training, pass a policy of your own as selector=.")
-        if isinstance(self.keep, DataSelector) and self.keep.stratify_by is not None:
-            raise InputError(
-                "A share of each stratum is none of the whole: pass the DataSelector as selector=, and readmit=True."
-            )
-        return 0.5 if keep is None or isinstance(keep, Sequence) else keep
+            return epoch in (self.schedule.first, self.schedule.end)
+        return epoch >= self.schedule.first
 
     @property
     def has_shares(self) -> bool:
-        """Whether the number of rows of every epoch is known beforehand."""
-        policy = self.policy
-        return self.selector is None and isinstance(policy, DataSelector) and policy.threshold is None
+        """Whether the number of rows of every epoch is known before training."""
+        return isinstance(self.schedule.decision, ByShare)
 
     def shares(self, epochs: int) -> list[float]:
-        """The share of each epoch, of a run of so many. Raises InputError for a list that is longer than the run."""
-        if not isinstance(self.keep, Sequence):
-            return [1.0 if epoch < self.first or self.ended(epoch) else self._share for epoch in range(epochs)]
-        if len(self.keep) > epochs:
+        """The share of the rows of each epoch in a run of `epochs`; 1 where a policy will decide.
+
+        Raises:
+            InputError: `keep` is a list that is longer than the run.
+        """
+        if isinstance(self.keep, Sequence) and len(self.keep) > epochs:
             raise InputError(f"keep has {len(self.keep)} shares and the run {epochs} epochs: leave some out.")
-        return [*self.keep, *[self.keep[-1]] * (epochs - len(self.keep))]
+        return [self._share(epoch) for epoch in range(epochs)]
+
+    def _share(self, epoch: int) -> float:
+        decision, since = self.schedule.decision, epoch - self.schedule.first
+        if not isinstance(decision, ByShare) or since < 0 or self.ended(epoch):
+            return 1.0
+        return decision.shares[min(since, len(decision.shares) - 1)]
 
     def sizes(self, epochs: int, rows: int) -> list[int]:
-        """Rows of each epoch, of `rows` in all; all of them where a policy will decide."""
-        if not self.has_shares:
-            return [rows] * epochs
-        return [rows - dropped_of(rows, share) for share in self.shares(epochs)]
+        """The number of rows of each epoch, of `rows` in the dataset; all of them where a policy will decide."""
+        return [rows - number_dropped(rows, share) for share in self.shares(epochs)]
 
     def to_json(self) -> dict[str, Any]:
-        """For people, and to compare a run with the one it goes on with."""
-        found = {each.name: getattr(self, each.name) for each in dataclasses.fields(self)}
+        """The arguments as JSON, for people, and to check that a run is resumed with the same ones."""
+        found = {each.name: getattr(self, each.name) for each in dataclasses.fields(self) if each.init}
         found["keep"] = dataclasses.asdict(self.keep) if isinstance(self.keep, DataSelector) else self.keep
         found["selector"] = None if self.selector is None else _described(self.selector)
         plain: dict[str, Any] = json.loads(json.dumps(found, default=float))  # numbers and lists of Python's own
         return plain
+
+
+def _first_epoch(config: FilterConfig) -> int:
+    """The first epoch that filters. Raises InputError where it has no scores to decide by."""
+    first_possible = 1 if config.when == "training" else 0
+    if config.start_epoch is None:
+        return first_possible
+    start = whole_number("start_epoch", config.start_epoch)
+    if isinstance(config.keep, Sequence):
+        raise InputError("A list of shares already says when filtering begins: leave start_epoch out.")
+    if start < first_possible:
+        raise InputError(
+            f"start_epoch={start}: the first epoch has no scores to decide by. "
+            "Begin at 1, or measure with when='before'."
+        )
+    return start
+
+
+def _end_epoch(config: FilterConfig, first: int) -> int | None:
+    """The first epoch on all rows again. Raises InputError where no row could come back."""
+    if config.end_epoch is None:
+        return None
+    end = whole_number("end_epoch", config.end_epoch)
+    if not config.readmit or isinstance(config.keep, Sequence):
+        raise InputError(
+            "end_epoch takes dropped rows back: pass readmit=True, and in a list of shares end with 1.0 instead."
+        )
+    if end <= first:
+        raise InputError(f"end_epoch={end}: filtering begins with epoch {first}, so no row would be dropped.")
+    return end
+
+
+def _decision(config: FilterConfig, first: int) -> ByShare | ByPolicy:
+    """What `keep`, `threshold` or `selector` say, of which at most one is given."""
+    if config.selector is not None:
+        return ByPolicy(_checked(config.selector, config))
+    if config.threshold is not None:
+        return ByPolicy(DataSelector(threshold=number("threshold", config.threshold)))
+    ranking = config.keep if isinstance(config.keep, DataSelector) else DataSelector()
+    keep: Any = config.keep.keep if isinstance(config.keep, DataSelector) else config.keep
+    if isinstance(keep, Mapping):
+        raise InputError("keep has a share for each group: in training, pass a policy of your own as selector=.")
+    if ranking.stratify_by is not None:
+        raise InputError(
+            "The share of each stratum is not a share of the whole dataset: pass the DataSelector as selector=, and "
+            "readmit=True."
+        )
+    if ranking.threshold is not None:
+        return ByPolicy(ranking)
+    if isinstance(keep, Sequence) and not isinstance(keep, str):
+        return ByShare(ranking, _listed(keep, config, first))
+    return ByShare(ranking, (0.5 if keep is None else checked_share("keep", keep),))
+
+
+def _checked(selector: Policy, config: FilterConfig) -> Policy:
+    """A policy of the user's. Raises InputError where it cannot be asked."""
+    if isinstance(selector, type) or not callable(getattr(selector, "select", None)):
+        raise InputError(f"selector must be an object with a method select(scores), got {selector!r}.")
+    if isinstance(selector, SoftPruning) and config.when == "training" and not config.readmit:
+        raise InputError("SoftPruning draws among all rows after every epoch: pass readmit=True.")
+    return selector
+
+
+def _listed(keep: Sequence[Any], config: FilterConfig, first: int) -> tuple[float, ...]:
+    """The shares of a list from the first epoch that filters. Raises InputError where a run cannot follow them."""
+    if not keep:
+        raise InputError("keep is an empty list: give a share, or a list with a share for each epoch.")
+    shares = tuple(checked_share("keep", each) for each in keep)
+    if config.when == "training" and shares[0] != 1:
+        raise InputError(
+            f"keep begins with {keep[0]}: the first epoch has no scores to decide by. "
+            "Begin the list with 1.0, or measure with when='before'."
+        )
+    if not config.readmit and any(later > earlier for earlier, later in itertools.pairwise(shares)):
+        raise InputError("keep rises, but dropped rows stay dropped. Pass readmit=True to take them back.")
+    return shares[first:] or shares[-1:]
 
 
 def decide(
@@ -177,50 +237,32 @@ def decide(
 ) -> Selection:
     """The rows of an epoch.
 
-    Args:
-        config: what is dropped.
-        epoch: which epoch is decided on, counted from 0.
-        share: the share of `rows` that is to stay, where shares decide.
-        scores: the last score of every row of the user's dataset.
-        rows: (N,) the user's rows that can be trained on.
-        last: what the epoch before trained on.
+    From `end_epoch` on, all rows are kept. A row that was not measured is kept. A row whose score is not finite is
+    dropped: always by a policy; by a share before all others, but no more rows than the share says.
 
-    Returns:
-        Of all rows of the user's dataset; from `end_epoch` on, all of them. A row without a measurement stays. A row
-        whose score is not a number goes: by a policy always, by a share first of all, but no more rows than it says.
+    Args:
+        config: which rows are dropped.
+        epoch: the epoch to decide on, counted from 0.
+        share: the share of `rows` to keep, where shares decide.
+        scores: the last scores of all rows of the user's dataset.
+        rows: (N,) the rows of the user's dataset that can be trained on.
+        last: the selection of the epoch before.
+
+    Raises:
+        InputError: a policy returned something that is no selection of all rows.
     """
-    if config.ended(epoch):
-        keep, reason = last.keep.copy(), list(last.reason)
-        keep[rows] = True
-        for row in rows:
-            reason[row] = KEPT
-        return Selection(keep, reason, {**config.to_json(), "epoch": epoch}, scores.provenance.to_json())
     candidates = rows if config.readmit else rows[last.keep[rows]]
-    policy = config.policy
-    ranked = policy if isinstance(policy, DataSelector) else DataSelector()
-    values, measured = ranked.values(_only(scores, candidates)), scores.column("epoch") >= 0
-    broken = candidates[measured[candidates] & ~np.isfinite(values[candidates])]
-    judged = candidates[measured[candidates] & np.isfinite(values[candidates])]
+    why, weight = (
+        ({}, None) if config.ended(epoch) else _judge(config.schedule.decision, share, scores, candidates, len(rows))
+    )
     keep, reason = last.keep.copy(), list(last.reason)
     keep[candidates] = True
-    when, weight = "" if config.when == "before" else f", after epoch {epoch}", None
-    if config.has_shares and isinstance(policy, DataSelector):
-        count = len(candidates) - (len(rows) - dropped_of(len(rows), share))
-        keep[broken[: max(count, 0)]] = False
-        stays = drop_count(values[judged], min(max(count - len(broken), 0), len(judged)), policy.end())
-        keep[judged] = stays
-        why = dict.fromkeys(judged[~stays], _share_reason(policy, share))
-    else:
-        found = policy.select(_only(scores, judged))
-        keep[judged], keep[broken] = found.keep[judged], False
-        if found.weight is not None:
-            weight = keep.astype(np.float64)
-            weight[judged] = found.weight[judged]
-            if not (np.isfinite(weight[keep]) & (weight[keep] > 0)).all():
-                raise InputError("A policy's weight of a row that stays is finite and above 0: drop the row instead.")
-        why = {row: found.reason[row] for row in judged[~found.keep[judged]]}
-    for row in candidates:
-        reason[row] = KEPT if keep[row] else f"{why.get(row, f'{ranked.what} is {values[row]}')}{when}"
+    keep[list(why)] = False
+    when = "" if config.when == "before" else f", after epoch {epoch}"
+    for row in candidates.tolist():
+        reason[row] = f"{why[row]}{when}" if row in why else KEPT
+    if weight is not None:
+        weight = np.where(keep, weight, 0.0)
     return Selection(keep, reason, {**config.to_json(), "epoch": epoch}, scores.provenance.to_json(), weight)
 
 
@@ -230,23 +272,59 @@ def most_common(reasons: Sequence[str]) -> str:
     return f"{count} of {len(reasons)} rows have '{reason}'"
 
 
+def _judge(
+    decision: ByShare | ByPolicy, share: float, scores: ScoreTable, candidates: np.ndarray, total: int
+) -> tuple[dict[int, str], np.ndarray | None]:
+    """Which of the candidates are dropped, and why.
+
+    Args:
+        decision: how to decide.
+        share: the share of all rows to keep, where shares decide.
+        scores: the last scores of all rows.
+        candidates: the rows to decide on.
+        total: the number of rows that can be trained on.
+
+    Returns:
+        The reason for each row to drop, and (N,) the weight of every row, if a policy gives weights.
+    """
+    ranking = decision.ranking
+    values = ranking.values(_only(scores, candidates))
+    measured = candidates[scores.column("epoch")[candidates] >= 0]
+    finite = np.isfinite(values[measured])
+    judged, not_finite = measured[finite], measured[~finite]
+    if isinstance(decision, ByPolicy):
+        why, weight = _by_policy(decision.policy, scores, judged)
+    else:
+        count = max(len(candidates) - (total - number_dropped(total, share)), 0)
+        not_finite, weight = not_finite[:count], None
+        keep = drop_count(values[judged], min(count - len(not_finite), len(judged)), ranking.end())
+        why = dict.fromkeys(judged[~keep].tolist(), share_reason(share, ranking.end(), ranking.what))
+    return why | {row: f"{ranking.what} is {values[row]}" for row in not_finite.tolist()}, weight
+
+
+def _by_policy(policy: Policy, scores: ScoreTable, rows: np.ndarray) -> tuple[dict[int, str], np.ndarray | None]:
+    """Why a policy drops some of these rows, and the weight of every row if it gives weights, 1 for other rows."""
+    found = ask(policy, _only(scores, rows))
+    keep = found.keep[rows]
+    why = {row: found.reason[row] for row in rows[~keep].tolist()}
+    if found.weight is None:
+        return why, None
+    check_weights(policy, found.weight[rows[keep]])
+    weight = np.ones(len(scores))
+    weight[rows] = found.weight[rows]
+    return why, weight
+
+
 def _described(policy: Policy) -> dict[str, Any]:
-    """What can be compared between two runs: the class, and the settings where it is a dataclass."""
+    """What can be compared between two runs: the class of a policy, and its settings if it is a dataclass."""
     fields: tuple[Any, ...] = dataclasses.fields(policy) if dataclasses.is_dataclass(policy) else ()
     settings = {each.name: _plain(getattr(policy, each.name)) for each in fields}
     return {"policy": type(policy).__qualname__, **settings}
 
 
 def _plain(value: Any) -> Any:
-    """A setting as it can be written; an array by a hash of it."""
+    """A setting as JSON can hold it; an array as its hash."""
     return xxhash.xxh3_128_hexdigest(np.ascontiguousarray(value).data) if isinstance(value, np.ndarray) else value
-
-
-def _share_reason(policy: DataSelector, share: float) -> str:
-    end = policy.end()
-    ends = "largest and smallest" if end == "both" else end
-    what = "" if policy.what == "score" else f" by {policy.what}"
-    return f"{ends} {per_cent_dropped(share)}{what}"
 
 
 def _only(scores: ScoreTable, rows: np.ndarray) -> ScoreTable:

@@ -356,12 +356,12 @@ def test_dataset_that_moved_can_be_named(place, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        (["--keep", "0"], "keep is the share that stays, above 0 and at most 1, got 0.0"),
+        (["--keep", "0"], "keep is the share of the rows to keep, above 0 and at most 1, got 0.0"),
         (["--keep", "-0.5"], "above 0 and at most 1"),
         (["--keep", "1.01"], "above 0 and at most 1"),
         (["--keep", "nan"], "above 0 and at most 1"),
-        (["--keep", "0.5", "--threshold", "1e-5"], "not both"),
-        (["--threshold", "nan"], "one finite number"),
+        (["--keep", "0.5", "--threshold", "1e-5"], "one of keep and threshold, got keep and threshold"),
+        (["--threshold", "nan"], "must be a finite number"),
         (["--threshold", "0"], "no row"),  # an empty dataset cannot be loaded again
         (["--by", "bogus"], "no column 'bogus'"),
         (["--by", "reason"], "reason"),
@@ -447,7 +447,7 @@ def test_select_never_replaces_the_dataset_that_was_scored(place, tmp_path, caps
     Dataset.from_list(ROWS).save_to_disk(own / "dataset")
     score(place, tmp_path / "scores", dataset=own / "dataset")
     capsys.readouterr()
-    assert "no earlier selection" in refused(capsys, "select", tmp_path / "scores", "--output", own)
+    assert "is no earlier selection's" in refused(capsys, "select", tmp_path / "scores", "--output", own)
     assert len(load_from_disk(own / "dataset")) == len(ROWS)
 
 

@@ -32,8 +32,9 @@ from resofilter_trainer.io.store import MANIFEST, part_paths, read_manifest
 from resofilter_trainer.report.contents import Contents, read_contents
 from resofilter_trainer.scores.score_table import SCORES_FILE, ScoreTable
 from resofilter_trainer.scores.token_scores import TOKEN_SCORES_FILE, TokenScores
+from resofilter_trainer.selecting.data_selector import DataSelector
 from resofilter_trainer.selecting.results import COMPARISON_FILE, LOG_FILE, SUMMARY_FILE
-from resofilter_trainer.selecting.selection import SELECTION_FILE, DataSelector, Selection
+from resofilter_trainer.selecting.selection import SELECTION_FILE, Selection
 from resofilter_trainer.training.fine_tuning import check_settings
 from resofilter_trainer.training.measurements import FILE as MEASUREMENTS_FILE
 from resofilter_trainer.training.measurements import Measurements

@@ -11,7 +11,7 @@ from helpers.tables import make_provenance, make_scores
 from resofilter_trainer.config import InputError
 from resofilter_trainer.io.files import save_parquet
 from resofilter_trainer.report import Contents, contents, read_contents, write_report
-from resofilter_trainer.selecting.selection import DataSelector
+from resofilter_trainer.selecting.data_selector import DataSelector
 from resofilter_trainer.selecting.token_selection import EMPTIED
 
 

@@ -22,7 +22,8 @@ from resofilter_trainer.report.paper_figures import layers_of, quarters_of, rati
 from resofilter_trainer.report.what_if import what_if
 from resofilter_trainer.scores.provenance import Trust
 from resofilter_trainer.scores.statistics import rank_correlation
-from resofilter_trainer.selecting.selection import KEPT, DataSelector, Selection
+from resofilter_trainer.selecting.data_selector import DataSelector
+from resofilter_trainer.selecting.selection import KEPT, Selection
 from resofilter_trainer.training.filtering import FilterConfig
 
 tied = st.none() | st.sampled_from([0.0, 1.0, 2.0, math.inf, math.nan]) | st.floats(-1e3, 1e3)

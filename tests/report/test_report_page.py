@@ -19,7 +19,8 @@ from helpers.tables import make_provenance, make_token_scores
 from resofilter_trainer.report import Contents, Report, write_report
 from resofilter_trainer.report.contents import scores_of_tokens, selection_of_tokens
 from resofilter_trainer.scores.score_table import ScoreTable
-from resofilter_trainer.selecting.selection import KEPT, DataSelector
+from resofilter_trainer.selecting.data_selector import DataSelector
+from resofilter_trainer.selecting.selection import KEPT
 from resofilter_trainer.selecting.token_selection import TokenSelector
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")

@@ -15,7 +15,7 @@ from resofilter_trainer.config import InputError
 from resofilter_trainer.io.files import save_parquet
 from resofilter_trainer.scores.provenance import Provenance, Trust
 from resofilter_trainer.scores.score_table import SCORES_FILE, ScoreTable
-from resofilter_trainer.selecting.selection import DataSelector
+from resofilter_trainer.selecting.data_selector import DataSelector
 
 AWKWARD = [1e-5, 0.1 + 0.2, 5e-324, np.nextafter(1e-5, 1), 0.0, 1 / 3]  # no decimal shorter than 17 digits tells them
 

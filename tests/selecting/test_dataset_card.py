@@ -82,7 +82,7 @@ def test_a_training_run_has_no_command():
 def test_no_licence_is_made_up():
     card = DataSelector().select(make_scores([1.0, 2.0])).card()
     assert "license" not in card.data.to_dict()
-    assert "look there" in card.text
+    assert "Licence: see the source dataset." in card.text
 
 
 def test_text_of_a_dataset_cannot_break_out_of_the_card():
@@ -130,7 +130,7 @@ def test_rows_and_card_go_to_the_same_place_on_the_hub(monkeypatch, tmp_path):
     assert (repo, where) == ("me/rows", {"repo_type": "dataset", "revision": "refs/pr/7", "token": "t"})
     assert card.data.to_dict()["configs"] == [{"config_name": "mine"}]
     assert card.data.to_dict()["license"] == "mit"
-    assert "How to make it again" in card.text
+    assert "How to reproduce it" in card.text
 
 
 GROUPED = {

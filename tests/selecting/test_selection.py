@@ -16,7 +16,9 @@ from hypothesis import strategies as st
 
 from resofilter_trainer.config import InputError
 from resofilter_trainer.scores.score_table import ScoreTable
-from resofilter_trainer.selecting.selection import DataSelector, Selection, drop_share
+from resofilter_trainer.selecting.data_selector import DataSelector
+from resofilter_trainer.selecting.selection import Selection
+from resofilter_trainer.selecting.shares import drop_share
 
 tenths = st.integers(1, 10).map(lambda tenth: tenth / 10)
 tied = st.lists(st.sampled_from([0.0, 1e-5, 2e-5]), min_size=1, max_size=40)
@@ -175,13 +177,13 @@ def test_keep_outside_0_to_1_is_refused(keep):
 
 
 def test_a_share_and_a_threshold_are_too_much():
-    with pytest.raises(InputError, match="not both"):
+    with pytest.raises(InputError, match="one of keep and threshold, got keep and threshold"):
         DataSelector(keep=0.5, threshold=1e-5)
 
 
 @pytest.mark.parametrize("threshold", [math.nan, math.inf])
 def test_a_threshold_is_one_finite_number(threshold):
-    with pytest.raises(InputError, match="one finite number"):
+    with pytest.raises(InputError, match="must be a finite number"):
         DataSelector(threshold=threshold)
 
 
@@ -320,5 +322,5 @@ def test_a_saved_selection_is_the_same_and_can_be_repeated(policy, tmp_path):
 
 
 def test_keep_that_is_no_number_is_refused():
-    with pytest.raises(InputError, match="keep is the share that stays"):
+    with pytest.raises(InputError, match="keep is the share of the rows to keep"):
         DataSelector(keep="half")

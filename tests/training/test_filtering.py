@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 
 from resofilter_trainer.config import InputError
 from resofilter_trainer.scores.score_table import ScoreTable
+from resofilter_trainer.selecting.data_selector import DataSelector
 from resofilter_trainer.selecting.policies import SoftPruning
-from resofilter_trainer.selecting.selection import DataSelector, Selection
+from resofilter_trainer.selecting.selection import Selection
 from resofilter_trainer.training.filtering import FilterConfig, decide
 from resofilter_trainer.training.measurements import Measured, Measurements
 
@@ -70,7 +71,7 @@ def decided(config: FilterConfig, scores: ScoreTable, last: Selection | None = N
         ({"start_epoch": 0}, "start_epoch=0: the first epoch has no scores"),
         ({"end_epoch": 3}, "end_epoch takes dropped rows back: pass readmit=True"),
         ({"keep": [1.0, 0.5], "end_epoch": 3, "readmit": True}, "end with 1.0 instead"),
-        ({"end_epoch": 1, "readmit": True}, "end_epoch=1: filtering begins with epoch 1, so nothing would go"),
+        ({"end_epoch": 1, "readmit": True}, "end_epoch=1: filtering begins with epoch 1, so no row would be dropped"),
         ({"end_epoch": 1.5, "readmit": True}, "end_epoch must be a whole number"),
         ({"start_epoch": -1, "when": "before"}, "start_epoch=-1"),
         ({"keep": []}, "empty list"),
@@ -79,16 +80,16 @@ def decided(config: FilterConfig, scores: ScoreTable, last: Selection | None = N
         ({"keep": 1.1}, "above 0 and at most 1"),
         ({"keep": NAN}, "above 0 and at most 1"),
         ({"keep": True}, "above 0 and at most 1, got True"),
-        ({"keep": "half"}, "above 0 and at most 1"),
+        ({"keep": "half"}, "above 0 and at most 1, got 'half'"),
         ({"keep": [1.0, 0]}, "above 0 and at most 1, got 0"),
-        ({"keep": [1.0, "half"]}, "above 0 and at most 1, got half"),
+        ({"keep": [1.0, "half"]}, "above 0 and at most 1, got 'half'"),
         ({"keep": {"easy": 0.5}}, "share for each group"),
         ({"keep": DataSelector(keep={"easy": 0.5})}, "share for each group"),
         ({"keep": [0.5, 0.25]}, r"keep begins with 0\.5: the first epoch has no scores"),
         ({"keep": [1.0, 0.5, 0.6]}, "keep rises"),
         ({"keep": [0.5, 0.6], "when": "before"}, "keep rises"),
-        ({"threshold": NAN}, "one finite number"),
-        ({"threshold": math.inf}, "one finite number"),
+        ({"threshold": NAN}, "threshold must be a finite number"),
+        ({"threshold": math.inf}, "threshold must be a finite number"),
     ],
 )
 def test_settings_that_cannot_work_are_refused(settings, message):
