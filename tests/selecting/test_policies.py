@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import json
 import math
 from collections.abc import Callable, Sequence
@@ -16,18 +17,21 @@ from helpers.tables import WHY, make_provenance, make_scores
 from hypothesis import given
 from hypothesis import strategies as st
 
+import resofilter_trainer
 from resofilter_trainer.config import InputError
 from resofilter_trainer.scores.score_table import ScoreTable
+from resofilter_trainer.selecting import policies
 from resofilter_trainer.selecting.combining import COMBINATIONS
 from resofilter_trainer.selecting.data_selector import DataSelector
-from resofilter_trainer.selecting.policies import DiverseSelector, RandomSelector, SoftPruning
+from resofilter_trainer.selecting.policies import POLICIES, DiverseSelector, RandomSelector, SoftPruning
 from resofilter_trainer.selecting.selection import Selection
 from resofilter_trainer.selecting.thresholds import RULES
 
-Policy = Any  # has settings and select(scores)
+Make = Callable[[np.ndarray], Any]  # a policy, from the features of each row
 BOTH = ("score", "loss")
-POLICIES: dict[str, Callable[[np.ndarray], Policy]] = {  # from each row's features
-    "the paper's": lambda features: DataSelector(),
+# An example of each policy with required arguments; the others are made with their defaults.
+EXAMPLES: dict[str, Make] = {"DiverseSelector": lambda features: DiverseSelector(features)}
+VARIANTS: dict[str, Make] = {
     "otsu": lambda features: DataSelector(threshold="otsu"),
     "otsu from below": lambda features: DataSelector(threshold="otsu", drop="smallest"),
     "iqr": lambda features: DataSelector(threshold="iqr"),
@@ -38,25 +42,41 @@ POLICIES: dict[str, Callable[[np.ndarray], Policy]] = {  # from each row's featu
     "topsis with a minus": lambda features: DataSelector(
         by=("score", "-num_tokens"), combine="topsis", threshold="iqr"
     ),
-    "short ones go": lambda features: DataSelector(by="-num_tokens"),
+    "short ones dropped": lambda features: DataSelector(by="-num_tokens"),
     "stratified": lambda features: DataSelector(stratify_by="num_tokens", strata=4),
     "stratified otsu": lambda features: DataSelector(stratify_by="num_tokens", strata=2, threshold="otsu"),
-    "diverse": lambda features: DiverseSelector(features),
-    "diverse, the smallest go": lambda features: DiverseSelector(features, 0.3, "smallest", by="loss", similarity=0.2),
+    "diverse, the smallest dropped": lambda features: DiverseSelector(
+        features, 0.3, "smallest", by="loss", similarity=0.2
+    ),
     "diverse by two": lambda features: DiverseSelector(features, by=BOTH),
     "residual": lambda features: DataSelector(by=("score", "num_tokens"), combine="residual"),
-    "random": lambda features: RandomSelector(),
-    "soft": lambda features: SoftPruning(),
     "soft from above": lambda features: SoftPruning(keep=0.2, drop="largest", by="score", seed=7),
     "soft by two": lambda features: SoftPruning(by=BOTH),
 }
-BY_LOT = [name for name in POLICIES if name.startswith(("soft", "random"))]
+
+
+def example(name: str) -> Make:
+    """A policy of `POLICIES`, made with its defaults or as in `EXAMPLES`."""
+
+    def make(features: np.ndarray) -> Any:
+        try:
+            return EXAMPLES[name](features) if name in EXAMPLES else POLICIES[name]()
+        except TypeError as error:
+            pytest.fail(f"{name} cannot be made with its defaults ({error}): give it an example in EXAMPLES.")
+
+    return make
+
+
+CASES = {**{name: example(name) for name in POLICIES}, **VARIANTS}
+AT_RANDOM = {"RandomSelector", "SoftPruning", "soft from above", "soft by two"}
+SHARE_OF_A_SIDE = {"SoftPruning"}  # whose keep is the share of the rows beyond the mean
 SCORES = [None if row % 7 == 3 else (row * 5 % 11) / 8 for row in range(24)]  # ties, and rows without a score
 DIFFERENT = [None if row % 7 == 3 else (row * 5 % 24) / 8 + (row % 5 == 0) * 30 for row in range(24)]
+NOT_FINITE = [{4: math.nan, 8: math.inf, 9: -math.inf}.get(row, score) for row, score in enumerate(SCORES)]
 
 
-@pytest.fixture(params=POLICIES.values(), ids=list(POLICIES))
-def make(request) -> Callable[[np.ndarray], Policy]:
+@pytest.fixture(params=CASES.values(), ids=list(CASES))
+def make(request) -> Make:
     return request.param
 
 
@@ -85,7 +105,20 @@ def taken(scores: ScoreTable, order: Sequence[int]) -> ScoreTable:
 # ---- the contract
 
 
-@pytest.mark.parametrize("values", [SCORES, DIFFERENT], ids=["tied", "different"])
+@pytest.mark.parametrize("name", POLICIES)
+def test_every_policy_is_a_frozen_dataclass_with_a_public_name(name):
+    policy = example(name)(features_of(3))
+    assert type(policy) is POLICIES[name] is getattr(resofilter_trainer, name)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        policy.anything = 1
+
+
+def test_no_policy_is_left_out():
+    found = {each for each in vars(policies).values() if isinstance(each, type) and hasattr(each, "select")}
+    assert found - {policies.Policy} == set(POLICIES.values())
+
+
+@pytest.mark.parametrize("values", [SCORES, DIFFERENT, NOT_FINITE], ids=["tied", "different", "not finite"])
 def test_every_row_is_decided_with_a_reason(make, values):
     selection = make(features_of(24)).select(make_scores(values))
 
@@ -108,18 +141,32 @@ def test_rows_without_score_change_nothing_for_the_others(make):
     assert make(features).select(make_scores(SCORES)).keep[rows].tolist() == alone.keep.tolist()
 
 
-def test_the_same_again_is_the_same(make):
-    one, other = (make(features_of(24)).select(make_scores(SCORES)) for _ in range(2))
+@pytest.mark.parametrize("values", [SCORES, NOT_FINITE], ids=["finite", "not finite"])
+def test_the_same_again_is_the_same(make, values):
+    one, other = (make(features_of(24)).select(make_scores(values)) for _ in range(2))
     assert same(one, other)
 
 
-@pytest.mark.parametrize("name", [name for name in POLICIES if name not in BY_LOT])
+@pytest.mark.parametrize("keep", [0.1, 0.3, 0.5, 0.9, 1.0])
+@pytest.mark.parametrize("name", [name for name in POLICIES if "keep" in inspect.signature(POLICIES[name]).parameters])
+def test_the_share_to_keep_is_that_of_the_rows_with_a_score(name, keep):
+    policy = dataclasses.replace(example(name)(features_of(24)), keep=keep)
+    kept, expected = policy.select(make_scores(SCORES)).keep.sum(), 21 - number_dropped(21, keep)
+    assert kept >= expected if name in SHARE_OF_A_SIDE else kept == expected
+
+
+def test_a_table_that_leaves_out_rows_is_refused(make):
+    with pytest.raises(InputError, match="4 rows and the scores cover 2"):
+        make(features_of(2)).select(make_scores([1.0, 2.0], [0, 3], make_provenance(rows=4)))
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if name not in AT_RANDOM])
 @pytest.mark.parametrize("seed", range(3))
 def test_order_of_rows_does_not_matter_where_all_differ(name, seed):
     order = np.random.default_rng(seed).permutation(24)
     scores, features = make_scores(DIFFERENT), features_of(24)
-    before = POLICIES[name](features).select(scores)
-    after = POLICIES[name](features[order]).select(taken(scores, order))
+    before = CASES[name](features).select(scores)
+    after = CASES[name](features[order]).select(taken(scores, order))
     assert after.keep.tolist() == before.keep[order].tolist()
 
 
@@ -145,7 +192,7 @@ def test_weights_are_zero_exactly_for_rows_that_go(make):
 @given(st.lists(st.floats(-1e3, 1e3), min_size=1, max_size=12) | st.lists(st.sampled_from([0.1, 0.3]), min_size=1))
 def test_some_row_of_any_table_stays(values):
     scores, features = make_scores(values), features_of(len(values))
-    for name, make in POLICIES.items():
+    for name, make in CASES.items():
         assert make(features).select(scores).keep.any(), name
 
 

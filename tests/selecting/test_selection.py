@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -207,6 +208,65 @@ def test_an_incomplete_table_is_refused():
     part = make_scores([1.0, 2.0], [0, 3], make_provenance(rows=4))
     with pytest.raises(InputError, match="4 rows and the scores cover 2"):
         DataSelector().select(part)
+
+
+# ---- made by a policy
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """Of a policy of someone's own."""
+
+    share: float = 0.25
+    table: Any = dataclasses.field(default=None, compare=False)
+
+
+def test_what_is_not_dropped_is_kept_and_rows_without_a_score_are_not():
+    scores = make_scores([1.0, None, 3.0, None])
+    selection = Selection.of(Settings(table={}), scores, [None, None, "too long", "too long"], np.array([2, 3, 4, 5]))
+    assert selection.keep.tolist() == [True, False, False, False]
+    assert list(selection.reason) == ["kept", WHY, "too long", WHY]
+    assert selection.weight.tolist() == [2, 0, 0, 0]
+    assert selection.policy == {"share": 0.25}
+    assert selection.provenance == scores.provenance.to_json()
+
+
+def test_a_policy_without_fields_has_no_settings():
+    assert Selection.of(object(), make_scores([1.0]), [None]).policy == {}
+
+
+@pytest.mark.parametrize(
+    ("why", "weight", "message"),
+    [
+        ([None], None, "Settings has reasons for 1 rows and there are scores of 2: a policy decides on every row"),
+        ([None] * 3, None, "reasons for 3 rows and there are scores of 2"),
+        ("no", None, "reasons for 1 rows"),
+        ([None] * 2, np.ones(3), "Settings has weights for 3 rows and there are scores of 2"),
+        ([None, ""], None, "Settings drops row 1 for the reason ''"),
+        ([None, "kept"], None, "Settings drops row 1 for the reason 'kept'"),
+        ([False, None], None, "Settings drops row 0 for the reason False"),
+        ([None] * 2, np.array([1.0, 0.0]), "Settings gives a kept row a weight that is not finite and above 0"),
+        ([None] * 2, np.array([math.nan, 1.0]), "not finite and above 0"),
+    ],
+)
+def test_what_a_policy_says_wrongly_is_refused_in_one_line(why, weight, message):
+    with pytest.raises(InputError, match=message) as refused:
+        Selection.of(Settings(), make_scores([1.0, 2.0]), why, weight)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("keep", "reason", "weight", "message"),
+    [
+        (np.ones(2, dtype=bool), ["kept"], None, "2 rows and a reason for 1"),
+        (np.ones(2, dtype=bool), ["kept"] * 2, np.ones(3), "2 rows and a weight for 3"),
+        (np.ones(2), ["kept"] * 2, None, "must be an array of bool"),
+        ([True, True], ["kept"] * 2, None, "must be an array of bool.*got list"),
+    ],
+)
+def test_a_selection_is_of_one_length_and_its_keep_is_a_mask(keep, reason, weight, message):
+    with pytest.raises(InputError, match=message):
+        Selection(keep, reason, {}, "", weight)
 
 
 # ---- applied and saved

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pytest
@@ -374,6 +375,46 @@ def test_a_threshold_readmits_what_falls_below_it():
     first = decided(config, measured([1.0, 3.0]))
     assert first.sample_ids.tolist() == [0]
     assert decided(config, measured([3.0, 1.0]), first, epoch=2).sample_ids.tolist() == [1]
+
+
+class Returns:
+    """A policy that returns whatever it is given."""
+
+    def __init__(self, found: Any) -> None:
+        self.found = found
+
+    def select(self, scores: ScoreTable) -> Any:
+        return self.found
+
+
+@pytest.mark.parametrize(
+    ("found", "message"),
+    [
+        (None, r"Returns\.select returned NoneType, but a policy returns a Selection: build it with Selection\.of"),
+        (np.ones(3, dtype=bool), "returned ndarray"),
+        (start(2), "returned a selection of 2 rows for scores of 3 rows.*also on those without a score"),
+        (start(4), "returned a selection of 4 rows for scores of 3 rows"),
+    ],
+    ids=["None", "a mask", "too few", "too many"],
+)
+def test_a_policy_that_returns_no_selection_of_all_rows_is_refused_in_one_line(found, message):
+    with pytest.raises(InputError, match=message) as refused:
+        decided(FilterConfig(selector=Returns(found)), measured([1.0, 2.0, 3.0]))
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("weight", [0.0, -1.0, NAN, math.inf])
+def test_a_policy_whose_weight_of_a_kept_row_is_no_weight_is_refused_by_name(weight):
+    keep = np.array([True, True, False])
+    found = Selection(keep, ["kept", "kept", "x"], {}, "", np.array([1.0, weight, NAN]))
+    with pytest.raises(InputError, match="Returns gives a kept row a weight that is not finite and above 0"):
+        decided(FilterConfig(selector=Returns(found)), measured([1.0, 2.0, 3.0]))
+
+
+@pytest.mark.parametrize("selector", [DataSelector, "otsu", 3])
+def test_a_selector_is_an_object_that_selects(selector):
+    with pytest.raises(InputError, match=r"selector must be an object with a method select\(scores\)"):
+        FilterConfig(selector=selector)
 
 
 def test_everything_may_go():
