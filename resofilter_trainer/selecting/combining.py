@@ -13,7 +13,7 @@ import numpy as np
 
 from ..scores.statistics import ranks
 
-ROUNDING = 9  # decimals of a rank to keep: the rest is rounding, which must not order rows whose residual is 0
+ROUNDING = 9  # decimals of a residual: smaller differences are numerical noise, and must not order rows
 
 
 def mean_rank(values: np.ndarray) -> np.ndarray:

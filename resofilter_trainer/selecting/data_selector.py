@@ -135,7 +135,7 @@ class DataSelector:
         return self.by if isinstance(self.by, tuple) else (self.by,)
 
     def _check_groups(self, groups: Sequence[Any] | None, rows: int) -> None:
-        """Raise InputError where groups are missing, or do not go with the settings."""
+        """Raise InputError where groups are missing, or the settings do not allow them."""
         if groups is not None and len(groups) != rows:
             raise InputError(f"There are {rows} rows and {len(groups)} groups: every row needs one.")
         at_most_one(groups=groups, stratify_by=self.stratify_by)

@@ -1,6 +1,6 @@
-"""What a policy is, all policies by name, and those that draw at random or compare rows with each other.
+"""The interface of a policy, all policies by name, and the policies beside `DataSelector`. Knows nothing of models.
 
-Knows nothing of models: sees arrays. A new policy is a frozen dataclass here and a line in `POLICIES`: its `select`
+A new policy is a frozen dataclass here and a line in `POLICIES`: its `select`
 says why each row is dropped, and `Selection.of` does the rest. Its public name goes into the package's `__init__`.
 """
 
@@ -88,17 +88,17 @@ class DiverseSelector:
         features /= lengths
         taken, alike = list[int](), dict[int, int]()  # positions in `best`
         chosen = np.empty((count, features.shape[1]))
-        for place in range(len(best)):
+        for position in range(len(best)):
             if len(taken) == count:
                 break
-            cosines = chosen[: len(taken)] @ features[place]
+            cosines = chosen[: len(taken)] @ features[position]
             if len(cosines) and min(cosines.max(), 1.0) > self.similarity:
-                alike[place] = taken[int(cosines.argmax())]
+                alike[position] = taken[int(cosines.argmax())]
             else:
-                chosen[len(taken)] = features[place]
-                taken.append(place)
+                chosen[len(taken)] = features[position]
+                taken.append(position)
         filled = list(alike)[: count - len(taken)]
-        passed_over = {int(best[place]): int(best[alike[place]]) for place in list(alike)[len(filled) :]}
+        passed_over = {int(best[each]): int(best[alike[each]]) for each in list(alike)[len(filled) :]}
         return [int(row) for row in best[[*taken, *filled]]], passed_over
 
 
@@ -142,7 +142,7 @@ class SoftPruning:
         keep: the share of the rows beyond the mean to keep; InfoBatch's r is `1 - keep`.
         drop: the side of the mean to drop rows from; InfoBatch drops rows of the `"smallest"` losses.
         by: the column of which to take the mean, or several, as for `DataSelector`.
-        seed: the seed of the random draw, which also depends on the values: a run draws anew after every epoch.
+        seed: the seed of the random draw, which also depends on the values: a run draws again after every epoch.
 
     Raises:
         InputError: a setting is not allowed.
@@ -185,7 +185,7 @@ POLICIES: dict[str, type[Policy]] = {
 
 
 def ask(policy: Policy, scores: ScoreTable) -> Selection:
-    """What a policy decides, of whoever's making. Raises InputError where it is no selection of all rows."""
+    """The decision of any policy, checked. Raises InputError where it is not a selection of all rows."""
     found: object = policy.select(scores)
     name, remedy = type(policy).__name__, "build it with Selection.of(self, scores, why)."
     if not isinstance(found, Selection):

@@ -79,7 +79,7 @@ class Selection:
             weight: (N,) how much each kept row's loss counts in training; None if all rows count alike.
 
         Raises:
-            InputError: the scores leave out rows, there is another number of values than of scores, a reason is not
+            InputError: the scores leave out rows, the number of values is not that of the scores, a reason is not
                 text, or a kept row's weight is not finite and above 0.
         """
         check_complete(scores)
@@ -87,7 +87,7 @@ class Selection:
         for what, values in (("reasons", why), ("weights", weight)):
             if values is not None and np.shape(values) != (len(scores),):
                 raise InputError(
-                    f"{name} has {what} for {np.size(values)} rows and there are scores of {len(scores)}: "
+                    f"{name} gives {what} for {np.size(values)} rows and the scores have {len(scores)}: "
                     "a policy decides on every row of the scores, also on those without a score."
                 )
         scored, keep = scores.scored, np.array([each is None for each in why], dtype=bool)

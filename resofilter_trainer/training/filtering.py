@@ -30,7 +30,7 @@ class ByShare:
     """A decision by shares of the dataset: the number of rows of every epoch is known before training.
 
     Attributes:
-        ranking: what ranks the rows; its own share is not used.
+        ranking: the selector whose ranking is used, without its share.
         shares: the share of each epoch to keep, from the first epoch that filters; the last one repeats.
     """
 
@@ -40,7 +40,7 @@ class ByShare:
 
 @dataclass(frozen=True)
 class ByPolicy:
-    """A decision by a policy, which keeps as many rows as it likes."""
+    """A decision by a policy: how many rows it keeps is known only when it has decided."""
 
     policy: Policy
 
@@ -52,12 +52,12 @@ class ByPolicy:
 
 @dataclass(frozen=True)
 class Schedule:
-    """What the arguments of `FilterConfig` come to. Epochs are counted from 0.
+    """The arguments of `FilterConfig`, in a form in which none can contradict another. Epochs are counted from 0.
 
     Attributes:
         decision: how to decide on the rows of an epoch.
         first: the first epoch that may train on fewer rows.
-        end: the first epoch that trains on all rows again; None for no such epoch.
+        end: the first epoch that trains on all rows again; None if there is none.
     """
 
     decision: ByShare | ByPolicy
@@ -173,7 +173,7 @@ def _first_epoch(config: FilterConfig) -> int:
 
 
 def _end_epoch(config: FilterConfig, first: int) -> int | None:
-    """The first epoch on all rows again. Raises InputError where no row could come back."""
+    """The first epoch on all rows again. Raises InputError where no dropped row could be trained on again."""
     if config.end_epoch is None:
         return None
     end = whole_number("end_epoch", config.end_epoch)
@@ -187,9 +187,9 @@ def _end_epoch(config: FilterConfig, first: int) -> int | None:
 
 
 def _decision(config: FilterConfig, first: int) -> ByShare | ByPolicy:
-    """What `keep`, `threshold` or `selector` say, of which at most one is given."""
+    """How to decide, by `keep`, `threshold` or `selector`, of which at most one is given."""
     if config.selector is not None:
-        return ByPolicy(_checked(config.selector, config))
+        return ByPolicy(_checked_policy(config.selector, config))
     if config.threshold is not None:
         return ByPolicy(DataSelector(threshold=number("threshold", config.threshold)))
     ranking = config.keep if isinstance(config.keep, DataSelector) else DataSelector()
@@ -204,12 +204,12 @@ def _decision(config: FilterConfig, first: int) -> ByShare | ByPolicy:
     if ranking.threshold is not None:
         return ByPolicy(ranking)
     if isinstance(keep, Sequence) and not isinstance(keep, str):
-        return ByShare(ranking, _listed(keep, config, first))
+        return ByShare(ranking, _checked_list(keep, config, first))
     return ByShare(ranking, (0.5 if keep is None else checked_share("keep", keep),))
 
 
-def _checked(selector: Policy, config: FilterConfig) -> Policy:
-    """A policy of the user's. Raises InputError where it cannot be asked."""
+def _checked_policy(selector: Policy, config: FilterConfig) -> Policy:
+    """The user's policy. Raises InputError where it cannot decide in this run."""
     if isinstance(selector, type) or not callable(getattr(selector, "select", None)):
         raise InputError(f"selector must be an object with a method select(scores), got {selector!r}.")
     if isinstance(selector, SoftPruning) and config.when == "training" and not config.readmit:
@@ -217,7 +217,7 @@ def _checked(selector: Policy, config: FilterConfig) -> Policy:
     return selector
 
 
-def _listed(keep: Sequence[Any], config: FilterConfig, first: int) -> tuple[float, ...]:
+def _checked_list(keep: Sequence[Any], config: FilterConfig, first: int) -> tuple[float, ...]:
     """The shares of a list from the first epoch that filters. Raises InputError where a run cannot follow them."""
     if not keep:
         raise InputError("keep is an empty list: give a share, or a list with a share for each epoch.")
@@ -252,9 +252,10 @@ def decide(
         InputError: a policy returned something that is no selection of all rows.
     """
     candidates = rows if config.readmit else rows[last.keep[rows]]
-    why, weight = (
-        ({}, None) if config.ended(epoch) else _judge(config.schedule.decision, share, scores, candidates, len(rows))
-    )
+    why: dict[int, str] = {}
+    weight = None
+    if not config.ended(epoch):
+        why, weight = _judge(config.schedule.decision, share, scores, candidates, len(rows))
     keep, reason = last.keep.copy(), list(last.reason)
     keep[candidates] = True
     keep[list(why)] = False

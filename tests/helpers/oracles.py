@@ -12,8 +12,8 @@ def number_dropped(rows: int, keep: float) -> int:
     return math.floor(rows * (1 - Fraction(str(keep))))
 
 
-def papers_rule(values: Sequence[float], keep: float, largest_go: bool = True) -> list[bool]:
-    """Sort by score, drop the first share, restore the order: as the released code does it."""
-    order = sorted(range(len(values)), key=lambda row: values[row], reverse=largest_go)
-    stays = sorted(order[number_dropped(len(values), keep) :])
-    return [row in stays for row in range(len(values))]
+def papers_rule(values: Sequence[float], keep: float, drop_largest: bool = True) -> list[bool]:
+    """Sort by score, drop the first rows, restore the order, as in the released code."""
+    order = sorted(range(len(values)), key=lambda row: values[row], reverse=drop_largest)
+    kept = sorted(order[number_dropped(len(values), keep) :])
+    return [row in kept for row in range(len(values))]

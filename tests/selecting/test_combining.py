@@ -1,4 +1,4 @@
-"""Several indicators as one number, against the definitions written out row by row."""
+"""Combinations of several columns, against their definitions written out row by row."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def array(rows: Rows) -> np.ndarray:
 
 
 def mean_rank_of(row: Sequence[float], rows: Rows) -> float:
-    """Equal values share the mean of the places they take."""
+    """Equal values share the mean of their ranks."""
     ranks = []
     for k, value in enumerate(row):
         column = [each[k] for each in rows]
@@ -50,7 +50,7 @@ def topsis_of(row: Sequence[float], rows: Rows) -> float:
 
 
 def fronts_of(rows: Rows) -> list[int]:
-    """Peel off what nothing is better than, again and again."""
+    """Remove the rows that no other row dominates, again and again."""
 
     def better(one: Sequence[float], other: Sequence[float]) -> bool:
         return all(a <= b for a, b in zip(one, other, strict=True)) and tuple(one) != tuple(other)
@@ -66,7 +66,7 @@ def fronts_of(rows: Rows) -> list[int]:
 
 
 def order(values: np.ndarray) -> list[int]:
-    """The place of each value among the different ones."""
+    """The rank of each value among the distinct ones."""
     return np.unique(values, return_inverse=True)[1].ravel().tolist()
 
 
@@ -105,7 +105,7 @@ def test_a_front_is_one_number_and_the_next_is_another():
     assert np.floor(pareto(array(rows))).tolist() == [1, 2, 2, 3, 1]
 
 
-# ---- what all of them hold to
+# ---- the contract of all combinations
 
 
 @pytest.mark.parametrize("combine", COMBINATIONS.values(), ids=list(COMBINATIONS))

@@ -1,4 +1,4 @@
-"""The card of a filtered dataset says how it was made, and its commands make it again."""
+"""The card of a filtered dataset says how it was made, and its commands reproduce it."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def test_text_of_a_dataset_cannot_break_out_of_the_card():
     assert "\\[a\\](b)" in text
 
 
-def test_scores_become_columns_of_the_rows_that_stay():
+def test_scores_become_columns_of_the_kept_rows():
     scores = make_scores([3.0, None, 1.0, 2.0])
     selection = DataSelector(keep=0.5).select(scores)
     rows = selection.annotate(Dataset.from_dict({"text": list("abcd")}), scores)
@@ -109,7 +109,7 @@ def test_scores_become_columns_of_the_rows_that_stay():
 
 
 def test_rows_and_card_go_to_the_same_place_on_the_hub(monkeypatch, tmp_path):
-    """The hub itself cannot be reached from a test: what is sent to it is caught at its door."""
+    """The Hub cannot be reached from a test: the calls that push to it are replaced."""
     sent = {}
     (tmp_path / "README.md").write_text("---\nconfigs:\n- config_name: mine\n---\n")
     monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda *_, **__: tmp_path / "README.md")

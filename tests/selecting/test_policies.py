@@ -1,4 +1,4 @@
-"""What every policy must hold to, on the same rows; and each rule against a slow, plain one."""
+"""The contract of every policy, on the same rows; and each rule against a slow, obvious one."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def example(name: str) -> Make:
 
 CASES = {**{name: example(name) for name in POLICIES}, **VARIANTS}
 AT_RANDOM = {"RandomSelector", "SoftPruning", "soft from above", "soft by two"}
-SHARE_OF_A_SIDE = {"SoftPruning"}  # whose keep is the share of the rows beyond the mean
+SHARE_OF_A_SIDE = {"SoftPruning"}  # keep is the share of the rows beyond the mean
 SCORES = [None if row % 7 == 3 else (row * 5 % 11) / 8 for row in range(24)]  # ties, and rows without a score
 DIFFERENT = [None if row % 7 == 3 else (row * 5 % 24) / 8 + (row % 5 == 0) * 30 for row in range(24)]
 NOT_FINITE = [{4: math.nan, 8: math.inf, 9: -math.inf}.get(row, score) for row, score in enumerate(SCORES)]
@@ -97,7 +97,7 @@ def same(one: Selection, other: Selection) -> bool:
 
 
 def taken(scores: ScoreTable, order: Sequence[int]) -> ScoreTable:
-    """Had the dataset these rows alone, in this order."""
+    """The scores if the dataset had only these rows, in this order."""
     table = scores.table.take(order).set_column(0, "sample_id", pa.array(range(len(order)), pa.int64()))
     return ScoreTable(table, dataclasses.replace(scores.provenance, rows=len(order)))
 
@@ -128,7 +128,7 @@ def test_every_row_is_decided_with_a_reason(make, values):
     assert [reason == "kept" for reason in selection.reason] == selection.keep.tolist()
 
 
-def test_rows_without_score_go_for_their_own_reason(make):
+def test_rows_without_score_are_dropped_for_their_own_reason(make):
     selection = make(features_of(24)).select(make_scores(SCORES))
     assert [row for row in range(24) if selection.reason[row] == WHY] == [3, 10, 17]
     assert not selection.keep[[3, 10, 17]].any()
@@ -182,7 +182,7 @@ def test_a_saved_selection_is_the_same_and_can_be_repeated(make, tmp_path):
     assert same(dataclasses.replace(policy, **loaded.policy).select(scores), selection)
 
 
-def test_weights_are_zero_exactly_for_rows_that_go(make):
+def test_weights_are_zero_exactly_for_dropped_rows(make):
     selection = make(features_of(24)).select(make_scores(SCORES))
     if selection.weight is not None:
         assert selection.weight.shape == (24,)
@@ -190,7 +190,7 @@ def test_weights_are_zero_exactly_for_rows_that_go(make):
 
 
 @given(st.lists(st.floats(-1e3, 1e3), min_size=1, max_size=12) | st.lists(st.sampled_from([0.1, 0.3]), min_size=1))
-def test_some_row_of_any_table_stays(values):
+def test_some_row_of_any_table_is_kept(values):
     scores, features = make_scores(values), features_of(len(values))
     for name, make in CASES.items():
         assert make(features).select(scores).keep.any(), name
@@ -341,7 +341,7 @@ def test_rows_without_score_are_in_no_stratum():
     assert selection.reason[1] == "largest 50 % of group num_tokens 3 to 4"
 
 
-def test_equal_values_stay_in_one_stratum():
+def test_equal_values_are_in_one_stratum():
     """By position the first stratum would end within the fives."""
     scores = make_scores([5.0, 5.0, 5.0, 5.0, 5.0, 5.0, 9.0, 9.0])
     selection = DataSelector(by="num_tokens", stratify_by="score", strata=2).select(scores)
@@ -374,7 +374,7 @@ def cosine(one: Sequence[float], other: Sequence[float]) -> float:
 
 
 def greedily(values: Sequence[float], features: np.ndarray, keep: float, similarity: float) -> list[int]:
-    """Best first, none that is much like one before; then the best of those passed over."""
+    """Take the best rows that are unlike all taken before, then the best of those passed over."""
     count = len(values) - number_dropped(len(values), keep)
     taken: list[int] = []
     passed: list[int] = []
@@ -428,7 +428,7 @@ def test_where_too_few_differ_the_best_of_those_passed_over_fill_up():
     assert list(selection.reason) == ["much like row 1", "kept", "kept", "much like row 1", "much like row 1", "kept"]
 
 
-def test_where_all_rows_are_alike_the_best_stay():
+def test_where_all_rows_are_alike_the_best_are_kept():
     values = [float(row * 5 % 11) for row in range(11)]
     selection = DiverseSelector(np.ones((11, 4)), keep=0.5).select(make_scores(values))
     assert selection.keep.tolist() == DataSelector(keep=0.5).select(make_scores(values)).keep.tolist()
@@ -462,7 +462,7 @@ def test_every_row_needs_features(rows):
         DiverseSelector(features_of(rows)).select(make_scores([1.0, 2.0, 3.0]))
 
 
-# ---- by lot
+# ---- at random
 
 
 @given(
@@ -471,7 +471,7 @@ def test_every_row_needs_features(rows):
     st.sampled_from(["largest", "smallest"]),
     st.integers(0, 1000),
 )
-def test_rows_beyond_the_mean_count_for_those_that_go(values, keep, drop, seed):
+def test_kept_rows_beyond_the_mean_count_for_the_dropped_ones(values, keep, drop, seed):
     selection = SoftPruning(keep, drop, by="score", seed=seed).select(make_scores(values))
     mean = np.mean(values)
     beyond = np.array(values) > mean if drop == "largest" else np.array(values) < mean
@@ -500,7 +500,7 @@ def test_weights_sum_to_the_number_of_scored_rows():
 
 
 @pytest.mark.parametrize(("drop", "side"), [("smallest", "below"), ("largest", "above")])
-def test_the_reason_says_by_lot_and_from_which_side(drop, side):
+def test_the_reason_says_at_random_and_from_which_side(drop, side):
     selection = SoftPruning(keep=0.1, drop=drop, by="loss").select(make_scores(floats(range(10))))
     assert set(selection.reason) == {"kept", f"by lot, loss {side} the mean"}
 
@@ -512,12 +512,12 @@ def test_every_row_is_expected_to_count_once():
     assert not weights[~scores.scored].any()
 
 
-def test_another_seed_draws_another_lot():
+def test_another_seed_draws_other_rows():
     lots = {tuple(SoftPruning(seed=seed).select(make_scores(DIFFERENT)).keep.tolist()) for seed in range(5)}
     assert len(lots) > 1
 
 
-def test_another_table_of_values_draws_another_lot():
+def test_another_table_of_values_draws_other_rows():
     """Of the same rows: twice the values have the same rows below the mean."""
     lots = [
         tuple(
@@ -531,7 +531,7 @@ def test_another_table_of_values_draws_another_lot():
 @pytest.mark.parametrize("drop", ["largest", "smallest"])
 @given(value=st.floats(-1e3, 1e3), count=st.integers(1, 30))
 def test_equal_values_are_not_beyond_their_mean(drop, value, count):
-    """Whatever rounding makes of the mean: that of three times 0.1 is a little more than 0.1."""
+    """Also where the mean is rounded: that of three times 0.1 is a little more than 0.1."""
     selection = SoftPruning(drop=drop, by="score").select(make_scores([value] * count))
     assert selection.keep.all()
     assert selection.weight.tolist() == [1] * count

@@ -1,4 +1,4 @@
-"""The paper's rule against a slow, plain one; and what every policy must hold to."""
+"""The paper's rule against a slow, obvious one, and the record of a decision."""
 
 from __future__ import annotations
 
@@ -31,19 +31,19 @@ distinct = st.lists(st.floats(-1e3, 1e3), min_size=1, max_size=40, unique=True)
 
 
 @given(values_of_all_kinds, tenths)
-def test_largest_go_by_the_papers_rule(values, keep):
+def test_largest_are_dropped_by_the_papers_rule(values, keep):
     assert drop_share(np.array(values), keep, "largest").tolist() == papers_rule(values, keep)
 
 
 @given(values_of_all_kinds, tenths)
 def test_smallest_is_the_mirror(values, keep):
-    stays = drop_share(np.array(values), keep, "smallest")
-    assert stays.tolist() == papers_rule(values, keep, largest_go=False)
-    assert stays.tolist() == drop_share(-np.array(values), keep, "largest").tolist()
+    keeps = drop_share(np.array(values), keep, "smallest")
+    assert keeps.tolist() == papers_rule(values, keep, drop_largest=False)
+    assert keeps.tolist() == drop_share(-np.array(values), keep, "largest").tolist()
 
 
 @given(distinct, tenths)
-def test_both_ends_go_in_equal_parts_and_the_odd_one_from_the_largest(values, keep):
+def test_both_ends_are_dropped_in_equal_numbers_and_the_odd_one_from_the_largest(values, keep):
     count = number_dropped(len(values), keep)
     order = sorted(range(len(values)), key=lambda row: values[row])
     stays = order[count // 2 : len(values) - (count + 1) // 2]
@@ -52,11 +52,11 @@ def test_both_ends_go_in_equal_parts_and_the_odd_one_from_the_largest(values, ke
 
 @given(tied, tenths, st.sampled_from(["largest", "smallest", "both"]))
 def test_count_is_exact_whatever_the_ties(values, keep, drop):
-    stays = drop_share(np.array(values), keep, drop)
-    assert (~stays).sum() == number_dropped(len(values), keep)
+    keeps = drop_share(np.array(values), keep, drop)
+    assert (~keeps).sum() == number_dropped(len(values), keep)
 
 
-def test_of_equal_values_the_earlier_go():
+def test_of_equal_values_the_earlier_are_dropped():
     assert drop_share(np.array([1.0, 2, 2, 2, 1]), 0.6, "largest").tolist() == [True, False, False, True, True]
 
 
@@ -76,7 +76,7 @@ def test_keeping_everything_keeps_everything(drop):
 # ---- decisions with reasons
 
 
-def test_half_goes_by_default_and_the_reason_says_so():
+def test_half_is_dropped_by_default_and_the_reason_says_so():
     selection = DataSelector().select(make_scores([1.0, 4.0, 2.0, 3.0]))
     assert selection.keep.tolist() == [True, False, True, False]
     assert list(selection.reason) == ["kept", "largest 50 %", "kept", "largest 50 %"]
@@ -96,7 +96,7 @@ def test_rows_without_score_keep_their_reason_and_count_for_no_share():
         ("smallest", [False, True, True, False], "score below 2"),
     ],
 )
-def test_threshold_itself_stays(drop, kept, reason):
+def test_a_score_at_the_threshold_is_kept(drop, kept, reason):
     selection = DataSelector(threshold=2.0, drop=drop).select(make_scores([1.0, 2.0, 3.0, None]))
     assert selection.keep.tolist() == kept
     assert reason in selection.reason
@@ -215,7 +215,7 @@ def test_an_incomplete_table_is_refused():
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """Of a policy of someone's own."""
+    """The settings of a policy outside the package."""
 
     share: float = 0.25
     table: Any = dataclasses.field(default=None, compare=False)
@@ -238,10 +238,10 @@ def test_a_policy_without_fields_has_no_settings():
 @pytest.mark.parametrize(
     ("why", "weight", "message"),
     [
-        ([None], None, "Settings has reasons for 1 rows and there are scores of 2: a policy decides on every row"),
-        ([None] * 3, None, "reasons for 3 rows and there are scores of 2"),
+        ([None], None, "Settings gives reasons for 1 rows and the scores have 2: a policy decides on every row"),
+        ([None] * 3, None, "reasons for 3 rows and the scores have 2"),
         ("no", None, "reasons for 1 rows"),
-        ([None] * 2, np.ones(3), "Settings has weights for 3 rows and there are scores of 2"),
+        ([None] * 2, np.ones(3), "Settings gives weights for 3 rows and the scores have 2"),
         ([None, ""], None, "Settings drops row 1 for the reason ''"),
         ([None, "kept"], None, "Settings drops row 1 for the reason 'kept'"),
         ([False, None], None, "Settings drops row 0 for the reason False"),
@@ -346,7 +346,7 @@ def test_every_row_is_decided_with_a_reason(policy):
     assert selection.keep.any()
 
 
-def test_decision_is_the_same_from_parts_in_any_order(policy):
+def test_decision_is_the_same_from_shards_in_any_order(policy):
     settings, groups = policy
     provenance = make_provenance(rows=24)
     parts = [make_scores(SCORES[start::3], range(start, 24, 3), provenance) for start in (2, 0, 1)]

@@ -1,4 +1,4 @@
-"""Each threshold against every cut there is, in exact arithmetic; and what all of them must hold to."""
+"""Each threshold against every possible cut, in exact arithmetic; and the contract of all thresholds."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ def mean(values: Sequence[int]) -> Fraction:
 
 
 def between_classes(values: Sequence[int], at: float) -> Fraction:
-    """Otsu's variance between what stays and what goes: the shares times the squared distance of the means."""
+    """Otsu's variance between kept and dropped values: the shares times the squared distance of the means."""
     low, high = [each for each in values if each <= at], [each for each in values if each > at]
     share = Fraction(len(low), len(values))
     return share * (1 - share) * (mean(low) - mean(high)) ** 2
 
 
 def cuts(values: Sequence[int]) -> list[int]:
-    """The largest value that stays, for each split into two groups."""
+    """The largest value to keep, for each split into two groups."""
     return sorted(set(values))[:-1]
 
 
@@ -96,9 +96,9 @@ def test_otsu_moves_with_the_values(values, shift, scale):
     assert otsu(floats([scale * each + shift for each in values])) == scale * otsu(floats(values)) + shift
 
 
-@given(values=whole, lot=st.randoms(use_true_random=False))
-def test_order_of_the_values_does_not_matter(values, lot):
-    shuffled = lot.sample(values, len(values))
+@given(values=whole, random=st.randoms(use_true_random=False))
+def test_order_of_the_values_does_not_matter(values, random):
+    shuffled = random.sample(values, len(values))
     for rule in RULES.values():
         assert rule(floats(values)) == rule(floats(shuffled))
 
@@ -107,19 +107,19 @@ def test_order_of_the_values_does_not_matter(values, lot):
 
 
 @given(st.floats(-1e6, 1e6), st.integers(1, 30))
-def test_equal_values_all_stay(value, count):
+def test_equal_values_are_all_kept(value, count):
     values = np.full(count, value)
     for rule in RULES.values():
         assert (values <= rule(values)).all()
 
 
 @given(whole)
-def test_the_smallest_always_stays(values):
+def test_the_smallest_is_always_kept(values):
     for rule in RULES.values():
         assert min(values) <= rule(floats(values))
 
 
-def test_one_value_stays(rule):
+def test_a_single_value_is_kept(rule):
     assert rule(floats([3.0])) == 3.0
 
 

@@ -1,4 +1,4 @@
-"""The paper's rule against a slow, plain one, bit for bit; and what is counted of the tokens that stay."""
+"""The paper's rule against a slow, obvious one, bit for bit; and the counts of kept tokens."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ CHUNKS = [1, 3, 7, token_selection.CHUNK]
 RANKINGS = ["global", "sample"]
 
 few = st.sampled_from([-0.0, 0.0, 0.5, 1.0, 2.0])
-huge = st.sampled_from([1e8, 1e8 + 8, 2.0**24, 2.0**24 + 2, 1.0, 1 - 2**-24])  # next to them, float32 sees nothing of
-tiny = st.sampled_from([0.0, 1e-30, 1e-9, 2e-9, 2.0**-24, 2.0**-25, 0.5, 1.0, 1.5])  # these
+huge = st.sampled_from([1e8, 1e8 + 8, 2.0**24, 2.0**24 + 2, 1.0, 1 - 2**-24])  # float32 cannot tell apart
+tiny = st.sampled_from([0.0, 1e-30, 1e-9, 2e-9, 2.0**-24, 2.0**-25, 0.5, 1.0, 1.5])  # from these
 of_any_size = st.floats(0, 1e9, width=32)
 pairs = st.one_of(
     st.tuples(few, few), st.tuples(huge, tiny), st.tuples(tiny, huge), st.tuples(of_any_size, of_any_size)
@@ -117,7 +117,7 @@ def test_what_float32_cannot_tell_apart_is_told_apart(ranking):
 
 @pytest.mark.parametrize("chunk", CHUNKS)
 @pytest.mark.parametrize("ranking", RANKINGS)
-def test_of_equal_scores_the_earlier_stay(ranking, chunk):
+def test_of_equal_scores_the_earlier_are_kept(ranking, chunk):
     row = [(2.0, 1.0), (1.0, 0.0), (3.0, 1.0), (1.5, 0.5), (0.0, 0.0)]
     assert decide(make_token_scores([row]), 0.6, ranking, chunk).keep.tolist() == [True, True, True, False, False]
 
@@ -135,7 +135,7 @@ def test_sixty_per_cent_of_all_tokens_is_the_default():
 
 @pytest.mark.parametrize("ranking", RANKINGS)
 @pytest.mark.parametrize("rows", [[], [[]], [[], []], [[(1.0, 2.0)]], [[], [(1.0, 1.0), (0.0, 1.0)], []]])
-def test_all_stay_or_none(rows, ranking):
+def test_all_are_kept_or_none(rows, ranking):
     scores = make_token_scores(rows)
     assert TokenSelector(keep=1, ranking=ranking).select(scores).keep.tolist() == [True] * len(scores)
     assert TokenSelector(keep=1e-9, ranking=ranking).select(scores).keep.tolist() == [False] * len(scores)
@@ -143,7 +143,7 @@ def test_all_stay_or_none(rows, ranking):
 
 @pytest.mark.parametrize("ranking", RANKINGS)
 def test_saved_scores_are_decided_the_same(tmp_path, ranking):
-    """They are mapped, and so cannot be written to."""
+    """They are mapped into memory, read-only."""
     scores = make_token_scores([[(2.0, 1.0), (1.0, 0.5), (3.0, 0.0)], [], [(1.0, 1.0), (4.0, 1.0)]])
     loaded = TokenScores.load(scores.save(tmp_path))
     selector = TokenSelector(ranking=ranking)

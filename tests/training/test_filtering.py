@@ -1,4 +1,4 @@
-"""Settings that cannot work are refused; what goes, goes for its own reason, and shares are of the whole dataset."""
+"""Settings that cannot work are refused, every dropped row has a reason, and shares are of the whole dataset."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ shares_of = st.floats(0.01, 1)
 def measured(
     scores: Sequence[float | None], loss: Sequence[float] | None = None, sample_ids: Sequence[int] | None = None
 ) -> ScoreTable:
-    """Row i has `scores[i]`, or was not measured; the user's row it is, is `sample_ids[i]`."""
+    """Row i has `scores[i]`, or was not measured; its row in the user's dataset is `sample_ids[i]`."""
     ids = np.arange(len(scores)) if sample_ids is None else np.array(sample_ids)
     rows = np.array([row for row, score in enumerate(scores) if score is not None], dtype=int)
     values = np.array([scores[row] for row in rows], dtype=float)
@@ -45,14 +45,14 @@ def measured(
 
 
 def start(count: int, sample_ids: Sequence[int] | None = None) -> Selection:
-    """All rows that can be trained on."""
+    """The selection before the first decision: all rows that can be trained on."""
     keep = np.zeros(count, dtype=bool)
     keep[np.arange(count) if sample_ids is None else sample_ids] = True
     return Selection(keep, ["kept" if stays else EMPTY for stays in keep], {}, "")
 
 
 def decided(config: FilterConfig, scores: ScoreTable, last: Selection | None = None, epoch: int = 1) -> Selection:
-    """Of an epoch of a run of four."""
+    """The decision on an epoch of a run of four epochs."""
     rows = np.flatnonzero(scores.scored)
     last = start(len(scores), rows) if last is None else last
     return decide(config, epoch, config.shares(4)[epoch], scores, rows, last)
@@ -98,7 +98,7 @@ def test_settings_that_cannot_work_are_refused(settings, message):
         FilterConfig(**settings)
 
 
-# ---- how much stays, and when
+# ---- how much is kept, and when
 
 
 @pytest.mark.parametrize(
@@ -128,8 +128,8 @@ def test_share_and_rows_of_each_epoch(settings, shares):
     assert config.sizes(4, 1000) == [1000 * share for share in shares]
 
 
-def test_rows_are_those_that_the_papers_rule_leaves():
-    """floor(N * (1 - keep)) go, with keep as it was written."""
+def test_the_number_of_rows_is_that_of_the_papers_rule():
+    """floor(N * (1 - keep)) rows are dropped, with keep as it was written."""
     assert FilterConfig(keep=[1.0, 0.9, 0.5, 0.35]).sizes(4, 10) == [10, 9, 5, 4]
     assert FilterConfig(keep=0.5).sizes(2, 7) == [7, 4]
 
@@ -162,7 +162,7 @@ def test_settings_can_be_written_and_compared(settings):
 # ---- shares
 
 
-def test_the_larger_half_goes_and_the_reason_says_when():
+def test_the_larger_half_is_dropped_and_the_reason_says_when():
     selection = decided(FilterConfig(), measured([1.0, 4.0, 2.0, 3.0]))
     assert selection.keep.tolist() == [True, False, True, False]
     assert list(selection.reason) == ["kept", "largest 50 %, after epoch 1"] * 2
@@ -196,7 +196,7 @@ def test_scores_from_before_training_are_of_no_epoch():
 
 
 @given(st.lists(st.integers(0, 9).map(float), min_size=1, max_size=40), shares_of)
-def test_as_many_stay_as_the_plan_says_and_they_are_the_smallest(scores, share):
+def test_as_many_are_kept_as_the_plan_says_and_they_are_the_smallest(scores, share):
     config = FilterConfig(keep=share)
     keep = decided(config, measured(scores)).keep
     assert keep.sum() == config.sizes(4, len(scores))[1]
@@ -275,7 +275,7 @@ def test_a_data_selector_decides_as_it_would_after_training(selector, kept, reas
 # ---- rows that cannot be ranked
 
 
-def test_a_row_that_was_never_measured_stays():
+def test_a_row_that_was_never_measured_is_kept():
     scores = measured([4.0, None, 1.0, 3.0])
     assert scores.column("epoch").tolist() == [0, -1, 0, 0]
     selection = decided(FilterConfig(), scores)
@@ -283,25 +283,25 @@ def test_a_row_that_was_never_measured_stays():
     assert selection.reason[1] == "kept"
 
 
-def test_rows_never_measured_stay_even_where_too_few_are_left_to_drop():
+def test_rows_never_measured_are_kept_even_where_too_few_are_left_to_drop():
     assert decided(FilterConfig(keep=0.25), measured([4.0, None, None, None])).sample_ids.tolist() == [1, 2, 3]
 
 
 @pytest.mark.parametrize("broken", [NAN, math.inf, -math.inf])
 @pytest.mark.parametrize("drop", ["largest", "smallest", "both"])
-def test_a_score_that_is_no_number_goes_first(broken, drop):
+def test_a_score_that_is_not_finite_is_dropped_first(broken, drop):
     config = FilterConfig(keep=DataSelector(keep=0.75, drop=drop))
     selection = decided(config, measured([1.0, broken, 9.0, 3.0]))
     assert list(selection.reason) == ["kept", f"score is {broken}, after epoch 1", "kept", "kept"]
 
 
-def test_what_is_no_number_counts_for_the_share():
+def test_a_score_that_is_not_finite_counts_for_the_share():
     selection = decided(FilterConfig(), measured([1.0, NAN, 9.0, 3.0]))
     assert list(selection.reason) == ["kept", "score is nan, after epoch 1", "largest 50 %, after epoch 1", "kept"]
 
 
 @pytest.mark.parametrize("settings", [{"threshold": 2.0}, {"selector": DataSelector(threshold=2.0)}])
-def test_a_threshold_drops_what_is_no_number_and_keeps_what_was_not_measured(settings):
+def test_a_threshold_drops_rows_that_are_not_finite_and_keeps_rows_that_were_not_measured(settings):
     selection = decided(FilterConfig(**settings), measured([1.0, NAN, 9.0, None, 2.0]))
     after = ", after epoch 1"
     assert list(selection.reason) == ["kept", f"score is nan{after}", f"score above 2{after}", "kept", "kept"]
@@ -316,7 +316,7 @@ def test_rows_that_cannot_be_trained_on_keep_their_reason(settings):
     assert [row for row, reason in enumerate(selection.reason) if reason == EMPTY] == [1, 4]
 
 
-# ---- thresholds and policies of one's own
+# ---- thresholds and policies outside the package
 
 
 class Even:
@@ -362,7 +362,7 @@ def test_a_policy_is_told_why_a_row_has_no_score():
 
 
 def test_a_data_selector_as_policy_compounds():
-    """Its share is of what it is shown: a half, and then a half of the half."""
+    """Its share is of the rows it is asked about: a half, and then a half of the half."""
     config = FilterConfig(selector=DataSelector())
     scores = measured([1.0, 2.0, 3.0, 4.0])
     first = decided(config, scores)
@@ -417,7 +417,7 @@ def test_a_selector_is_an_object_that_selects(selector):
         FilterConfig(selector=selector)
 
 
-def test_everything_may_go():
+def test_all_rows_may_be_dropped():
     assert not decided(FilterConfig(threshold=0.0), measured([1.0, 2.0])).keep.any()
 
 
