@@ -1,1 +1,1 @@
-"""Selectors against each other, with intervals and costs. Knows every selector and nothing of the command line."""
+"""Comparisons of selectors, with intervals and costs. Knows every method, and nothing of the command line."""

@@ -1,4 +1,4 @@
-"""The trainings of a comparison, and how they are summarised. Knows numbers, not where they come from."""
+"""The cells of a comparison, and their summary. Knows numbers; does not know where they come from."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy as np
 from ..scores.statistics import interval
 from ..selecting.results import EPOCHS, FULL, RANDOM
 
-NEARLY = 0.02  # of the rows: a model may be unable to score some, and tokens are counted row by row
+TOLERANCE = 0.02  # of the rows: a model may not score some of them, and shares of tokens are rounded row by row
 
 
 @dataclass(frozen=True)
@@ -20,21 +20,23 @@ class Cell:
     """One training of a comparison.
 
     Attributes:
-        selector: by its name.
-        model, scored_by: which is trained, and which has scored, if any has.
-        method: of the selector, with its settings.
-        keep: the share that was asked for.
-        seed: of the training, of the selection where it draws lots, and of the demo's problems.
-        rows, kept: of the dataset, and trained on; learnt tokens where it is tokens that are selected.
-        metric: held-out, larger is better; None where the training diverged, or could not be.
-        selection_seconds, training_seconds: on this machine.
-        selection_flops, training_flops: estimated from parameters and tokens.
-        length_correlation, loss_correlation: Spearman's, of the score with learnt tokens and with the loss.
-        auroc: of the score as a detector of wrong rows, large where those that go are wrong.
-        wrong_kept: share of wrong rows among the kept.
-        budget: `"epochs"`, as many as the run on all rows; or `"flops"`, as many as cost the same, selecting included.
+        selector: the name of the selector.
+        model, scored_by: the trained model, and the model that scored; "" if none did.
+        method: the selector's method with its settings.
+        keep: the share to keep.
+        seed: the seed of the training, of a random selection, and of the demo's problems.
+        rows, kept: the size of the dataset and of what was trained on, in rows; in learnt tokens where tokens are
+            selected.
+        metric: the held-out metric, larger is better; None if the training failed or was not possible.
+        selection_seconds, training_seconds: the time on this machine.
+        selection_flops, training_flops: an estimate from parameters and tokens.
+        length_correlation, loss_correlation: Spearman's correlation of the score with learnt tokens and with the loss.
+        auroc: the AUROC of the score as a detector of wrong rows, large where wrong rows are dropped first.
+        wrong_kept: the share of wrong rows among the kept.
+        budget: `"epochs"`, as many as the run on all rows; or `"flops"`, so many that selecting and training together
+            cost as much as the run on all rows.
         failure: why there is no metric.
-        tasks: the metric of each task, where the metric is the mean over some.
+        tasks: the metric of each task, if the metric is their mean.
     """
 
     selector: str
@@ -60,12 +62,12 @@ class Cell:
 
 
 def summarise(cells: Sequence[Cell]) -> list[dict[str, Any]]:
-    """A line for each budget, trained model, selector and share, in the order in which they come.
+    """A line for each budget, trained model, selector and share, in the order of the cells.
 
-    Columns: the metric with its interval over seeds, `failures` left out; `over_random` and `over_full`, the mean
-    difference to the same seed's run on as many random rows, and on all rows, with its interval (paired); `p`, the mean
-    ratio to the run on all rows; SDF, kept over all rows; costs, as medians. Runs that failed count in none of these,
-    unless all of them did.
+    Columns: the metric with its interval over seeds; `over_random` and `over_full`, the mean difference to the same
+    seed's run on as many random rows and on all rows, with its interval (paired); `p`, the mean ratio to the run on all
+    rows; `sdf`, kept over all rows; the costs, as medians. Failed runs are listed in `failures` and count in no other
+    column, unless all runs failed.
     """
     lines: dict[tuple[str, str, str, float], list[Cell]] = {}
     for cell in cells:
@@ -90,7 +92,7 @@ def summarise(cells: Sequence[Cell]) -> list[dict[str, Any]]:
                 "metric": metric,
                 "metric_low": low,
                 "metric_high": high,
-                "over_random": _paired([(cell.metric, _as_many(random.get(cell.seed), cell)) for cell in sound]),
+                "over_random": _paired([(cell.metric, _of_same_size(random.get(cell.seed), cell)) for cell in sound]),
                 "over_full": _paired([(cell.metric, _metric(full.get(cell.seed))) for cell in sound]),
                 "sdf": float(np.mean([cell.kept / cell.rows for cell in told])),
                 "p": _mean([_ratio(cell, full.get(cell.seed)) for cell in sound]),
@@ -105,15 +107,15 @@ MEANS = ("length_correlation", "loss_correlation", "auroc", "wrong_kept")
 COSTS = ("selection_seconds", "training_seconds", "selection_flops", "training_flops")
 
 
-def _as_many(other: Cell | None, cell: Cell) -> float | None:
-    """The other's metric, where it was trained on as many rows or nearly."""
-    if other is None or abs(other.kept * cell.rows - cell.kept * other.rows) > NEARLY * cell.rows * other.rows:
+def _of_same_size(other: Cell | None, cell: Cell) -> float | None:
+    """The other cell's metric, if it was trained on as many rows, up to the tolerance."""
+    if other is None or abs(other.kept * cell.rows - cell.kept * other.rows) > TOLERANCE * cell.rows * other.rows:
         return None
     return other.metric
 
 
 def _paired(pairs: Sequence[tuple[float | None, float | None]]) -> tuple[float, float, float]:
-    """The mean difference of the pairs of which both are there, and its interval."""
+    """The mean difference of the complete pairs, and its interval."""
     return interval([mine - theirs for mine, theirs in pairs if mine is not None and theirs is not None])
 
 
@@ -122,7 +124,7 @@ def _metric(cell: Cell | None) -> float | None:
 
 
 def _ratio(cell: Cell, full: Cell | None) -> float | None:
-    """To the run on all rows, the mean over tasks; None where that is not there, or scored nothing."""
+    """The ratio to the run on all rows, its mean over tasks; None if that run is missing, or a metric of it is 0."""
     if cell.metric is None or full is None or full.metric is None:
         return None
     mine, all_rows = dict(cell.tasks) or {"": cell.metric}, dict(full.tasks) or {"": full.metric}
@@ -132,19 +134,20 @@ def _ratio(cell: Cell, full: Cell | None) -> float | None:
 
 
 def _mean(values: Sequence[float | None]) -> float | None:
-    """The mean of what is there; None where nothing is."""
-    there = [value for value in values if value is not None]
-    return float(np.mean(there)) if there else None
+    """The mean of the values that are not None; None if there are none."""
+    known = [value for value in values if value is not None]
+    return float(np.mean(known)) if known else None
 
 
 def transfer(lines: Sequence[dict[str, Any]]) -> dict[tuple[str, float], dict[tuple[str, str], float]]:
-    """How much better than random a method's selection is, by (scored by, trained), where there are several pairs.
+    """How much better than a random selection a method is, for each pair of a scoring and a trained model.
 
     Args:
-        lines: of `summarise`.
+        lines: the lines of `summarise`.
 
     Returns:
-        For each method and share the mean difference to as many random rows, paired by seed.
+        For each method and share with several such pairs, the mean difference to as many random rows, paired by seed,
+        by (scored by, trained).
     """
     found: dict[tuple[str, float], dict[tuple[str, str], float]] = {}
     for line in lines:

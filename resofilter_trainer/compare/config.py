@@ -1,29 +1,27 @@
-"""What a comparison compares, as a person writes it in YAML. Knows nothing of data, models or torch."""
+"""The settings of a comparison, as they are written in YAML. Knows nothing of data, models or torch."""
 
 from __future__ import annotations
 
 import dataclasses
-import numbers
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..config import InputError, one_of
+from ..config import InputError, number, one_of, share, whole_number
 from ..io.files import read_yaml
 from ..selecting.results import FULL, RANDOM
 
-DEMO = "demo"  # the model and the problems that ship with the package
-OF_OWN_ROWS = (
+DEMO = "demo"  # the model and the problems that come with the package
+COLUMN = "column"  # the method that selects by a column of the user's dataset
+NOT_FOR_DEMO = (
     *("dataset_config", "split", "prompt_column", "completion_column", "wrong_column"),
     *("test_dataset", "test_split", "validation_dataset", "validation_split"),
 )
-SEEDS = 1 << 32  # so many there are
+LARGEST_SEED = (1 << 32) - 1
 PLAIN: dict[str, Any] = {  # by annotation
     "str": (str, "text"),
-    "int": (int, "a whole number"),
-    "int | None": ((int, type(None)), "a whole number"),
     "str | None": ((str, type(None)), "text"),
     "bool": (bool, "true or false"),
 }
@@ -31,15 +29,16 @@ PLAIN: dict[str, Any] = {  # by annotation
 
 @dataclass(frozen=True)
 class SelectorConfig:
-    """One line of the table.
+    """A selector: a method with its settings.
 
     Attributes:
-        method: one of `selectors.METHODS`.
-        name: in the table; the method by default.
-        score_column: for the method `column`: the user's own scores, of which the smallest go.
-        drop: for the method `column`, which end goes instead.
-        settings: for the method `less`, fields of `LessConfig`.
-        score_model: scores instead of the model that is trained (transfer).
+        method: the name of the method, one of `methods.METHODS`.
+        name: the selector's name in the table; the method's name by default.
+        score_column: for the method `column`, the column with the user's own scores. Rows with the smallest scores
+            are dropped.
+        drop: for the method `column`, the end to drop, `"smallest"` or `"largest"`.
+        settings: settings of the method, for `less` the fields of `LessConfig`.
+        score_model: a model that scores instead of the trained one (transfer).
     """
 
     method: str
@@ -50,32 +49,29 @@ class SelectorConfig:
     score_model: str | None = None
 
     def __post_init__(self) -> None:
-        for name in ("method", "name", "drop", "score_column", "score_model"):
-            value = getattr(self, name)
-            if not isinstance(value, str) and not (value is None and name.startswith("score_")):
-                raise InputError(f"A selector's {name} is text, got {value!r}.")
+        _check_plain(self, "A selector's ")
         if not isinstance(self.settings, Mapping):
-            raise InputError(f"A selector's settings are a mapping, got {self.settings!r}.")
-        by = "" if self.score_model is None else f" by {slug(self.score_model)}"
-        object.__setattr__(self, "name", self.name or (self.score_column or self.method) + by)
+            raise InputError(f"A selector's settings must be a mapping, got {self.settings!r}.")
+        scorer = "" if self.score_model is None else f" by {slug(self.score_model)}"
+        object.__setattr__(self, "name", self.name or (self.score_column or self.method) + scorer)
         one_of("drop", self.drop, ("largest", "smallest"))
-        if self.drop != "smallest" and self.method != "column":
-            raise InputError(f"'{self.method}' knows itself which end goes: drop is for a score_column.")
-        for baseline in (FULL, RANDOM):  # which the table compares the others with, by their names
+        if self.drop != "smallest" and self.method != COLUMN:
+            raise InputError(f"The method '{self.method}' has an end to drop of its own: drop goes with score_column.")
+        for baseline in (FULL, RANDOM):  # the table compares the other selectors with them, by their names
             if (self.name == baseline) != (self.method == baseline):
-                raise InputError(f"'{baseline}' is the name of the method '{baseline}', and of nothing else.")
-        if (self.method == "column") != (self.score_column is not None):
-            raise InputError("A selector with score_column has the method 'column', and the other way round.")
+                raise InputError(f"The name '{baseline}' is for the method '{baseline}', which has no other name.")
+        if (self.method == COLUMN) != (self.score_column is not None):
+            raise InputError(f"score_column goes with the method '{COLUMN}', which needs one.")
 
     @classmethod
     def of(cls, entry: Any) -> SelectorConfig:
-        """From a line of YAML: a name, or a mapping. Raises InputError for anything else."""
+        """The selector of a YAML entry: a name, or a mapping. Raises InputError for anything else."""
         if isinstance(entry, str):
             return cls(entry)
         if isinstance(entry, Mapping) and "score_column" in entry:
-            entry = {"method": "column", **entry}
+            entry = {"method": COLUMN, **entry}
         if not isinstance(entry, Mapping) or "method" not in entry:
-            raise InputError(f"A selector is a name, or a mapping with 'method', got {entry!r}.")
+            raise InputError(f"A selector must be a name, or a mapping with 'method', got {entry!r}.")
         _check_names("a selector", entry, cls)
         if isinstance(entry.get("settings"), Mapping):
             entry = {**entry, "settings": _with_numbers(entry["settings"])}
@@ -84,39 +80,52 @@ class SelectorConfig:
 
 @dataclass(frozen=True)
 class DemoProblems:
-    """The demo's problems, of which every seed makes its own: rows, how many of them wrong, and as many to test."""
+    """The demo's problems, of which every seed makes its own.
+
+    Attributes:
+        rows: the number of rows.
+        wrong_share: the share of rows with a wrong answer.
+        held_out: the number of held-out problems.
+    """
 
     rows: int = 2000
     wrong_share: float = 0.4
     held_out: int = 400
 
+    def __post_init__(self) -> None:
+        for name in ("rows", "held_out"):
+            object.__setattr__(self, name, whole_number(f"demo's {name}", getattr(self, name), least=1))
+        object.__setattr__(self, "wrong_share", number("demo's wrong_share", self.wrong_share, least=0))
+
 
 @dataclass(frozen=True)
 class ComparisonConfig:
-    """Which selectors, on which data, how often.
+    """A comparison: which selectors, on which models and data.
 
     Attributes:
-        selectors: names, or mappings with `method` and `name`.
-        model: what is trained; a name, a folder, or `demo`; or several, of each of which everything is trained.
-        dataset, dataset_config, split: what is selected from; a name, a file, a folder, or `demo`.
-        prompt_column, completion_column: its columns, and the test rows'.
-        wrong_column: a column of the rows that says which of them are wrong, where that is known.
-        test_dataset, test_split: what the trained models answer, by exact match of the number after `####` or after
-            "The answer is"; the same dataset by default.
-        tasks: tasks or groups of lm-evaluation-harness instead, of which the metric is the mean.
-        task_folder: holds task files of one's own.
-        task_limit: how many documents of each task; all by default.
-        unsafe_code: whether tasks may run the code that a model writes, as HumanEval does, on this machine.
-        demo: the problems, where `dataset` is `demo`.
-        keep: shares of the rows that stay.
-        seeds: of each of which every selector is trained once.
-        score_model: scores instead of the model that is trained, for every selector that names none itself.
+        selectors: names of methods, or mappings with the fields of `SelectorConfig`.
+        model: the model to train: a name, a folder, or `demo`. With several, everything is done for each of them.
+        dataset, dataset_config, split: the dataset to select from: a name, a file, a folder, or `demo`.
+        prompt_column, completion_column: the columns of the dataset and of the test rows.
+        wrong_column: a column of the dataset that says which rows are wrong, if that is known.
+        test_dataset, test_split: the held-out rows, marked by exact match of the number after `####` or after "The
+            answer is"; from the same dataset by default.
+        tasks: tasks or groups of lm-evaluation-harness to test on instead. The metric is their mean.
+        task_folder: a folder with task files of your own.
+        task_limit: the number of documents of each task; all by default.
+        unsafe_code: whether tasks may run the code that a model writes on this machine, as HumanEval does.
+        demo: the problems, if `dataset` is `demo`.
+        keep: the shares of the rows to keep.
+        seeds: the seeds. Every selector is trained once with each.
+        score_model: a model that scores instead of the trained one, for every selector without one of its own.
         proxy_model: the small model of superfiltering.
-        reference_model: what tokens are cleaned against; the model tuned on the first fifth of the rows by default.
-        equal_flops: whether everything is trained once more, for as long as selecting and training together cost what
-            training on all rows does.
-        validation_dataset, validation_split, validation_rows: what LESS and Nuggets select for: the first so many rows.
-        max_new_tokens: where an answer is cut off.
+        reference_model: the reference model of token cleaning; by default, the trained model tuned on the first fifth
+            of the rows.
+        equal_flops: whether to train everything a second time, for so long that selecting and training together cost
+            as much as training on all rows.
+        validation_dataset, validation_split, validation_rows: the rows that LESS and Nuggets select for, the first
+            `validation_rows` of that dataset.
+        max_new_tokens: the longest answer, in tokens.
         training: fields of SFTConfig.
         output: a folder for everything.
     """
@@ -153,129 +162,131 @@ class ComparisonConfig:
         for name in ("model", "tasks"):
             if isinstance(getattr(self, name), str):
                 object.__setattr__(self, name, (getattr(self, name),))
-        for each in dataclasses.fields(self):
-            value, (kinds, words) = getattr(self, each.name), PLAIN.get(str(each.type), (object, ""))
-            if words and (not isinstance(value, kinds) or (isinstance(value, bool) and kinds is not bool)):
-                raise InputError(f"{each.name} is {words}, got {value!r}.")
-        for what in ("max_new_tokens", "validation_rows", "task_limit"):
-            number = getattr(self, what)
-            if number is not None and number < 1:
-                raise InputError(f"{what} must be a whole number of at least 1, got {number!r}.")
-        for name in ("seed", "output_dir"):
+        _check_plain(self)
+        self._check_numbers()
+        for name, source in (("seed", "seeds"), ("output_dir", "output")):
             if name in self.training:
-                raise InputError(
-                    f"training has no {name}: that is the comparison's ({'seeds' if name == 'seed' else 'output'})."
-                )
+                raise InputError(f"Leave {name} out of training: the comparison sets it, see {source}.")
         self._check_rows()
         self._check_selectors()
         self._check_lists()
         self._check_models()
 
+    def _check_numbers(self) -> None:
+        for name in ("max_new_tokens", "validation_rows", "task_limit"):
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, whole_number(name, getattr(self, name), least=1))
+        shares = tuple(share("keep", each) for each in self.keep)
+        seeds = tuple(whole_number("seeds", each, 0, LARGEST_SEED) for each in self.seeds)
+        for name, listed, shown in (
+            ("keep", shares, {f"{each:g}" for each in shares}),  # as in the names of files
+            ("seeds", seeds, set(seeds)),
+        ):
+            _check_distinct(name, listed, len(shown))
+            object.__setattr__(self, name, listed)
+
     def _check_rows(self) -> None:
-        usual = {each.name: each.default for each in dataclasses.fields(self)}
-        changed = [name for name in OF_OWN_ROWS if getattr(self, name) != usual[name]]
+        defaults = {each.name: each.default for each in dataclasses.fields(self)}
+        changed = [name for name in NOT_FOR_DEMO if getattr(self, name) != defaults[name]]
         if self.dataset == DEMO and changed:
-            raise InputError(f"{changed[0]} is of rows of your own, and dataset is '{DEMO}': name those rows.")
+            raise InputError(f"{changed[0]} is for a dataset of your own, but dataset is '{DEMO}': name your dataset.")
 
     def _check_selectors(self) -> None:
         names = [each.name for each in self.selectors]
         twice = sorted({name for name in names if names.count(name) > 1})
         if not names:
-            raise InputError("selectors is empty: name some.")
+            raise InputError("selectors is empty: name at least one.")
         if twice:
-            raise InputError(f"Two selectors are called '{twice[0]}'. Give one of them another name.")
+            raise InputError(f"Two selectors have the name '{twice[0]}'. Give one of them another name.")
         for name in names:
             if "/" in name or name.startswith("."):
-                raise InputError(f"'{name}' names a folder, too: leave slashes and a leading dot out.")
+                raise InputError(f"The selector's name '{name}' is part of file names: no slash, no leading dot.")
         if self.equal_flops and FULL not in names:
-            raise InputError("equal_flops: the budget is what training on all rows costs: add the selector 'full'.")
+            raise InputError("equal_flops needs the cost of training on all rows: add the selector 'full'.")
 
     def _check_lists(self) -> None:
-        for share in self.keep:
-            if isinstance(share, bool) or not isinstance(share, numbers.Real) or not 0 < share <= 1:
-                raise InputError(f"keep lists shares that stay, above 0 and at most 1, got {share!r}.")
-        for seed in self.seeds:
-            if isinstance(seed, bool) or not isinstance(seed, numbers.Integral) or not 0 <= seed < SEEDS:
-                raise InputError(f"seeds lists whole numbers of at least 0 and below {SEEDS}, got {seed!r}.")
-        for name in ("keep", "seeds", "model"):
-            listed = list(getattr(self, name))
-            shown = {f"{each:g}" if name == "keep" else slug(str(each)) for each in listed}
-            if not listed or len(shown) != len(listed):
-                raise InputError(f"{name} lists different ones, at least one, got {listed}.")
         columns = [self.prompt_column] if isinstance(self.prompt_column, str) else self.prompt_column
         for name, names, least in (("prompt_column", columns, 1), ("tasks", self.tasks, 0)):
             texts = isinstance(names, Sequence) and all(isinstance(each, str) for each in names)
             if not texts or len(names) < least or len(set(names)) < len(names):
-                raise InputError(f"{name} is a name, or a list of different names, got {names!r}.")
+                raise InputError(f"{name} must be a name, or a list of different names, got {names!r}.")
         if (self.task_folder or self.task_limit or self.unsafe_code) and not self.tasks:
-            raise InputError("task_folder, task_limit and unsafe_code are for tasks: name some.")
+            raise InputError("task_folder, task_limit and unsafe_code go with tasks: name some.")
 
     def _check_models(self) -> None:
         for model in self.model:
             if not isinstance(model, str):
-                raise InputError(f"model is a name or a folder, or several, got {model!r}.")
+                raise InputError(f"model must be a name or a folder, or a list of these, got {model!r}.")
+        _check_distinct("model", self.model, len({slug(model) for model in self.model}))
         others = [self.score_model, self.proxy_model, *(each.score_model for each in self.selectors)]
         folders: dict[str, str] = {}
         for model in (*self.model, *(each for each in others if each is not None)):
-            if not slug(model) or folders.setdefault(slug(model), model) != model:
-                raise InputError(
-                    f"The model '{model}' would lie in the folder '{slug(model)}'"
-                    f"{f', as {folders[slug(model)]!r}' if slug(model) else ''}: name it by another path."
-                )
+            folder = slug(model)
+            if not folder or folders.setdefault(folder, model) != model:
+                taken = f", which is that of {folders[folder]!r}" if folder else ""
+                raise InputError(f"The folder of the model '{model}' would be '{folder}'{taken}: use another path.")
 
     @classmethod
     def load(cls, path: str | Path) -> ComparisonConfig:
-        """From a YAML file. Raises InputError for what cannot be read or is not known."""
+        """The settings in a YAML file. Raises InputError for a file that cannot be read and for an unknown setting."""
         values = read_yaml(path, f"'{path}'")
         if not isinstance(values, Mapping):
-            raise InputError(f"'{path}' must hold a mapping, 'name: value' on each line.")
+            raise InputError(f"'{path}' must be a mapping, 'name: value' on each line.")
         return cls.of(values)
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> ComparisonConfig:
-        """From plain values, as YAML has them."""
+        """The settings of plain values, as in YAML."""
         _check_names("the comparison", values, cls)
         found = dict(values)
         if isinstance(found.get("seeds"), int):
-            raise InputError(f"seeds is a list: [0, 1, 2] for three; got {found['seeds']}.")
+            raise InputError(f"seeds must be a list, [0, 1, 2] for three seeds, got {found['seeds']}.")
         for name in ("selectors", "keep", "seeds", "model", "tasks"):
-            if name in found and not isinstance(found[name], Sequence | str):
-                found[name] = [found[name]]
-            if isinstance(found.get(name), str):
+            if name in found and (isinstance(found[name], str) or not isinstance(found[name], Sequence)):
                 found[name] = [found[name]]
         if "selectors" not in found:
-            raise InputError("The comparison names no selectors.")
+            raise InputError("The comparison has no selectors: name at least one.")
         found["selectors"] = tuple(SelectorConfig.of(each) for each in found["selectors"])
         for name in ("demo", "training"):
             if name in found and not isinstance(found[name], Mapping):
-                raise InputError(f"{name} is a mapping, got {found[name]!r}.")
+                raise InputError(f"{name} must be a mapping, got {found[name]!r}.")
         if "training" in found:
             found["training"] = _with_numbers(found["training"])
         if "demo" in found:
             _check_names("demo", found["demo"], DemoProblems)
-            for name, value in found["demo"].items():
-                kind, least = (numbers.Real, 0) if name == "wrong_share" else (int, 1)
-                if isinstance(value, bool) or not isinstance(value, kind) or value < least:
-                    raise InputError(f"demo's {name} is a number of at least {least}, got {value!r}.")
             found["demo"] = DemoProblems(**found["demo"])
         return cls(**found)
 
 
 def slug(name: str) -> str:
-    """A model's name as a part of a file's."""
+    """A model's name as it is written in the names of files and folders."""
     return re.sub(r"[^\w.-]+", "-", name).strip("-.")
 
 
 def _with_numbers(values: Mapping[str, Any]) -> dict[str, Any]:
-    """With numbers such as 2e-5, which YAML 1.1 takes for text."""
+    """The values with numbers such as 2e-5 as numbers, which YAML 1.1 reads as text."""
     return {
         name: float(value) if isinstance(value, str) and re.fullmatch(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+", value) else value
         for name, value in values.items()
     }
 
 
+def _check_plain(settings: Any, whose: str = "") -> None:
+    """Raise InputError where a field is not text, or not true or false, as its annotation says."""
+    for each in dataclasses.fields(settings):
+        value, (kinds, words) = getattr(settings, each.name), PLAIN.get(str(each.type), (object, ""))
+        if not isinstance(value, kinds):
+            raise InputError(f"{whose}{each.name} must be {words}, got {value!r}.")
+
+
 def _check_names(what: str, values: Mapping[str, Any], kind: type) -> None:
     known = [each.name for each in dataclasses.fields(kind)]
     unknown = [str(name) for name in values if name not in known]
     if unknown:
-        raise InputError(f"Of {what}, '{unknown[0]}' is not known. Known are: {', '.join(known)}.")
+        raise InputError(f"Unknown setting '{unknown[0]}' of {what}. Known: {', '.join(known)}.")
+
+
+def _check_distinct(name: str, listed: Sequence[Any], distinct: int) -> None:
+    """Raise InputError unless a list has at least one entry, all of them different."""
+    if not listed or distinct != len(listed):
+        raise InputError(f"{name} must be a list of different entries, at least one, got {list(listed)}.")

@@ -1,4 +1,4 @@
-"""What selecting and training cost in a comparison: parameters, seconds, how long a budget lasts. Knows no selector."""
+"""What selecting and training cost in a comparison: parameters, seconds, epochs of a budget. Knows no selector."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ Result = TypeVar("Result")
 
 
 def parameters_of(model: PreTrainedModel) -> int:
-    """Parameters that a token is multiplied with: all but an embedding that is no output layer as well.
+    """The parameters that a token is multiplied by: all but an input embedding that is not the output layer as well.
 
-    Of a mixture of experts all experts count, though a token meets some of them only.
+    All experts of a mixture of experts count, although a token meets only some of them.
     """
     inner, outer = model.get_input_embeddings(), model.get_output_embeddings()
     tied = outer is not None and inner.weight is outer.weight
@@ -29,61 +29,64 @@ def parameters_of(model: PreTrainedModel) -> int:
 
 
 def longer_by(left: float, cost: float, epochs: float, first: float) -> float:
-    """How many times as many epochs cost what is left.
+    """How many times as many epochs a budget pays for.
 
     Args:
-        left: to be spent.
-        cost: of so many `epochs`.
-        epochs: of which it is known.
-        first: what the first epoch costs, which may be more than each after it, as in InfoBatch.
+        left: the budget.
+        cost: the cost of `epochs` epochs.
+        epochs: the number of epochs whose cost is known.
+        first: the cost of the first epoch, which may be higher than that of each later one, as in InfoBatch.
     """
     if epochs <= 1 or left <= first or cost <= first:
         return left / cost
     return (1 + (left - first) * (epochs - 1) / (cost - first)) / epochs
 
 
-def timed(folder: Path, work: Callable[[], Result], goes_on: bool) -> tuple[Result, float]:
-    """What is done in a folder, and the seconds it took: now, or when it was done there.
+def timed(folder: Path, work: Callable[[], Result], resumes: bool) -> tuple[Result, float]:
+    """The result of some work in a folder, and the seconds it took, now or when it was first done there.
 
     Args:
-        folder: in which a note of the time is left.
-        work: to be done, or to find that it is done.
-        goes_on: whether the work goes on where an interruption has left it, whose seconds count then, up to the last
-            file that it has written; else it begins anew, in an empty folder.
+        folder: the folder of the work, in which the seconds are saved.
+        work: does the work, or reads its result if it is done.
+        resumes: whether interrupted work resumes. The seconds of earlier attempts then count, up to the last file
+            that each has written. Otherwise the work starts again in an empty folder.
     """
     if (folder / COST).exists():
         return work(), seconds_of(folder)
-    spent = _spent(folder) if goes_on else None
+    spent = _spent(folder) if resumes else None
     if spent is None:
         shutil.rmtree(folder, ignore_errors=True)
         spent = 0.0
-    with replacing(folder / ATTEMPT) as part:
-        part.write_text(json.dumps({"spent": spent, "began": time.time()}) + "\n")
+    _save_numbers(folder / ATTEMPT, spent=spent, began=time.time())
     started = time.perf_counter()
     found = work()
-    with replacing(folder / COST) as part:
-        part.write_text(json.dumps({"seconds": spent + time.perf_counter() - started}) + "\n")
+    _save_numbers(folder / COST, seconds=spent + time.perf_counter() - started)
     (folder / ATTEMPT).unlink()
     return found, seconds_of(folder)
 
 
 def seconds_of(folder: Path) -> float:
-    """What the work in a folder took. Raises InputError where the note is damaged."""
-    return _noted(folder / COST, "seconds")
+    """The seconds that the work in a folder took. Raises InputError if the file with them is damaged."""
+    return _saved_number(folder / COST, "seconds")
 
 
 def _spent(folder: Path) -> float | None:
-    """What interrupted attempts took; None where there was none, or nobody knows when it began."""
+    """The seconds of interrupted attempts; None if there were none, or if it is unknown when they began."""
     if not (folder / ATTEMPT).exists():
         return None
     written = max(path.stat().st_mtime for path in folder.rglob("*") if path.is_file())
-    return _noted(folder / ATTEMPT, "spent") + max(written - _noted(folder / ATTEMPT, "began"), 0.0)
+    return _saved_number(folder / ATTEMPT, "spent") + max(written - _saved_number(folder / ATTEMPT, "began"), 0.0)
 
 
-def _noted(path: Path, name: str) -> float:
-    way_out = f"Remove '{path.parent}', and it is done again."
-    noted = read_json(path, way_out)
+def _save_numbers(path: Path, **numbers: float) -> None:
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(numbers) + "\n")
+
+
+def _saved_number(path: Path, name: str) -> float:
+    remedy = f"Remove '{path.parent}', and the work is done again."
+    saved = read_json(path, remedy)
     try:
-        return float(noted[name])
+        return float(saved[name])
     except (TypeError, KeyError, ValueError) as error:
-        raise InputError(f"'{path}' is damaged, it has no number '{name}'. {way_out}") from error
+        raise InputError(f"'{path}' is damaged, it has no number '{name}'. {remedy}") from error

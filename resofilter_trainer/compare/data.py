@@ -25,41 +25,41 @@ from .config import DEMO, ComparisonConfig
 
 @dataclass(frozen=True, eq=False)
 class Data:
-    """What one seed trains and tests on.
+    """The data of one seed.
 
     Attributes:
-        rows: `prompt`, `completion` and the user's other columns.
-        wrong: (N,) bool, which rows are known to be wrong; None where that is not known.
-        prompts, references: of the held-out rows; empty where tasks are what is tested.
-        validation: `prompt` and `completion` of the rows that some selectors select for; None where there are none.
-        task_files: a hash of the user's own task files.
+        rows: the dataset, with `prompt`, `completion` and the user's other columns.
+        wrong: (N,) bool, which rows are wrong; None if that is not known.
+        prompts, answers: the held-out rows; empty if the models are tested on tasks.
+        validation: `prompt` and `completion` of the validation rows; None if there are none.
+        task_files: a hash of the user's own task files; "" without any.
     """
 
     rows: Dataset
     wrong: np.ndarray | None
     prompts: Sequence[Any]
-    references: Sequence[str]
+    answers: Sequence[str]
     validation: Dataset | None
     task_files: str = ""
 
-    @functools.lru_cache  # noqa: B019  # as long-lived as the rows are
+    @functools.lru_cache  # noqa: B019  # an entry lives as long as the rows do
     def fingerprint(self, score_column: str | None = None, validated: bool = True) -> str:
-        """Of what a cell depends on: the rows, a column of scores if it is selected by one, what is held out.
+        """A hash of the data that a cell depends on: the rows, the held-out rows, the user's own scores.
 
         Args:
-            score_column: the column.
-            validated: whether it depends on the validation rows.
+            score_column: the column of the user's own scores, if the cell's selector has one.
+            validated: whether the cell depends on the validation rows.
         """
         rows = self.rows.select_columns(["prompt", "completion", *([score_column] if score_column else [])])
         validation = "" if self.validation is None or not validated else hash_rows(self.validation)
         wrong = None if self.wrong is None else self.wrong.tolist()
-        parts = [hash_rows(rows), validation, wrong, list(self.prompts), list(self.references)]
-        parts += [self.task_files] if self.task_files else []
-        return xxhash.xxh3_128_hexdigest(json.dumps(parts, default=str).encode())
+        made_from = [hash_rows(rows), validation, wrong, list(self.prompts), list(self.answers)]
+        made_from += [self.task_files] if self.task_files else []
+        return xxhash.xxh3_128_hexdigest(json.dumps(made_from, default=str).encode())
 
 
 def make_data(config: ComparisonConfig, seed: int) -> Data:
-    """The user's rows, the same for every seed; or the demo's, which each seed makes anew."""
+    """The user's rows, which are the same for every seed, or the demo's problems, which each seed makes."""
     if config.dataset == DEMO:
         return _demo_data(config, seed)
     columns = ColumnMapping(prompt_column=config.prompt_column, completion_column=config.completion_column)
@@ -81,13 +81,13 @@ def make_data(config: ComparisonConfig, seed: int) -> Data:
         held_out = {_text(row) for row in tests}
         if any(_text(row) in held_out for row in validation):
             raise InputError(
-                "Some validation rows are held out to test on: LESS and Nuggets would select for the test."
+                "Some validation rows are held-out rows as well: LESS and Nuggets would select for the test."
             )
     return Data(rows, wrong, tests["prompt"][:], tests["completion"][:], validation, _hash_tasks(config.task_folder))
 
 
 def hash_files(folder: Path, files: Iterable[Path]) -> str:
-    """Of some files in a folder, with their names."""
+    """A hash of files in a folder and of their names."""
     digest = xxhash.xxh3_128()
     for path in sorted(files):
         digest.update(f"{path.relative_to(folder)}\n".encode())
@@ -105,39 +105,39 @@ def _hash_tasks(folder: str | None) -> str:
 
 
 def _load(config: ComparisonConfig, name: str, split: str) -> Dataset:
-    """Rows of a dataset; the configuration on the hub is that of the one that is selected from."""
+    """The rows of a dataset; `dataset_config` applies to the dataset that is selected from."""
     return load_rows(name, split, config.dataset_config if name == config.dataset else None)
 
 
 def _flags(values: list[Any], name: str) -> np.ndarray:
-    """(N,) bool. Raises InputError for anything but true and false, or 1 and 0."""
+    """(N,) bool from a column. Raises InputError for values other than true and false, or 1 and 0."""
     odd = next((row for row, value in enumerate(values) if value not in (True, False)), None)
     if odd is not None:
         raise InputError(
-            f"wrong_column '{name}' says of each row true or false, or 1 or 0; row {odd} has {values[odd]!r}."
+            f"wrong_column '{name}' must be true or false, or 1 or 0, in each row; row {odd} has {values[odd]!r}."
         )
     return np.array(values, dtype=bool)
 
 
 def _check_tests(rows: Dataset, tests: Dataset) -> None:
-    """Raise InputError for held-out rows that are none, or whose answers cannot be marked."""
+    """Raise InputError where most held-out rows are in the dataset, or where an answer cannot be marked."""
     trained = {_text(row) for row in rows}
     known = sum(_text(row) in trained for row in tests)
     if 2 * known > len(tests):
         raise InputError(
-            f"{known} of the {len(tests)} held-out rows are among those that are selected from. A single file has no "
-            "splits: name another as test_dataset."
+            f"{known} of the {len(tests)} held-out rows are also in the dataset. A single file has no splits: name "
+            "another one as test_dataset."
         )
     if known:
         warnings.warn(
-            f"{known} of the {len(tests)} held-out rows are among those that are selected from: what is learnt by "
-            "heart counts as solved. Leave them out of the one or the other.",
+            f"{known} of the {len(tests)} held-out rows are also in the dataset, so that a memorised answer counts as "
+            "right. Remove them from one of the two.",
             stacklevel=2,
         )
-    for row, reference in enumerate(tests["completion"]):
-        if not isinstance(reference, str) or final_answer(reference) is None:
+    for row, answer in enumerate(tests["completion"]):
+        if not isinstance(answer, str) or final_answer(answer) is None:
             raise InputError(
-                f"Held-out row {row} ends in no number after '####' or 'The answer is', by which answers are marked."
+                f"Held-out row {row} does not end in a number after '####' or 'The answer is': it cannot be marked."
             )
 
 
@@ -146,10 +146,10 @@ def _text(row: dict[str, Any]) -> str:
 
 
 def _demo_data(config: ComparisonConfig, seed: int) -> Data:
-    """Problems of one seed to train on, and others, all of them right, to test and to validate on."""
+    """One seed's problems to train on, and others, all with right answers, to test and to validate on."""
     demo = config.demo
     rows, wrong, tests = make_demo_data(seed, demo.rows, demo.wrong_share, demo.held_out)
     asked = {*rows["prompt"], *(problem.prompt for problem in tests)}
     validation = as_dataset(make_problems(config.validation_rows, seed=2 * HELD_OUT_SEED + seed, exclude=asked))
-    prompts, references = [each.prompt for each in tests], [each.completion for each in tests]
-    return Data(rows, wrong, prompts, references, validation, _hash_tasks(config.task_folder))
+    prompts, answers = [each.prompt for each in tests], [each.completion for each in tests]
+    return Data(rows, wrong, prompts, answers, validation, _hash_tasks(config.task_folder))

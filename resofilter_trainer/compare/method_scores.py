@@ -1,6 +1,6 @@
-"""How the selectors of a comparison score rows: one function for each, `Request -> scores`. Knows no selector's policy.
+"""How the methods of a comparison score rows: one function for each, `Request -> scores`. Knows no policies.
 
-Every one leaves its scores in the request's folder, and takes those that lie there.
+Each function saves its scores in the request's folder, and returns the scores that are there already.
 """
 
 from __future__ import annotations
@@ -34,22 +34,22 @@ from ..tokens.cleaning import measure_tokens
 from ..training.fine_tuning import fine_tune, save_model
 from .config import SelectorConfig
 
-REFERENCE_SHARE = 0.2  # of the rows, on which the reference of token cleaning is tuned: the paper's 10k of 50k
+REFERENCE_SHARE = 0.2  # the share of the rows that the reference model is tuned on, the paper's 10k of 50k
 
 
 @dataclass(frozen=True)
 class Request:
-    """What a selector scores, and with which model.
+    """What to score, and with which model.
 
     Attributes:
-        model: where it was loaded.
-        tokenizer: its.
-        dataset: `prompt` and `completion`, and the user's other columns.
-        args: how rows become tokens.
-        folder: where scores lie, or are written to.
-        selector: its own settings.
-        validation: `prompt` and `completion` of the rows that it selects for, where it needs some.
-        reference: a model's name or folder, against which tokens are cleaned.
+        model: the scoring model.
+        tokenizer: its tokenizer.
+        dataset: the rows, with `prompt`, `completion` and the user's other columns.
+        args: the training arguments, which say how rows become tokens.
+        folder: the folder of the scores.
+        selector: the selector.
+        validation: `prompt` and `completion` of the validation rows; None if there are none.
+        reference: the name or folder of the reference model; None for methods without one.
     """
 
     model: PreTrainedModel
@@ -64,7 +64,7 @@ class Request:
     @cached_property
     def validation_tokens(self) -> PreparedRows:
         """The validation rows as tokens."""
-        assert self.validation is not None, "check() asks for them"
+        assert self.validation is not None, "check() requires them"
         return as_tokens(self.validation, self.tokenizer, self.args)
 
 
@@ -97,7 +97,7 @@ def by_resonance(update: UpdateName = "adamw", norm: Norm = "mean_abs") -> Calla
 
 
 def by_nuggets(request: Request) -> ScoreTable:
-    """The golden score on the validation rows."""
+    """Nuggets' golden score on the validation rows."""
     tasks = request.validation_tokens
     anchors = [{name: torch.tensor(row[name]) for name in ("input_ids", "labels")} for row in tasks.dataset]
     between = request.tokenizer("\n\n", add_special_tokens=False)["input_ids"]
@@ -108,7 +108,7 @@ def by_nuggets(request: Request) -> ScoreTable:
 
 
 def by_selectit(request: Request) -> ScoreTable:
-    """The model's own rating."""
+    """SelectIT's rating of each row by the model."""
     criterion = Criterion(SelectIT(request.tokenizer), drop="smallest", settings={"prompts": RATING_PROMPTS})
     return score_by(
         criterion, request.model, request.dataset, request.tokenizer, request.args, request.folder, drop_empty=True
@@ -161,8 +161,8 @@ def by_column(request: Request) -> ScoreTable:
 
 
 def by_token_losses(request: Request) -> TokenScores:
-    """Every learnt token's loss under the model and under a reference."""
-    assert request.reference is not None, "a comparison tunes one where none is named"
+    """Every learnt token's loss under the base model and under the reference model."""
+    assert request.reference is not None, "a comparison tunes a reference model where none is given"
     cleaning = TokenCleaning(keep=1.0, reference=request.reference)
     _, scores = measure_tokens(
         request.model, request.dataset, cleaning, request.tokenizer, request.args, request.folder, drop_empty=True
@@ -171,7 +171,7 @@ def by_token_losses(request: Request) -> TokenScores:
 
 
 def as_tokens(rows: Dataset, tokenizer: PreTrainedTokenizerBase, args: SFTConfig) -> PreparedRows:
-    """`prompt` and `completion` as scores see them: without the rows that have nothing to learn."""
+    """`prompt` and `completion` as tokens, without the rows that have no learnt token."""
     usable, _ = usable_rows(rows, ColumnMapping(), args.dataset_text_field, False, True)
     return prepare(usable, tokenizer, args)
 
@@ -180,8 +180,8 @@ def tune_reference(request: Request, folder: Path) -> None:
     """Tune the model on all tokens of the first rows, as fixed-model cleaning does (arXiv 2502.01968, section 3.2).
 
     Args:
-        request: whose model is trained, in place.
-        folder: the model is left in `model` there.
+        request: the request, whose model is trained in place.
+        folder: a folder for the training; the tuned model is saved in its folder `model`.
     """
     rows = as_tokens(request.dataset, request.tokenizer, request.args)
     first = rows.select(np.arange(max(1, round(REFERENCE_SHARE * len(rows.lengths)))))

@@ -1,15 +1,16 @@
-"""The selectors of a comparison: how each one scores rows, and which policy then decides. A new one gets a line here.
+"""The methods of a comparison: how each one scores rows, and which policy then decides.
 
     full, random, longest, shortest                       no model
     low_loss, high_loss, perplexity, entropy, el2n, ...   one criterion, one end
     resonance, resonance_sgd, resonance_l2                how far a step moves W_up (ResoFilter)
-    resonance_and_loss, resonance_residual                the same, with loss or beyond loss and length
+    resonance_and_loss, resonance_residual                the same together with the loss, or beyond loss and length
     token_fixed, token_rho, token_self_evolving           Token Cleaning: `keep` is the share of the learnt tokens
-    infobatch                                             inside the run, anew after every epoch; `keep` is the share of
-                                                          the rows below the mean; of eight epochs and more the last
-                                                          eighth takes all
+    infobatch                                             selects inside the run, again after every epoch; `keep` is the
+                                                          share of the rows below the mean; of eight epochs or more, the
+                                                          last eighth trains on all rows
 
-Knows policies, not how anything is measured, trained or evaluated.
+To add a method, write how it scores (`method_scores`) and add a line to `METHODS`. Knows policies; does not know how
+anything is measured, trained or tested.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from typing import Any, Literal
 
 from transformers import PreTrainedModel
 
-from ..config import InputError, Ranking, TokenCleaning
+from ..config import InputError, Norm, Ranking, TokenCleaning, UpdateName
 from ..scores.score_table import ScoreTable
 from ..scores.token_scores import TokenScores
 from ..scoring.less import LessConfig, projection_flops
@@ -42,175 +43,204 @@ from .method_scores import (
 )
 from .published import Needs
 
-TOKEN_LOSSES = "token_losses"
-RESONANCE_FORWARDS = 1.2  # a forward and what of its backward reaches the last layers, counted (benchmarks/RESULTS.md)
+RESONANCE_FORWARDS = 1.2  # a forward, and the backward through the last layers, counted (benchmarks/RESULTS.md)
+MakePolicy = Callable[[float, int, SelectorConfig], "Policy | TokenSelector | TokenCleaning"]
+Forwards = Callable[[ComparisonConfig, SelectorConfig, float], float]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Method:
-    """A way to select.
+    """A way to score and to decide.
 
     Attributes:
-        score: measures every row, or every token.
-        policy: from the share that stays, a seed and the selector's settings, who decides: on rows, on tokens, or with
-            `TokenCleaning` on tokens inside the run.
-        scores: the name under which scores are kept, which methods may share.
-        forwards: what measuring a row costs, in forwards of the scoring model; where that depends on it, a function of
-            what is compared, of the selector's own settings and of the epochs that are trained.
-        needs: before it runs, as the survey counts.
-        model: which model scores: the one that is trained (or `score_model`), a small one, or only the one that is
-            trained.
+        score: measures every row, or every learnt token.
+        policy: makes the policy from the share to keep, a seed and the selector. A policy decides on rows, on tokens
+            or, as `TokenCleaning`, on tokens inside the run.
+        scores: the name of the folder of the scores. Methods with the same name share their scores.
+        forwards: the cost of measuring one row, in forwards of the scoring model: a number, or a function of the
+            comparison, the selector and the epochs of the training.
+        needs: what the method needs before it runs, as the survey counts it.
+        model: the model that scores: the trained model or the selector's `score_model` (`"own"`), always the trained
+            model (`"trained"`), or the small model of the comparison (`"proxy"`).
         in_run: whether the policy decides inside the training.
-        validated: whether it selects for validation rows.
-        trains: whether scores depend on the seed, as something is trained for them.
-        flops: what measuring costs beside forwards; a function of the scoring model, of the number of rows and of the
-            selector.
+        validated: whether the method selects for validation rows.
+        by_reference: whether the method scores with a reference model as well.
+        trains: whether scoring trains something, so that the scores depend on the seed.
+        settings: the dataclass of the settings that a selector can have; None if there are none.
+        flops: the FLOPs of measuring beside forwards, by the scoring model, the number of rows and the selector.
     """
 
     score: Callable[[Request], ScoreTable | TokenScores]
-    policy: Callable[[float, int, SelectorConfig], Policy | TokenSelector | TokenCleaning]
+    policy: MakePolicy
     scores: str
-    forwards: float | Callable[[ComparisonConfig, SelectorConfig, float], float]
+    forwards: float | Forwards
     needs: Needs
     model: Literal["own", "proxy", "trained"] = "own"
     in_run: bool = False
     validated: bool = False
+    by_reference: bool = False
     trains: bool = False
-    flops: Callable[[PreTrainedModel, int, SelectorConfig], float] = lambda model, rows, own: 0.0
+    settings: type[LessConfig] | None = None
+    flops: Callable[[PreTrainedModel, int, SelectorConfig], float] = lambda model, rows, selector: 0.0
 
     def cost(self, config: ComparisonConfig, selector: SelectorConfig, epochs: float) -> float:
-        """In forwards of the scoring model, for each row."""
+        """The cost of measuring one row, in forwards of the scoring model."""
         return self.forwards(config, selector, epochs) if callable(self.forwards) else self.forwards
 
 
 def less_cost(config: LessConfig) -> float:
-    """A forward and a backward of every row after every epoch, and the warm-up, in forwards for each row.
+    """A forward and a backward of every row after every epoch, and the warm-up, in forwards per row.
 
-    What is projected comes on top (`projection_flops`).
+    The cost of the projection is counted apart (`projection_flops`).
     """
     return 3 * config.epochs * (1 + config.share)
 
 
 def token_cost(config: ComparisonConfig, epochs: float) -> float:
-    """A forward of every row by two models, and the training of the reference, in forwards for each row."""
+    """A forward of every row by two models, and the tuning of the reference model, in forwards per row."""
     return 2 + (0 if config.reference_model else 3 * REFERENCE_SHARE * epochs)
 
 
-def _selector(**settings: Any) -> Callable[[float, int, SelectorConfig], Policy]:
-    return lambda keep, seed, own: DataSelector(keep=keep, **settings)
+def _less_settings(selector: SelectorConfig) -> LessConfig:
+    return LessConfig(**selector.settings)
 
 
-def _criterion(name: str, forwards: float, needs: Needs, **settings: Any) -> Method:
-    model = settings.pop("model", "own")
-    return Method(by_criterion(name), _selector(**settings), name, forwards, needs, model)
+def _ranked(**settings: Any) -> MakePolicy:
+    return lambda keep, seed, selector: DataSelector(keep=keep, **settings)
+
+
+def _unscored(policy: MakePolicy, needs: Needs, **settings: Any) -> Method:
+    """A method whose policy uses no scores; the lengths say which rows can be trained on."""
+    return Method(score=by_criterion("length"), policy=policy, scores="length", forwards=0, needs=needs, **settings)
+
+
+def _criterion(
+    name: str, forwards: float, needs: Needs, model: Literal["own", "proxy"] = "own", **selector: Any
+) -> Method:
+    """A method by one criterion; `selector` are settings of DataSelector."""
+    policy = _ranked(**selector)
+    return Method(score=by_criterion(name), policy=policy, scores=name, forwards=forwards, needs=needs, model=model)
+
+
+def _resonance(
+    scores: str, needs: Needs, update: UpdateName = "adamw", norm: Norm = "mean_abs", **selector: Any
+) -> Method:
+    """A method by resonance; `selector` are settings of DataSelector."""
+    score, policy = by_resonance(update, norm), _ranked(**selector)
+    return Method(score=score, policy=policy, scores=scores, forwards=RESONANCE_FORWARDS, needs=needs)
 
 
 def _tokens(ranking: Ranking) -> Method:
+    """A method by token scores, of fixed-model cleaning."""
     return Method(
-        by_token_losses,
-        lambda keep, seed, own: TokenSelector(keep, ranking),
-        TOKEN_LOSSES,
-        lambda config, own, epochs: token_cost(config, epochs),
-        Needs(1, 4, model_free=False),
+        score=by_token_losses,
+        policy=lambda keep, seed, selector: TokenSelector(keep, ranking),
+        scores="token_losses",
+        forwards=lambda config, selector, epochs: token_cost(config, epochs),
+        needs=Needs(1, 4, model_free=False),
         model="trained",
+        by_reference=True,
         trains=True,
     )
 
 
-SCORED = Needs(0, 2)  # score, select
-NOTHING = Needs(0, 1)
+SELECT = Needs(0, 1)  # one step
+SCORE_AND_SELECT = Needs(0, 2)
 METHODS = {
-    "full": Method(by_criterion("length"), lambda keep, seed, own: DataSelector(keep=1.0), "length", 0, NOTHING),
-    "random": Method(by_criterion("length"), lambda keep, seed, own: RandomSelector(keep, seed), "length", 0, NOTHING),
-    "longest": _criterion("length", 0, SCORED),
-    "shortest": _criterion("length", 0, SCORED, drop="largest"),
-    "response_ratio": _criterion("response_ratio", 0, SCORED),
-    "repetition": _criterion("repetition", 0, SCORED),
-    "rarity": _criterion("rarity", 0, SCORED),
-    "low_loss": _criterion("loss", 1, SCORED),
-    "high_loss": _criterion("loss", 1, SCORED, drop="smallest"),
-    "perplexity": _criterion("perplexity", 1, SCORED),
-    "entropy": _criterion("entropy", 1, SCORED),
-    "ifd": _criterion("ifd", 2, SCORED),
+    "full": _unscored(lambda keep, seed, selector: DataSelector(keep=1.0), SELECT),
+    "random": _unscored(lambda keep, seed, selector: RandomSelector(keep, seed), SELECT),
+    "longest": _criterion("length", 0, SCORE_AND_SELECT),
+    "shortest": _criterion("length", 0, SCORE_AND_SELECT, drop="largest"),
+    "response_ratio": _criterion("response_ratio", 0, SCORE_AND_SELECT),
+    "repetition": _criterion("repetition", 0, SCORE_AND_SELECT),
+    "rarity": _criterion("rarity", 0, SCORE_AND_SELECT),
+    "low_loss": _criterion("loss", 1, SCORE_AND_SELECT),
+    "high_loss": _criterion("loss", 1, SCORE_AND_SELECT, drop="smallest"),
+    "perplexity": _criterion("perplexity", 1, SCORE_AND_SELECT),
+    "entropy": _criterion("entropy", 1, SCORE_AND_SELECT),
+    "ifd": _criterion("ifd", 2, SCORE_AND_SELECT),
     "superfiltering": _criterion("ifd", 2, Needs(0, 2, model_free=False), model="proxy"),
-    "el2n": _criterion("el2n", 1, SCORED),
-    "grand": _criterion("grand", 3, SCORED),
+    "el2n": _criterion("el2n", 1, SCORE_AND_SELECT),
+    "grand": _criterion("grand", 3, SCORE_AND_SELECT),
     "donod": _criterion("donod", 1, Needs(0, 3)),
-    "k_center": _criterion("k_center", 1, SCORED),
-    "selectit": Method(by_selectit, _selector(), "selectit", 3, SCORED),
+    "k_center": _criterion("k_center", 1, SCORE_AND_SELECT),
+    "selectit": Method(score=by_selectit, policy=_ranked(), scores="selectit", forwards=3, needs=SCORE_AND_SELECT),
     "nuggets": Method(
-        by_nuggets,
-        _selector(),
-        "nuggets",
-        lambda config, own, epochs: (
-            2 * config.validation_rows
-        ),  # each task after each row, together as long as two rows
-        Needs(0, 4, data_free=False),
+        score=by_nuggets,
+        policy=_ranked(),
+        scores="nuggets",
+        # each task after each row, together as long as two rows
+        forwards=lambda config, selector, epochs: 2 * config.validation_rows,
+        needs=Needs(0, 4, data_free=False),
         validated=True,
     ),
     "less": Method(
-        by_less,
-        _selector(),
-        "less",
-        lambda config, own, epochs: less_cost(LessConfig(**own.settings)),
-        Needs(1, 4, model_free=False, data_free=False),
+        score=by_less,
+        policy=_ranked(),
+        scores="less",
+        forwards=lambda config, selector, epochs: less_cost(_less_settings(selector)),
+        needs=Needs(1, 4, model_free=False, data_free=False),
         validated=True,
         trains=True,
-        flops=lambda model, rows, own: projection_flops(model, rows, LessConfig(**own.settings)),
+        settings=LessConfig,
+        flops=lambda model, rows, selector: projection_flops(model, rows, _less_settings(selector)),
     ),
-    "resonance": Method(by_resonance(), _selector(), "resonance", RESONANCE_FORWARDS, SCORED),
-    "resonance_sgd": Method(by_resonance("sgd"), _selector(), "resonance_sgd", RESONANCE_FORWARDS, SCORED),
-    "resonance_l2": Method(by_resonance(norm="l2"), _selector(), "resonance_l2", RESONANCE_FORWARDS, SCORED),
-    "resonance_and_loss": Method(
-        by_resonance(), _selector(by=("score", "loss"), combine="ranks"), "resonance", RESONANCE_FORWARDS, Needs(0, 3)
-    ),
-    "resonance_residual": Method(
-        by_resonance(),
-        _selector(by=("score", "loss", "num_tokens"), combine="residual"),
-        "resonance",
-        RESONANCE_FORWARDS,
-        Needs(0, 3),
-    ),
-    "infobatch": Method(
-        by_criterion("length"),
-        lambda keep, seed, own: SoftPruning(keep, seed=seed),
-        "length",
-        0,
-        SCORED,
-        model="trained",
-        in_run=True,
+    "resonance": _resonance("resonance", SCORE_AND_SELECT),
+    "resonance_sgd": _resonance("resonance_sgd", SCORE_AND_SELECT, update="sgd"),
+    "resonance_l2": _resonance("resonance_l2", SCORE_AND_SELECT, norm="l2"),
+    "resonance_and_loss": _resonance("resonance", Needs(0, 3), by=("score", "loss"), combine="ranks"),
+    "resonance_residual": _resonance("resonance", Needs(0, 3), by=("score", "loss", "num_tokens"), combine="residual"),
+    "infobatch": _unscored(
+        lambda keep, seed, selector: SoftPruning(keep, seed=seed), SCORE_AND_SELECT, model="trained", in_run=True
     ),
     "token_fixed": _tokens("global"),
     "token_rho": _tokens("sample"),
     "token_self_evolving": Method(
-        by_criterion("length"),
-        lambda keep, seed, own: TokenCleaning(keep),
-        "length",
-        lambda config, own, epochs: 1 + epochs,  # by the base once, and by the latest weights in every epoch
-        SCORED,
+        score=by_criterion("length"),
+        policy=lambda keep, seed, selector: TokenCleaning(keep),
+        scores="length",
+        # by the base model once, and by the latest weights in every epoch
+        forwards=lambda config, selector, epochs: 1 + epochs,
+        needs=SCORE_AND_SELECT,
         model="trained",
         in_run=True,
     ),
-    "column": Method(by_column, lambda keep, seed, own: DataSelector(keep=keep, drop=own.drop), "column", 0, SCORED),  # type: ignore[arg-type]
+    "column": Method(
+        score=by_column,
+        policy=lambda keep, seed, selector: DataSelector(keep=keep, drop=selector.drop),  # type: ignore[arg-type]
+        scores="column",
+        forwards=0,
+        needs=SCORE_AND_SELECT,
+    ),
 }
 
 
 def check(config: ComparisonConfig) -> None:
-    """Raise InputError for a selector that is not known, or lacks what it needs."""
-    for each in config.selectors:
-        if each.score_column is not None and config.dataset == DEMO:
-            raise InputError(f"The demo's problems have no column '{each.score_column}': name a dataset of your own.")
-        if each.method not in METHODS:
-            raise InputError(f"There is no selector '{each.method}'. There are: {', '.join(METHODS)}.")
-        method = METHODS[each.method]
-        if method.validated and config.dataset != DEMO and config.validation_dataset is None:
-            raise InputError(f"The selector '{each.name}' selects for a validation set: name validation_dataset.")
-        unknown = sorted(set(each.settings) - {one.name for one in dataclasses.fields(LessConfig)})
-        if each.settings and (each.method != "less" or unknown):
-            raise InputError(f"The selector '{each.name}' has no setting '{[*unknown, *each.settings][0]}'.")
-        LessConfig(**each.settings)  # which says what is wrong with them
-        unmeasured = method.cost(config, each, epochs=1) == 0
-        if each.score_model is not None and (method.model != "own" or unmeasured):
-            raise InputError(f"For '{each.method}' no score_model can score: leave it out.")
-        if method.model == "proxy" and config.proxy_model is None:
-            raise InputError(f"The selector '{each.name}' scores with a small model: name one as proxy_model.")
+    """Raise InputError for a selector whose method is unknown, or that lacks something its method needs."""
+    for selector in config.selectors:
+        if selector.method not in METHODS:
+            raise InputError(f"There is no method '{selector.method}'. There are: {', '.join(METHODS)}.")
+        _check_selector(config, selector, METHODS[selector.method])
+
+
+def _check_selector(config: ComparisonConfig, selector: SelectorConfig, method: Method) -> None:
+    if selector.score_column is not None and config.dataset == DEMO:
+        raise InputError(f"The demo's problems have no column '{selector.score_column}': name a dataset of your own.")
+    if method.validated and config.dataset != DEMO and config.validation_dataset is None:
+        raise InputError(f"The selector '{selector.name}' selects for a validation set: name a validation_dataset.")
+    _check_settings(selector, method)
+    unmeasured = method.cost(config, selector, epochs=1) == 0
+    if selector.score_model is not None and (method.model != "own" or unmeasured):
+        raise InputError(f"The method '{selector.method}' cannot use a score_model: leave it out.")
+    if method.model == "proxy" and config.proxy_model is None:
+        raise InputError(f"The selector '{selector.name}' scores with a small model: name one as proxy_model.")
+
+
+def _check_settings(selector: SelectorConfig, method: Method) -> None:
+    known = [] if method.settings is None else [each.name for each in dataclasses.fields(method.settings)]
+    unknown = sorted(set(selector.settings) - set(known))
+    if unknown:
+        there = f" Its settings are: {', '.join(known)}." if known else ""
+        raise InputError(f"The selector '{selector.name}' has no setting '{unknown[0]}'.{there}")
+    if method.settings is not None:
+        method.settings(**selector.settings)  # checks their values

@@ -1,4 +1,4 @@
-"""What came out of a comparison: one table, one picture, one JSON file. Knows cells and matplotlib, no model."""
+"""The results of a comparison: one table, one picture, one JSON file. Knows cells and matplotlib, no models."""
 
 from __future__ import annotations
 
@@ -19,20 +19,21 @@ from .config import ComparisonConfig
 from .published import Needs, dense_ranks, efficiency_ranks, feasibility_ranks, pir, pixel_distances, residual
 
 PICTURE = "comparison.png"
-OWN, BASELINE = "#0072b2", "#999999"  # told apart by colour-blind eyes as well
+OWN, BASELINE = "#0072b2", "#999999"  # distinct for colour-blind readers as well
 NOTE = """metric: held-out, mean over seeds with its 95 % interval (Student's t); over random, over all: paired by seed.
-SDF: kept / all. PIR: 3.1311 p - 1.6875, p the ratio to training on all. line: PIR above the survey's line, whose ranks
-are `effic`; `feas` ranks what a selector needs before it runs (arXiv 2406.14115). Length, loss: rank correlations with
-what goes first, so -1 where the longest, or those with the highest loss, stay. Seconds are this machine's."""
+SDF: kept / all. PIR: 3.1311 p - 1.6875, p the ratio to training on all rows. line: PIR above the survey's line, ranked
+in `effic`; `feas` ranks what a selector needs before it runs (arXiv 2406.14115). length, loss: rank correlations with
+the order of dropping, so -1 where the longest rows, or those with the highest loss, are kept. Seconds are this
+machine's."""
 
 
 def write(config: ComparisonConfig, cells: Sequence[Cell], needs: dict[str, Needs]) -> str:
-    """Leave JSON and picture in the folder. Returns the table.
+    """Write the JSON file and the picture into the comparison's folder, and return the table.
 
     Args:
-        config: what was compared.
-        cells: all of it.
-        needs: of each selector, by its name.
+        config: the comparison.
+        cells: all its cells.
+        needs: what each selector needs before it runs, by the selector's name.
     """
     lines = judged(summarise(cells), needs)
     output = Path(config.output)
@@ -46,17 +47,17 @@ def write(config: ComparisonConfig, cells: Sequence[Cell], needs: dict[str, Need
         ],
         "cells": [dataclasses.asdict(cell) for cell in cells],
     }
-    with replacing(output / COMPARISON_FILE) as part:
-        part.write_text(json.dumps(_plain(found), indent=2, default=str) + "\n")
-    with replacing(output / PICTURE) as part:
-        draw(lines, part)
+    with replacing(output / COMPARISON_FILE) as temporary:
+        temporary.write_text(json.dumps(_plain(found), indent=2, default=str) + "\n")
+    with replacing(output / PICTURE) as temporary:
+        draw(lines, temporary)
     return table(lines)
 
 
 def judged(lines: Sequence[dict[str, Any]], needs: dict[str, Needs]) -> list[dict[str, Any]]:
-    """The lines with PIR, both efficiencies and the ranks among those of the same budget and trained model.
+    """The lines with PIR, both measures of efficiency, and ranks among the lines of the same budget and trained model.
 
-    None where nothing was trained on all rows.
+    PIR is None, and efficiency is left out, where nothing was trained on all rows.
     """
     groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for line in lines:
@@ -102,18 +103,18 @@ COLUMNS = (
 
 BUDGETS = {
     EPOCHS: "",
-    FLOPS: "At equal FLOPs: selecting and training together cost what training on all rows does.",
+    FLOPS: "At equal FLOPs: selecting and training together cost as much as training on all rows.",
 }
 
 
 def table(lines: Sequence[dict[str, Any]]) -> str:
     """The lines as text, a table for each budget."""
-    parts = []
+    shown = []
     for budget, title in BUDGETS.items():
         own = [line for line in lines if line["budget"] == budget]
         if own:
-            parts += [*([title] if title else []), *_table(own), ""]
-    return "\n".join([*parts, NOTE, *_transfer_tables(lines)])
+            shown += [*([title] if title else []), *_table(own), ""]
+    return "\n".join([*shown, NOTE, *_transfer_tables(lines)])
 
 
 def _table(lines: Sequence[dict[str, Any]]) -> list[str]:
@@ -129,7 +130,7 @@ def _table(lines: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def _transfer_tables(lines: Sequence[dict[str, Any]]) -> list[str]:
-    """For each method, what is scored by whom against what is trained."""
+    """A table for each method: the scoring models against the trained models."""
     rows = []
     for (method, keep), pairs in transfer(lines).items():
         scorers, trained = (list(dict.fromkeys(pair[side] for pair in pairs)) for side in (0, 1))
@@ -143,13 +144,13 @@ def _transfer_tables(lines: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def _name(line: dict[str, Any], lines: Sequence[dict[str, Any]]) -> str:
-    """The selector's, and where several models are trained the model's."""
+    """The selector's name, after the model's where several models are trained."""
     several = len({each["model"] for each in lines}) > 1
     return f"{line['model']}: {line['selector']}" if several else str(line["selector"])
 
 
 def draw(lines: Sequence[dict[str, Any]], path: Path) -> None:
-    """For each budget and share, best first: the metric with its interval, and what selecting and training cost."""
+    """For each budget and share, best first: the metric with its interval, and the cost of selecting and training."""
     pairs = {(line["budget"], line["keep"]) for line in lines if line["selector"] != FULL}
     panels = sorted(pairs) or [(EPOCHS, 1.0)]
     figure = Figure(figsize=(10, len(panels) * (1 + 0.28 * (len(lines) // len(panels) + 1))), layout="constrained")
@@ -187,7 +188,7 @@ def _number(value: float | None, sign: str = "", digits: int = 3) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """The same for JSON, which knows no NaN."""
+    """The value for JSON: None for numbers that are not finite."""
     if isinstance(value, dict):
         return {name: _plain(each) for name, each in value.items()}
     if isinstance(value, list | tuple):

@@ -1,10 +1,10 @@
 """A comparison: every selector scores, selects, trains and is tested, for every share and seed.
 
-    data of a seed -> Round -> one cell after another, each kept as soon as it is done
+    data of a seed -> Round -> one cell after another, each saved as soon as it is done
     all cells -> comparison.json, a table, a picture
 
-What is finished lies in the folder, whole, with what it is of, and is not done again. One process. Knows folders, not
-how anything is scored or trained.
+A comparison resumes: a cell that is in the folder is not made again. It runs in one process. Knows folders; does not
+know how anything is scored or trained.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from accelerate import PartialState
 from ..config import InputError
 from ..evaluation.tasks import check_tasks
 from ..io.files import folder_lock, read_json, replacing
+from ..io.made_from import as_json, check_made_from
 from ..selecting.results import EPOCHS, FLOPS, FULL
 from .cells import Cell
 from .config import ComparisonConfig, SelectorConfig, slug
@@ -30,23 +31,24 @@ from .methods import check
 from .round import Round
 
 SETTINGS = "settings.json"
-LATER = ("selectors", "keep", "seeds", "model", "output", "equal_flops", "unsafe_code")  # more may come
-OF_SOME = (  # what only some cells depend on, which have it written down
+EXTENSIBLE = ("selectors", "keep", "seeds", "model", "output", "equal_flops", "unsafe_code")  # may change later
+OF_SOME_CELLS = (  # which are saved with the cells that depend on them
     *("proxy_model", "score_model", "reference_model"),
     *("validation_dataset", "validation_split", "validation_rows"),
 )
+ANOTHER_OUTPUT = "Choose another output."
 
 
 def run(config: ComparisonConfig) -> list[Cell]:
-    """Do what is not done yet, and give every cell.
+    """Make the cells that are not in the folder yet, and return all of them.
 
     Raises:
-        InputError: a selector is not known or lacks something, a model or a dataset cannot be had, or the folder holds
+        InputError: a selector is unknown or lacks something, a model or a dataset cannot be loaded, or the folder has
             another comparison.
     """
     check(config)
     if PartialState().num_processes > 1:
-        raise InputError("A comparison runs in one process: its trainings take turns. Leave accelerate launch out.")
+        raise InputError("A comparison runs in one process, one training after another: leave accelerate launch out.")
     if config.tasks:
         check_tasks(config.tasks, config.task_folder)
     output = Path(config.output)
@@ -56,94 +58,103 @@ def run(config: ComparisonConfig) -> list[Cell]:
             data = make_data(config, seed)
             for model in config.model:
                 one = Round(config, model, seed, data)
-                if seed == config.seeds[0]:  # nothing is wrong with the settings
-                    _claim(output, config)
+                if seed == config.seeds[0]:  # the settings are known to work
+                    _save_settings(output, config)
                 cells += _cells_of(one, output / "cells" / slug(model))
     return cells
 
 
-def _cells_of(own: Round, folder: Path) -> list[Cell]:
-    """All of one model and seed; first for as many epochs as all rows, then at equal FLOPs where that is asked for."""
-    config, found = own.config, dict[tuple[str, float], Cell]()
+def _cells_of(one: Round, folder: Path) -> list[Cell]:
+    """All cells of one model and seed: with as many epochs as on all rows, then at equal FLOPs if asked for."""
+    config, found = one.config, dict[tuple[str, float], Cell]()
     wanted = [
         (selector, keep)
         for selector in config.selectors
         for keep in ((1.0,) if selector.method == FULL else config.keep)
     ]
     for selector, keep in wanted:
-        make = partial(own.cell, selector, keep)
-        found[selector.name, keep] = _once(own, folder, selector, keep, EPOCHS, make)
+        make = partial(one.cell, selector, keep)
+        found[selector.name, keep] = _once(one, folder, selector, keep, EPOCHS, make)
     cells = list(found.values())
     for selector, keep in wanted if config.equal_flops else ():
         if selector.method != FULL:
-            make = partial(own.at_equal_flops, selector, keep, found[selector.name, keep], found[FULL, 1.0])
-            cells.append(_once(own, folder, selector, keep, FLOPS, make))
+            make = partial(one.at_equal_flops, selector, keep, found[selector.name, keep], found[FULL, 1.0])
+            cells.append(_once(one, folder, selector, keep, FLOPS, make))
     return cells
 
 
 def _once(
-    own: Round, folder: Path, selector: SelectorConfig, keep: float, budget: str, make: Callable[[], Cell]
+    one: Round, folder: Path, selector: SelectorConfig, keep: float, budget: str, make: Callable[[], Cell]
 ) -> Cell:
-    """A cell from its file, made first where it is not there."""
+    """A cell from its file; it is made and saved first if the file does not exist."""
     suffix = "" if budget == EPOCHS else f"-{budget}"
-    path = folder / f"{selector.name}-{keep:g}-{own.seed}{suffix}.json"
-    origin = {"selector": dataclasses.asdict(selector), "model": own.model, "keep": keep, "seed": own.seed}
-    origin |= own.origin(selector)
+    path = folder / f"{selector.name}-{keep:g}-{one.seed}{suffix}.json"
+    origin = {"selector": dataclasses.asdict(selector), "model": one.model, "keep": keep, "seed": one.seed}
+    origin |= one.scores.origin(selector)
     if not path.exists():
-        if own.config.tasks and not own.tried:
-            own.try_tasks()
+        one.try_tasks()
         cell = make()
-        with replacing(path) as part:
-            part.write_text(json.dumps({"of": origin, **dataclasses.asdict(cell)}, indent=2) + "\n")
+        _save_json(path, {"of": origin, **dataclasses.asdict(cell)})
         print(_line(cell), flush=True)
         gc.collect()  # a trained model and its trainer refer to each other
     return read_cell(path, origin)
 
 
-def _claim(output: Path, config: ComparisonConfig) -> None:
-    """Leave in the folder what the cells in it are of. Raises InputError where it holds another comparison's.
+def _save_settings(output: Path, config: ComparisonConfig) -> None:
+    """Save the settings that every cell depends on, or check them against those of the comparison in the folder.
 
-    More selectors, shares, seeds and models may come later; what a cell depends on may not change.
+    Raises:
+        InputError: the folder has another comparison, or something else.
     """
-    mine = dataclasses.asdict(config)
-    for name in (*LATER, *OF_SOME):
-        mine.pop(name)
-    mine = json.loads(json.dumps(mine, default=str))
+    settings = dataclasses.asdict(config)
+    for name in (*EXTENSIBLE, *OF_SOME_CELLS):
+        settings.pop(name)
     path = output / SETTINGS
     if path.exists():
-        theirs = read_json(path, "Choose another output, or remove that one.")
-        if not isinstance(theirs, dict):
-            raise InputError(f"'{path}' is damaged, it holds no mapping. Choose another output, or remove that one.")
-        differing = [f"{name} ({theirs.get(name)} / {mine[name]})" for name in mine if theirs.get(name) != mine[name]]
-        if differing:
-            raise InputError(
-                f"'{output}' holds another comparison (there / here): {'; '.join(differing)}. Choose another output."
-            )
+        there = read_json(path, "Choose another output, or remove that one.")
+        if not isinstance(there, dict):
+            raise InputError(f"'{path}' is damaged, it has no mapping. Choose another output, or remove that one.")
+        check_made_from(there, settings, f"'{output}' has a comparison that was", ANOTHER_OUTPUT, settings)
         return
     taken = [name for name in ("cells", "scores", "trainer") if (output / name).exists()]
     if taken:
-        raise InputError(
-            f"'{output}' has a folder '{taken[0]}' and no comparison that it is of. Choose another output."
-        )
-    with replacing(path) as part:
-        part.write_text(json.dumps(mine, indent=2) + "\n")
+        raise InputError(f"'{output}' has a folder '{taken[0]}', but no {SETTINGS} of a comparison. {ANOTHER_OUTPUT}")
+    _save_json(path, as_json(settings))
+
+
+def _save_json(path: Path, values: Mapping[str, Any]) -> None:
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(values, indent=2) + "\n")
 
 
 def read_cell(path: Path, origin: Mapping[str, Any]) -> Cell:
-    """A cell that is done. Raises InputError where it cannot be read, or is of another selector or other data."""
-    values = read_json(path, "Remove it, and it is done again.")
+    """A saved cell.
+
+    Args:
+        path: the file.
+        origin: what the cell should be made from; nothing is compared if it is empty.
+
+    Raises:
+        InputError: the file cannot be read, or its cell was made from something else.
+    """
+    remedy = "Remove it, and the cell is made again."
+    values = read_json(path, remedy)
     try:
-        there = dict(values.pop("of"))
+        there = _by_setting(values.pop("of"))
         cell = Cell(**values)
     except (TypeError, ValueError, KeyError, AttributeError) as error:
-        raise InputError(f"'{path}' is damaged or of another version. Remove it, and it is done again.") from error
-    different = [name for name in origin if json.loads(json.dumps(origin[name])) != there.get(name)]
-    if different:
-        raise InputError(
-            f"'{path}' is of another {' and other '.join(different)} than asked for now. Give the selector another "
-            "name, choose another output, or remove the file."
-        )
+        raise InputError(f"'{path}' is damaged or of another version. {remedy}") from error
+    here = _by_setting(origin)
+    way_out = "Give the selector another name, choose another output, or remove the file."
+    check_made_from(there, here, f"'{path}' has a cell that was", way_out, here)
     return cell
+
+
+def _by_setting(origin: Mapping[str, Any]) -> dict[str, Any]:
+    """The origin of a cell with each setting of its selector as an entry of its own, as in `selector.drop`."""
+    selector = dict(origin.get("selector", {}))
+    settings = {f"selector.{name}": value for name, value in selector.items()}
+    return {**{name: value for name, value in origin.items() if name != "selector"}, **settings}
 
 
 def _line(cell: Cell) -> str:

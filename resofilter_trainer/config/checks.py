@@ -59,8 +59,8 @@ def at_most_one(**settings: object) -> str | None:
 
 
 def _bounds(least: float | None, most: float | None, above: float | None = None) -> str:
-    """The bounds in words, such as ` of at least 1 and at most 10`."""
-    lower = "" if above is None else f" above {above:g}"
-    lower += "" if least is None else f" of at least {least:g}"
-    upper = "" if most is None else f" {'and' if lower else 'of'} at most {most:g}"
+    """` above 0`, ` of at least 1 and at most 10`."""
+    lower = "" if above is None else f" above {above:.15g}"
+    lower += "" if least is None else f" of at least {least:.15g}"
+    upper = "" if most is None else f" {'and' if lower else 'of'} at most {most:.15g}"
     return lower + upper

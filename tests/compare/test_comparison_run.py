@@ -1,4 +1,4 @@
-"""A whole comparison on a few of the demo's problems; interrupted, repeated, extended, and given nonsense."""
+"""A whole comparison on a few of the demo's problems: interrupted, repeated, extended, and with wrong settings."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 from datasets import Dataset
 from helpers.tasks import write_tasks
+from trl import SFTTrainer
 
 from resofilter_trainer import InputError, ScoreTable
 from resofilter_trainer.cli.entry import main
-from resofilter_trainer.compare import round as comparison_round
+from resofilter_trainer.compare import choosing, selector_scores
 from resofilter_trainer.compare.config import ComparisonConfig, slug
 from resofilter_trainer.compare.cost import parameters_of, timed
 from resofilter_trainer.compare.data import make_data
@@ -43,17 +44,17 @@ def config(tmp_path, selectors, **changes) -> ComparisonConfig:
 
 @pytest.fixture(scope="module")
 def every(tmp_path_factory):
-    """All methods that need nothing else, trained once."""
-    names = [name for name in METHODS if name not in ("column", "superfiltering", "less")]
+    """Every method but `column`, which the demo's rows cannot have, trained once; the base is the small model, too."""
+    names = [name for name in METHODS if name not in ("column", "less")]
     folder = tmp_path_factory.mktemp("every")
     less = {"method": "less", "settings": {"lora_r": 2, "epochs": 1}}
-    return run(config(folder, [*names, less], validation_rows=2)), folder / "out"
+    return run(config(folder, [*names, less], validation_rows=2, proxy_model=str(BASE))), folder / "out"
 
 
 @pytest.mark.slow
 def test_every_selector_scores_selects_trains_and_is_tested(every):
     cells, folder = every
-    assert len(cells) == len(METHODS) - 2
+    assert len(cells) == len(METHODS) - 1
     for cell in cells:
         assert cell.metric is not None
         assert 0 <= cell.metric <= 1
@@ -67,7 +68,7 @@ def test_every_selector_scores_selects_trains_and_is_tested(every):
 
 
 @pytest.mark.slow
-def test_what_a_cell_says_of_its_score_is_the_scores(every):
+def test_the_insight_of_a_cell_is_about_its_scores(every):
     cells, folder = every
     of = {cell.selector: cell for cell in cells}
     assert of["low_loss"].loss_correlation == pytest.approx(1)
@@ -103,7 +104,7 @@ def test_methods_that_share_scores_measure_once(every):
 def test_finished_work_is_not_repeated(tmp_path, monkeypatch):
     first = config(tmp_path, ["random", "low_loss", "resonance"])
     trained = []
-    own = comparison_round.SFTTrainer.train
+    own = SFTTrainer.train
 
     def train(self, *args, **kwargs):
         trained.append(1)
@@ -111,7 +112,7 @@ def test_finished_work_is_not_repeated(tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return own(self, *args, **kwargs)
 
-    monkeypatch.setattr(comparison_round.SFTTrainer, "train", train)
+    monkeypatch.setattr(SFTTrainer, "train", train)
     with pytest.raises(KeyboardInterrupt):
         run(first)
     cells = tmp_path / "out" / "cells" / "demo"
@@ -137,12 +138,12 @@ def test_tokens_are_selected_as_the_settings_say(every):
     wrong = make_data(config(folder, ["full"]), 0).wrong[np.repeat(scores.sample_id, scores.num_tokens)]
     assert of["token_fixed"].wrong_kept == pytest.approx(wrong[kept].mean())
     assert of["token_rho"].kept == keep_by_sample(scores.base, scores.reference, scores.offsets, 0.5).sum()
-    assert of["token_self_evolving"].kept > of["token_fixed"].kept  # the first part is learnt whole
+    assert of["token_self_evolving"].kept > of["token_fixed"].kept  # the first stage learns all tokens
     assert of["token_self_evolving"].wrong_kept is None
 
 
 @pytest.mark.slow
-def test_a_reference_of_ones_own_is_what_tokens_are_cleaned_against(tmp_path):
+def test_a_given_reference_model_is_not_tuned(tmp_path):
     (cell,) = run(config(tmp_path, ["token_fixed"], reference_model=str(BASE)))
     folder = tmp_path / "out" / "scores" / "demo" / "token_losses-seed-0"
     scores = TokenScores.load(folder)
@@ -153,7 +154,7 @@ def test_a_reference_of_ones_own_is_what_tokens_are_cleaned_against(tmp_path):
 
 
 @pytest.mark.slow
-def test_at_equal_flops_everything_costs_what_all_rows_do(tmp_path):
+def test_at_equal_flops_everything_costs_as_much_as_all_rows(tmp_path):
     names = ["full", "random", "low_loss", "infobatch", "token_self_evolving", "nuggets"]
     training = {**SMALL["training"], "num_train_epochs": 2, "per_device_train_batch_size": 1}
     cells = run(config(tmp_path, names, equal_flops=True, training=training))
@@ -171,17 +172,17 @@ def test_at_equal_flops_everything_costs_what_all_rows_do(tmp_path):
 
 
 @pytest.mark.slow
-def test_infobatch_learns_all_rows_in_the_last_eighth(tmp_path):
+def test_infobatch_trains_on_all_rows_in_the_last_eighth(tmp_path):
     training = {**SMALL["training"], "num_train_epochs": 8, "per_device_train_batch_size": 8, "learning_rate": 1e-5}
     shares = []
-    own = comparison_round.Chosen.decided
+    own = choosing.Chosen.decided
 
     def decided(self, epochs):
         shares.extend(each.keep.mean() for each in self.callback.selections)
         return own(self, epochs)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(comparison_round.Chosen, "decided", decided)
+        patch.setattr(choosing.Chosen, "decided", decided)
         run(config(tmp_path, ["infobatch"], training=training))
     assert len(shares) == 8
     assert shares[0] == shares[-1] == 1
@@ -199,7 +200,7 @@ def test_tasks_of_the_harness_are_the_metric(tmp_path, own_rows):
 
 
 @pytest.mark.slow
-def test_the_same_again_elsewhere_is_the_same(tmp_path):
+def test_a_comparison_is_reproducible(tmp_path):
     def numbers(folder):
         (cell,) = run(config(folder, ["resonance"]))
         return cell.metric, cell.kept, cell.auroc, cell.length_correlation
@@ -213,16 +214,16 @@ def test_another_comparison_in_the_folder_is_refused(tmp_path):
         run(config(tmp_path, ["random"], max_new_tokens=9))
 
 
-@pytest.mark.parametrize(("rate", "clip"), [(1e30, 0.0), (10.0, 1.0)])  # no numbers any more, and numbers
-def test_a_training_that_diverges_is_said_and_not_averaged(rate, clip, tmp_path):
+@pytest.mark.parametrize(("rate", "clip"), [(1e30, 0.0), (10.0, 1.0)])  # the loss is NaN, and the loss is finite
+def test_a_training_that_diverges_is_reported_and_not_averaged(rate, clip, tmp_path):
     training = {**SMALL["training"], "learning_rate": rate, "max_grad_norm": clip, "per_device_train_batch_size": 2}
     (cell,) = run(config(tmp_path, ["random"], training=training))
     assert cell.metric is None
-    assert cell.failure.startswith("diverged: a loss of ")
+    assert cell.failure.startswith("diverged: the loss is ")
 
 
 @pytest.mark.slow
-def test_weights_that_are_no_numbers_are_said_and_not_the_end(tmp_path, monkeypatch):
+def test_weights_that_are_not_finite_are_reported_and_do_not_end_the_comparison(tmp_path, monkeypatch):
     def broken(*args, **kwargs):
         raise NotFiniteError("Row 3 has a loss that is not finite.")
 
@@ -233,7 +234,7 @@ def test_weights_that_are_no_numbers_are_said_and_not_the_end(tmp_path, monkeypa
     assert random.metric is not None
 
 
-def test_another_model_under_the_same_name_is_refused(tmp_path, tiny_model_dir, own_rows):
+def test_another_model_with_the_same_name_is_refused(tmp_path, tiny_model_dir, own_rows):
     folder = tmp_path / "model"
     shutil.copytree(tiny_model_dir, folder)
     training = {**SMALL["training"], "activation_checkpointing": False}
@@ -241,19 +242,19 @@ def test_another_model_under_the_same_name_is_refused(tmp_path, tiny_model_dir, 
     run(config(tmp_path, ["random"], **settings))
     weights = folder / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"x")
-    comparison_round._hash_weights.cache_clear()
-    with pytest.raises(InputError, match="is of another weights"):
+    selector_scores.hash_weights.cache_clear()
+    with pytest.raises(InputError, match="has a cell that was made from something else, they differ in weights "):
         run(config(tmp_path, ["random"], **settings))
 
 
-def test_what_only_other_selectors_need_may_come_later(tmp_path, own_rows):
+def test_settings_that_only_other_selectors_need_may_be_added_later(tmp_path, own_rows):
     (first,) = run(config(tmp_path, ["random"], dataset=own_rows, **OWN))
     later = {"reference_model": str(BASE), "validation_rows": 3, "unsafe_code": False}
     assert run(config(tmp_path, ["random"], dataset=own_rows, **OWN, **later)) == [first]
 
 
-def test_settings_that_cannot_work_leave_no_mark(tmp_path):
-    with pytest.raises(InputError, match="'speed' is no field"):
+def test_settings_that_cannot_work_write_nothing(tmp_path):
+    with pytest.raises(InputError, match="'speed' is not a field of SFTConfig"):
         run(config(tmp_path, ["random"], training={"speed": 3}))
     assert not (tmp_path / "out" / "settings.json").exists()
 
@@ -292,11 +293,11 @@ def test_rows_and_scores_of_ones_own(tmp_path, own_rows):
     assert best.wrong_kept == pytest.approx(0.5)
 
 
-def test_held_out_rows_that_are_trained_on_are_counted(tmp_path, own_rows):
+def test_held_out_rows_that_are_also_in_the_dataset_are_counted(tmp_path, own_rows):
     known = {"q": "what is 3 + 1 ?\n", "a": "3+1=5. #### 5"}
     tests = [known, *({"q": f"what is {i} + 2 ?\n", "a": f"#### {i + 2}"} for i in range(3))]
     Dataset.from_list(tests).to_json(tmp_path / "tests.jsonl")
-    with pytest.warns(UserWarning, match="1 of the 4 held-out rows are among those that are selected from"):
+    with pytest.warns(UserWarning, match="1 of the 4 held-out rows are also in the dataset"):
         make_data(config(tmp_path, ["random"], dataset=own_rows, **OWN), 0)
 
 
@@ -312,21 +313,27 @@ def test_a_small_model_scores_for_superfiltering(tmp_path, own_rows, tiny_model_
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"selectors": ["beauty"]}, "There is no selector 'beauty'. There are: full, random"),
+        ({"selectors": ["beauty"]}, "There is no method 'beauty'. There are: full, random"),
         ({"selectors": ["superfiltering"]}, "name one as proxy_model"),
         ({"selectors": ["less"], "dataset": "rows.jsonl"}, "'less' selects for a validation set"),
         ({"selectors": ["nuggets"], "dataset": "rows.jsonl"}, "'nuggets' selects for a validation set"),
         ({"selectors": [{"method": "less", "settings": {"r": 3}}]}, "'less' has no setting 'r'"),
         ({"selectors": [{"method": "less", "settings": {"share": 0}}]}, "share of the rows"),
         ({"selectors": [{"method": "less", "settings": {"lora_r": 2.5}}]}, "lora_r is a whole number"),
-        ({"selectors": [{"method": "longest", "score_model": "x"}]}, "no score_model can score"),
-        ({"selectors": [{"method": "infobatch", "score_model": "x"}]}, "no score_model can score"),
+        ({"selectors": [{"method": "longest", "score_model": "x"}]}, "cannot use a score_model"),
+        ({"selectors": [{"method": "infobatch", "score_model": "x"}]}, "cannot use a score_model"),
         ({"selectors": [{"method": "ifd", "settings": {"lora_r": 3}}]}, "'ifd' has no setting 'lora_r'"),
-        ({"selectors": ["random"], "training": {"speed": 3}}, "'speed' is no field of SFTConfig"),
+        ({"selectors": ["random"], "training": {"speed": 3}}, "'speed' is not a field of SFTConfig"),
         ({"selectors": ["random"], "training": {"lr_scheduler_type": "x"}}, "SFTConfig refuses"),
-        ({"selectors": ["random"], "training": {"learning_rate": "fast"}}, "learning_rate is a number, got 'fast'"),
+        (
+            {"selectors": ["random"], "training": {"learning_rate": "fast"}},
+            "learning_rate must be a finite number, got",
+        ),
         ({"selectors": ["random"], "training": {"eval_strategy": "epoch"}}, "leave eval_strategy out"),
-        ({"selectors": ["random"], "training": {"num_train_epochs": 0}}, "num_train_epochs must be above 0"),
+        (
+            {"selectors": ["random"], "training": {"num_train_epochs": 0}},
+            "num_train_epochs must be a finite number above 0",
+        ),
         ({"selectors": [{"score_column": "quality"}]}, "The demo's problems have no column 'quality'"),
         ({"selectors": ["random"], "model": "./none"}, "none'"),
         ({"selectors": ["random"], "dataset": "./none.jsonl"}, "There is no dataset"),
@@ -344,10 +351,10 @@ def test_what_cannot_work_is_refused(changes, said, tmp_path):
         ({"wrong_column": "none"}, "no column 'none'"),
         ({"selectors": [{"score_column": "none"}]}, "no column 'none'"),
         ({"selectors": [{"score_column": "a"}]}, "something else than numbers"),
-        ({"wrong_column": "a"}, "says of each row true or false"),
-        ({"wrong_column": "quality"}, "says of each row true or false"),
-        ({"test_dataset": None}, "12 of the 12 held-out rows are among those"),
-        ({"test_dataset": "unmarked.jsonl"}, "Held-out row 1 ends in no number"),
+        ({"wrong_column": "a"}, "must be true or false, or 1 or 0, in each row"),
+        ({"wrong_column": "quality"}, "must be true or false, or 1 or 0, in each row"),
+        ({"test_dataset": None}, "12 of the 12 held-out rows are also in the dataset"),
+        ({"test_dataset": "unmarked.jsonl"}, "Held-out row 1 does not end in a number"),
     ],
 )
 def test_columns_that_cannot_work_are_refused(changes, said, tmp_path, own_rows):
@@ -357,9 +364,9 @@ def test_columns_that_cannot_work_are_refused(changes, said, tmp_path, own_rows)
         run(config(tmp_path, **changes))
 
 
-def test_a_name_that_stands_for_something_else_now_is_refused(tmp_path, own_rows):
+def test_a_name_that_means_another_selector_now_is_refused(tmp_path, own_rows):
     run(config(tmp_path, [{"score_column": "quality", "name": "mine"}], dataset=own_rows, **OWN))
-    with pytest.raises(InputError, match="is of another selector than asked for now"):
+    with pytest.raises(InputError, match=r"they differ in selector.drop \(smallest / largest\)"):
         run(config(tmp_path, [{"score_column": "quality", "name": "mine", "drop": "largest"}], dataset=own_rows, **OWN))
 
 
@@ -374,15 +381,15 @@ def test_a_prompt_of_two_columns(tmp_path, own_rows):
     assert [data.rows["prompt"][row] for row in (0, 1)] == [rows[0]["q"], f"{rows[1]['q']}\n\n1 times\n"]
 
 
-def test_rows_that_changed_meanwhile_are_refused(tmp_path, own_rows):
+def test_rows_that_changed_since_are_refused(tmp_path, own_rows):
     run(config(tmp_path, ["random"], dataset=own_rows, **OWN))
     rows = Dataset.from_json(own_rows).to_list()
     Dataset.from_list([*rows[:-1], {**rows[-1], "a": "#### 7"}]).to_json(tmp_path / own_rows)
-    with pytest.raises(InputError, match="is of another data"):
+    with pytest.raises(InputError, match="they differ in data "):
         run(config(tmp_path, ["random"], dataset=own_rows, **OWN))
 
 
-def test_a_score_column_may_be_called_as_a_criterion(tmp_path, own_rows):
+def test_a_score_column_may_have_the_name_of_a_criterion(tmp_path, own_rows):
     rows = [{**row, "loss": row["quality"]} for row in Dataset.from_json(own_rows).to_list()]
     Dataset.from_list(rows).to_json(tmp_path / own_rows)
     cells = run(config(tmp_path, [{"score_column": "loss", "name": "mine"}, "low_loss"], dataset=own_rows, **OWN))
@@ -390,13 +397,13 @@ def test_a_score_column_may_be_called_as_a_criterion(tmp_path, own_rows):
     assert abs(cells[0].loss_correlation) < 1
 
 
-def test_a_score_column_may_come_later(tmp_path, own_rows):
+def test_a_score_column_may_be_added_later(tmp_path, own_rows):
     (first,) = run(config(tmp_path, ["random"], dataset=own_rows, **OWN))
     both = run(config(tmp_path, ["random", {"score_column": "quality"}], dataset=own_rows, **OWN))
     assert both[0] == first
 
 
-def test_a_tokenizer_without_a_pad_token_will_do(tmp_path, own_rows, tiny_model_dir):
+def test_a_tokenizer_without_a_pad_token_works(tmp_path, own_rows, tiny_model_dir):
     folder = tmp_path / "padless"
     shutil.copytree(tiny_model_dir, folder)
     settings = json.loads((folder / "tokenizer_config.json").read_text())
@@ -429,7 +436,7 @@ def test_selecting_costs_what_the_scoring_model_costs(tmp_path, own_rows, tiny_m
 
 
 @pytest.mark.slow
-def test_what_selecting_took_is_measured_again_where_it_was_lost(tmp_path):
+def test_the_seconds_of_selecting_are_measured_again_if_they_were_lost(tmp_path):
     first = config(tmp_path, ["low_loss"])
     run(first)
     folder = tmp_path / "out" / "scores" / "demo" / "loss-seed-0"
@@ -439,7 +446,7 @@ def test_what_selecting_took_is_measured_again_where_it_was_lost(tmp_path):
     assert cell.selection_seconds == json.loads((folder / "cost.json").read_text())["seconds"]
 
 
-def test_seconds_of_an_interrupted_pass_count_and_its_parts_stay(tmp_path):
+def test_the_seconds_of_an_interrupted_pass_count_and_its_parts_are_kept(tmp_path):
     folder, done = tmp_path / "scores", []
 
     def work() -> int:
@@ -447,31 +454,31 @@ def test_seconds_of_an_interrupted_pass_count_and_its_parts_stay(tmp_path):
         (folder / "parts").mkdir(parents=True, exist_ok=True)
         path = folder / "parts" / str(len(done))
         path.touch()
-        os.utime(path, (time.time() + 100, time.time() + 100))  # as if it had taken so long
+        os.utime(path, (time.time() + 100, time.time() + 100))  # as if the work had taken that long
         if len(done) < 3:
             raise KeyboardInterrupt
         return 7
 
     for _ in range(2):
         with pytest.raises(KeyboardInterrupt):
-            timed(folder, work, goes_on=True)
+            timed(folder, work, resumes=True)
         for path in folder.rglob("parts/*"):
             os.utime(path, (time.time() + 100, time.time() + 100))
-    value, seconds = timed(folder, work, goes_on=True)
+    value, seconds = timed(folder, work, resumes=True)
     assert (value, done) == (7, [False, True, True])
     assert 190 < seconds < 320
-    assert timed(folder, lambda: 8, goes_on=True) == (8, seconds)
+    assert timed(folder, lambda: 8, resumes=True) == (8, seconds)
     assert not (folder / "attempt.json").exists()
 
 
 @pytest.mark.parametrize("text", ["{", "[]", "{}", '{"seconds": "long"}'])
-def test_a_damaged_note_of_the_time_is_named(tmp_path, text):
+def test_a_damaged_file_with_the_seconds_is_named(tmp_path, text):
     (tmp_path / "cost.json").write_text(text)
-    with pytest.raises(InputError, match=r"cost.json' is damaged.*Remove '.*', and it is done again\.$"):
-        timed(tmp_path, lambda: 7, goes_on=True)
+    with pytest.raises(InputError, match=r"cost.json' is damaged.*Remove '.*', and the work is done again\.$"):
+        timed(tmp_path, lambda: 7, resumes=True)
 
 
-def test_what_does_not_go_on_begins_in_an_empty_folder(tmp_path):
+def test_what_does_not_resume_starts_again_in_an_empty_folder(tmp_path):
     folder = tmp_path / "scores"
 
     def work() -> None:
@@ -481,11 +488,11 @@ def test_what_does_not_go_on_begins_in_an_empty_folder(tmp_path):
 
     for _ in range(2):
         with pytest.raises(KeyboardInterrupt):
-            timed(folder, work, goes_on=False)
+            timed(folder, work, resumes=False)
 
 
 @pytest.mark.slow
-def test_a_pass_that_was_interrupted_goes_on(tmp_path, monkeypatch):
+def test_an_interrupted_pass_resumes(tmp_path, monkeypatch):
     real, measured = passes._Kept.add, []
 
     def add(self, number, lines) -> None:
@@ -511,7 +518,7 @@ def test_a_folder_that_holds_something_else_is_left_alone(tmp_path):
     precious = tmp_path / "out" / "trainer" / "mine.txt"
     precious.parent.mkdir(parents=True)
     precious.touch()
-    with pytest.raises(InputError, match="has a folder 'trainer' and no comparison"):
+    with pytest.raises(InputError, match=r"has a folder 'trainer', but no settings\.json of"):
         run(config(tmp_path, ["random"]))
     assert precious.exists()
 
@@ -535,7 +542,7 @@ def test_a_table_of_transfer(tmp_path, own_rows, tiny_model_dir, capsys):
 
 
 @pytest.mark.slow
-def test_with_max_steps_what_was_seen_is_counted(tmp_path):
+def test_with_max_steps_the_tokens_seen_are_counted(tmp_path):
     training = {**SMALL["training"], "max_steps": 1, "per_device_train_batch_size": 4}
     full, half = run(config(tmp_path, ["full", "random"], training=training))
     assert 0 < half.training_flops < 2 * full.training_flops
@@ -557,7 +564,7 @@ def test_from_the_shell(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("arguments", [[], ["c.yaml", "--published"]])
-def test_one_thing_is_compared(arguments, capsys):
+def test_exactly_one_thing_is_compared(arguments, capsys):
     with pytest.raises(SystemExit):
         main(["compare", *arguments])
     assert "Say what to compare" in capsys.readouterr().err
@@ -570,7 +577,7 @@ def test_the_surveys_ranks_from_the_shell(tmp_path, capsys):
     assert "AlpaGasus" in capsys.readouterr().out
 
 
-def test_parameters_leave_out_an_embedding_that_is_no_head(tiny_llama):
+def test_parameters_leave_out_an_input_embedding_that_is_not_the_head(tiny_llama):
     model = tiny_llama()
     whole = sum(parameter.numel() for parameter in model.parameters())
     assert parameters_of(model) == whole - model.get_input_embeddings().weight.numel()

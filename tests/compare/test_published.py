@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 from resofilter_trainer.compare.published import (
     LINE,
-    METHODS,
     OTHER_BENCHMARK,
     SAME_BENCHMARK,
+    SURVEY,
     Needs,
     dense_ranks,
     efficiency_ranks,
@@ -26,7 +26,7 @@ from resofilter_trainer.compare.published import (
 )
 
 WIDTH, HEIGHT, PADDING = 700, 500, 60
-POINTS = [(method.sdf, method.pir) for method in METHODS]
+POINTS = [(entry.sdf, entry.pir) for entry in SURVEY]
 PUBLISHED = {  # efficiency, feasibility, simplicity, flexibility
     "IFD": (1, 4, 4, 4),
     "LESS": (2, 5, 5, 4),
@@ -61,14 +61,14 @@ def distances_in_the_picture(shown: Sequence[tuple[float, float]]) -> list[float
 # ---- what was published
 
 
-@pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)
-def test_ranks_are_those_published(method):
-    needs = [each.needs for each in METHODS]
-    at = METHODS.index(method)
+@pytest.mark.parametrize("entry", SURVEY, ids=lambda entry: entry.name)
+def test_ranks_are_those_published(entry):
+    needs = [each.needs for each in SURVEY]
+    at = SURVEY.index(entry)
     simplicity = dense_ranks([each.simplicity_penalty for each in needs])
     flexibility = dense_ranks([each.flexibility_penalty for each in needs])
     got = efficiency_ranks(POINTS)[at], feasibility_ranks(needs)[at], simplicity[at], flexibility[at]
-    assert got == PUBLISHED[method.name]
+    assert got == PUBLISHED[entry.name]
 
 
 def test_all_are_listed_in_the_surveys_order():
@@ -117,7 +117,7 @@ def test_pixels_of_the_published_rank_as_published():
 
 
 def test_pixels_change_with_the_methods_shown_and_the_residual_does_not():
-    fewer = [point for point, method in zip(POINTS, METHODS, strict=True) if method.name not in ("IFD", "SelectIT")]
+    fewer = [point for point, entry in zip(POINTS, SURVEY, strict=True) if entry.name not in ("IFD", "SelectIT")]
     at = POINTS.index((0.05, 1.491))
     among_fewer = fewer.index((0.05, 1.491))
     assert abs(pixel_distances(POINTS)[at] - pixel_distances(fewer)[among_fewer]) > 1
