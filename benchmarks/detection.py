@@ -49,7 +49,7 @@ LEFT_OUT = {
     "high_loss",
     "perplexity",
     "token_rho",
-}  # of which nothing new is learnt
+}  # nothing new
 
 
 def main() -> None:

@@ -39,8 +39,8 @@ from resofilter_trainer import (
     score_dataset,
     write_report,
 )
-from resofilter_trainer.cli.commands import summary
 from resofilter_trainer.cli.entry import exit_on_input_error
+from resofilter_trainer.cli.score import summary
 from resofilter_trainer.config import Norm, UpdateName
 from resofilter_trainer.data.row_texts import RowTexts
 from resofilter_trainer.data.rows import first_line

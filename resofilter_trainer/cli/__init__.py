@@ -1,4 +1,4 @@
-"""The commands of `resofilter`. Knows arguments and files; the work is done by the packages above."""
+"""The commands of `resofilter`. Knows arguments and files; the other packages do the work."""
 
 from .entry import exit_on_input_error, main
 

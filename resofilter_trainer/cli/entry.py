@@ -1,4 +1,4 @@
-"""The command line: resofilter demo | score | select | clean | compare | report | env. What they do: `commands.py`."""
+"""The command line: `resofilter demo | score | select | clean | compare | report | env`, one module for each."""
 
 from __future__ import annotations
 
@@ -8,30 +8,32 @@ import os
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
-from typing import NoReturn
 
 from ..config import InputError
-from .arguments import (
-    clean_arguments,
-    compare_arguments,
-    demo_arguments,
-    report_arguments,
-    score_arguments,
-    select_arguments,
-)
-from .commands import run_clean, run_compare, run_demo, run_env, run_report, run_score, run_select
+from . import clean, compare, demo, env, report, score, select
 from .launching import is_launched, run_in_processes
+from .parser import CommandParser
+
+COMMANDS = {  # each module has `add_arguments` and `run`, which imports what it needs
+    "demo": (demo, "the whole method in a few minutes, on data that it makes"),
+    "score": (score, "measure how far a step on each row of a dataset moves W_up"),
+    "select": (select, "decide from scores which rows to keep"),
+    "clean": (clean, "mask the tokens that a reference model has little to teach about"),
+    "compare": (compare, "compare selectors on your model and data"),
+    "report": (report, "one page that shows why a row was dropped"),
+    "env": (env, "print the versions, for a bug report"),
+}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run one command. Input that cannot work ends with one line and exit code 2."""
-    warnings.filterwarnings("ignore", category=FutureWarning)  # of the libraries below, on their own arguments
-    warnings.filterwarnings("ignore", message="Scores to be taken with care")  # the summary says it
+    """Run one command. Wrong input ends it with one line and exit code 2."""
+    warnings.filterwarnings("ignore", category=FutureWarning)  # of other libraries, about their own arguments
+    warnings.filterwarnings("ignore", message="Scores to be taken with care")  # the summary has it
     argv = list(sys.argv[1:] if argv is None else argv)
     parser = _parser()
     args = parser.parse_args(argv)
     with exit_on_input_error(f"resofilter {args.command}"):
-        if args.config:  # its values stand before the command line's, so that those win
+        if args.config:  # its values come before those of the command line, which therefore win
             args = parser.parse_args([args.command, *_yaml_arguments(args), *argv[argv.index(args.command) + 1 :]])
         if getattr(args, "num_processes", None) is not None and not is_launched():
             run_in_processes(argv, args.num_processes)
@@ -40,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 @contextlib.contextmanager
 def exit_on_input_error(program: str) -> Iterator[None]:
-    """Turn an InputError into one line on stderr and exit code 2, and an interrupt into 130."""
+    """Turn an InputError into one line on stderr and exit code 2, and an interrupt into exit code 130."""
     if os.environ.get("RANK", "0") != "0":
         program = f"{program} (process {os.environ['RANK']})"
     try:
@@ -54,12 +56,12 @@ def exit_on_input_error(program: str) -> Iterator[None]:
 
 
 def _yaml_arguments(args: argparse.Namespace) -> list[str]:
-    """A YAML file's values as they would stand on the command line, to be checked like those."""
+    """The values of a YAML file as arguments of the command line, so that they are checked in the same way."""
     from ..io.files import read_yaml
 
     values = read_yaml(args.config, f"--config {args.config}")
     if not isinstance(values, dict | None):
-        raise InputError(f"--config {args.config} must hold a mapping, 'name: value' on each line.")
+        raise InputError(f"--config {args.config} must be a mapping, 'name: value' on each line.")
     arguments: list[str] = []
     known = {action.dest for action in args.parser._actions if action.option_strings} - {"help", "config"}
     for name, value in (values or {}).items():
@@ -76,27 +78,12 @@ def _yaml_arguments(args: argparse.Namespace) -> list[str]:
     return arguments
 
 
-class _Parser(argparse.ArgumentParser):
-    """Says what is wrong with an argument in one line, without the whole usage."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {message}\n")
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="resofilter", description="Score, select, train.")
+def _parser() -> CommandParser:
+    parser = CommandParser(prog="resofilter", description="Score, select, train.")
     commands = parser.add_subparsers(dest="command", required=True)
-    for name, run, add, text in (
-        ("demo", run_demo, demo_arguments, "the whole method in some minutes, on data that it makes"),
-        ("score", run_score, score_arguments, "measure how far each row of a dataset would move W_up"),
-        ("select", run_select, select_arguments, "decide which rows stay, from scores"),
-        ("clean", run_clean, clean_arguments, "mask the tokens that a reference model has nothing to teach about"),
-        ("compare", run_compare, compare_arguments, "selectors against each other, on your model and data"),
-        ("report", run_report, report_arguments, "one page that shows why a sample went"),
-        ("env", run_env, lambda _: None, "print the versions, for a bug report"),
-    ):
+    for name, (module, text) in COMMANDS.items():
         command = commands.add_parser(name, help=text, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-        command.set_defaults(run=run, parser=command)
+        command.set_defaults(run=module.run, parser=command)
         command.add_argument("--config", help="a YAML file with any of these arguments")
-        add(command)
+        module.add_arguments(command)
     return parser

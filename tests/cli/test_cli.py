@@ -1,4 +1,4 @@
-"""The commands, as a person uses them: what they leave, and the one line that a mistake gets."""
+"""The commands, as a user runs them: what they write, and the one line that reports a mistake."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from helpers.tokenizers import make_tokenizer
 from transformers import LlamaForCausalLM, MambaConfig, MambaForCausalLM, PreTrainedModel
 
 from resofilter_trainer.cli.entry import main
+from resofilter_trainer.criteria.criterion import CRITERIA
 from resofilter_trainer.scores.score_table import ScoreTable
 from resofilter_trainer.selecting.selection import Selection
 
@@ -26,7 +27,7 @@ from resofilter_trainer.selecting.selection import Selection
 
 @dataclass(frozen=True)
 class Place:
-    """Models and datasets on disk; nothing in it is written to by a test."""
+    """A folder with models and datasets, which no test changes."""
 
     folder: Path
     model: Path
@@ -135,7 +136,7 @@ def with_broken_weight(model: LlamaForCausalLM, token: int, value: float) -> Lla
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_loss_that_is_not_finite_names_its_row(value, place, tiny_llama, tokenizer, tmp_path, capsys):
-    """The embedding of `Z` is broken, and only row 5 has one: the other rows are sound."""
+    """The embedding of `Z`, which only row 5 has, is broken."""
     model = with_broken_weight(tiny_llama(), tokenizer("Z").input_ids[0], value)
     rows = [{**row, "prompt": "Z" if row["id"] == 5 else row["prompt"]} for row in ROWS]
     message = refused(
@@ -148,7 +149,7 @@ def test_loss_that_is_not_finite_names_its_row(value, place, tiny_llama, tokeniz
     assert files_in(tmp_path) == ["rows.jsonl"]
 
 
-def test_model_without_up_projection_is_told_what_to_pass(place, tokenizer, tmp_path, capsys):
+def test_a_model_without_up_projection_is_refused_with_what_to_pass(place, tokenizer, tmp_path, capsys):
     config = MambaConfig(vocab_size=len(tokenizer), hidden_size=16, state_size=4, num_hidden_layers=4)
     mamba = place.save("mamba", MambaForCausalLM(config), tokenizer)
     message = refused(capsys, "score", "--model", mamba, "--dataset", place.rows, "--output", tmp_path / "out")
@@ -201,7 +202,7 @@ def score(
     return ScoreTable.load(output)
 
 
-def test_rows_left_out_have_a_reason_and_are_counted_aloud(place, tmp_path, capsys):
+def test_dropped_rows_have_a_reason_and_are_counted_in_the_summary(place, tmp_path, capsys):
     rows = write(tmp_path / "rows.jsonl", [*EMPTY, ROWS[2]])
     scores = score(place, tmp_path / "out", "--drop_empty", "--drop_duplicates", dataset=rows)
     expected = {3: "empty completion", 7: "empty completion", 12: "same prompt as row 2"}
@@ -405,6 +406,38 @@ def test_select_refuses_rows_that_are_not_those_scored(place, scored, tmp_path, 
     assert not (tmp_path / "out").exists()
 
 
+# ---- criteria and updates
+
+
+def test_the_help_of_score_names_every_criterion_and_two_updates(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["score", "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert stopped.value.code == 0
+    assert f"resonance, or another criterion: {', '.join(CRITERIA)} (default: resonance)" in text
+    assert "--update UPDATE adamw or sgd (default: adamw)" in text
+
+
+def test_arguments_are_parsed_without_torch():
+    code = "from resofilter_trainer.cli.entry import _parser; _parser().parse_args(['score', '--criterion', 'loss'])"
+    code += "; import sys; sys.exit(', '.join({'torch', 'transformers', 'trl'} & set(sys.modules)) or 0)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--criterion", "beauty"], f"--criterion must be one of 'resonance', {', '.join(map(repr, CRITERIA))}, got"),
+        (["--update", "optimizer"], "--update must be one of 'adamw', 'sgd', got 'optimizer'"),
+    ],
+)
+def test_score_offers_what_it_can_measure(arguments, told, place, tmp_path, capsys):
+    usual = ["--model", place.model, "--dataset", place.rows, "--output", tmp_path / "out"]
+    assert told in refused(capsys, "score", *usual, *arguments)
+    assert files_in(tmp_path) == []
+
+
 # ---- the rest
 
 
@@ -418,7 +451,7 @@ def test_env_prints_the_versions(capsys):
 
 
 def test_in_a_process_of_its_own_the_line_is_all_there_is(tmp_path):
-    """No capture, no fixtures: exit code, stderr and stdout of the command itself; and no torch for `select`."""
+    """Exit code, stderr and stdout of the command itself, without capture and fixtures."""
     code = "import sys; from resofilter_trainer.cli import main; sys.argv[0] = 'resofilter'; main()"
     argv = [sys.executable, "-c", code, "select", str(tmp_path), "--output", str(tmp_path / "out")]
     done = subprocess.run(argv, capture_output=True, text=True, timeout=60)
@@ -439,7 +472,7 @@ sys.exit(", ".join({{"torch", "transformers", "trl"}} & set(sys.modules)) or 0)
     assert len(load_from_disk(tmp_path / "dataset")) == 6
 
 
-# ---- select: what must not be lost
+# ---- select: files that must not be overwritten
 
 
 def test_select_never_replaces_the_dataset_that_was_scored(place, tmp_path, capsys):

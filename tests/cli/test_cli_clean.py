@@ -1,4 +1,4 @@
-"""The command that cleans tokens: what it leaves, and the one line that a mistake gets."""
+"""The command that cleans tokens: what it writes, and the one line that reports a mistake."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ ROWS = [
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory, tokenizer) -> Path:
-    """Models and rows; no test writes to it."""
+    """A folder with models and rows, which no test changes."""
     folder = tmp_path_factory.mktemp("place")
     for name, seed in (("base", 0), ("reference", 1)):
         llama(len(tokenizer), seed).save_pretrained(folder / name)
@@ -44,12 +44,12 @@ def place(tmp_path_factory, tokenizer) -> Path:
 
 @pytest.fixture(autouse=True)
 def elsewhere(tmp_path, monkeypatch) -> None:
-    """What would be left in the current folder is seen, too."""
+    """A file that is written to the current folder would be found as well."""
     monkeypatch.chdir(tmp_path)
 
 
 def one_line(capsys: pytest.CaptureFixture[str], *argv: object) -> str:
-    """As `refused`, and beside progress bars there is nothing else on stderr."""
+    """As `refused`, with nothing else on stderr but progress bars."""
     with pytest.raises(SystemExit) as stopped:
         main([str(each) for each in argv])
     printed = capsys.readouterr()
@@ -66,7 +66,7 @@ def usual(place: Path, output: Path, *more: object) -> list[str]:
 
 
 def labels_kept(folder: Path) -> dict[int, int]:
-    """How many labels of each row stay."""
+    """How many labels of each row are kept."""
     rows = load_from_disk(folder)
     return {row["sample_id"]: sum(label != -100 for label in row["labels"]) for row in rows}
 
@@ -80,7 +80,7 @@ def test_fixed(reference, place, tmp_path, capsys):
     assert sum(labels_kept(output).values()) == int(tokens * 0.3)
     assert printed[0] == f"{int(tokens * 0.3)} of {tokens} tokens kept ({int(tokens * 0.3) / tokens:.1%})"
     assert [line[:5] for line in printed[1:3]] == ["  a: ", "  b: "]
-    assert printed[-1] == f"Rows to train on, as they are: {output} (datasets.load_from_disk)"
+    assert printed[-1] == f"Dataset to train on: {output} (datasets.load_from_disk)"
     summary = json.loads((output / "summary.json").read_text())
     assert (summary["keep_tokens"], summary["ranking"]) == (0.3, "global")
     assert TokenScores.load(output).provenance.source["dataset"] == str(place / "rows.jsonl")

@@ -324,7 +324,7 @@ def test_from_the_shell(tmp_path, tiny_model_dir, capsys):
     assert "ifd" in ScoreTable.load(tmp_path / "scores").table.column_names
     with pytest.raises(SystemExit):
         main(["score", "--model", str(tiny_model_dir), *options, "--criterion", "ifd", "--eps", "1e-4", *output])
-    assert "--eps is of the step that resonance measures" in capsys.readouterr().err
+    assert "--eps is a setting of resonance" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main(["score", "--model", str(tiny_model_dir), *options, "--criterion", "x", "--output", str(tmp_path / "y")])
     assert "--criterion must be one of 'resonance', 'loss'" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Rows in files, and commands that are refused."""
+"""Rows in files, and commands that end with an error."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def write(path: Path, rows: list[dict[str, Any]]) -> Path:
 
 
 def refused(capsys: pytest.CaptureFixture[str], *argv: object) -> str:
-    """Run a command that cannot work; the line that says why, after checking that it is one line and exit code 2."""
+    """Run a command that cannot work, check that it prints one line and exits with 2, and return what the line says."""
     with pytest.raises(SystemExit) as stopped:
         main([str(each) for each in argv])
     printed = capsys.readouterr()

@@ -22,8 +22,8 @@ from helpers.tables import make_provenance, make_scores
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from resofilter_trainer.cli import commands
 from resofilter_trainer.cli import entry as cli
+from resofilter_trainer.cli import inputs
 from resofilter_trainer.compare.config import ComparisonConfig
 from resofilter_trainer.compare.run import read_cell
 from resofilter_trainer.config import InputError
@@ -377,4 +377,4 @@ def test_code_of_a_model_runs_only_where_it_is_asked_for():
     from resofilter_trainer.data.loading import default_arguments
 
     assert default_arguments().trust_remote_code is False
-    assert "trust_remote_code=args.trust_remote_code" in inspect.getsource(commands)
+    assert "trust_remote_code=args.trust_remote_code" in inspect.getsource(inputs)

@@ -86,4 +86,4 @@ def test_processes_there_must_be(processes, command, capsys):
     with pytest.raises(SystemExit) as ended:
         main([*map(str, command), "--output", "out", "--num_processes", processes])
     assert ended.value.code == 2
-    assert "--num_processes must be at least 1" in capsys.readouterr().err
+    assert "--num_processes must be a whole number of at least 1" in capsys.readouterr().err

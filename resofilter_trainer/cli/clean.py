@@ -1,0 +1,92 @@
+"""`resofilter clean`: mask the tokens that a reference model has little to teach about."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any, get_args
+
+from ..config import CLEANING_MODES, InputError, Ranking, TokenCleaning, cleaning_of_mode, whole_number
+from .inputs import dataset_of, require, row_options, sft_config
+from .parser import CommandParser, process_arguments, row_arguments
+
+SELF_EVOLVING = "self-evolving"
+
+
+def add_arguments(parser: CommandParser) -> None:
+    """The arguments of token cleaning."""
+    row_arguments(parser)
+    process_arguments(parser)
+    defaults = TokenCleaning()
+    parser.add_argument("--output", help="a folder for the cleaned dataset, the token scores and a summary")
+    parser.add_argument("--reference", help="a model or a LoRA adapter, tuned from the same base model on good data")
+    parser.add_argument("--keep_tokens", type=float, default=defaults.keep, help="the share of the tokens to keep")
+    parser.add_argument("--mode", default="fixed", help=" | ".join(CLEANING_MODES))
+    parser.add_argument("--ranking", help=" or ".join(get_args(Ranking)) + "; by default global, or sample in mode rho")
+    parser.add_argument("--group_by", help="a column, such as the source, to report the kept share of each group")
+    parser.add_argument("--tokens_per_batch", type=int, default=defaults.tokens_per_batch, help="padding included")
+    parser.add_argument("--bf16", action="store_true", help="forward with bfloat16 autocast, also in training")
+    training = parser.add_argument_group("self-evolving: one training per stage, as in the paper")
+    training.add_argument("--parts", type=int, default=defaults.parts, help="the number of stages")
+    training.add_argument("--lora_r", type=int, default=64, help="the rank of the adapters; 0 trains all weights")
+    training.add_argument("--learning_rate", type=float, default=1e-4)
+    training.add_argument("--per_device_train_batch_size", type=int, default=8)
+    training.add_argument("--gradient_accumulation_steps", type=int, default=6)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Mask tokens by a base and a reference model, and print what was kept."""
+    require(args, "model", "dataset", "output")
+    cleaning = cleaning_of_mode(
+        args.mode,
+        args.reference,
+        args.ranking,
+        keep=args.keep_tokens,
+        parts=args.parts,
+        group_by=args.group_by,
+        tokens_per_batch=args.tokens_per_batch,
+    )
+    if args.reference is None and args.mode != SELF_EVOLVING:
+        raise InputError(
+            "--reference is missing: a model or LoRA adapter tuned on good data. Or use --mode self-evolving."
+        )
+    whole_number("--lora_r", args.lora_r, least=0)
+    cleaned = (_self_evolve if args.mode == SELF_EVOLVING else _clean)(args, cleaning)
+    from accelerate import PartialState
+
+    from ..tokens.cleaned_dataset import described
+
+    if PartialState().is_main_process:
+        print(described(cleaned.summary, cleaned.reasons))
+        print(f"Dataset to train on: {args.output} (datasets.load_from_disk)")
+        if args.mode == SELF_EVOLVING:
+            print(f"Model of the last stage: {Path(args.output) / f'stage-{args.parts - 1}' / 'model'}")
+
+
+def _clean(args: argparse.Namespace, cleaning: TokenCleaning) -> Any:
+    from ..tokens.cleaning import clean_dataset
+
+    training = sft_config(args, bf16=args.bf16)
+    rows, options = dataset_of(args), row_options(args)
+    return clean_dataset(args.model, rows, cleaning, args=training, output=args.output, **options)
+
+
+def _self_evolve(args: argparse.Namespace, cleaning: TokenCleaning) -> Any:
+    from peft import LoraConfig
+
+    from ..training.self_evolving import self_evolve
+
+    lora = LoraConfig(r=args.lora_r, lora_alpha=16, lora_dropout=0.1, target_modules="all-linear")
+    training = sft_config(
+        args,
+        bf16=args.bf16,
+        per_device_train_batch_size=args.per_device_train_batch_size,
+        gradient_accumulation_steps=args.gradient_accumulation_steps,
+        learning_rate=args.learning_rate,
+        warmup_steps=0.03,
+        num_train_epochs=1,
+        train_sampling_strategy="sequential",
+        save_strategy="no",
+    )
+    rows, options = dataset_of(args), row_options(args)
+    return self_evolve(args.model, rows, cleaning, training, peft_config=lora if args.lora_r else None, **options)

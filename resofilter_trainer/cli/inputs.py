@@ -1,0 +1,70 @@
+"""What commands make of their arguments: datasets, options, settings. Imports torch only when it is needed."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from typing import Any
+
+from ..config import ColumnMapping, InputError
+
+
+def require(args: argparse.Namespace, *names: str) -> None:
+    """Raise InputError for an argument that is missing."""
+    for name in names:
+        if getattr(args, name) is None:
+            raise InputError(f"--{name} is missing.")
+
+
+def settings_of(args: argparse.Namespace, kind: type) -> Any:
+    """A dataclass of settings, each from the argument with its name."""
+    return kind(**{field.name: getattr(args, field.name) for field in dataclasses.fields(kind)})
+
+
+def dataset_of(args: argparse.Namespace) -> Any:
+    """The dataset that the arguments name."""
+    from ..data.rows import load_rows
+
+    return load_rows(args.dataset, args.split, args.dataset_config)
+
+
+def row_options(args: argparse.Namespace) -> dict[str, Any]:
+    """The options of rows and columns, which `score_dataset` and `clean_dataset` share."""
+    return {
+        "drop_duplicates": args.drop_duplicates,
+        "drop_empty": args.drop_empty,
+        "source": {"dataset": args.dataset, "split": args.split, "name": args.dataset_config},
+        **dataclasses.asdict(settings_of(args, ColumnMapping)),
+    }
+
+
+def sft_config(args: argparse.Namespace, **training: Any) -> Any:
+    """TRL's arguments, as far as commands have them; `training` are further fields of SFTConfig."""
+    import torch
+    from trl import SFTConfig
+
+    return SFTConfig(
+        output_dir=args.output,
+        max_length=args.max_length,
+        assistant_only_loss=args.assistant_only_loss,
+        completion_only_loss=args.completion_only_loss,
+        chat_template_path=args.chat_template_path,
+        trust_remote_code=args.trust_remote_code,
+        use_cpu=not torch.cuda.is_available(),
+        ddp_timeout=args.timeout,
+        report_to="none",
+        **training,
+    )
+
+
+def scored_dataset(args: argparse.Namespace, source: Any) -> Any:
+    """The dataset that was scored, from --dataset or from the scores' own `source`; None if neither names one."""
+    name = args.dataset or source.get("dataset")
+    if name is None:
+        return None
+    from ..data.rows import hash_rows, load_rows
+
+    dataset = load_rows(name, args.split or source.get("split") or "train", source.get("name"))
+    if source.get("content") not in (None, hash_rows(dataset)):
+        raise InputError(f"'{name}' is not what was scored: its rows or their order differ. Score it again.")
+    return dataset

@@ -1,0 +1,73 @@
+"""`resofilter report`: one page about scores, a run, a cleaning or a comparison."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from ..config import InputError
+from .inputs import scored_dataset
+from .parser import CommandParser, scored_dataset_arguments
+
+
+def add_arguments(parser: CommandParser) -> None:
+    """The arguments of the report."""
+    parser.add_argument("source", help="a folder or file of scores, or the folder of a run, a cleaning or a comparison")
+    parser.add_argument("--selection", help="the output of select, if it is in another folder")
+    parser.add_argument("--comparison", help="the output of compare, if it is in another folder")
+    parser.add_argument("--output", help="a folder for report.html; by default the folder of the source")
+    scored_dataset_arguments(parser)
+    parser.add_argument("--group_column", help="a column of the dataset, such as its source")
+    parser.add_argument("--title", help="the title of the page")
+    parser.add_argument("--open", action="store_true", help="open the page in the browser")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Write the page, with the pictures and the dropped rows beside it."""
+    from ..report import read_contents, write_report
+
+    contents = read_contents(args.source, args.selection, args.comparison)
+    texts = groups = decode = None
+    if contents.scores is not None:
+        texts, groups = _texts_and_groups(args, contents.scores.provenance)
+    if contents.cleaned is not None:
+        from ..data.row_texts import decoder
+
+        decode = decoder(contents.cleaned.scores.provenance.model)
+    folder = Path(args.source).parent if Path(args.source).suffix == ".parquet" else Path(args.source)
+    report = write_report(contents, args.output or folder, texts, groups, decode, args.title)
+    if report.numbers is not None:
+        for warning in report.numbers.warnings:
+            print(f"Warning: {warning}")
+    print(f"Report: {report.path}")
+    if args.open:
+        import webbrowser
+
+        webbrowser.open(report.path.resolve().as_uri())
+
+
+def _texts_and_groups(args: argparse.Namespace, provenance: Any) -> tuple[Any, Any]:
+    """Each row's text and group; None where the dataset cannot be loaded and no argument requires it."""
+    try:
+        dataset = scored_dataset(args, provenance.source)
+    except InputError as error:
+        if args.dataset or args.group_column:
+            raise
+        print(f"The report has no text: {error}")
+        return None, None
+    if dataset is None or len(dataset) != provenance.rows:
+        if args.dataset:
+            raise InputError(f"'{args.dataset}' has {len(dataset)} rows and the scores are of {provenance.rows}.")
+        if args.group_column:
+            raise InputError("--group_column is a column of the dataset: pass --dataset.")
+        why = "the scores name no dataset" if dataset is None else f"the dataset has {len(dataset)} rows now"
+        print(f"The report has no text: {why}. Pass --dataset.")
+        return None, None
+    from ..data.row_texts import RowTexts, scored_columns
+
+    if args.group_column and args.group_column not in dataset.column_names:
+        raise InputError(f"--group_column {args.group_column}: the dataset has {', '.join(dataset.column_names)}.")
+    groups = [str(each) for each in dataset[args.group_column][:]] if args.group_column else None
+    texts = RowTexts(dataset, scored_columns(provenance.preparation))
+    return (texts if texts.known else None), groups

@@ -1,0 +1,142 @@
+"""`resofilter score`: measure every row of a dataset."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from typing import Any, get_args
+
+from ..config import OPTIMIZER, RESONANCE, InputError, Norm, Precision, ResonanceConfig, UpdateName, one_of
+from ..scores.score_table import count_reasons
+from .inputs import dataset_of, require, row_options, settings_of, sft_config
+from .parser import CommandParser, process_arguments, row_arguments
+
+UPDATES = [name for name in get_args(UpdateName) if name != OPTIMIZER]  # which only a training run has
+
+
+def add_arguments(parser: CommandParser) -> None:
+    """The arguments of the scoring pass."""
+    row_arguments(parser)
+    process_arguments(parser)
+    parser.add_argument("--output", help="a folder for the scores")
+    parser.add_argument("--sharded", action="store_true", help="shard the model's weights over the processes (FSDP2)")
+    parser.add_argument("--streaming", action="store_true", help="read the dataset as a stream")
+    criterion = parser.add_argument("--criterion", default=RESONANCE, help="what is measured")
+    parser.add_argument("--tokens_per_batch", type=int, help="padding included; by default what suits the device")
+    parser.add_argument(
+        "--precision",
+        choices=get_args(Precision),
+        default="auto",
+        help="of the forward: float32, bfloat16 (autocast), or auto: bfloat16 if faster and ranks alike (resonance)",
+    )
+    parser.add_argument("--layers", choices=["all"], help="measure every layer, on --limit rows, for the report")
+    parser.add_argument("--limit", type=int, help="with --layers all: the number of random rows, by default 500")
+    measure = parser.add_argument_group("measure")
+    defaults = ResonanceConfig()
+    measure.add_argument("--n_layers", type=int, default=defaults.n_layers)
+    measure.add_argument("--update", default=defaults.update, help=" or ".join(UPDATES))
+    measure.add_argument("--norm", default=defaults.norm, help=" or ".join(get_args(Norm)))
+    measure.add_argument("--lr", type=float, default=defaults.lr)
+    measure.add_argument("--eps", type=float, default=defaults.eps)
+    measure.add_argument("--weight_decay", type=float, default=defaults.weight_decay)
+    measure.add_argument("--up_projection", help="a regex over module names, for an unknown model family")
+
+    def name_criteria() -> None:
+        from ..criteria.criterion import CRITERIA
+
+        criterion.help = f"resonance, or another criterion: {', '.join(CRITERIA)}"
+
+    parser.before_help = name_criteria
+
+
+def run(args: argparse.Namespace) -> None:
+    """Score a dataset and print a summary."""
+    require(args, "model", "dataset", "output")
+    from ..criteria.criterion import CRITERIA
+
+    one_of("--criterion", args.criterion, (RESONANCE, *CRITERIA))
+    _check(args)
+    one_of("--update", args.update, UPDATES)
+    common: dict[str, Any] = {"output": args.output, **row_options(args)}
+    if args.tokens_per_batch is not None:
+        common["tokens_per_batch"] = args.tokens_per_batch
+    if args.layers:
+        _score_layers(args, common)
+        return
+    scores = _score_by_resonance(args, common) if args.criterion == RESONANCE else _score_by(args, common)
+    from accelerate import PartialState
+
+    from ..io.files import file_at
+    from ..scores.score_table import SCORES_FILE
+
+    if PartialState().is_main_process:
+        print(summary(scores))
+        print(f"Scores: {file_at(args.output, SCORES_FILE)}")
+        print(f"Next: resofilter select {args.output} --keep 0.5 --output kept")
+
+
+def _check(args: argparse.Namespace) -> None:
+    """Raise InputError for arguments that do not go together."""
+    own = [each.name for each in dataclasses.fields(ResonanceConfig)]
+    changed = [name for name in own if getattr(args, name) != args.parser.get_default(name)]
+    if args.criterion != RESONANCE and changed:
+        raise InputError(f"--{changed[0]} is a setting of resonance: leave it out with --criterion {args.criterion}.")
+    if args.layers and (args.criterion != RESONANCE or args.tokens_per_batch is not None):
+        raise InputError("--layers all measures resonance, row by row: leave --criterion and --tokens_per_batch out.")
+    if (args.streaming or args.sharded) and (args.criterion != RESONANCE or args.layers):
+        raise InputError("--streaming and --sharded are for resonance: leave --criterion and --layers out.")
+    if args.limit is not None and not args.layers:
+        raise InputError("--limit goes with --layers all: without it, every row is scored.")
+
+
+def _score_by_resonance(args: argparse.Namespace, common: dict[str, Any]) -> Any:
+    from ..data.rows import load_stream
+    from ..scoring.dataset import score_dataset
+    from ..scoring.stream import score_stream
+
+    measure = {"config": settings_of(args, ResonanceConfig), "precision": args.precision, "sharded": args.sharded}
+    training = sft_config(args, bf16=False)
+    if args.streaming:
+        stream = load_stream(args.dataset, args.split, args.dataset_config)
+        return score_stream(args.model, stream, args=training, **measure, **common)
+    return score_dataset(args.model, dataset_of(args), args=training, **measure, **common)
+
+
+def _score_by(args: argparse.Namespace, common: dict[str, Any]) -> Any:
+    """Scores by another criterion than resonance."""
+    from ..scoring.criterion import score_by
+
+    training = sft_config(args, bf16=args.precision == "bfloat16")
+    return score_by(args.criterion, args.model, dataset_of(args), args=training, **common)
+
+
+def _score_layers(args: argparse.Namespace, common: dict[str, Any]) -> None:
+    """Measure every layer on some rows, for the report."""
+    from accelerate import PartialState
+
+    from ..scoring.layers import LIMIT, score_layers
+
+    for name in ("n_layers", "precision"):
+        if getattr(args, name) != args.parser.get_default(name):
+            raise InputError(f"--layers all measures every layer in float32: leave --{name} out.")
+    limit = LIMIT if args.limit is None else args.limit
+    training, config = sft_config(args, bf16=False), settings_of(args, ResonanceConfig)
+    scores = score_layers(args.model, dataset_of(args), args=training, config=config, limit=limit, **common)
+    if PartialState().is_main_process:
+        print(f"{int(scores.scored.sum())} of {len(scores)} rows, every layer. Next: resofilter report {args.output}")
+
+
+def summary(scores: Any) -> str:
+    """A ScoreTable in a few lines."""
+    values = scores.column("score")[scores.scored]
+    span = f"{values.min():.6g} to {values.max():.6g}, mean {values.mean():.6g}"
+    lines = [f"{len(scores)} rows, {len(values)} scored: {span}"]
+    for reason, count in count_reasons((why for why in scores.reasons if why is not None), 5):
+        lines.append(f"  {count} not scored: {reason}")
+    limit = scores.provenance.preparation["max_length"]
+    if limit is not None and (full := int((scores.column("length") == limit).sum())):
+        lines.append(f"  {full} have max_length {limit} tokens: they were truncated, or are exactly that long")
+    trust = scores.provenance.trust
+    if trust is not None:
+        lines.append(f"{'Trust' if trust.trusted else 'Warning'}: {trust}")
+    return "\n".join(lines)

@@ -1,0 +1,106 @@
+"""`resofilter select`: decide from scores which rows to keep. Never imports torch."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from ..config import InputError
+from ..scores.score_table import count_reasons
+from .inputs import scored_dataset
+from .parser import CommandParser, scored_dataset_arguments
+
+
+def add_arguments(parser: CommandParser) -> None:
+    """The arguments of the selection."""
+    parser.add_argument("scores", nargs="+", help="folders or files of scores; several are shards of one dataset's")
+    parser.add_argument("--output", help="a folder for the selection and the kept rows")
+    parser.add_argument("--keep", type=float, help="the share of the rows to keep; a half, without a threshold")
+    parser.add_argument(
+        "--drop", help="the end to drop: largest, smallest or both; by default the criterion's own, or largest"
+    )
+    parser.add_argument(
+        "--threshold",
+        type=_threshold,
+        help="instead of a share: an absolute score, or a rule that finds one: otsu, iqr, knee",
+    )
+    parser.add_argument(
+        "--by",
+        default="score",
+        help="the column to rank: score, loss, num_tokens, layer_<i>; several with commas, with a minus before one "
+        "whose other end is dropped: score,-num_tokens or --by=-num_tokens",
+    )
+    parser.add_argument(
+        "--combine", default="ranks", help="how several columns become one: ranks, topsis, pareto or residual"
+    )
+    parser.add_argument("--stratify_by", help="a column of the scores: the share is kept in each stratum of its values")
+    parser.add_argument("--strata", type=int, default=10, help="the number of strata")
+    parser.add_argument("--group_column", help="a column of the dataset: the share is kept in each of its groups")
+    scored_dataset_arguments(parser)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Decide from saved scores, and write the selection and the kept rows."""
+    from ..io.files import check_folder
+    from ..scores.score_table import ScoreTable
+    from ..selecting.kept_dataset import DATASET, check_place
+
+    if args.output is None:
+        raise InputError("--output is missing: a folder for the selection and the kept rows.")
+    output = Path(args.output)
+    if output.suffix == ".parquet":
+        raise InputError(f"--output {args.output} must be a folder, for the selection and the kept rows.")
+    check_folder(output)
+    selector = _selector(args)
+    scores = ScoreTable.join([ScoreTable.load(path) for path in args.scores])
+    dataset = scored_dataset(args, scores.provenance.source)
+    check_place(output, args.dataset or scores.provenance.source.get("dataset"))
+    if args.group_column and (dataset is None or args.group_column not in dataset.column_names):
+        raise InputError(f"--group_column {args.group_column}: no such column, or no dataset; pass --dataset.")
+    selection = selector.select(scores, groups=dataset[args.group_column][:] if args.group_column else None)
+    if not selection.keep.any():
+        raise InputError(f"There is no row to keep, of {len(selection)}. Choose another threshold or share.")
+    saved = _save(selection, dataset, output, args.group_column)
+    print(f"Selection: {saved}")
+    for reason, count in count_reasons(selection.reason, 10):
+        print(f"  {count:>8} {reason}")
+    if dataset is None:
+        print("The scores name no dataset to filter. In Python: Selection.load(...).apply(dataset).")
+    else:
+        print(f"Kept rows: {output / DATASET} (datasets.load_from_disk)")
+    if len(args.scores) == 1:
+        print(f"Next: resofilter report {args.scores[0]} --selection {args.output}")
+
+
+def _selector(args: argparse.Namespace) -> Any:
+    from ..selecting.data_selector import DataSelector
+
+    by = args.by.split(",")
+    return DataSelector(
+        keep=args.keep,
+        drop=args.drop,
+        threshold=args.threshold,
+        by=by[0] if len(by) == 1 else by,
+        combine=args.combine,
+        stratify_by=args.stratify_by,
+        strata=args.strata,
+    )
+
+
+def _save(selection: Any, dataset: Any, output: Path, group_column: str | None) -> Path:
+    """Write the selection and, with a dataset, the kept rows; returns the selection's file."""
+    from ..io.files import folder_lock
+    from ..selecting.kept_dataset import save_kept
+
+    rows = None if dataset is None else selection.apply(dataset)
+    with folder_lock(output):
+        saved: Path = selection.save(output) if rows is None else save_kept(rows, selection, output, group_column)
+    return saved
+
+
+def _threshold(text: str) -> float | str:
+    try:
+        return float(text)
+    except ValueError:
+        return text  # the name of a rule, which the selector checks
