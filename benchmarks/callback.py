@@ -1,15 +1,16 @@
-"""Time and memory of a training step with ResonanceCallback over one without it.
+"""Time and memory of a training step with ResonanceCallback, over one without it.
 
     python benchmarks/callback.py --json callback.json
 
 The model is a 30-layer Llama shape of 135M parameters with random weights, trained by SFTTrainer on rows of GSM8K's
-lengths and random tokens, in a fixed order. Two ways, because the machine's noise is larger than the difference:
+lengths and random tokens, in a fixed order. It is measured in two ways, as the machine's noise is larger than the
+difference:
 
-- memory, and time of whole runs: every run is a process of its own; runs with and without the callback alternate, and
-  each step is compared with the same step of the run beside it;
-- time of pairs: within one run every batch comes twice, measured once and left alone once, in alternating order.
+- memory, and time of whole runs: every run has its own process; runs with and without the callback alternate, and each
+  step is compared with the same step of the neighbouring run;
+- time of pairs: within one run, every batch comes twice, once measured and once not, in alternating order.
 
-Only ratios mean anything.
+Only ratios are meaningful.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from scoring_worker import GSM8K, build_model, make_samples
+from scoring import GSM8K
+from scoring_samples import as_rows, build_model, make_samples
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast, TrainerCallback
 from trl import SFTConfig, SFTTrainer
@@ -36,14 +38,14 @@ from resofilter_trainer import ResonanceCallback
 
 
 class Clock(TrainerCallback):
-    """Seconds of every step but the first, from the end of one to the end of the next: loading, too."""
+    """Seconds of every step but the first, from the end of one step to the end of the next, loading included."""
 
     def __init__(self) -> None:
         self.seconds: list[float] = []
         self._ended: float | None = None
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """The weights have moved, and what was measured is taken in."""
+        """The optimizer has stepped, and the callback has recorded."""
         now = time.perf_counter()
         if self._ended is not None:
             self.seconds.append(now - self._ended)
@@ -51,7 +53,7 @@ class Clock(TrainerCallback):
 
 
 class Toggle(Clock):
-    """Every batch comes twice in a row: measures it the first time, the second, the second, the first, and so on."""
+    """Every batch comes twice in a row: measures the first, the second, the second, the first, and so on."""
 
     def __init__(self, callback: ResonanceCallback) -> None:
         super().__init__()
@@ -62,7 +64,7 @@ class Toggle(Clock):
         self._recorder = self._callback._running._watch._recorder
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Attach or detach it for the next step."""
+        """Attach or detach the recorder for the next step."""
         super().on_step_end(args, state, control, **kwargs)
         watch = self._callback._running._watch
         wanted, recorder = measures(state.global_step), self._recorder
@@ -95,11 +97,11 @@ def main() -> None:
 
 
 def run(args: argparse.Namespace, kind: str) -> dict[str, Any]:
-    """One training; the first step, which allocates, is left out, of pairs the first pair."""
+    """One training, without its first step, which allocates, or without its first pair of steps."""
     torch.set_num_threads(args.threads)
     model = build_model()
     samples = make_samples(args.gsm8k, args.steps * args.batch_size, model.config.vocab_size)
-    rows = [{name: tensor.tolist() for name, tensor in sample.items()} for sample in samples]
+    rows = as_rows(samples)
     if kind == "paired":
         batches = [rows[i : i + args.batch_size] for i in range(0, len(rows), args.batch_size)]
         rows = [row for batch in batches for _ in range(2) for row in batch]
@@ -161,13 +163,13 @@ def report(found: dict[str, list[dict[str, Any]]], args: argparse.Namespace) -> 
 
 
 def pair_ratios(seconds: list[float]) -> list[float]:
-    """The measured step of each pair over the one that was left alone; two steps were left out before them."""
+    """The measured step of each pair over the other one; the first two steps are not in `seconds`."""
     firsts = range(0, len(seconds) - 1, 2)
     return [seconds[i] / seconds[i + 1] if measures(i + 2) else seconds[i + 1] / seconds[i] for i in firsts]
 
 
 def _tokenizer() -> PreTrainedTokenizerFast:
-    """SFTTrainer wants one; the rows are tokens already."""
+    """A tokenizer for SFTTrainer; the rows are tokens already."""
     return PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer(models.WordLevel({"<pad>": 0, "<eos>": 1})), pad_token="<pad>", eos_token="<eos>"
     )

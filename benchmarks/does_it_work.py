@@ -1,14 +1,15 @@
-"""Every selector on the demo's problems, of which 0, 20 and 40 % have wrong answers: is any of them worth its cost?
+"""Every method on the demo's problems, of which 0, 20 and 40 % have wrong answers: is any of them worth its cost?
 
     python recipes/pretrain_demo_base.py --start resofilter_trainer/demo/base --steps 200 --lr 1e-3 --seed 3000000000 \
         --output runs/base80
-    python benchmarks/does_it_work.py --base runs/base80 --output runs/works          # hours; goes on where it was
+    python benchmarks/does_it_work.py --base runs/base80 --output runs/works          # hours; resumes
     python benchmarks/does_it_work.py --base runs/base80 --output runs/works --report
 
-    for each noise, seed, share, selector: score, select, train the base, test on 400 new problems -> tables
+    for each share of wrong answers, seed, share to keep, method:
+        score, select, train the base, test on 400 new problems -> tables
 
-What is trained, and how often, is in `comparison`. `--report` reads what is there, also while it runs. Several
-processes may share the work: each with other `--wrong_shares`, and one thread.
+`comparison` has the settings. `--report` prints the finished cells, also while others are trained. Several processes
+can share the work, each with other `--wrong_shares` and one thread.
 """
 
 from __future__ import annotations
@@ -30,21 +31,24 @@ from resofilter_trainer.demo.run import TRAINING, make_data
 from resofilter_trainer.evaluation.generate import exact_match
 from resofilter_trainer.selecting.results import FULL, RANDOM
 
-LESS = {"method": "less", "settings": {"lora_r": 8, "dimensions": 1024}}  # at rank 128 LoRA outnumbers this base
+LESS = {
+    "method": "less",
+    "settings": {"lora_r": 8, "dimensions": 1024},
+}  # rank 128 has more parameters than this base
 HELD_OUT, NEW_TOKENS = 400, 56
-SKIPPED = {"column": "a user's own", "perplexity": "selects as low_loss does"}
-LEARNING_RATE = 1e-4  # with which clean rows improve a base of 80 %; at the demo's own, 3e-4, any training worsens it
+SKIPPED = {"column": "needs the user's own scores", "perplexity": "selects the same rows as low_loss"}
+LEARNING_RATE = 1e-4  # clean rows then improve a base of 80 %; at the demo's 3e-4, any training makes it worse
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--base", required=True, help="the model that everything begins with")
+    parser.add_argument("--base", required=True, help="the model that is trained")
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--wrong_shares", type=float, nargs="+", default=[0.0, 0.2, 0.4])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--rows", type=int, default=600)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--report", action="store_true", help="print the tables of what is done so far")
+    parser.add_argument("--report", action="store_true", help="print the tables of the finished cells")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     for share in args.wrong_shares:
@@ -56,7 +60,7 @@ def main() -> None:
 
 
 def comparison(args: argparse.Namespace, wrong_share: float, output: Path) -> ComparisonConfig:
-    """Every selector, three shares; the demo's own base, which is worse, is the small model of superfiltering."""
+    """Every method, three shares; the demo's base, which is worse, is the small model of superfiltering."""
     return ComparisonConfig.of(
         {
             "model": args.base,
@@ -73,12 +77,12 @@ def comparison(args: argparse.Namespace, wrong_share: float, output: Path) -> Co
 
 
 def read(output: Path) -> list[Cell]:
-    """All cells that are done, whatever they are of."""
+    """All finished cells."""
     return [comparison_run.read_cell(path, {}) for path in sorted(output.glob("cells/*/*.json"))]
 
 
 def accuracy(model: str, seeds: Sequence[int], rows: int, wrong_share: float) -> list[float]:
-    """Of the untrained model on each seed's held-out problems."""
+    """The exact match of the untrained model on each seed's held-out problems."""
     found = []
     for seed in seeds:
         _, _, problems = make_data(seed, rows, wrong_share, HELD_OUT)
@@ -89,10 +93,10 @@ def accuracy(model: str, seeds: Sequence[int], rows: int, wrong_share: float) ->
 
 
 def report(wrong_share: float, cells: Sequence[Cell], untrained: Sequence[float]) -> str:
-    """A table in Markdown: over random, by share, with intervals; best at half first."""
+    """A table in Markdown: differences to random rows by share, with intervals; the best at one half first."""
     lines = {(line["selector"], line["keep"]): line for line in summarise(cells)}
     if (FULL, 1.0) not in lines:
-        return f"### {wrong_share:.0%} wrong\n\nNothing is done yet."
+        return f"### {wrong_share:.0%} wrong\n\nNo cell is finished yet."
     shares = sorted({keep for name, keep in lines if name != FULL})
     names = sorted({name for name, _ in lines} - {FULL, RANDOM}, key=lambda name: -over_random(lines.get((name, 0.5))))
     full = lines[FULL, 1.0]
@@ -119,20 +123,20 @@ def report(wrong_share: float, cells: Sequence[Cell], untrained: Sequence[float]
 
 
 def over_random(line: dict[str, Any] | None) -> float:
-    """To sort by; last where it is not there."""
+    """The difference to random rows, to sort by; -1 if it is unknown."""
     difference = -1.0 if line is None else line["over_random"][0]
     return difference if difference == difference else -1.0
 
 
 def over_random_or_metric(line: dict[str, Any] | None) -> str:
-    """The metric itself where another share than random's was trained on."""
+    """The difference to random rows, or the metric itself if another share of rows was trained on."""
     if line is None:
         return ""
     return shown(line["over_random"]) or f"({line['metric']:.3f} of {line['sdf']:.2f})"
 
 
 def shown(interval: Sequence[float]) -> str:
-    """A mean with its interval."""
+    """A mean with its interval; "" if it is unknown."""
     mean, low, high = interval
     if mean != mean:
         return ""

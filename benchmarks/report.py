@@ -1,8 +1,8 @@
-"""A report on many rows: how long it takes, how large the page is, how much memory, and how soon a browser shows it.
+"""A report on many rows: its time and memory, the size of the page, and the time until a browser has drawn it.
 
 python benchmarks/report.py --rows 400000 --json report.json
 
-synthetic scores and texts -> write_report -> bytes; then headless Chromium, where there is one: seconds to drawn
+synthetic scores and texts -> write_report -> bytes -> headless Chromium, if installed -> seconds until it is drawn
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ WORDS = [f"word{i}" for i in range(5000)]
 
 
 class Texts(Sequence[tuple[str, str]]):
-    """Of some 60 and 120 words each, made when they are asked for."""
+    """Prompts of 60 and completions of 120 words, made on access."""
 
     def __init__(self, rows: int) -> None:
         self.rows = rows
@@ -50,7 +50,7 @@ class Texts(Sequence[tuple[str, str]]):
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, nargs="+", default=[4_000, 40_000, 400_000])
-    parser.add_argument("--output", type=Path, help="keep the last page here")
+    parser.add_argument("--output", type=Path, help="a folder for the last page")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     found = []
@@ -68,7 +68,7 @@ def main() -> None:
 
 
 def measure(rows: int, output: Path) -> dict[str, int | float | None]:
-    """One report."""
+    """Write one report and measure it."""
     scores = synthetic(rows)
     groups = [f"source {row % 7}" for row in range(rows)]
     began = time.perf_counter()
@@ -87,10 +87,10 @@ def measure(rows: int, output: Path) -> dict[str, int | float | None]:
 
 
 def synthetic(rows: int) -> ScoreTable:
-    """Scores that saturate, as AdamW's do, and go with loss and a little with length."""
-    lot = np.random.default_rng(0)
-    tokens, loss = lot.integers(5, 400, rows), lot.gamma(2, 0.5, rows)
-    score = 1e-5 * (1 - np.exp(-2 * loss - 0.003 * tokens + 0.3 * lot.normal(size=rows)) * 0.3)
+    """Scores that saturate, as AdamW's do, and that depend on loss and slightly on length."""
+    random = np.random.default_rng(0)
+    tokens, loss = random.integers(5, 400, rows), random.gamma(2, 0.5, rows)
+    score = 1e-5 * (1 - np.exp(-2 * loss - 0.003 * tokens + 0.3 * random.normal(size=rows)) * 0.3)
     provenance = Provenance(
         model="synthetic",
         weights="",
@@ -107,7 +107,7 @@ def synthetic(rows: int) -> ScoreTable:
 
 
 def opened(path: Path) -> float | None:
-    """Seconds until the page is drawn in a headless browser, the browser's own start aside; None without one."""
+    """Seconds until a headless browser has drawn the page, without the browser's start; None without a browser."""
     browser = next(filter(None, map(shutil.which, BROWSERS)), None)
     if browser is None:
         return None

@@ -1,12 +1,12 @@
-"""The store at a million and ten million rows, rows a second by processes, and stragglers and failures, simulated.
+"""The store at a million and ten million rows, rows per second by processes, and simulated stragglers and failures.
 
     python benchmarks/scale.py store --rows 1000000 10000000
     python benchmarks/scale.py processes --processes 1 2
     python benchmarks/scale.py simulate
     python benchmarks/scale.py plan --rows 1e8 --tokens 500 --parameters 70e9
 
-The simulation hands out batches by the library's own `guided_chunks`, to processes some of which are slow or die.
-`plan` does the sums of SCALE.md.
+The simulation assigns batches with the library's `guided_chunks` to processes of which some are slow or fail. `plan`
+computes the numbers in SCALE.md.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from resofilter_trainer.scoring.distribution import guided_chunks
 ROWS_PER_PART, ROWS_PER_UNIT = 50_000, 16
 LAYERS = ("layer_29", "layer_30", "layer_31")
 HOUR = 3600.0
-FAILURES = 419 / (54 * 24 * 16_384)  # a device and hour: Llama 3 (arXiv 2407.21783, section 3.3.4)
+FAILURES = 419 / (54 * 24 * 16_384)  # per device and hour: Llama 3 (arXiv 2407.21783, section 3.3.4)
 
 
 def main() -> None:
@@ -47,13 +47,13 @@ def main() -> None:
     processes.add_argument("--processes", type=int, nargs="+", default=[1, 2])
     processes.add_argument("--rows", type=int, default=4000)
     simulate = what.add_parser("simulate")
-    simulate.add_argument("--hours", type=float, default=24, help="of work for each process, if all are alike")
+    simulate.add_argument("--hours", type=float, default=24, help="the work of each process, if all are equally fast")
     plan = what.add_parser("plan")
     plan.add_argument("--rows", type=float, default=1e8)
-    plan.add_argument("--tokens", type=float, default=500, help="of a row")
+    plan.add_argument("--tokens", type=float, default=500, help="tokens per row")
     plan.add_argument("--parameters", type=float, default=70e9)
-    plan.add_argument("--flops", type=float, default=400e12, help="a second and device, reached")
-    plan.add_argument("--over_forward", type=float, default=1.19, help="what scoring costs over a forward")
+    plan.add_argument("--flops", type=float, default=400e12, help="achieved, per second and device")
+    plan.add_argument("--over_forward", type=float, default=1.19, help="the cost of scoring over that of a forward")
     args = vars(parser.parse_args())
     commands: dict[str, Callable[..., None]] = {
         "store": at_sizes,
@@ -81,7 +81,7 @@ def at_sizes(rows: list[int]) -> None:
 
 
 def in_fresh_process(step: Callable[[Path, int], dict[str, float]], folder: Path, rows: int) -> dict[str, float]:
-    """What a step measures, with a peak memory of its own."""
+    """The measurements of a step in its own process, whose peak memory is therefore the step's."""
     ours, theirs = multiprocessing.Pipe(duplex=False)
     child = multiprocessing.get_context("spawn").Process(target=_run, args=(step, folder, rows, theirs))
     child.start()
@@ -98,15 +98,15 @@ def append(folder: Path, rows: int) -> dict[str, float]:
     store = Store(folder / "parts", "scores", {"weights": "0" * 32})
     store.open()
     begun = time.perf_counter()
-    for lines in made(rows):
-        store.append(lines)
+    for results in made(rows):
+        store.append(results)
     seconds, memory = time.perf_counter() - begun, peak()
     disk = sum(path.stat().st_size for path in store.folder.iterdir()) / 1e6
     return {"append": seconds, "append_memory": memory, "disk": disk}
 
 
 def made(rows: int) -> Iterator[pa.Table]:
-    """Lines as a pass makes them, a part at a time."""
+    """Results as a pass makes them, one part at a time."""
     random = np.random.default_rng(0)
     for start in range(0, rows, ROWS_PER_PART):
         count = min(ROWS_PER_PART, rows - start)
@@ -143,7 +143,7 @@ def select(folder: Path, rows: int) -> dict[str, float]:
 
 
 def peak() -> float:
-    """Megabytes that this process has held at most."""
+    """The peak memory of this process, in megabytes."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
 
 
@@ -151,14 +151,14 @@ def peak() -> float:
 
 
 def by_processes(processes: list[int], rows: int) -> None:
-    """Rows a second of the pass, from two runs: what does not grow with the rows falls out."""
+    """Rows per second of the pass, from the difference of two runs, which has no fixed costs."""
     from transformers import AutoModelForCausalLM, LlamaConfig
 
     from resofilter_trainer.demo.problems import make_problems
 
     base = Path(__file__).resolve().parents[1] / "resofilter_trainer" / "demo" / "base"
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    print("| processes | rows a second | over one process |\n|---|---|---|")
+    print("| processes | rows per second | over one process |\n|---|---|---|")
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         config = LlamaConfig.from_pretrained(base, num_hidden_layers=12, hidden_size=384, intermediate_size=1024,
@@ -189,8 +189,8 @@ def by_processes(processes: list[int], rows: int) -> None:
 
 
 def simulations(hours: float) -> None:
-    print("Slow processes: the time of the pass over that of the same speed shared out without loss\n")
-    print("| processes | slow ones | their speed | taken by who is free | equal shares beforehand |")
+    print("Slow processes: the time of the pass over its time with perfectly divided work\n")
+    print("| processes | slow ones | their speed | next chunk to a free process | equal shares |")
     print("|---" * 5 + "|")
     random = np.random.default_rng(0)
     for processes in (8, 64, 512):
@@ -202,8 +202,8 @@ def simulations(hours: float) -> None:
             free = end_of(tokens, speeds) / ideal
             equal = max(tokens[rank::processes].sum() / speeds[rank] for rank in range(processes)) / ideal
             print(f"| {processes} | {slow} | {speed} | {free:.3f} | {equal:.2f} |")
-    print(f"\nFailures: {hours:g} h of work for each process; a failure stops all, ten minutes later all go on\n")
-    print("| processes | failures | time over that without | lost if nothing were kept |\n|---|---|---|---|")
+    print(f"\nFailures: {hours:g} h of work for each process; a failure stops all, which resume ten minutes later\n")
+    print("| processes | failures | time over that without failures | if nothing were saved |\n|---|---|---|---|")
     for processes in (64, 1024, 16_384):
         kept = [with_failures(hours * HOUR, processes, seed) for seed in range(2000)]
         failures, seconds = np.mean(kept, axis=0)
@@ -213,7 +213,7 @@ def simulations(hours: float) -> None:
 
 
 def end_of(tokens: np.ndarray, speeds: np.ndarray) -> float:
-    """When the last process is done, if whoever is free takes the next chunk."""
+    """When the last process ends, if a free process takes the next chunk."""
     free = [(0.0, process) for process in range(len(speeds))]
     end = 0.0
     until = np.concatenate([[0], np.cumsum(tokens)])
@@ -226,7 +226,7 @@ def end_of(tokens: np.ndarray, speeds: np.ndarray) -> float:
 
 
 def with_failures(work: float, processes: int, seed: int, restart: float = 600.0) -> tuple[int, float]:
-    """Failures and seconds of a pass that keeps what it has done as `passes` does, and is started again."""
+    """Failures and seconds of a pass that saves its results as `passes` does, and resumes after each failure."""
     from resofilter_trainer.scoring.passes import _interval
 
     random, clock, done, failures = np.random.default_rng(seed), 0.0, 0.0, 0
@@ -235,7 +235,7 @@ def with_failures(work: float, processes: int, seed: int, restart: float = 600.0
         if done + until >= work:
             return failures, clock + work - done
         failures += 1
-        lost = min(random.uniform(0, _interval(until)), until)  # since each process's last part
+        lost = min(random.uniform(0, _interval(until)), until)  # since each process has saved its last part
         done, clock = done + until - lost, clock + until + restart
 
 
@@ -251,8 +251,8 @@ def costs(rows: float, tokens: float, parameters: float, flops: float, over_forw
     print(f"tokens                         {rows * tokens:.3g}")
     print(f"FLOPs of scoring               {scoring:.3g}; of an epoch of training {training:.3g}")
     print(f"device hours at {flops:.3g} FLOP/s  {hours:,.0f}; on 1,024 devices {hours / 1024:.1f} h")
-    print(f"weights in bfloat16            {2 * parameters / 1e9:.0f} GB; W_up of three layers, gathered, see SCALE.md")
-    print(f"scores                         {rows * columns / 1e9:.1f} GB, {columns} bytes a row, uncompressed")
+    print(f"weights in bfloat16            {2 * parameters / 1e9:.0f} GB; gathered W_up of three layers: see SCALE.md")
+    print(f"scores                         {rows * columns / 1e9:.1f} GB, {columns} bytes per row, uncompressed")
     print(f"tokenised rows (int32 x 2)     {rows * tokens * 8 / 1e9:.0f} GB")
 
 

@@ -1,4 +1,4 @@
-"""Seconds and memory to score: this library, plain forwards, and what others do, every run a process of its own.
+"""Seconds and memory of scoring: this library, plain forwards, and other libraries, with a process for every run.
 
     python benchmarks/scoring.py --json scoring.json --peers_python peers/bin/python
 
@@ -6,10 +6,10 @@ The model is a Llama shape with random weights; the samples have GSM8K's lengths
 
     round 1: literal, recorder, ..., torch_func    round 2: literal, recorder, ...    -> medians
 
-Each method of each round is a fresh process (`scoring_worker.py`), which warms up on one batch and then times all
-samples. Memory is the process's largest resident set: the interpreter, the model and what the method holds. The peers
-(`scoring_peers.py`) run in an environment of their own, see `requirements.txt`; without one they are left out. Only
-ratios within one run mean anything. This file knows nothing of torch, so that its own memory stays out of the way.
+Each method of each round is a fresh process (`scoring_worker.py`), which warms up on one batch and then measures the
+time of all samples. Memory is the process's largest resident set: the interpreter, the model and the method. The peers
+(`scoring_peers.py`) run in an environment of their own, see `requirements.txt`; without one, they are skipped. Only
+ratios within one run are meaningful. This file does not import torch, to keep its own memory small.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ OWN = (
     "forward_labelled_bf16",
 )
 PEERS = ("opacus", "opacus_tuned", "kronfluence", "kronfluence_tuned", "bergson", "bergson_tuned", "torch_func")
-REFERENCE = "recorder"  # whose scores the others' are compared with
-LR = 1e-5  # ResonanceConfig's, where a score saturates
+EXPECTED = "recorder"  # the method whose scores the others are compared with
+LR = 1e-5  # ResonanceConfig's learning rate, at which a score saturates
 
 
 @dataclass(frozen=True)
 class Shape:
-    """A Llama's, with the input embedding for a head."""
+    """The shape of a Llama with tied embeddings."""
 
     vocabulary: int
     hidden: int
@@ -87,7 +87,7 @@ def main() -> None:
 
 
 def chosen_methods(args: argparse.Namespace) -> list[str]:
-    """What was asked for, without the peers where they have no environment."""
+    """The methods of `--methods`, without the peers if there is no environment for them."""
     methods = args.methods.split(",") if args.methods else [*OWN, *PEERS]
     unknown = sorted(set(methods) - {*OWN, *PEERS})
     if unknown:
@@ -100,21 +100,21 @@ def chosen_methods(args: argparse.Namespace) -> list[str]:
 
 
 def run_method(name: str, args: argparse.Namespace) -> dict[str, Any] | None:
-    """What the worker's process prints last; None, and a line that says why, where it fails."""
+    """The result that the worker's process prints; if it fails, None, after a line that says why."""
     python = args.peers_python if name in PEERS else sys.executable
     worker = Path(__file__).resolve().with_name("scoring_worker.py")
     options = {each: getattr(args, each) for each in ("shape", "samples", "prompts", "threads", "gsm8k", "eps")}
-    command = [str(python), str(worker), name, *(str(part) for key in options for part in (f"--{key}", options[key]))]
+    command = [str(python), str(worker), name, *(str(word) for key in options for word in (f"--{key}", options[key]))]
     environment = {
         **os.environ,
         "OMP_NUM_THREADS": str(args.threads),
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",
-        "PYTHONPATH": str(worker.parents[1]),  # this checkout of the library, whichever is installed
+        "PYTHONPATH": str(worker.parents[1]),  # this checkout of the library, not an installed one
     }
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode:
-        last = (done.stderr.strip().splitlines() or ["no word"])[-1]
+        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
         print(f"failed: {name}: {last}", flush=True)
         return None
     run: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
@@ -122,12 +122,12 @@ def run_method(name: str, args: argparse.Namespace) -> dict[str, Any] | None:
 
 
 def summarise(args: argparse.Namespace, runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
-    """Medians by the methods' names, what was measured as `about`, and the scores against the float32 recorder's."""
+    """Each method's medians, its scores compared with the float32 recorder's, and what was measured as `about`."""
     runs = {name: each for name, each in runs.items() if each}
     if not runs:
         sys.exit("no method ran")
     first = next(iter(runs.values()))[0]
-    reference = runs[REFERENCE][0]["scores"] if REFERENCE in runs else None
+    expected = runs[EXPECTED][0]["scores"] if EXPECTED in runs else None
     about = {
         "machine": machine(),
         "shape": args.shape,
@@ -141,16 +141,16 @@ def summarise(args: argparse.Namespace, runs: dict[str, list[dict[str, Any]]]) -
         "eps": args.eps,
         "flop_floor": flop_floor(SHAPES[args.shape], first["lengths"]),
     }
-    return {"about": about, **{name: summary(each, reference) for name, each in runs.items()}}
+    return {"about": about, **{name: summary(each, expected) for name, each in runs.items()}}
 
 
-def summary(runs: Sequence[dict[str, Any]], reference: Sequence[float] | None) -> dict[str, Any]:
-    """One method's medians and all its runs; how well its scores agree with the reference's, where it has any."""
+def summary(runs: Sequence[dict[str, Any]], expected: Sequence[float] | None) -> dict[str, Any]:
+    """One method's medians and runs, and how well its scores, if any, agree with the expected ones."""
     scores, seconds = runs[0]["scores"], [run["seconds"] for run in runs]
     memory = [run["peak_memory"] for run in runs]
     agreement: dict[str, float | None] = {"rank_correlation": None, "error": None}
-    if scores is not None and reference is not None:
-        agreement = {"rank_correlation": rank_correlation(scores, reference), "error": error(scores, reference)}
+    if scores is not None and expected is not None:
+        agreement = {"rank_correlation": rank_correlation(scores, expected), "error": error(scores, expected)}
     return {
         "seconds": statistics.median(seconds),
         "all_seconds": seconds,
@@ -162,14 +162,14 @@ def summary(runs: Sequence[dict[str, Any]], reference: Sequence[float] | None) -
     }
 
 
-def error(scores: Sequence[float], reference: Sequence[float]) -> float:
-    """The largest error of a score over the median distance of the reference's from saturation, lr - score."""
-    largest = max(abs(score - own) for score, own in zip(scores, reference, strict=True))
-    return largest / statistics.median(LR - own for own in reference)
+def error(scores: Sequence[float], expected: Sequence[float]) -> float:
+    """The largest error of a score over the median distance of the expected scores from saturation, lr - score."""
+    largest = max(abs(score - right) for score, right in zip(scores, expected, strict=True))
+    return largest / statistics.median(LR - right for right in expected)
 
 
 def rank_correlation(a: Sequence[float], b: Sequence[float]) -> float | None:
-    """Spearman's; None where all values of a side are equal, which ranks nothing."""
+    """Spearman's correlation; None if all values of one side are equal."""
     if min(len(set(a)), len(set(b))) < 2:
         return None
     return statistics.correlation(ranks(a), ranks(b))
@@ -182,20 +182,20 @@ def ranks(values: Sequence[float]) -> list[float]:
 
 
 def flop_floor(shape: Shape, lengths: Sequence[Sequence[int]]) -> float:
-    """The fewest FLOPs of a score over those of a forward, both with the head at the learnt positions alone.
+    """The fewest FLOPs of a score over those of a forward, both with the head at the learnt positions only.
 
     Args:
-        shape: the model's.
+        shape: the model's shape.
         lengths: (tokens, learnt tokens) of each sample.
 
-    A score needs the forward, but for the last feed-forward where nothing is learnt; the input gradients of the head,
-    of the last two blocks and of the third's down-projection, above the last attention only where tokens are learnt;
-    and three products b^T a, the last of them over learnt tokens. A product of (n, k) and (k, m) is 2nkm; attention is
-    causal; what is not a matrix product counts nothing, nor does padding.
+    A score needs the forward, without the last feed-forward where no token is learnt; the input gradients of the head,
+    of the last two blocks and of the third block's down-projection, above the last attention only where tokens are
+    learnt; and three products b^T a, the last of them over learnt tokens. A product of (n, k) and (k, m) has 2nkm
+    FLOPs; attention is causal; padding and everything that is not a matrix product count nothing.
     """
-    tokens, learnt = (sum(each[part] for each in lengths) for part in (0, 1))
+    tokens, learnt = (sum(each[place] for each in lengths) for place in (0, 1))
     pairs = sum(length * (length + 1) // 2 for length, _ in lengths)
-    projection = 2 * shape.hidden * shape.intermediate  # of a token: up, gate or down, forth, back or b^T a
+    projection = 2 * shape.hidden * shape.intermediate  # per token: up, gate or down; forward, backward or b^T a
     square = 2 * shape.hidden * shape.hidden  # queries, or the output
     narrow = 2 * shape.hidden * (shape.hidden // shape.heads) * shape.kv_heads  # keys, or values
     attention = 4 * pairs * shape.hidden  # queries with keys, weights with values
@@ -237,12 +237,12 @@ def report(found: dict[str, Any]) -> None:
 
 
 def cell(value: float | None, form: str) -> str:
-    """A number in the table's column, or nothing where there is none."""
+    """A number in the table's column, or an empty cell for None."""
     return f"{'' if value is None else format(value, form):>11}"
 
 
 def machine() -> str:
-    """The processor, its cores, the system and Python."""
+    """The processor, its cores, the system and the version of Python."""
     about = Path("/proc/cpuinfo")
     lines = about.read_text().splitlines() if about.exists() else []
     models = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
@@ -252,21 +252,21 @@ def machine() -> str:
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--json", type=Path, help="write everything here, after every round")
+    parser.add_argument("--json", type=Path, help="a file for the results, written after every round")
     parser.add_argument("--shape", choices=SHAPES, default="135m")
     parser.add_argument("--samples", type=int, default=24)
     parser.add_argument(
         "--prompts",
         choices=("own", "repeated", "system"),
         default="own",
-        help="each sample's own, the same for every four samples, or 200 tokens the same for all before the own one",
+        help="each sample's own prompt, one for every four samples, or the same 200 tokens before each own one",
     )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--methods", help=f"some of {','.join([*OWN, *PEERS])}")
     parser.add_argument("--peers_python", type=Path, help="the interpreter of the peers' environment")
     parser.add_argument("--gsm8k", type=Path, default=GSM8K, help="GSM8K's train.jsonl, for the lengths")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--eps", type=float, default=1e-8, help="AdamW's; 1e-4 where numerical noise is to stay out")
+    parser.add_argument("--eps", type=float, default=1e-8, help="AdamW's eps; 1e-4 to exclude numerical noise")
     return parser.parse_args()
 
 

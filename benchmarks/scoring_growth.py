@@ -1,10 +1,10 @@
-"""How the time and the memory of a scoring pass grow with the rows: 1,000 to 30,000 by default, in one process.
+"""How time and memory of a scoring pass grow with the number of rows: 1,000 to 30,000 by default, in one process.
 
     python benchmarks/scoring_growth.py --json growth.json
 
-The model is the tiny shape of `scoring.py`; the rows are GSM8K's lengths over and over, with random tokens. What is
-timed is the pass, whose every part grows with the rows; the rows that are measured again for `Trust` are 64 at most,
-whatever their number, and left out. The slope of log seconds over log tokens is 1 for linear growth.
+The model is the tiny shape of `scoring.py`; the rows have GSM8K's lengths, repeated, and random tokens. The time is
+that of the pass without the rows that are measured again for `Trust`, of which there are at most 64. The slope of log
+seconds over log tokens is 1 for linear growth.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from datasets import Dataset, concatenate_datasets
 from scoring import GSM8K
-from scoring_worker import build_model, make_samples, peak_memory
+from scoring_samples import as_rows, build_model, make_samples, peak_memory
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from resofilter_trainer import Recorder, ResonanceConfig
@@ -33,7 +33,7 @@ from resofilter_trainer.scoring.dataset import Pass
 
 @dataclass
 class Size:
-    """The rows of one size, and what was measured of them."""
+    """The rows of one size, and their measurements."""
 
     rows: PreparedRows
     seconds: list[float] = field(default_factory=list)
@@ -47,7 +47,7 @@ def main() -> None:
     arguments = default_arguments()
     arguments.disable_tqdm = True
     sizes: dict[int, Size] = {}
-    for _ in range(args.rounds):  # alternately, as the machine's speed moves
+    for _ in range(args.rounds):  # in turn, as the machine's speed varies
         for count in sorted(args.rows):
             if count not in sizes:
                 sizes[count] = Size(make_rows(args.gsm8k, count, model.config.vocab_size))
@@ -56,7 +56,7 @@ def main() -> None:
                 start = time.perf_counter()
                 Pass(record, size.rows, arguments, default_budget(model.device)).measure_all(autocast=False)
                 size.seconds.append(time.perf_counter() - start)
-            size.peak_memory = size.peak_memory or peak_memory()  # in the first round, before a larger size has run
+            size.peak_memory = size.peak_memory or peak_memory()  # of the first round, before a larger size has run
     found = []
     print(f"{'rows':>8} {'tokens':>10} {'seconds':>9} {'tokens/s':>9} {'peak MB':>8}")
     for count, size in sizes.items():
@@ -71,9 +71,9 @@ def main() -> None:
 
 
 def make_rows(gsm8k: Path, count: int, vocabulary: int) -> PreparedRows:
-    """So many rows; the lengths come round again when the file ends."""
+    """`count` rows; the lengths repeat after the end of the file."""
     samples = make_samples(gsm8k, count, vocabulary)
-    once = Dataset.from_list([{name: tensor.tolist() for name, tensor in each.items()} for each in samples])
+    once = Dataset.from_list(as_rows(samples))
     rows = concatenate_datasets([once] * -(-count // len(once))).select(range(count))
     return prepared_already(rows, DataCollatorForLanguageModeling(pad_token_id=0))
 

@@ -1,11 +1,11 @@
-"""The same scores by other libraries, as each comes and as well as it can be made to do.
+"""The same scores with other libraries: once as documented, and once as fast as we can make each of them.
 
-As it comes: what its own documentation tells for per-sample gradients of three modules, every logit formed, samples in
-the order in which they are there, four to a batch. Tuned: all is frozen that can be, the head runs at learnt positions
-alone, the backward stops at the lowest of the three modules and forms no weight's gradient twice, batches have similar
-lengths, and the formula runs sample by sample, in place, in pieces that fit the cache.
+As documented: what the library's documentation says for per-sample gradients of three modules, with every logit, and
+with batches of four samples in their given order. Tuned: everything that can be frozen is, the head runs at learnt
+positions only, the backward stops at the lowest of the three modules and computes no weight's gradient twice, batches
+have similar lengths, and the formula runs sample by sample, in place, in tiles that fit the cache.
 
-Each library is imported when it is asked for. All lose nothing but time and memory: their scores are ours.
+Each library is imported when it is used. All methods return our scores; only time and memory differ.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from scoring_worker import BATCH_SIZE, Method, Sample, collate, in_batches, sorted_batches
+from scoring_samples import BATCH_SIZE, Method, Sample, as_rows, collate, in_batches, sorted_batches
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import LlamaForCausalLM
@@ -29,7 +29,7 @@ from resofilter_trainer.model.updates import tile_sum
 
 
 def opacus(model: LlamaForCausalLM, samples: Sequence[Sample], config: ResonanceConfig) -> Tensor:
-    """`GradSampleModule`, with the layers frozen that are not asked for, as in Opacus's tutorial on text."""
+    """`GradSampleModule`, with all other layers frozen, as in Opacus's tutorial on text."""
     from opacus import GradSampleModule
 
     weights = train_only(model, up_projections(model).values())
@@ -44,7 +44,7 @@ def opacus(model: LlamaForCausalLM, samples: Sequence[Sample], config: Resonance
 
 
 def opacus_tuned(model: LlamaForCausalLM, samples: Sequence[Sample], config: ResonanceConfig) -> Tensor:
-    """Only the way to the lowest module's output is asked of autograd, which then forms no weight's own gradient."""
+    """Autograd is asked for the gradient of the lowest module's output, so that it computes none of a weight."""
     from opacus import GradSampleModule
 
     modules = list(up_projections(model).values())
@@ -62,12 +62,12 @@ def opacus_tuned(model: LlamaForCausalLM, samples: Sequence[Sample], config: Res
 
 
 def sample_gradients(weight: Any) -> Tensor:
-    """What Opacus has left at a weight, (B, O, I)."""
+    """The gradients that Opacus stores at a weight, (B, O, I)."""
     return weight.grad_sample
 
 
 def kronfluence(model: LlamaForCausalLM, samples: Sequence[Sample], config: ResonanceConfig) -> Tensor:
-    """Self-influence without a preconditioner; the task's `post_process_per_sample_gradient` sees every gradient."""
+    """Self-influence without a preconditioner; the task's `post_process_per_sample_gradient` gets every gradient."""
     from kronfluence.analyzer import Analyzer, prepare_model
     from kronfluence.arguments import FactorArguments
     from kronfluence.utils.dataset import DataLoaderKwargs
@@ -92,7 +92,7 @@ def kronfluence(model: LlamaForCausalLM, samples: Sequence[Sample], config: Reso
 
 
 def kronfluence_tuned(model: LlamaForCausalLM, samples: Sequence[Sample], config: ResonanceConfig) -> Tensor:
-    """Its hooks alone, without its analyzer; what it does with a gradient afterwards sees one entry of it."""
+    """Its hooks without its analyzer; it gets back one entry of each gradient to process further."""
     from kronfluence.analyzer import prepare_model
     from kronfluence.arguments import FactorArguments
     from kronfluence.module.tracked_module import ModuleMode
@@ -118,7 +118,7 @@ def kronfluence_tuned(model: LlamaForCausalLM, samples: Sequence[Sample], config
 
 
 def kronfluence_task(names: list[str], loss: Any, take: Any) -> Any:
-    """A language model's task: the modules to track, its loss, and who sees each batch's gradients, (B, O, I)."""
+    """A language model's task: the modules to track, the loss, and what takes each batch's gradients, (B, O, I)."""
     from kronfluence.task import Task
 
     class LanguageModeling(Task):
@@ -143,21 +143,21 @@ def kronfluence_task(names: list[str], loss: Any, take: Any) -> Any:
 
 
 def unwrap(model: nn.Module, modules: Mapping[str, nn.Linear]) -> None:
-    """Put the modules back that kronfluence has wrapped."""
+    """Restore the modules that kronfluence has wrapped."""
     for name, module in modules.items():
         model.set_submodule(name, module)
 
 
 def bergson(model: LlamaForCausalLM, samples: Sequence[Sample], config: ResonanceConfig) -> Tensor:
-    """`bergson build`, from a model in memory: a store of gradients on disk, and then the formula on the store."""
+    """`bergson build` with a model in memory: the gradients are stored on disk, and then the formula reads them."""
     from bergson import GradientProcessor, IndexConfig, collect_gradients, load_module_gradients
     from bergson.data import allocate_batches
     from datasets import Dataset
 
     modules = {name.removeprefix("model."): module for name, module in up_projections(model).items()}
-    model.requires_grad_(False)  # these two lines are what its own set-up of a model does
+    model.requires_grad_(False)  # these two lines are Bergson's own set-up of a model
     model.get_input_embeddings().requires_grad_(True)
-    data = Dataset.from_list([{name: tensor.tolist() for name, tensor in sample.items()} for sample in samples])
+    data = Dataset.from_list(as_rows(samples))
     with tempfile.TemporaryDirectory() as folder:
         cfg = IndexConfig(run_path=str(Path(folder) / "index"), loss_reduction="mean")
         lengths = [len(sample["input_ids"]) for sample in samples]
@@ -173,7 +173,7 @@ def bergson(model: LlamaForCausalLM, samples: Sequence[Sample], config: Resonanc
 
 
 def bergson_tuned(model: LlamaForCausalLM, samples: Sequence[Sample], config: ResonanceConfig) -> Tensor:
-    """A collector of one's own, which scores each module's gradients when they are there, in our loop."""
+    """A custom collector in our loop, which scores each module's gradients as soon as they are computed."""
     from bergson.collector.collector import HookCollectorBase
 
     named, scores = up_projections(model), new_scores(samples)
@@ -203,7 +203,7 @@ def bergson_tuned(model: LlamaForCausalLM, samples: Sequence[Sample], config: Re
 
 
 def torch_func(model: LlamaForCausalLM, samples: Sequence[Sample], config: ResonanceConfig) -> Tensor:
-    """`torch.func.grad` over the three weights alone, sample by sample, the head at learnt positions."""
+    """`torch.func.grad` over the three weights, sample by sample, with the head at learnt positions only."""
     modules, scores = up_projections(model), new_scores(samples)
     train_only(model, [])
     weights = {f"{name}.weight": module.weight.detach() for name, module in modules.items()}
@@ -234,18 +234,18 @@ METHODS: dict[str, Method] = {
 
 
 class Output:
-    """What a module last gave, for autograd to stop at; hooked before anybody else's hooks."""
+    """A module's last output, at which autograd stops; its hook runs before all other hooks."""
 
     def __init__(self, module: nn.Module) -> None:
         self._found: list[Tensor] = []
         self._handle = module.register_forward_hook(lambda module, args, output: self._found.append(output))
 
     def take(self) -> Tensor:
-        """It, once."""
+        """Return the output, and forget it."""
         return self._found.pop()
 
     def remove(self) -> None:
-        """Unhook."""
+        """Remove the hook."""
         self._handle.remove()
 
 
@@ -257,7 +257,7 @@ def up_projections(model: LlamaForCausalLM, count: int = 3) -> dict[str, nn.Line
 
 
 def train_only(model: nn.Module, modules: Any) -> list[nn.Parameter]:
-    """Freeze all but these modules' weights, and return those."""
+    """Freeze everything but the weights of some modules, and return these weights."""
     model.requires_grad_(False)
     weights = [module.weight for module in modules]
     for weight in weights:
@@ -266,7 +266,7 @@ def train_only(model: nn.Module, modules: Any) -> list[nn.Parameter]:
 
 
 def sample_losses(model: nn.Module, batch: Sample) -> Tensor:
-    """(B,) each sample's own mean token loss, every logit formed."""
+    """(B,) each sample's mean token loss, with every logit."""
     logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1]
     labels = batch["labels"][:, 1:]
     losses = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORE, reduction="none")
@@ -274,7 +274,7 @@ def sample_losses(model: nn.Module, batch: Sample) -> Tensor:
 
 
 def labelled_loss(model: LlamaForCausalLM, batch: Sample) -> Tensor:
-    """The sum of the samples' own mean token losses, the head at learnt positions alone."""
+    """The sum of the samples' mean token losses, with the head at learnt positions only."""
     body = model.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
     learnt = batch["labels"][:, 1:] != IGNORE
     logits = model.lm_head(body.last_hidden_state[:, :-1][learnt])
@@ -285,7 +285,7 @@ def labelled_loss(model: LlamaForCausalLM, batch: Sample) -> Tensor:
 
 @torch.no_grad()
 def plain_scores(gradients: Sequence[Tensor], weights: Sequence[Tensor], config: ResonanceConfig) -> Tensor:
-    """The formula as it is written, for whole batches of gradients, each (B, O, I)."""
+    """The formula as written, on whole batches of gradients, each (B, O, I)."""
     layers = []
     for gradient, weight in zip(gradients, weights, strict=True):
         change = config.lr * (gradient / (gradient.abs() + config.eps) + config.weight_decay * weight)
@@ -295,7 +295,7 @@ def plain_scores(gradients: Sequence[Tensor], weights: Sequence[Tensor], config:
 
 @torch.no_grad()
 def changes(gradients: Tensor, weight: Tensor, config: ResonanceConfig) -> Tensor:
-    """One layer's change by sample, (B,), with our own arithmetic, in place; the gradients (B, O, I) are used up."""
+    """One layer's change for each sample, (B,), by our own arithmetic; overwrites the gradients (B, O, I)."""
     rows = max(1, TILE_ENTRIES["cpu"] // weight.shape[1])
     tiles = list(weight.detach().split(rows))
     sums = [

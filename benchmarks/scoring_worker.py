@@ -1,8 +1,8 @@
-"""One method of `scoring.py` in a process of its own: builds the model, warms up, times, prints a line of JSON.
+"""One method of `scoring.py` in its own process: builds the model, warms up, measures the time, prints a line of JSON.
 
     python benchmarks/scoring_worker.py recorder --shape tiny --samples 6
 
-What is needed once (imports, the model, the first call's allocations) is outside the clock, not outside the memory.
+The time leaves out what is needed once (imports, the model, the first call's allocations); the memory includes it.
 """
 
 from __future__ import annotations
@@ -11,39 +11,39 @@ import argparse
 import contextlib
 import importlib.metadata
 import json
-import resource
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from datasets import Dataset
 from scoring import GSM8K, OWN, PEERS, SHAPES
+from scoring_samples import (
+    BATCH_SIZE,
+    PROMPTS,
+    Method,
+    Sample,
+    build_model,
+    make_samples,
+    peak_memory,
+    prepared_rows,
+)
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
-from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+from transformers import LlamaForCausalLM
 
 from resofilter_trainer import Recorder, ResonanceConfig, literal
 from resofilter_trainer.data.loading import default_arguments
-from resofilter_trainer.data.preparation import PreparedRows, prepared_already
 from resofilter_trainer.model.losses import IGNORE, token_losses
 from resofilter_trainer.scoring.batches import arrange, default_budget
 from resofilter_trainer.scoring.batches import collate as collate_rows
 from resofilter_trainer.scoring.dataset import Pass, score_prepared
-
-CHARACTERS_PER_TOKEN = 3  # about what a large vocabulary makes of GSM8K, its digits one by one
-BATCH_SIZE = 4
-
-Sample = dict[str, Tensor]
-Method = Callable[[LlamaForCausalLM, Sequence[Sample], ResonanceConfig], "Tensor | None"]
 
 
 def main() -> None:
     args = _arguments()
     torch.set_num_threads(args.threads)
     config = ResonanceConfig(eps=args.eps)
-    with contextlib.redirect_stdout(sys.stderr):  # the libraries' own words; only the result goes to stdout
+    with contextlib.redirect_stdout(sys.stderr):  # only the result goes to stdout
         method = find_method(args.method)
         model = build_model(args.shape)
         samples = PROMPTS[args.prompts](make_samples(args.gsm8k, args.samples, model.config.vocab_size))
@@ -65,7 +65,7 @@ def main() -> None:
 
 
 def find_method(name: str) -> Method:
-    """One of ours, or a peer, which is imported only now."""
+    """One of our methods, or a peer's, which is imported only now."""
     if name in METHODS:
         return METHODS[name]
     import scoring_peers
@@ -86,7 +86,7 @@ def recorder_bf16(model: LlamaForCausalLM, samples: Sequence[Sample], config: Re
 
 
 def default(model: LlamaForCausalLM, samples: Sequence[Sample], config: ResonanceConfig) -> Tensor:
-    """What `score_dataset` does by default, what is measured again for the sake of `Trust` included."""
+    """What `score_dataset` does by default, including the rows that are measured again for `Trust`."""
     prepared, args = prepared_rows(samples), default_arguments()
     args.disable_tqdm = True
     return torch.from_numpy(score_prepared(model, prepared, args, config, "auto")[0].score)
@@ -102,14 +102,14 @@ def scored(model: LlamaForCausalLM, samples: Sequence[Sample], config: Resonance
 
 
 def forward(model: LlamaForCausalLM, samples: Sequence[Sample], config: ResonanceConfig) -> None:
-    """What a loss alone costs as everybody computes it, every logit formed."""
+    """The cost of a loss alone as it is usually computed, with every logit."""
     with torch.no_grad():
         for batch in library_batches(samples):
             _ = model(**batch).loss
 
 
 def forward_labelled(model: LlamaForCausalLM, samples: Sequence[Sample], config: ResonanceConfig) -> None:
-    """What a loss alone costs with the head at learnt positions."""
+    """The cost of a loss alone, with the head at learnt positions only."""
     with torch.no_grad():
         for batch in library_batches(samples):
             token_losses(model, batch)
@@ -121,14 +121,9 @@ def forward_labelled_bf16(model: LlamaForCausalLM, samples: Sequence[Sample], co
 
 
 def library_batches(samples: Sequence[Sample]) -> list[Sample]:
-    """The batches that the library itself would make."""
+    """The batches that the library makes."""
     prepared, device = prepared_rows(samples), torch.device("cpu")
     return [collate_rows(prepared, rows, device) for rows, *_ in arrange(prepared, default_budget(device), device)]
-
-
-def prepared_rows(samples: Sequence[Sample]) -> PreparedRows:
-    rows = [{name: tensor.tolist() for name, tensor in sample.items()} for sample in samples]
-    return prepared_already(Dataset.from_list(rows), DataCollatorForLanguageModeling(pad_token_id=0))
 
 
 METHODS: dict[str, Method] = {
@@ -142,93 +137,8 @@ METHODS: dict[str, Method] = {
 }
 
 
-def build_model(shape: str = "135m") -> LlamaForCausalLM:
-    """A Llama with random weights, always the same, in float32."""
-    torch.manual_seed(0)
-    sizes = SHAPES[shape]
-    config = LlamaConfig(
-        vocab_size=sizes.vocabulary,
-        hidden_size=sizes.hidden,
-        intermediate_size=sizes.intermediate,
-        num_hidden_layers=sizes.layers,
-        num_attention_heads=sizes.heads,
-        num_key_value_heads=sizes.kv_heads,
-        tie_word_embeddings=True,
-    )
-    return LlamaForCausalLM(config).eval()
-
-
-def make_samples(gsm8k: Path, count: int, vocab_size: int) -> list[Sample]:
-    """Random tokens; each sample as long as a GSM8K question, not learnt, and its answer, learnt."""
-    generator = torch.Generator().manual_seed(0)
-    samples = []
-    for line in gsm8k.read_text().splitlines()[:count]:
-        row = json.loads(line)
-        prompt, answer = (len(row[name]) // CHARACTERS_PER_TOKEN for name in ("question", "answer"))
-        ids = torch.randint(10, vocab_size, (prompt + answer,), generator=generator)
-        labels = ids.clone()
-        labels[:prompt] = IGNORE
-        samples.append({"input_ids": ids, "labels": labels})
-    return samples
-
-
-def with_repeated_prompts(samples: Sequence[Sample]) -> list[Sample]:
-    """Each four samples with the first one's prompt, as where several answers were drawn to a question."""
-    prompts = [each["input_ids"][: prompt_length(each)] for each in samples]
-    return [with_prompt(each, prompts[i - i % 4]) for i, each in enumerate(samples)]
-
-
-def with_system_prompt(samples: Sequence[Sample]) -> list[Sample]:
-    """Every sample behind the same 200 tokens."""
-    system = torch.randint(10, 500, (200,), generator=torch.Generator().manual_seed(1))
-    return [with_prompt(each, torch.cat([system, each["input_ids"][: prompt_length(each)]])) for each in samples]
-
-
-def prompt_length(sample: Sample) -> int:
-    return int((sample["labels"] == IGNORE).sum())
-
-
-def with_prompt(sample: Sample, prompt: Tensor) -> Sample:
-    """The sample's answer to another prompt."""
-    answer = sample["input_ids"][prompt_length(sample) :]
-    return {
-        "input_ids": torch.cat([prompt, answer]),
-        "labels": torch.cat([torch.full_like(prompt, IGNORE), answer]),
-    }
-
-
-PROMPTS: dict[str, Callable[[Sequence[Sample]], Sequence[Sample]]] = {
-    "own": lambda samples: samples,
-    "repeated": with_repeated_prompts,
-    "system": with_system_prompt,
-}
-
-
-def sorted_batches(samples: Sequence[Sample], size: int = BATCH_SIZE) -> list[tuple[list[int], Sample]]:
-    """Batches of similar lengths, the longest first: the samples' places, and the padded batch."""
-    order = sorted(range(len(samples)), key=lambda row: -len(samples[row]["input_ids"]))
-    return [(rows, collate([samples[row] for row in rows])) for rows in in_batches(order, size)]
-
-
-def in_batches(rows: Sequence[int], size: int = BATCH_SIZE) -> list[list[int]]:
-    return [list(rows[start : start + size]) for start in range(0, len(rows), size)]
-
-
-def collate(samples: Sequence[Sample]) -> Sample:
-    """`input_ids`, `attention_mask` and `labels`, each (B, T), padded on the right."""
-    rows = [{name: tensor.tolist() for name, tensor in sample.items()} for sample in samples]
-    batch: Sample = DataCollatorForLanguageModeling(pad_token_id=0)(rows)
-    return batch
-
-
-def peak_memory() -> int:
-    """The largest resident set of this process so far, in bytes."""
-    largest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return largest if sys.platform == "darwin" else largest * 1024  # kilobytes but on macOS
-
-
 def versions(method: str) -> dict[str, str]:
-    """What was measured: torch, transformers, and the peer itself."""
+    """The versions of torch, transformers and the peer."""
     names = ["torch", "transformers"]
     peer = method.removesuffix("_tuned")
     if method in PEERS and peer != "torch_func":

@@ -1,16 +1,16 @@
-"""Token cleaning: what selecting costs at 50 million tokens, and what measuring costs over two forwards.
+"""Token cleaning: the cost of selecting at 50 million tokens, and of measuring over two forwards.
 
     python benchmarks/token_cleaning.py --json token_cleaning.json
     python benchmarks/token_cleaning.py --what select
 
-`--what all`, the default, runs both, each in a process of its own:
+`--what all`, the default, runs both, each in its own process:
 
-- `select`: `TokenScores.load` and `TokenSelector.select` on random scores, each in a fresh process; beside it, on fewer
-  tokens, the sort of Python tuples of the released scripts, whose masks must be the same. The tuples' clock starts with
-  lists in memory, ours with the file; the files were just written, so no disk is waited for. Peak memory is
-  `ru_maxrss`: it counts what is mapped and looked at, and what the imports took before.
+- `select`: `TokenScores.load` and `TokenSelector.select` on random scores, each in a fresh process. On fewer tokens,
+  they are compared with the released scripts' sort of Python tuples, whose masks must be the same. The time of the
+  tuples starts with lists in memory, ours with the file, which was just written and is therefore in the page cache.
+  Peak memory is `ru_maxrss`, which includes mapped pages that were read, and the imports.
 - `throughput`: cleaning (both models' losses, scores, selection, masks) over two plain forwards of the same batches
-  with the head at the learnt positions and no loss. Alternating rounds, medians: only the ratio means anything. The
+  with the head at the learnt positions and no loss. Medians of alternating rounds; only the ratio is meaningful. The
   model is the 135M Llama shape with random weights, the rows have GSM8K's lengths.
 """
 
@@ -36,19 +36,19 @@ from resofilter_trainer.scores.provenance import Provenance
 from resofilter_trainer.scores.token_scores import TokenScores
 from resofilter_trainer.selecting.token_selection import TokenSelector
 
-if "select" not in sys.argv:  # which needs no model, and is not measured with torch in memory
+if "select" not in sys.argv:  # which needs no model, and whose memory is measured without torch
     import datasets
     import torch
     from datasets import Dataset
-    from scoring_worker import GSM8K, build_model, make_samples
+    from scoring import GSM8K
+    from scoring_samples import build_model, make_samples, prepared_rows
     from transformers import (
         LlamaConfig,
         LlamaForCausalLM,
     )
-    from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
     from resofilter_trainer.data.loading import default_arguments
-    from resofilter_trainer.data.preparation import PreparedRows, prepared_already
+    from resofilter_trainer.data.preparation import PreparedRows
     from resofilter_trainer.model.losses import inputs_of, learnt_logits
     from resofilter_trainer.model.modes import evaluating
     from resofilter_trainer.scoring.batches import collate, split_by_tokens
@@ -71,14 +71,14 @@ def main() -> None:
 
 
 def in_turn() -> dict[str, Any]:
-    """All measurements, each in a process of its own; they print their tables themselves."""
+    """All measurements, each in its own process, which prints its table."""
     found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
         for what in MEASUREMENTS:
             path = Path(folder) / f"{what}.json"
             command = [sys.executable, *sys.argv, "--what", what, "--json", str(path)]
             if subprocess.run(command, check=False).returncode:
-                print(f"'{what}' did not end well", file=sys.stderr)
+                print(f"'{what}' failed", file=sys.stderr)
             found |= json.loads(path.read_text()) if path.exists() else {}
             print()
     return found
@@ -107,7 +107,7 @@ def select(args: argparse.Namespace) -> dict[str, Any]:
         print(f"{each['peak_mb']:8.0f} {each['before_mb']:8.0f}")
     memory = (tuples["peak_mb"] - tuples["before_mb"]) / max(ours["peak_mb"] - ours["before_mb"], 1e-9)
     print(f"tuples over global, {args.tuples:,} tokens: time {tuples['seconds'] / ours['seconds']:.1f}, ", end="")
-    print(f"memory above what was there before {memory:.1f}; the masks are {'the same' if same else 'NOT THE SAME'}")
+    print(f"additional memory {memory:.1f}; the masks are {'the same' if same else 'NOT THE SAME'}")
     return {"runs": found, "masks_equal": same}
 
 
@@ -147,7 +147,7 @@ def run_ours(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def run_tuples(args: argparse.Namespace) -> dict[str, Any]:
-    """As the released scripts do it; they read lists, which are made here before the clock starts."""
+    """The selection of the released scripts, which read lists; these are made before the time starts."""
     before, scores = peak_mb(), TokenScores.load(args.file)
     rows = [scores.of_row(row).tolist() for row in range(len(scores.sample_id))]
     start = time.perf_counter()
@@ -162,7 +162,7 @@ def run_tuples(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def digest(args: argparse.Namespace, keep: np.ndarray) -> dict[str, str]:
-    """What two masks are compared by."""
+    """A hash by which two masks are compared."""
     return {} if args.run == "sample" else {"mask": hashlib.sha256(np.packbits(keep).data).hexdigest()}
 
 
@@ -180,7 +180,7 @@ def throughput(args: argparse.Namespace) -> dict[str, Any]:
     torch.set_num_threads(args.threads)
     datasets.disable_progress_bars()
     models = [build(seed, args.tiny) for seed in (0, 1)]
-    rows = prepared_rows(gsm8k, args.samples, models[0].config.vocab_size)
+    rows = prepared_rows(make_samples(gsm8k, args.samples, models[0].config.vocab_size))
     few = rows.select(np.arange(min(2, args.samples)))
     methods: dict[str, Callable[[PreparedRows], object]] = {
         "cleaning": lambda rows: clean(models, rows),
@@ -198,7 +198,7 @@ def throughput(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def build(seed: int, tiny: bool) -> LlamaForCausalLM:
-    """The 135M shape, or one that is good for nothing but trying this script, with this seed's random weights."""
+    """The 135M shape, or a tiny one to try this script, with the seed's random weights."""
     if tiny:
         config = LlamaConfig(
             vocab_size=512, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2
@@ -209,14 +209,8 @@ def build(seed: int, tiny: bool) -> LlamaForCausalLM:
     return LlamaForCausalLM(config).eval()
 
 
-def prepared_rows(gsm8k: Path, count: int, vocab_size: int) -> PreparedRows:
-    samples = make_samples(gsm8k, count, vocab_size)
-    rows = [{name: tensor.tolist() for name, tensor in sample.items()} for sample in samples]
-    return prepared_already(Dataset.from_list(rows), DataCollatorForLanguageModeling(pad_token_id=0))
-
-
 def clean(models: Sequence[LlamaForCausalLM], rows: PreparedRows) -> Dataset:
-    """What `clean_dataset` does with models and rows that are there; returns the rows with masked labels."""
+    """What `clean_dataset` does with loaded models and rows; returns the rows with masked labels."""
     args = default_arguments()
     args.disable_tqdm = True
     base, reference = (
@@ -227,7 +221,7 @@ def clean(models: Sequence[LlamaForCausalLM], rows: PreparedRows) -> Dataset:
 
 
 def plain_forwards(models: Sequence[LlamaForCausalLM], rows: PreparedRows) -> None:
-    """Both models over the same batches, logits at the learnt positions, thrown away."""
+    """Both models over the same batches, with logits at the learnt positions, which are not used."""
     for model in models:
         with torch.no_grad(), evaluating(model):
             for batch in split_by_tokens(rows.lengths, TokenCleaning().tokens_per_batch):
@@ -249,14 +243,14 @@ def report_throughput(seconds: dict[str, list[float]], rows: PreparedRows, param
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--what", choices=["all", *MEASUREMENTS], default="all")
-    parser.add_argument("--json", type=Path, help="write everything here")
-    parser.add_argument("--tokens", type=int, default=50_000_000, help="select: how many")
-    parser.add_argument("--tuples", type=int, default=2_000_000, help="select: how many also as Python tuples")
-    parser.add_argument("--samples", type=int, default=48, help="throughput: rows")
+    parser.add_argument("--json", type=Path, help="a file for the results")
+    parser.add_argument("--tokens", type=int, default=50_000_000, help="select: the number of tokens")
+    parser.add_argument("--tuples", type=int, default=2_000_000, help="select: the number of tokens as Python tuples")
+    parser.add_argument("--samples", type=int, default=48, help="throughput: the number of rows")
     parser.add_argument("--rounds", type=int, default=5, help="throughput")
     parser.add_argument("--threads", type=int, default=2, help="throughput")
     parser.add_argument("--gsm8k", type=Path, help="throughput: GSM8K's train.jsonl, for the lengths")
-    parser.add_argument("--tiny", action="store_true", help=argparse.SUPPRESS)  # throughput of a toy, to try the script
+    parser.add_argument("--tiny", action="store_true", help=argparse.SUPPRESS)  # to try the script
     parser.add_argument("--run", choices=list(RUNS), help=argparse.SUPPRESS)
     parser.add_argument("--file", type=Path, help=argparse.SUPPRESS)
     return parser.parse_args()

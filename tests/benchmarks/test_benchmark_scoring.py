@@ -1,7 +1,9 @@
-"""The scoring benchmark, run whole on a shape that is good for nothing else, and its count of FLOPs."""
+"""The scoring benchmark as a whole on a tiny shape, its count of FLOPs, and the imports of all benchmarks."""
 
 from __future__ import annotations
 
+import ast
+import graphlib
 import importlib
 import json
 import subprocess
@@ -23,7 +25,7 @@ def scoring(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 @pytest.fixture
 def gsm8k(tmp_path: Path) -> Path:
-    """A file as GSM8K's train.jsonl: eight rows of different lengths."""
+    """A file like GSM8K's train.jsonl, with eight rows of different lengths."""
     rows = [{"question": "How many? " * (3 + i), "answer": "They are 4. " * (2 + i % 3) + "#### 4"} for i in range(8)]
     path = tmp_path / "train.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -36,7 +38,7 @@ def run(gsm8k: Path, *options: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, capture_output=True, text=True)
 
 
-def test_measures_each_method_in_a_process_of_its_own(gsm8k: Path, tmp_path: Path) -> None:
+def test_measures_each_method_in_its_own_process(gsm8k: Path, tmp_path: Path) -> None:
     done = run(gsm8k, "--methods", ",".join([*METHODS, "opacus"]), "--json", str(tmp_path / "scoring.json"))
     assert done.returncode == 0, done.stderr
     assert "skipped: opacus: --peers_python is not given" in done.stdout
@@ -60,8 +62,8 @@ def test_measures_each_method_in_a_process_of_its_own(gsm8k: Path, tmp_path: Pat
     assert "Fewest FLOPs" in done.stdout
 
 
-def test_a_broken_method_is_named_and_the_others_go_on(gsm8k: Path, tmp_path: Path) -> None:
-    stand_in = tmp_path / "python"  # an environment without anything in it
+def test_a_broken_method_is_named_and_the_others_run(gsm8k: Path, tmp_path: Path) -> None:
+    stand_in = tmp_path / "python"  # an environment without any packages
     stand_in.write_text("#!/bin/sh\necho 'No module named torch' >&2\nexit 1\n")
     stand_in.chmod(0o755)
     path = tmp_path / "scoring.json"
@@ -71,7 +73,7 @@ def test_a_broken_method_is_named_and_the_others_go_on(gsm8k: Path, tmp_path: Pa
     assert list(json.loads(path.read_text())) == ["about", "forward"]
 
 
-def test_refuses_what_is_not_there(gsm8k: Path, tmp_path: Path) -> None:
+def test_refuses_unknown_methods_and_missing_files(gsm8k: Path, tmp_path: Path) -> None:
     unknown = run(gsm8k, "--methods", "literal,magic")
     assert unknown.returncode == 1
     assert "no method magic" in unknown.stderr
@@ -80,9 +82,9 @@ def test_refuses_what_is_not_there(gsm8k: Path, tmp_path: Path) -> None:
     assert "there is no GSM8K" in missing.stderr
 
 
-def test_the_floor_is_what_a_hand_counts(scoring: ModuleType) -> None:
+def test_the_floor_is_that_counted_by_hand(scoring: ModuleType) -> None:
     shape = scoring.Shape(vocabulary=7, hidden=4, intermediate=6, layers=3, heads=2, kv_heads=1)
-    # one sample of 3 tokens, 2 of them learnt; multiply-adds, not FLOPs: the factor 2 falls out
+    # one sample of 3 tokens, 2 of them learnt; in multiply-adds, as the factor 2 to FLOPs cancels
     up = 3 * 4 * 6
     query = output = 3 * 4 * 4
     key = value = 3 * 4 * 2
@@ -105,7 +107,24 @@ def test_the_floor_of_many_samples_is_that_of_their_sums(scoring: ModuleType) ->
     assert 1.1 < alone < 1.3
 
 
-def test_ranks_share_their_mean(scoring: ModuleType) -> None:
+def test_equal_values_share_their_mean_rank(scoring: ModuleType) -> None:
     assert scoring.ranks([3.0, 1.0, 3.0, 2.0]) == [3.5, 1, 3.5, 2]
     assert scoring.rank_correlation([1.0, 2.0, 3.0], [1.0, 5.0, 9.0]) == pytest.approx(1)
     assert scoring.rank_correlation([1.0, 1.0], [1.0, 2.0]) is None
+
+
+def imported_by(path: Path) -> set[str]:
+    """The benchmarks that a benchmark imports, in functions as well."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names.add(node.module or "")
+    return {name for name in names if (BENCHMARKS / f"{name}.py").exists()}
+
+
+def test_benchmarks_import_each_other_one_way() -> None:
+    graph = {path.stem: imported_by(path) for path in BENCHMARKS.glob("*.py")}
+    assert "scoring_peers" in graph["scoring_worker"]
+    graphlib.TopologicalSorter(graph).prepare()
