@@ -52,13 +52,13 @@ def run(args: argparse.Namespace) -> None:
     if output.suffix == ".parquet":
         raise InputError(f"--output {args.output} must be a folder, for the selection and the kept rows.")
     check_folder(output)
-    selector = _selector(args)
+    policy = _policy(args)
     scores = ScoreTable.join([ScoreTable.load(path) for path in args.scores])
     dataset = scored_dataset(args, scores.provenance.source)
     check_place(output, args.dataset or scores.provenance.source.get("dataset"))
     if args.group_column and (dataset is None or args.group_column not in dataset.column_names):
         raise InputError(f"--group_column {args.group_column}: no such column, or no dataset; pass --dataset.")
-    selection = selector.select(scores, groups=dataset[args.group_column][:] if args.group_column else None)
+    selection = policy.select(scores, groups=dataset[args.group_column][:] if args.group_column else None)
     if not selection.keep.any():
         raise InputError(f"There is no row to keep, of {len(selection)}. Choose another threshold or share.")
     saved = _save(selection, dataset, output, args.group_column)
@@ -73,7 +73,7 @@ def run(args: argparse.Namespace) -> None:
         print(f"Next: resofilter report {args.scores[0]} --selection {args.output}")
 
 
-def _selector(args: argparse.Namespace) -> Any:
+def _policy(args: argparse.Namespace) -> Any:
     from ..selecting.data_selector import DataSelector
 
     by = args.by.split(",")

@@ -77,7 +77,7 @@ def summarise(cells: Sequence[Cell]) -> list[dict[str, Any]]:
         full = {cell.seed: cell for cell in lines.get((EPOCHS, model, FULL, 1.0), [])}
         random = {cell.seed: cell for cell in lines.get((budget, model, RANDOM, keep), [])}
         sound = [cell for cell in own if cell.metric is not None]
-        told = sound or own
+        counted = sound or own
         metric, low, high = interval([cell.metric for cell in sound if cell.metric is not None])
         found.append(
             {
@@ -85,8 +85,8 @@ def summarise(cells: Sequence[Cell]) -> list[dict[str, Any]]:
                 "keep": keep,
                 "model": model,
                 "budget": budget,
-                "scored_by": told[0].scored_by,
-                "method": told[0].method,
+                "scored_by": counted[0].scored_by,
+                "method": counted[0].method,
                 "seeds": len(sound),
                 "failures": [cell.failure for cell in own if cell.metric is None],
                 "metric": metric,
@@ -94,10 +94,10 @@ def summarise(cells: Sequence[Cell]) -> list[dict[str, Any]]:
                 "metric_high": high,
                 "over_random": _paired([(cell.metric, _of_same_size(random.get(cell.seed), cell)) for cell in sound]),
                 "over_full": _paired([(cell.metric, _metric(full.get(cell.seed))) for cell in sound]),
-                "sdf": float(np.mean([cell.kept / cell.rows for cell in told])),
+                "sdf": float(np.mean([cell.kept / cell.rows for cell in counted])),
                 "p": _mean([_ratio(cell, full.get(cell.seed)) for cell in sound]),
-                **{name: _mean([getattr(cell, name) for cell in told]) for name in MEANS},
-                **{name: float(np.median([getattr(cell, name) for cell in told])) for name in COSTS},
+                **{name: _mean([getattr(cell, name) for cell in counted]) for name in MEANS},
+                **{name: float(np.median([getattr(cell, name) for cell in counted])) for name in COSTS},
             }
         )
     return found

@@ -67,7 +67,7 @@ class Method:
         by_reference: whether the method scores with a reference model as well.
         trains: whether scoring trains something, so that the scores depend on the seed.
         settings: the dataclass of the settings that a selector can have; None if there are none.
-        flops: the FLOPs of measuring beside forwards, by the scoring model, the number of rows and the selector.
+        flops: the FLOPs of measuring besides forwards, by the scoring model, the number of rows and the selector.
     """
 
     score: Callable[[Request], ScoreTable | TokenScores]

@@ -31,7 +31,7 @@ class Scored:
         table: the scores.
         seconds: the time of the pass on this machine, when it was made.
         parameters: the parameters of the scoring model (`cost.parameters_of`).
-        flops: the FLOPs of the pass beside forwards.
+        flops: the FLOPs of the pass besides forwards.
     """
 
     table: ScoreTable | TokenScores
@@ -74,7 +74,7 @@ class SelectorScores:
         return selector.score_model or self.config.score_model or self.model
 
     def origin(self, selector: SelectorConfig) -> dict[str, Any]:
-        """What a cell depends on beside the settings of the comparison, by names for people."""
+        """What a cell depends on besides the settings of the comparison, by names for people."""
         method, reference, scorer = METHODS[selector.method], self.config.reference_model, self.scorer(selector)
         found: dict[str, Any] = {"weights": hash_weights(model_path(self.model)), "scored by": scorer}
         if scorer != self.model:

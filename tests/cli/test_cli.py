@@ -111,12 +111,12 @@ BAD_SCORES: dict[str, tuple[Callable[[Place], Sequence[object]], Sequence[str]]]
 
 @pytest.mark.parametrize("name", BAD_SCORES)
 def test_score_refuses_in_one_line_and_leaves_nothing(name, place, tmp_path, capsys):
-    arguments, told = BAD_SCORES[name]
+    arguments, expected = BAD_SCORES[name]
     usual = ["--model", place.model, "--dataset", place.rows, "--output", tmp_path / "out"]
 
     message = refused(capsys, "score", *usual, *arguments(place))
 
-    assert [part for part in told if part not in message] == [], message
+    assert [text for text in expected if text not in message] == [], message
     assert files_in(tmp_path) == []
 
 
@@ -282,7 +282,7 @@ def test_yaml_may_hold_lists_flags_and_text_that_begins_with_a_dash(place, tmp_p
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "expected"),
     [
         ("bogus: 1", "'score' has no argument 'bogus'"),
         ("run: 1", "'score' has no argument 'run'"),
@@ -297,12 +297,12 @@ def test_yaml_may_hold_lists_flags_and_text_that_begins_with_a_dash(place, tmp_p
         (None, "cannot be read"),
     ],
 )
-def test_yaml_that_cannot_work_is_refused(text, told, place, tmp_path, capsys):
+def test_yaml_that_cannot_work_is_refused(text, expected, place, tmp_path, capsys):
     path = tmp_path / "run.yaml"
     if text is not None:
         path.write_text(text)
     usual = ["--model", place.model, "--dataset", place.rows, "--output", tmp_path / "out"]
-    assert told in refused(capsys, "score", "--config", path, *usual)
+    assert expected in refused(capsys, "score", "--config", path, *usual)
     assert not (tmp_path / "out").exists()
 
 
@@ -355,7 +355,7 @@ def test_dataset_that_moved_can_be_named(place, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "expected"),
     [
         (["--keep", "0"], "keep is the share of the rows to keep, above 0 and at most 1, got 0.0"),
         (["--keep", "-0.5"], "above 0 and at most 1"),
@@ -370,8 +370,8 @@ def test_dataset_that_moved_can_be_named(place, tmp_path):
         (["--dataset", "/nowhere/rows.jsonl"], "no dataset at '/nowhere/rows.jsonl'"),
     ],
 )
-def test_select_refuses_in_one_line_and_leaves_nothing(arguments, told, scored, tmp_path, capsys):
-    assert told in refused(capsys, "select", scored, "--output", tmp_path / "out", *arguments)
+def test_select_refuses_in_one_line_and_leaves_nothing(arguments, expected, scored, tmp_path, capsys):
+    assert expected in refused(capsys, "select", scored, "--output", tmp_path / "out", *arguments)
     assert files_in(tmp_path) == []
 
 
@@ -426,15 +426,15 @@ def test_arguments_are_parsed_without_torch():
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "expected"),
     [
         (["--criterion", "beauty"], f"--criterion must be one of 'resonance', {', '.join(map(repr, CRITERIA))}, got"),
         (["--update", "optimizer"], "--update must be one of 'adamw', 'sgd', got 'optimizer'"),
     ],
 )
-def test_score_offers_what_it_can_measure(arguments, told, place, tmp_path, capsys):
+def test_score_offers_what_it_can_measure(arguments, expected, place, tmp_path, capsys):
     usual = ["--model", place.model, "--dataset", place.rows, "--output", tmp_path / "out"]
-    assert told in refused(capsys, "score", *usual, *arguments)
+    assert expected in refused(capsys, "score", *usual, *arguments)
     assert files_in(tmp_path) == []
 
 

@@ -201,8 +201,8 @@ def in_place(arguments: list[object], place: Path) -> list[str]:
 
 @pytest.mark.parametrize("name", BAD)
 def test_what_cannot_work_is_refused_in_one_line_and_leaves_nothing(name, place, tmp_path, capsys):
-    arguments, told = BAD[name]
-    assert told in one_line(capsys, *usual(place, tmp_path / "out", *in_place(arguments, place)))
+    arguments, expected = BAD[name]
+    assert expected in one_line(capsys, *usual(place, tmp_path / "out", *in_place(arguments, place)))
     assert list(tmp_path.iterdir()) == []
 
 

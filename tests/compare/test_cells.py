@@ -188,7 +188,7 @@ def test_one_number_is_a_list_of_one():
 
 
 @pytest.mark.parametrize(
-    ("values", "said"),
+    ("values", "message"),
     [
         ({"selectors": []}, "selectors is empty"),
         ({}, "has no selectors"),
@@ -253,8 +253,8 @@ def test_one_number_is_a_list_of_one():
         ({"selectors": [{"method": "ifd", "name": "full"}]}, "The name 'full' is for the method 'full'"),
     ],
 )
-def test_what_cannot_be_compared_is_refused(values, said):
-    with pytest.raises(InputError, match=said):
+def test_what_cannot_be_compared_is_refused(values, message):
+    with pytest.raises(InputError, match=message):
         ComparisonConfig.of(values)
 
 

@@ -311,7 +311,7 @@ def test_a_small_model_scores_for_superfiltering(tmp_path, own_rows, tiny_model_
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "message"),
     [
         ({"selectors": ["beauty"]}, "There is no method 'beauty'. There are: full, random"),
         ({"selectors": ["superfiltering"]}, "name one as proxy_model"),
@@ -339,14 +339,14 @@ def test_a_small_model_scores_for_superfiltering(tmp_path, own_rows, tiny_model_
         ({"selectors": ["random"], "dataset": "./none.jsonl"}, "There is no dataset"),
     ],
 )
-def test_what_cannot_work_is_refused(changes, said, tmp_path):
+def test_what_cannot_work_is_refused(changes, message, tmp_path):
     selectors = changes.pop("selectors")
-    with pytest.raises(InputError, match=said):
+    with pytest.raises(InputError, match=message):
         run(config(tmp_path, selectors, **changes))
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "message"),
     [
         ({"wrong_column": "none"}, "no column 'none'"),
         ({"selectors": [{"score_column": "none"}]}, "no column 'none'"),
@@ -357,10 +357,10 @@ def test_what_cannot_work_is_refused(changes, said, tmp_path):
         ({"test_dataset": "unmarked.jsonl"}, "Held-out row 1 does not end in a number"),
     ],
 )
-def test_columns_that_cannot_work_are_refused(changes, said, tmp_path, own_rows):
+def test_columns_that_cannot_work_are_refused(changes, message, tmp_path, own_rows):
     changes = {"selectors": ["random"], "dataset": own_rows, **OWN, **changes}
     Dataset.from_list([{"q": "1+1", "a": "#### 2"}, {"q": "why", "a": "so"}]).to_json(tmp_path / "unmarked.jsonl")
-    with pytest.raises(InputError, match=said):
+    with pytest.raises(InputError, match=message):
         run(config(tmp_path, **changes))
 
 
