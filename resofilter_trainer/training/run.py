@@ -89,10 +89,6 @@ class Run:
         self._saved_at = (-1, -1)  # step and ended epochs
         self._error: InputError | None = None  # raised once everything is saved
 
-    @property
-    def _measurements(self) -> Measurements:
-        return self._watch.measurements
-
     # Start or resume
 
     def begin(self, checkpoint: str | None) -> None:
@@ -123,17 +119,9 @@ class Run:
             self._decisions.forget_the_first()
             self._timeline.plan_start(self._decisions.kept)
             self._write_results(0)
-            report_rows(self.trainer, "at the starting weights", self._measurements, self._decisions.kept)
+            report_rows(self.trainer, "at the starting weights", self._watch.measurements, self._decisions.kept)
         elif self._filter.first >= self._timeline.epochs and self._filter.keep != 1:
-            self._warn_that_nothing_is_filtered()
-
-    def _warn_that_nothing_is_filtered(self) -> None:
-        if self.trainer.args.process_index == 0:
-            warnings.warn(
-                f"Filtering would begin after {self._filter.first} of {self._timeline.epochs} epochs: nothing is ever "
-                "filtered, and all you get is scores. Train for more epochs, or pass when='before'.",
-                stacklevel=2,
-            )
+            _warn_that_nothing_is_filtered(self.trainer, self._filter.first, self._timeline.epochs)
 
     def _clean_tokens(self, tokens: CleaningRun) -> None:
         """Measure the base model; with a fixed reference model, leave out the rows that keep no token."""
@@ -159,9 +147,9 @@ class Run:
         found, _, trust = score_prepared(model, prepared, self.trainer.args, self._config)
         self._provenance = dataclasses.replace(self._provenance, trust=trust)
         numbers = (found.loss, found.num_tokens, prepared.lengths, found.layers)
-        self._measurements.add(Measured(0, 0, prepared.sample_ids, *numbers))
-        self._measurements.end_epoch(0, correct_drift=False)
-        self._decisions.score(self._measurements, self._provenance)
+        self._watch.measurements.add(Measured(0, 0, prepared.sample_ids, *numbers))
+        self._watch.measurements.end_epoch(0, correct_drift=False)
+        self._decisions.score(self._watch.measurements, self._provenance)
 
     def _resume(self, folder: Path) -> None:
         """Resume from a checkpoint, wherever in an epoch it was made."""
@@ -281,15 +269,15 @@ class Run:
             self._error = self._refusal(ended)
         self._timeline.next_epoch(self._decisions.kept, replan=ended < epochs and self._error is None)
         self._write_results(ended)
-        report_rows(self.trainer, f"after epoch {ended} of {epochs}", self._measurements, self._decisions.kept)
+        report_rows(self.trainer, f"after epoch {ended} of {epochs}", self._watch.measurements, self._decisions.kept)
 
     def _score(self) -> None:
         self._watch.gather()
         if self._filter.when == "training":
             correct = self._filter.correct_drift
             epoch = self._timeline.ended_epochs
-            self._measurements.end_epoch(epoch, self._random_order if correct is None else correct)
-        self._decisions.score(self._measurements, self._provenance)
+            self._watch.measurements.end_epoch(epoch, self._random_order if correct is None else correct)
+        self._decisions.score(self._watch.measurements, self._provenance)
 
     def _refusal(self, epoch: int) -> InputError | None:
         """Why an epoch cannot be trained on the rows that are kept now; None where it can."""
@@ -330,7 +318,7 @@ class Run:
             if drawn is not None and self._timeline.steps_done:
                 order[: len(drawn)] = drawn
             self.results.save_selections(folder)
-            self._measurements.save(folder, {"order": order})
+            self._watch.measurements.save(folder, {"order": order})
             if self._tokens is not None:
                 self._tokens.save(folder)
 
@@ -342,8 +330,8 @@ class Run:
         self._watch.measurements, extra = Measurements.load(folder)
         self.results.load_selections(folder, min(ended, epochs - 1) + 1)
         self.results.scores = None
-        if np.isfinite(self._measurements.score).any():
-            self._decisions.score(self._measurements, self._provenance)
+        if np.isfinite(self._watch.measurements.score).any():
+            self._decisions.score(self._watch.measurements, self._provenance)
         order = extra["order"][extra["order"] >= 0]
         self._timeline.sampler.begin(ended, self._decisions.kept, order if len(order) else None)
 
@@ -367,3 +355,12 @@ class Run:
         provenance = self._provenance.to_json()
         own = {"settings": self._settings, **self._timeline.to_json(), "provenance": provenance}
         self.trainer.state.stateful_callbacks[STATE] = own
+
+
+def _warn_that_nothing_is_filtered(trainer: Trainer, first: int, epochs: int) -> None:
+    if trainer.args.process_index == 0:
+        warnings.warn(
+            f"Filtering would begin after {first} of {epochs} epochs: no row is ever dropped, and the run only gives "
+            "scores. Train for more epochs, or pass when='before'.",
+            stacklevel=2,
+        )

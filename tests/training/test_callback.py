@@ -402,7 +402,7 @@ def test_optimizer_update_is_what_the_optimizer_did(tmp_path, tokenizer):
         processing_class=tokenizer,
         callbacks=[spy, callback],
     )
-    with pytest.warns(UserWarning, match="nothing is ever filtered"):
+    with pytest.warns(UserWarning, match="no row is ever dropped"):
         trainer.train()
     table = callback.scores.to_pandas().sort_values("step")
     assert np.allclose(table.measured, spy.changes, rtol=1e-5)
