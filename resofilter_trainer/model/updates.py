@@ -83,7 +83,7 @@ def check_updates(updates: Mapping[UpdateName, Update]) -> None:
     """Raise InputError for a name without a record, a record without a name, or one that lacks a form."""
     for name in sorted({*get_args(UpdateName)} ^ {*updates}):
         lacking = "config.UpdateName" if name in updates else "model.updates.UPDATES"
-        raise InputError(f"update={name!r} is missing in {lacking}: an update is a name there and a record here.")
+        raise InputError(f"update={name!r} is missing in {lacking}: an update has a name and a record.")
     for name, update in updates.items():
         for form in ("step", "optimizer"):
             if name != OPTIMIZER and getattr(update, form) is None:

@@ -83,7 +83,7 @@ def test_only_a_runs_own_optimizer_has_no_closed_form():
 @pytest.mark.parametrize(
     ("changed", "told"),
     [
-        ({"lion": Update("a step of Lion")}, "update='lion' is missing in config.UpdateName"),
+        ({"nameless": Update("no name in config")}, "update='nameless' is missing in config.UpdateName"),
         ({"sgd": dataclasses.replace(UPDATES["sgd"], optimizer=None)}, "update='sgd' has no optimizer"),
         ({"adamw": dataclasses.replace(UPDATES["adamw"], step=None)}, "update='adamw' has no step"),
     ],
