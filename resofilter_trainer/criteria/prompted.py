@@ -1,9 +1,10 @@
-"""Criteria that show the model a sample in another context: as an example before a task, or to be rated.
+"""Criteria that show the model a sample in another context: as an example before a task, or for the model to rate.
 
-    nuggets    sample + task -> does the task's loss fall?
-    selectit   "rate this" + sample + "rating:" -> how sure is the model of which of 1 to 5?
+    nuggets    sample + task -> does the loss of the task fall?
+    selectit   "rate this" + sample + "rating:" -> which of 1 to 5 does the model choose, and how surely?
 
-Each is made for some anchors or a tokenizer and is then a function `(model, batch) -> (B,)`, as those of `criteria.py`.
+Each is made with tasks or a tokenizer and is then a function `(model, batch) -> (B,)`, like those of `model.py`. Knows
+models, batches and tokenizers, no dataset and no file.
 """
 
 from __future__ import annotations
@@ -17,8 +18,8 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
 from ..config import InputError
-from ..model.losses import IGNORE, unwrapped
-from .model import Batch, loss
+from ..model.losses import IGNORE, TokenBatch, unwrapped
+from .model import loss
 
 RATINGS = ("1", "2", "3", "4", "5")
 ALPHA = 0.2  # SelectIT's weight of the spread over prompts
@@ -31,15 +32,15 @@ RATING_PROMPTS = (  # (before the instruction, between it and the response, afte
 
 @dataclass
 class Nuggets:
-    """The golden score: the share of tasks that a sample, as the one example before them, makes likelier.
+    """The golden score: the share of tasks whose answer becomes more likely with the sample as an example before it.
 
         1/M sum_j [log p(answer_j | sample, task_j) > log p(answer_j | task_j)]     (Nuggets, arXiv 2312.10302, eq. 1-3)
 
-    The sample goes without its end-of-sequence token, and the task without its beginning: they are one text.
+    The sample loses its end-of-sequence token and the task its beginning-of-sequence token, so that they are one text.
 
     Attributes:
-        anchors: the M tasks, each `input_ids` and `labels`, (T,), which learn the answer only.
-        between: tokens that stand between sample and task.
+        anchors: the M tasks, each with `input_ids` and `labels`, (T,), of which only the answer is learnt.
+        between: the tokens between sample and task.
     """
 
     anchors: Sequence[Mapping[str, Tensor]]
@@ -48,10 +49,10 @@ class Nuggets:
 
     def __post_init__(self) -> None:
         if not self.anchors:
-            raise InputError("Nuggets needs tasks to try its examples on: pass a validation set.")
+            raise InputError("Nuggets needs tasks to test its examples on: pass a validation set.")
 
     @torch.no_grad()
-    def __call__(self, model: nn.Module, batch: Batch) -> Tensor:
+    def __call__(self, model: nn.Module, batch: TokenBatch) -> Tensor:
         """(B,) from 0 to 1."""
         device = batch["input_ids"].device
         if self._alone is None or self._alone[0] is not model:
@@ -68,32 +69,34 @@ class Nuggets:
 
 @dataclass(frozen=True)
 class SelectIT:
-    """The model's own rating of a sample, and how sure it is of it (SelectIT, arXiv 2402.16705, eq. 1-4).
+    """The model's own rating of a sample, weighted by its certainty (SelectIT, arXiv 2402.16705, eq. 1-4).
 
-        P(k) = softmax over the logits of "1" to "5" after a rating prompt, k' the largest
+        P(k) = softmax over the logits of "1" to "5" after a rating prompt; k' is the most likely
         token level      S = k' * 1/(K - 1) sum_k |P(k') - P(k)|
         sentence level   mean(S) / (1 + 0.2 std(S)) over the rating prompts
 
-    Of one model: the paper also averages over models of several sizes. What is rated is the row without its learnt
-    tokens, and these without an end-of-sequence token; a beginning-of-sequence token comes first. The prompts are our
-    own.
+    For one model; the paper also averages over models of several sizes. The instruction is the row without its learnt
+    tokens, the response the learnt tokens without an end-of-sequence token; a beginning-of-sequence token stays first.
+    The prompts are not the paper's.
 
     Attributes:
-        tokenizer: the model's; it has a token for each of the numbers.
-        prompts: what stands before, between and after instruction and response.
+        tokenizer: the model's tokenizer; it needs a token for each of the numbers.
+        prompts: the texts before, between and after instruction and response.
     """
 
     tokenizer: PreTrainedTokenizerBase
     prompts: Sequence[tuple[str, str, str]] = RATING_PROMPTS
 
     @torch.no_grad()
-    def __call__(self, model: nn.Module, batch: Batch) -> Tensor:
+    def __call__(self, model: nn.Module, batch: TokenBatch) -> Tensor:
         """(B,) from 0 to 5."""
         ratings = torch.tensor([self._token(rating) for rating in RATINGS], device=batch["input_ids"].device)
         levels = torch.stack([self._token_level(model, batch, prompt, ratings) for prompt in self.prompts])
         return levels.mean(0) / (1 + ALPHA * levels.std(0, correction=0))
 
-    def _token_level(self, model: nn.Module, batch: Batch, prompt: tuple[str, str, str], ratings: Tensor) -> Tensor:
+    def _token_level(
+        self, model: nn.Module, batch: TokenBatch, prompt: tuple[str, str, str], ratings: Tensor
+    ) -> Tensor:
         before, between, after = (self._ids(text) for text in prompt)
         start, end = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
         rows = []
@@ -120,13 +123,13 @@ class SelectIT:
 
 
 def _without_end(ids: Tensor, end: int | Sequence[int] | None) -> Tensor:
-    """Tokens without an end-of-sequence token at their end."""
+    """The tokens without a final end-of-sequence token."""
     ends = [] if end is None else [end] if isinstance(end, int) else list(end)
     return ids[:-1] if len(ids) and int(ids[-1]) in ends else ids
 
 
 def _after(before: Tensor, task: Mapping[str, Tensor], start: int | None) -> dict[str, Tensor]:
-    """A task that is not first in its row. Its first token is no answer, whatever predicts it now."""
+    """A task after other tokens. Its first token is not learnt, although a token precedes it now."""
     ids, labels = task["input_ids"], task["labels"].clone()
     labels[0] = IGNORE
     if start is not None and int(ids[0]) == start:
@@ -135,12 +138,12 @@ def _after(before: Tensor, task: Mapping[str, Tensor], start: int | None) -> dic
 
 
 def _padded(model: nn.Module, samples: Sequence[Mapping[str, Tensor]], device: torch.device) -> dict[str, Tensor]:
-    """A batch of them, (B, T) each, padded on the right. Raises InputError where the model has no such positions."""
+    """A batch of the samples, padded on the right. Raises InputError for samples longer than the model allows."""
     limit = getattr(unwrapped(model).config, "max_position_embeddings", None)
     longest = max(len(each["input_ids"]) for each in samples)
     if limit is not None and longest > limit:
         raise InputError(
-            f"With its context a row has {longest} tokens and the model {limit} positions: lower max_length."
+            f"With its context, a row has {longest} tokens and the model {limit} positions: lower max_length."
         )
     ids, labels = ([torch.as_tensor(each[name]) for each in samples] for name in ("input_ids", "labels"))
     return {

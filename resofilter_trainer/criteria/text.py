@@ -1,6 +1,6 @@
-"""What people count in a text: its length, ratios, repetition, how common its tokens are. No model is asked.
+"""Criteria of the text alone: length, ratios, repetition, rarity of tokens. Know tokens and batches, and use no model.
 
-`(model, batch) -> one number per sample`, as in `criteria`; tokens stand for words.
+Each is a function `(model, batch) -> one number per sample`, like those of `model.py`; tokens are taken as words.
 """
 
 from __future__ import annotations
@@ -11,23 +11,23 @@ import torch
 from torch import Tensor, nn
 
 from ..data.preparation import PreparedRows, learnt_tokens
-from ..model.losses import Batch, learnt_positions
+from ..model.losses import TokenBatch, learnt_positions
 
 NGRAM = 3
 
 
-def length(model: nn.Module, batch: Batch) -> Tensor:
-    """Learnt tokens, (B,)."""
+def length(model: nn.Module, batch: TokenBatch) -> Tensor:
+    """The number of learnt tokens, (B,)."""
     return learnt_positions(batch["labels"]).sum(1)
 
 
-def response_ratio(model: nn.Module, batch: Batch) -> Tensor:
-    """Learnt tokens over all tokens, (B,): near 0 a long prompt with a short answer."""
+def response_ratio(model: nn.Module, batch: TokenBatch) -> Tensor:
+    """Learnt tokens divided by all tokens, (B,): near 0 for a long prompt with a short answer."""
     return learnt_positions(batch["labels"]).sum(1) / batch["attention_mask"].sum(1)
 
 
-def repetition(model: nn.Module, batch: Batch) -> Tensor:
-    """Of the learnt tokens' trigrams the share that has occurred in the row before, (B,); 0 where there are none."""
+def repetition(model: nn.Module, batch: TokenBatch) -> Tensor:
+    """The share of trigrams of learnt tokens that occur earlier among them, (B,); 0 without a trigram."""
     found = []
     for tokens in _learnt(batch):
         grams = list(zip(*(tokens[start:] for start in range(NGRAM)), strict=False))
@@ -39,7 +39,7 @@ def repetition(model: nn.Module, batch: Batch) -> Tensor:
 class Rarity:
     """Mean of `-log p(t)` over a row's learnt tokens t, (B,) in nats; p is their frequency in the dataset.
 
-    ResoFilter's figure 5 looks at mean frequencies; this is the unigram cross-entropy.
+    ResoFilter's figure 5 shows mean frequencies; this is the unigram cross-entropy.
 
     Attributes:
         surprise: (V,) `-log p`, infinite for tokens that are never learnt.
@@ -49,17 +49,17 @@ class Rarity:
 
     @classmethod
     def of(cls, rows: PreparedRows) -> Rarity:
-        """Counted over all rows."""
+        """The criterion with frequencies counted over all rows."""
         _, tokens = learnt_tokens(rows.dataset)
         counts = torch.bincount(torch.as_tensor(tokens, dtype=torch.long)).double()
         return cls(-(counts / counts.sum()).log())
 
-    def __call__(self, model: nn.Module, batch: Batch) -> Tensor:
-        """(B,), whatever the model."""
+    def __call__(self, model: nn.Module, batch: TokenBatch) -> Tensor:
+        """(B,); the model is not used."""
         return torch.stack([self.surprise[torch.tensor(tokens)].mean() for tokens in _learnt(batch)])
 
 
-def _learnt(batch: Batch) -> list[list[int]]:
+def _learnt(batch: TokenBatch) -> list[list[int]]:
     """Each row's learnt tokens."""
     learnt = learnt_positions(batch["labels"])
     return [ids[1:][mask].tolist() for ids, mask in zip(batch["input_ids"], learnt, strict=True)]

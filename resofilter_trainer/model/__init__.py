@@ -1,1 +1,1 @@
-"""How far one step on one sample moves W_up. Knows torch and models, no dataset and no file."""
+"""How far one step on one sample moves W_up. Knows torch and models, but no dataset and no file."""

@@ -1,8 +1,8 @@
-"""Each sample's gradient of a weight, out of a batch's backward. Knows nothing of losses, optimizers or scores.
+"""Each sample's gradient of a weight, from a batch's backward. Knows nothing of losses, optimizers or scores.
 
 For a linear map `y = x W^T`, with `a` (T, I) the sample's input and `b` (T, O) the loss gradient at its output, the
-gradient of W is `b^T a`, (O, I). It is formed a few rows at a time, so that a tile is used while it is in the cache.
-For a block that is no linear map, such as fused experts, the block is run again for the sample alone.
+gradient of W is `b^T a`, (O, I). It is computed a few rows at a time, so that each tile is used while in the cache.
+A block that is not a linear map, such as fused experts, runs again for each sample alone.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ TILE_ENTRIES_ELSEWHERE = 1 << 25  # few launches, 128 MB
 
 @dataclass(frozen=True)
 class Segment:
-    """Where one sample lies in a batch: in which row, and at which of its tokens."""
+    """Where one sample is in a batch: the row, and the tokens of that row."""
 
     row: int
     tokens: slice
 
 
 def segments_of(batch: Mapping[str, Tensor]) -> list[Segment]:
-    """The samples of a batch: its rows without their padding, or the parts of a padding-free batch's one row.
+    """The samples of a batch: its rows without padding, or the samples in the single row of a padding-free batch.
 
     Args:
-        batch: `attention_mask` (B, T), 0 on padding; or, without one, `position_ids` (1, T) that begin anew at 0 with
+        batch: `attention_mask` (B, T), 0 on padding; or, without a mask, `position_ids` (1, T) that restart at 0 with
             every sample.
     """
     mask = batch.get("attention_mask")
@@ -48,16 +48,16 @@ def segments_of(batch: Mapping[str, Tensor]) -> list[Segment]:
 
 
 def runs_of(counts: Tensor) -> list[Segment]:
-    """Samples that follow each other in one row, of so many tokens each, (B,)."""
+    """Samples that follow each other in one row; `counts` (B,) is the number of tokens of each."""
     ends = counts.cumsum(0).tolist()
     return [Segment(0, slice(start, end)) for start, end in zip([0, *ends[:-1]], ends, strict=True)]
 
 
 def spans(b: Tensor, segments: Sequence[Segment]) -> list[Segment]:
-    """Where each sample's gradient lives: the shortest run of tokens outside which it is zero.
+    """The shortest run of tokens of each sample outside which its gradient is zero.
 
     Args:
-        b: (B, T, O) loss gradient. What comes after the last learnt token has none.
+        b: (B, T, O) loss gradient, zero after the last learnt token.
         segments: the samples.
     """
     used = (b != 0).any(-1).cpu().numpy()
@@ -70,7 +70,7 @@ def spans(b: Tensor, segments: Sequence[Segment]) -> list[Segment]:
 
 
 def _run(used: np.ndarray) -> slice:
-    """From the first to the last position in use."""
+    """The positions from the first one in use to the last."""
     positions = used.nonzero()[0]
     return slice(int(positions[0]), int(positions[-1]) + 1) if len(positions) else slice(0, 0)
 
@@ -83,8 +83,7 @@ def tiles(a: Tensor, b: Tensor) -> Iterator[tuple[slice, Tensor]]:
         b: (T, O) gradient at its output.
 
     Yields:
-        The rows' slice and the gradient of those rows, (rows, I). The caller may overwrite it; its memory is used
-        again for the next tile.
+        The slice of rows and their gradient, (rows, I). The caller may overwrite it; the next tile reuses its memory.
     """
     inputs, outputs = a.shape[1], b.shape[1]
     rows = max(1, TILE_ENTRIES.get(a.device.type, TILE_ENTRIES_ELSEWHERE) // inputs)
@@ -95,12 +94,12 @@ def tiles(a: Tensor, b: Tensor) -> Iterator[tuple[slice, Tensor]]:
 
 
 def gram_is_cheaper(tokens: int, inputs: int, outputs: int) -> bool:
-    """Whether two (T, T) Gram matrices cost fewer FLOPs than the (O, I) gradient: T < I * O / (I + O)."""
+    """Whether two (T, T) Gram matrices take fewer FLOPs than the (O, I) gradient: T < I * O / (I + O)."""
     return tokens * (inputs + outputs) < inputs * outputs
 
 
 def squared_norm(a: Tensor, b: Tensor) -> Tensor:
-    """`||b^T a||^2`, Frobenius, without forming the gradient: `sum((a a^T) * (b b^T))`, a float64 scalar."""
+    """The squared Frobenius norm `||b^T a||^2` as `sum((a a^T) * (b b^T))`, without the gradient; a float64 scalar."""
     return ((a @ a.T) * (b @ b.T)).sum(dtype=torch.float64)
 
 
@@ -112,29 +111,30 @@ def block_gradients(
     b: Tensor,
     where: Segment,
 ) -> tuple[Tensor | None, ...]:
-    """One sample's gradients of parameters anywhere inside a block, by running the block again on its tokens.
+    """One sample's gradients of parameters anywhere in a block, from running the block again on the sample's tokens.
 
     Args:
-        block: takes each token by itself; gives hidden states, (B, T, H) or (B * T, H), or a tuple that begins so.
-        parameters: whose gradients are wanted.
-        args, kwargs: what the block was called with.
+        block: a module that maps each token by itself to hidden states, (B, T, H) or (B * T, H), or to a tuple that
+            begins with them.
+        parameters: the parameters to differentiate.
+        args, kwargs: the arguments of the block's call.
         b: (B, T, H) loss gradient at its output.
         where: the sample's tokens.
 
     Returns:
-        The gradients, None for a parameter that none of these tokens used.
+        The gradients; None for a parameter that none of these tokens uses.
     """
     own = partial(_own_tokens, shape=b.shape[:2], where=where)
     with torch.enable_grad(), requiring_grad(parameters, True):
         output = block(*map(own, args), **{name: own(value) for name, value in kwargs.items()})
         output = output[0] if isinstance(output, tuple) else output
-        if not output.requires_grad:  # no token at all
+        if not output.requires_grad:  # no token reached it
             return (None,) * len(parameters)
         return torch.autograd.grad(output, parameters, own(b).view_as(output), allow_unused=True)
 
 
 def _own_tokens(value: Any, shape: torch.Size, where: Segment) -> Any:
-    """One sample's run of a tensor with an entry for each token, (B, T, ...) or (B * T, ...); all else as it is."""
+    """One sample's tokens of a tensor (B, T, ...) or (B * T, ...); any other value unchanged."""
     if not isinstance(value, Tensor):
         return value
     if value.shape[:2] == shape:

@@ -1,15 +1,15 @@
-"""From a decoder's output to the loss of every learnt token and its gradient, never holding all logits at once.
+"""From a decoder's output to the loss of every learnt token and its gradient, without all logits in memory at once.
 
-Knows models and batches, not samples, updates or files. Where the head is one linear map, the vocabulary is taken a
-tile at a time, each while it is in the cache, with the running maximum of online softmax (Milakov and Gimelshein,
-arXiv 1805.02867), here for the losses and their gradient in one pass:
+Knows models and batches, not samples, updates or files. If the head is one linear map, the vocabulary is processed in
+tiles that fit the cache, with the running maximum of online softmax (Milakov and Gimelshein, arXiv 1805.02867), here
+for the losses and their gradient at the same time:
 
     hidden (N, H) -> logits of a tile (N, V') -> m, r = sum e^(l - m), s = sum e^(l - m) W, both without the target y
     in the end, with z = r + e^(l_y - m): losses log z + m - l_y, gradient (s - r W_y) / z
 
-The target is left out of the sums because s / z - W_y would cancel where it is all but certain.
+The sums leave the target out because s / z - W_y cancels for a target that is almost certain.
 
-Elsewhere the model's own forward runs again from the decoder's output on, a few positions at a time.
+For any other head the model's own forward runs again from the decoder's output on, a few positions at a time.
 """
 
 from __future__ import annotations
@@ -25,24 +25,24 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .losses import Inputs, at_positions, head_only_at, learnt_logits, unwrapped
-from .modes import at_least_float32, instead, same_but_for
+from .modes import at_least_float32, forward_replaced, same_but_for
 
-TILE_LOGITS = {"cpu": 1 << 20}  # 4 MB of float32: stays in the cache
-TILE_LOGITS_ELSEWHERE = 1 << 26  # few launches, 256 MB
-PROBE = 16  # tokens on which a model is tried
-PIECE_LOGITS = 1 << 24  # 64 MB of float32, where each piece is a forward of its own
-SMALLEST_TILE = 512  # of the vocabulary: below, a product is too narrow to be fast
+TILE_LOGITS = {"cpu": 1 << 20}  # 4 MB of float32, which stay in the cache
+TILE_LOGITS_ELSEWHERE = 1 << 26  # 256 MB, for few kernel launches
+PROBE = 16  # tokens of a trial run
+PIECE_LOGITS = 1 << 24  # 64 MB of float32, if each piece is a forward of its own
+SMALLEST_TILE = 512  # of the vocabulary; a narrower product is slow
 
 
 @dataclass(frozen=True)
 class Decoded:
-    """A batch that has been through the decoder.
+    """A batch after the decoder.
 
     Attributes:
-        hidden: (N, H) what the logits are made of at the N learnt positions, with a graph where gradients are enabled.
+        hidden: (N, H) the input of `head` at the N learnt positions, with a graph if gradients are enabled.
         targets: (N,) the tokens that follow.
-        head: the linear map to the logits, or whatever else makes (n, V) of (n, H).
-        vocabulary: V.
+        head: the linear map to the logits, or another function from (n, H) to (n, V).
+        vocabulary: the size V of the vocabulary.
     """
 
     hidden: Tensor
@@ -72,21 +72,21 @@ class Decoded:
 def linear_losses(
     hidden: Tensor, head: nn.Linear, targets: Tensor, weights: Tensor | None, most_logits: int
 ) -> tuple[Tensor, Tensor]:
-    """Cross-entropy behind a linear map and its gradient before it, a tile of the vocabulary at a time.
+    """The cross-entropy after a linear map and its gradient before the map, a tile of the vocabulary at a time.
 
     Args:
-        hidden: (N, H).
-        head: from H to V.
-        targets: (N,).
-        weights: (N,) what each loss counts in the gradient; None for the losses alone.
-        most_logits: about how many to hold at once.
+        hidden: (N, H), the input of the map.
+        head: the map from H to V.
+        targets: (N,), the target tokens.
+        weights: (N,), the weight of each loss in the gradient; None for the losses alone.
+        most_logits: about how many logits to hold in memory at once.
 
     Returns:
-        Losses in nats, (N,), and the gradient, (N, H), or an empty one; both at least float32.
+        The losses in nats, (N,), and the gradient, (N, H), or an empty tensor; both at least float32.
     """
     device, (rows, width) = hidden.device.type, hidden.shape
     dtype = head.weight.dtype
-    if torch.is_autocast_enabled(device) and dtype != torch.float64:  # which autocast leaves alone
+    if torch.is_autocast_enabled(device) and dtype != torch.float64:  # autocast does not apply to float64
         dtype = torch.get_autocast_dtype(device)
     with torch.autocast(device, enabled=False):
         hidden = hidden.to(dtype)
@@ -123,15 +123,15 @@ def linear_losses(
 def losses_in_pieces(
     hidden: Tensor, head: Callable[[Tensor], Tensor], targets: Tensor, weights: Tensor | None, size: int
 ) -> tuple[Tensor, Tensor]:
-    """As `linear_losses`, for any `head`, `size` positions at a time."""
+    """Like `linear_losses`, for any `head`, `size` positions at a time."""
     losses, gradients = [at_least_float32(hidden.new_empty(0))], [hidden.new_empty(0, hidden.shape[1])]
     for start in range(0, len(hidden), size):
-        part = slice(start, start + size)
+        piece = slice(start, start + size)
         with torch.set_grad_enabled(weights is not None):
-            own = hidden[part].requires_grad_(weights is not None)
-            loss = F.cross_entropy(at_least_float32(head(own)), targets[part], reduction="none")
+            own = hidden[piece].requires_grad_(weights is not None)
+            loss = F.cross_entropy(at_least_float32(head(own)), targets[piece], reduction="none")
             if weights is not None:
-                gradients += torch.autograd.grad(loss, own, weights[part].to(loss.dtype))
+                gradients += torch.autograd.grad(loss, own, weights[piece].to(loss.dtype))
         losses.append(loss.detach())
     return torch.cat(losses), torch.cat(gradients)
 
@@ -141,18 +141,18 @@ Way = Callable[[nn.Module, Inputs], Decoded]
 
 @torch.no_grad()
 def find_way(model: nn.Module, ids: Tensor) -> Way:
-    """How far a language model can be run before its logits are formed: to its head, to its decoder's end, or not.
+    """Find how far a model can run before it computes logits: to its head, to the end of its decoder, or neither.
 
     Args:
         model: of transformers, wrapped by PEFT or not.
-        ids: (1, T) some tokens to try it on.
+        ids: (1, T) tokens for a trial run.
     """
     inner = unwrapped(model)
     head, calls = inner.get_output_embeddings(), dict[nn.Module, tuple[Any, Any]]()
 
     def see(module: nn.Module, args: Any, output: Any) -> None:
         calls.pop(module, None)
-        calls[module] = args, output  # what gives its output last is the outermost
+        calls[module] = args, output  # the last module to return is the outermost
 
     with contextlib.ExitStack() as stack:
         for module in {inner.base_model, inner.get_decoder(), head} - {inner, None}:
@@ -169,18 +169,18 @@ def find_way(model: nn.Module, ids: Tensor) -> Way:
 
 
 def to_head(model: nn.Module, inputs: Inputs) -> Decoded:
-    """Run a model whose logits are what its head, one linear map, gives: no cap, no scale."""
+    """Run a model up to its head, if its logits are the output of one linear map, without a cap or a scale."""
     head, given = unwrapped(model).get_output_embeddings(), list[Tensor]()
     with contextlib.ExitStack() as stack:
         stack.callback(head.register_forward_pre_hook(lambda module, args: given.append(args[0])).remove)
-        stack.enter_context(instead(head, lambda hidden: head.weight.new_zeros(1, 1, head.out_features)))
+        stack.enter_context(forward_replaced(head, lambda hidden: head.weight.new_zeros(1, 1, head.out_features)))
         model(**inputs.arguments)
     hidden = at_positions(given[0].flatten(0, -2), inputs.index).to(head.weight.device)
     return Decoded(hidden, inputs.targets, head, head.out_features)
 
 
 def to_body(body: nn.Module, model: nn.Module, inputs: Inputs) -> Decoded:
-    """Run a model to the end of `body`, its decoder; the head sees one position only."""
+    """Run a model to the end of `body`, its decoder; the head runs on one position only."""
     found: list[Any] = []
     with contextlib.ExitStack() as stack:
         stack.callback(body.register_forward_hook(lambda module, args, output: found.append(output)).remove)
@@ -192,26 +192,26 @@ def to_body(body: nn.Module, model: nn.Module, inputs: Inputs) -> Decoded:
 
 
 def to_logits(model: nn.Module, inputs: Inputs) -> Decoded:
-    """Run a model to the logits themselves."""
+    """Run a model to its logits."""
     logits = learnt_logits(model, inputs)
     return Decoded(logits, inputs.targets, lambda own: own, logits.shape[-1])
 
 
 def _gives(head: nn.Linear, output: Tensor, logits: Tensor) -> bool:
-    """Whether the logits are what the head gave, from weights that are all at hand."""
-    at_hand = head.weight.device.type != "meta" and len(head.weight) == logits.shape[-1]
-    return at_hand and output.shape == logits.shape and torch.equal(output.to(logits), logits)
+    """Whether the logits are the head's output, and the whole weight of the head is in memory."""
+    in_memory = head.weight.device.type != "meta" and len(head.weight) == logits.shape[-1]
+    return in_memory and output.shape == logits.shape and torch.equal(output.to(logits), logits)
 
 
 def _logits_of(model: nn.Module, body: nn.Module, kind: type, some_ids: Tensor, hidden: Tensor) -> Tensor:
-    """(n, V), by the model's own forward with (n, H) in the place of what the decoder would give."""
-    with instead(body, lambda *args, **kwargs: kind(last_hidden_state=hidden[None])):
+    """The (n, V) logits of (n, H) hidden states, by the model's own forward with these as the decoder's output."""
+    with forward_replaced(body, lambda *args, **kwargs: kind(last_hidden_state=hidden[None])):
         return model(input_ids=some_ids, use_cache=False).logits.flatten(0, -2)
 
 
 @torch.no_grad()
 def is_causal(model: nn.Module, ids: Tensor) -> bool:
-    """Whether no position sees a later one: nor another last token, tried on (1, T) tokens, nor how many there are."""
+    """Whether no position depends on a later token or on the number of tokens; tested on (1, T) tokens."""
     if ids.shape[1] < 2 or _positions_depend_on_length(unwrapped(model).config.to_dict()):
         return False
     other = ids.clone()
@@ -221,7 +221,7 @@ def is_causal(model: nn.Module, ids: Tensor) -> bool:
 
 
 def _positions_depend_on_length(settings: Any) -> bool:
-    """Whether a configuration asks for rotary embeddings that change when the longest row of a batch is long."""
+    """Whether the configuration has rotary embeddings that change with the length of the longest row of a batch."""
     if not isinstance(settings, Mapping):
         return False
     kinds = [settings.get(name) for name in ("rope_type", "type")]

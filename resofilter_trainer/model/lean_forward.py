@@ -1,13 +1,13 @@
-"""A forward pass without what no score depends on. Knows models and batches, not what is measured in them.
+"""A forward pass that skips the work that no score depends on. Knows models and batches, not what is measured in them.
 
-    what all rows begin with          through the lower layers once
-    the mask, the last token          not needed where no position sees a later one
-    positions without a label         not through the last feed-forward, where nothing above it crosses positions
-    logits                            never all at once
+    a prefix that all rows share      runs through the lower layers once
+    the mask and the last token       are skipped if no position depends on a later one
+    positions without a label         skip the last feed-forward if nothing above it mixes positions
+    logits                            are never all in memory at once
 
-What can be left out depends on the model, so it is tried on the first batch, and not done where it changes anything.
-A model that is sharded over processes runs in all of them at the same time. So all try it on the same tokens, and what
-depends on a batch, its prefix, is not left out.
+Which work can be skipped depends on the model, so each is tried on the first batch and used only if it changes nothing.
+A sharded model runs in all processes at the same time. All therefore try it on the same tokens, and a shared prefix,
+which differs from batch to batch, is not used.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from .narrowing import Narrowing, position_by_position
 from .prefixes import SharedPrefix
 from .sharding import is_sharded, of_first_process
 
-ROUNDINGS = 1000  # through all layers
-IN_BFLOAT16 = 0.02
+ROUNDINGS = 1000  # the rounding errors of all layers, in units of eps
+IN_BFLOAT16 = 0.02  # the same for a bfloat16 forward, relative
 
 
 class LeanForward:
@@ -34,12 +34,12 @@ class LeanForward:
 
     Args:
         model: of transformers, wrapped by PEFT or not, without dropout and with all its parameters frozen.
-        lower: the decoder layers in which nothing is measured.
-        layer: the one above them.
-        last: the parts of the last decoder layer in which something is measured.
+        lower: the decoder layers below the first measured one.
+        layer: the first measured decoder layer.
+        last: the measured modules of the last decoder layer.
 
     Attributes:
-        in_step: whether the model is sharded: each process must see as many batches, at the same time.
+        in_step: whether the model is sharded, so that all processes must run the same number of batches together.
     """
 
     def __init__(
@@ -47,44 +47,44 @@ class LeanForward:
     ) -> None:
         self._model, self._last, self.in_step = model, last, is_sharded(model)
         self._prefix = SharedPrefix(model, lower, layer)
-        self._way: Way | None = None  # None until it was tried
+        self._way: Way | None = None  # None before the first batch
         self._causal = False
         self._narrowing = Narrowing(())
         self._sharing: bool | None = None
 
     @property
     def narrowed(self) -> set[nn.Module]:
-        """Those of `last` that have seen, in the last run, the learnt positions only."""
+        """The modules of `last` that ran on the learnt positions only, in the latest run."""
         return self._narrowing.narrowed
 
     @property
     def may_share(self) -> bool:
-        """False where it is known that a prefix cannot be taken once."""
+        """False once it is known that rows cannot share a prefix."""
         return not self.in_step and (self._way is None or (self._causal and self._sharing is not False))
 
     def inputs(self, batch: Mapping[str, Tensor]) -> Inputs:
-        """What the model has to see of a batch of `input_ids`, `attention_mask` and `labels`, each (B, T)."""
+        """The model's inputs for a batch of `input_ids`, `attention_mask` and `labels`, each (B, T)."""
         if self._way is None:
             ids = batch["input_ids"][:1, :PROBE]
             self._try_out(of_first_process(self._model, ids).to(ids.device) if self.in_step else ids)
         return inputs_of(self._model, batch, self._causal)
 
     def try_sharing(self, row: Mapping[str, Tensor]) -> None:
-        """Find out on one row, a batch of (1, T), whether rows that begin alike may share the work of their beginning.
+        """Test on one row, a batch of (1, T), whether rows can share a prefix.
 
-        Done before a pass, so that what comes of its batches does not depend on which of them comes first.
+        Called before a pass, so that its results do not depend on which batch is first.
         """
         batch = {name: torch.cat([tensor, tensor]) for name, tensor in row.items()}
         inputs = self.inputs(batch)
         self._shared_length(inputs, batch["attention_mask"].sum(1), batch["input_ids"].shape[1] // 2)
 
     def prepare(self, inputs: Inputs, lengths: Tensor, shared: int | None = None) -> contextlib.ExitStack:
-        """Within what this returns, `run` leaves out what it can; the lower layers may have run already.
+        """A context in which `run` skips what it can. The lower layers may run on entry.
 
         Args:
-            inputs: see `inputs`.
-            lengths: (B,) tokens of each row.
-            shared: how many first tokens the batch shares with others, where that is known.
+            inputs: the model's inputs, from `inputs`.
+            lengths: (B,) the number of tokens of each row.
+            shared: the length of the prefix that this batch shares with others, if known.
         """
         length = self._shared_length(inputs, lengths, shared)
         with contextlib.ExitStack() as stack:
@@ -94,12 +94,12 @@ class LeanForward:
             return stack.pop_all()
 
     def run(self, inputs: Inputs) -> Decoded:
-        """The model as far as its head."""
+        """Run the model as far as its head."""
         assert self._way is not None, "inputs() finds the way"
         return self._way(self._model, inputs)
 
     def forget(self) -> None:
-        """Let go of what was kept of earlier batches."""
+        """Free what is cached from earlier batches."""
         self._prefix.forget()
 
     def _try_out(self, ids: Tensor) -> None:
@@ -108,25 +108,25 @@ class LeanForward:
         self._way = find_way(self._model, ids)
 
     def _shared_length(self, inputs: Inputs, lengths: Tensor, shared: int | None) -> int:
-        """How many first tokens all rows share, if they can be taken together."""
+        """The length of the prefix that all rows share, 0 if it cannot be used."""
         if self.in_step or not self._causal or self._sharing is False or not inputs.ids_alone:
             return 0
         length = self._prefix.length(inputs.arguments["input_ids"], lengths, shared)
         if length and self._sharing is None:
             if not (inputs.index % inputs.shape[1] >= length).any():
-                return 0  # nothing to tell it by
-            self._sharing = self._comes_to_the_same(inputs, length)
+                return 0  # no learnt position to compare
+            self._sharing = self._gives_the_same(inputs, length)
         return length if self._sharing else 0
 
     @torch.no_grad()
-    def _comes_to_the_same(self, inputs: Inputs, length: int) -> bool:
+    def _gives_the_same(self, inputs: Inputs, length: int) -> bool:
         apart = self.run(inputs).hidden
         try:
             with self._prefix.of(inputs.arguments["input_ids"], length):
                 together = self.run(inputs).hidden
         except torch.OutOfMemoryError:
             raise
-        except Exception:  # a model without such a cache; each raises its own
+        except Exception:  # a model without such a cache, each with an error of its own
             return False
         coarse = torch.is_autocast_enabled(apart.device.type) or apart.dtype == torch.bfloat16
         return same_but_for(IN_BFLOAT16 if coarse else ROUNDINGS * torch.finfo(apart.dtype).eps, apart, together)

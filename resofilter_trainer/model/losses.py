@@ -1,4 +1,4 @@
-"""What a model is called with, and the loss of every learnt token. Knows nothing of updates, files or trainers."""
+"""A model's inputs, and the loss of every learnt token. Knows nothing of updates, files or trainers."""
 
 from __future__ import annotations
 
@@ -17,27 +17,27 @@ from .gradients import segments_of
 from .modes import at_least_float32
 
 IGNORE = -100  # the label of a position that is not learnt
-Batch = Mapping[str, Tensor]  # input_ids, attention_mask and labels, (B, T) each
+TokenBatch = Mapping[str, Tensor]  # input_ids, attention_mask and labels, (B, T) each
 
 
 def learnt_positions(labels: Tensor) -> Tensor:
-    """(B, T - 1) bool: the positions whose next token is learnt. The first token never is: nothing predicts it."""
+    """(B, T - 1) bool: the positions whose next token is learnt. Nothing predicts the first token, so it never is."""
     return labels[:, 1:] != IGNORE
 
 
 def sample_means(losses: Tensor, learnt: Tensor) -> Tensor:
-    """(B,) float64, the mean of each sample's (N,) token losses; `learnt` (B, T - 1) says whose they are."""
+    """(B,) float64, each sample's mean of the (N,) losses of its learnt tokens, which `learnt` (B, T - 1) marks."""
     sums = losses.new_zeros(len(learnt), dtype=torch.float64).index_add(0, learnt.nonzero()[:, 0], losses.double())
     return sums / learnt.sum(1).clamp(min=1)
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a model is called with, and what it should predict.
+    """A model's inputs, and the tokens to predict.
 
     Attributes:
-        arguments: `input_ids` (B, T), and what else is needed.
-        index: (N,) the learnt positions, in the flattened `input_ids`.
+        arguments: the arguments of the forward: `input_ids` (B, T), and a mask and positions if needed.
+        index: (N,) the learnt positions, as indices into the flattened `input_ids`.
         targets: (N,) the tokens that follow them.
     """
 
@@ -52,18 +52,18 @@ class Inputs:
 
     @property
     def ids_alone(self) -> bool:
-        """Whether the tokens say everything: no mask, no positions of their own."""
+        """Whether the only tensor is `input_ids`, without a mask or positions."""
         return self.arguments.keys() == {"input_ids", "use_cache"}
 
 
-def unpacked(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A padding-free batch, one row of several samples, with a row for each, padded on the right.
+def unpacked(batch: TokenBatch) -> dict[str, Tensor]:
+    """Pad a padding-free batch, one row of several samples, to one row for each sample.
 
     Args:
-        batch: `input_ids`, `labels` and `position_ids`, (1, T) each; positions begin anew at 0 with every sample.
+        batch: `input_ids`, `labels` and `position_ids`, (1, T) each; positions restart at 0 with every sample.
 
     Returns:
-        `input_ids`, `labels` and `attention_mask`, (B, T') each: every model then keeps the samples apart.
+        `input_ids`, `labels` and `attention_mask`, (B, T') each, padded on the right. No model mixes rows.
     """
     pieces = [each.tokens for each in segments_of(batch)]
     filled = {"input_ids": (batch["input_ids"][0], 0), "labels": (batch["labels"][0], IGNORE)}
@@ -74,16 +74,16 @@ def unpacked(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
-def inputs_of(model: nn.Module, batch: Mapping[str, Tensor], causal: bool) -> Inputs:
-    """What to call a language model with.
+def inputs_of(model: nn.Module, batch: TokenBatch, causal: bool) -> Inputs:
+    """The inputs of a language model for a batch.
 
-    A causal model needs no mask for padding on the right, nor the last column, after which nothing is predicted. With
+    A causal model needs neither a mask for padding on the right nor the last column, which predicts nothing. With
     padding on the left, positions count from each sample's first token.
 
     Args:
         model: of transformers, wrapped by PEFT or not.
         batch: `input_ids`, `attention_mask` and `labels`, each (B, T), padded on either side.
-        causal: whether no position sees a later one.
+        causal: whether no position depends on a later one.
     """
     ids, mask, learnt = batch["input_ids"], batch["attention_mask"], learnt_positions(batch["labels"])
     targets = batch["labels"][:, 1:][learnt]
@@ -99,10 +99,10 @@ def inputs_of(model: nn.Module, batch: Mapping[str, Tensor], causal: bool) -> In
     return Inputs(arguments, index, targets)
 
 
-def token_losses(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
-    """The loss of each learnt token, (N,), sample after sample, with a graph where gradients are enabled.
+def token_losses(model: nn.Module, batch: TokenBatch) -> Tensor:
+    """The loss of each learnt token, (N,), sample after sample, with a graph if gradients are enabled.
 
-    The obvious way, but for the head that sees learnt positions only; `head.py` has the same numbers at less cost.
+    The plain version, except that the head runs on learnt positions only; `head.py` computes the same faster.
     """
     inputs = inputs_of(model, batch, causal=False)
     return F.cross_entropy(at_least_float32(learnt_logits(model, inputs)), inputs.targets, reduction="none")
@@ -119,9 +119,9 @@ def learnt_logits(model: nn.Module, inputs: Inputs) -> Tensor:
 
 @contextlib.contextmanager
 def head_only_at(index: Tensor, positions: int, model: nn.Module) -> Iterator[None]:
-    """Let the output embedding see the hidden states at `index` alone: (B, T, H) becomes (1, N, H).
+    """Run the output embedding on the hidden states at `index` only: (B, T, H) becomes (1, N, H).
 
-    A head that is no module, or sees something else than every position, is left alone and gives every logit.
+    A head that is not a module, or whose input is not every position, is unchanged and returns all logits.
     """
 
     def keep(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
@@ -140,10 +140,10 @@ def head_only_at(index: Tensor, positions: int, model: nn.Module) -> Iterator[No
 
 
 def at_positions(positions: Tensor, index: Tensor) -> Tensor:
-    """Some positions, on whichever device they are."""
+    """`positions[index]`, with the two on any devices."""
     return positions[index.to(positions.device)]
 
 
 def unwrapped(model: nn.Module) -> Any:
-    """The model of transformers inside PEFT's."""
+    """The transformers model, without PEFT's wrapper."""
     return model.get_base_model() if isinstance(model, PeftModel) else model

@@ -1,4 +1,4 @@
-"""A model in another mode for a while, and put back. Knows nothing of what is done in between."""
+"""Context managers that change a model's mode and restore it. Know nothing of what runs inside them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .quantised import giving_gradients
 
 @contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Without dropout, and so that gradients can be had; every module's own mode is put back."""
+    """Evaluation mode in which gradients can be computed; restores the mode of every module."""
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
@@ -29,7 +29,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def requiring_grad(parameters: Iterable[nn.Parameter], required: bool) -> Iterator[None]:
-    """With `requires_grad` set alike for all; each parameter's own is put back."""
+    """Sets `requires_grad` of all parameters; restores each one's own value."""
     flags = {parameter: parameter.requires_grad for parameter in parameters}
     for parameter in flags:
         parameter.requires_grad_(required)
@@ -41,17 +41,17 @@ def requiring_grad(parameters: Iterable[nn.Parameter], required: bool) -> Iterat
 
 
 def own_precision(model: nn.Module) -> contextlib.AbstractContextManager[Any]:
-    """Let a float64 model compute in float64 throughout.
+    """Makes a float64 model compute everything in float64.
 
-    The models of transformers "upcast" to float32 inside norms, attention, routers and rotary embeddings. For a
-    float64 model that is a downcast, whose noise depends on the shape of the batch.
+    transformers models "upcast" to float32 in norms, attention, routers and rotary embeddings. For a float64 model that
+    is a downcast, whose noise depends on the shape of the batch.
     """
     double = any(parameter.dtype == torch.float64 for parameter in model.parameters())
     return _Float32MeansFloat64() if double else contextlib.nullcontext()
 
 
 class _Float32MeansFloat64(TorchFunctionMode):
-    """Reads every request for float32 as one for float64."""
+    """Replaces float32 by float64 in every call of a torch function."""
 
     def __torch_function__(
         self, function: Callable[..., Any], types: Sequence[type], args: Any = (), kwargs: Any = None
@@ -64,8 +64,8 @@ class _Float32MeansFloat64(TorchFunctionMode):
 
 
 @contextlib.contextmanager
-def instead(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """With another `forward`; the module's own is put back."""
+def forward_replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Replaces the `forward` of a module; restores the module's own."""
     own = vars(module).get("forward")
     module.forward = forward
     try:
@@ -78,15 +78,15 @@ def instead(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def bfloat16_forward(model: nn.Module, enabled: bool, aside: Iterable[nn.Parameter] = ()) -> Iterator[None]:
-    """With bfloat16 autocast.
+    """Runs the forward in bfloat16 autocast.
 
-    Autocast casts the weight of a linear map whenever it is used. On a CPU, where batches are small, that takes a tenth
-    of the time, so there the weights are cast once, beside the user's own, which are put back; but for sharded ones.
+    Autocast casts the weight of a linear map on every use. On a CPU, where batches are small, that is a tenth of the
+    time, so weights that are not sharded are cast once there; the originals are kept and restored.
 
     Args:
-        model: stays where it is; on a CPU it takes half as much memory again meanwhile.
+        model: the model; on a CPU it needs half as much memory again inside the context.
         enabled: False to change nothing.
-        aside: parameters that have to stay as they are.
+        aside: parameters to leave in their own dtype.
     """
     device = next(each.device.type for each in model.parameters() if each.device.type != "meta")
     embeddings = {module.weight for module in model.modules() if isinstance(module, nn.Embedding)}
@@ -104,10 +104,10 @@ def bfloat16_forward(model: nn.Module, enabled: bool, aside: Iterable[nn.Paramet
 
 
 def at_least_float32(tensor: Tensor) -> Tensor:
-    """The tensor in float32, or as it is where it is float32 or float64 already."""
+    """The tensor in float32 if it is bfloat16 or float16; otherwise unchanged."""
     return tensor.float() if tensor.dtype in (torch.bfloat16, torch.float16) else tensor
 
 
 def same_but_for(tolerance: float, a: Tensor, b: Tensor) -> bool:
-    """Whether two results differ by no more than this share of the largest number."""
+    """Whether two tensors differ by at most `tolerance` times the largest absolute value of `a`."""
     return bool((a - b).abs().max() <= tolerance * a.abs().max())

@@ -1,7 +1,7 @@
-"""Modules that see some positions of a batch only, because nobody uses what they give at the others.
+"""Modules that run on some positions of a batch only, because their output at the others is not used.
 
-Above a decoder's last attention nothing crosses from one position to another. So where no token is learnt, the last
-feed-forward need not run. Knows modules and positions, not what is measured.
+After a decoder's last attention no position affects another, so the last feed-forward can skip positions whose next
+token is not learnt. Knows modules and positions, not what is measured.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from .losses import at_positions
 
 
 class Narrowing:
-    """Lets some modules see less. One that is called with further tensors is left alone.
+    """Runs modules on a subset of the positions. A module that is called with further tensors runs on all.
 
     Attributes:
-        narrowed: those that have seen less in the last forward.
+        narrowed: the modules that ran on a subset in the latest forward.
     """
 
     def __init__(self, modules: Iterable[nn.Module]) -> None:
@@ -32,7 +32,7 @@ class Narrowing:
 
     @contextlib.contextmanager
     def to(self, index: Tensor, positions: int) -> Iterator[None]:
-        """Let the modules see the (N,) positions `index` of so many."""
+        """Run the modules on the (N,) positions `index` out of `positions`."""
         self.narrowed, self._index, self._positions = set(), index, positions
         with contextlib.ExitStack() as stack:
             for module in self._modules if 0 < len(index) < positions else ():
@@ -49,7 +49,7 @@ class Narrowing:
         return (at_positions(hidden.flatten(0, -2), self._index)[None], *args[1:]), kwargs
 
     def _spread(self, module: nn.Module, args: Any, output: Any) -> Any:
-        """Give back as many positions as came, zero where nothing was computed."""
+        """Restore the number of positions, with zeros for those that were skipped."""
         if self._index is None or module not in self.narrowed:
             return None
         found, *others = output if isinstance(output, tuple) else (output,)
@@ -61,14 +61,14 @@ class Narrowing:
 
 
 def position_by_position(model: nn.Module, module: nn.Module, ids: Tensor) -> bool:
-    """Whether a position's logits depend on what the module is given, and gives, at that position alone.
+    """Whether the logits at a position depend on the module's input and output at that position only.
 
-    Tried by gradients, which are exactly zero elsewhere if so.
+    Tested with gradients, which are then exactly zero at all other positions.
 
     Args:
         model: a language model.
-        module: a part of it.
-        ids: (1, T) some tokens.
+        module: a module of it.
+        ids: (1, T) tokens for a trial run.
     """
     seen: list[Tensor] = []
 
@@ -94,6 +94,6 @@ def position_by_position(model: nn.Module, module: nn.Module, ids: Tensor) -> bo
 
 
 def _only_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
-    """The first argument, if it is the one tensor that a module is called with."""
+    """The first argument, if it is the only tensor among the arguments of a module."""
     tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
     return tensors[0] if len(tensors) == 1 and args and tensors[0] is args[0] else None

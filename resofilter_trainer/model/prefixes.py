@@ -1,10 +1,10 @@
-"""Tokens with which all rows of a batch begin, taken through the lower layers once instead of once a row.
+"""A prefix that all rows of a batch share, run through the lower layers once instead of once for each row.
 
     the prefix (1, P) --lower layers--> keys, values --+
-    the rest (B, T - P) --lower layers, seeing these --+--> hidden (B, T, H) --> upper layers, every row in full
+    the rest (B, T - P) --lower layers, with these ----+--> hidden (B, T, H) --> upper layers, every row in full
 
-A system prompt, a chat template, a question with several answers. Only below the first measured layer: above it every
-row has gradients of its own. Knows models and tokens, not what is measured.
+For example a system prompt, a chat template, a question with several answers. Only below the first measured layer,
+because above it every row has its own gradients. Knows models and tokens, not what is measured.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from .modes import instead
+from .modes import forward_replaced
 
-WORTH = 0.1  # of a batch's tokens: a smaller saving is not worth a second run
+WORTH = 0.1  # the least share of a batch's tokens to save, as it takes a second run
 
 
 class SharedPrefix:
-    """Runs a causal model on batches of rows that begin alike.
+    """Runs a causal model on batches of rows that share a prefix.
 
     Args:
         model: of transformers, wrapped by PEFT or not.
         lower: its decoder layers below `layer`.
-        layer: the first that sees every row in full.
+        layer: the first decoder layer that runs on every row in full.
     """
 
     def __init__(self, model: nn.Module, lower: Sequence[nn.Module], layer: nn.Module) -> None:
@@ -36,31 +36,32 @@ class SharedPrefix:
         self._known: tuple[Tensor, Tensor, _Beginning] | None = None
 
     def forget(self) -> None:
-        """Let go of the prefix that was kept, as the weights or the precision may change."""
+        """Free the cached prefix, before the weights or the precision change."""
         self._known = None
 
     def length(self, ids: Tensor, lengths: Tensor, shared: int | None) -> int:
-        """How many first tokens of a batch, (B, T), to take through the lower layers once; 0 if it is not worth it.
+        """The length of the prefix to run through the lower layers once; 0 if it saves too little.
 
-        What comes of a batch depends on this, so it goes by the batch alone, not by what happens to be known already.
+        A batch's results depend on this length, so it depends on the batch only and not on what is cached.
 
         Args:
-            ids: (B, T).
-            lengths: (B,) tokens of each row.
-            shared: how many the batch shares with others, which spares every row; None where nothing is known of that.
+            ids: (B, T), the tokens.
+            lengths: (B,) the number of tokens of each row.
+            shared: the length of the prefix that this batch shares with others, which saves work for every row; None
+                if unknown.
         """
         if not self._lower:
             return 0
         alike = (ids == ids[0]).all(0).long().cumprod(0).sum()
         common = min(int(alike), int(lengths.min()) - 1, ids.shape[1] - 1)
-        rows_spared = len(ids) - 1
+        rows_saved = len(ids) - 1
         if shared is not None and 0 < shared <= common:
-            common, rows_spared = shared, len(ids)
-        return common if common * rows_spared >= WORTH * ids.numel() else 0
+            common, rows_saved = shared, len(ids)
+        return common if common * rows_saved >= WORTH * ids.numel() else 0
 
     @contextlib.contextmanager
     def of(self, ids: Tensor, length: int) -> Iterator[None]:
-        """Let the model, called with `ids`, have the lower layers' work done already."""
+        """A context in which the model, called with `ids`, skips the lower layers, which run on entry."""
         hidden = self._hidden(ids, length)
 
         def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
@@ -68,13 +69,13 @@ class SharedPrefix:
 
         with contextlib.ExitStack() as stack:
             for layer in self._lower:
-                stack.enter_context(instead(layer, lambda hidden_states, *args, **kwargs: hidden_states))
+                stack.enter_context(forward_replaced(layer, lambda hidden_states, *args, **kwargs: hidden_states))
             stack.callback(self._layer.register_forward_pre_hook(enter, with_kwargs=True).remove)
             yield
 
     @torch.no_grad()
     def _hidden(self, ids: Tensor, length: int) -> Tensor:
-        """(B, T, H) what the layer would be given."""
+        """(B, T, H), the layer's input."""
         if self._known is None or not torch.equal(self._known[0], ids[:1, :length]):
             cache = _Beginning()
             self._known = ids[:1, :length].clone(), self._up_to_the_layer(ids[:1, :length], cache), cache
@@ -93,16 +94,16 @@ class SharedPrefix:
             return reached.hidden
         finally:
             handle.remove()
-        raise RuntimeError("The forward pass did not come to the first measured layer.")
+        raise RuntimeError("The forward pass did not reach the first measured layer.")
 
 
 class _Beginning(DynamicCache):
-    """Keys and values of one prefix, for any number of rows. What follows it in a row is not kept."""
+    """Keys and values of one prefix, for any number of rows. Those of the tokens after it are not stored."""
 
     is_whole = False
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
-        """The prefix's keys and values, and after them the given ones: (B, heads, P + T, width) each."""
+        """The keys and values of the prefix, followed by the given ones: (B, heads, P + T, width) each."""
         if not self.is_whole:
             return super().update(key_states, value_states, layer_idx, *args, **kwargs)
         layer, rows = self.layers[layer_idx], len(key_states)
@@ -111,7 +112,7 @@ class _Beginning(DynamicCache):
 
 
 class _Reached(Exception):
-    """The forward pass has come as far as it should."""
+    """Stops a forward pass at the first measured layer."""
 
     def __init__(self, hidden: Tensor) -> None:
         super().__init__()

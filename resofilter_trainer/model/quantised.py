@@ -1,9 +1,9 @@
-"""The matrix that a stored weight stands for, quantised or not. Knows bitsandbytes' storage, nothing of models.
+"""The matrix that a stored weight represents, quantised or not. Knows bitsandbytes' storage, nothing of models.
 
     Linear4bit     (O * I / 2, 1) packed nf4 or fp4, with a scale for each block of entries
     Linear8bitLt   (O, I) int8, with a scale for each row
 
-A model stays quantised: one matrix is made plain while its numbers are needed, and let go of.
+A model stays quantised: one matrix at a time is dequantised, and freed after use.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from ..config import InputError
 
 PLAIN = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 REMEDY = "Load the model without quantisation, or with bitsandbytes in 4 or 8 bits."
-CPU_LAYOUT = "support_avx512bf16_for_cpu"  # what bitsandbytes calls whether a 4-bit map may take it
+CPU_LAYOUT = "support_avx512bf16_for_cpu"  # the attribute by which bitsandbytes allows it for a 4-bit map
 
 
 def bits_of(parameter: Any) -> Literal[4, 8] | None:
-    """In how many bits bitsandbytes has stored a parameter; None for a plain one, or one that is yet to be quantised.
+    """The number of bits in which bitsandbytes stores a parameter; None for one that is not quantised, or not yet.
 
-    Known by names, so that bitsandbytes need not be there.
+    Decided by class names, so that bitsandbytes need not be installed.
     """
     kind = type(parameter).__name__
     if kind == "Params4bit" and parameter.bnb_quantized:
@@ -36,15 +36,15 @@ def bits_of(parameter: Any) -> Literal[4, 8] | None:
 
 
 def matrix_shape(name: str, module: nn.Module, parameter: nn.Parameter) -> torch.Size:
-    """The shape of the matrix, or the stack of them, that a parameter stands for; nothing is dequantised.
+    """The shape of the matrix, or stack of matrices, that a parameter represents; nothing is dequantised.
 
     Args:
-        name: what to call it.
-        module: whose own parameter it is.
-        parameter: as it is stored.
+        name: the name of the parameter, for the error.
+        module: the module that owns the parameter.
+        parameter: the parameter as it is stored.
 
     Raises:
-        InputError: its numbers cannot be read: it is quantised by something else than bitsandbytes.
+        InputError: the parameter is quantised by something other than bitsandbytes, so it cannot be read.
     """
     if bits_of(parameter) == 4:
         return torch.Size(_state_of_4_bits(module).shape)
@@ -59,7 +59,7 @@ def matrix_shape(name: str, module: nn.Module, parameter: nn.Parameter) -> torch
 
 @torch.no_grad()
 def plain_matrix(module: Any, parameter: nn.Parameter) -> Tensor:
-    """The numbers of a parameter that `matrix_shape` knows: the parameter itself, or a dequantised copy."""
+    """The values of a parameter that `matrix_shape` accepts: the parameter itself, or a dequantised copy."""
     if bits_of(parameter) is None:
         return parameter.detach()
     if bits_of(parameter) == 8:
@@ -73,14 +73,14 @@ def plain_matrix(module: Any, parameter: nn.Parameter) -> Tensor:
 
 
 def stored_tensors(module: nn.Module) -> dict[str, Tensor]:
-    """What a quantised module would save: its weight, and what gives the weight its meaning."""
+    """The tensors that a quantised module saves: its packed weight and its scales."""
     if any(bits_of(each) == 4 for each in module.parameters(recurse=False)):
         _leave_cpu_layout(module)
     return module.state_dict()
 
 
 def check_plain(model: nn.Module, what: str) -> None:
-    """Raise InputError for a model of which anything is quantised; `what` needs gradients of its weights themselves."""
+    """Raise InputError for a model with quantised weights; `what` is the procedure that needs their gradients."""
     for name, parameter in model.named_parameters():
         if bits_of(parameter) is not None:
             raise InputError(
@@ -91,9 +91,9 @@ def check_plain(model: nn.Module, what: str) -> None:
 
 @contextlib.contextmanager
 def giving_gradients(model: nn.Module) -> Iterator[None]:
-    """Keep 4-bit maps on a CPU from the layout that some processors are faster with, and that has no backward.
+    """Keep 4-bit maps on a CPU out of a layout that is faster on some processors but has no backward.
 
-    In evaluation mode bitsandbytes takes it at the first forward without gradients, and stays with it.
+    In evaluation mode bitsandbytes switches to that layout, for good, at the first forward without gradients.
     """
     modules = [module for module in model.modules() if CPU_LAYOUT in vars(module)]
     own = {module: vars(module)[CPU_LAYOUT] for module in modules}
@@ -108,13 +108,13 @@ def giving_gradients(model: nn.Module) -> Iterator[None]:
 
 
 def _state_of_4_bits(module: Any) -> Any:
-    """How a weight is packed; where it has lost that on being converted, its module still knows."""
+    """How a weight is packed. A weight loses this when the model is converted; its module does not."""
     return module.quant_state if module.weight.quant_state is None else module.weight.quant_state
 
 
 def _leave_cpu_layout(module: Any) -> None:
     state = _state_of_4_bits(module)
     if state is not None and vars(state).get("packing_format_for_cpu", False):
-        module.state_dict()  # to be saved, the weight is put back as it was, but for scales that were not packed
-        if state.absmax.dim() == 2:  # (I / block, O), as in that layout
+        module.state_dict()  # unpacks the weight for saving, but not scales that were not packed
+        if state.absmax.dim() == 2:  # (I / block, O), as in the CPU layout
             state.absmax = state.absmax.T.reshape(-1).float()

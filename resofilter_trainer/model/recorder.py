@@ -1,11 +1,11 @@
 """The score for whole batches, from one shared backward. Knows nothing of datasets, files or trainers.
 
-    forward    ... layer L-3 [a | out] ... layer L-1 [a | out] -> hidden, at learnt positions -> losses, gradient
+    forward    ... layer L-3 [a | out] ... layer L-1 [a | out] -> hidden at learnt positions -> losses, gradient
     backward                 b <- ...................... b <-         <- .................................. <-
     each sample: b^T a, a tile at a time -> update -> sum
 
-The backward stops at the lowest measured up-projection: below it nothing needs a gradient. No parameter's gradient is
-formed, no random number drawn, and the model is left as it was found.
+The backward stops at the lowest measured up-projection. It computes no parameter's gradient, draws no random number and
+leaves the model unchanged.
 """
 
 from __future__ import annotations
@@ -36,19 +36,20 @@ from .updates import UPDATES, closed_form, size_of_change, tile_sum, unchanged_s
 class Recorder:
     """Measures the samples of a batch of any size as `literal` measures them one by one.
 
-    A context manager: inside it, the model's parameters are frozen and its dropout is off.
+    A context manager in which the model's parameters are frozen and its dropout is off.
 
     >>> with Recorder(model, ResonanceConfig()) as record:
     ...     measured = record(batch)    # measured.score: (B,)
 
     Args:
         model: a causal language model in float32, float64 or bfloat16. Products are in float32, or in float64 for a
-            float64 model; a bfloat16 forward, by weights or by autocast, brings bfloat16's noise and no more.
-            Where it is sharded, all processes must measure at the same time: see `in_step`.
-        config: which step is measured and how.
+            float64 model; a bfloat16 forward, by weights or by autocast, adds no noise but its own. All processes of a
+            sharded model must measure at the same time, see `in_step`.
+        config: the step to measure, and how.
 
     Raises:
-        InputError: the model has no up-projection that is known, it is offloaded, or sharded by another than `shard`.
+        InputError: the model has no known up-projection, or one that is offloaded or sharded by other means than
+            `shard`; or the update is a run's own optimizer's.
     """
 
     def __init__(self, model: nn.Module, config: ResonanceConfig) -> None:
@@ -64,13 +65,14 @@ class Recorder:
             self._entries[self._column(each)] += each.entries
             if each.parameter.device.type == "meta":
                 raise InputError(
-                    f"'{each.name}' is offloaded, so its weight is not at hand when it is measured. Place the last "
-                    f"{config.n_layers} layers on a device, by device_map."
+                    f"'{each.name}' is offloaded, so its weight is not in memory when it is measured. Place the last "
+                    f"{config.n_layers} layers on a device with device_map."
                 )
             if isinstance(each.parameter, DTensor):
                 raise InputError(
-                    f"'{each.name}' is sharded, so its weight is not at hand when it is measured. Pass the model as it "
-                    "was loaded, and let resofilter_trainer.sharding.shard spread it: it leaves what is measured whole."
+                    f"'{each.name}' is sharded, so its weight is not in memory when it is measured. Pass the model as "
+                    "it was loaded and shard it with resofilter_trainer.model.sharding.shard, which keeps the measured "
+                    "weights whole."
                 )
         self._calls: dict[nn.Module, Call] | None = None
         lowest, last = self.layer_indices[0], self.layer_indices[-1]
@@ -97,25 +99,25 @@ class Recorder:
 
     @property
     def parameters(self) -> list[nn.Parameter]:
-        """The weights that are measured."""
+        """The measured weights."""
         return [each.parameter for all_ in self._modules.values() for each in all_]
 
     @property
     def may_share(self) -> bool:
-        """False where it is known that rows which begin alike are no less work together."""
+        """False once it is known that rows cannot share the work of a common prefix."""
         return self._forward.may_share
 
     @property
     def in_step(self) -> bool:
-        """Whether the model is sharded: every process must measure as many batches, at the same time."""
+        """Whether the model is sharded, so that all processes must measure the same number of batches together."""
         return self._forward.in_step
 
     def forget(self) -> None:
-        """Let go of what was kept of earlier batches, before the weights or the precision (an autocast) change."""
+        """Free what is cached from earlier batches, before the weights or the precision (autocast) change."""
         self._forward.forget()
 
     def try_sharing(self, row: Mapping[str, Tensor]) -> None:
-        """Find out on one row what rows that begin alike may share; else the first batch that could tells it."""
+        """Test on one row whether rows can share a prefix; otherwise the first batch with a prefix decides."""
         with own_precision(self.model):
             self._forward.try_sharing(row)
 
@@ -124,8 +126,8 @@ class Recorder:
 
         Args:
             batch: `input_ids`, `attention_mask` and `labels`, each (B, T), padded on either side; or padding-free,
-                (1, T) each, with `position_ids` in the place of the mask: each of the samples in it is measured.
-            shared: how many first tokens the batch shares with others, where that is known.
+                (1, T) each, with `position_ids` instead of the mask. Each sample in it is measured.
+            shared: the length of the prefix that this batch shares with others, if known.
         """
         batch = batch if "attention_mask" in batch else unpacked(batch)
         learnt = learnt_positions(batch["labels"])
@@ -152,7 +154,7 @@ class Recorder:
         )
 
     def _run(self, inputs: Inputs, lengths: Tensor, shared: int | None) -> tuple[Decoded, dict[nn.Module, Call]]:
-        """Run the model, and see what goes through the up-projections."""
+        """Run the model and record the calls of the up-projections."""
         calls: dict[nn.Module, Call] = {}
         with self._forward.prepare(inputs, lengths, shared):
             self._calls = calls
@@ -162,7 +164,7 @@ class Recorder:
                 self._calls = None
         if not calls:
             raise RuntimeError(
-                "The forward pass called no up-projection. A compiled model drops the hooks: pass the original."
+                "The forward pass called no up-projection. A compiled model drops hooks: pass the model uncompiled."
             )
         return decoded, calls
 
@@ -172,13 +174,13 @@ class Recorder:
         return call_sums(call, b, shape, segments, self.config).cpu().numpy()
 
     def _unchanged(self, up_projections: Sequence[UpProjection]) -> np.ndarray:
-        """Without a gradient there is no step."""
+        """Without a gradient, an optimizer skips the weight."""
         return np.array(sum(unchanged_sum(each.entries, self.config) for each in up_projections))
 
     def _catch(
         self, up_projections: list[UpProjection], module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any
     ) -> None:
-        """Forward hook. Where nothing below needs a gradient, the graph begins at this output."""
+        """Forward hook. The graph begins at this output if nothing below it needs a gradient."""
         if self._calls is None:
             return
         if module in self._calls:
@@ -194,7 +196,7 @@ class Recorder:
 
 @dataclass(frozen=True)
 class Call:
-    """One call of a hooked module: the up-projections in it, what went in and what came out."""
+    """One call of a hooked module: its up-projections, arguments and output."""
 
     up_projections: Sequence[UpProjection]
     args: tuple[Any, ...]
@@ -205,8 +207,8 @@ class Call:
 def used_twice(each: UpProjection) -> InputError:
     """The error for a module that a forward pass calls more than once."""
     return InputError(
-        f"'{each.name}' is used twice in a forward pass, its weights are shared by layers: not supported. "
-        "Measure layers that are used once, by n_layers or up_projection."
+        f"'{each.name}' is used twice in a forward pass, because layers share its weights: this is not supported. "
+        "Choose layers that are used once with n_layers or up_projection."
     )
 
 
@@ -221,12 +223,12 @@ def call_sums(
     """What one call adds to each sample's sum, (N,) float64 for `size_of_change`.
 
     Args:
-        call: what went into the hooked module.
-        b: loss gradient at its output, (B, T, O) or flattened.
-        shape: (B, T), of the batch.
-        segments: N samples.
-        config: which step is measured and how.
-        scales: (N,) what to multiply a sample's gradient by, where the loss is not the sum of the samples' own means.
+        call: the call of the hooked module.
+        b: the loss gradient at its output, (B, T, O) or flattened.
+        shape: the shape (B, T) of the batch.
+        segments: the N samples.
+        config: the step to measure, and how.
+        scales: (N,), a factor for each sample's gradient if the loss is not the sum of the samples' mean losses.
     """
     b = b.view(*shape, -1)  # OPT and others flatten (B, T) before the feed-forward
     runs = spans(b, segments)
@@ -248,7 +250,7 @@ def _linear_sums(
 ) -> Tensor:
     a, b = at_least_float32(a), at_least_float32(b[..., each.outputs])
     weight = at_least_float32(each.plain_weight())
-    norm_only = UPDATES[config.update].is_gradient and config.norm == "l2"
+    needs_norm_only = UPDATES[config.update].is_gradient and config.norm == "l2"
     sums = []
     for run, factor in zip(runs, factors, strict=True):
         own_a, own_b = a[run.row, run.tokens], b[run.row, run.tokens]
@@ -256,11 +258,11 @@ def _linear_sums(
             own_b = own_b * factor
         if each.kind == "conv1d":
             own_a, own_b = own_b, own_a  # its weight is (I, O)
-        if norm_only and gram_is_cheaper(len(own_a), a.shape[-1], b.shape[-1]):
+        if needs_norm_only and gram_is_cheaper(len(own_a), a.shape[-1], b.shape[-1]):
             sums.append(squared_norm(own_a, own_b))
         else:
-            parts = [tile_sum(gradient, weight[rows], config) for rows, gradient in tiles(own_a, own_b)]
-            sums.append(torch.stack(parts).sum())
+            of_tiles = [tile_sum(gradient, weight[rows], config) for rows, gradient in tiles(own_a, own_b)]
+            sums.append(torch.stack(of_tiles).sum())
     return torch.stack(sums)
 
 

@@ -2,8 +2,8 @@
 
     resonance(sample) = mean over the last n layers of mean |W_up - W_up'|    (ResoFilter, arXiv 2412.14809)
 
-`literal` is that sentence done by the book: one sample, a fresh optimizer, one step, the difference, the weights put
-back. It is slow and it is the oracle; `recorder.py` has the same numbers for whole batches.
+`literal` computes this formula directly: one sample, a fresh optimizer, one step, the difference, the weights restored.
+It is slow, and the tests compare everything with it; `recorder.py` computes the same numbers for whole batches.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from .updates import fresh_optimizer
 
 @dataclass(frozen=True)
 class Resonance:
-    """What was measured of B samples.
+    """The measurements of B samples.
 
     Attributes:
         loss: (B,) float64, each sample's own mean token loss, in nats.
-        num_tokens: (B,) int64, positions whose next token is learnt.
-        layers: (B, n_layers) float64, the change of each layer's up-projection in the unit of the weights, lowest
-            layer first.
+        num_tokens: (B,) int64, the number of learnt tokens.
+        layers: (B, n_layers) float64, the change of each layer's up-projection in the unit of the weights, lowest layer
+            first.
     """
 
     loss: np.ndarray
@@ -46,15 +46,16 @@ class Resonance:
 
 
 def literal(model: nn.Module, samples: Sequence[Mapping[str, Tensor]], config: ResonanceConfig) -> Resonance:
-    """The released procedure, done by the book (ResoFilter, released code).
+    """Measure samples literally, as ResoFilter's released code does.
 
     Args:
-        model: a causal language model in float32 or float64. All its parameters are trained and put back.
-        samples: each with `input_ids` (T,) and `labels` (T,), -100 where nothing is learnt.
-        config: which step is taken and how its change is measured.
+        model: a causal language model in float32 or float64. All its parameters are trained and restored.
+        samples: mappings with `input_ids` (T,) and `labels` (T,), -100 for tokens that are not learnt.
+        config: the step to take, and how to measure its change.
 
     Raises:
-        InputError: the weights are quantised, bfloat16 or float16, or the model has no up-projection that is known.
+        InputError: the weights are quantised, bfloat16 or float16; the model has no known up-projection; or the update
+            is a run's own optimizer's.
     """
     check_plain(model, "The literal procedure")
     up_projections = find_up_projections(model, config.n_layers, config.up_projection)
@@ -77,7 +78,7 @@ def literal(model: nn.Module, samples: Sequence[Mapping[str, Tensor]], config: R
 
 
 def _one_step(model: nn.Module, sample: Mapping[str, Tensor], config: ResonanceConfig) -> float:
-    """One step of a fresh optimizer on one sample, a batch of one; returns the loss before it."""
+    """One step of a fresh optimizer on one sample, as a batch of one; returns the loss before the step."""
     optimizer = fresh_optimizer(model.parameters(), config)
     model.zero_grad()
     ids, labels = sample["input_ids"][None], sample["labels"]
@@ -96,7 +97,7 @@ def layer_values(
     by_layer: dict[int, list[Tensor]] = {}
     for each, change in zip(up_projections, changes, strict=True):
         by_layer.setdefault(each.layer, []).append(change.double().flatten())
-    values = [torch.cat(parts) for parts in by_layer.values()]
+    values = [torch.cat(flat) for flat in by_layer.values()]
     return [(value.abs().mean() if config.norm == "mean_abs" else value.norm()).item() for value in values]
 
 
@@ -104,7 +105,7 @@ def _refuse_half_precision(up_projections: Sequence[UpProjection]) -> None:
     for each in up_projections:
         if each.parameter.dtype not in (torch.float32, torch.float64):
             raise InputError(
-                f"The literal procedure needs float32 or float64 weights, '{each.name}' is {each.parameter.dtype}: "
-                "a change of 1e-5 is smaller than the gap between two such numbers near 0.02, so it is lost or doubled "
-                "by rounding. Load the model in float32, or use the recorder, which never forms the changed weight."
+                f"The literal procedure needs float32 or float64 weights, and '{each.name}' is {each.parameter.dtype}: "
+                "a change of 1e-5 is smaller than the gap between two such numbers near 0.02, so rounding loses or "
+                "doubles it. Load the model in float32, or use the recorder, which never computes the changed weight."
             )

@@ -1,10 +1,10 @@
-"""A model that fits no single device, spread over processes layer by layer (FSDP2). Knows layers, not scores.
+"""A model that does not fit one device, sharded over processes layer by layer (FSDP2). Knows layers, not scores.
 
-    in every process   what lies outside the decoder layers: embeddings, last norm, head; the measured up-projections
-    1 / N of it        all else in a layer, gathered while the layer runs, in the forward and again in the backward
+    replicated   all outside the decoder layers (embeddings, last norm, head), and the measured up-projections
+    sharded      everything else in a layer, gathered while the layer runs, in the forward and again in the backward
 
-So what is measured is at hand as it always is, and the head can be read a tile at a time. Each process has a batch of
-its own. But a layer is gathered by all of them together: each must run the model as often as the others, or all wait.
+The measured weights are thus whole in every process, and the head can be read a tile at a time. Each process has
+batches of its own. All processes gather a layer together, so each must run the model equally often, or all wait.
 """
 
 from __future__ import annotations
@@ -27,19 +27,20 @@ from .up_projection import decoder_layers, find_up_projections
 def shard(
     model: nn.Module, config: ResonanceConfig, device: torch.device, group: dist.ProcessGroup | None = None
 ) -> None:
-    """Spread a model over the processes of a group, each of which calls this; in place, and for good.
+    """Shard a model in place over the processes of a group, each of which calls this.
 
-    A process then holds 1 / N of the layers, whole the largest layer that runs, and beside it, for good, embeddings,
-    head and `n_layers` up-projections, which is O * I numbers each; of a mixture of experts all experts of a layer.
+    A process then stores 1 / N of the layers, the embeddings, the head and `n_layers` up-projections of O * I numbers
+    each (in a mixture of experts all experts of a layer), and while a layer runs the whole of it.
 
     Args:
-        model: the same in every process, on the CPU or on `device`.
-        config: which layers are measured.
-        device: of this process.
-        group: by default all processes.
+        model: the same model in every process, on the CPU or on `device`.
+        config: the layers to measure.
+        device: the device of this process.
+        group: the processes; by default all.
 
     Raises:
-        InputError: there are no processes, the model is sharded, spread or quantised, or has no known up-projection.
+        InputError: there is one process only; the model is sharded already, offloaded or quantised; or it has no known
+            up-projection.
     """
     _check(model)
     mesh = DeviceMesh.from_group(group or cast(dist.ProcessGroup, dist.group.WORLD), device.type)
@@ -47,23 +48,23 @@ def shard(
     whole = _whole(model, config, path, layers)
     for layer in layers:
         fully_shard(layer, mesh=mesh, ignored_params=whole)
-    fully_shard(model, mesh=mesh, ignored_params=whole)  # which sees to the order of the layers
-    for each in (*whole, *model.buffers()):  # what is whole is left where it was
+    fully_shard(model, mesh=mesh, ignored_params=whole)  # the root, which orders the layers
+    for each in (*whole, *model.buffers()):  # fully_shard does not move these
         each.data = each.data.to(device)
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether a process holds a part of the model only, so that all must run it at the same time."""
+    """Whether each process stores a shard of the model, so that all must run it at the same time."""
     return _sharded_parameter(model) is not None
 
 
 def of_first_process(model: nn.Module, value: Any) -> Any:
-    """The first process's own `value`, in every process that holds a part of the model; each must call this.
+    """The first process's `value`, in every process of a sharded model; each must call this.
 
-    A tensor comes to be on the CPU.
+    A tensor is returned on the CPU.
     """
     sharded = _sharded_parameter(model)
-    assert sharded is not None, "nothing to agree on"
+    assert sharded is not None, "the model is not sharded"
     values = [value.cpu() if isinstance(value, Tensor) else value]
     dist.broadcast_object_list(values, group=sharded.device_mesh.get_group(), group_src=0)
     return values[0]
@@ -86,7 +87,7 @@ def _check(model: nn.Module) -> None:
 
 
 def _whole(model: nn.Module, config: ResonanceConfig, path: str, layers: nn.ModuleList) -> set[nn.Parameter]:
-    """What every process keeps: all outside the layers, what is measured, and what layers share."""
+    """The replicated parameters: all outside the layers, the measured ones, and those that layers share."""
     everywhere = model.named_parameters(remove_duplicate=False)
     whole = {parameter for name, parameter in everywhere if not name.startswith(f"{path}.")}
     for each in find_up_projections(model, config.n_layers, config.up_projection):

@@ -1,12 +1,12 @@
-"""The score of samples that someone else trains on, from the backward that happens anyway.
+"""The scores of the samples that a training run trains on, from the run's own backward.
 
-Knows models and batches, not who trains, nor on what. It watches: no gradient is written, no random number drawn, no
-weight touched, so training with it is bit for bit training without it.
+Knows models and batches, not the trainer or the dataset. It only watches: it writes no gradient, draws no random number
+and changes no weight, so training with it is bit-identical to training without it.
 
     expect -> [forward: a, loss | backward: b -> each sample: scale * b^T a -> update -> sum] x micro-batches -> take
 
-The loss of an update is a sum over the tokens of all its samples, times a weight. So a sample's own mean-loss gradient
-is its part of the gradient divided by that weight and by its number of tokens.
+The loss of a step is a weighted sum over the tokens of all its samples. The gradient of a sample's own mean loss is
+therefore its share of the gradient, divided by that weight and by its number of tokens.
 """
 
 from __future__ import annotations
@@ -32,21 +32,23 @@ from .up_projection import UpProjection, find_up_projections
 from .updates import UPDATES, closed_form, size_of_change, unchanged_sum
 
 NOTHING_RECORDED = (
-    "A training step went by without a measurement: the forward pass did not call every up-projection, or no gradient "
-    "came back to any. A compiled model drops the hooks: train without torch.compile."
+    "A training step was not measured: the forward pass did not call every up-projection, or none received a gradient. "
+    "A compiled model drops hooks: train without torch.compile."
 )
 CLOSED_FORM = "Use update='adamw', which needs no merged weight."
 
 
 @dataclass(eq=False)
 class MicroBatch:
-    """One forward and backward that is about to happen, and what was seen of it.
+    """One expected forward and backward, and what was measured of it.
 
     Attributes:
-        input_ids: (B, T), what the model will be given.
-        labels: (B, T), -100 where nothing is learnt.
+        input_ids: (B, T), the input of the model.
+        labels: (B, T), -100 for tokens that are not learnt.
         segments: the N samples in it.
-        token_weight: what the loss multiplies every token's own loss by.
+        token_weight: the weight of every token's loss in the loss of the step.
+        sums: what each hooked module adds to each sample's sum, (N,).
+        losses: (N,) each sample's mean token loss; None if the output of the model does not show it.
     """
 
     input_ids: Tensor
@@ -58,26 +60,27 @@ class MicroBatch:
 
     @cached_property
     def num_tokens(self) -> Tensor:
-        """(N,) learnt tokens of each sample."""
+        """(N,) the number of learnt tokens of each sample."""
         learnt = self.labels != IGNORE
         learnt[:, 0] = False
         return torch.stack([learnt[each.row, each.tokens].sum() for each in self.segments])
 
     @cached_property
     def scales(self) -> Tensor:
-        """(N,) from a sample's part of the loss to its own mean loss."""
+        """(N,) the factor from a sample's share of the loss to its own mean loss."""
         return 1 / (self.token_weight * self.num_tokens.clamp(min=1))
 
 
 class TrainingRecorder:
-    """Measures what `Recorder` measures, at the weights and in the mode of the training that it watches.
+    """Measures what `Recorder` measures, at the weights and in the mode of the training run that it watches.
 
     Args:
-        model: what is trained, wrapped by PEFT or not, but neither compiled nor wrapped for processes.
-        config: which step is measured and how; None to see nothing but the losses.
+        model: the model in training, wrapped by PEFT or not, but neither compiled nor wrapped for several processes.
+        config: the step to measure, and how; None to measure the losses only.
 
     Raises:
-        InputError: the model has no up-projection that is known, or uses one twice in a forward pass.
+        InputError: the model has no known up-projection, or uses one twice in a forward pass; or the update is a run's
+            own optimizer's.
     """
 
     def __init__(self, model: nn.Module, config: ResonanceConfig | None) -> None:
@@ -97,7 +100,7 @@ class TrainingRecorder:
         self._stack = contextlib.ExitStack()
 
     def attach(self) -> None:
-        """Begin to watch."""
+        """Register the hooks."""
         hooks = [
             self.model.register_forward_pre_hook(self._begin, with_kwargs=True),
             self.model.register_forward_hook(self._end),
@@ -107,19 +110,19 @@ class TrainingRecorder:
             self._stack.callback(hook.remove)
 
     def detach(self) -> None:
-        """Leave the model as it was found."""
+        """Remove the hooks."""
         self._stack.close()
         self.expect([])
 
     def expect(self, batches: Sequence[MicroBatch]) -> None:
-        """Say which micro-batches come next. A forward on anything else is left alone."""
+        """Set the next micro-batches. A forward on anything else is not measured."""
         self._expected, self._begun, self._running, self._called = list(batches), [], None, {}
 
     def take(self) -> list[Resonance]:
-        """What was measured of each expected micro-batch, in their order; none is expected any longer.
+        """The measurements of the expected micro-batches, in order. Clears the list of expected micro-batches.
 
         Raises:
-            RuntimeError: a micro-batch with tokens to learn went by unmeasured.
+            RuntimeError: a micro-batch with learnt tokens was not measured.
         """
         batches, called = self._expected, self._called
         self.expect([])
@@ -143,7 +146,7 @@ class TrainingRecorder:
             entries[column] += sum(each.entries for each in up_projections)
             if module in batch.sums:
                 sums[:, column] += batch.sums[module].cpu().numpy()
-            else:  # the loss does not depend on it: no gradient, no step
+            else:  # the loss does not depend on it, so it has no gradient and the optimizer skips it
                 sums[:, column] += sum(unchanged_sum(each.entries, config) for each in up_projections)
         return size_of_change(sums, entries, config)
 
@@ -161,19 +164,19 @@ class TrainingRecorder:
             self._running.losses = _mean_losses(output, self._running)
 
     def _catch(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
-        """Forward hook. Checkpointing calls it twice, but lets a gradient through once."""
+        """Forward hook. Gradient checkpointing calls it twice, but its backward passes here once."""
         if self._running is None or self._replaying or not torch.is_grad_enabled():
             return
         output = output[0] if isinstance(output, tuple) else output
-        if not output.requires_grad:  # all below is frozen: the graph begins here
+        if not output.requires_grad:  # everything below is frozen, so the graph begins here
             output.requires_grad_()
         self._called.setdefault(self._running, set()).add(module)
         autocast = torch.is_autocast_enabled(output.device.type), torch.get_autocast_dtype(output.device.type)
-        call = Call(self._modules[module], args, kwargs, output.detach())  # with its graph, neither would ever be freed
+        call = Call(self._modules[module], args, kwargs, output.detach())  # with the graph, neither would be freed
         output.register_hook(partial(self._measure, self._running, call, autocast))
 
     def _measure(self, batch: MicroBatch, call: Call, autocast: tuple[bool, torch.dtype], b: Tensor) -> None:
-        """Gradient hook, in the backward."""
+        """Gradient hook."""
         module, config = call.up_projections[0].module, self.config
         assert config is not None
         if module in batch.sums:
@@ -194,17 +197,17 @@ class TrainingRecorder:
 
 
 class StepRecorder:
-    """What the optimizer of a training really does to W_up in one update: the weights before it against those after.
+    """Measures what the run's own optimizer does to W_up in one step, by comparing the weights before and after.
 
-    Under LoRA it is the merged weight, `W + scaling * B A`, that is compared.
+    Under LoRA, the weight is the merged one, `W + scaling * B A`.
 
     Args:
-        model: what is trained.
-        config: which layers, and which norm; its update, lr, eps and weight_decay are the optimizer's own.
+        model: the model in training.
+        config: the layers and the norm.
 
     Raises:
-        InputError: an up-projection is a stack of experts under LoRA, or has another adapter than LoRA, such as DoRA;
-            or none is trained.
+        InputError: an up-projection is a stack of experts under LoRA, or has an adapter other than LoRA, such as DoRA;
+            or no up-projection is trained.
     """
 
     def __init__(self, model: nn.Module, config: ResonanceConfig) -> None:
@@ -215,38 +218,38 @@ class StepRecorder:
             _check_adapters(each)
         if not any(p.requires_grad for each in self._up_projections for p in (each.parameter, *_adapters(each))):
             raise InputError(
-                "update='optimizer' sees no change: no measured up-projection is trained, nor has an adapter that is. "
-                "Use update='adamw', which needs its gradient only."
+                "update='optimizer' sees no change: no measured up-projection is trained, and none has a trained "
+                "adapter. Use update='adamw', which needs the gradient only."
             )
 
     def before(self) -> None:
-        """Remember the weights."""
+        """Store the weights before the step."""
         self._before = [_merged(each).clone() for each in self._up_projections]
 
     def after(self) -> np.ndarray:
-        """(L,) how far each measured layer has moved since, in the unit of the weights."""
+        """(L,) the change of each measured layer since `before`, in the unit of the weights."""
         changes = [_merged(each) - old for each, old in zip(self._up_projections, self._before, strict=True)]
         self._before = []
         return np.array(layer_values(self._up_projections, changes, self._config))
 
 
 def recorders(model: nn.Module, config: ResonanceConfig, samples: int) -> tuple[TrainingRecorder, StepRecorder | None]:
-    """What measures a run: each sample in the backward, or, for an update without a closed form, the weights.
+    """The recorders of a run: of each sample's gradient, or for an update without a closed form of the weights.
 
     Args:
-        model: what is trained.
-        config: which step is measured and how.
-        samples: the samples of a step, over all processes.
+        model: the model in training.
+        config: the step to measure, and how.
+        samples: the number of samples of a step, over all processes.
 
     Raises:
-        InputError: the optimizer's own step is wanted of several samples together.
+        InputError: the update is the run's own optimizer's, and a step has several samples.
     """
     if UPDATES[config.update].step is not None:
         return TrainingRecorder(model, config), None
     if samples != 1:
         raise InputError(
-            f"update='optimizer' sees one change for a whole update, and yours has {samples} samples (batch x "
-            "accumulation x processes). Make it 1, or use update='adamw'."
+            f"update='optimizer' sees one change for a whole step, and yours has {samples} samples (batch x "
+            "accumulation x processes). Use 1 sample, or update='adamw'."
         )
     return TrainingRecorder(model, None), StepRecorder(model, config)
 
@@ -268,7 +271,7 @@ def _adapters(each: UpProjection) -> list[nn.Parameter]:
 
 @torch.no_grad()
 def _merged(each: UpProjection) -> Tensor:
-    """The up-projection's weight, adapters included."""
+    """The weight of the up-projection, with its adapters merged."""
     module: Any = each.module
     weight = at_least_float32(each.plain_weight())
     if hasattr(module, "lora_A") and not module.merged and not module.disable_adapters:
@@ -279,7 +282,7 @@ def _merged(each: UpProjection) -> Tensor:
 
 
 def _same(mine: Tensor, given: Any) -> bool:
-    """Whether a model is given this batch: the very tensor, or the copy that DDP makes."""
+    """Whether a model's input is this batch: the same tensor, or the copy that DDP makes."""
     if not isinstance(given, Tensor) or given.shape != mine.shape:
         return False
     return given.data_ptr() == mine.data_ptr() or torch.equal(given, mine)

@@ -1,11 +1,11 @@
-"""Where each decoder layer's up-projection lives, in any causal LM of transformers.
+"""Where each decoder layer's up-projection is, in any causal language model of transformers.
 
-Knows names, layouts and nothing else: runs no forward, changes nothing, reads no number until asked. It goes by the
-names below, not by what a layer computes: a feed-forward that is new and uses a known name otherwise is resolved
-wrongly, one with an unknown name is refused. Nor does it know how often a layer runs in one forward: twice in hrm_text.
+Knows names and layouts only: runs no forward, changes nothing, and reads no weight until asked. It decides by the names
+below, not by what a layer computes: a new feed-forward that uses a known name for something else is resolved wrongly,
+one with an unknown name is refused. It does not know how often a layer runs in one forward: twice in hrm_text.
 
-In a gated feed-forward, `down(act(gate(x)) * up(x))`, the up-projection is the branch that does not pass through the
-activation; otherwise it is the only branch.
+In a gated feed-forward, `down(act(gate(x)) * up(x))`, the up-projection is the branch without the activation; otherwise
+it is the only branch.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from .quantised import REMEDY, bits_of, matrix_shape, plain_matrix
 
 Kind = Literal["linear", "conv1d", "experts"]
 
-# The end of the dotted name -> which of its output features are the up-projection. A new family is one line here.
+# The end of the dotted name -> the output features that are the up-projection. A new family is one line here.
 NAMES: dict[str, Literal["all", "second half"]] = {
     "up_proj": "all",  # llama, qwen, gemma and most; 3-D in inkling's shared experts and nemotron_h's experts
     "gate_up_proj": "second half",  # phi3, glm, glm4; 3-D in most mixtures of experts
@@ -35,40 +35,41 @@ NAMES: dict[str, Literal["all", "second half"]] = {
     "w3": "all",  # lfm2
     "v1": "all",  # dbrx: all experts stacked in a 2-D parameter
     "w_1": "all",  # cpmant
-    "Wi": "second half",  # modernbert-decoder: what it calls gate is not activated
+    "Wi": "second half",  # modernbert-decoder: its "gate" has no activation
     "input_linear": "second half",  # granitemoeshared, granitemoehybrid; 3-D in jetmoe
-    "intermediate.dense": "all",  # bert, roberta and their kin as decoders
+    "intermediate.dense": "all",  # bert, roberta and similar models as decoders
     "feed_forward.key": "all",  # rwkv
     "ffn.proj_up": "all",  # xlstm
     "ffn.0": "all",  # ctrl
     "lin1": "all",  # xlm
 }
-GATED_CLASSES = {"MoshiGatingMLP"}  # their first map holds both branches whatever its name, the up-projection second
-TRANSPOSED_CLASSES = {"Conv1D", "Llama4TextExperts"}  # (I, O), (E, I, O); other experts say so in `is_transposed`
+GATED_CLASSES = {"MoshiGatingMLP"}  # their first map has both branches, the up-projection second
+TRANSPOSED_CLASSES = {"Conv1D", "Llama4TextExperts"}  # (I, O), (E, I, O); other experts have `is_transposed`
 
-OTHER_STACKS = re.compile("attn|attention|vision|visual|image|audio|speech")  # no text decoder's layers
-OTHER_PARTS = re.compile("attn|attention|norm|router|mamba")  # parts of a layer that are no feed-forward
+OTHER_STACKS = re.compile("attn|attention|vision|visual|image|audio|speech")  # not layers of the text decoder
+OTHER_MODULES = re.compile("attn|attention|norm|router|mamba")  # modules of a layer that are not a feed-forward
 ROUTED = re.compile(r"(^|\.)experts\.\d+\.")  # one expert of a ModuleList sees only the tokens routed to it
 
 
 @dataclass(frozen=True)
 class UpProjection:
-    """One up-projection: what to hook, what to read.
+    """One up-projection: what to hook, and what to read.
 
     Attributes:
-        name: dotted path of the linear map, or of the parameter that holds all experts.
-        layer: index of its decoder layer.
-        module: what to hook. The linear map itself (the outermost wrapper around it, under PEFT). For experts the part
-            of the decoder layer around them, which maps each token by itself: hidden states (B, T, H) in, as many out,
-            or a tuple that begins with them; llama4 returns them as (B * T, H), and gemma4's experts, which stand in
-            the layer without a block, take (B * T, H) and the routes of each.
-        block: the part of the decoder layer that it is in, often the whole feed-forward.
-        owner: the module whose own parameter it is.
-        parameter: the whole parameter, as it is stored; packed where the model is quantised.
-        shape: of what it stands for: (O, I), (I, O) for conv1d, (E, O, I) or (E, I, O) for most experts.
-        kind: `"experts"` is everything that must be replayed, because not every token passes through it.
-        outputs: which output features of the map are the up-projection.
-        part: `outputs` as an index into anything of `shape`.
+        name: the dotted path of the linear map, or of the parameter of all experts.
+        layer: the index of its decoder layer.
+        module: the module to hook. The linear map itself (under PEFT the outermost wrapper around it). For experts the
+            block around them, which maps each token by itself from hidden states (B, T, H) to as many, or to a tuple
+            that begins with them; llama4 returns (B * T, H), and gemma4's experts, which have no block, take (B * T, H)
+            and the routes of each token.
+        block: the child of the decoder layer that contains it, often the whole feed-forward.
+        owner: the module that owns the parameter.
+        parameter: the whole parameter as it is stored; packed if the model is quantised.
+        shape: the shape of the matrix that it represents: (O, I), (I, O) for conv1d, (E, O, I) or (E, I, O) for most
+            experts.
+        kind: how tokens reach it; `"experts"` must be run again, because not every token passes through it.
+        outputs: the output features of the map that are the up-projection.
+        index: `outputs` as an index into a tensor of `shape`.
     """
 
     name: str
@@ -80,19 +81,19 @@ class UpProjection:
     shape: torch.Size
     kind: Kind
     outputs: slice
-    part: tuple[slice, ...]
+    index: tuple[slice, ...]
 
     def up(self, tensor: Tensor) -> Tensor:
-        """The up-projection's entries of a tensor of `shape`, as a view."""
-        return tensor[self.part]
+        """The entries of the up-projection in a tensor of `shape`, as a view."""
+        return tensor[self.index]
 
     @property
     def entries(self) -> int:
-        """How many numbers the up-projection has."""
-        return math.prod(len(range(*part.indices(size))) for part, size in zip(self.part, self.shape, strict=True))
+        """The number of weights in the up-projection."""
+        return math.prod(len(range(*each.indices(size))) for each, size in zip(self.index, self.shape, strict=True))
 
     def plain_weight(self) -> Tensor:
-        """The up-projection's numbers, without gradient: a view of the parameter, or a copy where it is quantised."""
+        """The weights of the up-projection, detached: a view of the parameter, or a copy if it is quantised."""
         return self.up(plain_matrix(self.owner, self.parameter))
 
 
@@ -100,13 +101,14 @@ def find_up_projections(model: nn.Module, n_layers: int = 3, pattern: str | None
     """The up-projections of the last decoder layers, lowest layer first; a mixture of experts may have several.
 
     Args:
-        model: a causal LM of transformers, wrapped by PEFT or not, on any device, meta included.
-        n_layers: how many layers, counted from the last.
-        pattern: regex, searched in the dotted names of modules and of parameters without a module of their own. It
-            replaces the known names; everything found counts whole, unless its name is known to hold the gate too.
+        model: a causal language model of transformers, wrapped by PEFT or not, on any device, also meta.
+        n_layers: the number of layers, counted from the last.
+        pattern: a regex that is searched in the dotted names of modules, and of parameters that are not a module's
+            `weight`. It replaces the known names. A match is the up-projection as a whole, unless its name is known to
+            contain the gate too.
 
     Raises:
-        InputError: one of these layers has no up-projection that is known, or the arguments cannot work.
+        InputError: one of these layers has no known up-projection, or an argument is invalid.
     """
     path, layers = decoder_layers(model)
     depth = len(layers)
@@ -127,7 +129,7 @@ def find_up_projections(model: nn.Module, n_layers: int = 3, pattern: str | None
 
 
 def decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    """The text decoder's stack: of the outermost module lists the longest; one called decoder first, then the last."""
+    """The text decoder's layers: the longest outermost module list; one named decoder first, of equals the last."""
     stacks: dict[str, nn.ModuleList] = {}
     for name, module in model.named_modules():
         if not isinstance(module, nn.ModuleList) or OTHER_STACKS.search(name):
@@ -145,8 +147,8 @@ def decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
 class _Weight:
     """A parameter of two or more dimensions.
 
-    `name` is that of its linear map, or its own, inside the layer and without PEFT's wrappers; `owner` the module it
-    belongs to, `outer` the outermost wrapper around that.
+    `name` is the name of its linear map or its own, inside the layer and without PEFT's wrappers; `owner` is the module
+    that owns it, `outer` the outermost wrapper around that module.
     """
 
     name: str
@@ -156,7 +158,7 @@ class _Weight:
 
 
 def _weights(module: nn.Module, path: str = "", outer: nn.Module | None = None) -> Iterator[_Weight]:
-    """All weights below a module; adapters are left out."""
+    """All weights in a module, without adapters."""
     children = dict(module.named_children())
     if "base_layer" in children:
         yield from _weights(children["base_layer"], path, outer or module)
@@ -170,8 +172,8 @@ def _weights(module: nn.Module, path: str = "", outer: nn.Module | None = None) 
 
 
 def _known(name: str) -> str | None:
-    """The entry of NAMES that a dotted name inside a layer ends with, unless it is no feed-forward's."""
-    if OTHER_PARTS.search(name.rpartition(".")[0]):
+    """The entry of NAMES that a dotted name in a layer ends with; None for a name outside the feed-forward."""
+    if OTHER_MODULES.search(name.rpartition(".")[0]):
         return None
     return next((known for known in NAMES if f".{name}".endswith(f".{known}")), None)
 
@@ -183,18 +185,18 @@ def _in_layer(layer: nn.Module, index: int, path: str, regex: re.Pattern[str] | 
             continue
         shape = matrix_shape(name, weight.owner, parameter)
         transposed = vars(weight.owner).get("is_transposed", type(weight.owner).__name__ in TRANSPOSED_CLASSES)
-        axis = len(shape) - (1 if transposed else 2)  # where the output features are
+        axis = len(shape) - (1 if transposed else 2)  # of the output features
         outputs = _outputs(layer, weight, shape[axis])
-        part = tuple(outputs if each == axis else slice(None) for each in range(len(shape)))
+        entries = tuple(outputs if each == axis else slice(None) for each in range(len(shape)))
         block = layer.get_submodule(weight.name.split(".")[0])
         module, kind = _what_to_hook(block, weight, transposed)
         if kind == "experts" and bits_of(parameter):
             raise InputError(f"'{name}' is quantised and sees only tokens routed to it. Leave experts unquantised.")
-        yield UpProjection(name, index, module, block, weight.owner, parameter, shape, kind, outputs, part)
+        yield UpProjection(name, index, module, block, weight.owner, parameter, shape, kind, outputs, entries)
 
 
 def _refuse_without_weight(layer: nn.Module, path: str) -> None:
-    """Raise InputError for a known name whose module keeps its weight in a form of its own, as GPTQ and AWQ do."""
+    """Raise InputError for a known name whose module stores its weight in its own format, as GPTQ and AWQ do."""
     for name, module in layer.named_modules():
         if _known(name) and not list(module.parameters()) and list(module.buffers()):
             raise InputError(f"'{path}.{name}' is a {type(module).__name__}, which has no weight to read. {REMEDY}")
@@ -210,8 +212,8 @@ def _outputs(layer: nn.Module, weight: _Weight, size: int) -> slice:
 
 
 def _what_to_hook(block: nn.Module, weight: _Weight, transposed: bool) -> tuple[nn.Module, Kind]:
-    its_own = dict(weight.owner.named_parameters(recurse=False)).get("weight") is weight.parameter
-    if its_own and weight.parameter.dim() == 2 and not ROUTED.search(weight.name):
+    is_weight = dict(weight.owner.named_parameters(recurse=False)).get("weight") is weight.parameter
+    if is_weight and weight.parameter.dim() == 2 and not ROUTED.search(weight.name):
         return weight.outer, "conv1d" if transposed else "linear"
     return block, "experts"
 
@@ -220,11 +222,11 @@ def _compiled(pattern: str) -> re.Pattern[str]:
     try:
         return re.compile(pattern)
     except re.error as error:
-        raise InputError(f"up_projection={pattern!r} is no regular expression: {error}.") from None
+        raise InputError(f"up_projection={pattern!r} is not a regular expression: {error}.") from None
 
 
 def _nothing_found(label: str, where: str, examples: Sequence[str], pattern: str | None) -> str:
-    """What, where, what to do."""
+    """The error message: what was searched, where, and what to do."""
     names = ", ".join(examples)
     if pattern is not None:
         return f"up_projection={pattern!r} matches nothing in '{label}' (looked in {where}). Names there: {names}."

@@ -106,7 +106,7 @@ def test_of_two_branches_it_is_the_one_without_activation(family):
     for k in range(len(find_up_projections(tiny(family), 1))):
         model = tiny(family)
         each = find_up_projections(model, 1)[k]
-        moved, bent = bend(model, each, each.part)
+        moved, bent = bend(model, each, each.index)
         assert 0 <= bent < 1e-4 * moved, each.name
         if each.outputs != slice(None):
             model = tiny(family)
@@ -119,7 +119,7 @@ def test_of_two_branches_it_is_the_one_without_activation(family):
 def test_of_one_branch_it_is_the_one_before_the_activation(family):
     model = tiny(family)
     each = find_up_projections(model, 1)[-1]
-    moved, bent = bend(model, each, each.part)
+    moved, bent = bend(model, each, each.index)
     assert bent > 1e-2 * moved > 0
 
 
@@ -241,7 +241,7 @@ def test_peft_on_the_up_projection_hooks_the_wrapper(family, target):
         assert each.name == f"base_model.model.{plain.name}"
         assert each.module is model.get_submodule(each.name)
         assert each.parameter is each.module.base_layer.weight
-        assert (each.kind, each.part, each.outputs) == (plain.kind, plain.part, plain.outputs)
+        assert (each.kind, each.index, each.outputs) == (plain.kind, plain.index, plain.outputs)
 
 
 def test_peft_elsewhere_changes_only_the_names():
@@ -289,7 +289,7 @@ def test_a_pattern_that_matches_nothing_shows_names():
 
 
 def test_a_pattern_must_be_a_regex():
-    with pytest.raises(InputError, match=r"'\(' is no regular expression: missing \)"):
+    with pytest.raises(InputError, match=r"'\(' is not a regular expression: missing \)"):
         find_up_projections(tiny("llama"), 1, pattern="(")
 
 
@@ -362,7 +362,7 @@ def feed_forward(model: nn.Module, each: UpProjection) -> nn.Module:
 def other_half(each: UpProjection) -> tuple[slice, ...]:
     """The gate's entries, where one parameter holds both."""
     gate = slice(0, each.outputs.start) if each.outputs.step is None else slice(0, None, 2)
-    return tuple(gate if one == each.outputs else one for one in each.part)
+    return tuple(gate if one == each.outputs else one for one in each.index)
 
 
 @torch.no_grad()

@@ -597,7 +597,7 @@ def test_a_compiled_model_is_never_silently_unmeasured(tmp_path, tokenizer):
         processing_class=tokenizer,
         callbacks=[ResonanceCallback(), Unhook()],
     )
-    with pytest.raises(RuntimeError, match="went by without a measurement"):
+    with pytest.raises(RuntimeError, match="training step was not measured"):
         trainer.train()
 
 
