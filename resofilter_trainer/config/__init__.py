@@ -4,7 +4,6 @@ from .checks import at_most_one, number, one_of, share, whole_number
 from .errors import InputError, NotFiniteError, NothingError
 from .settings import (
     CLEANING_MODES,
-    CRITERION_NAMES,
     FILE_FORMATS,
     OPTIMIZER,
     RESONANCE,
@@ -21,7 +20,6 @@ from .settings import (
 
 __all__ = [
     "CLEANING_MODES",
-    "CRITERION_NAMES",
     "FILE_FORMATS",
     "OPTIMIZER",
     "RESONANCE",

@@ -17,26 +17,22 @@ FILE_FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "p
 OPTIMIZER: UpdateName = "optimizer"
 SELF = "self"
 RESONANCE = "resonance"
-CRITERION_NAMES = (  # criteria.CRITERIA's, without torch
-    *("loss", "perplexity", "entropy", "el2n", "grand", "ifd", "k_center", "donod"),
-    *("length", "response_ratio", "repetition", "rarity"),
-)
 CLEANING_MODES = ("fixed", "self-evolving", "rho")
 
 
 @dataclass(frozen=True)
 class ResonanceConfig:
-    """How a sample's resonance is measured. The defaults are ResoFilter's released ones (arXiv 2412.14809).
+    """How to measure a sample's resonance. The defaults are those of ResoFilter's released code (arXiv 2412.14809).
 
     Attributes:
-        n_layers: how many of the last decoder layers are measured; the score is the mean over them.
+        n_layers: the number of last decoder layers to measure; the score is the mean over them.
         update: the step that is measured: the first of a fresh `"adamw"`; `"sgd"`, the plain step `lr * g` without
             momentum or weight decay; or `"optimizer"`, what a training run's own optimizer did (`ResonanceCallback`).
-        norm: how one matrix of changes becomes a number: `"mean_abs"`, or `"l2"`, the Frobenius norm.
-        lr: learning rate of that step. It scales every score and changes no ranking.
-        eps: AdamW's eps. The score saturates where gradients exceed it; a larger eps spreads the scores.
+        norm: the size of a matrix of changes: `"mean_abs"`, the mean absolute change, or `"l2"`, the Frobenius norm.
+        lr: the learning rate of that step. It scales every score and changes no ranking.
+        eps: AdamW's eps. The score saturates for gradients above it; a larger eps spreads the scores.
         weight_decay: AdamW's decoupled weight decay.
-        up_projection: regex over dotted module names, for model families that are not known.
+        up_projection: a regex over dotted module names, for unknown model families.
     """
 
     n_layers: int = 3
@@ -56,8 +52,7 @@ class ResonanceConfig:
         object.__setattr__(self, "weight_decay", number("weight_decay", self.weight_decay, least=0))
 
     def to_json(self) -> dict[str, Any]:
-        """The settings by name, as provenance has them. A run's own optimizer has its own: lr, eps and weight_decay
-        are None for it."""
+        """The settings for provenance; lr, eps and weight_decay are None where the run's own optimizer has its own."""
         own = dict.fromkeys(("lr", "eps", "weight_decay")) if self.update == OPTIMIZER else {}
         return {**asdict(self), **own}
 

@@ -1,1 +1,1 @@
-"""What other selectors measure of a sample, one function for each criterion. Knows models and batches, no dataset."""
+"""What other selectors measure of a sample, one function per criterion. Knows models and batches, but no dataset."""

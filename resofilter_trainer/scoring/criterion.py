@@ -132,6 +132,8 @@ def _named(criterion: str | Criterion | Measure) -> tuple[str, Criterion]:
     if isinstance(criterion, Criterion):
         measure = criterion.measure
         named = measure if hasattr(measure, "__qualname__") else type(measure)
+        if measure not in [each.measure for each in CRITERIA.values()]:
+            CRITERIA.check_new(named.__name__)
         return f"{named.__module__}.{named.__qualname__.split('<locals>.')[-1]}", criterion
     if criterion not in CRITERIA:
         raise InputError(f"There is no criterion '{criterion}'. There are {', '.join(CRITERIA)}.")

@@ -19,6 +19,7 @@ from transformers import LlamaForCausalLM, MambaConfig, MambaForCausalLM, PreTra
 
 from resofilter_trainer.cli.entry import main
 from resofilter_trainer.config import UpdateName
+from resofilter_trainer.criteria.criterion import CRITERIA
 from resofilter_trainer.scores.score_table import ScoreTable
 from resofilter_trainer.selecting.selection import Selection
 

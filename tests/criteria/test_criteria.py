@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from collections import Counter
+
 import numpy as np
 import pytest
 import torch
@@ -13,19 +16,17 @@ from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForC
 
 from resofilter_trainer import Criterion, DataSelector, InputError, ScoreTable, score_by, score_dataset
 from resofilter_trainer.cli.entry import main
-from resofilter_trainer.config import CRITERION_NAMES
 from resofilter_trainer.criteria.criterion import CRITERIA
 from resofilter_trainer.criteria.model import (
     LR,
     below_one,
-    el2n,
-    embedding,
-    entropy,
+    farthest_first,
     grand,
     ifd,
     loss,
     norms,
 )
+from resofilter_trainer.data.preparation import PreparedRows
 from resofilter_trainer.model.losses import IGNORE
 
 SHAPE = {
@@ -58,9 +59,12 @@ def model(request):
     return MODELS[request.param]()
 
 
-@pytest.fixture(scope="module")
+SAMPLES = make_samples(7, shortest=6)
+
+
+@pytest.fixture
 def samples():
-    return make_samples(7, shortest=6)
+    return SAMPLES
 
 
 def learnt_logits(model, sample):
@@ -68,11 +72,6 @@ def learnt_logits(model, sample):
     logits = model(input_ids=sample["input_ids"][None]).logits[0, :-1]
     learnt = sample["labels"][1:] != IGNORE
     return logits[learnt], sample["labels"][1:][learnt]
-
-
-def each(model, samples, formula):
-    with torch.no_grad():
-        return np.array([formula(*learnt_logits(model, sample)) for sample in samples])
 
 
 def nll(logits, targets):
@@ -91,52 +90,22 @@ def mean_error(logits, targets):
     return float(np.mean([np.sqrt((error.numpy() ** 2).sum()) for error in errors]))
 
 
-@pytest.mark.parametrize(("criterion", "formula"), [(loss, nll), (entropy, mean_entropy), (el2n, mean_error)])
-def test_criteria_of_one_forward(criterion, formula, model, samples):
-    np.testing.assert_allclose(criterion(model, collate(samples)), each(model, samples, formula), rtol=1e-5)
-
-
-def test_perplexity_is_the_losss_exponential(model, samples):
-    found = CRITERIA["perplexity"].measure(model, collate(samples))
-    np.testing.assert_allclose(found, np.exp(each(model, samples, nll)), rtol=1e-5)
-
-
-def test_grand_is_the_norm_of_the_samples_gradient(model, samples):
-    expected = []
-    for sample in samples:
-        model.zero_grad()
-        F.cross_entropy(*learnt_logits(model, sample)).backward()
-        expected.append(np.sqrt(sum((p.grad**2).sum().item() for p in model.parameters())))
+def step_of(model, sample):
+    """The gradient of a sample's own loss, in `parameter.grad`."""
     model.zero_grad()
-    np.testing.assert_allclose(grand(model, collate(samples)), expected, rtol=1e-5)
-    assert all(parameter.grad is None for parameter in model.parameters())
+    F.cross_entropy(*learnt_logits(model, sample)).backward()
 
 
-def test_grand_needs_something_to_train(samples):
-    frozen = llama().requires_grad_(False)
-    with pytest.raises(InputError, match="all are frozen"):
-        grand(frozen, collate(samples))
+def gradient_norm(model, sample):
+    step_of(model, sample)
+    return np.sqrt(sum((p.grad**2).sum().item() for p in model.parameters()))
 
 
-def test_donods_norms_are_those_of_the_step_taken(model, samples):
-    expected = []
-    before = model.lm_head.weight.detach().clone()
-    for sample in samples:
-        model.zero_grad()
-        F.cross_entropy(*learnt_logits(model, sample)).backward()
-        after = before - LR * model.lm_head.weight.grad
-        expected.append([(after.norm() - before.norm()).item(), (after - before).norm().item()])
-    model.zero_grad()
-    found = norms(model, collate(samples)).numpy()
-    np.testing.assert_allclose(found[:, 1], np.array(expected)[:, 1], rtol=1e-5)
-    # a difference of two norms of about 1: what is left of 16 digits
-    np.testing.assert_allclose(found[:, 0], np.array(expected)[:, 0], rtol=1e-4, atol=1e-13)
-
-
-def test_donods_norms_with_a_bias_in_the_head(samples):
-    model = llama()
-    model.lm_head = torch.nn.Linear(32, 128, bias=True, dtype=torch.float64)
-    test_donods_norms_are_those_of_the_step_taken(model, samples)
+def norms_of_the_step(model, sample):
+    step_of(model, sample)
+    before = model.lm_head.weight.detach()
+    after = before - LR * model.lm_head.weight.grad
+    return [(after.norm() - before.norm()).item(), (after - before).norm().item()]
 
 
 def response_loss(model, ids, start):
@@ -145,16 +114,160 @@ def response_loss(model, ids, start):
     return F.cross_entropy(logits[start - 1 :], ids[start:]).item()
 
 
-def test_ifd_is_the_ratio_of_both_losses(model, samples):
-    expected = []
-    with torch.no_grad():
-        for sample in samples:
-            first = int((sample["labels"] != IGNORE).nonzero()[0])
-            first = max(first, 1)
-            response = sample["input_ids"][first:]
-            given, _ = learnt_logits(model, sample)
-            expected.append(F.cross_entropy(given[1:], response[1:]).item() / response_loss(model, response, 1))
-    np.testing.assert_allclose(ifd(model, collate(samples)), expected, rtol=1e-5)
+def ratio_of_losses(model, sample):
+    first = max(int((sample["labels"] != IGNORE).nonzero()[0]), 1)
+    response = sample["input_ids"][first:]
+    given, _ = learnt_logits(model, sample)
+    return F.cross_entropy(given[1:], response[1:]).item() / response_loss(model, response, 1)
+
+
+def mean_hidden_state(model, sample):
+    output = model(input_ids=sample["input_ids"][None], output_hidden_states=True)
+    return output.hidden_states[-1][0].mean(0).tolist()
+
+
+def response(sample):
+    return [id_ for id_, label in zip(*(sample[name][1:].tolist() for name in sample), strict=True) if label != IGNORE]
+
+
+def share_of_repeated_trigrams(model, sample):
+    tokens = response(sample)
+    grams = [tuple(tokens[i : i + 3]) for i in range(len(tokens) - 2)]
+    return sum(gram in grams[:i] for i, gram in enumerate(grams)) / max(len(grams), 1)
+
+
+def cross_entropy_with_frequencies(model, sample):
+    counts = Counter(token for each in SAMPLES for token in response(each))
+    return np.mean([-math.log(counts[token] / sum(counts.values())) for token in response(sample)])
+
+
+# Of every criterion the plain formula, one sample at a time: `(model, sample)` to a number, or to k numbers.
+PLAIN = {
+    "loss": lambda model, sample: nll(*learnt_logits(model, sample)),
+    "perplexity": lambda model, sample: math.exp(nll(*learnt_logits(model, sample))),
+    "entropy": lambda model, sample: mean_entropy(*learnt_logits(model, sample)),
+    "el2n": lambda model, sample: mean_error(*learnt_logits(model, sample)),
+    "grand": gradient_norm,
+    "ifd": ratio_of_losses,
+    "length": lambda model, sample: len(response(sample)),
+    "response_ratio": lambda model, sample: len(response(sample)) / len(sample["input_ids"]),
+    "repetition": share_of_repeated_trigrams,
+    "rarity": cross_entropy_with_frequencies,
+    "k_center": mean_hidden_state,
+    "donod": norms_of_the_step,
+}
+
+
+def assert_agree(name, found, expected, rtol=1e-5):
+    assert found.shape == np.shape(expected)
+    found, expected = (np.reshape(each, (len(found), -1)) for each in (found.detach(), expected))
+    if name == "donod":  # a difference of two norms of about 1: what is left of 16 digits
+        np.testing.assert_allclose(found[:, 0], expected[:, 0], rtol=1e-4, atol=1e-13)
+        found, expected = found[:, 1:], expected[:, 1:]
+    np.testing.assert_allclose(found, expected, rtol=rtol, atol=1e-7 if name == "k_center" else 1e-12)
+
+
+def plain_of(name):
+    if name not in PLAIN:
+        pytest.fail(f"Criterion '{name}' has no plain formula to be tested against: add one to PLAIN.")
+    return PLAIN[name]
+
+
+def measure_of(name, samples):
+    """`(model, batch)` to (B,) or (B, k), of a criterion."""
+    criterion = CRITERIA[name]
+    if not criterion.counts:
+        return criterion.measure
+    dataset = Dataset.from_list([{key: each.tolist() for key, each in sample.items()} for sample in samples])
+    lengths = np.array([len(sample["input_ids"]) for sample in samples])
+    return criterion.measure(PreparedRows(dataset, lengths, lengths, 0, "", {}, ""))
+
+
+@pytest.mark.parametrize("name", CRITERIA)
+def test_a_criterion_is_its_plain_formula(name, model):
+    formula = plain_of(name)
+    found = measure_of(name, SAMPLES)(model, collate(SAMPLES))
+    expected = [formula(model, sample) for sample in SAMPLES]
+    model.zero_grad()
+    assert_agree(name, found, expected)
+
+
+def test_no_plain_formula_is_of_nothing():
+    assert set(PLAIN) <= set(CRITERIA)
+
+
+@pytest.mark.parametrize("name", CRITERIA)
+def test_a_score_is_one_finite_number_and_names_what_it_is_made_of(name, model):
+    criterion = CRITERIA[name]
+    found = measure_of(name, SAMPLES)(model, collate(SAMPLES)).detach().double().numpy()
+    assert np.isfinite(found).all()
+    assert all(parameter.grad is None for parameter in model.parameters())
+    if criterion.join is not None:
+        found = found.reshape(len(SAMPLES), -1)
+        assert len(criterion.columns) in (0, found.shape[1])
+        found = criterion.join(found)
+    assert found.shape == (len(SAMPLES),)
+    assert np.isfinite(found).all()
+
+
+@pytest.mark.parametrize("name", CRITERIA)
+def test_a_sample_is_measured_alike_in_any_company(name, model):
+    measure = measure_of(name, SAMPLES)
+    alone = torch.cat([measure(model, collate([sample])) for sample in SAMPLES]).detach()
+    longer = {"input_ids": torch.full((40,), 5), "labels": torch.full((40,), 5)}
+    together = measure(model, collate([*SAMPLES[::-1], longer]))[:-1].flip(0)
+    assert_agree(name, together, alone, rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", CRITERIA)
+def test_padding_does_not_count(name, model):
+    measure, batch = measure_of(name, SAMPLES), collate(SAMPLES)
+    fillers = {"input_ids": 0, "attention_mask": 0, "labels": IGNORE}
+    padded = {key: F.pad(batch[key], (0, 9), value=filler) for key, filler in fillers.items()}
+    assert_agree(name, measure(model, padded), measure(model, batch).detach(), rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", [*CRITERIA, "resonance"])
+def test_a_name_is_given_once(name):
+    with pytest.raises(InputError, match=f"There is already a criterion '{name}'"):
+        CRITERIA[name] = Criterion(loss)
+
+
+def test_a_function_of_ones_own_has_its_own_name(tiny_llama, tokenizer):
+    def entropy(model, batch):
+        return batch["attention_mask"].sum(1)
+
+    for mine in (entropy, Criterion(entropy)):
+        with pytest.raises(InputError, match="There is already a criterion 'entropy'"):
+            score_by(mine, tiny_llama(), Dataset.from_list(ROWS), tokenizer, arguments(), **COLUMNS)
+
+
+def test_a_function_of_the_package_may_be_passed_itself(tiny_llama, tokenizer):
+    common = tiny_llama(), Dataset.from_list(ROWS), tokenizer, arguments()
+    by_name, by_function = score_by("loss", *common, **COLUMNS), score_by(loss, *common, **COLUMNS)
+    assert by_name.column("score").tolist() == by_function.column("score").tolist()
+
+
+def test_k_center_takes_the_farthest_first():
+    features = np.random.default_rng(0).normal(size=(12, 3))
+    taken = [min(range(12), key=lambda row: np.linalg.norm(features[row] - features.mean(0)))]
+    while len(taken) < 12:
+        left = [row for row in range(12) if row not in taken]
+        taken.append(max(left, key=lambda row: min(np.linalg.norm(features[row] - features[each]) for each in taken)))
+    assert np.argsort(farthest_first(features)).tolist() == taken
+
+
+def test_grand_needs_something_to_train(samples):
+    frozen = llama().requires_grad_(False)
+    with pytest.raises(InputError, match="all are frozen"):
+        grand(frozen, collate(samples))
+
+
+def test_donods_norms_with_a_bias_in_the_head(samples):
+    model = llama()
+    model.lm_head = torch.nn.Linear(32, 128, bias=True, dtype=torch.float64)
+    expected = [norms_of_the_step(model, sample) for sample in samples]
+    assert_agree("donod", norms(model, collate(samples)), expected)
 
 
 def test_ifd_keeps_the_beginning_of_sequence_before_the_response(samples):
@@ -180,15 +293,6 @@ def test_ifd_of_a_response_of_one_token_is_no_ratio(model):
 
 def test_where_the_prompt_is_no_help_a_row_goes_first():
     assert below_one(np.array([[0.5], [1.0], [1.5], [0.9]])).tolist() == [0.5, 0, 0, 0.9]
-
-
-def test_embedding_is_the_mean_over_a_samples_own_tokens(model, samples):
-    expected = []
-    with torch.no_grad():
-        for sample in samples:
-            output = model(input_ids=sample["input_ids"][None], output_hidden_states=True)
-            expected.append(output.hidden_states[-1][0].mean(0))
-    torch.testing.assert_close(embedding(model, collate(samples)), torch.stack(expected), rtol=1e-5, atol=1e-7)
 
 
 # ---- the pass
@@ -221,12 +325,12 @@ def test_rows_that_cannot_be_measured_keep_their_reason(tiny_llama, tokenizer):
 
 
 def test_a_function_of_ones_own(tiny_llama, tokenizer):
-    def length(model, batch):
+    def tokens(model, batch):
         return batch["attention_mask"].sum(1)
 
-    plain = score_by(length, tiny_llama(), Dataset.from_list(ROWS), tokenizer, arguments(), **COLUMNS)
-    assert plain.provenance.config["criterion"] == "test_criteria.length"
-    mine = Criterion(length, drop="smallest")
+    plain = score_by(tokens, tiny_llama(), Dataset.from_list(ROWS), tokenizer, arguments(), **COLUMNS)
+    assert plain.provenance.config["criterion"] == "test_criteria.tokens"
+    mine = Criterion(tokens, drop="smallest")
     scores = score_by(mine, tiny_llama(), Dataset.from_list(ROWS), tokenizer, arguments(), **COLUMNS)
     assert scores.column("score").tolist() == scores.column("length").tolist()
     kept = DataSelector(keep=0.5).select(scores)
@@ -270,15 +374,6 @@ def test_several_numbers_need_names_and_a_way_to_join_them(tiny_llama, tokenizer
             score_by(criterion, tiny_llama(), Dataset.from_list(ROWS), tokenizer, arguments(), **COLUMNS)
 
 
-def test_ifd_does_not_depend_on_the_rows_beside_it(samples):
-    model = llama(bos_token_id=int(samples[0]["input_ids"][0]))
-    samples = [{**sample, "labels": sample["labels"].clone()} for sample in samples]
-    samples[0]["labels"][0] = IGNORE
-    together = ifd(model, collate(samples))
-    alone = torch.cat([ifd(model, collate([sample])) for sample in samples])
-    torch.testing.assert_close(together, alone)
-
-
 def test_an_unknown_criterion_lists_those_there_are(tiny_llama, tokenizer):
     with pytest.raises(InputError, match="no criterion 'beauty'"):
         score_by("beauty", tiny_llama(), Dataset.from_list(ROWS), tokenizer, arguments(), **COLUMNS)
@@ -306,10 +401,6 @@ def test_it_leaves_alone_what_another_pass_has_done(tmp_path, tiny_llama, tokeni
     score_by("loss", tiny_llama(), Dataset.from_list(ROWS), tokenizer, arguments(), tmp_path, **COLUMNS)
     assert theirs.read_text() == "{}"
     assert [path.name for path in (tmp_path / "parts").iterdir()] == ["resonance"]
-
-
-def test_the_command_knows_the_same_names():
-    assert set(CRITERION_NAMES) == set(CRITERIA)
 
 
 def test_from_the_shell(tmp_path, tiny_model_dir, capsys):
