@@ -52,7 +52,7 @@ class ResonanceConfig:
         object.__setattr__(self, "weight_decay", number("weight_decay", self.weight_decay, least=0))
 
     def to_json(self) -> dict[str, Any]:
-        """The settings for provenance; lr, eps and weight_decay are None where the run's own optimizer has its own."""
+        """The settings by name, for provenance; lr, eps and weight_decay are None for a run's own optimizer."""
         own = dict.fromkeys(("lr", "eps", "weight_decay")) if self.update == OPTIMIZER else {}
         return {**asdict(self), **own}
 

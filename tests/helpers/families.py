@@ -1,4 +1,4 @@
-"""Tiny models of the causal families, each built offline from its configuration in a moment.
+"""Tiny models of the causal families, each built offline from its configuration.
 
 For every test that must hold for all families:
 
@@ -6,7 +6,8 @@ For every test that must hold for all families:
 ... def test_something(family):
 ...     model = tiny(family)
 
-FAMILIES resolve and run forward and backward on the CPU; a new family is one line. REFUSED do not resolve, and say why.
+FAMILIES resolve and run forward and backward on the CPU; a new family is one line. REFUSED do not resolve, each with
+its reason.
 """
 
 from __future__ import annotations
@@ -109,7 +110,7 @@ FAMILIES: dict[str, Settings] = {
     "roc_bert": BERT | {"pronunciation_vocab_size": 8, "shape_vocab_size": 8},
     "xmod": BERT | {"default_language": "en_XX"},
     "bloom": TOKENS | {"hidden_size": HIDDEN, "n_layer": LAYERS, "n_head": 4},
-    # its mask takes padding on the left only; a prompt of its own would make sequences longer inside than outside
+    # its mask needs padding on the left; its own prompt would make sequences longer inside than outside
     "cpmant": DENSE | {"dim_ff": INTERMEDIATE, "dim_head": 8, "prompt_length": 0},
     "ctrl": GPT2 | {"dff": INTERMEDIATE},
     "gpt_neo": TOKENS
@@ -179,9 +180,9 @@ REFUSED: dict[str, tuple[str, Settings]] = {
 
 
 def tiny(family: str, **overrides: Any) -> PreTrainedModel:
-    """A randomly initialised model, always the same one, in eval mode and float32.
+    """A randomly initialised model, always the same, in eval mode and float32.
 
-    Experts run one by one, because the faster ways take no float64; `experts_implementation` overrides that.
+    Experts run one by one, because the faster implementations have no float64; `experts_implementation` overrides that.
     """
     settings = FAMILIES[family] if family in FAMILIES else REFUSED[family][1]
     torch.manual_seed(0)
@@ -190,5 +191,5 @@ def tiny(family: str, **overrides: Any) -> PreTrainedModel:
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1 and not parameter.is_meta and not parameter.any():
-                parameter.normal_(std=0.02)  # some start at zero, where mistakes do not show
+                parameter.normal_(std=0.02)  # some start at zero, which hides mistakes
     return model

@@ -1,4 +1,4 @@
-"""Random samples as the recorder and the literal procedure take them, batches of them, and what a model does there."""
+"""Random samples, batches of them, and their measurements by the recorder and by plain code."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ CLOSED_FORMS = [name for name, update in UPDATES.items() if update.step is not N
 def make_samples(
     count: int = 8, vocab_size: int = 128, shortest: int = 4, longest: int = 24, seed: int = 0
 ) -> list[Sample]:
-    """Random tokens of random lengths; the first ones, as many as chance says, are a prompt and not learnt."""
+    """Random tokens of random lengths; a random number of the first ones is a prompt and not learnt."""
     generator = torch.Generator().manual_seed(seed)
     samples = []
     for _ in range(count):
@@ -35,7 +35,7 @@ def make_samples(
 
 
 def collate(samples: list[Sample], side: str = "right") -> Sample:
-    """Pad to the longest, on one side."""
+    """A batch, padded to the longest sample on one side."""
     shape = len(samples), max(len(sample["input_ids"]) for sample in samples)
     batch = {
         "input_ids": torch.zeros(shape, dtype=torch.long),
@@ -68,7 +68,7 @@ def error_over_spread(found: Resonance, truth: Resonance) -> float:
 
 
 def plain_losses(model: torch.nn.Module, samples: list[Sample]) -> Tensor:
-    """One sample alone after another, all logits, no padding."""
+    """The losses of learnt tokens from one sample after another, with all logits and no padding."""
     losses = []
     for sample in samples:
         with torch.no_grad():
@@ -79,7 +79,7 @@ def plain_losses(model: torch.nn.Module, samples: list[Sample]) -> Tensor:
 
 
 def state_of(model: torch.nn.Module) -> list[object]:
-    """All that could be left behind on a model."""
+    """Everything that a run could leave behind on a model."""
     found: list[object] = []
     for name, module in model.named_modules():
         hooks = [module._forward_hooks, module._forward_pre_hooks, module._backward_hooks]
@@ -88,7 +88,7 @@ def state_of(model: torch.nn.Module) -> list[object]:
 
 
 def watch_logits(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many logits each cross entropy, or each product with a tile of a head, is given."""
+    """The number of logits of each cross entropy, and of each product with a tile of a head."""
     seen: list[int] = []
     entropy, product = F.cross_entropy, torch.mm
 

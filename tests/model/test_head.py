@@ -1,4 +1,4 @@
-"""From the decoder's output to the losses: the same as from all logits at once, whatever the tiles and the model."""
+"""The losses from the decoder's output are those from all logits at once, for any tiles and any model."""
 
 from __future__ import annotations
 
@@ -48,12 +48,12 @@ def by_autograd(hidden: Tensor, linear: nn.Module, targets: Tensor, weights: Ten
 
 
 def in_tiles(hidden: Tensor, linear: nn.Linear, targets: Tensor, weights: Tensor | None, width: int):
-    """With `width` of the vocabulary, which is at least SMALLEST_TILE, at a time."""
+    """With tiles of `width` tokens of the vocabulary, at least SMALLEST_TILE."""
     return linear_losses(hidden, linear, targets, weights, width * len(hidden))
 
 
 def losses_of(model: nn.Module, batch: Sample) -> Tensor:
-    """What the pass over a dataset does with a batch."""
+    """A batch as the pass over a dataset measures it."""
     with torch.no_grad():
         return find_way(model, batch["input_ids"][:1, :PROBE])(model, inputs_of(model, batch, causal=False)).losses()
 
@@ -65,7 +65,7 @@ def narrow_tiles(monkeypatch) -> None:
 
 @pytest.fixture
 def few_logits(monkeypatch, narrow_tiles) -> None:
-    """Five positions of a vocabulary, and a little that is of no use."""
+    """Five positions and a vocabulary, with a little unused memory."""
     monkeypatch.setitem(head.TILE_LOGITS, "cpu", VOCAB * 5 + 7)
     monkeypatch.setattr(head, "PIECE_LOGITS", VOCAB * 5 + 7)
 

@@ -1,4 +1,4 @@
-"""What a forward pass leaves out changes nothing: positions, what rows have in common, float32 weights."""
+"""What a lean forward skips changes nothing: positions, a shared prefix, float32 weights."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def build(family: str, **overrides) -> nn.Module:
 
 
 def last_blocks(model: nn.Module) -> list[nn.Module]:
-    """The parts of the last layer in which something is measured."""
+    """The measured modules of the last layer."""
     return list({each.block: None for each in find_up_projections(model, 1)})
 
 
@@ -169,7 +169,7 @@ def test_the_recorder_narrows_the_last_feed_forward_only(family):
 
 
 def prefixed(count: int = 4, first: int = 20, shortest: int = 4, longest: int = 10, seed: int = 0) -> list[Sample]:
-    """Samples that begin with the same tokens, of which none is learnt; the next ones differ."""
+    """Samples that share a prefix without learnt tokens; the tokens after it differ."""
     common, unlearnt = torch.arange(first, first + PREFIX), torch.full((PREFIX,), IGNORE)
     samples = make_samples(count, VOCAB, shortest, longest, seed)
     for number, sample in enumerate(samples):
@@ -180,7 +180,7 @@ def prefixed(count: int = 4, first: int = 20, shortest: int = 4, longest: int = 
 
 
 class Watched:
-    """A recorder, how many tokens the feed-forward of the lowest layer sees, and how many rows begin alike."""
+    """A recorder, how many tokens the feed-forward of the lowest layer runs on, and how many tokens rows share."""
 
     def __init__(self, record: Recorder) -> None:
         self.record = record
@@ -192,7 +192,7 @@ class Watched:
         self.seen += args[0].shape[:-1].numel()
 
     def tokens(self, samples: list[Sample], side: str = "right", shared: int | None = None) -> int:
-        """That the lowest layer sees of a batch."""
+        """The tokens of a batch that the lowest layer runs on."""
         self.seen = 0
         self.record(collate(samples, side), shared)
         return self.seen
@@ -204,14 +204,14 @@ class Watched:
 
 @contextlib.contextmanager
 def watched(model: nn.Module, config: ResonanceConfig = CONFIG) -> Iterator[Watched]:
-    """Whose recorder knows its model already, by a batch without anything in common."""
+    """With a recorder that has tried its model already, on a batch without a shared prefix."""
     with Recorder(model, config) as record:
         record(collate(make_samples(2, seed=9)))
         yield Watched(record)
 
 
 def width(samples: list[Sample]) -> int:
-    """Columns of a batch; the last is not needed."""
+    """The columns of a batch, without the last."""
     return max(len(sample["input_ids"]) for sample in samples) - 1
 
 
@@ -614,7 +614,7 @@ def test_scores_in_bfloat16_are_those_of_a_plain_autocast(family):
 
 
 def offloaded(layers: set[int], folder: Path) -> nn.Module:
-    """A model of which some layers, and the head, are on disk but while they run."""
+    """A model with some layers and the head on disk except while they run."""
     places = {f"model.layers.{i}": "disk" if i in layers else "cpu" for i in range(LAYERS)}
     places |= {"model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "disk"}
     return dispatch_model(build("llama"), places, main_device="cpu", offload_dir=folder)

@@ -115,7 +115,7 @@ def with_adapter(model: nn.Module) -> nn.Module:
 
 
 def by_the_book(weight: Any) -> Tensor:
-    """A weight by bitsandbytes' own words."""
+    """A weight as bitsandbytes dequantises it."""
     if bits_of(weight) == 4:
         return bitsandbytes.functional.dequantize_4bit(weight.data, weight.quant_state)
     return bitsandbytes.functional.int8_vectorwise_dequant(weight.data, weight.SCB)
@@ -166,7 +166,7 @@ def test_scores_are_the_literal_procedures_on_the_dequantised_weights(folders: d
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_model_that_ran_without_gradients_can_be_measured(kind: str, tmp_path: Path) -> None:
-    """On some processors bitsandbytes lays weights out anew then, for good, and in a form without a backward."""
+    """On some processors bitsandbytes then switches weights to a layout without a backward, for good."""
     tiny("llama", hidden_size=64, intermediate_size=128, head_dim=16).save_pretrained(tmp_path)
     model, samples = load(tmp_path, kind), make_samples()
     truth = record_all(model, samples, CONFIGS["adamw"])
@@ -202,7 +202,7 @@ def test_training_is_measured_and_so_is_its_step(kind: str, folders: dict[str, P
 
 
 def trained(model: nn.Module, batch: dict[str, Tensor]) -> tuple[np.ndarray, np.ndarray]:
-    """What the recorder of samples and that of the optimizer's step see of one step."""
+    """One step as the recorder of samples and the recorder of the optimizer's step measure it."""
     record, step = TrainingRecorder(model, CONFIGS["adamw"]), StepRecorder(model, CONFIGS["adamw"])
     optimizer = torch.optim.SGD([each for each in model.parameters() if each.requires_grad], lr=0.1)
     record.attach()
@@ -258,7 +258,7 @@ def test_what_needs_plain_weights_refuses_quantised_ones(folders: dict[str, Path
 
 
 class Packed(nn.Module):
-    """A map that keeps its weight as GPTQ does."""
+    """A map that stores its weight as GPTQ does."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""The recorder against the literal procedure, which is slow and obvious."""
+"""The recorder against the literal procedure, which is slow and plain."""
 
 from __future__ import annotations
 

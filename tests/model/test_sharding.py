@@ -1,4 +1,4 @@
-"""A model that is sharded over processes gives what the whole one gives; and where sharding is refused."""
+"""A sharded model is measured as the whole one; and what cannot be sharded is refused."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_two_processes_measure_what_one_measures_on_the_whole_model(case: str, outcomes: Path) -> None:
-    """Of batches that differ in shape and number, and of one row with nothing to learn."""
+    """For batches that differ in shape and number, and a row without a learnt token."""
     for rank in range(2):
         found = dict(np.load(outcomes / f"{case}-{rank}.npz"))
         assert found["num_tokens truth"].min() == 0
@@ -84,7 +84,7 @@ def test_training_under_deepspeed_is_refused_in_one_line(tmp_path, tokenizer, mo
 
 @pytest.fixture
 def one_process(tmp_path):
-    """A group of one, in which sharding is as cheap as it is useless."""
+    """A group of one process, in which sharding is cheap."""
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
     yield
     dist.destroy_process_group()

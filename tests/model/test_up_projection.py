@@ -315,7 +315,7 @@ def test_quantised_weights_are_refused():
 
 
 class Calls:
-    """What modules are called with, and what they return, while the model runs once."""
+    """The arguments and outputs of modules in one run of the model."""
 
     def __init__(self, model: nn.Module, *modules: nn.Module) -> None:
         self.of: dict[nn.Module, list[tuple[Any, Any, Tensor]]] = {module: [] for module in modules}
@@ -349,7 +349,7 @@ def bend(model: nn.Module, each: UpProjection, part: tuple[slice, ...]) -> tuple
 
 
 def feed_forward(model: nn.Module, each: UpProjection) -> nn.Module:
-    """The part of the decoder layer that the up-projection lies in."""
+    """The child of the decoder layer that contains the up-projection."""
     before, _, after = each.name.partition(f".{each.layer}.")
     module = model.get_submodule(f"{before}.{each.layer}")
     for child in after.split("."):
@@ -360,7 +360,7 @@ def feed_forward(model: nn.Module, each: UpProjection) -> nn.Module:
 
 
 def other_half(each: UpProjection) -> tuple[slice, ...]:
-    """The gate's entries, where one parameter holds both."""
+    """The gate's entries of a parameter that has both."""
     gate = slice(0, each.outputs.start) if each.outputs.step is None else slice(0, None, 2)
     return tuple(gate if one == each.outputs else one for one in each.index)
 
