@@ -24,8 +24,8 @@ def _callable(function: Any, callers: tuple[int, ...]) -> str:
         return "recursion"
     callers = (*callers, id(function))
     if isinstance(function, functools.partial):
-        parts = _callable(function.func, callers), _value(function.args, callers), _value(function.keywords, callers)
-        return f"partial {' '.join(parts)}"
+        texts = _callable(function.func, callers), _value(function.args, callers), _value(function.keywords, callers)
+        return f"partial {' '.join(texts)}"
     if inspect.ismethod(function):
         return f"{_callable(function.__self__, callers)} {_callable(function.__func__, callers)}"
     function = inspect.unwrap(function)
@@ -67,13 +67,13 @@ def _instructions(code: CodeType) -> str:
 
 
 def _closure(function: FunctionType) -> dict[str, Any]:
-    held = {}
+    values = {}
     for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
         try:
-            held[name] = cell.cell_contents
+            values[name] = cell.cell_contents
         except ValueError:  # empty: the name has no value yet
             continue
-    return held
+    return values
 
 
 def _value(value: Any, callers: tuple[int, ...]) -> str:

@@ -49,7 +49,7 @@ class Recorder:
 
     Raises:
         InputError: the model has no known up-projection, or one that is offloaded or sharded by other means than
-            `shard`; or the update is a run's own optimizer's.
+            `shard`; or the update is `"optimizer"`.
     """
 
     def __init__(self, model: nn.Module, config: ResonanceConfig) -> None:

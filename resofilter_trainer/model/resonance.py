@@ -55,7 +55,7 @@ def literal(model: nn.Module, samples: Sequence[Mapping[str, Tensor]], config: R
 
     Raises:
         InputError: the weights are quantised, bfloat16 or float16; the model has no known up-projection; or the update
-            is a run's own optimizer's.
+            is `"optimizer"`.
     """
     check_plain(model, "The literal procedure")
     up_projections = find_up_projections(model, config.n_layers, config.up_projection)

@@ -79,8 +79,8 @@ class TrainingRecorder:
         config: the step to measure, and how; None to measure the losses only.
 
     Raises:
-        InputError: the model has no known up-projection, or uses one twice in a forward pass; or the update is a run's
-            own optimizer's.
+        InputError: the model has no known up-projection, or uses one twice in a forward pass; or the update is
+            `"optimizer"`.
     """
 
     def __init__(self, model: nn.Module, config: ResonanceConfig | None) -> None:
@@ -242,7 +242,7 @@ def recorders(model: nn.Module, config: ResonanceConfig, samples: int) -> tuple[
         samples: the number of samples of a step, over all processes.
 
     Raises:
-        InputError: the update is the run's own optimizer's, and a step has several samples.
+        InputError: the update has no closed form, and a step has several samples.
     """
     if UPDATES[config.update].step is not None:
         return TrainingRecorder(model, config), None

@@ -8,9 +8,8 @@ The first step of a fresh optimizer has a closed form, so no optimizer is built 
 A new update is a name in `config.UpdateName` and a record in `UPDATES`; the tests bind the record's two forms.
 
 A matrix of changes becomes one number, `mean_abs` or `l2`, from a sum over its entries. The entries of an update that
-saturates lie close to one, and what tells samples apart is the small distance to it, which a float32 sum of numbers
-near one loses. Therefore `1 - |change|` (or `1 - change**2`) is summed, and the number of entries corrects it at the
-end.
+saturates are close to 1, and samples differ in the small distance to 1, which a float32 sum of such numbers loses.
+Therefore the sum is of `1 - |change|` (or `1 - change**2`), and at the end it is subtracted from the number of entries.
 """
 
 from __future__ import annotations
@@ -35,10 +34,10 @@ class Update:
     """One optimizer's first step, in two forms that give the same weights. A run's own optimizer has neither.
 
     Attributes:
-        what: what it is, for people.
+        what: a description, for messages.
         step: the closed form, `(gradient, weight, config) -> change / lr`, which may overwrite the gradient.
         optimizer: the literal form, `(parameters, config) -> a fresh optimizer` whose `step()` makes that change.
-        saturates: whether the entries of `change / lr` lie close to 1 where the gradient is far above eps.
+        saturates: whether the entries of `change / lr` are close to 1 for gradients far above eps.
         is_gradient: whether `change / lr` is the gradient itself, so that its L2 norm needs no gradient matrix.
     """
 
@@ -87,7 +86,7 @@ def check_updates(updates: Mapping[UpdateName, Update]) -> None:
     for name, update in updates.items():
         for form in ("step", "optimizer"):
             if name != OPTIMIZER and getattr(update, form) is None:
-                raise InputError(f"update={name!r} has no {form}: it needs its closed form and its literal one.")
+                raise InputError(f"update={name!r} has no {form}: it needs both its closed and its literal form.")
 
 
 check_updates(UPDATES)
