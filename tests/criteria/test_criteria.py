@@ -84,7 +84,7 @@ def mean_entropy(logits, targets):
 
 
 def mean_error(logits, targets):
-    errors = torch.softmax(logits, -1)
+    errors = torch.softmax(logits.detach(), -1)
     for i, target in enumerate(targets):
         errors[i, target] -= 1
     return float(np.mean([np.sqrt((error.numpy() ** 2).sum()) for error in errors]))
