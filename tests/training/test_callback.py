@@ -532,7 +532,7 @@ def test_sequential_order_is_not_taken_for_drift(tmp_path, tokenizer):
         ({"torch_compile": True}, "torch_compile=False"),
         ({"streaming": True, "max_steps": 4}, "streaming"),
         ({"twice": True}, "added twice"),
-        ({"callback": {"update": "optimizer"}}, "Make it 1"),
+        ({"callback": {"update": "optimizer"}}, "Use 1 sample"),
         ({"callback": {"keep": [1.0, 0.5, 0.4, 0.3]}}, "4 shares and the run 3 epochs"),
         ({"callback": {"n_layers": 9}}, "between 1 and 4"),
         ({"dataloader_drop_last": True, "per_device_train_batch_size": 64, "max_steps": 4}, "not fill a batch"),
