@@ -48,7 +48,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from trl import SFTConfig, SFTTrainer
 
 from resofilter_trainer.config import TokenCleaning
-from resofilter_trainer.data.preparation import ROW, PreparedRows, prepare
+from resofilter_trainer.data.preparation import ROW_POSITION, PreparedRows, prepare
 from resofilter_trainer.demo.problems import Problem, make_problems
 from resofilter_trainer.demo.run import BASE, HELD_OUT, HELD_OUT_SEED, ROWS, training_arguments
 from resofilter_trainer.evaluation.generate import exact_match
@@ -171,9 +171,8 @@ def open_bench(args: argparse.Namespace, seed: int, folder: Path) -> Bench:
     noisy = add_noise(problems, args.noisy_share, seed)
     rows, tokenizer = as_dataset(noisy), AutoTokenizer.from_pretrained(BASE)
     with quietly():
-        prepared = prepare(
-            rows.add_column(ROW, np.arange(len(rows))), tokenizer, training_arguments(folder / "prepared", seed)
-        )
+        training = training_arguments(folder / "prepared", seed)
+        prepared = prepare(rows.add_column(ROW_POSITION, np.arange(len(rows))), tokenizer, training)
     marks = mark_tokens(noisy, prepared, tokenizer)
     bench = Bench(rows, prepared, marks, held_out, as_dataset(warmup), tokenizer, folder, seed, str(BASE))
     if args.base == "demo":

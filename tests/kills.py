@@ -1,8 +1,8 @@
-"""Jobs that are killed at random moments and started again must end with the bytes of those that were not.
+"""Jobs that are killed at random moments and started again must write the same bytes as jobs that are not killed.
 
     python tests/kills.py --runs 60
 
-Kills one process of a job, or all, by SIGKILL: while it scores, selects, cleans tokens, or trains with the callback.
+Kills one or all processes of a job by SIGKILL, while it scores, selects, cleans tokens, or trains with the callback.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ from resofilter_trainer.cli.entry import main as resofilter
 from resofilter_trainer.scoring import passes
 from resofilter_trainer.tokens.cleaning import clean_dataset
 
-SILENCE = 6  # seconds after which a process that was killed is given up by the other
-LIMIT = 180  # seconds for a run of few
+SILENCE = 6  # seconds after which the other process counts a killed one as lost
+LIMIT = 180  # seconds for one start of a job, which takes a few
 STARTS = 20
-FORK = multiprocessing.get_context("fork")  # a child need not import everything again
+FORK = multiprocessing.get_context("fork")  # a child does not import everything again
 
 
 @dataclass(frozen=True)
@@ -46,9 +46,9 @@ class Job:
     """Something that writes files.
 
     Attributes:
-        run: is given a folder of inputs and one for what it writes, and goes on with what is there.
-        results: globs of the files that are its result.
-        processes: that it takes.
+        run: takes a folder of inputs and an output folder, and resumes from what is there.
+        results: globs of its result's files in the output folder.
+        processes: the number of its processes.
     """
 
     run: Callable[[Path, Path], None]
@@ -57,7 +57,7 @@ class Job:
 
 
 def prepare(inputs: Path) -> None:
-    """A model, another that was trained a little, and rows."""
+    """Write a base model, a reference model and rows."""
     tokenizer = make_tokenizer()
     for name, seed in (("base", 0), ("reference", 1)):
         llama(len(tokenizer), seed=seed).save_pretrained(inputs / name)
@@ -89,16 +89,16 @@ def train_with_callback(inputs: Path, output: Path) -> None:
 
 
 def last_complete(output: Path) -> str | None:
-    """The last checkpoint whose state, which the Trainer writes last, is whole."""
+    """The last complete checkpoint: its state, which the Trainer writes last, can be read."""
 
-    def is_whole(path: Path) -> bool:
+    def is_complete(path: Path) -> bool:
         try:
             return bool(json.loads(path.read_text()))
         except ValueError:
             return False
 
-    whole = [path.parent for path in output.glob("checkpoint-*/trainer_state.json") if is_whole(path)]
-    return str(max(whole, key=lambda path: int(path.name.split("-")[1]))) if whole else None
+    complete = [path.parent for path in output.glob("checkpoint-*/trainer_state.json") if is_complete(path)]
+    return str(max(complete, key=lambda path: int(path.name.split("-")[1]))) if complete else None
 
 
 TRAINED = ("checkpoint-*/model.safetensors", "resofilter/scores.parquet", "resofilter/selection-epoch-*.parquet")
@@ -113,7 +113,7 @@ JOBS = {
 
 
 def start(job: Job, inputs: Path, output: Path) -> list[multiprocessing.process.BaseProcess]:
-    """The processes of a job, begun."""
+    """Start the processes of a job."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -137,7 +137,7 @@ def _child(job: Job, inputs: Path, output: Path, rank: int, port: int) -> None:
 
 
 def ended_well(children: list[multiprocessing.process.BaseProcess]) -> bool:
-    """Whether all did, once they have ended; none may hang."""
+    """Whether all processes succeed. Raises AssertionError where one hangs."""
     until = time.monotonic() + LIMIT
     for child in children:
         child.join(max(until - time.monotonic(), 0))
@@ -149,15 +149,15 @@ def ended_well(children: list[multiprocessing.process.BaseProcess]) -> bool:
 
 
 def results_of(job: Job, output: Path) -> dict[str, bytes]:
-    """The bytes of every file of the result; of several checkpoints, the last one's."""
+    """The bytes of every file of a job's result; of several checkpoints, those of the last."""
     files = [path for pattern in job.results for path in output.glob(pattern)]
     last = last_complete(output)
     files = [path for path in files if not path.parent.name.startswith("checkpoint-") or str(path.parent) == last]
     return {path.relative_to(output).as_posix(): path.read_bytes() for path in files}
 
 
-def kill_and_go_on(job: Job, inputs: Path, output: Path, duration: float, moments: random.Random) -> int:
-    """Start a job until it ends, and kill it every other time; how often it was killed."""
+def kill_and_resume(job: Job, inputs: Path, output: Path, duration: float, moments: random.Random) -> int:
+    """Start a job until it succeeds, and kill it every other time; returns the number of kills."""
     killed = 0
     for attempt in range(STARTS):
         children = start(job, inputs, output)
@@ -171,30 +171,30 @@ def kill_and_go_on(job: Job, inputs: Path, output: Path, duration: float, moment
         if ended_well(children):
             return killed
         assert any(child.exitcode != 0 for child in children)
-        assert attempt % 2 == 0, f"it does not go on: exit codes {[child.exitcode for child in children]}"
-    raise AssertionError(f"not done after {STARTS} starts")
+        assert attempt % 2 == 0, f"it does not resume: exit codes {[child.exitcode for child in children]}"
+    raise AssertionError(f"not finished after {STARTS} starts")
 
 
 def check(name: str, runs: int, seed: int, place: Path) -> int:
-    """Kill a job in so many runs; how many kills there were. Raises AssertionError where a result differs."""
+    """Kill a job in each of some runs; returns the number of kills. Raises AssertionError where a result differs."""
     job, inputs, moments = JOBS[name], place / "inputs", random.Random(f"{seed} {name}")
     duration, truth = float("inf"), dict[str, bytes]()
-    for number in range(2):  # the first is slower, for a cold machine
+    for number in range(2):  # the first is slower, on a cold machine
         begun = time.monotonic()
-        assert ended_well(start(job, inputs, place / f"{name}-whole-{number}")), f"{name} fails without a kill"
+        assert ended_well(start(job, inputs, place / f"{name}-undisturbed-{number}")), f"{name} fails without a kill"
         duration = min(duration, time.monotonic() - begun)
-        found = results_of(job, place / f"{name}-whole-{number}")
+        found = results_of(job, place / f"{name}-undisturbed-{number}")
         assert found, f"{name} writes nothing"
-        assert number == 0 or found == truth, f"{name} is not the same twice"
+        assert number == 0 or found == truth, f"{name} writes other bytes the second time"
         truth = found
     kills = 0
     for run in range(runs):
         output = place / f"{name}-{run}"
         for _ in range(STARTS):
-            killed = kill_and_go_on(job, inputs, output, duration, moments)
+            killed = kill_and_resume(job, inputs, output, duration, moments)
             if killed:
                 break
-            shutil.rmtree(output)  # it ended before its time came
+            shutil.rmtree(output)  # it ended before it was killed
         kills += killed
         found = results_of(job, output)
         assert found.keys() == truth.keys(), f"{name}, run {run}: {sorted(found)} for {sorted(truth)}"
@@ -207,7 +207,7 @@ def check(name: str, runs: int, seed: int, place: Path) -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--runs", type=int, default=60, help="of all jobs together")
+    parser.add_argument("--runs", type=int, default=60, help="the number of runs of all jobs together")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--jobs", nargs="+", default=list(JOBS), choices=list(JOBS))
     args = parser.parse_args()

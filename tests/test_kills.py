@@ -1,4 +1,4 @@
-"""Killed at any moment, a job goes on and ends as if nothing had happened. `tests/kills.py --runs 60` kills more."""
+"""A job that is killed at any moment resumes and writes the same bytes. `tests/kills.py --runs 60` kills more often."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ RUNS = 18  # three of each job
 
 
 @pytest.mark.slow
-def test_jobs_killed_at_random_moments_end_with_the_same_bytes():
+def test_jobs_killed_at_random_moments_write_the_same_bytes():
     command = [sys.executable, "kills.py", "--runs", str(RUNS)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(

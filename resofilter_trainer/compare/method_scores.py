@@ -22,14 +22,15 @@ from trl import SFTConfig
 from ..config import ColumnMapping, InputError, Norm, NotFiniteError, ResonanceConfig, TokenCleaning, UpdateName
 from ..criteria.criterion import Criterion
 from ..criteria.prompted import RATING_PROMPTS, Nuggets, SelectIT
-from ..data.loading import check_model, open_pass, placed, usable_rows
+from ..data.loading import Opened, check_model, usable_rows
 from ..data.preparation import PreparedRows, prepare
 from ..scores.score_table import ScoreTable
 from ..scores.token_scores import TokenScores
 from ..scoring.criterion import score_by
 from ..scoring.dataset import score_dataset
 from ..scoring.less import LessConfig, less_scores
-from ..scoring.output import PassOutput
+from ..scoring.output import Measured, PassOutput
+from ..scoring.run_pass import run_pass
 from ..tokens.cleaning import measure_tokens
 from ..training.fine_tuning import fine_tune, save_model
 from .config import SelectorConfig
@@ -117,47 +118,47 @@ def by_selectit(request: Request) -> ScoreTable:
 
 def by_less(request: Request) -> ScoreTable:
     """Influence on the validation rows."""
-    own = LessConfig(**{"seed": request.args.seed, **request.selector.settings})
-    config = {
-        "criterion": "less",
-        "drop": "smallest",
-        **dataclasses.asdict(own),
-        "validation": request.validation_tokens.fingerprint,
-    }
-    model, opened = open_pass(request.model, request.dataset, request.tokenizer, request.args, config, drop_empty=True)
-    output = PassOutput(request.folder, opened)
-    earlier = output.earlier()
-    if earlier is not None:
-        return earlier
-    model = placed(model, request.args)
-    check_model(model, request.validation_tokens)
-    values = less_scores(model, request.tokenizer, opened.prepared, request.validation_tokens, request.args, own)
-    if not np.isfinite(values).all():
-        raise NotFiniteError(
-            "LESS's warm-up gave gradients that are not finite: try a smaller learning_rate in its settings."
-        )
-    return output.finish({"score": values})
+    own, validation = LessConfig(**{"seed": request.args.seed, **request.selector.settings}), request.validation_tokens
+    settings = {**dataclasses.asdict(own), "validation": validation.fingerprint}
+    config = {"criterion": "less", "drop": "smallest", **settings}
+
+    def measure(model: PreTrainedModel, opened: Opened, target: PassOutput) -> Measured:
+        check_model(model, validation)
+        values = less_scores(model, request.tokenizer, opened.prepared, validation, request.args, own)
+        if not np.isfinite(values).all():
+            raise NotFiniteError(
+                "LESS's warm-up gave gradients that are not finite: try a smaller learning_rate in its settings."
+            )
+        return Measured({"score": values})
+
+    return run_pass(
+        request.model, request.dataset, request.tokenizer, request.args, config, request.folder, measure,
+        drop_empty=True,
+    )  # fmt: skip
 
 
 def by_column(request: Request) -> ScoreTable:
     """The user's own scores, from a column of the dataset."""
     name, dataset = str(request.selector.score_column), request.dataset
     if name not in dataset.column_names:
-        raise InputError(f"score_column '{name}' is none of the dataset's: {', '.join(dataset.column_names)}.")
+        raise InputError(f"score_column '{name}' is not a column of the dataset: {', '.join(dataset.column_names)}.")
     config = {"score_column": name, "values": xxhash.xxh3_128_hexdigest(repr(dataset[name][:]).encode())}
-    _, opened = open_pass(request.model, dataset, request.tokenizer, request.args, config, drop_empty=True)
-    output = PassOutput(request.folder, opened)
-    earlier = output.earlier()
-    if earlier is not None:
-        return earlier
-    try:
-        values = np.array(dataset[name], dtype=np.float64)[opened.prepared.sample_ids]
-    except (TypeError, ValueError) as error:
-        raise InputError(f"score_column '{name}' holds something else than numbers: {error}.") from error
-    if not np.isfinite(values).all():
-        row = opened.prepared.sample_ids[int(np.argmin(np.isfinite(values)))]
-        raise InputError(f"Row {row} has no finite number in score_column '{name}'.")
-    return output.finish({"score": values})
+
+    def read(model: PreTrainedModel, opened: Opened, target: PassOutput) -> Measured:
+        sample_ids = opened.prepared.sample_ids
+        try:
+            values = np.array(dataset[name], dtype=np.float64)[sample_ids]
+        except (TypeError, ValueError) as error:
+            raise InputError(f"score_column '{name}' must hold numbers only: {error}.") from error
+        if not np.isfinite(values).all():
+            row = sample_ids[int(np.argmin(np.isfinite(values)))]
+            raise InputError(f"Row {row} has no finite number in score_column '{name}'.")
+        return Measured({"score": values})
+
+    return run_pass(
+        request.model, dataset, request.tokenizer, request.args, config, request.folder, read,
+        place=None, drop_empty=True,
+    )  # fmt: skip
 
 
 def by_token_losses(request: Request) -> TokenScores:

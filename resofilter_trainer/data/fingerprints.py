@@ -1,4 +1,4 @@
-"""What a scoring pass was made from, as hashes and settings. Knows models and tokenizers, not how they are used."""
+"""What scores are made from, as hashes and settings. Knows models and tokenizers, not what they are used for."""
 
 from __future__ import annotations
 
@@ -36,9 +36,17 @@ def describe(
     source: Mapping[str, Any],
     precision: Precision | None = None,
 ) -> Provenance:
-    """The provenance of what this model, these rows and these settings, `config`, would give.
+    """The provenance of scores of these rows by this model.
 
-    The forward's precision is what `args.bf16` says where none is given.
+    Args:
+        model, tokenizer: what measures the rows.
+        prepared: the rows as tokens.
+        rows: the number of rows in the user's dataset.
+        args: lengths and masking.
+        config: what is measured and with which settings.
+        columns: which columns became prompt and completion.
+        source: where the dataset comes from.
+        precision: the forward's precision; by default what `args.bf16` says.
     """
     precision = precision or ("bfloat16" if args.bf16 else "float32")
     preparation = {
@@ -72,14 +80,14 @@ def describe_training(
     config: ResonanceConfig,
     settings: Mapping[str, Any],
 ) -> Provenance:
-    """The provenance of scores that are measured while this trainer trains, from its weights as they are now.
+    """The provenance of scores that are measured while a trainer trains, with its weights as they are now.
 
     Args:
-        trainer: about to begin.
-        rows: rows in the user's dataset.
+        trainer: the trainer, before its first step.
+        rows: the number of rows in the user's dataset.
         config: which step is measured and how.
-        settings: what must be the same for a run to go on: what is dropped and when, batches, seeds, the dataset's
-            fingerprint. Scores depend on all of it from the second epoch on.
+        settings: what must be the same for a run to resume: what is dropped and when, batches, seeds, the dataset's
+            fingerprint. From the second epoch on, scores depend on all of it.
     """
     args, model, tokenizer = trainer.args, cast(Any, trainer.model), trainer.processing_class
     known = isinstance(tokenizer, PreTrainedTokenizerBase)
@@ -107,7 +115,7 @@ def describe_training(
 
 
 def run_settings(trainer: Trainer, **settings: Any) -> dict[str, Any]:
-    """What must be the same for a run to go on: the given settings, and the trainer's that make its order and rows."""
+    """What must be the same for a run to resume: the given settings, and the trainer's for its rows and order."""
     args = trainer.args
     own = {
         "seed": args.seed,
@@ -120,7 +128,7 @@ def run_settings(trainer: Trainer, **settings: Any) -> dict[str, Any]:
 
 
 def fingerprint(dataset: Any) -> str:
-    """Of the tokens that a trainer holds, or of all columns; empty for what is no `datasets.Dataset`."""
+    """Hash of a trainer's tokens, or else of all columns; empty for anything but a `datasets.Dataset`."""
     if not isinstance(dataset, Dataset):
         return ""
     if {"input_ids", "labels"} <= set(dataset.column_names):
@@ -129,7 +137,7 @@ def fingerprint(dataset: Any) -> str:
 
 
 def identity(model: PreTrainedModel | PeftModel) -> dict[str, str]:
-    """Hashes of the weights and of the settings that make losses of them, those of the active adapter included."""
+    """Hashes of the weights and of the settings that losses depend on, those of the active adapter included."""
     inner = model.get_base_model() if isinstance(model, PeftModel) else model
     settings: dict[str, Any] = {"model": _settings(inner)}
     if isinstance(model, PeftModel):
@@ -142,15 +150,15 @@ def identity(model: PreTrainedModel | PeftModel) -> dict[str, str]:
 
 
 def _settings(model: PreTrainedModel) -> dict[str, Any]:
-    """The model's configuration, without where it lies and who wrote it."""
-    aside = ("name_or_path", "_name_or_path", "transformers_version", "use_cache")
-    return {name: value for name, value in model.config.to_dict().items() if name not in aside}
+    """The model's configuration without its path and the version that wrote it."""
+    ignored = ("name_or_path", "_name_or_path", "transformers_version", "use_cache")
+    return {name: value for name, value in model.config.to_dict().items() if name not in ignored}
 
 
 def hash_weights(model: nn.Module) -> str:
-    """Of every parameter's name, shape, dtype and bytes, in order; tied ones count once.
+    """Hash of every parameter's name, shape, dtype and bytes, in order; tied parameters count once.
 
-    Of a quantised one also of what gives its bytes their meaning.
+    For a quantised parameter it includes the tensors that its bytes are decoded with.
     """
     digest = xxhash.xxh3_128()
     for name, parameter in model.named_parameters():
@@ -169,7 +177,7 @@ def _add(digest: xxhash.xxh3_128, name: str, tensor: Tensor) -> None:
 
 
 def hash_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Of the vocabulary and the special tokens."""
+    """Hash of the vocabulary and the special tokens."""
     return _hash_text(json.dumps([sorted(tokenizer.get_vocab().items()), repr(tokenizer.special_tokens_map)]))
 
 

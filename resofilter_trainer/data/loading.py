@@ -1,4 +1,4 @@
-"""What a pass over a dataset begins with: the model and its tokenizer, the rows that can be used, and that both fit.
+"""The beginning of every pass: loads the model and its tokenizer, finds the usable rows, and checks that they fit.
 
 Knows transformers' loading and the user's rows, not what is measured.
 """
@@ -16,25 +16,25 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from trl import SFTConfig
 
-from ..config import ColumnMapping, InputError, NothingError, Precision
+from ..config import ColumnMapping, InputError, NothingError, Precision, number, whole_number
 from ..io.files import check_folder
 from ..scores.provenance import Provenance
 from ..scores.score_table import EMPTY, SAME_PROMPT
 from .fingerprints import describe
-from .preparation import ROW, PreparedRows, prepare
+from .preparation import ROW_POSITION, PreparedRows, prepare
 from .rows import duplicate_rows, empty_rows, first_line, hash_rows, looks_local, map_columns
 
 
 @dataclass(frozen=True)
 class Opened:
-    """All of a pass over a user's dataset but the model and what is measured.
+    """The rows of a pass and their provenance.
 
     Attributes:
-        tokenizer: the model's.
+        tokenizer: the model's tokenizer.
         prepared: the rows that can be measured, as tokens.
-        reasons: why the user's other rows cannot, by place.
-        rows: rows of the user's dataset.
-        provenance: of what will be measured.
+        reasons: why the user's other rows cannot be measured, by position.
+        rows: the number of rows in the user's dataset.
+        provenance: the provenance of the scores.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -57,12 +57,12 @@ def open_pass(
     source: Mapping[str, Any] | None = None,
     **columns: Any,
 ) -> tuple[PreTrainedModel, Opened]:
-    """The model, not yet on its device, and everything else that a pass begins with.
+    """The model, not yet on its device, and the rows of a pass.
 
     Args:
-        config: what is measured, for the provenance.
-        precision: the forward's; what `args.bf16` says where none is given.
         model, dataset, processing_class, args, drop_duplicates, drop_empty, source, **columns: as for `score_dataset`.
+        config: what is measured and with which settings, for the provenance.
+        precision: the forward's precision; by default what `args.bf16` says.
 
     Raises:
         InputError: no row can be measured, or model, tokenizer and rows do not fit.
@@ -78,17 +78,17 @@ def open_pass(
 
 
 def default_arguments() -> SFTConfig:
-    """SFTConfig's own, in float32."""
+    """SFTConfig's own values, in float32."""
     return SFTConfig(output_dir="unused", bf16=False, use_cpu=not torch.cuda.is_available(), report_to="none")
 
 
 def load_model(
     model: str | PreTrainedModel, processing_class: PreTrainedTokenizerBase | None, args: SFTConfig
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The model, from its name in float32 as SFTTrainer loads it, and its tokenizer.
+    """A model and its tokenizer; a model's name is loaded in float32, as SFTTrainer does.
 
     Raises:
-        InputError: either cannot be found, reached or read.
+        InputError: one of them cannot be found, reached or read.
     """
     if isinstance(model, str):
         model = load_weights(model, args)
@@ -119,15 +119,15 @@ def load_weights(name: str, args: SFTConfig) -> PreTrainedModel:
 def usable_rows(
     dataset: Dataset, mapping: ColumnMapping, text_field: str, drop_duplicates: bool, drop_empty: bool
 ) -> tuple[Dataset, dict[int, str]]:
-    """The rows under TRL's names, each with its place, and by place why others are left out.
+    """The usable rows under TRL's column names, each with its position, and by position why others are skipped.
 
     Raises:
-        InputError: no row is left, or there are empty ones and they are not to be left out.
+        InputError: no row is usable, or there are empty rows and `drop_empty` is False.
     """
     if "seq_lengths" in (getattr(dataset, "column_names", None) or ()):
         raise InputError(
-            "The rows are packed already (seq_lengths), several samples in one: pass them as they were, or "
-            "resofilter_trainer.unpack(dataset), which has a row for each."
+            "The rows are packed already (seq_lengths), several samples in one: pass the rows before packing, or "
+            "resofilter_trainer.unpack(dataset), which makes a row of each sample."
         )
     rows = map_columns(dataset, mapping, text_field)
     reasons: dict[int, str] = {}
@@ -138,39 +138,39 @@ def usable_rows(
     if empty and not drop_empty:
         listed = ", ".join(map(str, empty[:5])) + (", ..." if len(empty) > 5 else "")
         raise InputError(
-            f"{len(empty)} of {len(rows)} rows teach nothing, their completion is empty: rows {listed}. "
-            "Remove them, or leave them out with --drop_empty (drop_empty=True)."
+            f"{len(empty)} of {len(rows)} rows have an empty completion and teach nothing: rows {listed}. "
+            "Remove them, or skip them with --drop_empty (drop_empty=True)."
         )
     reasons |= dict.fromkeys(empty, EMPTY)
     if len(reasons) == len(rows):
         raise NothingError(f"All {len(rows)} rows are empty or repeated: there is nothing to score or to train on.")
-    rows = rows.add_column(ROW, np.arange(len(rows)))
+    rows = rows.add_column(ROW_POSITION, np.arange(len(rows)))
     return rows.select([row for row in range(len(rows)) if row not in reasons]), reasons
 
 
 def check_arguments(args: SFTConfig, output: Path | None) -> None:
-    """Raise InputError for arguments with which nothing can be measured, or a folder that cannot be written to."""
-    for name in ("per_device_train_batch_size", "gradient_accumulation_steps", "ddp_timeout"):
-        if getattr(args, name) < 1:
-            raise InputError(f"{name} must be at least 1, got {getattr(args, name)}.")
-    if args.max_length is not None and args.max_length < 1:
-        raise InputError(f"max_length must be at least 1, got {args.max_length}.")
+    """Raise InputError for arguments that cannot work, or a folder that cannot be written to."""
+    for name in ("per_device_train_batch_size", "gradient_accumulation_steps"):
+        whole_number(name, getattr(args, name), least=1)
+    number("ddp_timeout", args.ddp_timeout, least=1)
+    if args.max_length is not None:
+        whole_number("max_length", args.max_length, least=1)
     if output is not None:
         check_folder(output)
 
 
 def check_model(model: PreTrainedModel, prepared: PreparedRows) -> None:
-    """Raise InputError for a model that does not know the tokens of these rows."""
+    """Raise InputError where the rows have tokens that the model does not know."""
     size = model.get_input_embeddings().num_embeddings
     if prepared.largest_token >= size:
         raise InputError(
-            f"The tokenizer makes token {prepared.largest_token} and the model knows {size}: they do not belong "
-            "together. Pass the model's own tokenizer, or resize the model's embeddings first."
+            f"The rows have token {prepared.largest_token}, and the model knows {size} tokens: tokenizer and model do "
+            "not belong together. Pass the model's own tokenizer, or resize the model's embeddings first."
         )
 
 
 def placed(model: PreTrainedModel, args: SFTConfig) -> PreTrainedModel:
-    """The model on the device that training would use; one that is spread over devices stays where it is."""
+    """The model on the device that training would use; a model with a device map stays where it is."""
     if getattr(model, "hf_device_map", None) is None:
         model.to(args.device)
     return model

@@ -1,7 +1,7 @@
-"""From rows to the tokens and labels that SFTTrainer would train on, by TRL's own preparation, not a copy of it.
+"""Turns rows into the tokens and labels that SFTTrainer would train on, by TRL's own preparation, not a copy of it.
 
-A column with each row's place in the user's dataset goes through with the rest, so that a row which the preparation
-drops is missed and one that it moves is found.
+A column with each row's position in the user's dataset passes through the preparation, so that rows which it drops or
+moves are noticed. Knows datasets and TRL, not what is measured.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from ..config import InputError, NothingError
 from ..model.losses import IGNORE
 from .rows import first_line
 
-ROW = "resofilter_row"  # the place in the user's dataset
+ROW_POSITION = "resofilter_row"  # the column with each row's position in the user's dataset, its `sample_id`
 
 
 @dataclass(frozen=True)
@@ -33,13 +33,14 @@ class PreparedRows:
     """The rows that can be scored, as tokens.
 
     Attributes:
-        dataset: `input_ids`, `labels` and `ROW`, the place in the user's dataset; every row has a learnt token.
-        lengths: (N,) tokens of each row.
-        num_tokens: (N,) those of them that are learnt.
+        dataset: `input_ids`, `labels` and `ROW_POSITION`, the position in the user's dataset; every row has a learnt
+            token.
+        lengths: (N,) the tokens of each row.
+        num_tokens: (N,) the learnt tokens of each row.
         largest_token: the largest token id.
-        fingerprint: hash of all token ids, labels and places.
-        reasons: for the user's other rows, by place, why they cannot be scored.
-        template: the chat template that was used, or an empty string.
+        fingerprint: hash of all token ids, labels and positions.
+        reasons: why the user's other rows cannot be scored, by position.
+        template: the chat template, or an empty string.
     """
 
     dataset: Dataset
@@ -52,11 +53,11 @@ class PreparedRows:
 
     @property
     def sample_ids(self) -> np.ndarray:
-        """(N,) each row's place in the user's dataset."""
-        return np.array(self.dataset[ROW])
+        """(N,) each row's position in the user's dataset."""
+        return np.array(self.dataset[ROW_POSITION])
 
     def select(self, rows: np.ndarray) -> PreparedRows:
-        """Some of the rows, in this order; the fingerprint stays that of all."""
+        """Some of the rows, in this order; the fingerprint stays that of all rows."""
         dataset, lengths, num_tokens = self.dataset.select(rows), self.lengths[rows], self.num_tokens[rows]
         return dataclasses.replace(self, dataset=dataset, lengths=lengths, num_tokens=num_tokens)
 
@@ -65,32 +66,32 @@ def prepare(dataset: Dataset, processing_class: PreTrainedTokenizerBase, args: S
     """Tokenise, mask and truncate as SFTTrainer does.
 
     Args:
-        dataset: the user's rows, or some of them, under TRL's column names and with a `ROW` column.
-        processing_class: the tokenizer; it is copied, and a missing pad token is no error.
-        args: lengths and masking. Packing, padding-free batches and shuffling change no sample and are left out.
+        dataset: the user's rows, or some of them, under TRL's column names and with a `ROW_POSITION` column.
+        processing_class: the tokenizer; it is copied, and may lack a pad token.
+        args: lengths and masking. Packing, padding-free batches and shuffling, which change no sample, are ignored.
 
     Raises:
-        InputError: TRL refuses the dataset, or no row has a token to learn.
+        InputError: TRL refuses the dataset, or no row has a learnt token.
     """
-    asked = dataset[ROW]
+    positions = dataset[ROW_POSITION]
     tokens, template = _by_trl(dataset, copy.deepcopy(processing_class), args)
     lengths, learnt, largest, fingerprint = survey(tokens)
-    kept = learnt > 0
+    usable = learnt > 0
     within = "" if args.max_length is None else f" within max_length {args.max_length}"
-    scored = set(np.array(tokens[ROW])[kept].tolist())
-    reasons = {row: f"no token to learn{within}" for row in asked if row not in scored}
-    if not scored:
+    used = set(np.array(tokens[ROW_POSITION])[usable].tolist())
+    reasons = {row: f"no token to learn{within}" for row in positions if row not in used}
+    if not used:
         raise NothingError(f"None of the {len(reasons)} rows has a token to learn{within}: every label is masked.")
-    if not kept.all():
-        tokens, lengths, learnt = tokens.select(np.flatnonzero(kept)), lengths[kept], learnt[kept]
+    if not usable.all():
+        tokens, lengths, learnt = tokens.select(np.flatnonzero(usable)), lengths[usable], learnt[usable]
     return PreparedRows(tokens, lengths, learnt, largest, fingerprint, reasons, template)
 
 
 def prepared_already(dataset: Dataset, collate: Callable[[list[Any]], Any]) -> PreparedRows:
-    """The rows that a trainer holds, as it would train on them; their places are those in its own dataset.
+    """A trainer's rows as it trains on them; their positions are those in the trainer's dataset.
 
     Args:
-        dataset: with `input_ids` and `labels`, or whatever the collator makes these of.
+        dataset: rows with `input_ids` and `labels`, or with columns that the collator makes these from.
         collate: the trainer's collator.
     """
     if {"input_ids", "labels"} <= set(dataset.column_names):
@@ -98,26 +99,26 @@ def prepared_already(dataset: Dataset, collate: Callable[[list[Any]], Any]) -> P
     else:
         tokens = dataset.map(_collated, fn_kwargs={"collate": collate}, remove_columns=dataset.column_names)
     lengths, learnt, largest, fingerprint = survey(tokens)
-    tokens = tokens.add_column(ROW, np.arange(len(tokens)))
+    tokens = tokens.add_column(ROW_POSITION, np.arange(len(tokens)))
     return PreparedRows(tokens, lengths, learnt, largest, fingerprint, {}, "")
 
 
 def _collated(example: dict[str, Any], collate: Callable[[list[Any]], Any]) -> dict[str, Any]:
-    """One example as the collator makes it, without padding."""
+    """An example as the collator makes it, without padding."""
     batch = collate([example])
     mask = batch["attention_mask"][0].bool() if "attention_mask" in batch else slice(None)
     return {name: batch[name][0][mask].tolist() for name in ("input_ids", "labels")}
 
 
 class _Preparer(SFTTrainer):
-    """SFTTrainer as far as the dataset; it trains nothing, so there is nothing to report to TRL's statistics."""
+    """An SFTTrainer that only prepares its dataset; as it trains nothing, it reports nothing to TRL's statistics."""
 
     def _send_telemetry(self) -> None:
         pass
 
 
 def _by_trl(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, args: SFTConfig) -> tuple[Dataset, str]:
-    """The dataset as SFTTrainer holds it once it is built, around a stand-in for the model."""
+    """The dataset as SFTTrainer prepares it, with a stand-in for the model; and the chat template."""
     args = copy.copy(args)
     args.packing = args.padding_free = args.shuffle_dataset = False
     args.gradient_checkpointing = args.activation_offloading = args.use_liger_kernel = args.push_to_hub = False
@@ -134,14 +135,14 @@ def _by_trl(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, args: SFTConfi
         except Exception as error:  # TRL, tokenizers and templates each raise their own
             raise InputError(f"TRL cannot prepare this dataset: {first_line(error)}") from error
     template = trainer.chat_template or getattr(trainer.processing_class, "chat_template", None) or ""
-    return trainer.train_dataset.select_columns([ROW, "input_ids", "labels"]), str(template)
+    return trainer.train_dataset.select_columns([ROW_POSITION, "input_ids", "labels"]), str(template)
 
 
 def survey(tokens: Dataset) -> tuple[np.ndarray, np.ndarray, int, str]:
-    """Look at every token of a dataset with `input_ids` and `labels`, and with `ROW` or without.
+    """Read every token of a dataset with `input_ids` and `labels`, and maybe `ROW_POSITION`.
 
     Returns:
-        Each row's length and number of learnt tokens, (N,) each, the largest token id, and a hash of it all.
+        Each row's length and number of learnt tokens, (N,) each; the largest token id; and a hash of everything.
     """
     lengths, learnt, largest, digest = [np.empty(0, int)], [np.empty(0, int)], 0, xxhash.xxh3_128()
     for table in _arrow_batches(tokens):
@@ -152,14 +153,14 @@ def survey(tokens: Dataset) -> tuple[np.ndarray, np.ndarray, int, str]:
         ends = np.cumsum(length)
         learnt.append(so_far[ends] - so_far[ends - length])
         largest = max(largest, int(ids.max(initial=0)))
-        places = [table[ROW].to_numpy()] if ROW in table.column_names else []
-        for array in (*places, length, ids, labels):
+        positions = [table[ROW_POSITION].to_numpy()] if ROW_POSITION in table.column_names else []
+        for array in (*positions, length, ids, labels):
             digest.update(array.astype(np.int64).tobytes())
     return np.concatenate(lengths), np.concatenate(learnt), largest, digest.hexdigest()
 
 
 def learnt_tokens(tokens: Dataset) -> tuple[np.ndarray, np.ndarray]:
-    """Of every learnt token, row after row: where in its row it stands, and its id; (N,) int32 each."""
+    """The position in its row and the id of every learnt token, row after row; (N,) int32 each."""
     positions, ids = [np.empty(0, np.int32)], [np.empty(0, np.int32)]
     for table in _arrow_batches(tokens):
         length, is_learnt = _learnt(table)
@@ -170,9 +171,9 @@ def learnt_tokens(tokens: Dataset) -> tuple[np.ndarray, np.ndarray]:
 
 
 def beginnings(tokens: Dataset) -> tuple[np.ndarray, np.ndarray, int]:
-    """What rows begin with: a hash of each one's prompt, its length, and how many first tokens all have in common.
+    """A hash of each row's prompt, the length of each prompt, and how many first tokens all rows have in common.
 
-    The prompt is what comes before the first learnt token; the rows have `input_ids` and `labels`.
+    A row has `input_ids` and `labels`; its prompt is everything before its first learnt token.
     """
     hashes, lengths, first, common = list[int](), list[int](), np.empty(0), 0
     for table in _arrow_batches(tokens):
@@ -191,7 +192,7 @@ def beginnings(tokens: Dataset) -> tuple[np.ndarray, np.ndarray, int]:
 
 
 def _learnt(table: pa.Table) -> tuple[np.ndarray, np.ndarray]:
-    """Each row's length, and of all their tokens whether they are learnt: nothing predicts the first of a row."""
+    """Each row's length, and for every token whether it is learnt; a row's first never is: nothing predicts it."""
     labels = table["labels"].combine_chunks()
     length = pc.list_value_length(labels).to_numpy()
     is_learnt = labels.flatten().to_numpy() != IGNORE

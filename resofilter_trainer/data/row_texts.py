@@ -1,4 +1,4 @@
-"""Rows as people read them: prompt and completion. Knows datasets and tokenizers, no model."""
+"""Rows as people read them: prompt and completion. Knows datasets and tokenizers, not models."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ class RowTexts(Sequence[tuple[str, str]]):
 
     Args:
         dataset: the user's rows, as they were scored.
-        mapping: which columns are which.
-        text_field: the name of plain text.
+        mapping: which columns are prompt and completion.
+        text_field: the name of the column with plain text.
     """
 
     def __init__(self, dataset: Dataset, mapping: ColumnMapping, text_field: str = "text") -> None:
@@ -32,7 +32,7 @@ class RowTexts(Sequence[tuple[str, str]]):
 
     @property
     def known(self) -> bool:
-        """Whether there is a column of text at all: rows may be tokens only."""
+        """Whether the rows have a column of text; they may have tokens only."""
         names = {*self.mapping.columns, "completion", "messages", "conversations", self.text_field}
         return bool(names & set(self.dataset.column_names))
 
@@ -62,34 +62,34 @@ class RowTexts(Sequence[tuple[str, str]]):
 
 
 class TokenTexts(Sequence[tuple[str, str]]):
-    """The same of rows that are tokens, as a trainer holds them: the completion begins with the first learnt token.
+    """A trainer's rows, which are tokens, as pairs of text; the completion begins with the first learnt token.
 
     Args:
-        dataset: R rows with `input_ids` and `labels`, or all of whose tokens are learnt.
-        places: (R,) the place of each in the user's dataset.
-        rows: of the user's dataset; those that are not held have no text.
-        tokenizer: theirs.
+        dataset: R rows with `input_ids`; and with `labels`, unless all their tokens are learnt.
+        sample_ids: (R,) the position of each in the user's dataset.
+        rows: the number of rows in the user's dataset; a row that is not in `dataset` has no text.
+        tokenizer: the tokenizer of the rows.
     """
 
-    def __init__(self, dataset: Dataset, places: np.ndarray, rows: int, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(self, dataset: Dataset, sample_ids: np.ndarray, rows: int, tokenizer: PreTrainedTokenizerBase) -> None:
         self.dataset, self.tokenizer = dataset.with_format(None), tokenizer
-        self.held = np.full(rows, -1)
-        self.held[places] = np.arange(len(places))
+        self._index = np.full(rows, -1)
+        self._index[sample_ids] = np.arange(len(sample_ids))
 
     def __len__(self) -> int:
-        return len(self.held)
+        return len(self._index)
 
     def __getitem__(self, row: Any) -> Any:
-        if self.held[row] < 0:
+        if self._index[row] < 0:
             return "", ""
-        example = self.dataset[int(self.held[row])]
+        example = self.dataset[int(self._index[row])]
         tokens, labels = example[TOKENS], example.get("labels", example[TOKENS])
-        start = next((place for place, label in enumerate(labels) if label != IGNORE), len(tokens))
+        start = next((position for position, label in enumerate(labels) if label != IGNORE), len(tokens))
         return self.tokenizer.decode(tokens[:start]), self.tokenizer.decode(tokens[start:])
 
 
 def decoder(model: str) -> Callable[[Sequence[int]], list[str]] | None:
-    """Token ids as the text of each, by a model's tokenizer; None, with a line that says so, where it cannot be had."""
+    """A function from token ids to the text of each; None, and a printed line, where the tokenizer cannot be loaded."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
     except (OSError, ValueError) as error:
@@ -99,7 +99,7 @@ def decoder(model: str) -> Callable[[Sequence[int]], list[str]] | None:
 
 
 def pieces(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[str]:
-    """What each token adds to the text of those before it; of a character in several tokens, the last has it."""
+    """The text that each token adds to the tokens before it; a character of several tokens belongs to the last."""
     found, before = [], ""
     for end in range(1, len(ids) + 1):
         text = tokenizer.decode(ids[:end])
@@ -112,22 +112,22 @@ def pieces(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[str]:
 
 
 def said(value: Any) -> str:
-    """Text, or messages one after another with who says them; a single one without."""
+    """A text as it is, or messages one after another, each with its role; a single message has none."""
     if not isinstance(value, list):
         return "" if value is None else str(value)
-    parts = [(str(each.get("role", each.get("from", ""))), _content(each)) for each in value]
-    return parts[0][1] if len(parts) == 1 else "\n\n".join(f"{role}: {content}" for role, content in parts)
+    messages = [(str(each.get("role", each.get("from", ""))), _content(each)) for each in value]
+    return messages[0][1] if len(messages) == 1 else "\n\n".join(f"{role}: {content}" for role, content in messages)
 
 
 def _content(message: Mapping[str, Any]) -> str:
-    """What a message says: text, or the parts of it that are text."""
+    """The text of a message, whose content may be a list with text among images and the like."""
     value = message.get("content", message.get("value"))
     if isinstance(value, list):
-        return "\n".join(str(part["text"]) for part in value if isinstance(part, Mapping) and "text" in part)
+        return "\n".join(str(each["text"]) for each in value if isinstance(each, Mapping) and "text" in each)
     return "" if value is None else str(value)
 
 
 def scored_columns(preparation: Mapping[str, Any]) -> ColumnMapping:
-    """The mapping that a table of scores was made with, from its provenance."""
+    """The column mapping of a table of scores, from its provenance."""
     names = [each.name for each in dataclasses.fields(ColumnMapping)]
     return ColumnMapping(**{name: preparation[name] for name in names if preparation.get(name)})

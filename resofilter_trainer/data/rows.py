@@ -1,6 +1,6 @@
-"""The user's rows: where they come from, which column is what, which are empty or repeated.
+"""The user's rows: where they come from, which column is which, and which rows are empty or repeated.
 
-Knows datasets, not models: a row is a dict here, and its place in the dataset is its `sample_id`.
+Knows datasets, not models: a row is a dict here, and its position in the dataset is its `sample_id`.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ KNOWN_PAIRS = [
 
 
 def load_rows(source: str, split: str = "train", name: str | None = None) -> Dataset:
-    """The rows of a dataset, wherever it lies.
+    """Load the rows of a dataset.
 
     Args:
         source: a JSON, JSONL, CSV or Parquet file, a folder written by `save_to_disk`, a folder of data files, or
             a name on the hub.
-        split: which split, where there are several.
-        name: which configuration of a dataset on the hub.
+        split: the split, if the dataset has several.
+        name: the configuration of a dataset on the hub.
 
     Raises:
-        InputError: it is not there, cannot be read or reached, has no such split, or has no rows.
+        InputError: the dataset does not exist, cannot be read or reached, has no such split, or has no rows.
     """
     path = Path(source)
     try:
@@ -62,10 +62,10 @@ def load_rows(source: str, split: str = "train", name: str | None = None) -> Dat
 
 
 def load_stream(source: str, split: str = "train", name: str | None = None) -> IterableDataset:
-    """The rows of a dataset one after another, as they are read; arguments as for `load_rows`.
+    """Load the rows of a dataset one after another, as they are read; arguments as for `load_rows`.
 
     Raises:
-        InputError: it is not there, or cannot be read or reached.
+        InputError: the dataset does not exist, or cannot be read or reached.
     """
     path = Path(source)
     try:
@@ -85,16 +85,16 @@ def map_columns(dataset: Dataset, mapping: ColumnMapping, text_field: str = "tex
 
     Args:
         dataset: the user's rows.
-        mapping: which columns are which; where nothing is mapped, TRL's own names must be there already.
-        text_field: the name TRL is told to look for text under.
+        mapping: which column is which; an empty mapping needs TRL's own column names.
+        text_field: the name of the column in which TRL looks for text.
 
     Raises:
-        InputError: the dataset has no rows, a mapped column is missing, or no column is usable.
+        InputError: this is no `Dataset` or it has no rows, a mapped column is missing, or no column is usable.
     """
     if not isinstance(dataset, Dataset):
         raise InputError(
-            f"A dataset is needed, got {type(dataset).__name__}. Pass one split of a DatasetDict, a list through "
-            "Dataset.from_list, and a stream to score_stream."
+            f"A dataset is needed, got {type(dataset).__name__}. Pass one split of a DatasetDict, make a Dataset of a "
+            "list with Dataset.from_list, and pass a stream to score_stream."
         )
     if len(dataset) == 0:
         raise InputError("The dataset has no rows.")
@@ -119,14 +119,14 @@ def map_columns(dataset: Dataset, mapping: ColumnMapping, text_field: str = "tex
 
 
 def unpack(dataset: Dataset) -> Dataset:
-    """A row for each sample of rows that TRL has packed: `input_ids`, and `labels` where there are any.
+    """Make a row of each sample in rows that TRL has packed: `input_ids`, and `labels` if there are any.
 
     Args:
-        dataset: with `seq_lengths`, the lengths of the samples that each row was made of, one after another. Samples
-            that packing has cut in two stay so.
+        dataset: packed rows, with the lengths of each row's samples in `seq_lengths`. A sample that packing has cut in
+            two stays two rows.
 
     Raises:
-        InputError: the rows are not packed, or their lengths are not those of their samples.
+        InputError: the rows are not packed, or `seq_lengths` does not fit the tokens.
     """
     if not {"seq_lengths", "input_ids"} <= set(dataset.column_names):
         raise InputError(f"The rows are not packed: no seq_lengths among {', '.join(dataset.column_names)}.")
@@ -148,14 +148,14 @@ def unpack(dataset: Dataset) -> Dataset:
 
 
 def empty_rows(dataset: Dataset, text_field: str = "text") -> list[int]:
-    """Rows, by TRL's column names, with nothing to learn: an empty completion, answer or text."""
+    """The rows with nothing to learn, under TRL's column names: an empty completion, answer or text."""
     return [row for row, example in enumerate(dataset) if _is_blank(_target(example, text_field))]
 
 
 def duplicate_rows(dataset: Dataset, text_field: str = "text") -> dict[int, int]:
-    """Rows whose prompt repeats an earlier row's exactly, and that row (ResoFilter, released code: the first is kept).
+    """The rows whose prompt equals an earlier row's, each with that row (ResoFilter, released code: the first is kept).
 
-    Of messages, everything before the last answer is the prompt; plain text is compared whole.
+    The prompt of messages is everything before the last answer; plain text is compared as a whole.
     """
     first: dict[str, int] = {}
     repeated = {}
@@ -167,25 +167,25 @@ def duplicate_rows(dataset: Dataset, text_field: str = "text") -> dict[int, int]
 
 
 def hash_rows(dataset: Dataset) -> str:
-    """Of all columns and values, in order: another order or another value gives another hash."""
+    """Hash of all columns and values, in order: another order or another value gives another hash."""
     digest = xxhash.xxh3_128()
     add_rows(digest, dataset)
     return digest.hexdigest()
 
 
 def add_rows(digest: Any, dataset: Dataset) -> None:
-    """Let a hash go on over more rows; in pieces of a multiple of 1000 rows it is that of the whole."""
+    """Update a hash with more rows; pieces of a multiple of 1000 rows give the hash of the whole."""
     for batch in dataset.with_format(None).iter(batch_size=1000):
         digest.update(json.dumps(batch, sort_keys=True, default=str).encode())
 
 
 def looks_local(name: str) -> bool:
-    """Whether a name is a path for sure: no name on the hub begins with a slash, a dot or a tilde."""
+    """Whether a name is certainly a path: no name on the hub begins with a slash, a dot or a tilde."""
     return Path(name).is_absolute() or name.startswith((".", "~"))
 
 
 def first_line(error: BaseException) -> str:
-    """An error of another library as one line; of datasets' "error while generating", the cause."""
+    """The first line of another library's error; for datasets' "error while generating", of its cause."""
     if type(error).__name__.startswith("DatasetGeneration") and error.__cause__ is not None:
         error = error.__cause__
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
@@ -193,14 +193,14 @@ def first_line(error: BaseException) -> str:
 
 
 def _says_empty(error: BaseException) -> bool:
-    """Whether an error of datasets means that there was nothing to read."""
+    """Whether an error of datasets means that the dataset is empty."""
     return isinstance(error, StopIteration | IndexError) or "no data" in str(error)
 
 
 def _format(path: Path) -> str:
     suffixes = [suffix for suffix in path.suffixes if suffix in FILE_FORMATS]
     if not suffixes:
-        raise InputError(f"'{path}' is no data file that is known. Known: {', '.join(FILE_FORMATS)}.")
+        raise InputError(f"'{path}' is not a known kind of data file. Known: {', '.join(FILE_FORMATS)}.")
     return FILE_FORMATS[suffixes[-1]]
 
 
@@ -209,10 +209,10 @@ def prompt_and_completion(example: Mapping[str, Any], mapping: ColumnMapping) ->
     for column in mapping.columns:
         if isinstance(example[column], list | Mapping):
             raise InputError(
-                f"Column '{column}' holds {type(example[column]).__name__}, not text: make text of it first."
+                f"Column '{column}' holds {type(example[column]).__name__}, not text: convert it to text first."
             )
-    parts = [str(example[column]) for column in mapping.prompt_columns if not _is_blank(example[column])]
-    prompt, completion = "\n\n".join(parts), example[str(mapping.completion_column)]
+    texts = [str(example[column]) for column in mapping.prompt_columns if not _is_blank(example[column])]
+    prompt, completion = "\n\n".join(texts), example[str(mapping.completion_column)]
     completion = "" if completion is None else str(completion)
     if mapping.conversational:
         return {
@@ -227,7 +227,7 @@ def _to(old: str, new: str) -> dict[str, str]:
 
 
 def _check_types(dataset: Dataset, text_field: str) -> None:
-    """Raise InputError where a column that TRL reads holds neither text nor messages, by the first row."""
+    """Raise InputError where, in the first row, a column that TRL reads holds neither text nor messages."""
     example = dataset[0]
     for name in ("prompt", "completion", "messages", "conversations", text_field):
         value = example.get(name)
@@ -250,7 +250,7 @@ def _hint(columns: list[str]) -> str:
 
 
 def _target(example: Mapping[str, Any], text_field: str) -> Any:
-    """What the row teaches: the completion, the last message, or the text."""
+    """What the row teaches: its completion, last message, or text."""
     for name in ("input_ids", "completion", "messages", "conversations"):
         if name in example:
             return example[name]
@@ -258,7 +258,7 @@ def _target(example: Mapping[str, Any], text_field: str) -> Any:
 
 
 def _query(example: Mapping[str, Any], text_field: str) -> Any:
-    """What the row is asked: the prompt, the messages before the last, or the whole text."""
+    """What the row asks: its prompt, the messages before the last, or the whole text."""
     if "input_ids" in example:
         return example["input_ids"]
     if "prompt" in example:
@@ -270,9 +270,9 @@ def _query(example: Mapping[str, Any], text_field: str) -> Any:
 
 
 def _is_blank(value: Any) -> bool:
-    """None, white space, an empty list, or messages of which the last neither says nor calls anything."""
+    """Whether a value is None, white space, an empty list, or messages whose last has no content and no tool call."""
     if isinstance(value, list) and value and isinstance(value[-1], Mapping):
         last = value[-1]
-        says = last.get("content", last.get("value", last.get("text")))  # a message, ShareGPT's, or a part of one
+        says = last.get("content", last.get("value", last.get("text")))  # a message, ShareGPT's, or an item of one
         return not last.get("tool_calls") and _is_blank(says)
     return value is None or (isinstance(value, str) and not value.strip()) or value == []

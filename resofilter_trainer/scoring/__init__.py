@@ -1,1 +1,1 @@
-"""Passes over a dataset: every row measured once, by any number of processes, resumable. Knows no Trainer."""
+"""Passes over a dataset: measure every row once, with any number of processes, and resume. Knows no Trainer."""

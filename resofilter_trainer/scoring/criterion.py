@@ -1,4 +1,7 @@
-"""A pass over a dataset with a selector's criterion: every row, once, as a ScoreTable. Knows batches and processes."""
+"""A pass over a dataset with another selector's criterion: every row once, as a ScoreTable.
+
+Knows criteria and batches, not how a criterion measures.
+"""
 
 from __future__ import annotations
 
@@ -13,19 +16,21 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import SFTConfig
 
-from ..config import InputError, NotFiniteError
-from ..criteria.criterion import CRITERIA, Criterion
-from ..data.loading import check_arguments, default_arguments, open_pass, placed
+from ..config import InputError, NotFiniteError, whole_number
+from ..criteria.criterion import CRITERIA, Criterion, source_of
+from ..data.loading import Opened, default_arguments
 from ..data.preparation import PreparedRows
 from ..model.modes import bfloat16_forward, evaluating
 from ..scores.score_table import ScoreTable
 from .batches import collate, padded_tokens, split_by_tokens
-from .output import PassOutput, folder_of
+from .output import Measured, PassOutput
 from .passes import Parts, measure_batches
+from .run_pass import run_pass
 
 Measure = Callable[[nn.Module, Mapping[str, Tensor]], Tensor]
-TOKENS_PER_BATCH = 1024  # whole logits of a batch are held
+TOKENS_PER_BATCH = 1024  # all logits of a batch are in memory at once
 VALUE = "value"
+SOURCE = "criterion_source"  # in the provenance's config
 
 
 def score_by(
@@ -42,48 +47,45 @@ def score_by(
     """Score every row by a criterion of another selector.
 
     Args:
-        criterion: one of `CRITERIA`, a function `(model, batch)` to (B,) of one's own, or a `Criterion`. In a folder,
-            scores by a function are known by its name.
+        criterion: one of `CRITERIA`; a function of your own, `(model, batch)` to (B,); or a `Criterion`. Scores in a
+            folder belong to the function's name and its source: after a change of either, they are not returned.
         model, dataset, processing_class, args, output, **row_options: as for `score_dataset`.
-        tokens_per_batch: padding included.
+        tokens_per_batch: the tokens of a batch, padding included.
 
     Returns:
-        A line for every row: its score, and where the criterion has several numbers these, too; or the reason why it
-        has none. `DataSelector()` drops the end that those who proposed the criterion drop.
+        A table with every row of the dataset: its score, or the reason why it has none. If the criterion measures
+        several numbers, they have columns of their own. By default, `DataSelector` drops the end that the criterion's
+        authors drop.
 
     Raises:
-        InputError: the criterion is not known, a row's number is not finite, or as for `score_dataset`.
+        InputError: the criterion is unknown, a function of your own has the name of one of `CRITERIA`, a row's number
+            is not finite, or as for `score_dataset`.
     """
     name, chosen = _named(criterion)
     if output is not None and ("<" in name or not name):
-        raise InputError(
-            "Scores in a folder are known by the function's name: give it one, it is a lambda or the like."
-        )
+        raise InputError("Scores in a folder are found by the function's name, and a lambda has none: give it one.")
+    tokens = whole_number("tokens_per_batch", tokens_per_batch, least=1)
     args = args or default_arguments()
-    if args.device.type == "mps":
-        raise InputError("Apple's GPU has no float64, in which scores are kept. Pass use_cpu=True.")
-    check_arguments(args, folder_of(output))
     config = {"criterion": name, "drop": chosen.drop, "columns": list(chosen.columns), **chosen.settings}
-    model, opened = open_pass(model, dataset, processing_class, args, config, **row_options)
-    target = PassOutput(output, opened)
-    with target.held():
-        earlier = target.earlier()
-        if earlier is not None:
-            return earlier
-        model = placed(model, args)
-        measure = chosen.measure(opened.prepared) if chosen.counts else chosen.measure
-        parts = target.parts(tokens_per_batch)
-        values = measure_rows(measure, model, opened.prepared, args, tokens_per_batch, f"Measuring {name}", parts)
-        return target.finish(_columns_of(values, name, chosen))
+    if not _is_ours(chosen):
+        config[SOURCE] = source_of(chosen)
+
+    def measure(model: PreTrainedModel, opened: Opened, target: PassOutput) -> Measured:
+        function = chosen.measure(opened.prepared) if chosen.counts else chosen.measure
+        label, parts = f"Measuring {name}", target.parts(tokens)
+        values = measure_rows(function, model, opened.prepared, args, tokens, label, parts)
+        return Measured(_columns_of(values, name, chosen))
+
+    return run_pass(model, dataset, processing_class, args, config, output, measure, **row_options)
 
 
 def _columns_of(values: np.ndarray, name: str, chosen: Criterion) -> dict[str, np.ndarray]:
-    """The score of every row, and what it is made of by name."""
+    """The score of every row, and by name the numbers that it is made of."""
     each = values.reshape(len(values), -1)
     if (values.ndim > 1 and chosen.join is None) or (chosen.columns and len(chosen.columns) != each.shape[1]):
         raise InputError(
-            f"{name} gives {each.shape[1]} numbers a row: a Criterion of several names each (columns) and says "
-            "what the score is made of them by (join)."
+            f"{name} gives {each.shape[1]} numbers a row: pass a Criterion with a name for each (columns) and a "
+            "function that makes the score of them (join)."
         )
     score = values if chosen.join is None else chosen.join(each)
     beside = dict(zip(chosen.columns, each.T, strict=True)) if chosen.columns else {}
@@ -99,9 +101,10 @@ def measure_rows(
     label: str,
     parts: Parts | None = None,
 ) -> np.ndarray:
-    """What a function finds of every row, (N,) or (N, k) float64, in the order in which they were prepared.
+    """A function's numbers of every row, (N,) or (N, k) float64, in the order of the prepared rows.
 
-    Each process takes its share; each gets everything. Raises InputError where a number is not finite; names the row.
+    Every process takes a share of the rows and gets all numbers. Raises InputError, which names the row, where a number
+    is not finite.
     """
     device = next(model.parameters()).device
     batches = split_by_tokens(prepared.lengths, tokens_per_batch)
@@ -120,21 +123,34 @@ def measure_rows(
     with evaluating(model), bfloat16_forward(model, bool(args.bf16)):
         costs = padded_tokens(prepared.lengths, batches)
         store = None if parts is None else parts.store(prepared.sample_ids, batches)
-        lines = measure_batches(batches, costs, of_batch, args, label, store)[VALUE].combine_chunks()
-    flat = lines.flatten() if pa.types.is_list(lines.type) else lines
-    values = flat.to_numpy().reshape(len(lines), *([-1] if pa.types.is_list(lines.type) else []))
+        found = measure_batches(batches, costs, of_batch, args, label, store)[VALUE].combine_chunks()
+    several = pa.types.is_list(found.type)
+    flat = found.flatten() if several else found
+    values = flat.to_numpy().reshape(len(found), *([-1] if several else []))
     return values[np.argsort(np.concatenate(batches), kind="stable")]
 
 
 def _named(criterion: str | Criterion | Measure) -> tuple[str, Criterion]:
+    """The name for the provenance, and the criterion. Raises InputError for an unknown name, or one that is taken."""
     if callable(criterion):
         criterion = Criterion(criterion)
-    if isinstance(criterion, Criterion):
-        measure = criterion.measure
-        named = measure if hasattr(measure, "__qualname__") else type(measure)
-        if measure not in [each.measure for each in CRITERIA.values()]:
-            CRITERIA.check_new(named.__name__)
-        return f"{named.__module__}.{named.__qualname__.split('<locals>.')[-1]}", criterion
-    if criterion not in CRITERIA:
-        raise InputError(f"There is no criterion '{criterion}'. There are {', '.join(CRITERIA)}.")
-    return criterion, CRITERIA[criterion]
+    if not isinstance(criterion, Criterion):
+        if criterion not in CRITERIA:
+            raise InputError(f"There is no criterion '{criterion}'. There are {', '.join(CRITERIA)}.")
+        return criterion, CRITERIA[criterion]
+    definition = _definition(criterion.measure)
+    if criterion.measure not in [each.measure for each in CRITERIA.values()]:
+        CRITERIA.check_new(definition.__name__)
+    return f"{definition.__module__}.{definition.__qualname__.split('<locals>.')[-1]}", criterion
+
+
+def _is_ours(criterion: Criterion) -> bool:
+    """Whether this package defines all of a criterion's functions: then `versions` in the provenance tells changes."""
+    functions = [each for each in (criterion.measure, criterion.join) if each is not None]
+    package = __name__.partition(".")[0]
+    return all(str(_definition(each).__module__).partition(".")[0] == package for each in functions)
+
+
+def _definition(function: Callable[..., Any]) -> Any:
+    """The function itself, or the class of a callable object."""
+    return function if hasattr(function, "__qualname__") else type(function)

@@ -1,6 +1,6 @@
-"""The scoring pass: every row of a dataset, once, and how far the scores can be trusted.
+"""The scoring pass: measures every row of a dataset once, and how far the scores can be trusted.
 
-Knows batches, devices and processes. The measuring is the recorder's, the tokens are TRL's.
+Knows batches, devices and processes. The recorder measures, and TRL makes the tokens.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from transformers import (
 )
 from trl import SFTConfig
 
-from ..config import InputError, NotFiniteError, Precision, ResonanceConfig, one_of
-from ..data.loading import check_arguments, default_arguments, open_pass, placed
+from ..config import InputError, NotFiniteError, Precision, ResonanceConfig, one_of, whole_number
+from ..data.loading import Opened, default_arguments, placed
 from ..data.preparation import PreparedRows
 from ..io.files import read_json, replacing
 from ..model.modes import bfloat16_forward
@@ -38,12 +38,12 @@ from ..scores.provenance import Trust
 from ..scores.score_table import LAYER, ScoreTable
 from ..scores.statistics import rank_correlation
 from .batches import Batch, arrange, collate, default_budget, padded_tokens
-from .output import PassOutput, folder_of
+from .output import Measured, PassOutput
 from .passes import Parts, from_main, measure_batches
+from .run_pass import run_pass
 
-VANISHING = "Gradients near eps vanish in float16, and their ranking with them. Score in bf16 or float32."
-TRUST_ROWS = 64  # measured again, to see how far numerical noise reaches
-TRUST_SHARE = 8  # every eighth row where that is fewer, so that a small dataset does not cost several times its pass
+TRUST_ROWS = 64  # measured again, to see how much of the ranking is numerical noise
+TRUST_SHARE = 8  # or every eighth row where that is fewer, so that a small dataset does not take several times as long
 LEAST_TRIED = 16  # rows: a rank correlation of fewer says nothing
 SAFE = 0.995  # rank correlation with float32 from which on bfloat16 is chosen
 CLEARLY_FASTER = 0.8
@@ -66,72 +66,69 @@ def score_dataset(
     """Score every row of a dataset by how far training on it would move W_up (ResoFilter).
 
     Args:
-        model: a causal language model, or the name or folder of one, which is then loaded in float32.
-        dataset: rows in any format that SFTTrainer takes, or any columns, with `columns` saying which is which.
-        processing_class: the tokenizer; the model's own by default.
-        args: SFTTrainer's: lengths, masking, device; by default SFTConfig's own.
+        model: a causal language model; or the name or folder of one, which is loaded in float32.
+        dataset: rows in any format that SFTTrainer takes; or with any columns, and `prompt_column` and the like below.
+        processing_class: the tokenizer; by default the model's own.
+        args: SFTTrainer's arguments: lengths, masking, device; by default `SFTConfig`'s own values.
         config: which step is measured and how; by default the paper's.
-        output: a folder to write `scores.parquet` to. Scores of the same model, data and settings that lie there
-            already are returned as they are; a pass that was interrupted, even by a kill, goes on where it was.
-        precision: what the forward runs in: `"bfloat16"`, by autocast; `"float32"`, or the weights' own dtype; or
-            `"auto"`: bfloat16 where this machine is faster with it and some of these rows rank alike, which is tried
-            first. By default what `args.bf16` says, and `"auto"` without `args`. Products are float32, sums float64.
-        tokens_per_batch: padding included; by default what suits the device.
-        sharded: spread the weights of the layers over all processes (FSDP2), for a model that does not fit one device.
-            Each process still loads all of it into host memory first. The model that is passed stays sharded.
-        **row_options: `drop_duplicates`, to leave out rows whose prompt repeats an earlier one, as the paper does;
-            `drop_empty`, to leave out rows with an empty completion, which are an error otherwise; `source`, where the
-            dataset came from, for the provenance: `dataset`, `split` and `name` as for `load_rows`; and
+        output: a folder for `scores.parquet`. If it already holds scores of the same model, data and settings, these
+            are returned. An interrupted pass resumes, even after a kill.
+        precision: the precision of the forward: `"bfloat16"`, by autocast; `"float32"`, or the weights' own dtype; or
+            `"auto"`: bfloat16 if it is faster on this device and some of these rows rank alike in both, which is
+            tried first. By default what `args.bf16` says, and `"auto"` without `args`. Products are float32, sums
+            float64.
+        tokens_per_batch: the tokens of a batch, padding included; by default what suits the device.
+        sharded: shard the layers' weights over all processes (FSDP2), for a model that does not fit on one device.
+            Each process still loads the whole model into host memory first. The passed model stays sharded.
+        **row_options: `drop_duplicates`, to skip rows whose prompt repeats an earlier one, as the paper does;
+            `drop_empty`, to skip rows with an empty completion, which are an error otherwise; `source`, where the
+            dataset comes from, for the provenance: `dataset`, `split` and `name` as for `load_rows`; and
             `prompt_column`, `completion_column` and the other fields of `ColumnMapping`.
 
     Returns:
-        A line for every row: its score, or the reason why it has none.
+        A table with every row of the dataset: its score, or the reason why it has none.
 
     Raises:
-        InputError: nothing can be scored, a row's loss is not finite, `output` holds scores of something else or
-            another run writes to it, or a process of several is lost.
+        InputError: no row can be scored, a row's loss is not finite, `output` holds scores of something else or
+            another run writes to it, or one of several processes is lost.
 
-    As in SFTTrainer, the model moves to the device of `args`, and Python's, numpy's and torch's random numbers start
-    from `args.seed`.
+    As in SFTTrainer, the model moves to the device of `args`, and the random numbers of Python, numpy and torch are
+    seeded with `args.seed`.
     """
     config = config or ResonanceConfig()
     closed_form(config)  # refuses an update that has none
     if precision is None and args is None:
         precision = "auto"
     args = args or default_arguments()
-    precision = _checked_precision(precision, args)
-    check_arguments(args, folder_of(output))
-    if tokens_per_batch is not None and tokens_per_batch < 1:
-        raise InputError(f"tokens_per_batch must be at least 1, got {tokens_per_batch}.")
-    if args.fp16:
-        raise InputError(VANISHING)
-    if args.device.type == "mps":
-        raise InputError("Apple's GPU has no float64, in which scores are summed up. Pass use_cpu=True.")
+    forward = _checked_precision(precision, args)
+    if tokens_per_batch is not None:
+        tokens_per_batch = whole_number("tokens_per_batch", tokens_per_batch, least=1)
     settings = config.to_json()
     if not isinstance(model, str) and is_sharded(model):
         raise InputError("The model is sharded already: pass it whole, as it was loaded.")
-    model, opened = open_pass(model, dataset, processing_class, args, settings, precision=precision, **row_options)
-    if model.dtype == torch.float16:
-        raise InputError(VANISHING)
-    target = PassOutput(output, opened)
-    with target.held():
-        earlier = target.earlier()
-        if earlier is not None:
-            return earlier
-        if sharded:
-            shard(model, config, args.device)
-        else:
-            model = placed(model, args)
+
+    def place(model: PreTrainedModel, args: SFTConfig) -> PreTrainedModel:
+        if not sharded:
+            return placed(model, args)
+        shard(model, config, args.device)
+        return model
+
+    def measure(model: PreTrainedModel, opened: Opened, target: PassOutput) -> Measured:
         budget = tokens_per_batch or default_budget(args.device)
         parts = target.parts(budget)
-        measured, layers, trust = score_prepared(model, opened.prepared, args, config, precision, budget, parts)
-        columns = {"score": measured.score, "loss": measured.loss}
-        columns |= {f"{LAYER}{layer}": measured.layers[:, i] for i, layer in enumerate(layers)}
-        return target.finish(columns, trust)
+        prepared = opened.prepared
+        found, layers, trust = score_prepared(model, prepared, args, config, forward, budget, parts, stacklevel=5)
+        columns = {"score": found.score, "loss": found.loss}
+        return Measured(columns | {f"{LAYER}{layer}": found.layers[:, i] for i, layer in enumerate(layers)}, trust)
+
+    return run_pass(
+        model, dataset, processing_class, args, settings, output, measure,
+        place=place, gradients=True, precision=forward, **row_options,
+    )  # fmt: skip
 
 
 def _checked_precision(precision: Precision | None, args: TrainingArguments) -> Precision:
-    """What was asked for, or else what the arguments say."""
+    """The precision that was asked for; by default that of the arguments."""
     if precision is None:
         return "bfloat16" if args.bf16 else "float32"
     one_of("precision", precision, get_args(Precision))
@@ -146,14 +143,18 @@ def score_prepared(
     precision: Precision | None = None,
     tokens_per_batch: int | None = None,
     parts: Parts | None = None,
+    stacklevel: int = 3,
 ) -> tuple[Resonance, list[int], Trust]:
-    """Score rows that are tokens already, where the model is; the arguments are `score_dataset`'s.
+    """Score rows that are already tokens, on the model's device.
 
     Args:
-        parts: where to keep what is done, and to go on.
+        model, args, config, precision, tokens_per_batch: as for `score_dataset`.
+        prepared: the rows.
+        parts: where to save results, and to resume from.
+        stacklevel: of the warning about scores that cannot be trusted (`warnings.warn`).
 
     Returns:
-        What was measured of the rows in their order, which layers, and how far it can be trusted.
+        What was measured, in the order of the rows; the indices of the measured layers; and how far to trust it.
     """
     precision = _checked_precision(precision, args)
     budget = tokens_per_batch or default_budget(next(model.parameters()).device)
@@ -174,21 +175,21 @@ def score_prepared(
         forward="bfloat16" if autocast else "float32",
     )
     if not trust.trusted:
-        warnings.warn(f"Scores to be taken with care: {trust}.", stacklevel=3)
+        warnings.warn(f"Scores to be taken with care: {trust}.", stacklevel=stacklevel)
     return measured, record.layer_indices, trust
 
 
 def _forward_of(scoring: Pass, rows: np.ndarray, alone: np.ndarray, precision: Precision) -> tuple[bool, np.ndarray]:
-    """Whether the forward runs in autocast, and scores of some rows by that, in batches of several.
+    """Whether the forward runs in autocast, and with that the scores of some rows in batches of several.
 
-    A pass that goes on keeps to what it began with: on another day another precision might be the faster one.
+    A resumed pass keeps the precision that it began with, even if the other one is faster now.
     """
     label, batches = "Scoring some in other batches", scoring.split(rows)
     weights = next(scoring.record.model.parameters())
     if precision != "auto":
         return precision == "bfloat16", scoring.measure(batches, precision == "bfloat16", label).score
     tried = len(rows) >= LEAST_TRIED and weights.dtype == torch.float32
-    autocast = scoring.settled(tried and faster_in_bfloat16(weights.device))
+    autocast = scoring.try_bfloat16(tried and faster_in_bfloat16(weights.device))
     mixed = scoring.measure(batches, autocast, label).score
     if autocast and not rank_correlation(alone, mixed) >= SAFE:
         autocast, mixed = False, scoring.measure(batches, False, label).score
@@ -197,7 +198,15 @@ def _forward_of(scoring: Pass, rows: np.ndarray, alone: np.ndarray, precision: P
 
 @dataclass(frozen=True)
 class Pass:
-    """Rows that are tokens, taken through the recorder in batches of a budget of tokens."""
+    """A pass of rows, as tokens, through the recorder.
+
+    Attributes:
+        record: the recorder of the model.
+        prepared: the rows.
+        args: as for `score_dataset`.
+        budget: the tokens of a batch, padding included.
+        parts: where to save results, and to resume from.
+    """
 
     record: Recorder
     prepared: PreparedRows
@@ -206,42 +215,42 @@ class Pass:
     parts: Parts | None = None
 
     def try_sharing(self) -> None:
-        """Find out on the longest row what rows that begin alike may share."""
+        """Find out on the longest row whether rows with the same first tokens may share their computation."""
         longest = int(self.prepared.lengths.argmax())
         self.record.try_sharing(collate(self.prepared, [longest], self._device))
 
-    def settled(self, faster: bool) -> bool:
-        """Whether bfloat16 is tried: as an interrupted pass did, or else if it is faster."""
+    def try_bfloat16(self, faster: bool) -> bool:
+        """Whether to try bfloat16: as an interrupted pass did, or else if it is faster."""
         if self.parts is None:
             return faster
         path = self.parts.folder / FORWARD
 
         def noted() -> bool:
             if not path.exists():
-                with replacing(path) as part:
-                    part.write_text(json.dumps(faster))
+                with replacing(path) as temporary:
+                    temporary.write_text(json.dumps(faster))
             return bool(read_json(path, f"Remove '{path.parent}': its rows are measured again."))
 
         found: bool = from_main(noted)
         return found
 
     def measure_all(self, autocast: bool) -> Resonance:
-        """Every row, in the order in which they were prepared."""
+        """Measure every row, in the order of the prepared rows."""
         batches = arrange(self.prepared, self.budget, self._device, self.record.may_share)
         measured = self.measure(batches, autocast, "Scoring")
         return _reordered(measured, np.argsort(np.concatenate([batch.rows for batch in batches]), kind="stable"))
 
     def split(self, rows: np.ndarray) -> list[Batch]:
-        """Some rows, in this order, so many to a batch as the longest of all of them allows."""
+        """Batches of some rows, in this order, of a size that the longest of these rows allows."""
         size = max(self.budget // int(self.prepared.lengths[rows].max()), 1)
         return [self.batch(rows[start : start + size]) for start in range(0, len(rows), size)]
 
     def batch(self, rows: np.ndarray) -> Batch:
-        """Rows that share nothing with others."""
+        """A batch whose rows share nothing with other batches."""
         return Batch(rows, 0, int(padded_tokens(self.prepared.lengths, [rows])[0]))
 
     def measure(self, batches: Sequence[Batch], autocast: bool, label: str) -> Resonance:
-        """The rows of all batches, in the batches' order. Each process takes what it can; each gets everything."""
+        """Measure the rows of all batches, in the batches' order. Every process takes a share and gets all results."""
         rows, costs = [batch.rows for batch in batches], np.array([batch.cost for batch in batches])
         name = f"{label.lower().replace(' ', '-')}-{'bfloat16' if autocast else 'float32'}"
         parts = None if self.parts is None else replace(self.parts, folder=self.parts.folder / name)
@@ -253,10 +262,10 @@ class Pass:
             return {"loss": found.loss, "num_tokens": found.num_tokens, **layers}
 
         with bfloat16_forward(self.record.model, autocast, aside=self.record.parameters):
-            lines = measure_batches(rows, costs, of_batch, self.args, label, store, self.record.in_step)
-        self.record.forget()  # what was kept is of this precision
-        layers = np.stack([lines[name].to_numpy() for name in self._layer_names], axis=1)
-        return Resonance(lines["loss"].to_numpy(), lines["num_tokens"].to_numpy(), layers)
+            found = measure_batches(rows, costs, of_batch, self.args, label, store, self.record.in_step)
+        self.record.forget()  # what it cached is of this precision
+        layers = np.stack([found[name].to_numpy() for name in self._layer_names], axis=1)
+        return Resonance(found["loss"].to_numpy(), found["num_tokens"].to_numpy(), layers)
 
     @property
     def _device(self) -> torch.device:
@@ -267,14 +276,14 @@ class Pass:
         return [f"{LAYER}{layer}" for layer in self.record.layer_indices]
 
     def _measure_batch(self, rows: np.ndarray, shared: int) -> Resonance:
-        """One batch; in two halves, one after the other, where the device has not memory enough."""
+        """Measure a batch; in two halves, one after the other, where the device has too little memory."""
         measured = None
         try:
             measured = self.record(collate(self.prepared, rows, self._device), shared)
         except torch.OutOfMemoryError:
-            if len(rows) == 1 or self.record.in_step:  # which all processes would have to do together
+            if len(rows) == 1 or self.record.in_step:  # else all processes would have to halve theirs
                 raise
-        if measured is None:  # not in the except clause, where the error still holds the batch's tensors
+        if measured is None:  # not in the except clause, where the error still refers to the batch's tensors
             self.record.forget()
             torch.cuda.empty_cache()
             half = len(rows) // 2
@@ -292,7 +301,7 @@ class Pass:
 def faster_in_bfloat16(device: torch.device) -> bool:
     """Whether a device multiplies bfloat16 matrices clearly faster than float32 ones.
 
-    Timed, as no flag says it; every process goes by the first one's clock.
+    It is timed, as no flag tells; every process uses the first one's timing.
     """
     seconds = []
     for dtype in (torch.float32, torch.bfloat16):
@@ -306,11 +315,11 @@ def faster_in_bfloat16(device: torch.device) -> bool:
     return bool(broadcast_object_list([seconds[1] < CLEARLY_FASTER * seconds[0]])[0])
 
 
-def _joined(parts: Sequence[Resonance]) -> Resonance:
+def _joined(measured: Sequence[Resonance]) -> Resonance:
     return Resonance(
-        loss=np.concatenate([each.loss for each in parts]),
-        num_tokens=np.concatenate([each.num_tokens for each in parts]),
-        layers=np.concatenate([each.layers for each in parts]),
+        loss=np.concatenate([each.loss for each in measured]),
+        num_tokens=np.concatenate([each.num_tokens for each in measured]),
+        layers=np.concatenate([each.layers for each in measured]),
     )
 
 

@@ -1,29 +1,29 @@
-"""Which process takes which units of work, and when it asks for more. Knows costs and counts: no devices, no models.
+"""Which process takes which units of work. Knows costs and counts; does not know devices or models.
 
-    units, dearest first -> chunks of some neighbours, smaller and smaller -> whoever is free takes the next
+    units, most expensive first -> chunks of neighbours, smaller and smaller -> a free process takes the next chunk
 
-Guided self-scheduling (Polychronopoulos and Kuck, 1987): a slow process takes fewer chunks, and the last are single
-units, so that nobody waits long for it. Neighbours stay together because they may share work.
+Guided self-scheduling (Polychronopoulos and Kuck, 1987): a slow process takes fewer chunks, and the last chunks are
+single units, so that no process waits long for it. Neighbours stay together because they may share work.
 """
 
 from __future__ import annotations
 
 import numpy as np
 
-PER_PROCESS = 4  # chunks of what is left, at least
-MOST = 16.0  # units of average cost in a chunk: asking takes a fraction of a millisecond
+PER_PROCESS = 4  # what is left makes at least so many chunks for each process
+MOST = 16.0  # units of average cost in a chunk; a request for the next chunk takes a fraction of a millisecond
 
 
 def guided_chunks(costs: np.ndarray, processes: int) -> list[slice]:
-    """Units of work, in their order, as chunks to be taken one after another.
+    """Chunks of units of work, to be taken one after another.
 
     Args:
-        costs: (N,) of each unit, in any unit of cost, such as tokens.
-        processes: that will take them, at least 1.
+        costs: (N,) the cost of each unit, in any measure, such as tokens.
+        processes: the number of processes that take chunks, at least 1.
 
     Returns:
-        Slices that cover 0..N. A chunk costs at most a `4 * processes`-th of what is left when it is taken, and at most
-        16 average units; but it has a unit at least.
+        Slices that cover 0..N. A chunk costs at most 1 / (4 * processes) of what is left when it is taken, and at most
+        as much as 16 average units; but it has at least one unit.
     """
     until = np.cumsum(np.maximum(np.asarray(costs, dtype=np.float64), 0.0))
     chunks, start, done = [], 0, 0.0
@@ -37,15 +37,15 @@ def guided_chunks(costs: np.ndarray, processes: int) -> list[slice]:
 
 
 def rounds(costs: np.ndarray, processes: int) -> list[np.ndarray]:
-    """Units of work as rounds in which every process takes one, for processes that must keep in step.
+    """Rounds in which every process takes one unit of work, for processes that must keep in step.
 
     Args:
-        costs: (N,) of each unit.
-        processes: P.
+        costs: (N,) the cost of each unit.
+        processes: the number of processes, P.
 
     Returns:
-        Arrays of P places, units of like cost together, the dearest first. Where the last round has too few, its first
-        is repeated: what it gives the second time is to be left out.
+        Arrays of P units each: units of similar cost together, the most expensive first. A last round with too few
+        units repeats its first one, whose repeated results do not count.
     """
     order = np.argsort(-np.asarray(costs, dtype=np.float64), kind="stable")
     missing = -len(order) % processes

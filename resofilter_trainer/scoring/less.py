@@ -1,19 +1,18 @@
-"""LESS: rows whose gradient, as Adam would apply it, points where the validation rows' gradients point.
+"""LESS: scores rows by how well their gradient, as Adam applies it, agrees with the validation rows' gradients.
 
     LoRA warm-up on some rows, several epochs; at the end of each:
         z' of the validation rows   g, plain                                                              (M, d)
         z  of the training rows     m' / sqrt(v' + eps), m' = b1 m + (1 - b1) g, v' = b2 v + (1 - b2) g^2  (N, d)
         score(z) += learning rate * mean over z' of cos(R g(z'), R a(z)),  R a random projection to d
 
-(Xia et al., arXiv 2402.04333, sections 3 and 4; as in the released code eps stands inside the root, and Adam's moments
-are not corrected for their start. The paper takes the largest score over several validation tasks; here there is one.)
-Knows training by TRL, nothing of files.
+Xia et al., arXiv 2402.04333, sections 3 and 4. As in the released code, eps is inside the root and Adam's moments have
+no bias correction. The paper takes the largest score over several validation tasks; here there is one task.
+Knows training by TRL, not files.
 """
 
 from __future__ import annotations
 
 import copy
-import numbers
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -28,29 +27,29 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 from transformers.pytorch_utils import Conv1D
 from trl import SFTConfig, SFTTrainer
 
-from ..config import InputError
+from ..config import InputError, number, whole_number
 from ..data.preparation import PreparedRows
 from ..model.losses import token_losses
 from ..model.modes import evaluating
 from .batches import collate
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
-PROJECTED = 8  # gradients that are projected together, or as many as fit into
+PROJECTED = 8  # gradients to project together at least; more if they fit into
 GRADIENTS = 1 << 28  # numbers: a gigabyte of float32
-CHUNK = 1 << 13  # rows of the projection that are held at once
+CHUNK = 1 << 13  # rows of the projection in memory at once
 
 
 @dataclass(frozen=True)
 class LessConfig:
-    """How LESS warms up and projects. The defaults are the paper's, but for the adapters, which are on all linear maps.
+    """How LESS warms up and projects. The defaults are the paper's, except that all linear maps have adapters.
 
     Attributes:
-        share: of the rows that the warm-up trains on.
-        epochs: of the warm-up, after each of which gradients are taken.
-        learning_rate: of the warm-up.
-        lora_r: rank of the adapters.
-        dimensions: of the projection.
-        seed: of the rows of the warm-up and of the projection.
+        share: the share of the rows that the warm-up trains on.
+        epochs: the epochs of the warm-up; gradients are taken after each.
+        learning_rate: the learning rate of the warm-up.
+        lora_r: the rank of the adapters.
+        dimensions: the dimensions of the projection.
+        seed: the seed of the warm-up's rows and of the projection.
     """
 
     share: float = 0.05
@@ -61,16 +60,10 @@ class LessConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name, kind in (("share", numbers.Real), ("learning_rate", numbers.Real), ("seed", numbers.Integral)):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, kind) or value < 0:
-                raise InputError(f"LESS's {name} is a number of at least 0, got {value!r}.")
-        if not 0 < self.share <= 1:
-            raise InputError(f"share of the rows that LESS warms up on is above 0 and at most 1, got {self.share}.")
-        for name in ("epochs", "lora_r", "dimensions"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 1:
-                raise InputError(f"LESS's {name} is a whole number of at least 1, got {value!r}.")
+        number("LESS's share of the rows to warm up on", self.share, above=0, most=1)
+        number("LESS's learning_rate", self.learning_rate, least=0)
+        for name, least in (("epochs", 1), ("lora_r", 1), ("dimensions", 1), ("seed", 0)):
+            whole_number(f"LESS's {name}", getattr(self, name), least)
 
 
 def less_scores(
@@ -81,17 +74,20 @@ def less_scores(
     args: SFTConfig,
     config: LessConfig,
 ) -> np.ndarray:
-    """The influence of every row on the validation rows' loss, (N,); large is good.
+    """The influence of every row on the validation rows' loss, (N,); larger is better.
 
     Args:
-        model: gets an adapter, which is trained; the weights below it stay.
-        tokenizer: its.
-        rows, validation: as tokens.
-        args: SFTTrainer's, for all that `config` does not say.
+        model: the model; it gets an adapter, which is trained, and its own weights stay as they are.
+        tokenizer: the model's tokenizer.
+        rows, validation: the rows to score and the validation rows, as tokens.
+        args: SFTTrainer's arguments for everything that `config` does not set.
         config: see `LessConfig`.
+
+    Raises:
+        InputError: there are no validation rows, or the optimizer is not an Adam.
     """
     if len(validation.lengths) == 0:
-        raise InputError("LESS needs a validation set: rows like those that the model is to be good at.")
+        raise InputError("LESS needs a validation set: rows like those that the model should do well on.")
     count = max(int(config.share * len(rows.lengths)), min(len(rows.lengths), args.per_device_train_batch_size))
     some = np.sort(np.random.default_rng(config.seed).choice(len(rows.lengths), count, replace=False))
     watch = _AtEpochEnds(rows, validation, config)
@@ -116,19 +112,19 @@ def _warm_up_arguments(args: SFTConfig, config: LessConfig) -> SFTConfig:
     args.lr_scheduler_type, args.lr_scheduler_kwargs, args.warmup_steps = "linear", None, 0.03
     args.save_strategy, args.eval_strategy, args.seed = "no", "no", config.seed
     args.load_best_model_at_end, args.model_init_kwargs = False, None
-    args.assistant_only_loss = False  # the labels say it
+    args.assistant_only_loss = False  # the labels already do that
     return args
 
 
 def projection_flops(model: PreTrainedModel, rows: int, config: LessConfig) -> float:
-    """Of projecting every row's gradient after every epoch, `2 P d` each; the few validation rows' are left out."""
+    """The FLOPs of projecting every row's gradient after every epoch, `2 P d` each, without the few validation rows."""
     maps = [each for each in model.modules() if isinstance(each, nn.Linear | Conv1D)]
     size = config.lora_r * sum(sum(each.weight.shape) for each in maps if each is not model.get_output_embeddings())
     return 2.0 * config.epochs * rows * size * config.dimensions if size > config.dimensions else 0.0
 
 
 class _AtEpochEnds(TrainerCallback):
-    """Adds up the influence at the end of every epoch of the warm-up."""
+    """Sums up the influence at the end of every epoch of the warm-up."""
 
     def __init__(self, rows: PreparedRows, validation: PreparedRows, config: LessConfig) -> None:
         self.rows, self.validation, self.config = rows, validation, config
@@ -144,18 +140,18 @@ class _AtEpochEnds(TrainerCallback):
         model, optimizer = kwargs["model"], self.trainer.optimizer
         weights = [each for each in model.parameters() if each.requires_grad]
         if not all(optimizer.state[each].keys() >= set(MOMENTS) for each in weights):
-            raise InputError("LESS applies Adam's own moments: leave optim as it is, or use another Adam.")
+            raise InputError("LESS needs Adam's own moments: leave optim at its default, or use another Adam.")
         m, v = (torch.cat([optimizer.state[each][name].flatten() for each in weights]) for name in MOMENTS)
         group = optimizer.param_groups[0]
         applied = partial(preconditioned, m=m, v=v, betas=group["betas"], eps=group["eps"])
-        parts = _directions(model, weights, self.validation, lambda g: g, self.config)
-        good = torch.cat(list(parts)).mean(0)  # the mean of the cosines is that with the mean direction
+        directions = _directions(model, weights, self.validation, lambda g: g, self.config)
+        good = torch.cat(list(directions)).mean(0)  # the mean of the cosines is the product with the mean direction
         own = _directions(model, weights, self.rows, applied, self.config)
         self.scores += rate * torch.cat([each @ good for each in own]).double().cpu().numpy()
 
 
 def preconditioned(g: Tensor, m: Tensor, v: Tensor, betas: tuple[float, float], eps: float) -> Tensor:
-    """Where Adam's next step would go, `m' / sqrt(v' + eps)`, given its moments before it; all (P,)."""
+    """The direction of Adam's next step, `m' / sqrt(v' + eps)`, from the moments before it; all (P,)."""
     m, v = betas[0] * m + (1 - betas[0]) * g, betas[1] * v + (1 - betas[1]) * g.square()
     return m / (v + eps).sqrt()
 
@@ -167,10 +163,10 @@ def _directions(
     apply: Callable[[Tensor], Tensor],
     config: LessConfig,
 ) -> Iterator[Tensor]:
-    """Each row's gradient, as it is applied, projected, of length 1: some (n, d) at a time."""
+    """Each row's gradient, as `apply` gives it, projected and normalised to length 1; (n, d) for n rows at a time."""
     with evaluating(model):
         size = sum(each.numel() for each in weights)
-        together = max(PROJECTED, GRADIENTS // size)  # the signs are drawn anew for each block
+        together = max(PROJECTED, GRADIENTS // size)  # the signs are drawn again for each block
         for places in np.array_split(np.arange(len(rows.lengths)), -(-len(rows.lengths) // together)):
             block = torch.empty(len(places), size, device=weights[0].device)
             for place, row in enumerate(places):
@@ -179,20 +175,20 @@ def _directions(
 
 
 def _gradient(model: nn.Module, weights: list[nn.Parameter], batch: dict[str, Tensor]) -> Tensor:
-    """Of the mean loss of a batch of one sample, flat, (P,) float32."""
+    """The gradient of the mean loss of a batch of one sample, flat, (P,) float32."""
     with torch.enable_grad():
         found = torch.autograd.grad(token_losses(model, batch).mean(), weights, materialize_grads=True)
     return torch.cat([each.flatten() for each in found]).float()
 
 
 def project(features: Tensor, dimensions: int, seed: int) -> Tensor:
-    """Random signs times (N, P) features, (N, d) (Johnson and Lindenstrauss); as they are where P is no more than d."""
+    """(N, P) features times random signs, (N, d) (Johnson and Lindenstrauss); unchanged if P is at most d."""
     if features.shape[1] <= dimensions:
         return features
     generator = torch.Generator(features.device).manual_seed(seed)
     projected = features.new_zeros(len(features), dimensions)
-    for part in features.split(CHUNK, dim=1):
-        shape = (part.shape[1], dimensions)
+    for chunk in features.split(CHUNK, dim=1):
+        shape = (chunk.shape[1], dimensions)
         signs = torch.randint(0, 2, shape, generator=generator, device=features.device, dtype=torch.int8)
-        projected += part @ (2.0 * signs - 1)
+        projected += chunk @ (2.0 * signs - 1)
     return projected / dimensions**0.5

@@ -1,4 +1,4 @@
-"""What becomes of a pass: a ScoreTable, in a folder or not, and until then its parts. Knows not what was measured."""
+"""The result of a pass: a ScoreTable, in a folder or not, and the parts until then. Does not know what was measured."""
 
 from __future__ import annotations
 
@@ -21,7 +21,24 @@ from ..io.files import file_at
 from ..io.store import PARTS, remove_parts
 from ..scores.provenance import Trust
 from ..scores.score_table import SCORES_FILE, ScoreTable
-from .passes import Parts, held
+from .passes import Parts, locked
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a pass has measured.
+
+    Attributes:
+        columns: an array of shape (N,) for each column, by name; one of them is `score`.
+        trust: see `Trust`.
+        rows: (N,) which of the prepared rows were measured, ascending; by default all of them.
+        others: the reason why the other prepared rows have no score.
+    """
+
+    columns: Mapping[str, np.ndarray]
+    trust: Trust | None = None
+    rows: np.ndarray | None = None
+    others: str = "not measured"
 
 
 @dataclass(frozen=True)
@@ -29,26 +46,26 @@ class PassOutput:
     """Where the scores of a pass are written.
 
     Attributes:
-        path: a folder or a Parquet file; None where the scores are returned only.
-        opened: what is scored.
+        path: a folder or a Parquet file; None where the scores are only returned.
+        opened: the rows to score and their provenance.
     """
 
     path: str | os.PathLike[str] | None
     opened: Opened
 
     @contextlib.contextmanager
-    def held(self) -> Iterator[None]:
-        """Hold the folder, if there is one; parts of this pass that will never be whole are not left there."""
-        with held(folder_of(self.path)):
+    def locked(self) -> Iterator[None]:
+        """Lock the folder, if there is one, and remove the parts of a pass that can never finish."""
+        with locked(folder_of(self.path)):
             try:
                 yield
-            except NotFiniteError:  # with these rows and weights it will be no other
-                if PartialState().num_processes == 1:  # else others may still write there
+            except NotFiniteError:  # these rows and weights raise it every time
+                if PartialState().num_processes == 1:  # otherwise another process may still write there
                     self._remove_parts()
                 raise
 
     def earlier(self) -> ScoreTable | None:
-        """Scores that are there already; None where there are none. Raises InputError where they are of another."""
+        """The scores that are already there, if any. Raises InputError where they were made from something else."""
         if self.path is None or not file_at(self.path, SCORES_FILE).exists():
             return None
         there = ScoreTable.load(self.path)
@@ -56,38 +73,41 @@ class PassOutput:
         return there
 
     def parts(self, tokens_per_batch: int) -> Parts | None:
-        """Where what is done is kept until the scores are whole."""
+        """Where to save results until all rows are measured; None where there is no folder."""
         if self._parts_folder is None:
             return None
         made_of = {**self.opened.provenance.compared, "tokens_per_batch": tokens_per_batch}
         return Parts(self._parts_folder, "scores", made_of)
 
-    def finish(self, columns: Mapping[str, np.ndarray], trust: Trust | None = None) -> ScoreTable:
-        """What was measured of the prepared rows, an (N,) array for each column, as a line for every row of the user's.
-
-        The main process writes it.
-        """
-        prepared, names, rows = self.opened.prepared, list(columns), self.opened.rows
-        ids, missing = prepared.sample_ids, np.ones(rows, dtype=bool)
-        missing[ids] = False
-        columns = {**columns, "num_tokens": prepared.num_tokens, "length": prepared.lengths}
-        found: dict[str, Any] = {"sample_id": np.arange(rows)}
-        beside = (each for each in names if each not in ("score", "loss"))
-        for name in ("score", "loss", "num_tokens", "length", *beside):
-            if name in columns:
-                spread = np.zeros(rows, dtype=columns[name].dtype)
-                spread[ids] = columns[name]
-                found[name] = pa.array(spread, mask=missing)
-        found["reason"] = pa.array([self.opened.reasons.get(row) for row in range(rows)], pa.string())
-        scores = ScoreTable(pa.table(found), dataclasses.replace(self.opened.provenance, trust=trust))
+    def finish(self, measured: Measured) -> ScoreTable:
+        """A table with every row of the user's dataset; the main process writes it and removes the parts."""
+        provenance = dataclasses.replace(self.opened.provenance, trust=measured.trust)
+        scores = ScoreTable(self._table(measured), provenance)
         if self.path is not None and PartialState().is_main_process:
             scores.save(self.path)
             self._remove_parts()
         return scores
 
+    def _table(self, measured: Measured) -> pa.Table:
+        prepared, reasons, rows = self.opened.prepared, self.opened.reasons, self.opened.rows
+        if measured.rows is not None:
+            reasons = dict.fromkeys(prepared.sample_ids.tolist(), measured.others) | reasons
+            prepared = prepared.select(measured.rows)
+        ids, missing = prepared.sample_ids, np.ones(rows, dtype=bool)
+        missing[ids] = False
+        columns = {**measured.columns, "num_tokens": prepared.num_tokens, "length": prepared.lengths}
+        found: dict[str, Any] = {"sample_id": np.arange(rows)}
+        for name in dict.fromkeys(("score", "loss", "num_tokens", "length", *measured.columns)):
+            if name in columns:
+                spread = np.zeros(rows, dtype=columns[name].dtype)
+                spread[ids] = columns[name]
+                found[name] = pa.array(spread, mask=missing)
+        found["reason"] = pa.array([reasons.get(row) if missing[row] else None for row in range(rows)], pa.string())
+        return pa.table(found)
+
     @property
     def _parts_folder(self) -> Path | None:
-        """Of one criterion: those of another pass that was interrupted are none of its business."""
+        """A folder for this criterion alone: the parts of another criterion's interrupted pass stay untouched."""
         folder, criterion = folder_of(self.path), self.opened.provenance.config.get("criterion", RESONANCE)
         return None if folder is None else folder / PARTS / re.sub(r"[^\w.-]", "-", str(criterion))
 
@@ -97,5 +117,5 @@ class PassOutput:
 
 
 def folder_of(path: str | os.PathLike[str] | None) -> Path | None:
-    """The folder in which the scores' file lies, or will."""
+    """The folder of the scores' file, whether the file exists or not."""
     return None if path is None else file_at(path, SCORES_FILE).parent

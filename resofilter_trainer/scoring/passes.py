@@ -1,9 +1,9 @@
-"""Batches taken through a measurement, by all processes together, and kept on the way. Knows processes and the store.
+"""Batches measured by all processes together, with the results saved on the way. Knows processes and the store.
 
-    batches -> chunks -> each process measures what it takes -> parts in the store -> every process gets all lines
+    batches -> chunks -> each process measures what it takes -> parts in the store -> every process gets all results
 
-What is measured of a batch depends on its rows alone: neither on who measures it, nor on what was measured before, nor
-on interruptions. So the lines do not either.
+The results of a batch depend on its rows alone: not on the process that measures it, not on the batches before it, and
+not on interruptions.
 """
 
 from __future__ import annotations
@@ -30,18 +30,18 @@ from ..io.store import UNIT, Store
 from .distribution import guided_chunks, rounds
 from .team import Team
 
-LOST_SHARE = 1 / 50  # of the work done that a kill may cost, within these bounds
+LOST_SHARE = 1 / 50  # of the work so far that a kill may cost, within these bounds
 LEAST_LOST, MOST_LOST = 1.0, 300.0  # seconds
 
 
 @dataclass(frozen=True)
 class Parts:
-    """Where a pass keeps what it has done, so that it goes on there after an interruption.
+    """Where a pass saves its results as it goes, so that an interrupted one resumes.
 
     Attributes:
-        folder: for its parts alone.
-        what: is measured, for people.
-        made_of: all that it depends on but the batches, as plain values by name.
+        folder: a folder for the parts of this pass alone.
+        what: what is measured, for error messages.
+        made_of: everything that the results depend on except the batches, as plain values by name.
     """
 
     folder: Path
@@ -49,14 +49,14 @@ class Parts:
     made_of: Mapping[str, Any]
 
     def store(self, sample_ids: np.ndarray, batches: Sequence[np.ndarray]) -> Store:
-        """For these batches of these rows and no others."""
+        """The store for these batches of these rows, and for no others."""
         digest = xxhash.xxh3_128()
         for array in (sample_ids, *batches):
             digest.update(np.int64(len(array)).tobytes() + np.ascontiguousarray(array, dtype=np.int64).tobytes())
         return Store(self.folder, self.what, {**self.made_of, "batches": digest.hexdigest()})
 
 
-MeasureBatch = Callable[[int], Mapping[str, Any]]  # a batch's number to columns with a value for each of its rows
+MeasureBatch = Callable[[int], Mapping[str, Any]]  # a batch's number to columns with one value for each of its rows
 
 
 def measure_batches(
@@ -71,44 +71,44 @@ def measure_batches(
     """Measure every batch once.
 
     Args:
-        batches: (B,) the rows of each.
-        costs: (B,) of each, in tokens.
-        measure: gives, of the batch with a number, columns with a value for each of its rows.
-        args: whether a progress bar is shown, and after how many seconds of silence a process counts as lost
+        batches: (B,) the rows of each batch.
+        costs: (B,) the cost of each batch, in tokens.
+        measure: takes a batch's number and returns columns with one value for each of its rows.
+        args: whether to show a progress bar, and after how many seconds of silence a process counts as lost
             (`ddp_timeout`).
-        label: what the progress bar says.
-        store: where to keep what is done, and to find what was done before.
-        in_step: every process must measure as many batches, at the same time.
+        label: the text of the progress bar.
+        store: where to save the results, and where to find those of an interrupted pass.
+        in_step: whether every process must measure the same number of batches, at the same time.
 
     Returns:
-        A line for every row, batch after batch, and in a column `unit` the number of its batch; in every process.
+        In every process, one entry for each row, batch after batch; the column `unit` holds the number of its batch.
 
     Raises:
-        InputError: whatever `measure` raises, here or in another process; a process is lost, or the store is of
-            something else.
+        InputError: `measure` raises it, here or in another process; a process is lost; or the store holds something
+            else.
     """
     done = np.empty(0, dtype=np.int64) if store is None else open_store(store)
     todo = np.setdiff1d(np.arange(len(batches)), done)
-    kept = _Kept(store)
-    with Team(args.ddp_timeout) as team, _bar(label, len(todo), len(done), args) as bar, kept:
+    results = _Results(store)
+    with Team(args.ddp_timeout) as team, _bar(label, len(todo), len(done), args) as bar, results:
         shares = _in_step(todo, costs[todo], team) if in_step else _as_free(todo, costs[todo], team)
         for at, number, counts in shares:
             columns = measure(number)
             if counts:
-                kept.add(number, pa.table({UNIT: np.full(len(batches[number]), number), **columns}))
+                results.add(number, pa.table({UNIT: np.full(len(batches[number]), number), **columns}))
             bar.update(at - bar.n)
             team.beat()
-        kept.save()
+        results.save()
         team.wait()
         bar.update(len(todo) - bar.n)
-    lines = kept.of_all_processes()
-    if lines.num_rows != sum(map(len, batches)):
-        raise InputError(_not_shared(store, lines.num_rows, sum(map(len, batches))))
-    return lines
+    table = results.of_all_processes()
+    if table.num_rows != sum(map(len, batches)):
+        raise InputError(_not_shared(store, table.num_rows, sum(map(len, batches))))
+    return table
 
 
 def from_main(work: Callable[[], Any]) -> Any:
-    """What `work` gives in the main process, in every process; or its InputError, so that none waits."""
+    """The result of `work` in the main process, in every process; or its InputError, so that none waits."""
     found: list[Any] = [None, None]
     if PartialState().is_main_process:
         try:
@@ -122,8 +122,8 @@ def from_main(work: Callable[[], Any]) -> Any:
 
 
 @contextlib.contextmanager
-def held(folder: str | os.PathLike[str] | None) -> Iterator[None]:
-    """Hold a folder, if there is one, against other runs; no process goes on before the main one holds it.
+def locked(folder: str | os.PathLike[str] | None) -> Iterator[None]:
+    """Lock a folder against other runs; without a folder, do nothing. Every process waits for the main one's lock.
 
     Raises:
         InputError: another run writes to it, or nothing can be written there.
@@ -136,7 +136,7 @@ def held(folder: str | os.PathLike[str] | None) -> Iterator[None]:
 
 
 def open_store(store: Store) -> np.ndarray:
-    """The units that a store has; every process gets what the main one sees."""
+    """Open a store; in every process, the units that the main process finds in it."""
 
     def done() -> np.ndarray:
         store.open()
@@ -147,7 +147,7 @@ def open_store(store: Store) -> np.ndarray:
 
 
 def _as_free(todo: np.ndarray, costs: np.ndarray, team: Team) -> Iterator[tuple[int, int, bool]]:
-    """How many batches were given out before, and those that this process takes, which all count."""
+    """Each batch that this process takes: how many were handed out before it, its number, and True: it counts."""
     chunks = guided_chunks(costs, team.processes)
     while (taken := team.take()) < len(chunks):
         for place in range(chunks[taken].start, chunks[taken].stop):
@@ -155,54 +155,54 @@ def _as_free(todo: np.ndarray, costs: np.ndarray, team: Team) -> Iterator[tuple[
 
 
 def _in_step(todo: np.ndarray, costs: np.ndarray, team: Team) -> Iterator[tuple[int, int, bool]]:
-    """The same, for processes that keep in step: a batch in each round, the last of which may not count."""
+    """The same for processes that keep in step: one batch in each round. A batch that is repeated does not count."""
     for number, places in enumerate(rounds(costs, team.processes)):
         mine = places[team.rank]
         yield number * team.processes, int(todo[mine]), not (places[: team.rank] == mine).any()
 
 
-class _Kept:
-    """What this process has measured; written to the store every now and then, and when it is left."""
+class _Results:
+    """What this process has measured; saved to the store at intervals, and on leaving the context."""
 
     def __init__(self, store: Store | None) -> None:
         self._store = store
-        self._fresh: list[tuple[int, pa.Table]] = []
+        self._unsaved: list[tuple[int, pa.Table]] = []
         self._begun = self._saved = time.monotonic()
 
-    def __enter__(self) -> _Kept:
+    def __enter__(self) -> _Results:
         return self
 
     def __exit__(self, *error: Any) -> None:
         self.save()
 
-    def add(self, number: int, lines: pa.Table) -> None:
-        """The lines of a batch."""
-        self._fresh.append((number, lines))
+    def add(self, number: int, results: pa.Table) -> None:
+        """Add the results of a batch."""
+        self._unsaved.append((number, results))
         now = time.monotonic()
         if self._store is not None and now - self._saved >= _interval(now - self._begun):
             self.save()
             self._saved = now
 
     def save(self) -> None:
-        """Leave what is not in the store yet there."""
-        if self._store is not None and self._fresh:
-            self._store.append(pa.concat_tables([lines for _, lines in self._fresh]))
-            self._fresh = []
+        """Write what is not yet in the store."""
+        if self._store is not None and self._unsaved:
+            self._store.append(pa.concat_tables([results for _, results in self._unsaved]))
+            self._unsaved = []
 
     def of_all_processes(self) -> pa.Table:
-        """Everything, by units: from the store, or from each other."""
+        """All results, ordered by unit: from the store, or else from each process."""
         state = PartialState()
         if self._store is not None:
             state.wait_for_everyone()
-            lines = self._store.lines()
-            state.wait_for_everyone()  # before any goes on and removes it
-            return lines
-        found = gather_object(self._fresh) if state.num_processes > 1 else self._fresh
-        return pa.concat_tables([lines for _, lines in sorted(found, key=lambda each: each[0])])
+            results = self._store.lines()
+            state.wait_for_everyone()  # before a process removes it
+            return results
+        found = gather_object(self._unsaved) if state.num_processes > 1 else self._unsaved
+        return pa.concat_tables([results for _, results in sorted(found, key=lambda each: each[0])])
 
 
 def _interval(elapsed: float) -> float:
-    """Seconds between two parts: so that a kill costs little, and parts stay few."""
+    """Seconds between two parts: short, so that a kill costs little; and long enough for the parts to stay few."""
     return min(max(elapsed * LOST_SHARE, LEAST_LOST), MOST_LOST)
 
 
@@ -215,6 +215,6 @@ def _bar(label: str, todo: int, done: int, args: TrainingArguments) -> Any:
 def _not_shared(store: Store | None, found: int, rows: int) -> str:
     place = "" if store is None else f" in '{store.folder}'"
     return (
-        f"There are {found} lines of {rows}{place} after all processes have ended: do all of them see the same folder? "
-        "An output folder must lie where every machine of the run can read and write it."
+        f"There are results of {found} of {rows} rows{place} after all processes have finished. Do all of them see the "
+        "same folder? Every machine of the run must be able to read and write the output folder."
     )

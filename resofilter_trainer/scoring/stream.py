@@ -1,9 +1,9 @@
-"""Scores of a stream: rows that come one after another and are never all at hand. Knows the scoring pass, and pieces.
+"""Scores of a stream: rows that come one after another and are never all in memory. Knows the scoring pass and pieces.
 
     stream -> a piece of some rows -> score_dataset, into a folder of its own -> the next ... -> one table
 
-A row's `sample_id` is its place in the stream. What is done is found again by the place, and the rows of every piece
-are compared with those that were scored, so the stream must give the same rows in the same order each time.
+A row's `sample_id` is its position in the stream. A resumed pass finds finished pieces by their number and compares
+their rows with the stream's, so the stream must give the same rows in the same order each time.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ from datasets import Dataset, IterableDataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import SFTConfig
 
-from ..config import InputError, NothingError, Precision, ResonanceConfig
+from ..config import InputError, NothingError, Precision, ResonanceConfig, whole_number
 from ..data.loading import default_arguments, load_model, open_pass
 from ..data.rows import add_rows
 from ..io.files import remove_folder
 from ..scores.provenance import Provenance, Trust
 from ..scores.score_table import SAME_PROMPT, SCORES_FILE, ScoreTable
 from .dataset import score_dataset
-from .passes import held
+from .passes import locked
 
-PIECE = 10_000  # rows; a multiple of those that are hashed together
+PIECE = 10_000  # rows; a multiple of the rows that are hashed together
 PIECES = "pieces"
 
 
@@ -50,33 +50,34 @@ def score_stream(
     source: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> ScoreTable:
-    """Score every row of a stream; `score_dataset` for rows that do not fit a disk.
+    """Score every row of a stream: `score_dataset` for rows that do not fit on a disk.
 
     Args:
-        stream: rows as for `score_dataset`; `Selection.apply` filters it by the places of its rows.
-        output: a folder for `scores.parquet`, and until then for the pieces; an interrupted pass goes on where it was.
-        rows_per_piece: rows that are held at a time, a multiple of 1,000. Repeated prompts are found within a piece.
-        model, processing_class, args, config, source, **options: as for `score_dataset`. With `precision="auto"` the
+        stream: rows as for `score_dataset`. `Selection.apply` filters it by the positions of its rows.
+        output: a folder for `scores.parquet`, and until then for the pieces. An interrupted pass resumes.
+        rows_per_piece: the number of rows in memory at a time, a multiple of 1,000. Repeated prompts are found within
+            a piece only.
+        model, processing_class, args, config, source, **options: as for `score_dataset`. With `precision="auto"`, the
             first piece decides for all.
 
     Returns:
-        A line for every row, in the stream's order.
+        A table with every row, in the stream's order.
 
     Raises:
-        InputError: as for `score_dataset`; the stream is empty, or has changed since it was scored.
+        InputError: as for `score_dataset`; or the stream is empty, or has changed since it was scored.
     """
     if not isinstance(stream, IterableDataset):
         raise InputError(f"A stream is needed, got {type(stream).__name__}: use score_dataset, or streaming=True.")
-    if rows_per_piece < 1 or rows_per_piece % 1000:
+    if whole_number("rows_per_piece", rows_per_piece, least=1) % 1000:
         raise InputError(f"rows_per_piece must be a multiple of 1000, got {rows_per_piece}.")
     if options.get("sharded"):
-        raise InputError("A stream is scored piece by piece, and a model is sharded for good: leave sharded out.")
+        raise InputError("A stream is scored in pieces, and a model that is sharded stays so: leave sharded out.")
     if args is None:
         options.setdefault("precision", "auto")
     args, config = args or default_arguments(), config or ResonanceConfig()
     model, tokenizer = load_model(model, processing_class, args)
     passes = _Pieces(model, tokenizer, args, config, Path(output), rows_per_piece, options)
-    with held(output):
+    with locked(output):
         if (passes.folder / SCORES_FILE).exists():
             return passes.earlier(stream)
         whole = passes.score(stream, dict(source or {}))
@@ -88,7 +89,7 @@ def score_stream(
 
 @dataclass(frozen=True)
 class _Pieces:
-    """All of a pass over a stream but the stream."""
+    """Everything about a pass over a stream except the stream; the attributes are `score_stream`'s arguments."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
@@ -99,17 +100,17 @@ class _Pieces:
     options: Mapping[str, Any]
 
     def score(self, stream: IterableDataset, source: Mapping[str, Any]) -> ScoreTable:
-        """Piece after piece; those that are done are read."""
+        """Score piece after piece; finished pieces are read."""
         digest, options, start = xxhash.xxh3_128(), dict(self.options), 0
         tables: list[ScoreTable | tuple[int, str]] = []
         for number, piece in enumerate(_pieces(stream, self.size)):
             add_rows(digest, piece)
-            place = self.folder / PIECES / f"{number:06d}"
+            folder = self.folder / PIECES / f"{number:06d}"
             try:
-                scores = score_dataset(self.model, piece, self.tokenizer, self.args, self.config, place, **options)
+                scores = score_dataset(self.model, piece, self.tokenizer, self.args, self.config, folder, **options)
                 tables.append(scores)
                 trust = scores.provenance.trust
-                if options.get("precision") == "auto" and trust is not None:  # one for all pieces
+                if options.get("precision") == "auto" and trust is not None:  # the same for all pieces
                     options["precision"] = trust.forward
             except NothingError:
                 tables.append((len(piece), "nothing in its piece can be scored"))
@@ -122,7 +123,7 @@ class _Pieces:
         return together(tables, {**source, "content": digest.hexdigest()}, self.config)
 
     def earlier(self, stream: IterableDataset) -> ScoreTable:
-        """Scores that lie in the folder already, if they are of this stream, model and settings."""
+        """The scores in the folder. Raises InputError where they are of another stream, model or settings."""
         earlier, digest, opened = ScoreTable.load(self.folder), xxhash.xxh3_128(), None
         for piece in _pieces(stream, self.size):
             add_rows(digest, piece)
@@ -146,12 +147,13 @@ class _Pieces:
 def together(
     tables: Sequence[ScoreTable | tuple[int, str]], source: Mapping[str, Any], config: ResonanceConfig
 ) -> ScoreTable:
-    """The tables of pieces that follow each other, as one of all their rows.
+    """One table of all rows, from the tables of consecutive pieces.
 
     Args:
-        tables: of pieces, or of a piece of which nothing was scored its rows and why; one table at least.
-        source: of the whole.
-        config: how it was measured.
+        tables: a table for each piece; for a piece without a scored row, its number of rows and the reason. At least
+            one is a table.
+        source: where the stream comes from.
+        config: how the rows were measured.
     """
     scored = [each for each in tables if isinstance(each, ScoreTable)]
     moved, start = [], 0
@@ -160,26 +162,30 @@ def together(
         table = each.table if isinstance(each, ScoreTable) else _empty(scored[0].table.schema, *each)
         reasons = [_moved(reason, start) for reason in table["reason"].to_pylist()]
         table = table.set_column(0, "sample_id", pa.array(np.arange(start, start + rows)))
-        place = table.column_names.index("reason")
-        moved.append(table.set_column(place, "reason", pa.array(reasons, pa.string())))
+        column = table.column_names.index("reason")
+        moved.append(table.set_column(column, "reason", pa.array(reasons, pa.string())))
         start += rows
     whole = ScoreTable(pa.concat_tables(moved), scored[0].provenance)
-    trusts = [each.provenance.trust for each in scored if each.provenance.trust is not None]
-    agreements = [each.agreement for each in trusts if each.agreement is not None]
-    trust = None
-    if trusts:
-        span = float(np.ptp(whole.column("score")[whole.scored])) / config.lr
-        trust = Trust(
-            agreement=min(agreements) if agreements else None,
-            rows=sum(each.rows for each in trusts),
-            saturation=None if trusts[0].saturation is None else span,
-            forward=trusts[0].forward,
-        )
     content = xxhash.xxh3_128("".join(each.provenance.dataset for each in scored).encode()).hexdigest()
     provenance = dataclasses.replace(
-        scored[0].provenance, dataset=content, rows=start, source=dict(source), trust=trust
+        scored[0].provenance, dataset=content, rows=start, source=dict(source), trust=_trust(scored, whole, config)
     )
     return ScoreTable(whole.table, provenance)
+
+
+def _trust(scored: Sequence[ScoreTable], whole: ScoreTable, config: ResonanceConfig) -> Trust | None:
+    """The trust in all pieces together: their lowest agreement, and the range of all scores."""
+    trusts = [each.provenance.trust for each in scored if each.provenance.trust is not None]
+    agreements = [each.agreement for each in trusts if each.agreement is not None]
+    if not trusts:
+        return None
+    span = float(np.ptp(whole.column("score")[whole.scored])) / config.lr
+    return Trust(
+        agreement=min(agreements) if agreements else None,
+        rows=sum(each.rows for each in trusts),
+        saturation=None if trusts[0].saturation is None else span,
+        forward=trusts[0].forward,
+    )
 
 
 def _empty(schema: pa.Schema, rows: int, reason: str) -> pa.Table:
@@ -188,15 +194,15 @@ def _empty(schema: pa.Schema, rows: int, reason: str) -> pa.Table:
 
 
 def _moved(reason: str | None, start: int) -> str | None:
-    """A reason that names a row of its piece, with the row's place in the stream."""
+    """A reason that names a row of its piece, with the row's position in the stream instead."""
     if reason is None or not reason.startswith(SAME_PROMPT):
         return reason
     return f"{SAME_PROMPT} {int(reason.removeprefix(SAME_PROMPT)) + start}"
 
 
 def _pieces(stream: IterableDataset, size: int) -> Iterator[Dataset]:
-    """The rows of a stream, so many at a time, with the stream's own types where it knows them."""
+    """The rows of a stream, `size` at a time, with the stream's own types where it has them."""
     rows = iter(stream)
     while piece := list(itertools.islice(rows, size)):
-        names = dict.fromkeys(name for row in piece for name in row)  # the first row need not have all
+        names = dict.fromkeys(name for row in piece for name in row)  # the first row may lack some
         yield Dataset.from_dict({name: [row.get(name) for row in piece] for name in names}, features=stream.features)

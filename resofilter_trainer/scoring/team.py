@@ -1,9 +1,9 @@
-"""The processes of one pass: who takes the next piece, who is still at work, who is lost. Knows torch.distributed.
+"""The processes of one pass: which takes the next unit, which still works, which is lost. Knows torch.distributed.
 
-    take, take, take ... -> finished -> wait until all have -> go on together
+    take, take, take ... -> finished -> wait until all have finished -> continue together
 
-A process that fails says so, and the others stop with its message. One that says nothing for too long is given up: the
-others stop too, as it may hold what they would wait for.
+A process that fails sends its message, and the others stop with it. A process that sends no sign of life for too long
+counts as lost, and the others stop too, because they would wait for it forever.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ from accelerate import PartialState
 from ..config import InputError
 from ..data.rows import first_line
 
-PAUSE, LONGEST_PAUSE = 0.01, 0.2  # seconds between two looks whether all have finished
-LOOKS = 10  # for signs of life, in the time of the timeout
-_passes = itertools.count()  # every process makes the same passes in the same order
+PAUSE, LONGEST_PAUSE = 0.01, 0.2  # seconds between two checks whether all have finished
+CHECKS = 10  # for signs of life, within the timeout
+_passes = itertools.count()  # every process runs the same passes in the same order
 
 
 class Team:
-    """This process among those of one pass. A context manager: on leaving it by an error, the others learn of it.
+    """This process among those of one pass. A context manager: an error that leaves it is sent to the others.
 
     Args:
-        timeout: seconds without a sign of life, after which a process counts as lost.
-        values: a `torch.distributed.Store`; by default torch's own, and nothing where there is one process.
-        rank, processes: which of how many; by default this one's.
+        timeout: seconds without a sign of life after which a process counts as lost.
+        values: a `torch.distributed.Store`; by default torch's own, or none where there is a single process.
+        rank, processes: the number of this process, and how many there are; by default those of the run.
     """
 
     def __init__(
@@ -59,34 +59,34 @@ class Team:
                 self._ask("set", "failed", f"{self.rank} {text}")
 
     def take(self) -> int:
-        """The next of 0, 1, 2, ... that no process has taken."""
+        """Take the next of 0, 1, 2, ... that no process has taken."""
         self.beat()
         return next(self._taken) if self._values is None else self._ask("add", "taken", 1) - 1
 
     def beat(self) -> None:
-        """A sign of life. Raises LostError where another process has failed."""
+        """Send a sign of life. Raises LostError where another process has failed."""
         if self._values is not None:
             self._ask("add", f"beat-{self.rank}", 1)
             self._check_failed()
 
     def wait(self) -> None:
-        """Until every process has come this far. Raises LostError where one has failed, or is silent for too long."""
+        """Wait until every process has finished. Raises LostError where one has failed or is silent for too long."""
         if self._values is None:
             return
         self._ask("set", f"finished-{self.rank}", "")
         self._ask("add", "finished", 1)
         heard = {rank: (-1, time.monotonic()) for rank in range(self.processes)}
-        looked, pause = time.monotonic(), PAUSE
+        checked, pause = time.monotonic(), PAUSE
         while self._ask("add", "finished", 0) < self.processes:
             self._check_failed()
-            if time.monotonic() - looked >= self._timeout / LOOKS:  # a request for every process
-                looked = time.monotonic()
+            if time.monotonic() - checked >= self._timeout / CHECKS:  # each check is a request for every process
+                checked = time.monotonic()
                 self._check_silent(heard)
             time.sleep(pause)
             pause = min(2 * pause, LONGEST_PAUSE)
 
     def _check_silent(self, heard: dict[int, tuple[int, float]]) -> None:
-        """Look for a sign of life of those that have not finished, and note when there was one."""
+        """Check for signs of life of the processes that have not finished, and note when there was one."""
         for rank, (beats, since) in heard.items():
             if self._ask("check", [f"finished-{rank}"]):
                 heard[rank] = beats, time.monotonic()
@@ -95,9 +95,9 @@ class Team:
             heard[rank] = (beats, since) if now == beats else (now, time.monotonic())
             if time.monotonic() - heard[rank][1] > self._timeout:
                 raise LostError(
-                    f"Process {rank} of {self.processes} has given no sign of life for {self._timeout:g} s: the pass "
-                    "is given up. What is done is kept where there is an output folder; stop what is left of the run, "
-                    "and start it again."
+                    f"Process {rank} of {self.processes} has given no sign of life for {self._timeout:g} s, and the "
+                    "pass stops. The results so far are in the output folder, if there is one: stop the other "
+                    "processes, and start the run again to resume."
                 )
 
     def _check_failed(self) -> None:
@@ -107,13 +107,13 @@ class Team:
                 raise LostError(f"Process {rank} of {self.processes} has failed: {text}")
 
     def _ask(self, request: str, *arguments: Any) -> Any:
-        """One request to what the processes tell each other by; the process that keeps it may be gone."""
+        """One request to the shared store. Raises LostError where the process that serves it is gone."""
         try:
             return getattr(self._values, request)(*arguments)
         except RuntimeError as error:  # torch's DistError is one
             raise LostError(
-                f"The process that keeps the others together is gone ({first_line(error)}): the pass is given up. What "
-                "is done is kept where there is an output folder; start the run again."
+                f"The process that coordinates the others is gone ({first_line(error)}), and the pass stops. The "
+                "results so far are in the output folder, if there is one: start the run again to resume."
             ) from error
 
 

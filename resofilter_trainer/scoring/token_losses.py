@@ -1,6 +1,6 @@
-"""The pass over a dataset that measures what a model loses on every learnt token. Knows models and batches.
+"""The pass over a dataset that measures a model's loss on every learnt token. Knows models and batches.
 
-batches of one length and a token budget, each measured once by whichever process -> losses, row after row
+batches of similar lengths within a token budget -> each measured once, by any process -> losses, row after row
 """
 
 from __future__ import annotations
@@ -35,22 +35,22 @@ def measure_token_losses(
 ) -> np.ndarray:
     """The loss of every learnt token, without dropout and without a gradient.
 
-    The batches depend on the rows and the budget alone, neither on the number of processes nor on interruptions, so
-    that the losses do not either.
+    The batches depend on the rows and the budget alone, so the losses depend neither on the number of processes nor on
+    interruptions.
 
     Args:
-        model: a causal language model, where it is.
-        prepared: rows as tokens.
-        args: whether the forward runs in bfloat16 autocast (`bf16`), and whether a progress bar is shown.
-        tokens_per_batch: tokens of a batch, padding included; a longer row is a batch of its own.
-        label: what the progress bar says.
-        parts: where to keep what is done, and to go on.
+        model: a causal language model, on the device where it runs.
+        prepared: the rows as tokens.
+        args: whether the forward runs in bfloat16 autocast (`bf16`), and whether to show a progress bar.
+        tokens_per_batch: the tokens of a batch, padding included; a longer row is a batch of its own.
+        label: the text of the progress bar.
+        parts: where to save results, and to resume from.
 
     Returns:
-        (N,) float32, in nats, row after row, the same in every process.
+        (N,) float32 losses in nats, row after row, the same in every process.
 
     Raises:
-        InputError: a loss is not finite; names the row.
+        InputError: a loss is not finite; the message names the row.
     """
     batches = split_by_tokens(prepared.lengths, tokens_per_batch)
     some = prepared.dataset[int(batches[0][0])]["input_ids"][:PROBE]
@@ -64,32 +64,32 @@ def measure_token_losses(
 
         costs = padded_tokens(prepared.lengths, batches)
         store = None if parts is None else parts.store(prepared.sample_ids, batches)
-        lines = measure_batches(batches, costs, of_batch, args, label, store)
-    return _in_order(batches, lines[LOSS].combine_chunks(), prepared.num_tokens)
+        found = measure_batches(batches, costs, of_batch, args, label, store)
+    return _in_order(batches, found[LOSS].combine_chunks(), prepared.num_tokens)
 
 
 def _losses_of(model: nn.Module, prepared: PreparedRows, rows: np.ndarray, way: Way) -> np.ndarray:
-    """(n,) float32, the losses of a batch's learnt tokens, in the order of its rows."""
+    """The losses of a batch's learnt tokens, (n,) float32, in the order of its rows."""
     batch = collate(prepared, rows, next(model.parameters()).device)
     losses = way(model, inputs_of(model, batch, causal=False)).losses()
     _check_finite(losses, batch, prepared.sample_ids[rows])
     return losses.float().cpu().numpy()
 
 
-def _check_finite(losses: torch.Tensor, batch: Mapping[str, torch.Tensor], places: np.ndarray) -> None:
-    """Raise InputError that names the first row of a batch with a loss that is no number."""
+def _check_finite(losses: torch.Tensor, batch: Mapping[str, torch.Tensor], sample_ids: np.ndarray) -> None:
+    """Raise an InputError that names the first row of a batch with a loss that is not finite."""
     if not torch.isfinite(losses).all():
         row_of = learnt_positions(batch["labels"]).nonzero()[:, 0]
         raise NotFiniteError(
-            f"Row {places[int(row_of[~torch.isfinite(losses)][0])]} of the dataset has a token whose loss is not "
+            f"Row {sample_ids[int(row_of[~torch.isfinite(losses)][0])]} of the dataset has a token whose loss is not "
             "finite. Are the weights sound? Try float32, or drop the row."
         )
 
 
 def _in_order(batches: Sequence[np.ndarray], losses: pa.LargeListArray, counts: np.ndarray) -> np.ndarray:
-    """The losses of all batches' rows, row after row."""
+    """The losses of the rows of all batches, in the order of the prepared rows."""
     order = np.argsort(np.concatenate(batches), kind="stable")
     found: np.ndarray = losses.take(pa.array(order)).flatten().to_numpy()
     if len(found) != counts.sum():
-        raise InputError(f"There are losses of {len(found)} tokens and the rows have {counts.sum()}.")
+        raise InputError(f"There are losses of {len(found)} tokens, and the rows have {counts.sum()}.")
     return found

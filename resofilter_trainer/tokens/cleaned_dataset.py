@@ -20,7 +20,7 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from ..config import InputError
-from ..data.preparation import ROW
+from ..data.preparation import ROW_POSITION
 from ..io.files import check_folder, writing
 from ..model.losses import IGNORE
 from ..selecting.results import SUMMARY_FILE
@@ -79,7 +79,7 @@ def mask_labels(dataset: Dataset, selection: TokenSelection) -> Dataset:
         `input_ids`, `labels` and `sample_id`.
     """
     scores = selection.scores
-    cleaned = masked(dataset, scores.offsets, scores.position, selection.keep).rename_column(ROW, SAMPLE_ID)
+    cleaned = masked(dataset, scores.offsets, scores.position, selection.keep).rename_column(ROW_POSITION, SAMPLE_ID)
     some = np.flatnonzero(selection.kept_of_row > 0)
     return cleaned if len(some) == len(cleaned) else cleaned.select(some)
 

@@ -24,7 +24,7 @@ from ..data.loading import Opened, check_arguments, check_model, default_argumen
 from ..data.preparation import PreparedRows
 from ..scores.provenance import Provenance
 from ..scores.token_scores import TOKEN_SCORES_FILE, TokenScores
-from ..scoring.passes import held
+from ..scoring.passes import locked
 from ..selecting.token_selection import EMPTIED, TokenSelector
 from .cleaned_dataset import CleanedDataset, check_output, groups_of, mask_labels, save_dataset, summarise
 from .losses import against, losses_under, remove_loss_parts, score_tokens
@@ -62,7 +62,7 @@ def clean_dataset(
     """
     folder = _folder(output)
     check_output(folder, TOKEN_SCORES_FILE)
-    with held(folder):
+    with locked(folder):
         task, scores = _scored(model, dataset, cleaning, processing_class, args, folder, **row_options)
         return _cleaned(task, scores)
 
@@ -82,7 +82,7 @@ def measure_tokens(
         The task with its rows as tokens, and the token scores, which are also in `output`.
     """
     folder = _folder(output)
-    with held(folder):
+    with locked(folder):
         return _scored(model, dataset, cleaning, processing_class, args, folder, **row_options)
 
 

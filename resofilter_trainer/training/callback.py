@@ -18,7 +18,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from ..config import OPTIMIZER, InputError, ResonanceConfig, TokenCleaning, UpdateName
 from ..scores.score_table import ScoreTable
-from ..scoring.passes import held
+from ..scoring.passes import locked
 from ..selecting.data_selector import DataSelector
 from ..selecting.results import Results
 from ..selecting.selection import Selection
@@ -115,7 +115,7 @@ class ResonanceCallback(TrainerCallback):
         loader = kwargs["train_dataloader"]
         self._run = Run(trainer, loader, self.filter, self.config, self._results, self.token_cleaning)
         self._lock.close()  # of a training that an error ended
-        self._lock.enter_context(held(self._run.folder))
+        self._lock.enter_context(locked(self._run.folder))
         self._run.begin(checkpoint)
 
     def on_epoch_begin(

@@ -23,9 +23,9 @@ from trl import SFTConfig
 
 from ..config import InputError, TokenCleaning, number
 from ..data.loading import load_weights, placed
-from ..data.preparation import ROW, PreparedRows
+from ..data.preparation import ROW_POSITION, PreparedRows
 from ..scores.token_scores import TokenScores
-from ..scoring.passes import held
+from ..scoring.passes import locked
 from ..selecting.token_selection import EMPTIED, TokenSelection
 from ..tokens.cleaned_dataset import SAMPLE_ID, check_output, mask_labels, save_dataset, summarise
 from ..tokens.cleaning import CleaningTask, open_task
@@ -104,7 +104,7 @@ def self_evolve(
     latest, task = open_task(model, dataset, cleaning, processing_class, args, folder, **row_options)
     number("learning_rate", args.learning_rate, above=0)
     evolution = _Evolution(task, args, peft_config, folder, _divided(task))
-    with held(folder):
+    with locked(folder):
         evolution.check()
         base_losses = evolution.base_losses(latest)
         stages: list[Stage] = []
@@ -198,7 +198,7 @@ class _Evolution:
         groups = self.task.groups_of(rows.sample_ids)
         if groups is not None:
             summary["share_of_groups"] = dict.fromkeys(map(str, groups), 1.0)
-        return Stage(rows.dataset.rename_column(ROW, SAMPLE_ID), None, summary)
+        return Stage(rows.dataset.rename_column(ROW_POSITION, SAMPLE_ID), None, summary)
 
     def _is_done(self, stage: int) -> bool:
         return (self._path(stage) / "model").is_dir()

@@ -319,7 +319,7 @@ def test_a_small_model_scores_for_superfiltering(tmp_path, own_rows, tiny_model_
         ({"selectors": ["nuggets"], "dataset": "rows.jsonl"}, "'nuggets' selects for a validation set"),
         ({"selectors": [{"method": "less", "settings": {"r": 3}}]}, "'less' has no setting 'r'"),
         ({"selectors": [{"method": "less", "settings": {"share": 0}}]}, "share of the rows"),
-        ({"selectors": [{"method": "less", "settings": {"lora_r": 2.5}}]}, "lora_r is a whole number"),
+        ({"selectors": [{"method": "less", "settings": {"lora_r": 2.5}}]}, "lora_r must be a whole number"),
         ({"selectors": [{"method": "longest", "score_model": "x"}]}, "cannot use a score_model"),
         ({"selectors": [{"method": "infobatch", "score_model": "x"}]}, "cannot use a score_model"),
         ({"selectors": [{"method": "ifd", "settings": {"lora_r": 3}}]}, "'ifd' has no setting 'lora_r'"),
@@ -350,7 +350,7 @@ def test_what_cannot_work_is_refused(changes, message, tmp_path):
     [
         ({"wrong_column": "none"}, "no column 'none'"),
         ({"selectors": [{"score_column": "none"}]}, "no column 'none'"),
-        ({"selectors": [{"score_column": "a"}]}, "something else than numbers"),
+        ({"selectors": [{"score_column": "a"}]}, "must hold numbers only"),
         ({"wrong_column": "a"}, "must be true or false, or 1 or 0, in each row"),
         ({"wrong_column": "quality"}, "must be true or false, or 1 or 0, in each row"),
         ({"test_dataset": None}, "12 of the 12 held-out rows are also in the dataset"),
@@ -493,7 +493,7 @@ def test_what_does_not_resume_starts_again_in_an_empty_folder(tmp_path):
 
 @pytest.mark.slow
 def test_an_interrupted_pass_resumes(tmp_path, monkeypatch):
-    real, measured = passes._Kept.add, []
+    real, measured = passes._Results.add, []
 
     def add(self, number, lines) -> None:
         real(self, number, lines)
@@ -502,7 +502,7 @@ def test_an_interrupted_pass_resumes(tmp_path, monkeypatch):
         if len(measured) == stop:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(passes._Kept, "add", add)
+    monkeypatch.setattr(passes._Results, "add", add)
     stop = None
     (undisturbed,) = run(config(tmp_path / "whole", ["resonance"]))
     batches, stop = len(measured), 2

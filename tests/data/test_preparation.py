@@ -9,7 +9,7 @@ from helpers.tokenizers import make_tokenizer
 from trl import SFTConfig, SFTTrainer
 
 from resofilter_trainer import InputError
-from resofilter_trainer.data.preparation import ROW, prepare
+from resofilter_trainer.data.preparation import ROW_POSITION, prepare
 
 PAIRS = [{"prompt": f"what is {i} + 1 ? ", "completion": "x " * i + str(i + 1)} for i in range(1, 9)]
 FORMATS: dict[str, tuple[list[dict], dict]] = {
@@ -51,7 +51,7 @@ def arguments(tmp_path, **settings) -> SFTConfig:
 
 
 def with_rows(examples: list[dict]) -> Dataset:
-    return Dataset.from_list(examples).add_column(ROW, np.arange(len(examples)))
+    return Dataset.from_list(examples).add_column(ROW_POSITION, np.arange(len(examples)))
 
 
 @pytest.mark.parametrize("max_length", [None, 64, 22])
@@ -61,7 +61,7 @@ def test_tokens_and_labels_are_the_trainers(name, max_length, tmp_path, tokenize
     args = arguments(tmp_path, max_length=max_length, **settings)
     prepared = prepare(with_rows(examples), tokenizer, args)
     trainer = SFTTrainer(tiny_llama(), args, train_dataset=with_rows(examples), processing_class=tokenizer)
-    for column in (ROW, "input_ids", "labels"):
+    for column in (ROW_POSITION, "input_ids", "labels"):
         assert list(prepared.dataset[column]) == list(trainer.train_dataset[column])
     assert prepared.lengths.tolist() == [len(ids) for ids in trainer.train_dataset["input_ids"]]
     assert set(prepared.sample_ids) | set(prepared.reasons) == set(range(len(examples)))

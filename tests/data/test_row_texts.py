@@ -1,4 +1,4 @@
-"""Rows as people read them, whatever format they came in."""
+"""Rows as people read them, whatever their format."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_parts_of_a_message_that_are_text():
     assert said([{"role": "user", "content": parts}]) == "what is it?"
 
 
-def test_tokens_are_text_again_and_rows_that_are_not_held_have_none(tokenizer):
+def test_tokens_become_text_and_rows_without_tokens_have_none(tokenizer):
     prompt, completion = "what is 1 + 2 ?", " answer: 3"
     ids = [tokenizer(each)["input_ids"] for each in (prompt, completion)]
     dataset = Dataset.from_list(
@@ -76,7 +76,7 @@ def test_the_mapping_that_scores_were_made_with():
     assert scored_columns({"max_length": 3}) == ColumnMapping()
 
 
-def test_a_tokenizer_that_is_not_there_is_said(capsys, tiny_model_dir, tokenizer):
+def test_a_missing_tokenizer_is_named(capsys, tiny_model_dir, tokenizer):
     assert decoder("/nowhere/model") is None
     assert "cannot be loaded" in capsys.readouterr().out
     ids = tokenizer(" answer: 3")["input_ids"]

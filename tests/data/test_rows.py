@@ -1,4 +1,4 @@
-"""Rows come from wherever they lie, under the names TRL knows; what cannot work is said in one line."""
+"""Rows are loaded from every source, under TRL's column names; what cannot work is an error of one line."""
 
 from __future__ import annotations
 

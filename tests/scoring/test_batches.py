@@ -1,4 +1,4 @@
-"""Which rows come together: every row once, within the budget, and what they begin with counted once."""
+"""Which rows share a batch: every row is in one, within the budget, and common first tokens count once."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ CPU = torch.device("cpu")
 
 
 def rows(*samples: tuple[list[int], list[int]]) -> PreparedRows:
-    """Rows of a prompt, which is not learnt, and an answer."""
+    """Rows with a prompt, which is not learnt, and an answer."""
     made = [{"input_ids": [*p, *a], "labels": [*([-100] * len(p)), *a]} for p, a in samples]
     return prepared_already(Dataset.from_list(made), collate=nn.Identity())
 
@@ -35,7 +35,7 @@ tokens = st.lists(st.integers(1, 3), max_size=40)
 
 @given(st.lists(st.tuples(tokens, tokens.filter(len)), min_size=1, max_size=30), st.integers(1, 400))
 @settings(max_examples=100, deadline=None)
-def test_every_row_comes_once_and_no_batch_is_larger_than_twice_the_budget(samples, budget):
+def test_every_row_is_in_one_batch_and_no_batch_is_larger_than_twice_the_budget(samples, budget):
     prepared = rows(*samples)
     batches = arranged(prepared, budget)
     assert sorted(np.concatenate(batches).tolist()) == list(range(len(samples)))
@@ -55,14 +55,14 @@ def test_beginnings_are_what_a_plain_loop_finds(samples):
         assert [bool(each) for each in found == found[i]] == [q == p for q, _ in samples]
 
 
-def test_rows_with_the_same_prompt_come_together_where_that_is_less_work():
+def test_rows_with_the_same_prompt_share_a_batch_where_that_is_less_work():
     prompts = [list(range(k, k + 100)) for k in range(0, 300, 100)]
     samples = [(prompts[i % 3], list(range(1000, 1010 + i))) for i in range(12)]
     together = groups_of(arranged(rows(*samples)))
     assert together == [[i for i in range(12) if i % 3 == k] for k in range(3)]
 
 
-def test_rows_whose_prompts_are_short_come_together_by_length():
+def test_rows_with_short_prompts_are_batched_by_length():
     samples = [([i % 3] * 20, [7] * (10 * (i + 1))) for i in range(12)]
     batches = arranged(rows(*samples))
     assert batches[0][0] == 11
@@ -70,7 +70,7 @@ def test_rows_whose_prompts_are_short_come_together_by_length():
     assert any(len({i % 3 for i in batch.tolist()}) > 1 for batch in batches)
 
 
-def test_what_all_rows_begin_with_leaves_room_for_more_of_them():
+def test_common_first_tokens_make_batches_larger():
     shared = [([*range(200), 1000 + i], [5] * 50) for i in range(40)]
     apart = [([*range(i, i + 200), 1000 + i], [5] * 50) for i in range(40)]
     assert max(map(len, arranged(rows(*shared)))) > max(map(len, arranged(rows(*apart))))

@@ -1,4 +1,4 @@
-"""Who takes what: every unit once, dear ones first, and no process waits for another longer than for a unit."""
+"""Which process takes what: every unit once, expensive ones first, and no process waits longer than for a unit."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ processes = st.integers(1, 40)
 
 
 def finish_times(costs: np.ndarray, speeds: list[float]) -> list[float]:
-    """When each process finishes, if whoever is free takes the next chunk."""
+    """When each process finishes, if a free process takes the next chunk."""
     free = [(0.0, process) for process in range(len(speeds))]
     heapq.heapify(free)
     ends = [0.0] * len(speeds)

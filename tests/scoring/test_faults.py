@@ -1,4 +1,4 @@
-"""Full disks, damaged files, kills, other runs, wrong clocks: one line that helps, nothing lost, the same scores."""
+"""Full disks, damaged files, kills, other runs, wrong clocks: a helpful error of one line, no loss, the same scores."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ from resofilter_trainer.scores.score_table import KEY, SCORES_FILE
 from resofilter_trainer.scores.token_scores import TOKEN_SCORES_FILE
 from resofilter_trainer.scoring import passes
 
-FORK = multiprocessing.get_context("fork")  # the child need not import everything again
-TOKENS = 100  # of a batch: there are several
+FORK = multiprocessing.get_context("fork")  # the child does not import everything again
+TOKENS = 100  # per batch, so that there are several batches
 Run = Callable[[Path, list[dict[str, str]]], Any]
 
 
@@ -50,7 +50,7 @@ def reference(tiny_llama, tokenizer, tmp_path_factory) -> str:
 
 @pytest.fixture(scope="module")
 def runs(tiny_llama, tokenizer, reference) -> dict[str, tuple[Run, str]]:
-    """By name a pass that writes to a folder, and the file that it leaves."""
+    """By name a pass that writes to a folder, and the file that it writes."""
     quiet, cleaning = arguments(disable_tqdm=True), TokenCleaning(0.5, reference, tokens_per_batch=TOKENS)
 
     def resonance(output: Path, rows: list[dict[str, str]]) -> Any:
@@ -70,7 +70,7 @@ def runs(tiny_llama, tokenizer, reference) -> dict[str, tuple[Run, str]]:
 
 @pytest.fixture(scope="module")
 def undisturbed(runs, tmp_path_factory) -> dict[str, bytes]:
-    """What each leaves, to the byte."""
+    """The bytes that each pass writes when nothing happens."""
     found = {}
     for name, (run, file) in runs.items():
         folder = tmp_path_factory.mktemp(name)
@@ -105,11 +105,11 @@ def unfinished(folder: Path) -> list[str]:
 
 
 def told(work: Callable[[], object]) -> str:
-    """What a child process comes to: "done", the refusal, or another error with its name."""
+    """The result of work in a child process: "done", the message of an InputError, or another error with its name."""
     ours, theirs = FORK.Pipe(duplex=False)
 
     def run() -> None:
-        sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115, not pytest's files, which are limited, too
+        sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115, not pytest's files, whose size is limited, too
         try:
             work()
             theirs.send("done")
@@ -128,16 +128,16 @@ def told(work: Callable[[], object]) -> str:
 
 
 def interrupt_at(monkeypatch, number: int) -> None:
-    """Let the user interrupt when the pass has measured so many batches and kept one less."""
-    real, count = passes._Kept.add, [0]
+    """Interrupt a pass that has measured `number` batches and added one less to its results."""
+    real, count = passes._Results.add, [0]
 
-    def add(self: Any, unit: int, lines: pa.Table) -> None:
+    def add(self: Any, unit: int, results: pa.Table) -> None:
         count[0] += 1
         if count[0] == number:
             raise KeyboardInterrupt
-        real(self, unit, lines)
+        real(self, unit, results)
 
-    monkeypatch.setattr(passes._Kept, "add", add)
+    monkeypatch.setattr(passes._Results, "add", add)
 
 
 # ---- interrupted
@@ -145,7 +145,7 @@ def interrupt_at(monkeypatch, number: int) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
-def test_interrupted_at_any_batch_a_pass_goes_on_to_the_same_bytes(name, runs, undisturbed, tmp_path, monkeypatch):
+def test_a_pass_interrupted_at_any_batch_resumes_to_the_same_bytes(name, runs, undisturbed, tmp_path, monkeypatch):
     run, file = runs[name]
     for number in range(1, 100):
         with monkeypatch.context() as patched:
@@ -161,7 +161,7 @@ def test_interrupted_at_any_batch_a_pass_goes_on_to_the_same_bytes(name, runs, u
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_interrupted_after_each_batch_a_pass_ends_with_the_same_bytes(name, runs, undisturbed, tmp_path, monkeypatch):
+def test_a_pass_interrupted_after_each_batch_writes_the_same_bytes(name, runs, undisturbed, tmp_path, monkeypatch):
     run, file = runs[name]
     starts = 0
     while not (tmp_path / file).exists():
@@ -179,7 +179,7 @@ def test_interrupted_after_each_batch_a_pass_ends_with_the_same_bytes(name, runs
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_on_a_full_disk_a_pass_says_so_and_goes_on_when_there_is_room(name, runs, undisturbed, tmp_path):
+def test_a_pass_names_a_full_disk_and_resumes_when_there_is_room(name, runs, undisturbed, tmp_path):
     run, file = runs[name]
 
     def limited(most: int) -> None:
@@ -204,7 +204,7 @@ def test_on_a_full_disk_a_pass_says_so_and_goes_on_when_there_is_room(name, runs
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize(("where", "what"), [(os, "replace"), (os, "fsync"), (pq, "write_table"), (Path, "write_text")])
-def test_whatever_the_disk_refuses_a_pass_goes_on_when_there_is_room(
+def test_whatever_the_disk_refuses_a_pass_resumes_when_there_is_room(
     where, what, name, runs, undisturbed, tmp_path, monkeypatch
 ):
     run, file = runs[name]
@@ -256,7 +256,7 @@ def test_a_folder_that_is_read_only_is_refused(tmp_path):
 
 
 def variants(whole: bytes, count: int) -> list[bytes]:
-    """With one bit flipped, or cut off."""
+    """The file with one bit flipped, or truncated."""
     chance, found = random.Random(0), []
     for _ in range(count):
         at = chance.randrange(len(whole))
@@ -281,7 +281,7 @@ def test_a_flipped_bit_is_noticed_or_changes_nothing(runs, tmp_path):
     assert all(str(path) in text and "\n" not in text for text in noticed)
 
 
-def test_damaged_scores_are_not_made_again_unasked(runs, undisturbed, tmp_path):
+def test_damaged_scores_are_not_silently_measured_again(runs, undisturbed, tmp_path):
     whole = undisturbed["loss"]
     for content in (whole[:-1], whole[: len(whole) // 2], b""):
         (tmp_path / SCORES_FILE).write_bytes(content)
@@ -292,7 +292,7 @@ def test_damaged_scores_are_not_made_again_unasked(runs, undisturbed, tmp_path):
 
 
 def test_a_page_whose_checksum_was_forged_is_noticed(tmp_path):
-    """As by a writer without checksums: the metadata are ours, a value is not."""
+    """As if another program had written it: the metadata are ours, a value is not."""
     path = make_scores([1.0, 2.0, None]).save(tmp_path)
     table = pq.read_table(path)
     for name, values in (("score", [1.0, 2.5, None]), ("score", [1.0, 2.0, 3.0]), ("reason", [None, "", "x"])):
@@ -319,20 +319,20 @@ def test_scores_of_an_earlier_version_without_a_digest_are_read(tmp_path):
 # ---- other runs
 
 
-def held_up(run: Run, folder: Path, at: int, monkeypatch) -> tuple[Any, Any, Any]:
-    """A run in another process that waits before it keeps a batch; tells when it does, and is told to go on."""
+def paused(run: Run, folder: Path, at: int, monkeypatch) -> tuple[Any, Any, Any]:
+    """A run in another process that pauses before it adds a batch to its results; `go` lets it continue."""
     waits, go = FORK.Event(), FORK.Event()
-    real, count = passes._Kept.add, [0]
+    real, count = passes._Results.add, [0]
 
-    def add(self: Any, unit: int, lines: pa.Table) -> None:
+    def add(self: Any, unit: int, results: pa.Table) -> None:
         count[0] += 1
         if count[0] == at:
             waits.set()
             go.wait(60)
-        real(self, unit, lines)
+        real(self, unit, results)
 
     def work() -> None:
-        monkeypatch.setattr(passes._Kept, "add", add)
+        monkeypatch.setattr(passes._Results, "add", add)
         run(folder, ROWS)
 
     child = FORK.Process(target=work)
@@ -346,7 +346,7 @@ def test_of_two_runs_to_one_folder_the_second_is_refused_and_the_first_ends(
     name, runs, undisturbed, tmp_path, monkeypatch
 ):
     run, file = runs[name]
-    child, go, _ = held_up(run, tmp_path, 4, monkeypatch)
+    child, go, _ = paused(run, tmp_path, 4, monkeypatch)
     before = everything(tmp_path)
     for _ in range(2):
         text = refusal(lambda: run(tmp_path, ROWS))
@@ -360,9 +360,9 @@ def test_of_two_runs_to_one_folder_the_second_is_refused_and_the_first_ends(
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("at", [1, 4])
-def test_a_run_that_was_killed_stands_in_nobodys_way(at, name, runs, undisturbed, tmp_path, monkeypatch):
+def test_a_killed_run_leaves_no_lock(at, name, runs, undisturbed, tmp_path, monkeypatch):
     run, file = runs[name]
-    child, _, _ = held_up(run, tmp_path, at, monkeypatch)
+    child, _, _ = paused(run, tmp_path, at, monkeypatch)
     os.kill(child.pid, signal.SIGKILL)
     child.join(60)
     assert child.exitcode == -signal.SIGKILL
@@ -414,7 +414,7 @@ def test_a_dataset_that_changed_is_refused_by_name_and_nothing_is_touched(name, 
     assert (tmp_path / file).exists()
 
 
-def test_what_lies_in_the_place_of_the_parts_is_left(runs, tmp_path):
+def test_a_file_in_the_place_of_the_parts_is_not_touched(runs, tmp_path):
     (tmp_path / "parts").write_text("mine")
     assert "is a file, not a folder" in refusal(lambda: runs["loss"][0](tmp_path, ROWS))
     assert (tmp_path / "parts").read_text() == "mine"

@@ -1,4 +1,4 @@
-"""Every layer's change against the procedure done by the book, entry by entry."""
+"""Every layer's change against the literal procedure, entry by entry."""
 
 from __future__ import annotations
 
@@ -73,13 +73,13 @@ def test_some_rows_are_measured_and_the_others_say_why_not(model, tokenizer, tmp
     assert again.table.equals(scores.table)
 
 
-def test_another_limit_is_not_mixed_in(model, tokenizer, tmp_path):
+def test_another_limit_is_refused(model, tokenizer, tmp_path):
     score_layers(model, rows(8), tokenizer, output=tmp_path, limit=3)
     with pytest.raises(InputError, match="limit"):
         score_layers(model, rows(8), tokenizer, output=tmp_path, limit=4)
 
 
-def test_weights_come_out_as_they_went_in(model, tokenizer):
+def test_weights_do_not_change(model, tokenizer):
     before = copy.deepcopy(model.state_dict())
     needs = [each.requires_grad for each in model.parameters()]
     score_layers(model, rows(3), tokenizer)
@@ -88,12 +88,12 @@ def test_weights_come_out_as_they_went_in(model, tokenizer):
     assert needs == [each.requires_grad for each in model.parameters()]
 
 
-def test_no_limit_below_one(model, tokenizer):
-    with pytest.raises(InputError, match="limit must be at least 1"):
+def test_a_limit_below_one_is_refused(model, tokenizer):
+    with pytest.raises(InputError, match="limit must be a whole number of at least 1, got 0"):
         score_layers(model, rows(3), tokenizer, args=default_arguments(), limit=0)
 
 
-def test_the_command_leaves_them_beside_the_scores(tmp_path, tiny_model_dir, capsys):
+def test_the_command_writes_them_beside_the_scores(tmp_path, tiny_model_dir, capsys):
     write(tmp_path / "rows.jsonl", QUESTIONS)
     common = [
         "--model",

@@ -1,4 +1,4 @@
-"""LESS against a warm-up of its own, whose gradients are taken by the book; and its parts."""
+"""LESS against a second warm-up with plain gradients by autograd; and its functions one by one."""
 
 from __future__ import annotations
 

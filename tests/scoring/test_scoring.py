@@ -1,4 +1,4 @@
-"""The scoring pass: every row accounted for, whatever the batches; and what is said of the scores."""
+"""The scoring pass: every row has a score or a reason, whatever the batches; and how far to trust the scores."""
 
 from __future__ import annotations
 
@@ -69,14 +69,14 @@ def test_bfloat16_is_chosen_where_it_is_faster_and_ranks_alike(
     assert all(parameter.dtype == torch.float32 for parameter in model.parameters())
 
 
-def test_bfloat16_is_not_chosen_on_the_word_of_a_few_rows(dataset, tiny_llama, tokenizer, monkeypatch) -> None:
+def test_bfloat16_is_not_chosen_for_fewer_rows_than_it_is_tried_on(dataset, tiny_llama, tokenizer, monkeypatch) -> None:
     monkeypatch.setattr(scoring, "faster_in_bfloat16", lambda device: True)
     monkeypatch.setattr(scoring, "SAFE", -1.0)
     scores = score_dataset(tiny_llama(), dataset.select(range(15)), tokenizer, arguments(), precision="auto", **COLUMNS)
     assert scores.provenance.trust.forward == "float32"
 
 
-def test_the_clock_says_whether_bfloat16_is_faster(monkeypatch) -> None:
+def test_a_timing_decides_whether_bfloat16_is_faster(monkeypatch) -> None:
     assert scoring.faster_in_bfloat16(torch.device("cpu")) in (True, False)
     monkeypatch.setattr(scoring, "CLEARLY_FASTER", 1e9)
     assert scoring.faster_in_bfloat16(torch.device("cpu"))
@@ -103,7 +103,10 @@ def test_a_batch_too_large_for_the_device_is_taken_in_halves(dataset, tiny_llama
 
 @pytest.mark.parametrize(
     ("settings", "message"),
-    [({"tokens_per_batch": 0}, "tokens_per_batch must be at least 1"), ({"precision": "fp8"}, "precision must be one")],
+    [
+        ({"tokens_per_batch": 0}, "tokens_per_batch must be a whole number of at least 1, got 0"),
+        ({"precision": "fp8"}, "precision must be one"),
+    ],
 )
 def test_settings_that_cannot_work_are_refused(settings, message, dataset, tiny_llama, tokenizer) -> None:
     with pytest.raises(InputError, match=message):
@@ -151,7 +154,7 @@ def test_a_ranking_that_is_noise_is_called_so(dataset, tiny_llama, tokenizer) ->
     assert not scores.provenance.trust.trusted
 
 
-def test_scores_of_the_same_are_reused_and_of_another_refused(dataset, tiny_llama, tokenizer, tmp_path) -> None:
+def test_scores_of_the_same_are_reused_and_others_refused(dataset, tiny_llama, tokenizer, tmp_path) -> None:
     first = score_dataset(tiny_llama(), dataset, tokenizer, arguments(), output=tmp_path, **COLUMNS)
     written = (tmp_path / "scores.parquet").stat().st_mtime_ns
     again = score_dataset(tiny_llama(), dataset, tokenizer, arguments(), output=tmp_path, **COLUMNS)
@@ -188,7 +191,7 @@ def test_the_model_is_left_as_it_was(dataset, tiny_llama, tokenizer) -> None:
 def test_a_tokenizer_of_another_model_is_refused(dataset, tiny_llama, tokenizer) -> None:
     model = tiny_llama()
     model.resize_token_embeddings(100)
-    with pytest.raises(InputError, match="they do not belong together"):
+    with pytest.raises(InputError, match="tokenizer and model do not belong together"):
         score_dataset(model, dataset, tokenizer, arguments(), **COLUMNS)
 
 

@@ -1,4 +1,4 @@
-"""One, two and three processes give the same scores, bit for bit; and none waits for one that is gone."""
+"""One, two and three processes give the same scores, bit for bit; and none waits for a lost one."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def resofilter(*arguments: object, **environment: str) -> subprocess.CompletedPr
 def command(tmp_path, tiny_model_dir) -> list[object]:
     Dataset.from_list(ROWS).to_json(tmp_path / "rows.jsonl")
     rows = ["--dataset", tmp_path / "rows.jsonl", "--prompt_column", "question", "--completion_column", "answer"]
-    named = ["--tokens_per_batch", 40, "--precision", "float32"]  # which auto asks a clock for
+    named = ["--tokens_per_batch", 40, "--precision", "float32"]  # auto would time both
     return ["score", "--model", tiny_model_dir, *rows, *named]
 
 
@@ -64,7 +64,7 @@ def test_one_process_has_nothing_to_share_a_model_with(command, tmp_path, capsys
 
 @pytest.mark.slow
 @pytest.mark.parametrize("criterion", ["el2n", "donod"])
-def test_so_do_criteria_of_other_selectors(criterion, command, tmp_path):
+def test_criteria_of_other_selectors_give_the_same_scores_in_two_processes(criterion, command, tmp_path):
     for processes in (1, 2):
         options = ["--criterion", criterion, "--output", tmp_path / str(processes), "--num_processes", processes]
         assert resofilter(*command, *options).returncode == 0
@@ -76,13 +76,13 @@ def test_an_error_of_the_input_is_one_line_and_not_0(command, tmp_path):
     done = resofilter(*command, "--output", tmp_path / "out", "--num_processes", 2, "--up_projection", "nothing")
     assert done.returncode != 0
     said = re.findall(r"^resofilter score( \(process 1\))?: error: (.*)$", done.stderr, flags=re.MULTILINE)
-    assert said  # whoever comes to it first; the launcher may stop the other before it has said the same
+    assert said  # the launcher may stop the second process before it prints the same
     assert len({process for process, _ in said}) == len(said)
     assert all("matches nothing" in message for _, message in said)
 
 
 @pytest.mark.parametrize("processes", ["0", "-1"])
-def test_processes_there_must_be(processes, command, capsys):
+def test_there_must_be_a_process(processes, command, capsys):
     with pytest.raises(SystemExit) as ended:
         main([*map(str, command), "--output", "out", "--num_processes", processes])
     assert ended.value.code == 2

@@ -1,4 +1,4 @@
-"""A stream is scored as its rows are, piece by piece; packed rows as the samples in them."""
+"""A stream gets the scores of its rows, piece by piece; packed rows get those of the samples in them."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ ROWS = 60
 
 @pytest.fixture(autouse=True)
 def small_pieces(monkeypatch):
-    """Of 25 rows, as a thousand take long."""
+    """Pieces of 25 rows, as a thousand take long."""
     real = streaming._pieces
     monkeypatch.setattr(streaming, "_pieces", lambda stream, size: real(stream, size * 25 // 1000))
 
@@ -70,7 +70,7 @@ def test_a_selection_filters_the_stream(model, tokenizer, tmp_path):
 
 
 @pytest.mark.parametrize("after", [0, 1, 2])
-def test_an_interrupted_pass_goes_on(after, model, tokenizer, tmp_path, monkeypatch):
+def test_an_interrupted_pass_resumes(after, model, tokenizer, tmp_path, monkeypatch):
     whole = score(model, tokenizer, rows(ROWS).to_iterable_dataset(), tmp_path / "whole")
     real, scored = streaming.score_dataset, []
 
@@ -92,7 +92,7 @@ def test_an_interrupted_pass_goes_on(after, model, tokenizer, tmp_path, monkeypa
 def test_a_stream_that_changed_is_refused(model, tokenizer, tmp_path, monkeypatch):
     changed = [*rows(30).to_list(), {"prompt": "new ", "completion": "row"}, *rows(60).to_list()[31:]]
     with monkeypatch.context() as patch:
-        patch.setattr(streaming, "together", lambda *args: 1 / 0)  # all pieces are there, the whole is not
+        patch.setattr(streaming, "together", lambda *args: 1 / 0)  # all pieces are finished, the table is not
         with pytest.raises(ZeroDivisionError):
             score(model, tokenizer, rows(ROWS).to_iterable_dataset(), tmp_path)
     with pytest.raises(InputError, match=r"Rows 25 to 49 of the stream .* something else.* dataset"):
@@ -106,7 +106,7 @@ def test_a_stream_that_changed_is_refused(model, tokenizer, tmp_path, monkeypatc
         score(model, tokenizer, rows(ROWS).to_iterable_dataset(), tmp_path, config=ResonanceConfig(n_layers=2))
 
 
-def test_rows_that_cannot_be_scored_keep_their_places(model, tokenizer, tmp_path):
+def test_rows_that_cannot_be_scored_keep_their_positions(model, tokenizer, tmp_path):
     listed = rows(55).to_list()
     listed[30] = listed[27]
     listed[50:] = [{"prompt": f"nothing {i} ", "completion": ""} for i in range(5)]  # the whole last piece
@@ -125,7 +125,7 @@ def test_a_stream_without_a_row_that_can_be_scored_is_refused(model, tokenizer, 
         score(model, tokenizer, stream, tmp_path, drop_empty=True)
 
 
-def test_another_run_is_kept_out(model, tokenizer, tmp_path, monkeypatch):
+def test_another_run_is_refused(model, tokenizer, tmp_path, monkeypatch):
     real = streaming.score_dataset
 
     def meanwhile(*args, **kwargs):
@@ -139,7 +139,7 @@ def test_another_run_is_kept_out(model, tokenizer, tmp_path, monkeypatch):
     score(model, tokenizer, rows(3).to_iterable_dataset(), tmp_path)
 
 
-def test_scores_that_are_there_are_given_back(model, tokenizer, tmp_path, monkeypatch):
+def test_scores_in_the_folder_are_returned(model, tokenizer, tmp_path, monkeypatch):
     first = score(model, tokenizer, rows(ROWS).to_iterable_dataset(), tmp_path)
     monkeypatch.setattr(streaming, "score_dataset", None)  # is not called again
     assert score(model, tokenizer, rows(ROWS).to_iterable_dataset(), tmp_path).table.equals(first.table)

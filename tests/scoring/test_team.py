@@ -1,4 +1,4 @@
-"""Processes that work together: each piece is taken once, a failure reaches all, and silence is noticed."""
+"""Processes that work together: each unit is taken once, a failure reaches all, and silence is noticed."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from resofilter_trainer.scoring.team import LostError, Team
 
 
 def together(processes: int, work: Callable[[Team], object], timeout: float = 5.0) -> list[object]:
-    """What each process, a thread here, comes to: a result or an error."""
+    """The result or the error of each process, which is a thread here."""
     values, found = dist.HashStore(), [None] * processes
 
     def run(rank: int) -> None:
@@ -38,7 +38,7 @@ def test_one_process_takes_everything():
         team.wait()
 
 
-def test_each_piece_is_taken_once():
+def test_each_unit_is_taken_once():
     def work(team: Team) -> list[int]:
         mine = []
         while (number := team.take()) < 100:
@@ -49,10 +49,10 @@ def test_each_piece_is_taken_once():
 
     found = together(4, work)
     assert sorted(number for mine in found for number in mine) == list(range(100))
-    assert len(found[0]) > len(found[3])  # who is slow takes fewer
+    assert len(found[0]) > len(found[3])  # a slow process takes fewer
 
 
-def test_the_last_to_come_is_waited_for():
+def test_all_wait_for_the_last():
     ends: dict[int, float] = {}
 
     def work(team: Team) -> None:
@@ -90,7 +90,7 @@ def test_a_failure_is_noticed_at_work():
     assert isinstance(together(2, work)[0], LostError)
 
 
-def test_silence_is_noticed_and_said():
+def test_silence_is_noticed_and_named():
     silent = threading.Event()
 
     def work(team: Team) -> None:

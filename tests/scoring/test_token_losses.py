@@ -1,4 +1,4 @@
-"""What a model loses on every token: the same whatever the batches, the tiles and the interruptions."""
+"""A model's loss on every token: the same whatever the batches, the tiles and the interruptions."""
 
 from __future__ import annotations
 
@@ -60,13 +60,13 @@ def measure(model, prepared, budget: int = 64, parts: Parts | None = None) -> np
     return measure_token_losses(model, prepared, arguments(Path("unused")), budget, "losses", parts)
 
 
-def kept(folder: Path, key: str = "key") -> Parts:
+def parts_in(folder: Path, key: str = "key") -> Parts:
     return Parts(folder, "token losses", {"weights": key})
 
 
 @pytest.fixture
 def batches_done(monkeypatch) -> list[tuple[int, ...]]:
-    """The rows of every batch that is begun."""
+    """The rows of every batch that a pass starts to measure."""
     done: list[tuple[int, ...]] = []
     real = loss_pass.collate
 
@@ -79,7 +79,7 @@ def batches_done(monkeypatch) -> list[tuple[int, ...]]:
 
 
 def interrupt(monkeypatch, after: int) -> None:
-    """Let the next pass be interrupted once so many batches are done."""
+    """Interrupt the next pass after some batches."""
     real, count = loss_pass.collate, iter(range(after))
 
     def stop(*args):
@@ -110,12 +110,12 @@ def test_losses_are_the_same_when_few_logits_fit(model, prepared, truth, monkeyp
 
 @pytest.mark.parametrize("save_every", [0.0, 3600.0])
 @pytest.mark.parametrize("after", [0, 1, 4])
-def test_an_interrupted_pass_goes_on(after, save_every, model, prepared, tmp_path, batches_done, monkeypatch):
+def test_an_interrupted_pass_resumes(after, save_every, model, prepared, tmp_path, batches_done, monkeypatch):
     whole = measure(model, prepared)
     everything = list(batches_done)
     assert len(everything) > 5
     monkeypatch.setattr(passes, "LEAST_LOST", save_every)
-    parts = kept(tmp_path / "parts")
+    parts = parts_in(tmp_path / "parts")
     with monkeypatch.context() as patch:
         batches_done.clear()
         interrupt(patch, after)
@@ -131,7 +131,7 @@ def test_an_interrupted_pass_goes_on(after, save_every, model, prepared, tmp_pat
     assert again.tobytes() == whole.tobytes()
 
 
-def test_what_was_done_is_not_lost_when_it_is_interrupted_twice(model, prepared, tmp_path, batches_done, monkeypatch):
+def test_a_pass_that_is_interrupted_repeatedly_loses_nothing(model, prepared, tmp_path, batches_done, monkeypatch):
     whole = measure(model, prepared)
     everything = list(batches_done)
     batches_done.clear()
@@ -139,32 +139,32 @@ def test_what_was_done_is_not_lost_when_it_is_interrupted_twice(model, prepared,
         with monkeypatch.context() as patch:
             interrupt(patch, after)
             with pytest.raises(KeyboardInterrupt):
-                measure(model, prepared, parts=kept(tmp_path))
-    assert measure(model, prepared, parts=kept(tmp_path)).tobytes() == whole.tobytes()
+                measure(model, prepared, parts=parts_in(tmp_path))
+    assert measure(model, prepared, parts=parts_in(tmp_path)).tobytes() == whole.tobytes()
     assert batches_done == everything
 
 
-def test_a_kill_costs_no_more_than_what_was_not_yet_saved(model, prepared, tmp_path, batches_done, monkeypatch):
+def test_a_kill_costs_no_more_than_what_is_not_yet_saved(model, prepared, tmp_path, batches_done, monkeypatch):
     monkeypatch.setattr(passes, "LEAST_LOST", 0.0)
     monkeypatch.setattr(passes, "LOST_SHARE", 0.0)
-    measure(model, prepared, parts=kept(tmp_path))
+    measure(model, prepared, parts=parts_in(tmp_path))
     assert len(list(tmp_path.glob("part-*.parquet"))) == len(batches_done)
 
 
 def test_parts_of_something_else_are_refused(model, prepared, tmp_path, tokenizer):
-    measure(llama(len(tokenizer), seed=1), prepared, parts=kept(tmp_path, "other"))
+    measure(llama(len(tokenizer), seed=1), prepared, parts=parts_in(tmp_path, "other"))
     with pytest.raises(InputError, match=r"holds token losses made from something else.*weights \(other / key\)"):
-        measure(model, prepared, parts=kept(tmp_path))
+        measure(model, prepared, parts=parts_in(tmp_path))
     with pytest.raises(InputError, match="batches"):
-        measure(model, prepared, budget=100, parts=kept(tmp_path, "other"))
+        measure(model, prepared, budget=100, parts=parts_in(tmp_path, "other"))
 
 
-def test_a_part_that_is_cut_off_is_refused_in_one_line(model, prepared, tmp_path):
-    measure(model, prepared, parts=kept(tmp_path))
+def test_a_truncated_part_is_refused_in_one_line(model, prepared, tmp_path):
+    measure(model, prepared, parts=parts_in(tmp_path))
     (path,) = tmp_path.glob("part-*.parquet")
     path.write_bytes(path.read_bytes()[:-50])
     with pytest.raises(InputError, match="is damaged") as refused:
-        measure(model, prepared, parts=kept(tmp_path))
+        measure(model, prepared, parts=parts_in(tmp_path))
     assert str(path) in str(refused.value)
     assert "\n" not in str(refused.value)
 
@@ -198,7 +198,7 @@ def test_mode_and_random_state_are_left_as_found_and_dropout_is_off(prepared, to
     assert all(torch.equal(*pair) for pair in zip(weights, model.parameters(), strict=True))
 
 
-def test_rows_without_a_learnt_token_take_no_place(model, tokenizer):
+def test_rows_without_a_learnt_token_have_no_losses(model, tokenizer):
     ids = tokenizer("question: what is 1 + 2 ?")["input_ids"]
     masked = [-100] * len(ids)
     labels = [masked, ids, masked, [-100, *ids[1:-1], -100], [ids[0], *masked[1:]]]

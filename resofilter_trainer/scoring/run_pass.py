@@ -1,0 +1,72 @@
+"""A pass from start to end, the same for every score. Knows the order of the steps, not what is measured.
+
+check -> open -> lock -> earlier scores? -> place the model -> measure -> save
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from datasets import Dataset
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from trl import SFTConfig
+
+from ..config import InputError
+from ..data.loading import Opened, check_arguments, open_pass, placed
+from ..scores.score_table import ScoreTable
+from .output import Measured, PassOutput, folder_of
+
+Measure = Callable[[PreTrainedModel, Opened, PassOutput], Measured]
+Place = Callable[[PreTrainedModel, SFTConfig], PreTrainedModel]
+
+
+def run_pass(
+    model: str | PreTrainedModel,
+    dataset: Dataset,
+    processing_class: PreTrainedTokenizerBase | None,
+    args: SFTConfig,
+    config: Mapping[str, Any],
+    output: str | os.PathLike[str] | None,
+    measure: Measure,
+    *,
+    place: Place | None = placed,
+    gradients: bool = False,
+    **options: Any,
+) -> ScoreTable:
+    """Measure every row of a dataset and save the scores; scores that are already there are returned as they are.
+
+    Args:
+        model, dataset, processing_class, args, output: as for `score_dataset`.
+        config: what is measured and with which settings, for the provenance.
+        measure: measures the rows of the opened pass with the placed model; its third argument knows where to save
+            results on the way (`PassOutput.parts`).
+        place: moves the model to where it runs; None where the pass does not run the model.
+        gradients: whether the pass takes gradients, which vanish in float16.
+        **options: as for `open_pass`.
+
+    Raises:
+        InputError: the arguments, the device or the precision cannot work, nothing can be measured, or `output` holds
+            scores of something else or another run writes to it.
+    """
+    check_arguments(args, folder_of(output))
+    if place is not None and args.device.type == "mps":
+        raise InputError("Apple's GPU has no float64, and scores are float64. Pass use_cpu=True.")
+    _check_float16(gradients and args.fp16)
+    model, opened = open_pass(model, dataset, processing_class, args, config, **options)
+    _check_float16(gradients and model.dtype == torch.float16)
+    target = PassOutput(output, opened)
+    with target.locked():
+        earlier = target.earlier()
+        if earlier is not None:
+            return earlier
+        if place is not None:
+            model = place(model, args)
+        return target.finish(measure(model, opened, target))
+
+
+def _check_float16(in_float16: bool) -> None:
+    if in_float16:
+        raise InputError("Gradients near eps vanish in float16, and their ranking with them. Score in bf16 or float32.")
