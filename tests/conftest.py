@@ -1,4 +1,4 @@
-"""Offline and quiet, whatever the machine; and the small parts that most tests stand on."""
+"""Offline and quiet on every machine, the long files first, and the fixtures that most tests use."""
 
 from __future__ import annotations
 
@@ -20,6 +20,32 @@ import pytest
 import torch
 from helpers.tokenizers import make_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+ROOT = Path(__file__).parents[1]
+
+LONGEST_FIRST = (  # so that no process is left with a long file at the end, while the others have nothing to do
+    "tests/demo/test_demo.py",
+    "tests/compare/test_comparison_run.py",
+    "tests/training/test_callback_resume.py",
+    "tests/training/test_callback.py",
+    "tests/test_kills.py",
+    "tests/training/test_callback_processes.py",
+    "tests/scoring/test_scoring_processes.py",
+    "tests/training/test_callback_tokens.py",
+    "tests/report/test_report_page.py",
+    "tests/benchmarks/test_benchmark_scoring.py",
+)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """`--dist loadfile` would begin with the files that have most tests: keep the order of the collection instead."""
+    if hasattr(config.option, "loadscopereorder"):
+        config.option.loadscopereorder = False
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    rank = {name: place for place, name in enumerate(LONGEST_FIRST)}
+    items.sort(key=lambda item: rank.get(item.path.relative_to(ROOT).as_posix(), len(rank)))
 
 
 @pytest.fixture(scope="session")

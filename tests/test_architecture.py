@@ -1,9 +1,10 @@
-"""Imports go one way, and whatever needs no model imports no torch: read in the source, and tried in a fresh Python."""
+"""The rules of the house, checked in the source and in a fresh Python: imports, sizes, public names, named paths."""
 
 from __future__ import annotations
 
 import ast
 import graphlib
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -15,6 +16,8 @@ from helpers.sources import HOME, modules
 import resofilter_trainer
 
 PACKAGE = "resofilter_trainer"
+TESTS = Path(__file__).parent
+ROOT = TESTS.parent
 MOST_ENTRIES = 16  # of the package's folder
 MOST_LINES, MOST_METHODS = 400, 25  # of a file, of a class
 # Each package and the packages it may import. A package knows only packages listed before it.
@@ -134,6 +137,38 @@ def test_no_file_and_no_class_is_too_long(module):
         if isinstance(node, ast.ClassDef):
             methods = [each for each in node.body if isinstance(each, ast.FunctionDef | ast.AsyncFunctionDef)]
             assert len(methods) <= MOST_METHODS, node.name
+
+
+def test_no_test_imports_another():
+    """What several tests share is in `tests/helpers`."""
+    names = {path.stem for path in TESTS.rglob("test_*.py")} | {"conftest"}
+    assert {"test_architecture", "test_recorder"} <= names
+    for path in TESTS.rglob("*.py"):
+        nodes = list(ast.walk(ast.parse(path.read_text())))
+        found = {alias.name for node in nodes if isinstance(node, ast.Import | ast.ImportFrom) for alias in node.names}
+        found |= {node.module or "" for node in nodes if isinstance(node, ast.ImportFrom)}
+        assert {part for name in found for part in name.split(".")} & names == set(), path
+
+
+def section(title: str) -> str:
+    """A section of CONTRIBUTING.md."""
+    return (ROOT / "CONTRIBUTING.md").read_text().split(f"\n## {title}\n")[1].split("\n## ")[0]
+
+
+def test_the_packages_are_documented_as_they_are():
+    rows = re.findall(r"^\| `(\w+)` \| .* \| (.*?) ?\|$", section("Packages"), flags=re.MULTILINE)
+    assert [(package, " ".join(known.split(", "))) for package, known in rows] == list(MAY_KNOW.items())
+    assert "The first five packages import no torch, and neither does `cli`" in " ".join(section("Packages").split())
+    assert [*list(MAY_KNOW)[:5], "cli"] == WITHOUT_TORCH
+
+
+@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "tests/conftest.py"])
+def test_every_path_that_is_named_exists(name):
+    """Relative to the root; in CONTRIBUTING.md also to the package and to the tests."""
+    paths = set(re.findall(r"(?<![\w/.:-])[\w.-]+(?:/[\w.*-]+)+\.(?:py|yaml|md|png|html)\b", (ROOT / name).read_text()))
+    assert len(paths) > 5
+    places = (ROOT, HOME, TESTS) if name == "CONTRIBUTING.md" else (ROOT,)
+    assert [path for path in sorted(paths) if not any(list(place.glob(path)) for place in places)] == []
 
 
 def light() -> list[str]:

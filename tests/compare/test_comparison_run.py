@@ -37,6 +37,8 @@ SMALL = {
     "training": {"num_train_epochs": 1, "per_device_eval_batch_size": 4},
 }
 
+pytestmark = pytest.mark.filterwarnings("ignore:Filtering would begin")  # rightly so: one epoch of infobatch
+
 
 def config(tmp_path, selectors, **changes) -> ComparisonConfig:
     return ComparisonConfig.of({**SMALL, "selectors": selectors, "output": str(tmp_path / "out"), **changes})

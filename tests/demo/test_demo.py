@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,7 +21,7 @@ from resofilter_trainer.scores.statistics import rank_correlation
 
 
 def score(seed: int, rows: int = ROWS, bf16: bool = False) -> tuple[ScoreTable, np.ndarray]:
-    problems = make_problems(rows, WRONG_SHARE, seed)
+    problems = make_problems(ROWS, WRONG_SHARE, seed)[:rows]
     dataset = Dataset.from_list([{"prompt": p.prompt, "completion": p.completion} for p in problems])
     args = SFTConfig("unused", bf16=bf16, use_cpu=True, report_to="none", per_device_train_batch_size=16)
     return score_dataset(str(BASE), dataset, args=args), np.array([p.kind != "clean" for p in problems])
@@ -30,47 +31,72 @@ def test_the_base_model_is_small() -> None:
     assert sum(file.stat().st_size for file in BASE.iterdir()) <= 2_000_000
 
 
-@pytest.mark.parametrize("seed", range(5))
-def test_the_kept_half_has_at_most_a_quarter_of_the_wrong_share(seed: int) -> None:
-    scores, wrong = score(seed)
+@pytest.fixture(scope="module")
+def scored() -> tuple[ScoreTable, np.ndarray]:
+    """The scores of seed 0, and which rows are wrong."""
+    return score(0)
+
+
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(1, 5))])
+def test_the_kept_half_has_at_most_a_quarter_of_the_wrong_share(seed: int, scored) -> None:
+    scores, wrong = score(seed) if seed else scored
     kept = DataSelector(keep=KEEP).select(scores).keep
     assert wrong[kept].mean() <= wrong.mean() / 4
 
 
-def test_a_bfloat16_forward_ranks_as_float32_does() -> None:
-    full, half = (score(0, rows=500, bf16=bf16)[0].column("score") for bf16 in (False, True))
+def test_a_bfloat16_forward_ranks_as_float32_does(scored) -> None:
+    full, half = scored[0].column("score")[:500], score(0, rows=500, bf16=True)[0].column("score")
     assert rank_correlation(full, half) >= 0.99
 
 
-@pytest.fixture
-def every_core() -> Iterator[None]:
+@pytest.mark.slow
+def test_scores_and_selection_are_reproducible(scored) -> None:
+    first, again = scored[0], score(0)[0]
+    assert again.table.equals(first.table)
+    one, two = (DataSelector(keep=KEEP).select(scores) for scores in (first, again))
+    assert np.array_equal(one.keep, two.keep)
+    assert list(one.reason) == list(two.reason)
+
+
+@pytest.fixture(scope="module")
+def free_cores() -> Iterator[None]:
+    """As many threads as there are cores for each process of the tests: more would wait for each other."""
     threads = torch.get_num_threads()
-    torch.set_num_threads(os.cpu_count() or 1)
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))))
     yield
     torch.set_num_threads(threads)
 
 
+@pytest.fixture
+def demo(tmp_path, request) -> Path:
+    """The folder of a whole demo: of one that has just been run as RESOFILTER_DEMO says, or of one that is run here."""
+    folder = os.environ.get("RESOFILTER_DEMO")
+    if folder is None:
+        request.getfixturevalue("free_cores")
+        main(["demo", "--output", str(tmp_path), "--seed", "0"])
+    return Path(folder or tmp_path)
+
+
 @pytest.mark.slow
-def test_the_whole_demo_writes_its_files_and_is_reproducible(tmp_path, every_core) -> None:
-    found = []
-    for folder in (tmp_path / "first", tmp_path / "again"):
-        main(["demo", "--output", str(folder), "--seed", "3"])
-        found.append((folder / "results.json").read_text())
-        assert (folder / "picture.png").stat().st_size > 10_000
-        assert (folder / "report.html").stat().st_size > 1_000_000
-        assert len(Selection.load(folder)) == len(ScoreTable.load(folder)) == ROWS
-    assert found[0] == found[1]
-    results = json.loads(found[0])
+def test_the_whole_demo_writes_its_files_and_results(demo, scored) -> None:
+    assert (demo / "picture.png").stat().st_size > 10_000
+    assert (demo / "report.html").stat().st_size > 1_000_000
+    scores, selection = ScoreTable.load(demo), Selection.load(demo)
+    assert len(selection) == len(scores) == ROWS
+    assert rank_correlation(scores.column("score"), scored[0].column("score")) > 0.999  # threads may differ
+    assert selection.keep.sum() == KEEP * ROWS
+    results = json.loads((demo / "results.json").read_text())
     rows = {row["name"]: row for row in results["rows"]}
     assert list(rows) == ["all", "random", "kept", "oracle"]
     assert rows["all"]["wrong_share"] == WRONG_SHARE
     assert rows["oracle"]["wrong_share"] == 0
+    assert rows["kept"]["wrong_share"] == scored[1][selection.keep].mean()
     assert rows["kept"]["accuracy"] > rows["random"]["accuracy"]
     assert set(results["auroc"]) == {"resonance", "loss", "length"}
 
 
 @pytest.mark.slow
-def test_the_demo_in_one_run(tmp_path, every_core) -> None:
+def test_the_demo_in_one_run(tmp_path, free_cores) -> None:
     main(["demo", "--mode", "callback", "--output", str(tmp_path)])
     results = json.loads((tmp_path / "results.json").read_text())
     rows = {row["name"]: row for row in results["rows"]}

@@ -1,4 +1,4 @@
-"""Run by torchrun in one or two processes: train with the callback and write down what it decided."""
+"""Run by torchrun in one or two processes: train with the callback and write down what it decided, kind by kind."""
 
 from __future__ import annotations
 
@@ -15,7 +15,12 @@ from resofilter_trainer.training.token_masks import MASKS_FILE, MASKS_KEY
 
 
 def main() -> None:
-    output, processes, kind = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+    place, processes = Path(sys.argv[1]), int(sys.argv[2])
+    for kind in sys.argv[3:]:
+        run(place / f"{kind}-{processes}", processes, kind)
+
+
+def run(output: Path, processes: int, kind: str) -> None:
     changes = {"per_device_train_batch_size": 4 // processes, "gradient_accumulation_steps": 2}
     changes |= {"save_strategy": "steps", "save_steps": 2}
     if kind in ("sequential", "group_by_length"):

@@ -38,7 +38,7 @@ def large(tmp_path_factory):
     selection = Selection(np.zeros(rows, dtype=bool), reasons, {}, scores.provenance.to_json())
     log = [{"step": step, "learning_rate": 1e-5} for step in range(30_000)]
     contents = Contents(scores, selection, log=log)
-    texts, groups = [("<" * 20_000, "&" * 20_000)] * rows, [f"{row} " * 2000 for row in range(rows)]
+    texts, groups = [("<" * 5_000, "&" * 5_000)] * rows, [f"{row} " * 2000 for row in range(rows)]
     return write_report(contents, tmp_path_factory.mktemp("large"), texts, groups)
 
 

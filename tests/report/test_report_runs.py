@@ -156,7 +156,7 @@ def test_a_report_that_fails_is_a_warning_and_the_training_is_saved(tmp_path, to
         arguments(tmp_path, num_train_epochs=1),
         train_dataset=rows(4),
         processing_class=tokenizer,
-        callbacks=[ResonanceCallback(n_layers=2, report=True)],
+        callbacks=[ResonanceCallback(keep=1.0, n_layers=2, report=True)],
     )
     with pytest.warns(UserWarning, match=f"run: resofilter report {tmp_path}"):
         trainer.train()
@@ -177,7 +177,7 @@ def test_the_report_is_left_out_unless_asked_for(tmp_path, tokenizer):
         arguments(tmp_path, num_train_epochs=1),
         train_dataset=rows(4),
         processing_class=tokenizer,
-        callbacks=[ResonanceCallback(n_layers=2)],
+        callbacks=[ResonanceCallback(keep=1.0, n_layers=2)],
     )
     trainer.train()
     assert "report.html" not in files_in(tmp_path / NAME)

@@ -6,9 +6,11 @@ import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from datasets import Dataset
 from helpers.scoring import ROWS
 
@@ -30,26 +32,31 @@ def command(tmp_path, tiny_model_dir) -> list[object]:
     return ["score", "--model", tiny_model_dir, *rows, *named]
 
 
-@pytest.mark.slow
-def test_any_number_of_processes_gives_the_same_scores(command, tmp_path):
-    assert resofilter(*command, "--output", tmp_path / "0").returncode == 0
-    for processes in (1, 2, 3):
-        done = resofilter(*command, "--output", tmp_path / str(processes), "--num_processes", processes)
-        assert done.returncode == 0, done.stderr[-3000:]
-        assert done.stdout.count("Scores: ") == 1
-    tables = [ScoreTable.load(tmp_path / str(number)) for number in range(4)]
-    for table in tables[1:]:
-        assert table.table.equals(tables[0].table)
-        assert np.array_equal(DataSelector().select(table).keep, DataSelector().select(tables[0]).keep)
+def scores_of(command: list[object], output: Path, *options: object) -> ScoreTable:
+    """The scores of one process, this one."""
+    assert torch.get_num_threads() == 1  # as in the processes that are started
+    main([*map(str, [*command, *options]), "--output", str(output)])
+    return ScoreTable.load(output)
+
+
+@pytest.mark.parametrize(
+    "processes", [pytest.param(1, marks=pytest.mark.slow), 2, pytest.param(3, marks=pytest.mark.slow)]
+)
+def test_any_number_of_processes_gives_the_same_scores(processes, command, tmp_path):
+    done = resofilter(*command, "--output", tmp_path / "several", "--num_processes", processes)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("Scores: ") == 1
+    one, several = scores_of(command, tmp_path / "one"), ScoreTable.load(tmp_path / "several")
+    assert several.table.equals(one.table)
+    assert np.array_equal(DataSelector().select(several).keep, DataSelector().select(one).keep)
 
 
 @pytest.mark.slow
 def test_a_sharded_model_gives_the_scores_of_a_whole_one(command, tmp_path):
-    for name, options in (("whole", []), ("sharded", ["--sharded"])):
-        options = ["--output", tmp_path / name, "--num_processes", 2, "--eps", 1e-4, *options]
-        done = resofilter(*command, *options)
-        assert done.returncode == 0, done.stderr[-3000:]
-    whole, sharded = (ScoreTable.load(tmp_path / name) for name in ("whole", "sharded"))
+    options = ["--output", tmp_path / "sharded", "--num_processes", 2, "--eps", 1e-4, "--sharded"]
+    done = resofilter(*command, *options)
+    assert done.returncode == 0, done.stderr[-3000:]
+    whole, sharded = scores_of(command, tmp_path / "whole", "--eps", 1e-4), ScoreTable.load(tmp_path / "sharded")
     score = whole.column("score")  # up to rounding: a sharded model does not share what rows begin with
     assert np.abs(sharded.column("score") - score).max() < 1e-5 * np.ptp(score)
     assert np.array_equal(DataSelector().select(sharded).keep, DataSelector().select(whole).keep)
@@ -65,10 +72,9 @@ def test_one_process_has_nothing_to_share_a_model_with(command, tmp_path, capsys
 @pytest.mark.slow
 @pytest.mark.parametrize("criterion", ["el2n", "donod"])
 def test_criteria_of_other_selectors_give_the_same_scores_in_two_processes(criterion, command, tmp_path):
-    for processes in (1, 2):
-        options = ["--criterion", criterion, "--output", tmp_path / str(processes), "--num_processes", processes]
-        assert resofilter(*command, *options).returncode == 0
-    assert ScoreTable.load(tmp_path / "1").table.equals(ScoreTable.load(tmp_path / "2").table)
+    options = ["--criterion", criterion]
+    assert resofilter(*command, *options, "--output", tmp_path / "two", "--num_processes", 2).returncode == 0
+    assert ScoreTable.load(tmp_path / "two").table.equals(scores_of(command, tmp_path / "one", *options).table)
 
 
 @pytest.mark.slow

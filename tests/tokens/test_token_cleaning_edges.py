@@ -121,7 +121,7 @@ def test_an_adapter_leaves_hooks_attributes_and_randomness_as_they_were(lora, pl
     model = base_of(place)
     if lora:
         model = get_peft_model(model, LoraConfig(r=2, target_modules=["v_proj"]))
-    model.gradient_checkpointing_enable()
+    model.activation_checkpointing_enable()
     model.enable_input_require_grads()
     model.train()
 

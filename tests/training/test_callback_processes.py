@@ -8,22 +8,29 @@ import numpy as np
 import pytest
 from helpers.processes import torchrun
 
+SIZES = {"plain": [44, 22, 11], "before": [27, 22, 11], "ragged": [45, 23, 12], "sequential": [44, 22, 11]}
+TOKENS = ("tokens", "ragged tokens")
 
-def launch(output: Path, processes: int, kind: str) -> dict[str, np.ndarray]:
-    folder = output / f"{kind}-{processes}"
-    torchrun("two_processes", folder, processes, kind, processes=processes)
-    outcome = dict(np.load(folder / "outcome.npz"))
-    assert outcome.pop("processes") == processes
-    return outcome
+
+def outcome(place: Path, processes: int, kind: str) -> dict[str, np.ndarray]:
+    found = dict(np.load(place / f"{kind}-{processes}" / "outcome.npz"))
+    assert found.pop("processes") == processes
+    return found
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    """A folder with every kind of run, of one process and of two."""
+    folder = tmp_path_factory.mktemp("runs")
+    for processes in (1, 2):
+        torchrun("two_processes", folder, processes, *SIZES, *TOKENS, processes=processes)
+    return folder
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("kind", "sizes"),
-    [("plain", [44, 22, 11]), ("before", [27, 22, 11]), ("ragged", [45, 23, 12]), ("sequential", [44, 22, 11])],
-)
-def test_two_processes_keep_what_one_keeps(kind, sizes, tmp_path):
-    one, two = (launch(tmp_path, processes, kind) for processes in (1, 2))
+@pytest.mark.parametrize("kind", SIZES)
+def test_two_processes_keep_what_one_keeps(kind, place):
+    sizes, (one, two) = SIZES[kind], (outcome(place, processes, kind) for processes in (1, 2))
     assert np.array_equal(one["keep"], two["keep"])
     assert one["keep"].sum(axis=1).tolist() == sizes
     assert one["steps"] == two["steps"]
@@ -33,9 +40,9 @@ def test_two_processes_keep_what_one_keeps(kind, sizes, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["tokens", "ragged tokens"])
-def test_two_processes_keep_the_tokens_that_one_keeps(kind, tmp_path):
-    one, two = (launch(tmp_path, processes, kind) for processes in (1, 2))
+@pytest.mark.parametrize("kind", TOKENS)
+def test_two_processes_keep_the_tokens_that_one_keeps(kind, place):
+    one, two = (outcome(place, processes, kind) for processes in (1, 2))
     if "ragged" in kind:  # two processes repeat rows to end an epoch, so weights differ from then on
         one, two = ({"masks": each["masks"][:3]} for each in (one, two))
         assert np.array_equal(one["masks"], two["masks"])
@@ -46,8 +53,8 @@ def test_two_processes_keep_the_tokens_that_one_keeps(kind, tmp_path):
 
 
 @pytest.mark.slow
-def test_two_processes_go_on_where_they_were(tmp_path):
-    whole = launch(tmp_path, 2, "plain")
-    resumed = launch(tmp_path, 2, "resumed")
+def test_two_processes_go_on_where_they_were(place):
+    torchrun("two_processes", place, 2, "resumed", processes=2)
+    whole, resumed = outcome(place, 2, "plain"), outcome(place, 2, "resumed")
     for name, value in whole.items():
         assert np.array_equal(resumed[name], value, equal_nan=True), name

@@ -10,20 +10,25 @@ from peft import LoraConfig
 
 from resofilter_trainer import DataSelector, ResonanceCallback, SoftPruning, TokenCleaning
 
+LARGER = {"per_device_train_batch_size": 4}  # half as many checkpoints; every epoch still has a ragged end
 CASES = {
-    "plain": (ResonanceCallback, {"keep": 0.5}, {}),
+    "plain": (ResonanceCallback, {"keep": 0.5}, LARGER),
     "ragged accumulation": (ResonanceCallback, {"keep": [1.0, 0.7, 0.4]}, {"gradient_accumulation_steps": 3}),
     "accumulation, few dropped": (ResonanceCallback, {"keep": 0.9}, {"gradient_accumulation_steps": 3}),
-    "workers": (ResonanceCallback, {"keep": 0.5}, {"dataloader_num_workers": 2}),
-    "lora": (ResonanceCallback, {"keep": 0.6}, {"peft": LoraConfig(r=2, target_modules=["q_proj"], lora_dropout=0.0)}),
-    "padding-free": (ResonanceCallback, {"keep": 0.5}, {"padding_free": True, "max_length": None}),
+    "workers": (ResonanceCallback, {"keep": 0.5}, {**LARGER, "dataloader_num_workers": 2}),
+    "lora": (
+        ResonanceCallback,
+        {"keep": 0.6},
+        {**LARGER, "peft": LoraConfig(r=2, target_modules=["q_proj"], lora_dropout=0.0)},
+    ),
+    "padding-free": (ResonanceCallback, {"keep": 0.5}, {**LARGER, "padding_free": True, "max_length": None}),
     "threshold": (
         ResonanceCallback,
         {"selector": DataSelector(threshold=5.6, by="loss")},
         {"gradient_accumulation_steps": 2, "lr_scheduler_type": "cosine", "warmup_steps": 3},
     ),
     "before": (ResonanceCallback, {"keep": 0.5, "when": "before"}, {"gradient_accumulation_steps": 2}),
-    "grouped by length": (ResonanceCallback, {"keep": 0.5}, {"train_sampling_strategy": "group_by_length"}),
+    "grouped by length": (ResonanceCallback, {"keep": 0.5}, {**LARGER, "train_sampling_strategy": "group_by_length"}),
     "readmitted": (ResonanceCallback, {"keep": [1.0, 0.3, 0.8], "readmit": True}, {"gradient_accumulation_steps": 2}),
     "back to all rows": (
         ResonanceCallback,
@@ -31,13 +36,13 @@ CASES = {
         {"gradient_accumulation_steps": 4},
     ),
     "saved by epoch": (ResonanceCallback, {"keep": 0.5}, {"save_strategy": "epoch", "gradient_accumulation_steps": 2}),
-    "max_steps": (ResonanceCallback, {"keep": 0.5}, {"max_steps": 25}),
-    "dropout": (ResonanceCallback, {"keep": 0.5}, {"dropout": 0.1}),
+    "max_steps": (ResonanceCallback, {"keep": 0.5}, {**LARGER, "max_steps": 15}),
+    "dropout": (ResonanceCallback, {"keep": 0.5}, {**LARGER, "dropout": 0.1}),
     "drop_last": (ResonanceCallback, {"keep": 0.5}, {"dataloader_drop_last": True, "gradient_accumulation_steps": 2}),
     "tokens": (ResonanceCallback, {"token_cleaning": TokenCleaning(0.6, parts=3)}, {"gradient_accumulation_steps": 2}),
-    "tokens and rows": (ResonanceCallback, {"token_cleaning": TokenCleaning(0.3, parts=2), "keep": 0.5}, {}),
+    "tokens and rows": (ResonanceCallback, {"token_cleaning": TokenCleaning(0.3, parts=2), "keep": 0.5}, LARGER),
     "weights": (ResonanceCallback, {"selector": SoftPruning(), "readmit": True}, {"gradient_accumulation_steps": 2}),
-    "two epochs and a part": (ResonanceCallback, {"keep": 0.5}, {"num_train_epochs": 2.4}),
+    "two epochs and a part": (ResonanceCallback, {"keep": 0.5}, {**LARGER, "num_train_epochs": 2.4}),
 }
 
 
@@ -51,7 +56,7 @@ def run(name: str, output: Path, tokenizer, **changes) -> Outcome:
     return train(output, tokenizer, make(**settings), **arguments)
 
 
-FAST = ("plain", "ragged accumulation", "threshold", "max_steps", "back to all rows", "saved by epoch", "tokens")
+FAST = ("plain", "ragged accumulation", "threshold", "max_steps", "back to all rows", "saved by epoch")  # of positions
 
 
 @pytest.mark.parametrize(

@@ -196,7 +196,11 @@ def test_weights_that_cannot_work_are_refused(weight):
     [
         ({"loss_type": "dft"}, "loss_type='dft'"),
         ({"packing": True, "max_length": 64}, "packed rows"),
-        ({"label_smoothing_factor": 0.1}, "label smoothing"),
+        pytest.param(
+            {"label_smoothing_factor": 0.1},
+            "label smoothing",
+            marks=pytest.mark.filterwarnings("ignore:`label_smoothing_factor` is deprecated:FutureWarning"),
+        ),
     ],
 )
 def test_losses_that_cannot_be_weighed_are_refused(changes, said, tmp_path, tokenizer):
