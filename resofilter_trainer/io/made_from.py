@@ -49,7 +49,7 @@ def refuse_differences(found: Collection[str], what: str, remedy: str) -> None:
         remedy: a sentence that says what to do.
     """
     if found:
-        raise InputError(f"{what} made from something else, they differ in {'; '.join(found)} (there / here). {remedy}")
+        raise InputError(f"{what} made from something else: they differ in {'; '.join(found)} (there / here). {remedy}")
 
 
 def check_made_from(

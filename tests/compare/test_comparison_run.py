@@ -245,7 +245,7 @@ def test_another_model_with_the_same_name_is_refused(tmp_path, tiny_model_dir, o
     weights = folder / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"x")
     selector_scores.hash_weights.cache_clear()
-    with pytest.raises(InputError, match="has a cell that was made from something else, they differ in weights "):
+    with pytest.raises(InputError, match="has a cell that was made from something else: they differ in weights "):
         run(config(tmp_path, ["random"], **settings))
 
 

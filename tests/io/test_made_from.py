@@ -78,7 +78,7 @@ def test_the_refusal_names_place_differences_and_remedy():
     with pytest.raises(InputError) as refused:
         check_made_from({"rows": 40, "weights": HASH}, {"rows": 41, "weights": OTHER_HASH}, WHAT, REMEDY)
     assert str(refused.value) == (
-        "'out' holds scores made from something else, they differ in rows (40 / 41); weights (01234567 / fedcba98) "
+        "'out' holds scores made from something else: they differ in rows (40 / 41); weights (01234567 / fedcba98) "
         "(there / here). Choose another output."
     )
 

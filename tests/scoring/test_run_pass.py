@@ -212,7 +212,7 @@ def test_a_changed_function_of_the_same_name_does_not_return_old_scores(score, t
     score(first_version())
     before = (tmp_path / SCORES_FILE).read_bytes()
     said = refusal(lambda: score(second_version()))
-    assert f"'{tmp_path}' holds scores made from something else, they differ in criterion_source (" in said
+    assert f"'{tmp_path}' holds scores made from something else: they differ in criterion_source (" in said
     assert said.count(";") == 0  # in nothing else
     assert said.endswith("Choose another folder, or remove that one.")
     assert (tmp_path / SCORES_FILE).read_bytes() == before

@@ -272,7 +272,7 @@ def test_settings_of_evaluation_and_of_raw_rows_do_not_disturb_the_stages(place,
 def test_stages_of_other_settings_of_any_kind_are_refused(place, tmp_path):
     evolve(place, tmp_path)
     for changes in ({"dataloader_drop_last": True}, {"neftune_noise_alpha": 5.0}, {"shuffle_dataset": True}):
-        with pytest.raises(InputError, match=r"made from something else, they differ in training\.\w+ \("):
+        with pytest.raises(InputError, match=r"made from something else: they differ in training\.\w+ \("):
             evolve(place, tmp_path, **changes)
     evolve(place, tmp_path, logging_steps=7, save_strategy="no", disable_tqdm=True)
 
