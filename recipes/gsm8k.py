@@ -154,7 +154,7 @@ def parse() -> tuple[RecipeArguments, SFTConfig, ModelConfig]:
     except (OSError, ValueError) as error:
         raise InputError(first_line(error)) from error
     if model.load_in_4bit or model.load_in_8bit:
-        raise InputError("Quantised models cannot be scored yet: leave out --load_in_4bit and --load_in_8bit.")
+        raise InputError("This recipe loads no quantised models: leave out --load_in_4bit and --load_in_8bit.")
     return recipe, training, model
 
 

@@ -55,9 +55,9 @@ class RecipeArguments:
 
     dataset_name: str | None = field(default=None, metadata={"help": "a name on the hub, a data file, or a folder"})
     dataset_config: str | None = field(default=None, metadata={"help": "configuration on the hub"})
-    prompt_column: str | None = field(default=None, metadata={"help": "if the columns do not have TRL's names"})
-    completion_column: str | None = field(default=None, metadata={"help": "if the columns do not have TRL's names"})
-    messages_column: str | None = field(default=None, metadata={"help": "if the columns do not have TRL's names"})
+    prompt_column: str | None = field(default=None, metadata={"help": "the prompt's column, if it is not 'prompt'"})
+    completion_column: str | None = field(default=None, metadata={"help": "the column of the answer, likewise"})
+    messages_column: str | None = field(default=None, metadata={"help": "the column of messages, likewise"})
     drop_duplicates: bool = field(default=False, metadata={"help": "leave out rows whose prompt repeats another's"})
     drop_empty: bool = field(default=False, metadata={"help": "leave out rows with an empty completion"})
     mode: str = field(default="self-evolving", metadata={"help": " | ".join(CLEANING_MODES)})
@@ -165,7 +165,7 @@ def parse() -> tuple[RecipeArguments, SFTConfig, ModelConfig]:
         raise InputError("Pass --dataset_name and --model_name_or_path.")
     whole_number("warmup_rows", recipe.warmup_rows, least=1)
     if model.load_in_4bit or model.load_in_8bit:
-        raise InputError("Quantised models cannot be measured yet: leave out --load_in_4bit and --load_in_8bit.")
+        raise InputError("This recipe loads no quantised models: leave out --load_in_4bit and --load_in_8bit.")
     return recipe, training, model
 
 

@@ -1,6 +1,6 @@
-"""Watch how far each training sample moves W_up, drop those that move it most, train on the rest.
+"""Measure how far each training sample moves W_up, drop the samples that move it most, and train on the rest.
 
-A name is imported when it is first used: what needs no model works without importing torch.
+A name is imported when it is first used, so everything that needs no model works without importing torch.
 """
 
 # ruff: noqa: F401, the imports below are for type checkers

@@ -124,7 +124,7 @@ def test_metrics_stand_alone():
     assert known_to("evaluation.metrics.final_answer") == set()
 
 
-def test_the_folder_can_be_taken_in_at_once():
+def test_the_folder_has_few_entries():
     entries = [path for path in HOME.iterdir() if path.name != "__pycache__"]
     assert len(entries) <= MOST_ENTRIES
 

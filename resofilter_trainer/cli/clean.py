@@ -14,7 +14,7 @@ SELF_EVOLVING = "self-evolving"
 
 
 def add_arguments(parser: CommandParser) -> None:
-    """The arguments of token cleaning."""
+    """Add the arguments of token cleaning."""
     row_arguments(parser)
     process_arguments(parser)
     defaults = TokenCleaning()
@@ -24,7 +24,7 @@ def add_arguments(parser: CommandParser) -> None:
     parser.add_argument("--mode", default="fixed", help=" | ".join(CLEANING_MODES))
     parser.add_argument("--ranking", help=" or ".join(get_args(Ranking)) + "; by default global, or sample in mode rho")
     parser.add_argument("--group_by", help="a column, such as the source, to report the kept share of each group")
-    parser.add_argument("--tokens_per_batch", type=int, default=defaults.tokens_per_batch, help="padding included")
+    parser.add_argument("--tokens_per_batch", type=int, default=defaults.tokens_per_batch, help="batch size in tokens")
     parser.add_argument("--bf16", action="store_true", help="forward with bfloat16 autocast, also in training")
     training = parser.add_argument_group("self-evolving: one training per stage, as in the paper")
     training.add_argument("--parts", type=int, default=defaults.parts, help="the number of stages")

@@ -11,7 +11,7 @@ from .parser import CommandParser
 
 
 def add_arguments(parser: CommandParser) -> None:
-    """The arguments of the comparison."""
+    """Add the arguments of the comparison."""
     parser.add_argument("comparison", nargs="?", help="a YAML file such as recipes/compare.yaml")
     parser.add_argument("--output", help="a folder for everything, instead of the one in the file")
     parser.add_argument("--published", action="store_true", help="the survey's tables, from its own numbers")

@@ -12,7 +12,7 @@ MODES = ("two-pass", "callback")
 
 
 def add_arguments(parser: CommandParser) -> None:
-    """The arguments of the demo."""
+    """Add the arguments of the demo."""
     parser.add_argument("--output", help="a folder for everything; by default one in resofilter-demo/")
     parser.add_argument("--mode", default="two-pass", help="two-pass: score, select, train; callback: in one run")
     parser.add_argument("--seed", type=int, default=0)

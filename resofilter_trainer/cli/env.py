@@ -13,7 +13,7 @@ PACKAGES = ("resofilter_trainer", "torch", "transformers", "trl", "peft", "datas
 
 
 def add_arguments(parser: CommandParser) -> None:
-    """The command has no arguments."""
+    """Add nothing: the command has no arguments."""
 
 
 def run(args: argparse.Namespace) -> None:

@@ -11,7 +11,7 @@ class CommandParser(argparse.ArgumentParser):
     """A parser that reports a wrong argument in one line, without the usage.
 
     Attributes:
-        before_help: called before the help is printed, to complete it with what takes long to import.
+        before_help: a function to call before the help is printed, which adds what takes long to import.
     """
 
     before_help: Callable[[], None] | None = None
@@ -28,7 +28,7 @@ class CommandParser(argparse.ArgumentParser):
 
 
 def row_arguments(parser: argparse.ArgumentParser) -> None:
-    """Which rows, which columns, and how rows become tokens."""
+    """Add the arguments for the rows, their columns, and how rows become tokens."""
     parser.add_argument("--model", help="a name on the hub, or a folder")
     parser.add_argument("--dataset", help="a name on the hub, a JSON, JSONL, CSV or Parquet file, or a folder")
     parser.add_argument("--split", default="train")
@@ -51,13 +51,13 @@ def row_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def process_arguments(parser: argparse.ArgumentParser) -> None:
-    """How many processes share a pass."""
-    parser.add_argument("--num_processes", type=int, help="on this machine; for several machines: accelerate launch")
-    parser.add_argument("--timeout", type=int, default=1800, help="seconds without progress before a process is lost")
+    """Add the arguments for several processes."""
+    parser.add_argument("--num_processes", type=int, help="processes on this machine; on several: accelerate launch")
+    parser.add_argument("--timeout", type=int, default=1800, help="seconds of silence until a process counts as lost")
 
 
 def scored_dataset_arguments(parser: argparse.ArgumentParser) -> None:
-    """Where the dataset of some scores is."""
+    """Add the arguments that name the scored dataset."""
     parser.add_argument("--dataset", help="the dataset that was scored, if it has moved since")
     parser.add_argument("--split")
 

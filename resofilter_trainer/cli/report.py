@@ -12,7 +12,7 @@ from .parser import CommandParser, scored_dataset_arguments
 
 
 def add_arguments(parser: CommandParser) -> None:
-    """The arguments of the report."""
+    """Add the arguments of the report."""
     parser.add_argument("source", help="a folder or file of scores, or the folder of a run, a cleaning or a comparison")
     parser.add_argument("--selection", help="the output of select, if it is in another folder")
     parser.add_argument("--comparison", help="the output of compare, if it is in another folder")

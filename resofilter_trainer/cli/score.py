@@ -11,23 +11,23 @@ from ..scores.score_table import count_reasons
 from .inputs import dataset_of, require, row_options, settings_of, sft_config
 from .parser import CommandParser, process_arguments, row_arguments
 
-UPDATES = [name for name in get_args(UpdateName) if name != OPTIMIZER]  # which only a training run has
+UPDATES = [name for name in get_args(UpdateName) if name != OPTIMIZER]  # without a run's own optimizer
 
 
 def add_arguments(parser: CommandParser) -> None:
-    """The arguments of the scoring pass."""
+    """Add the arguments of the scoring pass."""
     row_arguments(parser)
     process_arguments(parser)
     parser.add_argument("--output", help="a folder for the scores")
     parser.add_argument("--sharded", action="store_true", help="shard the model's weights over the processes (FSDP2)")
     parser.add_argument("--streaming", action="store_true", help="read the dataset as a stream")
     criterion = parser.add_argument("--criterion", default=RESONANCE, help="what is measured")
-    parser.add_argument("--tokens_per_batch", type=int, help="padding included; by default what suits the device")
+    parser.add_argument("--tokens_per_batch", type=int, help="batch size in tokens; by default what suits the device")
     parser.add_argument(
         "--precision",
         choices=get_args(Precision),
         default="auto",
-        help="of the forward: float32, bfloat16 (autocast), or auto: bfloat16 if faster and ranks alike (resonance)",
+        help="the forward's precision: float32, bfloat16, or auto: bfloat16 if faster and ranks alike (resonance)",
     )
     parser.add_argument("--layers", choices=["all"], help="measure every layer, on --limit rows, for the report")
     parser.add_argument("--limit", type=int, help="with --layers all: the number of random rows, by default 500")

@@ -13,7 +13,7 @@ from .parser import CommandParser, scored_dataset_arguments
 
 
 def add_arguments(parser: CommandParser) -> None:
-    """The arguments of the selection."""
+    """Add the arguments of the selection."""
     parser.add_argument("scores", nargs="+", help="folders or files of scores; several are shards of one dataset's")
     parser.add_argument("--output", help="a folder for the selection and the kept rows")
     parser.add_argument("--keep", type=float, help="the share of the rows to keep; a half, without a threshold")

@@ -43,7 +43,7 @@ class Chosen:
         of_rows: (N,) how much of each row of the dataset is kept, in rows or in learnt tokens; None if unknown.
         values: (N,) a value for each row: rows with larger values are dropped first, NaN where a row has no score;
             None if the selector has no scores of rows.
-        callback: selects during the training; `rows` are then all rows.
+        callback: the callback that selects during the training; `rows` are then all rows.
     """
 
     rows: Dataset

@@ -200,7 +200,7 @@ class ComparisonConfig:
             raise InputError(f"Two selectors have the name '{twice[0]}'. Give one of them another name.")
         for name in names:
             if "/" in name or name.startswith("."):
-                raise InputError(f"The selector's name '{name}' is part of file names: no slash, no leading dot.")
+                raise InputError(f"The selector's name '{name}' goes into file names: no slash, no leading dot.")
         if self.equal_flops and FULL not in names:
             raise InputError("equal_flops needs the cost of training on all rows: add the selector 'full'.")
 

@@ -47,7 +47,7 @@ def timed(folder: Path, work: Callable[[], Result], resumes: bool) -> tuple[Resu
 
     Args:
         folder: the folder of the work, in which the seconds are saved.
-        work: does the work, or reads its result if it is done.
+        work: a function that does the work, or reads its result if it is done.
         resumes: whether interrupted work resumes. The seconds of earlier attempts then count, up to the last file
             that each has written. Otherwise the work starts again in an empty folder.
     """

@@ -1,7 +1,9 @@
 """The methods of a comparison: how each one scores rows, and which policy then decides.
 
     full, random, longest, shortest                       no model
+    response_ratio, repetition, rarity                    texts and tokens only
     low_loss, high_loss, perplexity, entropy, el2n, ...   one criterion, one end
+    selectit, nuggets, less, column                       a rating by the model, validation rows, the user's own scores
     resonance, resonance_sgd, resonance_l2                how far a step moves W_up (ResoFilter)
     resonance_and_loss, resonance_residual                the same together with the loss, or beyond loss and length
     token_fixed, token_rho, token_self_evolving           Token Cleaning: `keep` is the share of the learnt tokens
@@ -53,9 +55,9 @@ class Method:
     """A way to score and to decide.
 
     Attributes:
-        score: measures every row, or every learnt token.
-        policy: makes the policy from the share to keep, a seed and the selector. A policy decides on rows, on tokens
-            or, as `TokenCleaning`, on tokens inside the run.
+        score: a function that measures every row, or every learnt token.
+        policy: a function that makes the policy from the share to keep, a seed and the selector. A policy decides on
+            rows, on tokens or, as `TokenCleaning`, on tokens inside the run.
         scores: the name of the folder of the scores. Methods with the same name share their scores.
         forwards: the cost of measuring one row, in forwards of the scoring model: a number, or a function of the
             comparison, the selector and the epochs of the training.

@@ -32,7 +32,7 @@ from .round import Round
 
 SETTINGS = "settings.json"
 EXTENSIBLE = ("selectors", "keep", "seeds", "model", "output", "equal_flops", "unsafe_code")  # may change later
-OF_SOME_CELLS = (  # which are saved with the cells that depend on them
+OF_SOME_CELLS = (  # settings that are saved with the cells that depend on them
     *("proxy_model", "score_model", "reference_model"),
     *("validation_dataset", "validation_split", "validation_rows"),
 )

@@ -74,7 +74,7 @@ class SelectorScores:
         return selector.score_model or self.config.score_model or self.model
 
     def origin(self, selector: SelectorConfig) -> dict[str, Any]:
-        """What a cell depends on besides the settings of the comparison, by names for people."""
+        """What a cell depends on besides the settings of the comparison, by readable names."""
         method, reference, scorer = METHODS[selector.method], self.config.reference_model, self.scorer(selector)
         found: dict[str, Any] = {"weights": hash_weights(model_path(self.model)), "scored by": scorer}
         if scorer != self.model:

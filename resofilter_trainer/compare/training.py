@@ -125,7 +125,7 @@ def train(model: str, rows: Dataset, callback: ResonanceCallback | None, args: S
     Args:
         model: the model's name in the comparison.
         rows: the rows to train on, as text or as tokens.
-        callback: selects rows or tokens during the training; None to train on all of them.
+        callback: the callback that selects rows or tokens during the training; None to train on all of them.
         args: the training arguments.
     """
     started = time.perf_counter()

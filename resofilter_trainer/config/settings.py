@@ -33,6 +33,9 @@ class ResonanceConfig:
         eps: AdamW's eps. The score saturates for gradients above it; a larger eps spreads the scores.
         weight_decay: AdamW's decoupled weight decay.
         up_projection: a regex over dotted module names, for unknown model families.
+
+    Raises:
+        InputError: a value is out of range or unknown.
     """
 
     n_layers: int = 3

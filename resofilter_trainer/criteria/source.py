@@ -12,9 +12,9 @@ from typing import Any
 def code_of(function: Any) -> str:
     """The code of anything that can be called, the same in every process and run.
 
-    The source, or without one the bytecode, or for compiled code the name. A lambda is its bytecode, as its source is
-    the whole line. An instance is its class, without its attributes. Plain values that a partial or a closure holds
-    count; other functions that the code calls do not.
+    A function is its source; without a source its bytecode, and without both its name. A lambda is its bytecode, as its
+    source is the whole line. An instance is its class, without its attributes. Plain values and functions in a partial,
+    a closure or the defaults count; other functions that the code calls do not.
     """
     return _callable(function, ())
 

@@ -85,7 +85,7 @@ def describe_training(
     Args:
         trainer: the trainer, before its first step.
         rows: the number of rows in the user's dataset.
-        config: which step is measured and how.
+        config: the step to measure, and how.
         settings: what must be the same for a run to resume: what is dropped and when, batches, seeds, the dataset's
             fingerprint. From the second epoch on, scores depend on all of it.
     """

@@ -292,7 +292,7 @@ def _verified(table: pa.Table, columns: Iterable[pa.ChunkedArray]) -> pa.Table:
     """
     expected = (table.schema.metadata or {}).get(DIGEST)
     if expected is not None and expected != _digest(table, columns):
-        raise pa.ArrowInvalid("what it holds is not what was written")
+        raise pa.ArrowInvalid("its content is not what was written")
     return table
 
 

@@ -144,7 +144,7 @@ def find_way(model: nn.Module, ids: Tensor) -> Way:
     """Find how far a model can run before it computes logits: to its head, to the end of its decoder, or neither.
 
     Args:
-        model: of transformers, wrapped by PEFT or not.
+        model: a transformers model, wrapped by PEFT or not.
         ids: (1, T) tokens for a trial run.
     """
     inner = unwrapped(model)

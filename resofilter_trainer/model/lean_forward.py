@@ -33,7 +33,7 @@ class LeanForward:
     """Runs a causal language model as far as its losses need.
 
     Args:
-        model: of transformers, wrapped by PEFT or not, without dropout and with all its parameters frozen.
+        model: a transformers model, wrapped by PEFT or not, without dropout and with all its parameters frozen.
         lower: the decoder layers below the first measured one.
         layer: the first measured decoder layer.
         last: the measured modules of the last decoder layer.

@@ -81,7 +81,7 @@ def inputs_of(model: nn.Module, batch: TokenBatch, causal: bool) -> Inputs:
     padding on the left, positions count from each sample's first token.
 
     Args:
-        model: of transformers, wrapped by PEFT or not.
+        model: a transformers model, wrapped by PEFT or not.
         batch: `input_ids`, `attention_mask` and `labels`, each (B, T), padded on either side.
         causal: whether no position depends on a later one.
     """

@@ -26,7 +26,7 @@ class SharedPrefix:
     """Runs a causal model on batches of rows that share a prefix.
 
     Args:
-        model: of transformers, wrapped by PEFT or not.
+        model: a transformers model, wrapped by PEFT or not.
         lower: its decoder layers below `layer`.
         layer: the first decoder layer that runs on every row in full.
     """

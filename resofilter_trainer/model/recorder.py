@@ -128,6 +128,13 @@ class Recorder:
             batch: `input_ids`, `attention_mask` and `labels`, each (B, T), padded on either side; or padding-free,
                 (1, T) each, with `position_ids` instead of the mask. Each sample in it is measured.
             shared: the length of the prefix that this batch shares with others, if known.
+
+        Returns:
+            The measurements of the B samples, in the order of the batch.
+
+        Raises:
+            InputError: the forward pass calls an up-projection twice.
+            RuntimeError: the forward pass calls no up-projection, as in a compiled model.
         """
         batch = batch if "attention_mask" in batch else unpacked(batch)
         learnt = learnt_positions(batch["labels"])

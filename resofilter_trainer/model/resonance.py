@@ -53,6 +53,9 @@ def literal(model: nn.Module, samples: Sequence[Mapping[str, Tensor]], config: R
         samples: mappings with `input_ids` (T,) and `labels` (T,), -100 for tokens that are not learnt.
         config: the step to take, and how to measure its change.
 
+    Returns:
+        The measurements of the B samples, in their order.
+
     Raises:
         InputError: the weights are quantised, bfloat16 or float16; the model has no known up-projection; or the update
             is `"optimizer"`.

@@ -70,7 +70,7 @@ def score_dataset(
         dataset: rows in any format that SFTTrainer takes; or with any columns, and `prompt_column` and the like below.
         processing_class: the tokenizer; by default the model's own.
         args: SFTTrainer's arguments: lengths, masking, device; by default `SFTConfig`'s own values.
-        config: which step is measured and how; by default the paper's.
+        config: the step to measure, and how; by default the paper's.
         output: a folder for `scores.parquet`. If it already holds scores of the same model, data and settings, these
             are returned. An interrupted pass resumes, even after a kill.
         precision: the precision of the forward: `"bfloat16"`, by autocast; `"float32"`, or the weights' own dtype; or
@@ -151,7 +151,7 @@ def score_prepared(
         model, args, config, precision, tokens_per_batch: as for `score_dataset`.
         prepared: the rows.
         parts: where to save results, and to resume from.
-        stacklevel: of the warning about scores that cannot be trusted (`warnings.warn`).
+        stacklevel: the `stacklevel` of the warning about scores that cannot be trusted (`warnings.warn`).
 
     Returns:
         What was measured, in the order of the rows; the indices of the measured layers; and how far to trust it.

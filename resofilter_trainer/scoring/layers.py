@@ -52,7 +52,7 @@ def score_layers(
     Args:
         model, dataset, processing_class, args, **row_options: as for `score_dataset`; the forward runs in float32, or
             in the weights' own dtype.
-        config: which step is measured and how; `n_layers` has no effect here.
+        config: the step to measure, and how; `n_layers` has no effect here.
         output: a folder; the table is written to `layers/scores.parquet` in it.
         limit: the number of rows to measure.
 

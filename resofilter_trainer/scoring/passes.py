@@ -73,7 +73,7 @@ def measure_batches(
     Args:
         batches: (B,) the rows of each batch.
         costs: (B,) the cost of each batch, in tokens.
-        measure: takes a batch's number and returns columns with one value for each of its rows.
+        measure: a function from a batch's number to columns with one value for each of its rows.
         args: whether to show a progress bar, and after how many seconds of silence a process counts as lost
             (`ddp_timeout`).
         label: the text of the progress bar.

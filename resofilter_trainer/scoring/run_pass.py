@@ -41,9 +41,9 @@ def run_pass(
     Args:
         model, dataset, processing_class, args, output: as for `score_dataset`.
         config: what is measured and with which settings, for the provenance.
-        measure: measures the rows of the opened pass with the placed model; its third argument knows where to save
-            results on the way (`PassOutput.parts`).
-        place: moves the model to where it runs; None where the pass does not run the model.
+        measure: a function that measures the rows of the opened pass with the placed model; its third argument knows
+            where to save results on the way (`PassOutput.parts`).
+        place: a function that moves the model to its device; None if the pass does not run the model.
         gradients: whether the pass takes gradients, which vanish in float16.
         **options: as for `open_pass`.
 

@@ -37,7 +37,7 @@ class DataSelector:
             several columns to combine; a minus in front ranks a column the other way: `("score", "-num_tokens")`.
         combine: how to combine several columns into one number (see `combining`): `"ranks"`, `"topsis"`, `"pareto"`,
             or `"residual"`, what the first column says beyond the others.
-        stratify_by: a column, such as `"num_tokens"`, whose values are divided into `strata`; the share holds within
+        stratify_by: a column, such as `"num_tokens"`, whose values are divided into `strata`; the share applies within
             each stratum.
         strata: the number of strata, of about the same size: equal values are in one stratum.
 
@@ -80,7 +80,7 @@ class DataSelector:
 
         Args:
             tables: the scores; several tables are shards of one dataset.
-            groups: each row's group, N values in the dataset's order; shares then hold within each group.
+            groups: each row's group, N values in the dataset's order; shares then apply within each group.
 
         Raises:
             InputError: the tables do not belong together or leave out rows, or a group has no share.
@@ -127,7 +127,7 @@ class DataSelector:
 
     @property
     def what(self) -> str:
-        """The ranked column, or the combined columns, for people."""
+        """The ranked column, or the combined columns, as text for messages."""
         return self._columns[0] if len(self._columns) == 1 else f"{self.combine} of {' and '.join(self._columns)}"
 
     @property
@@ -169,7 +169,7 @@ def _column(scores: ScoreTable, name: str) -> np.ndarray:
 
 
 def _strata(values: np.ndarray, ranked: np.ndarray, name: str, strata: int) -> list[str]:
-    """The name of each row's stratum, for people; equal values are in one stratum."""
+    """The name of each row's stratum, for reasons; equal values are in one stratum."""
     cuts = np.unique(np.quantile(values[ranked], np.arange(1, strata) / strata)) if ranked.any() else np.empty(0)
     stratum = np.searchsorted(cuts, values, side="left")
     spans = {each: values[ranked & (stratum == each)] for each in np.unique(stratum[ranked])}

@@ -33,8 +33,8 @@ class Policy(Protocol):
 class DiverseSelector:
     """Keeps the best rows that differ from each other (DEITA's Repr Filter: Liu et al., arXiv 2312.15685, section 2.4).
 
-    Rows are taken in the order of their score. A row whose cosine similarity to a row taken before is above
-    `similarity` is passed over. If too few rows are taken, the best of those passed over fill up the share.
+    Rows are kept in the order of their score. A row whose cosine similarity to a kept row is above `similarity` is
+    skipped. If too few rows are kept, the best of the skipped rows complete the share.
 
     Attributes:
         features: (N, d) features of each row of the dataset, such as embeddings; not zero for a row with a score.
@@ -74,12 +74,12 @@ class DiverseSelector:
         why = ranking.unranked(scores, values)
         why[rows] = share_reason(self.keep, end)
         for row, other in alike.items():
-            why[row] = f"much like row {other}"
+            why[row] = f"resembles row {other}"
         why[taken] = None
         return Selection.of(self, scores, why)
 
     def _take(self, best: np.ndarray, count: int) -> tuple[list[int], dict[int, int]]:
-        """The rows to keep, and for each row that was passed over the row that it is like."""
+        """The rows to keep, and for each skipped row the kept row that it resembles."""
         features = np.asarray(self.features, dtype=np.float64)[best]
         lengths = np.linalg.norm(features, axis=1, keepdims=True)
         if not (lengths > 0).all() or not np.isfinite(lengths).all():
@@ -126,13 +126,13 @@ class RandomSelector:
         rows = np.flatnonzero(scores.scored)
         kept = len(rows) - number_dropped(len(rows), self.keep)
         why = np.full(len(scores), None)
-        why[np.random.default_rng(self.seed).permutation(rows)[kept:]] = f"by lot, {percent_dropped(self.keep)}"
+        why[np.random.default_rng(self.seed).permutation(rows)[kept:]] = f"at random, {percent_dropped(self.keep)}"
         return Selection.of(self, scores, why)
 
 
 @dataclass(frozen=True)
 class SoftPruning:
-    """Keeps a random share of the rows beyond the mean and weights them up (InfoBatch: Qin et al., arXiv 2303.04947).
+    """Keeps a random share of the rows beyond the mean and upweights them (InfoBatch: Qin et al., arXiv 2303.04947).
 
     The kept rows beyond the mean weigh `n / kept`, so the expected gradient is that of all rows. InfoBatch also trains
     on all rows in the last eighth of the epochs: of eight epochs,
@@ -171,7 +171,7 @@ class SoftPruning:
             kept = len(beyond) - number_dropped(len(beyond), self.keep)
             rng = np.random.default_rng([self.seed, xxhash.xxh3_64_intdigest(values[rows].tobytes())])
             side = "above" if self.drop == "largest" else "below"
-            why[rng.permutation(beyond)[kept:]] = f"by lot, {ranking.what} {side} the mean"
+            why[rng.permutation(beyond)[kept:]] = f"at random, {ranking.what} {side} the mean"
             weight[beyond] = len(beyond) / max(kept, 1)
         return Selection.of(self, scores, why, weight)
 

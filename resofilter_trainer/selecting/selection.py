@@ -131,7 +131,15 @@ class Selection:
         return bool(self.keep[position])
 
     def annotate(self, dataset: Dataset, scores: ScoreTable) -> Dataset:
-        """The kept rows, with the scores as columns: `resofilter_score`, `resofilter_loss` and so on."""
+        """The kept rows, with the scores as columns: `resofilter_score`, `resofilter_loss` and so on.
+
+        Args:
+            dataset: the dataset as it was scored.
+            scores: the scores of all its rows, in its order.
+
+        Raises:
+            InputError: the dataset has another number of rows than was scored.
+        """
         rows = self.apply(dataset)
         for name in scores.table.column_names:
             if name not in ("sample_id", "reason"):

@@ -58,7 +58,7 @@ def number_dropped(rows: int, keep: float) -> int:
 
 
 def share_reason(keep: float, drop: str, what: str = "score", group: str = "") -> str:
-    """Why a share was dropped, for people: `largest 50 %`, `smallest 25 % of group easy by loss`.
+    """The reason for dropping a share, as text: `largest 50 %`, `smallest 25 % of group easy by loss`.
 
     Args:
         keep: the share to keep.
@@ -71,7 +71,7 @@ def share_reason(keep: float, drop: str, what: str = "score", group: str = "") -
 
 
 def percent_dropped(keep: float) -> str:
-    """The dropped share, for people: `50 %`."""
+    """The dropped share as text: `50 %`."""
     return f"{float(100 - 100 * _exact(keep)):.4g} %"
 
 

@@ -28,6 +28,9 @@ class TokenSelector:
         ranking: `"global"` keeps int(N*k) of all N tokens; `"sample"` keeps int(n*k) of each row's n, as RHO does.
 
     Of tokens with the same score, those of earlier rows are kept first, and within a row the earlier ones.
+
+    Raises:
+        InputError: the share or the ranking is not allowed.
     """
 
     keep: float = 0.6
@@ -48,7 +51,7 @@ class TokenSelector:
             raise InputError(f"Of {total} tokens, keep_tokens={self.keep} keeps none: choose a larger share.")
 
     def select(self, scores: TokenScores) -> TokenSelection:
-        """Keep or mask, for every learnt token."""
+        """Keep or mask, for every learnt token. Raises InputError where a score is not a number."""
         if self.ranking == "global":
             keep = keep_globally(scores.base, scores.reference, self.keep)
         else:

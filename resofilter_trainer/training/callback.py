@@ -127,19 +127,19 @@ class ResonanceCallback(TrainerCallback):
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """The rows of the step are fetched."""
+        """Prepare the step, whose rows are fetched already."""
         self._running.begin_step()
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """The gradient is complete."""
+        """Prepare the measurement of the optimizer's step."""
         self._running.before_optimizer()
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """The weights have moved."""
+        """Measure what the optimizer's step has changed."""
         self._running.after_optimizer()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -153,7 +153,7 @@ class ResonanceCallback(TrainerCallback):
         self._running.end_epoch(control)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """A checkpoint was written: add this run's own files to it."""
+        """Add this run's own files to the checkpoint."""
         self._running.save_checkpoint()
 
     def on_train_end(

@@ -18,7 +18,7 @@ class Decisions:
     """The selections of a run, one for each epoch that was decided on.
 
     Args:
-        filtering: what is dropped and when.
+        filtering: the settings of the filter: which rows to drop, and when.
         epochs: the number of epochs of the run.
         rows: the rows of the user's dataset that the trainer trains on.
         results: where scores and selections are kept.

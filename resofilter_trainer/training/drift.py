@@ -25,8 +25,8 @@ def without_drift(scores: np.ndarray, moments: np.ndarray) -> np.ndarray:
     """The scores as if all had been measured at the same moment.
 
     Args:
-        scores: (N,) finite or not; values that are not finite are returned as they are and are not used.
-        moments: (N,) when each was measured, in any unit, such as the step.
+        scores: (N,) the scores; those that are not finite are returned as they are and are not used.
+        moments: (N,) the moment at which each was measured, in any unit, such as the step.
 
     Returns:
         (N,) in the unit of `scores`. Fewer than 100 finite scores are returned as they are.
@@ -49,8 +49,8 @@ def on_scale_of(scores: np.ndarray, earlier: np.ndarray) -> np.ndarray:
     """Scores of one epoch on the scale of an earlier one, from the rows that were measured in both.
 
     Args:
-        scores: (N,) of this epoch, NaN where a row was not measured.
-        earlier: (N,) of earlier epochs, NaN likewise.
+        scores: (N,) the scores of this epoch, NaN where a row was not measured.
+        earlier: (N,) the scores of earlier epochs, NaN likewise.
 
     Returns:
         (N,) scores, in which the common rows have the median and interquartile range of `earlier`.
@@ -74,9 +74,9 @@ def _mapped(values: np.ndarray, knots: np.ndarray, targets: np.ndarray) -> np.nd
     """Each value moved as the knots around it move to the targets.
 
     Args:
-        values: (N,).
-        knots: (L, N), ascending for each value.
-        targets: (L,) ascending.
+        values: (N,) the values to move.
+        knots: (L, N) the knots around each value, ascending.
+        targets: (L,) the values that the knots move to, ascending.
     """
     place, every = (knots <= values).sum(axis=0), np.arange(len(values))
     below, above = np.clip(place - 1, 0, len(targets) - 1), np.clip(place, 0, len(targets) - 1)

@@ -148,7 +148,7 @@ class FilterConfig:
         return [rows - number_dropped(rows, share) for share in self.shares(epochs)]
 
     def to_json(self) -> dict[str, Any]:
-        """The arguments as JSON, for people, and to check that a run is resumed with the same ones."""
+        """The arguments as plain values, to show them and to check that a run is resumed with the same ones."""
         found = {each.name: getattr(self, each.name) for each in dataclasses.fields(self) if each.init}
         found["keep"] = dataclasses.asdict(self.keep) if isinstance(self.keep, DataSelector) else self.keep
         found["selector"] = None if self.selector is None else _described(self.selector)
@@ -268,7 +268,7 @@ def decide(
 
 
 def most_common(reasons: Sequence[str]) -> str:
-    """The reason that most rows have, for people."""
+    """The most frequent reason, as text for a message."""
     reason, count = Counter(reasons).most_common(1)[0]
     return f"{count} of {len(reasons)} rows have '{reason}'"
 

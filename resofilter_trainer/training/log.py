@@ -19,7 +19,7 @@ def report_rows(trainer: Trainer, when: str, measurements: Measurements, kept: n
 
     Args:
         trainer: the trainer whose trackers are used.
-        when: the moment the scores are of, for people: `"after epoch 1 of 3"`.
+        when: the moment of the scores, as text: `"after epoch 1 of 3"`.
         measurements: what was measured of every row.
         kept: (N,) bool, the rows to keep.
     """

@@ -134,7 +134,7 @@ class Progress:
 
     @classmethod
     def of(cls, total: int) -> Progress:
-        """One that goes as planned."""
+        """The progress of a run whose number of steps does not change."""
         return cls(total, ((0, 0), (total, total)))
 
     def at(self, step: int) -> float:

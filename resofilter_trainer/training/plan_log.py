@@ -1,4 +1,4 @@
-"""Why an epoch has the steps it has, for people: a line in the console and `plan.json`. Knows the plan and the filter.
+"""Why an epoch has its number of steps: a line in the console, and `plan.json`. Knows the plan and the filter.
 
 resofilter: epoch 2: 13 of 21 rows, 3 steps, 9 in all (keep 0.6)
 """
@@ -21,7 +21,7 @@ def planned_epochs(plan: Plan, filtering: FilterConfig, decided: int) -> list[di
 
     Args:
         plan: the rows and steps of each epoch.
-        filtering: what is dropped and when.
+        filtering: the settings of the filter: which rows to drop, and when.
         decided: the number of epochs whose rows are decided on; the numbers of later ones are a forecast.
 
     Returns:

@@ -7,8 +7,8 @@ alone says where a run stands:
     true epoch           0---------------|1------|2------|         of 4, 2 and 2 steps
     the Trainer believes 0---------------|1---------------|        of 4 steps each
 
-A run that is never interrupted starts each true epoch in an epoch of the Trainer's. A run that resumes at step 7 is
-believed to be in the Trainer's epoch 1 with 3 steps done, which the Trainer skips first.
+Without an interruption, a true epoch begins where one of the Trainer's epochs begins. When a run resumes at step 7, the
+Trainer believes that it is in epoch 1 with 3 steps done, and skips these first.
 """
 
 from __future__ import annotations

@@ -42,10 +42,10 @@ class Run:
     Args:
         trainer: the trainer, about to start or to resume.
         train_dataloader: the loader that it is going to iterate.
-        filtering: what is dropped and when.
-        config: which step is measured and how.
-        results: filled in during the run.
-        cleaning: which tokens are learnt; None for all.
+        filtering: the settings of the filter: which rows to drop, and when.
+        config: the step to measure, and how.
+        results: the results, which the run fills in.
+        cleaning: the settings of token cleaning; None to learn all tokens.
 
     Raises:
         InputError: the trainer has a setting with which this cannot work.
@@ -177,7 +177,7 @@ class Run:
     # One step
 
     def begin_epoch(self) -> None:
-        """An epoch of the Trainer's begins."""
+        """Tell the sampler which slots to give in the Trainer's epoch that begins."""
         self._timeline.begin_epoch()
 
     def fetch(self, iterator: Any, count: int, *args: Any, **kwargs: Any) -> tuple[list[Any], Any]:
@@ -214,17 +214,17 @@ class Run:
             report_tokens(self.trainer, tokens.clean_stage(epoch, stage.number, rows))
 
     def begin_step(self) -> None:
-        """The rows of the step are fetched."""
+        """Undo a random draw that an uninterrupted run did not make; the rows of the step are fetched already."""
         self._timeline.begin_step()
 
     def before_optimizer(self) -> None:
-        """The gradient is complete. Without a learnt token there is none, and nothing moves."""
+        """Prepare the optimizer's step; without a learnt token, clear the gradient, so that no weight changes."""
         if self.nothing_learnt:
             cast(Any, self.trainer.model).zero_grad(set_to_none=True)
         self._watch.before_step()
 
     def after_optimizer(self) -> None:
-        """The weights have moved."""
+        """Measure what the optimizer's step has changed, where that is what is measured."""
         self._watch.after_step()
 
     def end_step(self, saving: bool) -> None:
@@ -238,7 +238,7 @@ class Run:
     # The end of an epoch
 
     def end_epoch(self, control: TrainerControl) -> None:
-        """An epoch of the Trainer's has ended: the true one has, too, unless nothing was trained in it."""
+        """End the true epoch with the Trainer's, unless nothing was trained in it, and decide on the next one."""
         if not self._timeline.trains:
             control.should_log = control.should_evaluate = control.should_save = False
             return
@@ -247,7 +247,7 @@ class Run:
                 return
             raise InputError(
                 f"Another callback ended epoch {self._timeline.ended_epochs + 1} early (should_epoch_stop): only some "
-                "of its rows are measured, and the planned steps do not hold. Remove that callback, or let it stop "
+                "of its rows are measured, and the plan of steps is wrong. Remove that callback, or let it stop "
                 "the training."
             )
         self._close_epoch()
@@ -336,7 +336,7 @@ class Run:
         self._timeline.sampler.begin(ended, self._decisions.kept, order if len(order) else None)
 
     def end(self) -> None:
-        """The training has ended."""
+        """Write the last results, leave the trainer as it was found, and raise the error that stopped the training."""
         if not self._timeline.over and self._timeline.steps_done:  # within an epoch
             self._score()
             self._write_results(self._timeline.ended_epochs + 1)

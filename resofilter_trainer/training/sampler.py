@@ -92,9 +92,9 @@ class ShrinkingSampler(Sampler[int]):
         """Begin a true epoch.
 
         Args:
-            epoch: its number, counted from 0, whatever the Trainer counts.
+            epoch: the number of the true epoch, counted from 0.
             kept: (N,) bool, the rows to train on.
-            order: (K,) their order where it was drawn before; None to draw it.
+            order: (K,) the order of these rows, if it is drawn already; None to draw it.
         """
         self._epoch, self._kept, self.order = epoch, kept, order
         self.place(Position(epoch, 0, 0, 0))

@@ -28,7 +28,7 @@ class Timeline:
         trainer: the trainer, about to start or to resume.
         sampler: the trainer's own sampler.
         batching: how rows become steps.
-        filtering: what is dropped and when.
+        filtering: the settings of the filter: which rows to drop, and when.
 
     Attributes:
         plan: the rows and steps of each epoch.
@@ -93,7 +93,7 @@ class Timeline:
         self._progress = Progress.of(self.plan.total)
 
     def begin_epoch(self) -> None:
-        """An epoch of the Trainer's begins: the sampler learns what to give in it."""
+        """Tell the sampler which slots to give in the Trainer's epoch that begins."""
         step = self._trainer.state.global_step
         self._position = position(self.plan, self.ended_epochs, step, self._skipped_steps)
         self.sampler.place(self._position)
@@ -112,7 +112,7 @@ class Timeline:
         self._trainer.state.epoch = self.ended_epochs + done / planned
 
     def next_epoch(self, kept: np.ndarray, replan: bool) -> None:
-        """The present true epoch has ended; the next one trains on `kept`, (N,) bool."""
+        """End the present true epoch; the next one trains on the rows `kept`, (N,) bool."""
         self.ended_epochs += 1
         self.sampler.begin(self.ended_epochs, kept)
         if replan:
@@ -136,7 +136,7 @@ class Timeline:
             access.follow_progress(self._trainer, self._progress, begin)
 
     def to_json(self) -> dict[str, Any]:
-        """What a checkpoint keeps of it."""
+        """The state that a checkpoint saves."""
         return {
             "epoch": self.ended_epochs,
             "steps_done": self.steps_done,
@@ -149,11 +149,11 @@ class Timeline:
         """Continue where a checkpoint was made.
 
         Args:
-            saved: what `to_json` gave.
-            checkpoint: its folder, for people.
+            saved: the state that `to_json` returned.
+            checkpoint: the folder of the checkpoint, for messages.
 
         Raises:
-            InputError: the Trainer's step is another than the checkpoint's.
+            InputError: the Trainer's step differs from the checkpoint's.
         """
         self._progress = Progress(saved["scheduled"], tuple((step, at) for step, at in saved["knots"]))
         self.plan = dataclasses.replace(self.plan, sizes=saved["sizes"])

@@ -66,7 +66,7 @@ class CleaningRun:
 
     Args:
         trainer: the trainer, before its first step.
-        cleaning: which tokens are learnt.
+        cleaning: the settings of token cleaning.
 
     Raises:
         InputError: the reference is missing or has another vocabulary, or the trainer cannot leave out tokens.
@@ -200,7 +200,7 @@ class CleaningRun:
 
         Args:
             iterator: the batches, of which as many are taken as the step has.
-            enter: called once the order of the epoch is drawn, if there is a first batch.
+            enter: a function to call with this object once the first batch has been fetched, before it is masked.
         """
         for number, batch in enumerate(iterator):
             if ROW in batch:

@@ -36,7 +36,7 @@ class LoaderPatch:
 
     Args:
         train_dataloader: the loader that the Trainer iterates.
-        collator: makes the collator that is used from one that adds the rows, see `RowCollator`; None for that itself.
+        collator: a function that makes the collator to use from a `RowCollator`; None to use the `RowCollator` itself.
     """
 
     def __init__(self, train_dataloader: Any, collator: Callable[[RowCollator], Any] | None = None) -> None:
@@ -60,8 +60,11 @@ class TrainerPatch:
 
     Args:
         trainer, train_dataloader: the trainer and the loader that it iterates.
-        sampler: replaces the trainer's own sampler.
-        fetch: replaces `trainer.get_batch_samples`, which it finds as `inner`.
+        sampler: the sampler to use instead of the trainer's own.
+        fetch: the function to use instead of `trainer.get_batch_samples`.
+
+    Attributes:
+        inner: the `get_batch_samples` that `install` has replaced.
     """
 
     def __init__(self, trainer: Trainer, train_dataloader: Any, sampler: ShrinkingSampler, fetch: Any) -> None:
@@ -313,7 +316,7 @@ def at_least_one(num_items: Any) -> Any:
 
 
 def masked_copy(batch: Any) -> Any:
-    """A micro-batch like another that has nothing to learn."""
+    """A copy of a micro-batch with all labels masked."""
     return {**batch, "labels": torch.full_like(batch["labels"], IGNORE)}
 
 

@@ -28,7 +28,7 @@ class Watch:
 
     Args:
         trainer: the trainer of the run.
-        config: which step is measured and how.
+        config: the step to measure, and how.
         batching: how rows become steps.
         each_step: whether samples are measured while they are trained on; otherwise only `measurements` is used.
 

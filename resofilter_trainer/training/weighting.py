@@ -26,7 +26,7 @@ WEIGHT = "resofilter_weight"  # (B, T) in a batch: the weight of each token's lo
 
 
 class SampleWeights(TrainerCallback):
-    """Weights each row's loss as a selection says, in a training on the rows it keeps.
+    """Weights each row's loss by the weights of a selection, in a training on the rows that it keeps.
 
     >>> selection = SoftPruning(keep=0.5).select(scores)
     >>> SFTTrainer(model, train_dataset=selection.apply(dataset), callbacks=[SampleWeights.of(selection)]).train()

@@ -160,7 +160,7 @@ PLAIN = {
 
 def assert_agree(name, found, expected, rtol=1e-5):
     assert found.shape == np.shape(expected)
-    found, expected = (np.reshape(each, (len(found), -1)) for each in (found.detach(), expected))
+    found, expected = (torch.as_tensor(each).detach().reshape(len(found), -1) for each in (found, expected))
     if name == "donod":  # a difference of two norms of about 1: what is left of 16 digits
         np.testing.assert_allclose(found[:, 0], expected[:, 0], rtol=1e-4, atol=1e-13)
         found, expected = found[:, 1:], expected[:, 1:]

@@ -59,7 +59,7 @@ def arguments(output: Path, **changes: Any) -> SFTConfig:
 
 
 class OrderSpy(TrainerCallback):
-    """What the model was given, update by update, and the learning rate of each."""
+    """The inputs of the model, step by step, and the learning rate of each step."""
 
     def __init__(self) -> None:
         self.seen: list[tuple[float, ...]] = []
@@ -70,7 +70,7 @@ class OrderSpy(TrainerCallback):
 
     def _see(self, model: Any, args: Any, kwargs: dict[str, Any]) -> None:
         in_training = model.training and torch.is_grad_enabled()
-        if in_training and (kwargs["labels"] != -100).any():  # else it fills up an update
+        if in_training and (kwargs["labels"] != -100).any():  # otherwise it only completes a step
             self._update += (kwargs["input_ids"] * (kwargs["labels"] != -100)).sum(-1).tolist()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -128,7 +128,7 @@ def train(
 
 
 def without_averages(entry: dict[str, float]) -> dict[str, float]:
-    """Without TRL's averages over micro-batches, of which an update that is filled up has more."""
+    """Without TRL's averages over micro-batches, of which a completed step has more."""
     return {name: value for name, value in entry.items() if name not in ("entropy", "mean_token_accuracy")}
 
 

@@ -57,7 +57,7 @@ def test_it_scores_selects_trains_and_evaluates(lora, gsm8k, tiny_model_dir, tmp
         (["--dataset_name", "/nowhere/rows"], "no dataset at '/nowhere/rows'"),
         (["--model_name_or_path", "/nowhere/model"], "no model at '/nowhere/model'"),
         (["--config", "/nowhere/run.yaml"], "/nowhere/run.yaml"),
-        (["--load_in_4bit"], "Quantised models cannot be scored yet"),
+        (["--load_in_4bit"], "This recipe loads no quantised models"),
     ],
 )
 def test_bad_input_is_one_line_before_any_work(

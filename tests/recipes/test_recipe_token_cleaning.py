@@ -80,7 +80,7 @@ def test_an_existing_reference_is_used(usual, tokenizer, tmp_path, monkeypatch):
         (["--mode", "fixed", "--warmup_rows", "0"], "warmup_rows must be a whole number of at least 1"),
         (["--dataset_name", "/nowhere/rows"], "no dataset at '/nowhere/rows'"),
         (["--model_name_or_path", "/nowhere/model"], "no model at '/nowhere/model'"),
-        (["--load_in_4bit"], "Quantised models cannot be measured yet"),
+        (["--load_in_4bit"], "This recipe loads no quantised models"),
     ],
 )
 def test_bad_input_is_one_line_before_any_training(argv, told, usual, tmp_path, monkeypatch, capsys):

@@ -299,10 +299,10 @@ def test_a_page_whose_checksum_was_forged_is_noticed(tmp_path):
         place = table.column_names.index(name)
         other = table.set_column(place, name, pa.array(values, table[name].type))
         pq.write_table(other.replace_schema_metadata(table.schema.metadata), path)
-        assert "what it holds is not what was written" in refusal(lambda: ScoreTable.load(path))
+        assert "its content is not what was written" in refusal(lambda: ScoreTable.load(path))
     for other in (table.rename_columns(["sample_id", "loss", "score", *table.column_names[3:]]), table.slice(1)):
         pq.write_table(other.replace_schema_metadata(table.schema.metadata), path)
-        assert "what it holds is not what was written" in refusal(lambda: ScoreTable.load(path))
+        assert "its content is not what was written" in refusal(lambda: ScoreTable.load(path))
     pq.write_table(table, path, row_group_size=1, compression="none")  # the same, written in another way
     assert ScoreTable.load(path).table.equals(table)
 

@@ -401,13 +401,13 @@ def test_diverse_rows_are_taken_greedily(values, seed, keep, similarity):
 def test_identical_rows_are_passed_over_and_the_reason_names_the_row():
     features = np.array([(1, 0), (2, 0), (0, 1), (-1, 0)])  # row 1 is row 0 again, only longer
     selection = DiverseSelector(features, keep=0.5).select(make_scores([1.0, 2.0, 3.0, 4.0]))
-    assert list(selection.reason) == ["kept", "much like row 0", "kept", "largest 50 %"]
+    assert list(selection.reason) == ["kept", "resembles row 0", "kept", "largest 50 %"]
 
 
 def test_the_reason_names_rows_of_the_dataset_not_of_the_scored():
     features = np.array([(0, 0), (0, 1), (1, 0), (1, 0.01)])
     selection = DiverseSelector(features, keep=0.6).select(make_scores([None, 3.0, 2.0, 1.0]))
-    assert list(selection.reason) == [WHY, "kept", "much like row 3", "kept"]
+    assert list(selection.reason) == [WHY, "kept", "resembles row 3", "kept"]
 
 
 def test_the_reason_names_the_row_that_is_most_like_it():
@@ -418,14 +418,14 @@ def test_the_reason_names_the_row_that_is_most_like_it():
     angles = np.array([0.0, 1.0, 0.6, 2.5])
     features = np.stack([np.cos(angles), np.sin(angles)], axis=1)
     selection = DiverseSelector(features, keep=0.75, similarity=0.8).select(make_scores([1.0, 2.0, 3.0, 4.0]))
-    assert list(selection.reason) == ["kept", "kept", "much like row 1", "kept"]
+    assert list(selection.reason) == ["kept", "kept", "resembles row 1", "kept"]
 
 
 def test_where_too_few_differ_the_best_of_those_passed_over_fill_up():
     features = np.array([(1, 0)] * 5 + [(0, 1)])
     selection = DiverseSelector(features, keep=0.5).select(make_scores([5.0, 1.0, 2.0, 3.0, 4.0, 6.0]))
     assert selection.sample_ids.tolist() == [1, 2, 5]
-    assert list(selection.reason) == ["much like row 1", "kept", "kept", "much like row 1", "much like row 1", "kept"]
+    assert list(selection.reason) == ["resembles row 1", "kept", "kept", "resembles row 1", "resembles row 1", "kept"]
 
 
 def test_where_all_rows_are_alike_the_best_are_kept():
@@ -502,7 +502,7 @@ def test_weights_sum_to_the_number_of_scored_rows():
 @pytest.mark.parametrize(("drop", "side"), [("smallest", "below"), ("largest", "above")])
 def test_the_reason_says_at_random_and_from_which_side(drop, side):
     selection = SoftPruning(keep=0.1, drop=drop, by="loss").select(make_scores(floats(range(10))))
-    assert set(selection.reason) == {"kept", f"by lot, loss {side} the mean"}
+    assert set(selection.reason) == {"kept", f"at random, loss {side} the mean"}
 
 
 def test_every_row_is_expected_to_count_once():

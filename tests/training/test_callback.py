@@ -273,7 +273,7 @@ def test_every_kept_row_counts_once_whatever_the_rounding(accumulation, tmp_path
 
 
 class GradientSpy(TrainerCallback):
-    """Tokens of each update, and gradients that are left over when an update begins."""
+    """Tokens of each step, and gradients that are left over when a step begins."""
 
     def __init__(self) -> None:
         self.tokens: list[int] = []
@@ -295,7 +295,7 @@ class GradientSpy(TrainerCallback):
 
 
 def test_an_epoch_on_fewer_rows_is_an_epoch_on_a_smaller_dataset(tmp_path, tokenizer):
-    """Bit for bit, though its last update is filled up with batches that have nothing to learn."""
+    """Bit for bit, though its last step is completed with batches that have nothing to learn."""
     settings = {"gradient_accumulation_steps": 4, "num_train_epochs": 1, "train_sampling_strategy": "sequential"}
     callback = ResonanceCallback(keep=0.5, when="before")
     ours = train(tmp_path, tokenizer, callback, **settings)

@@ -115,7 +115,7 @@ def test_constants_stay():
 
 
 def test_a_stretch_of_constants_stays_finite():
-    """As where the first updates have a learning rate of zero."""
+    """As where the first steps have a learning rate of zero."""
     scores = truth(rows=500)
     scores[:200] = 0
     assert np.isfinite(without_drift(scores, np.arange(500))).all()

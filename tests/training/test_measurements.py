@@ -32,7 +32,7 @@ def measurements(rows: int, *updates: Measured) -> Measurements:
     return made
 
 
-# ---- taken in
+# ---- added
 
 
 def test_a_measurement_is_of_its_row_and_its_moment():
@@ -55,7 +55,7 @@ def test_the_first_measurement_of_an_epoch_counts():
     assert made.num_tokens.tolist() == [10, 11, 11]
 
 
-def test_the_first_counts_within_an_update_too():
+def test_the_first_counts_within_a_step_too():
     made = measurements(3, found([2, 0, 2, 0, 1], [1, 2, 3, 4, 5]))
     assert made.measured.tolist() == [2, 5, 1]
     assert made.length.tolist() == [16, 19, 15]
