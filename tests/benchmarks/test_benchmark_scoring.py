@@ -38,6 +38,7 @@ def run(gsm8k: Path, *options: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, capture_output=True, text=True)
 
 
+@pytest.mark.slow
 def test_measures_each_method_in_its_own_process(gsm8k: Path, tmp_path: Path) -> None:
     done = run(gsm8k, "--methods", ",".join([*METHODS, "opacus"]), "--json", str(tmp_path / "scoring.json"))
     assert done.returncode == 0, done.stderr

@@ -391,6 +391,7 @@ def test_rows_that_changed_since_are_refused(tmp_path, own_rows):
         run(config(tmp_path, ["random"], dataset=own_rows, **OWN))
 
 
+@pytest.mark.slow
 def test_a_score_column_may_have_the_name_of_a_criterion(tmp_path, own_rows):
     rows = [{**row, "loss": row["quality"]} for row in Dataset.from_json(own_rows).to_list()]
     Dataset.from_list(rows).to_json(tmp_path / own_rows)
@@ -399,6 +400,7 @@ def test_a_score_column_may_have_the_name_of_a_criterion(tmp_path, own_rows):
     assert abs(cells[0].loss_correlation) < 1
 
 
+@pytest.mark.slow
 def test_a_score_column_may_be_added_later(tmp_path, own_rows):
     (first,) = run(config(tmp_path, ["random"], dataset=own_rows, **OWN))
     both = run(config(tmp_path, ["random", {"score_column": "quality"}], dataset=own_rows, **OWN))

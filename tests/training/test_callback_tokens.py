@@ -246,7 +246,14 @@ def test_an_adapter_as_reference_leaves_the_model_as_it_was(lora, place, tokeniz
     assert_same_weights(one, two)
 
 
-@pytest.mark.parametrize("kind", ["fixed", "fixed, few tokens", "self", "self and before"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "fixed",
+        "self",
+        *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("fixed, few tokens", "self and before")),
+    ],
+)
 def test_resuming_from_any_checkpoint(kind, place, tokenizer):
     reference = {"reference": "self", "parts": 2} if "self" in kind else {}
     when = {"when": "before", "keep": 0.7} if "before" in kind else {"keep": [1.0, 0.6]}
