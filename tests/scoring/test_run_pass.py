@@ -29,7 +29,7 @@ from resofilter_trainer.compare.config import SelectorConfig
 from resofilter_trainer.compare.method_scores import Request, by_column, by_less
 from resofilter_trainer.criteria.criterion import CRITERIA
 from resofilter_trainer.criteria.model import loss
-from resofilter_trainer.io.files import only_writer
+from resofilter_trainer.io.files import folder_lock
 from resofilter_trainer.scores.score_table import SCORES_FILE
 from resofilter_trainer.scoring import criterion as criterion_pass
 from resofilter_trainer.scoring import passes
@@ -106,7 +106,7 @@ def elsewhere() -> Iterator[Callable[[Path], None]]:
         has_it = FORK.Event()
 
         def work() -> None:
-            with only_writer(folder):
+            with folder_lock(folder):
                 has_it.set()
                 ends.wait(60)
 
