@@ -22,6 +22,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from accelerate import PartialState
 from datasets import Dataset
@@ -41,7 +42,7 @@ from resofilter_trainer import (
 )
 from resofilter_trainer.cli.entry import exit_on_input_error
 from resofilter_trainer.cli.score import summary
-from resofilter_trainer.config import Norm, UpdateName
+from resofilter_trainer.config import Norm
 from resofilter_trainer.data.row_texts import RowTexts
 from resofilter_trainer.data.rows import first_line
 from resofilter_trainer.evaluation.generate import exact_match
@@ -67,7 +68,7 @@ class RecipeArguments:
         default=0.5, metadata={"help": "the share of the rows to keep; those with the largest changes are dropped"}
     )
     n_layers: int = field(default=3, metadata={"help": "the number of last layers that are measured"})
-    update: UpdateName = field(default="adamw", metadata={"help": "the optimizer step that is measured"})
+    update: Literal["adamw", "sgd"] = field(default="adamw", metadata={"help": "the optimizer step that is measured"})
     norm: Norm = field(default="mean_abs", metadata={"help": "the norm that turns a matrix of changes into one number"})
     score_lr: float = field(default=1e-5, metadata={"help": "learning rate of the measured step"})
     score_eps: float = field(default=1e-8, metadata={"help": "AdamW's eps in the measured step"})

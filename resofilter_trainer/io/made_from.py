@@ -15,6 +15,9 @@ from ..config import InputError
 
 HASH = re.compile("[0-9a-f]{16,}")
 SHOWN = 80  # characters of a value in a message
+BUILT_IN_SOURCE = "built_in_source"  # a hash of the code of a criterion of this package
+# Names that earlier files lack. Where one side lacks them they count as equal: the package's version is compared, too.
+ADDED = frozenset({BUILT_IN_SOURCE})
 
 
 def as_json(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -36,7 +39,7 @@ def differences(there: Mapping[str, Any], here: Mapping[str, Any], names: Collec
     return [
         f"{name} ({_short(theirs.get(name))} / {_short(mine.get(name))})"
         for name in compared
-        if theirs.get(name) != mine.get(name)
+        if theirs.get(name) != mine.get(name) and not (name in ADDED and not (name in theirs and name in mine))
     ]
 
 

@@ -26,7 +26,7 @@ from ..selecting.token_selection import EMPTIED, TokenSelection, TokenSelector
 
 SCORES_FOLDER = "scores"
 REMEDY = "Remove it, or make it again."
-NO_TOKEN = "no learnt token"
+NO_TOKEN = "no token to learn"
 TOKEN_POLICY = {"what": "tokens"}  # the policy of a selection that was derived from selected tokens
 LINE_KEYS = {"selector", "model", "keep", "metric", "metric_low", "metric_high"}  # required in a comparison's lines
 MEASURED_FROM = ("weights", "tokenizer", "template", "dataset", "rows")  # the same for the layers as for the scores

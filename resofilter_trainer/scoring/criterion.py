@@ -20,6 +20,7 @@ from ..config import InputError, NotFiniteError, whole_number
 from ..criteria.criterion import CRITERIA, Criterion, source_of
 from ..data.loading import Opened, default_arguments
 from ..data.preparation import PreparedRows
+from ..io.made_from import BUILT_IN_SOURCE
 from ..model.modes import bfloat16_forward, evaluating
 from ..scores.score_table import ScoreTable
 from .batches import collate, padded_tokens, split_by_tokens
@@ -30,7 +31,12 @@ from .run_pass import run_pass
 Measure = Callable[[nn.Module, Mapping[str, Tensor]], Tensor]
 TOKENS_PER_BATCH = 1024  # all logits of a batch are in memory at once
 VALUE = "value"
-SOURCE = "criterion_source"  # in the provenance's config
+SOURCE = "criterion_source"  # in the provenance's config, for a function of the user's own
+RECORDED_MODULES = {  # by which scores name the functions of this package, wherever these are now
+    "resofilter_trainer.criteria.model": "resofilter_trainer.criteria",
+    "resofilter_trainer.criteria.prompted": "resofilter_trainer.prompted_criteria",
+    "resofilter_trainer.criteria.text": "resofilter_trainer.text_criteria",
+}
 
 
 def score_by(
@@ -67,8 +73,7 @@ def score_by(
     tokens = whole_number("tokens_per_batch", tokens_per_batch, least=1)
     args = args or default_arguments()
     config = {"criterion": name, "drop": chosen.drop, "columns": list(chosen.columns), **chosen.settings}
-    if not _is_ours(chosen):
-        config[SOURCE] = source_of(chosen)
+    config[BUILT_IN_SOURCE if _is_ours(chosen) else SOURCE] = source_of(chosen)
 
     def measure(model: PreTrainedModel, opened: Opened, target: PassOutput) -> Measured:
         function = chosen.measure(opened.prepared) if chosen.counts else chosen.measure
@@ -141,11 +146,12 @@ def _named(criterion: str | Criterion | Measure) -> tuple[str, Criterion]:
     definition = _definition(criterion.measure)
     if criterion.measure not in [each.measure for each in CRITERIA.values()]:
         CRITERIA.check_new(definition.__name__)
-    return f"{definition.__module__}.{definition.__qualname__.split('<locals>.')[-1]}", criterion
+    module = RECORDED_MODULES.get(definition.__module__, definition.__module__)
+    return f"{module}.{definition.__qualname__.split('<locals>.')[-1]}", criterion
 
 
 def _is_ours(criterion: Criterion) -> bool:
-    """Whether this package defines all of a criterion's functions: then `versions` in the provenance tells changes."""
+    """Whether this package defines all of a criterion's functions."""
     functions = [each for each in (criterion.measure, criterion.join) if each is not None]
     package = __name__.partition(".")[0]
     return all(str(_definition(each).__module__).partition(".")[0] == package for each in functions)

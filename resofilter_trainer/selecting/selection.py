@@ -90,11 +90,12 @@ class Selection:
                     f"{name} gives {what} for {np.size(values)} rows and the scores have {len(scores)}: "
                     "a policy decides on every row of the scores, also on those without a score."
                 )
-        scored, keep = scores.scored, np.array([each is None for each in why], dtype=bool)
+        scored, keep = scores.scored, np.equal(why, np.array(None)).astype(bool)
         reason = np.where(keep, KEPT, why)
-        for row in np.flatnonzero(~keep & scored).tolist():
-            if not isinstance(why[row], str) or why[row] in ("", KEPT):
-                raise InputError(f"{name} drops row {row} for the reason {why[row]!r}: say why, in words.")
+        bad = [each for each in set(why[~keep & scored]) if not isinstance(each, str) or each in ("", KEPT)]
+        if bad:
+            row = int(np.flatnonzero([each is bad[0] for each in why])[0])
+            raise InputError(f"{name} drops row {row} for the reason {why[row]!r}: say why, in words.")
         keep &= scored
         reason[~scored] = scores.table["reason"].drop_null().to_pylist()
         if weight is not None:

@@ -7,6 +7,7 @@ Knows models and rows as tokens. `scoring.token_losses` measures, `selecting.tok
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -29,6 +30,8 @@ from ..selecting.token_selection import EMPTIED, TokenSelector
 from .cleaned_dataset import CleanedDataset, check_output, groups_of, mask_labels, save_dataset, summarise
 from .losses import against, losses_under, remove_loss_parts, score_tokens
 from .reference_model import Reference
+
+REFERENCE_NAMES = ("reference_weights", "reference_settings")  # in the provenance's config
 
 
 def clean_dataset(
@@ -115,10 +118,15 @@ class CleaningTask:
         return losses_under(model, name, rows, self.args, budget, self.folder, provenance.compared)
 
     def existing_scores(self) -> TokenScores | None:
-        """The token scores that are in the folder already, whatever they were made from."""
+        """The token scores that are in the folder already, of the same base model and rows and whatever reference."""
         if self.folder is None or not (self.folder / TOKEN_SCORES_FILE).exists():
             return None
-        return TokenScores.load(self.folder)
+        existing = TokenScores.load(self.folder)
+        of_reference = {name: value for name, value in existing.provenance.config.items() if name in REFERENCE_NAMES}
+        here = self.opened.provenance
+        here = dataclasses.replace(here, config={**here.config, **of_reference})
+        existing.provenance.check_same(here, "token scores", self.folder)
+        return existing
 
     def groups_of(self, sample_id: np.ndarray) -> list[Any] | None:
         """The groups of some rows, by their positions in the user's dataset."""

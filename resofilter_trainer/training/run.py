@@ -98,11 +98,11 @@ class Run:
             self._start()
         else:
             self._resume(access.checkpoint_folder(checkpoint, self.trainer))
+        self._tell_plan()  # before anything is changed in the trainer: the disk may refuse the file
         self._patch.install()
         self._watch.attach()
         self._timeline.install(starts)
         self._remember()
-        self._tell_plan()
 
     def _start(self) -> None:
         self._provenance = describe_training(self.trainer, self.rows.total, self._config, self._settings)

@@ -79,7 +79,7 @@ def test_a_damaged_comparison_is_named(tmp_path, text):
 def test_a_selection_of_other_scores_is_refused(tmp_path, name, change):
     usual(8).save(tmp_path)
     DataSelector().select(usual(8, make_provenance(rows=8, **change))).save(tmp_path)
-    with pytest.raises(InputError, match=f"selection is of scores .* made from something else, .*{name}"):
+    with pytest.raises(InputError, match=f"selection is of scores .* made from something else: .*{name}"):
         read_contents(tmp_path)
 
 

@@ -252,16 +252,33 @@ def test_a_changed_function_does_not_resume_an_interrupted_pass(score, monkeypat
 def without_source(folder: Path) -> None:
     """Make the scores in a folder those of the version before, which did not record a source."""
     scores = ScoreTable.load(folder)
-    config = {name: value for name, value in scores.provenance.config.items() if name != "criterion_source"}
+    config = {name: value for name, value in scores.provenance.config.items() if not name.endswith("_source")}
     ScoreTable(scores.table, dataclasses.replace(scores.provenance, config=config)).save(folder)
 
 
 def test_scores_of_the_version_before_are_read_and_ours_are_reused(score, tmp_path, monkeypatch):
     first = score("loss")
     without_source(tmp_path)
-    assert ScoreTable.load(tmp_path).provenance == first.provenance  # the package's version covers our own functions
+    there = ScoreTable.load(tmp_path).provenance
+    assert there.config == {k: v for k, v in first.provenance.config.items() if k != "built_in_source"}
+    assert there.differences(first.provenance) == first.provenance.differences(there) == []
     monkeypatch.setattr(criterion_pass, "measure_rows", None)  # is not called again
     assert score("loss").table.equals(first.table)
+
+
+def test_functions_of_the_package_keep_the_names_that_scores_know_them_by():
+    from resofilter_trainer.criteria.model import loss
+    from resofilter_trainer.criteria.prompted import Nuggets, SelectIT
+
+    assert criterion_pass._named(loss)[0] == "resofilter_trainer.criteria.loss"
+    names = [criterion_pass._named(Criterion(kind.__new__(kind)))[0] for kind in (Nuggets, SelectIT)]
+    assert names == ["resofilter_trainer.prompted_criteria.Nuggets", "resofilter_trainer.prompted_criteria.SelectIT"]
+
+
+def test_changed_code_of_a_criterion_of_the_package_does_not_return_old_scores(score, monkeypatch):
+    assert "built_in_source" in score("loss").provenance.config
+    monkeypatch.setattr(criterion_pass, "source_of", lambda criterion: "other code")
+    assert "built_in_source (" in refusal(lambda: score("loss"))
 
 
 def test_scores_of_the_version_before_by_a_users_function_are_read_and_not_reused(score, tmp_path):
