@@ -161,5 +161,5 @@ def test_a_layer_with_changes_that_are_not_finite_is_read(tmp_path):
     table = usual(2)
     write_report(Contents(table, layers=make_scores([1.0, math.nan], provenance=table.provenance)), tmp_path)
     assert layers_of(make_scores([None, None])) == []
-    with pytest.raises(InputError, match=r"scores of every layer .* made from something else, .*weights"):
+    with pytest.raises(InputError, match=r"scores of every layer .* made from something else: .*weights"):
         Contents(table, layers=make_scores([1.0, 2.0], provenance=make_provenance(rows=2, weights="other")))
