@@ -79,7 +79,7 @@ class Run:
         self._settings = run_settings(
             trainer,
             **filtering.to_json(),
-            **dataclasses.asdict(config),
+            **dataclasses.asdict(config),  # with lr and the like for every update, as earlier checkpoints have them
             **dataclasses.asdict(self._batching),
             epochs=self._timeline.plan.epochs,
             max_steps=self._timeline.plan.max_steps,

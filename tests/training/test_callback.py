@@ -406,6 +406,9 @@ def test_optimizer_update_is_what_the_optimizer_did(tmp_path, tokenizer):
         trainer.train()
     table = callback.scores.to_pandas().sort_values("step")
     assert np.allclose(table.measured, spy.changes, rtol=1e-5)
+    config = callback.scores.provenance.config
+    assert config["update"] == "optimizer"
+    assert config["lr"] is config["eps"] is config["weight_decay"] is None  # they are the run's own
 
 
 def test_optimizer_update_under_lora_is_the_merged_weights(tmp_path, tokenizer):
