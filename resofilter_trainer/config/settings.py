@@ -15,6 +15,7 @@ Ranking = Literal["global", "sample"]
 Precision = Literal["auto", "float32", "bfloat16"]
 FILE_FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}  # dataset files, by suffix
 OPTIMIZER: UpdateName = "optimizer"
+SATURATING: frozenset[UpdateName] = frozenset({"adamw"})  # for what needs no torch; bound to the records
 SELF = "self"
 RESONANCE = "resonance"
 CLEANING_MODES = ("fixed", "self-evolving", "rho")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import UserDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -49,7 +50,7 @@ class Criterion:
     counts: bool = False
 
 
-class Criteria(dict[str, Criterion]):
+class Criteria(UserDict[str, Criterion]):
     """Criteria by name. A name is given once."""
 
     def __setitem__(self, name: str, criterion: Criterion) -> None:

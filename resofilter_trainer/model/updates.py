@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..config import OPTIMIZER, InputError, ResonanceConfig, UpdateName
+from ..config import OPTIMIZER, SATURATING, InputError, ResonanceConfig, UpdateName
 
 Step = Callable[[Tensor, Tensor, ResonanceConfig], Tensor]
 Optimizer = Callable[[Iterable[nn.Parameter], ResonanceConfig], torch.optim.Optimizer]
@@ -79,7 +79,7 @@ UPDATES: dict[UpdateName, Update] = {
 
 
 def check_updates(updates: Mapping[UpdateName, Update]) -> None:
-    """Raise InputError for a name without a record, a record without a name, or one that lacks a form."""
+    """Raise InputError for a name without a record, or a record that lacks a name or a form or contradicts config."""
     for name in sorted({*get_args(UpdateName)} ^ {*updates}):
         lacking = "config.UpdateName" if name in updates else "model.updates.UPDATES"
         raise InputError(f"update={name!r} is missing in {lacking}: an update has a name and a record.")
@@ -87,6 +87,8 @@ def check_updates(updates: Mapping[UpdateName, Update]) -> None:
         for form in ("step", "optimizer"):
             if name != OPTIMIZER and getattr(update, form) is None:
                 raise InputError(f"update={name!r} has no {form}: it needs both its closed and its literal form.")
+        if update.saturates != (name in SATURATING):
+            raise InputError(f"update={name!r} saturates in its record or in config.SATURATING only: say it in both.")
 
 
 check_updates(UPDATES)

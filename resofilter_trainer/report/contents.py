@@ -21,7 +21,7 @@ from ..scores.score_table import LAYERS_FOLDER, SCORES_FILE, ScoreTable
 from ..scores.token_scores import TOKEN_SCORES_FILE, TokenScores
 from ..selecting.data_selector import DataSelector
 from ..selecting.results import COMPARISON_FILE, LOG_FILE, NAME, SUMMARY_FILE, selection_file
-from ..selecting.selection import KEPT, SELECTION_FILE, Selection
+from ..selecting.selection import KEPT, SELECTION_FILE, Selection, check_complete
 from ..selecting.token_selection import EMPTIED, TokenSelection, TokenSelector
 
 SCORES_FOLDER = "scores"
@@ -76,12 +76,8 @@ class Contents:
         if self.scores is None:
             return
         object.__setattr__(self, "scores", ScoreTable.join([self.scores]))  # sorted by row
+        check_complete(self.scores)
         rows = self.scores.provenance.rows
-        if len(self.scores) != rows:
-            raise InputError(
-                f"The dataset has {rows} rows and the scores cover {len(self.scores)}. "
-                "Pass the scores of all shards, joined by ScoreTable.join."
-            )
         if self.selection is not None:
             check_selection(self.selection, self.scores)
         if self.layers is not None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ..config import SATURATING
 from ..scores.provenance import Provenance
 
 BINS = 60
@@ -51,7 +52,7 @@ def bound_of(provenance: Provenance) -> float | None:
     """The bound of the score, weight decay aside; None where the measured update has none, or it is not known."""
     config, trust = provenance.config, provenance.trust
     if trust is None:  # as for the scores of a training run
-        bounded = (config.get("update"), config.get("norm", "mean_abs")) == ("adamw", "mean_abs")
+        bounded = config.get("update") in SATURATING and config.get("norm", "mean_abs") == "mean_abs"
     else:
         bounded = trust.saturation is not None
     return config.get("lr") if bounded else None

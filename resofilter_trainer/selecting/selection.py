@@ -92,9 +92,10 @@ class Selection:
                 )
         scored, keep = scores.scored, np.equal(why, np.array(None)).astype(bool)
         reason = np.where(keep, KEPT, why)
-        bad = [each for each in set(why[~keep & scored]) if not isinstance(each, str) or each in ("", KEPT)]
-        if bad:
-            row = int(np.flatnonzero([each is bad[0] for each in why])[0])
+        dropped = why[~keep & scored]
+        all_text = all(issubclass(kind, str) for kind in set(map(type, dropped)))
+        if not all_text or {"", KEPT} & set(dropped):
+            row = next(row for row in np.flatnonzero(~keep & scored) if not _says_why(why[row]))
             raise InputError(f"{name} drops row {row} for the reason {why[row]!r}: say why, in words.")
         keep &= scored
         reason[~scored] = scores.table["reason"].drop_null().to_pylist()
@@ -223,11 +224,16 @@ def settings_of(policy: object) -> dict[str, Any]:
     return {each.name: getattr(policy, each.name) for each in fields if each.compare}
 
 
+def _says_why(reason: object) -> bool:
+    return isinstance(reason, str) and reason not in ("", KEPT)
+
+
 def check_complete(scores: ScoreTable) -> None:
     """Raise InputError unless the scores cover all rows of the dataset."""
     if len(scores) != scores.provenance.rows:
         raise InputError(
-            f"The dataset has {scores.provenance.rows} rows and the scores cover {len(scores)}. Pass every shard."
+            f"The dataset has {scores.provenance.rows} rows and the scores cover {len(scores)}. "
+            "Pass the scores of all shards (ScoreTable.join makes one table of them)."
         )
 
 

@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from ..io.files import replacing
-from .filtering import FilterConfig
+from ..selecting.data_selector import DataSelector
+from ..selecting.policies import Policy
+from .filtering import ByShare, FilterConfig
 from .plan import Plan
 
 PLAN_FILE = "plan.json"
@@ -68,12 +70,21 @@ def _rows(plan: Plan, filtering: FilterConfig, epoch: int, decided: bool) -> str
         return "all rows from here on, end_epoch"
     if epoch < filtering.first:
         return "no scores yet" if epoch == 0 and filtering.when == "training" else "before start_epoch"
-    if filtering.has_shares:
+    decision = filtering.schedule.decision
+    if isinstance(decision, ByShare):
         return f"keep {filtering.shares(len(plan.sizes))[epoch]:g}"
-    what = type(filtering.selector).__name__ if filtering.threshold is None else f"threshold {filtering.threshold:g}"
+    what = _described(decision.policy)
     if decided:
         return what
     return f"{what} decides later, at most as many rows as now" if not filtering.readmit else f"{what} decides later"
+
+
+def _described(policy: Policy) -> str:
+    """A policy by its threshold, if it has one, or else by the name of its class."""
+    threshold = policy.threshold if isinstance(policy, DataSelector) else None
+    if threshold is None:
+        return type(policy).__name__
+    return f"threshold {threshold}" if isinstance(threshold, str) else f"threshold {threshold:g}"
 
 
 def _steps(plan: Plan, epoch: int) -> str:

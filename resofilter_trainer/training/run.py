@@ -98,6 +98,7 @@ class Run:
             self._start()
         else:
             self._resume(access.checkpoint_folder(checkpoint, self.trainer))
+        self._provenance_json = self._provenance.to_json()  # which every step keeps in the Trainer's state
         self._tell_plan()  # before anything is changed in the trainer: the disk may refuse the file
         self._patch.install()
         self._watch.attach()
@@ -352,8 +353,7 @@ class Run:
 
     def _remember(self) -> None:
         """Keep the small part of the state where the Trainer saves its own."""
-        provenance = self._provenance.to_json()
-        own = {"settings": self._settings, **self._timeline.to_json(), "provenance": provenance}
+        own = {"settings": self._settings, **self._timeline.to_json(), "provenance": self._provenance_json}
         self.trainer.state.stateful_callbacks[STATE] = own
 
 

@@ -55,11 +55,6 @@ class Timeline:
         return self._trainer.state.global_step - self.plan.first_step(self.ended_epochs)
 
     @property
-    def in_last_epoch_or_later(self) -> bool:
-        """Whether no epoch comes after the present one."""
-        return self.ended_epochs + 1 >= self.epochs
-
-    @property
     def over(self) -> bool:
         """Whether every true epoch has ended."""
         return self.ended_epochs >= self.epochs

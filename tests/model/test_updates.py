@@ -86,6 +86,7 @@ def test_only_a_runs_own_optimizer_has_no_closed_form():
         ({"nameless": Update("no name in config")}, "update='nameless' is missing in config.UpdateName"),
         ({"sgd": dataclasses.replace(UPDATES["sgd"], optimizer=None)}, "update='sgd' has no optimizer"),
         ({"adamw": dataclasses.replace(UPDATES["adamw"], step=None)}, "update='adamw' has no step"),
+        ({"sgd": dataclasses.replace(UPDATES["sgd"], saturates=True)}, "update='sgd' saturates in its record or"),
     ],
 )
 def test_an_incomplete_record_is_refused(changed, told):

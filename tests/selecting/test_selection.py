@@ -245,6 +245,7 @@ def test_a_policy_without_fields_has_no_settings():
         ([None, ""], None, "Settings drops row 1 for the reason ''"),
         ([None, "kept"], None, "Settings drops row 1 for the reason 'kept'"),
         ([False, None], None, "Settings drops row 0 for the reason False"),
+        ([None, {"why": 1}], None, "Settings drops row 1 for the reason {'why': 1}"),
         ([None] * 2, np.array([1.0, 0.0]), "Settings gives a kept row a weight that is not finite and above 0"),
         ([None] * 2, np.array([math.nan, 1.0]), "not finite and above 0"),
     ],

@@ -51,6 +51,13 @@ def test_every_epoch_says_its_rows_steps_and_why():
             1,
             ["no scores yet", "RandomSelector decides later", "RandomSelector decides later"],
         ),
+        (
+            FilterConfig(keep=DataSelector(threshold="otsu"), readmit=True),
+            2,
+            ["no scores yet", "threshold otsu", "threshold otsu decides later"],
+        ),
+        (FilterConfig(selector=DataSelector(threshold=2.5, by="loss")), 3, ["no scores yet", *["threshold 2.5"] * 2]),
+        (FilterConfig(selector=DataSelector(stratify_by="num_tokens")), 3, ["no scores yet", *["DataSelector"] * 2]),
         (FilterConfig(keep=DataSelector(keep=0.25)), 1, ["no scores yet", "keep 0.25", "keep 0.25"]),
     ],
 )
@@ -90,4 +97,4 @@ def test_the_plan_is_written_anew_when_a_threshold_has_decided(tmp_path, tokeniz
     entries = json.loads((tmp_path / "resofilter" / PLAN_FILE).read_text())
     kept = [entry["rows"] for entry in entries]
     assert kept[0] == 21 > kept[1]
-    assert [entry["why"] for entry in entries] == ["no scores yet", "DataSelector", "DataSelector"]
+    assert [entry["why"] for entry in entries] == ["no scores yet", "threshold otsu", "threshold otsu"]
