@@ -43,8 +43,8 @@ from resofilter_trainer import (
 from resofilter_trainer.cli.entry import exit_on_input_error
 from resofilter_trainer.cli.score import summary
 from resofilter_trainer.config import Norm
+from resofilter_trainer.data.files import first_line
 from resofilter_trainer.data.row_texts import RowTexts
-from resofilter_trainer.data.rows import first_line
 from resofilter_trainer.evaluation.generate import exact_match
 from resofilter_trainer.evaluation.metrics.final_answer import final_answer
 from resofilter_trainer.report import Contents

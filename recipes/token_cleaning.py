@@ -39,9 +39,9 @@ from resofilter_trainer import (
 )
 from resofilter_trainer.cli.entry import exit_on_input_error
 from resofilter_trainer.config import CLEANING_MODES, Ranking, cleaning_of_mode, whole_number
+from resofilter_trainer.data.files import first_line
 from resofilter_trainer.data.loading import load_model, usable_rows
 from resofilter_trainer.data.row_texts import RowTexts, decoder
-from resofilter_trainer.data.rows import first_line
 from resofilter_trainer.tokens.cleaned_dataset import described, groups_of
 from resofilter_trainer.training.fine_tuning import check_settings, fine_tune, save_model, training_settings
 from resofilter_trainer.training.self_evolving import self_evolve

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .config import ColumnMapping, InputError, ResonanceConfig, TokenCleaning
     from .criteria.criterion import Criterion
-    from .data.rows import load_rows, map_columns, unpack
+    from .data.files import load_rows
+    from .data.rows import map_columns, unpack
     from .model.recorder import Recorder
     from .model.resonance import Resonance, literal
     from .report import Report, read_contents, write_report
@@ -38,7 +39,8 @@ __version__ = "0.1.0"
 _NAMES = {  # the public names of each module, as above
     "config": ("ColumnMapping", "InputError", "ResonanceConfig", "TokenCleaning"),
     "criteria.criterion": ("Criterion",),
-    "data.rows": ("load_rows", "map_columns", "unpack"),
+    "data.files": ("load_rows",),
+    "data.rows": ("map_columns", "unpack"),
     "model.recorder": ("Recorder",),
     "model.resonance": ("Resonance", "literal"),
     "report": ("Report", "read_contents", "write_report"),

@@ -81,7 +81,7 @@ def known_to(module: str) -> set[str]:
 
 def test_imports_are_read_rightly():
     """The tests below pass on an empty set: here is one that is not."""
-    assert {"config", "scoring.dataset", "scores.score_table", "data.rows"} <= known_to("cli.score")
+    assert {"config", "scoring.dataset", "scores.score_table", "data.files"} <= known_to("cli.score")
     assert known_to("demo.problems") == {"config"}
     assert "pandas" in imports_of("scores.score_table") - imports_of("scores.score_table", typing_too=False)
 

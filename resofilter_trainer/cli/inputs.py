@@ -23,7 +23,7 @@ def settings_of(args: argparse.Namespace, kind: type) -> Any:
 
 def dataset_of(args: argparse.Namespace) -> Any:
     """The dataset that the arguments name."""
-    from ..data.rows import load_rows
+    from ..data.files import load_rows
 
     return load_rows(args.dataset, args.split, args.dataset_config)
 
@@ -62,7 +62,8 @@ def scored_dataset(args: argparse.Namespace, source: Any) -> Any:
     name = args.dataset or source.get("dataset")
     if name is None:
         return None
-    from ..data.rows import hash_rows, load_rows
+    from ..data.files import load_rows
+    from ..io.digest import hash_rows
 
     dataset = load_rows(name, args.split or source.get("split") or "train", source.get("name"))
     if source.get("content") not in (None, hash_rows(dataset)):

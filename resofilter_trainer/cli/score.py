@@ -90,7 +90,7 @@ def _check(args: argparse.Namespace) -> None:
 
 
 def _score_by_resonance(args: argparse.Namespace, common: dict[str, Any]) -> Any:
-    from ..data.rows import load_stream
+    from ..data.files import load_stream
     from ..scoring.dataset import score_dataset
     from ..scoring.stream import score_stream
 

@@ -15,11 +15,13 @@ import xxhash
 from datasets import Dataset
 
 from ..config import ColumnMapping, InputError
-from ..data.rows import hash_rows, load_rows, map_columns
+from ..data.files import load_rows
+from ..data.rows import map_columns
 from ..demo.problems import make_problems
 from ..demo.run import HELD_OUT_SEED, as_dataset
 from ..demo.run import make_data as make_demo_data
 from ..evaluation.metrics.final_answer import final_answer
+from ..io.digest import hash_rows
 from .config import DEMO, ComparisonConfig
 
 

@@ -18,8 +18,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import SFTConfig, SFTTrainer
 
 from ..config import InputError, TokenCleaning, number
+from ..data.files import first_line
 from ..data.loading import load_model
-from ..data.rows import first_line
 from ..demo.run import BASE, TRAINING
 from ..evaluation.generate import exact_match
 from ..evaluation.tasks import evaluate_tasks

@@ -17,10 +17,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
 from trl import SFTConfig
 
 from ..config import ColumnMapping, Precision, ResonanceConfig
+from ..io.digest import hash_rows
 from ..model.quantised import bits_of, stored_tensors
 from ..scores.provenance import Provenance
 from .preparation import PreparedRows, survey
-from .rows import hash_rows
 
 PACKAGES = ("resofilter_trainer", "torch", "transformers", "trl")
 

@@ -17,12 +17,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from trl import SFTConfig
 
 from ..config import ColumnMapping, InputError, NothingError, Precision, number, whole_number
+from ..io.digest import hash_rows
 from ..io.files import check_folder
 from ..scores.provenance import Provenance
 from ..scores.score_table import EMPTY, SAME_PROMPT
+from .files import first_line, looks_local
 from .fingerprints import describe
 from .preparation import ROW_POSITION, PreparedRows, prepare
-from .rows import duplicate_rows, empty_rows, first_line, hash_rows, looks_local, map_columns
+from .rows import duplicate_rows, empty_rows, map_columns
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from trl import SFTConfig, SFTTrainer
 
 from ..config import InputError, NothingError
 from ..model.losses import IGNORE
-from .rows import first_line
+from .files import first_line
 
 ROW_POSITION = "resofilter_row"  # the column with each row's position in the user's dataset, its `sample_id`
 

@@ -11,7 +11,7 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..config import InputError
-from ..data.rows import first_line
+from ..data.files import first_line
 from ..model.modes import evaluating
 
 INSTALL = "Tasks need lm-evaluation-harness, which is not installed: pip install 'lm_eval>=0.4.13'"

@@ -27,7 +27,7 @@ from trl import SFTConfig
 
 from ..config import InputError, NothingError, Precision, ResonanceConfig, whole_number
 from ..data.loading import default_arguments, load_model, open_pass
-from ..data.rows import add_rows
+from ..io.digest import add_rows
 from ..io.files import remove_folder
 from ..scores.provenance import Provenance, Trust
 from ..scores.score_table import SAME_PROMPT, SCORES_FILE, ScoreTable

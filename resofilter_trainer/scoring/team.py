@@ -18,7 +18,7 @@ import torch.distributed as dist
 from accelerate import PartialState
 
 from ..config import InputError
-from ..data.rows import first_line
+from ..data.files import first_line
 
 PAUSE, LONGEST_PAUSE = 0.01, 0.2  # seconds between two checks whether all have finished
 CHECKS = 10  # for signs of life, within the timeout

@@ -18,8 +18,8 @@ from transformers.utils.peft_utils import find_adapter_config_file
 from trl import SFTConfig
 
 from ..config import InputError
+from ..data.files import first_line, looks_local
 from ..data.loading import load_weights, placed
-from ..data.rows import first_line, looks_local
 
 ADAPTER = "resofilter_reference"
 

@@ -12,7 +12,8 @@ import pytest
 from datasets import Dataset, DatasetDict
 
 from resofilter_trainer.config import ColumnMapping, InputError
-from resofilter_trainer.data.rows import duplicate_rows, empty_rows, load_rows, map_columns
+from resofilter_trainer.data.files import load_rows
+from resofilter_trainer.data.rows import duplicate_rows, empty_rows, map_columns
 
 ROWS = [{"question": "what is 1 + 2 ?", "answer": "3"}, {"question": "and 2, 2 ?", "answer": "it is\n4"}]
 

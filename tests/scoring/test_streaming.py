@@ -25,7 +25,7 @@ from resofilter_trainer import (
     unpack,
 )
 from resofilter_trainer.cli.entry import main
-from resofilter_trainer.data.rows import hash_rows
+from resofilter_trainer.io.digest import hash_rows
 from resofilter_trainer.scores.score_table import SCORES_FILE
 from resofilter_trainer.scoring import stream as streaming
 
