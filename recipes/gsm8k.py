@@ -43,7 +43,7 @@ from resofilter_trainer import (
 from resofilter_trainer.cli.entry import exit_on_input_error
 from resofilter_trainer.cli.score import summary
 from resofilter_trainer.config import Norm
-from resofilter_trainer.data.files import first_line
+from resofilter_trainer.data.files import first_line, only_split
 from resofilter_trainer.data.row_texts import RowTexts
 from resofilter_trainer.evaluation.generate import exact_match
 from resofilter_trainer.evaluation.metrics.final_answer import final_answer
@@ -163,7 +163,7 @@ def test_rows(recipe: RecipeArguments) -> Dataset:
     """The test split as prompt and completion."""
     name = recipe.test_dataset_name or recipe.dataset_name
     mapping = ColumnMapping(prompt_column="question", completion_column="answer")
-    rows = map_columns(load_rows(name, "test", configuration(name, recipe)), mapping)
+    rows = map_columns(load_rows(name, only_split(name) or "test", configuration(name, recipe)), mapping)
     unmarked = [row for row, text in enumerate(rows["completion"]) if final_answer(text) is None]
     if unmarked:
         raise InputError(f"Row {unmarked[0]} of the test split has no final answer after '####' to compare with.")

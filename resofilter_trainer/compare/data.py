@@ -15,14 +15,16 @@ import xxhash
 from datasets import Dataset
 
 from ..config import ColumnMapping, InputError
-from ..data.files import load_rows
+from ..data.files import load_rows, only_split
 from ..data.rows import map_columns
 from ..demo.problems import make_problems
 from ..demo.run import HELD_OUT_SEED, as_dataset
 from ..demo.run import make_data as make_demo_data
 from ..evaluation.metrics.final_answer import final_answer
-from ..io.digest import hash_rows
+from ..io.digest import FIRST, hash_rows
 from .config import DEMO, ComparisonConfig
+
+DEFAULT_SPLITS = ("test", "validation")  # of test_dataset and validation_dataset
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,9 +55,9 @@ class Data:
             validated: whether the cell depends on the validation rows.
         """
         rows = self.rows.select_columns(["prompt", "completion", *([score_column] if score_column else [])])
-        validation = "" if self.validation is None or not validated else hash_rows(self.validation)
+        validation = "" if self.validation is None or not validated else hash_rows(self.validation, FIRST)
         wrong = None if self.wrong is None else self.wrong.tolist()
-        made_from = [hash_rows(rows), validation, wrong, list(self.prompts), list(self.answers)]
+        made_from = [hash_rows(rows, FIRST), validation, wrong, list(self.prompts), list(self.answers)]
         made_from += [self.task_files] if self.task_files else []
         return xxhash.xxh3_128_hexdigest(json.dumps(made_from, default=str).encode())
 
@@ -107,7 +109,12 @@ def _hash_tasks(folder: str | None) -> str:
 
 
 def _load(config: ComparisonConfig, name: str, split: str) -> Dataset:
-    """The rows of a dataset; `dataset_config` applies to the dataset that is selected from."""
+    """The rows of a dataset; `dataset_config` applies to the dataset that is selected from.
+
+    Of a single file, the default splits `test` and `validation` are all rows.
+    """
+    if split in DEFAULT_SPLITS:
+        split = only_split(name) or split
     return load_rows(name, split, config.dataset_config if name == config.dataset else None)
 
 

@@ -13,7 +13,14 @@ UpdateName = Literal["adamw", "sgd", "optimizer"]  # model.updates has a record 
 Norm = Literal["mean_abs", "l2"]
 Ranking = Literal["global", "sample"]
 Precision = Literal["auto", "float32", "bfloat16"]
-FILE_FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}  # dataset files, by suffix
+FILE_FORMATS = {  # dataset files, by suffix
+    ".json": "json",
+    ".jsonl": "json",
+    ".ndjson": "json",
+    ".csv": "csv",
+    ".tsv": "csv",
+    ".parquet": "parquet",
+}
 OPTIMIZER: UpdateName = "optimizer"
 SATURATING: frozenset[UpdateName] = frozenset({"adamw"})  # for what needs no torch; bound to the records
 SELF = "self"

@@ -2,45 +2,53 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
-from datasets import Dataset, DatasetDict, IterableDataset, load_dataset, load_from_disk
+from datasets import (
+    BuilderConfig,
+    Dataset,
+    DatasetBuilder,
+    DatasetDict,
+    IterableDataset,
+    ReadInstruction,
+    concatenate_datasets,
+    load_dataset_builder,
+    load_from_disk,
+)
+from datasets.data_files import DataFilesDict
+from datasets.packaged_modules.csv.csv import Csv, CsvConfig
+from datasets.packaged_modules.json.json import Json as JsonFiles
 
 from ..config import FILE_FORMATS, InputError
+from .row_files import VERSION, RowFiles
+
+SPLITS = "dataset_dict.json"  # in a folder of several splits
+CSV_OPTIONS = ("sep", "column_names", "encoding", "quotechar", "escapechar", "doublequote", "quoting")
 
 
 def load_rows(source: str, split: str = "train", name: str | None = None) -> Dataset:
-    """Load the rows of a dataset.
+    """Load the rows of a dataset. The values of CSV, TSV and JSON files are read as they are written (`row_files`).
 
     Args:
-        source: a JSON, JSONL, CSV or Parquet file, a folder written by `save_to_disk`, a folder of data files, or
-            a name on the hub.
-        split: the split, if the dataset has several.
+        source: a JSON, JSONL, CSV, TSV or Parquet file, compressed or not; a folder written by `save_to_disk`, a
+            folder of data files, or a name on the hub.
+        split: the split, or a part of it, such as `train[:100]`. A single file has one split, `train`.
         name: the configuration of a dataset on the hub.
 
     Raises:
         InputError: the dataset does not exist, cannot be read or reached, has no such split, or has no rows.
     """
-    path = Path(source)
-    try:
-        if path.is_file():
-            found = load_dataset(_format(path), data_files={split: str(path)}, split=split)
-        elif (path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file():
-            found = load_from_disk(source)
-        elif not path.is_dir() and (looks_local(source) or path.suffix in FILE_FORMATS):
-            raise InputError(f"There is no dataset at '{source}'. Pass a file, a folder, or a name on the hub.")
+    with _one_line(source, "loaded"):
+        if is_saved(source):
+            found = _saved_split(source, split)
         else:
-            found = load_dataset(source, name, split=split)
-    except InputError:
-        raise
-    except Exception as error:  # datasets, the hub and pyarrow each raise their own
-        if path.exists() and _says_empty(error):
-            raise InputError(f"The dataset '{source}' has no rows.") from error
-        raise InputError(f"The dataset '{source}' cannot be loaded: {first_line(error)}") from error
-    if isinstance(found, DatasetDict):
-        if split not in found:
-            raise InputError(f"'{source}' has no split '{split}'. It has: {', '.join(found)}.")
-        found = found[split]
+            builder = _builder(source, name, split)
+            builder.download_and_prepare()
+            found = builder.as_dataset(split=split)
     if len(found) == 0:
         raise InputError(f"The dataset '{source}' has no rows.")
     return found
@@ -50,19 +58,129 @@ def load_stream(source: str, split: str = "train", name: str | None = None) -> I
     """Load the rows of a dataset one after another, as they are read; arguments as for `load_rows`.
 
     Raises:
-        InputError: the dataset does not exist, or cannot be read or reached.
+        InputError: the dataset does not exist, cannot be read or reached, or has no such split; or a part of a split is
+            asked for.
     """
+    with _one_line(source, "streamed"):
+        if is_saved(source):
+            return _saved_split(source, split).to_iterable_dataset()
+        builder = _builder(source, name, split)
+        if "[" in split:
+            raise InputError(f"A stream is read from its beginning: pass split='{split.partition('[')[0]}', all of it.")
+        return builder.as_streaming_dataset(split=split)
+
+
+def only_split(source: str) -> str | None:
+    """The split of a single file, or of a folder in which `save_to_disk` wrote one Dataset; None for any other."""
+    if Path(source).is_file():
+        return "train"
+    if not is_saved(source) or (Path(source) / SPLITS).is_file():
+        return None
+    with _one_line(source, "loaded"):
+        return _own_split(load_from_disk(source))
+
+
+def is_saved(source: str) -> bool:
+    """Whether a path is a folder that `save_to_disk` wrote."""
+    return (Path(source) / "dataset_info.json").is_file() or (Path(source) / SPLITS).is_file()
+
+
+def _builder(source: str, name: str | None, split: str) -> DatasetBuilder:
+    """What reads a dataset that is not saved: datasets' own builder, or for CSV and JSON files, `RowFiles`."""
     path = Path(source)
+    if path.is_file():
+        kind = _format(path)
+        _check_split(source, split, ["train"])
+        if kind == "parquet":
+            return load_dataset_builder(kind, data_files={"train": source})
+        return RowFiles(data_files={"train": source}, hash=VERSION, dataset_name=kind, kind=kind)
+    if not path.is_dir() and (looks_local(source) or path.suffix in FILE_FORMATS):
+        raise InputError(f"There is no dataset at '{source}'. Pass a file, a folder, or a name on the hub.")
+    builder = load_dataset_builder(source, name)
+    files = builder.config.data_files
+    if files is None:
+        return builder
+    _check_split(source, split, list(files))
+    if not isinstance(builder, Csv | JsonFiles):
+        return builder
+    wanted = _names(split)
+    return RowFiles(
+        data_files=DataFilesDict({each: found for each, found in files.items() if each in wanted or "all" in wanted}),
+        kind="csv" if isinstance(builder, Csv) else "json",
+        options=_options(builder.config, source),
+        dataset_name=builder.dataset_name,
+        config_name=builder.config.name,
+        hash=VERSION,
+        base_path=builder.base_path,
+        repo_id=builder.repo_id,
+        token=builder.token,
+        storage_options=builder.storage_options,
+    )
+
+
+def _options(config: BuilderConfig, source: str) -> dict[str, Any]:
+    """The options that a dataset's card sets for its files. Raises InputError for one that is not known here."""
+    known = CSV_OPTIONS if isinstance(config, CsvConfig) else ("encoding", "field")
+    default, found = type(config)(), {}
+    for each in dataclasses.fields(config):
+        value = getattr(config, each.name)
+        if each.name in ("name", "version", "data_dir", "data_files", "description", "features", "delimiter", "names"):
+            continue
+        if each.name == "header" and value is None and config.names:
+            continue
+        if value != getattr(default, each.name):
+            if each.name not in known:
+                raise InputError(
+                    f"The card of '{source}' sets {each.name}={value!r} for its files, which is not supported here. "
+                    "Load it with datasets.load_dataset, save_to_disk, and pass the folder."
+                )
+            found[each.name] = value
+    names = getattr(config, "names", None)
+    found = {{"sep": "delimiter", "column_names": "names"}.get(each, each): value for each, value in found.items()}
+    return found | ({"names": list(names)} if names else {})
+
+
+def _saved_split(source: str, split: str) -> Dataset:
+    """A split, or a part of one, of what `save_to_disk` wrote."""
+    found = load_from_disk(source)
+    splits = dict(found) if isinstance(found, DatasetDict) else {_own_split(found): found}
+    _check_split(source, split, list(splits))
+    parts = ReadInstruction.from_spec(split).to_absolute({each: len(rows) for each, rows in splits.items()})
+    chosen = [splits[part.splitname].select(range(part.from_, part.to)) for part in parts]
+    return chosen[0] if len(chosen) == 1 else concatenate_datasets(chosen)
+
+
+def _own_split(dataset: Dataset) -> str:
+    return str(dataset.split or "train").partition("[")[0]
+
+
+def _names(split: str) -> list[str]:
+    """The splits that a text such as `train[:10]+test` names."""
+    return [part.strip().partition("[")[0] for part in split.split("+")]
+
+
+def _check_split(source: str, split: str, there: list[str]) -> None:
+    """Raise InputError for a split that is not there."""
+    missing = [each for each in _names(split) if each not in there and each != "all"]
+    if missing:
+        listed = ", ".join(f"'{each}'" for each in there)
+        one = "A single file or Dataset has one split. " if len(there) == 1 else ""
+        raise InputError(f"'{source}' has no split '{missing[0]}'. {one}It has: {listed}.")
+
+
+@contextlib.contextmanager
+def _one_line(source: str, done: str) -> Iterator[None]:
+    """Other libraries' errors as an InputError of one line."""
     try:
-        if path.is_file():
-            return load_dataset(_format(path), data_files={split: str(path)}, split=split, streaming=True)
-        if not path.is_dir() and (looks_local(source) or path.suffix in FILE_FORMATS):
-            raise InputError(f"There is no dataset at '{source}'. Pass a file, a folder, or a name on the hub.")
-        return load_dataset(source, name, split=split, streaming=True)
-    except InputError:
-        raise
+        yield
     except Exception as error:  # datasets, the hub and pyarrow each raise their own
-        raise InputError(f"The dataset '{source}' cannot be streamed: {first_line(error)}") from error
+        if isinstance(error, InputError):
+            raise
+        if isinstance(error.__cause__, InputError):
+            raise InputError(str(error.__cause__)) from error
+        if Path(source).exists() and _says_empty(error):
+            raise InputError(f"The dataset '{source}' has no rows.") from error
+        raise InputError(f"The dataset '{source}' cannot be {done}: {first_line(error)}") from error
 
 
 def looks_local(name: str) -> bool:

@@ -127,13 +127,18 @@ def run_settings(trainer: Trainer, **settings: Any) -> dict[str, Any]:
     return plain
 
 
-def fingerprint(dataset: Any) -> str:
-    """Hash of a trainer's tokens, or else of all columns; empty for anything but a `datasets.Dataset`."""
+def fingerprint(dataset: Any, like: str | None = None) -> str:
+    """Hash of a trainer's tokens, or else of all columns; empty for anything but a `datasets.Dataset`.
+
+    Args:
+        dataset: the trainer's rows.
+        like: an earlier fingerprint to compare with; one of version 0.1.0 is computed as that version does.
+    """
     if not isinstance(dataset, Dataset):
         return ""
     if {"input_ids", "labels"} <= set(dataset.column_names):
         return survey(dataset.select_columns(["input_ids", "labels"]))[3]
-    return hash_rows(dataset)
+    return hash_rows(dataset, like)
 
 
 def identity(model: PreTrainedModel | PeftModel) -> dict[str, str]:

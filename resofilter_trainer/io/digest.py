@@ -1,24 +1,195 @@
-"""The digest of a dataset's rows, by which scores and selections know what they are of. Knows values, not files."""
+"""The digest of a dataset's rows, by which scores and selections know what they are of. Knows Arrow, not files.
+
+The values are hashed, not their representation: chunks, slices, a shuffled or selected dataset's list of indices, the
+width of numbers and offsets, and dictionaries make no difference. Columns are hashed in alphabetical order. A whole
+number is another value than the decimal of the same size, an image is its stored bytes and path, a timestamp has a
+unit and a time zone, and a column or field without any value counts as absent.
+"""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 import xxhash
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
+ARROW = "arrow:"  # begins every digest but those of version 0.1.0, which are of JSON text
+FIRST = ""  # as `like`: a digest of version 0.1.0
+BATCH = 250_000  # rows that are gathered together
 
-def hash_rows(dataset: Dataset) -> str:
-    """Hash of all columns and values, in order: another order or another value gives another hash."""
-    digest = xxhash.xxh3_128()
-    add_rows(digest, dataset)
+
+def hash_rows(dataset: Dataset, like: str | None = None) -> str:
+    """Digest of all columns and values, in order: another order or another value gives another digest.
+
+    Args:
+        dataset: the rows. A format or transform makes no difference: what is stored is hashed.
+        like: a digest to compare with; one of version 0.1.0 is computed as that version does.
+    """
+    digest = RowsDigest(like)
+    digest.add(dataset)
     return digest.hexdigest()
 
 
-def add_rows(digest: Any, dataset: Dataset) -> None:
-    """Update a hash with more rows; pieces of a multiple of 1000 rows give the hash of the whole."""
-    for batch in dataset.with_format(None).iter(batch_size=1000):
-        digest.update(json.dumps(batch, sort_keys=True, default=str).encode())
+def same_rows(digest: str, dataset: Dataset) -> bool:
+    """Whether a saved digest, of this version or of 0.1.0, is that of a dataset's rows."""
+    return hash_rows(dataset, like=digest) == digest
+
+
+class RowsDigest:
+    """The digest of rows that come piece by piece. It does not depend on the pieces.
+
+    Args:
+        like: as for `hash_rows`. For a digest of version 0.1.0, pieces must have a multiple of 1000 rows.
+    """
+
+    def __init__(self, like: str | None = None) -> None:
+        self._text = None if like is None or like.startswith(ARROW) else xxhash.xxh3_128()
+        self._rows = _Values(0)
+
+    def add(self, dataset: Dataset) -> None:
+        """Add the rows that follow."""
+        if self._text is not None:
+            for batch in dataset.with_format(None).iter(batch_size=1000):
+                self._text.update(json.dumps(batch, sort_keys=True, default=str).encode())
+            return
+        for table in _batches(dataset):
+            self._rows.add_fields(dict(zip(table.column_names, table.columns, strict=True)), len(table))
+
+    def hexdigest(self) -> str:
+        """The digest of the rows so far."""
+        if self._text is not None:
+            return str(self._text.hexdigest())
+        return f"{ARROW}{xxhash.xxh3_128_hexdigest(self._rows.digest())}"
+
+
+class _Values:
+    """What is known of the values at one place of the rows: a column, a field of it, the items of a list.
+
+    Args:
+        missing: the number of values before the first, which are absent.
+    """
+
+    def __init__(self, missing: int) -> None:
+        self.count = 0  # values that are not null
+        self.present = xxhash.xxh3_128(bytes(missing))  # a byte for each value: 1, or 0 for null
+        self.kinds: dict[str, Any] = {}  # the lengths and the bytes of values, by their kind
+        self.parts: dict[str, _Values] = {}  # fields by name, items of a list as "[]"
+
+    def add(self, array: pa.Array) -> None:
+        """Add the next values."""
+        self.present.update(array.is_valid().cast(pa.uint8()).to_numpy().tobytes())
+        array = array.drop_null() if array.null_count else array
+        if isinstance(array, pa.ExtensionArray):
+            array = _json(array) if isinstance(array.type, pa.JsonType) else array.storage
+        if pa.types.is_dictionary(array.type):
+            array = array.dictionary_decode()
+        if pa.types.is_struct(array.type):
+            names = [field.name for field in array.type]
+            self.add_fields(dict(zip(names, array.flatten(), strict=True)), len(array))
+            return
+        if pa.types.is_map(array.type):
+            array = array.cast(pa.list_(pa.struct({"key": array.type.key_type, "value": array.type.item_type})))
+        if pa.types.is_nested(array.type):
+            self._feed("list", pc.list_value_length(array).cast(pa.int64()).to_numpy())
+            self._part("[]").add(array.flatten())
+        elif len(array):
+            self._add_plain(array)
+        self.count += len(array)
+
+    def add_fields(self, fields: dict[str, Any], count: int) -> None:
+        """Add the next rows or structs, each of which has these fields; others of earlier ones are absent."""
+        for name, values in fields.items():
+            part = self._part(name, missing=self.count)
+            for array in values.chunks if isinstance(values, pa.ChunkedArray) else [values]:
+                part.add(array)
+        for name in self.parts.keys() - fields.keys():
+            self.parts[name].present.update(bytes(count))
+        self.count += count
+
+    def digest(self) -> bytes:
+        """The digest of all values; empty if there is none."""
+        if not self.count:
+            return b""
+        found = [self.count, self.present.hexdigest()]
+        found += [[kind, self.kinds[kind].hexdigest()] for kind in sorted(self.kinds)]
+        found += [[name, part.digest().hex()] for name, part in sorted(self.parts.items()) if part.count]
+        return bytes(xxhash.xxh3_128(json.dumps(found).encode()).digest())
+
+    def _part(self, name: str, missing: int = 0) -> _Values:
+        if name not in self.parts:
+            self.parts[name] = _Values(missing)
+        return self.parts[name]
+
+    def _feed(self, kind: str, values: Any) -> None:
+        self.kinds.setdefault(kind, xxhash.xxh3_128()).update(values)
+
+    def _add_plain(self, array: pa.Array) -> None:
+        """Add values without parts, none of them null."""
+        kind = array.type
+        if pa.types.is_integer(kind):
+            values = array.to_numpy()
+            self._feed("whole", values.astype(np.int64))  # wraps what needs 64 bits without a sign, which is marked
+            if kind == pa.uint64() and (above := values[values >= 2**63]).size:
+                self._feed("above int64", above)
+        elif pa.types.is_floating(kind):
+            self._feed("decimal", array.to_numpy().astype(np.float64))
+        elif pa.types.is_boolean(kind):
+            self._feed("truth", array.cast(pa.uint8()).to_numpy())
+        elif pa.types.is_timestamp(kind) or pa.types.is_duration(kind) or pa.types.is_time64(kind):
+            self._feed(str(kind), array.view(pa.int64()).to_numpy())
+        else:
+            is_text = kind in (pa.string(), pa.large_string(), pa.string_view())
+            is_bytes = kind in (pa.binary(), pa.large_binary(), pa.binary_view()) or pa.types.is_fixed_size_binary(kind)
+            if not is_bytes:
+                array = array.cast(pa.large_string())
+            lengths, data = _text(array.cast(pa.large_binary()))
+            name = "text" if is_text else "bytes" if is_bytes else str(kind)
+            self._feed(f"{name} lengths", lengths)
+            self._feed(name, data)
+
+
+def _text(array: pa.LargeBinaryArray) -> tuple[np.ndarray, Any]:
+    """The lengths of texts, and the bytes of all of them."""
+    _, offsets, data = array.buffers()
+    ends = np.frombuffer(offsets, np.int64)[array.offset : array.offset + len(array) + 1]
+    return np.diff(ends), memoryview(b"" if data is None else data)[ends[0] : ends[-1]]
+
+
+def _json(array: pa.JsonArray) -> pa.Array:
+    """JSON text with its fields in one order and without needless space, as libraries write it differently."""
+    texts = (json.dumps(json.loads(text), sort_keys=True) for text in array.storage.to_pylist())
+    return pa.array(texts, pa.large_string())
+
+
+def _batches(dataset: Dataset) -> Iterator[pa.Table]:
+    """The rows in order, as they are stored; of a shuffled or selected dataset, some at a time."""
+    table = dataset.data.table
+    if dataset._indices is None:
+        yield table
+        return
+    stored = table.to_batches()
+    starts = np.cumsum([0, *(len(batch) for batch in stored)])
+    rows = dataset._indices.table.column(0).to_numpy().astype(np.int64)
+    for start in range(0, len(rows), BATCH):
+        yield _gather(stored, starts, rows[start : start + BATCH])
+
+
+def _gather(stored: list[pa.RecordBatch], starts: np.ndarray, rows: np.ndarray) -> pa.Table:
+    """Some rows, in the given order. `Table.take` copies all that is stored, or takes row after row."""
+    order = np.argsort(rows, kind="stable")
+    bounds = np.searchsorted(rows[order], starts)
+    pieces = [
+        batch.take(pa.array(rows[order[low:high]] - start))
+        for batch, start, low, high in zip(stored, starts[:-1], bounds[:-1], bounds[1:], strict=True)
+        if low < high
+    ]
+    place = np.empty_like(order)
+    place[order] = np.arange(len(order))
+    return pa.Table.from_batches(pieces).combine_chunks().take(pa.array(place))

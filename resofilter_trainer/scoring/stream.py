@@ -27,7 +27,7 @@ from trl import SFTConfig
 
 from ..config import InputError, NothingError, Precision, ResonanceConfig, whole_number
 from ..data.loading import default_arguments, load_model, open_pass
-from ..io.digest import add_rows
+from ..io.digest import RowsDigest
 from ..io.files import remove_folder
 from ..scores.provenance import Provenance, Trust
 from ..scores.score_table import SAME_PROMPT, SCORES_FILE, ScoreTable
@@ -101,10 +101,10 @@ class _Pieces:
 
     def score(self, stream: IterableDataset, source: Mapping[str, Any]) -> ScoreTable:
         """Score piece after piece; finished pieces are read."""
-        digest, options, start = xxhash.xxh3_128(), dict(self.options), 0
+        digest, options, start = RowsDigest(), dict(self.options), 0
         tables: list[ScoreTable | tuple[int, str]] = []
         for number, piece in enumerate(_pieces(stream, self.size)):
-            add_rows(digest, piece)
+            digest.add(piece)
             folder = self.folder / PIECES / f"{number:06d}"
             try:
                 scores = score_dataset(self.model, piece, self.tokenizer, self.args, self.config, folder, **options)
@@ -124,12 +124,13 @@ class _Pieces:
 
     def earlier(self, stream: IterableDataset) -> ScoreTable:
         """The scores in the folder. Raises InputError where they are of another stream, model or settings."""
-        earlier, digest, opened = ScoreTable.load(self.folder), xxhash.xxh3_128(), None
+        earlier, opened = ScoreTable.load(self.folder), None
+        content = earlier.provenance.source.get("content")
+        digest = RowsDigest(like=content)
         for piece in _pieces(stream, self.size):
-            add_rows(digest, piece)
+            digest.add(piece)
             with contextlib.suppress(NothingError):
                 opened = opened or self._open(piece)
-        content = earlier.provenance.source.get("content")
         if opened is None or content != digest.hexdigest():
             raise InputError(f"'{self.folder}' holds scores of other rows. Choose another output, or remove it.")
         here = dataclasses.replace(opened, dataset=earlier.provenance.dataset, rows=earlier.provenance.rows)

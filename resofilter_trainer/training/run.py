@@ -16,7 +16,7 @@ from torch.utils.data import RandomSampler
 from transformers import Trainer, TrainerControl
 
 from ..config import InputError, ResonanceConfig, TokenCleaning
-from ..data.fingerprints import describe_training, run_settings
+from ..data.fingerprints import describe_training, fingerprint, run_settings
 from ..data.preparation import prepared_already
 from ..io.made_from import check_made_from
 from ..scores.provenance import Provenance
@@ -161,7 +161,9 @@ class Run:
                 "Resume without the callback, or start again with it."
             )
         what, remedy = f"'{folder.parent}' holds a checkpoint", "Resume with the settings it was made with."
-        check_made_from(saved["settings"], self._settings, what, remedy, names=saved["settings"])
+        there = saved["settings"]
+        here = {**self._settings, "dataset": fingerprint(self.trainer.train_dataset, there.get("dataset"))}
+        check_made_from(there, here, what, remedy, names=there)
         self._provenance = Provenance.from_json(saved["provenance"])
         self._timeline.resume(saved, folder.parent)
         self._load_checkpoint(folder)
