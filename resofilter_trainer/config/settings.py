@@ -16,10 +16,10 @@ Precision = Literal["auto", "float32", "bfloat16"]
 FILE_FORMATS = {  # dataset files, by suffix
     ".json": "json",
     ".jsonl": "json",
-    ".ndjson": "json",
     ".csv": "csv",
-    ".tsv": "csv",
     ".parquet": "parquet",
+    ".ndjson": "json",
+    ".tsv": "csv",
 }
 OPTIMIZER: UpdateName = "optimizer"
 SATURATING: frozenset[UpdateName] = frozenset({"adamw"})  # for what needs no torch; bound to the records

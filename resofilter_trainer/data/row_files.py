@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from io import TextIOWrapper
 from typing import Any
@@ -100,24 +101,27 @@ class RowFiles(ArrowBasedBuilder):
             return found.settled()
         header: list[str] | None = None
         for file, origin in files:
-            own = next(self._csv(file, origin))[1]
+            with closing(self._csv(file, origin)) as lines:
+                _, own = next(lines)
             if header is not None and set(own) != set(header):
-                raise InputError(f"'{origin}' has the columns {', '.join(own)}; other files: {', '.join(header)}.")
+                raise InputError(
+                    f"The dataset '{origin}' cannot be loaded: it has the columns {', '.join(own)}; other files: {', '.join(header)}."
+                )
             header = header or own
         return dict.fromkeys(header or [], str)
 
     def _rows(self, file: str, origin: str, columns: Mapping[str, kinds.Kind] | None) -> Rows:
         """The rows of a file as mappings; of JSON, without columns, also checked for repeated keys."""
         if self.config.kind == "csv":
-            lines = self._csv(file, origin)
-            _, header = next(lines)
-            yield from ((line, dict(zip(header, cells, strict=True))) for line, cells in lines)
+            with closing(self._csv(file, origin)) as lines:
+                _, header = next(lines)
+                yield from ((line, dict(zip(header, cells, strict=True))) for line, cells in lines)
             return
         exact = columns is not None and kinds.WRITTEN in columns.values()
         hook = _without_repeats if columns is None else None
         loads = json.JSONDecoder(parse_float=kinds.Decimal if exact else None, object_pairs_hook=hook).decode
-        with open(file, "rb") as opened:
-            text = TextIOWrapper(opened, self.config.options.get("encoding") or "utf-8-sig")
+        encoding = self.config.options.get("encoding") or "utf-8-sig"
+        with open(file, "rb") as opened, TextIOWrapper(opened, encoding) as text:
             yield from json_rows(text, origin, loads, self.config.options.get("field"))
 
     def _csv(self, file: str, origin: str) -> Rows:
@@ -125,8 +129,8 @@ class RowFiles(ArrowBasedBuilder):
         encoding, names = options.pop("encoding", None) or "utf-8-sig", options.pop("names", None)
         if any(part in origin.lower().split("/")[-1] for part in (".tsv", ".tab")):
             options["delimiter"] = "\t"
-        with open(file, "rb") as opened:
-            yield from csv_rows(TextIOWrapper(opened, encoding, newline=""), origin, names, options)
+        with open(file, "rb") as opened, TextIOWrapper(opened, encoding, newline="") as text:
+            yield from csv_rows(text, origin, names, options)
 
 
 class _Columns:

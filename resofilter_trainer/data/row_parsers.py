@@ -39,14 +39,15 @@ def csv_rows(text: Iterable[str], origin: str, names: Sequence[str] | None, opti
         yield 0, header
         for row, (line, cells) in enumerate(lines):
             if len(cells) != len(header):
-                raise InputError(
-                    f"'{origin}', row {row} (line {line}): the header has {len(header)} cells and this row {len(cells)}. Put "
-                    "a cell that contains a separator, a quote or a line break in double quotes."
+                raise _refusal(
+                    origin,
+                    f"row {row} (line {line}) has {len(cells)} cells and the header {len(header)}. Put a cell that "
+                    "contains a separator, a quote or a line break in double quotes.",
                 )
             yield line, cells
     except csv.Error as error:
-        where = f"'{origin}', row {row + 1} (line {reader.line_num})"
-        raise InputError(f"{where}: {error}. Double a quote inside a quoted cell.") from error
+        where = f"row {row + 1} (line {reader.line_num})"
+        raise _refusal(origin, f"{where}: {error}. Double a quote inside a quoted cell.") from error
     except UnicodeDecodeError as error:
         raise _no_text(origin, error) from error
 
@@ -71,47 +72,50 @@ def json_rows(text: Any, origin: str, loads: Callable[[str], Any], key: str | No
             whole = loads(first + text.read())
             if key is not None:
                 whole = whole.get(key) if isinstance(whole, dict) else None
-            yield from _listed(whole, origin)
+            yield from _listed(whole)
         elif first:
             try:
                 loads(first)
             except ValueError:  # an object of several lines, or an error that this repeats
-                yield from _object(loads(first + text.read()), origin)
+                yield from _object(loads(first + text.read()))
                 return
             for line, each in itertools.chain([(start, first)], lines):
-                yield line, _row(loads(each), origin, line)
+                yield line, _row(loads(each))
     except UnicodeDecodeError as error:
         raise _no_text(origin, error) from error
     except InputError as error:
-        raise InputError(str(error) if origin in str(error) else f"'{origin}', line {line}: {error}") from error
+        raise _refusal(origin, f"line {line}: {error}") from error
     except (ValueError, RecursionError) as error:
-        raise InputError(f"The dataset '{origin}' cannot be loaded: no JSON from line {line} on: {error}.") from error
+        raise _refusal(origin, f"it is no JSON from line {line} on: {error}.") from error
 
 
-def _listed(rows: Any, origin: str) -> Rows:
+def _listed(rows: Any) -> Rows:
     """The rows of a list; texts are rows of their own."""
     if not isinstance(rows, list):
-        raise InputError(f"'{origin}' holds no list of rows.")
+        raise InputError("there is no list of rows.")
     if rows and all(isinstance(each, str) for each in rows):
         rows = [{"text": each} for each in rows]
-    yield from ((number, _row(each, origin, number)) for number, each in enumerate(rows))
+    for number, each in enumerate(rows):
+        if not isinstance(each, dict):
+            raise InputError(f"row {number} must be an object, got {type(each).__name__}.")
+        yield number, each
 
 
-def _object(whole: Any, origin: str) -> Rows:
+def _object(whole: Any) -> Rows:
     """The rows of a file that is one object of several lines: columns, if all its values are lists; else one row."""
-    whole = _row(whole, origin, 1)
+    whole = _row(whole)
     if whole and all(isinstance(each, list) for each in whole.values()):
         if len({len(each) for each in whole.values()}) > 1:
-            raise InputError(f"'{origin}' is an object of lists of different lengths: write one object for each row.")
+            raise InputError("its columns have different lengths: write an object for each row.")
         names = list(whole)
         yield from ((1, dict(zip(names, values, strict=True))) for values in zip(*whole.values(), strict=True))
     else:
         yield 1, whole
 
 
-def _row(found: Any, origin: str, place: int) -> dict[str, Any]:
+def _row(found: Any) -> dict[str, Any]:
     if not isinstance(found, dict):
-        raise InputError(f"'{origin}', row or line {place}: a row must be an object, got {type(found).__name__}.")
+        raise InputError(f"a row must be an object, got {type(found).__name__}.")
     return found
 
 
@@ -119,14 +123,19 @@ def _check_header(header: Sequence[str], origin: str, separator: str) -> None:
     """Raise InputError for columns of the same or no name, and where another separator was meant."""
     twice = next((name for name in header if list(header).count(name) > 1), None)
     if twice is not None:
-        raise InputError(f"'{origin}' has two columns named '{twice}': rename one.")
+        raise _refusal(origin, f"two columns are named '{twice}': rename one.")
     other = next((sign for sign in SEPARATORS if sign != separator and sign in header[0]), None)
     if len(header) == 1 and other is not None:
-        raise InputError(
-            f"'{origin}' seems to be separated by {SEPARATORS[other]}: its only column is {header[0]!r}. Separate by "
-            "commas in a .csv file, by tabs in a .tsv file."
+        raise _refusal(
+            origin,
+            f"its only column is {header[0]!r}, so it seems to be separated by {SEPARATORS[other]}. Separate cells by "
+            "commas in a .csv file, by tabs in a .tsv file.",
         )
 
 
 def _no_text(origin: str, error: UnicodeDecodeError) -> InputError:
-    return InputError(f"'{origin}' is not UTF-8 text ({error.reason} at byte {error.start}): save it as UTF-8.")
+    return _refusal(origin, f"it is not UTF-8 text ({error.reason} at byte {error.start}). Save it as UTF-8.")
+
+
+def _refusal(origin: str, why: str) -> InputError:
+    return InputError(f"The dataset '{origin}' cannot be loaded: {why}")

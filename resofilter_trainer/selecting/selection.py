@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import warnings
 from collections.abc import Mapping, Sequence, Sized
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,10 +15,12 @@ import numpy as np
 import pyarrow as pa
 
 from ..config import InputError
+from ..io.digest import same_rows
 from ..io.files import file_at, load_parquet, save_parquet
 from ..scores.provenance import Provenance
 from ..scores.score_table import ScoreTable
 from .dataset_card import make_card, push_card
+from .weighted_rows import NEEDS_WEIGHTS, weighted
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -50,6 +53,7 @@ class Selection:
     policy: Mapping[str, Any]
     provenance: str
     weight: np.ndarray | None = None
+    _weights_taken: list[bool] = dataclasses.field(default_factory=list, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if not isinstance(self.keep, np.ndarray) or self.keep.dtype != bool or self.keep.ndim != 1:
@@ -109,40 +113,75 @@ class Selection:
         """Positions of the kept rows in the user's dataset, ascending."""
         return np.flatnonzero(self.keep)
 
-    def apply(self, dataset: Dataset | IterableDataset) -> Any:
+    def apply(self, dataset: Dataset | IterableDataset, *, check_rows: bool = True) -> Any:
         """The kept rows in their original order, of a `Dataset` or of a stream (`IterableDataset`).
 
-        A stream is filtered by the position of each row: it must not be shuffled, and a single process must read it
-        (`dataloader_num_workers=0`).
+        The rows of a stream are not compared with those that were scored. It is filtered by the position of each row:
+        it must not be shuffled, and a single process must read it (`dataloader_num_workers=0`).
+
+        A training on kept rows with weights needs these as well (`SampleWeights.of(selection)`); where it reads its
+        first batch without them, a warning says so.
+
+        Args:
+            dataset: the dataset as it was scored.
+            check_rows: whether all values must be those that were scored. `False` is for the same rows in the same
+                order with other columns, such as those before `map_columns`.
 
         Raises:
-            InputError: the dataset has another number of rows than was scored.
+            InputError: the dataset has other rows than was scored, or another number of rows.
         """
         if not isinstance(dataset, Sized):
+            if self._has_weights:
+                warnings.warn(f"{NEEDS_WEIGHTS} Of a stream, no trainer can take them.", stacklevel=2)
             return dataset.filter(self._keeps, with_indices=True)
+        self._check(cast("Dataset", dataset), check_rows)
+        rows = cast("Dataset", dataset).select(self.sample_ids)
+        return weighted(rows, self._weights_taken) if self._has_weights else rows
+
+    def kept_weights(self) -> np.ndarray:
+        """(K,) how much the loss of each kept row counts in training; 1 where all rows count alike."""
+        self._weights_taken.append(True)
+        return np.ones(int(self.keep.sum())) if self.weight is None else self.weight[self.keep]
+
+    @property
+    def _has_weights(self) -> bool:
+        return self.weight is not None and bool(np.ptp(self.weight[self.keep]) if self.keep.any() else False)
+
+    def _check(self, dataset: Dataset, check_rows: bool) -> None:
+        """Raise InputError unless these are the rows that were scored."""
         if len(dataset) != len(self):
             raise InputError(
                 f"The selection was made for {len(self)} rows and the dataset has {len(dataset)}. "
                 "Apply it to the dataset as it was scored, before any filtering or shuffling."
             )
-        return cast("Dataset", dataset).select(self.sample_ids)
+        content = content_of(self.provenance) if check_rows else None
+        if content is not None and not same_rows(content, dataset):
+            raise InputError(
+                "The dataset is not what was scored: its values, its columns or the order of its rows differ. Apply "
+                "the selection to the dataset as it was scored, before shuffling or changing it. If only columns "
+                "differ, and row i is still row i, pass check_rows=False."
+            )
 
     def _keeps(self, row: Any, position: int) -> bool:
         if position >= len(self):
             raise InputError(f"The selection was made for {len(self)} rows and the stream has more. Score it again.")
         return bool(self.keep[position])
 
-    def annotate(self, dataset: Dataset, scores: ScoreTable) -> Dataset:
+    def annotate(self, dataset: Dataset, scores: ScoreTable, *, check_rows: bool = True) -> Dataset:
         """The kept rows, with the scores as columns: `resofilter_score`, `resofilter_loss` and so on.
 
+        Rows that do not count alike also have their weight, `resofilter_weight`.
+
         Args:
-            dataset: the dataset as it was scored.
+            dataset, check_rows: as for `apply`.
             scores: the scores of all its rows, in its order.
 
         Raises:
-            InputError: the dataset has another number of rows than was scored.
+            InputError: as for `apply`.
         """
-        rows = self.apply(dataset)
+        rows = self.apply(dataset, check_rows=check_rows)
+        if self._has_weights:
+            rows = rows.add_column(f"{COLUMN}weight", self.weight[self.keep])
         for name in scores.table.column_names:
             if name not in ("sample_id", "reason"):
                 rows = rows.add_column(f"{COLUMN}{name}", scores.table[name].take(self.sample_ids).to_pylist())
@@ -165,18 +204,23 @@ class Selection:
         repo_id: str,
         scores: ScoreTable | None = None,
         licence: str | None = None,
+        *,
+        check_rows: bool = True,
         **options: Any,
     ) -> None:
         """Push the kept rows to the Hub, with their dataset card.
 
         Args:
-            dataset: the dataset as it was scored.
+            dataset, check_rows: as for `apply`.
             repo_id: `owner/name`.
             scores: the scores to add as columns, if any.
             licence: as for `card`.
             **options: arguments of `Dataset.push_to_hub`, such as `private` and `token`.
         """
-        rows = self.apply(dataset) if scores is None else self.annotate(dataset, scores)
+        if scores is None:
+            rows = self.apply(dataset, check_rows=check_rows)
+        else:
+            rows = self.annotate(dataset, scores, check_rows=check_rows)
         commit = rows.push_to_hub(repo_id, **options)
         revision = getattr(commit, "pr_revision", None) or options.get("revision")
         push_card(self.card(licence, repo_id), repo_id, revision, options.get("token"))
@@ -216,6 +260,15 @@ class Selection:
     def _table(self) -> pa.Table:
         columns = {"sample_id": np.arange(len(self)), "keep": self.keep, "reason": list(self.reason)}
         return pa.table(columns if self.weight is None else {**columns, "weight": self.weight})
+
+
+def content_of(provenance: str) -> str | None:
+    """The digest of the scored rows; None where the scores were not made from a dataset of the user's."""
+    try:
+        source = json.loads(provenance).get("source") or {}
+    except (ValueError, AttributeError):
+        return None
+    return source.get("content")
 
 
 def settings_of(policy: object) -> dict[str, Any]:

@@ -48,7 +48,7 @@ class SampleWeights(TrainerCallback):
     @classmethod
     def of(cls, selection: Selection) -> SampleWeights:
         """The weights of the rows that a selection keeps; 1 where it has none."""
-        return cls(np.ones(int(selection.keep.sum())) if selection.weight is None else selection.weight[selection.keep])
+        return cls(selection.kept_weights())
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

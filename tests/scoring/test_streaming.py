@@ -176,9 +176,9 @@ def test_from_the_shell(tmp_path, tiny_model_dir, capsys):
 def test_the_hash_of_a_stream_is_that_of_its_rows(monkeypatch, model, tokenizer, tmp_path):
     monkeypatch.undo()
     dataset = rows(1100)
-    digest = streaming.xxhash.xxh3_128()
+    digest = streaming.RowsDigest()
     for piece in streaming._pieces(dataset.to_iterable_dataset(), 1000):
-        streaming.add_rows(digest, piece)
+        digest.add(piece)
     assert digest.hexdigest() == hash_rows(dataset)
 
 
