@@ -24,6 +24,7 @@ from ..evaluation.metrics.final_answer import final_answer
 from ..io.digest import FIRST, hash_rows
 from .config import DEMO, ComparisonConfig
 
+FLAGS = {"true": True, "false": False, "1": True, "0": False, "1.0": True, "0.0": False}
 DEFAULT_SPLITS = ("test", "validation")  # of test_dataset and validation_dataset
 
 
@@ -119,13 +120,14 @@ def _load(config: ComparisonConfig, name: str, split: str) -> Dataset:
 
 
 def _flags(values: list[Any], name: str) -> np.ndarray:
-    """(N,) bool from a column. Raises InputError for values other than true and false, or 1 and 0."""
-    odd = next((row for row, value in enumerate(values) if value not in (True, False)), None)
+    """(N,) bool from a column, of CSV as text. Raises InputError for values other than true and false, or 1 and 0."""
+    flags = [FLAGS.get(value.strip().lower()) if isinstance(value, str) else value for value in values]
+    odd = next((row for row, value in enumerate(flags) if value not in (True, False)), None)
     if odd is not None:
         raise InputError(
             f"wrong_column '{name}' must be true or false, or 1 or 0, in each row; row {odd} has {values[odd]!r}."
         )
-    return np.array(values, dtype=bool)
+    return np.array(flags, dtype=bool)
 
 
 def _check_tests(rows: Dataset, tests: Dataset) -> None:

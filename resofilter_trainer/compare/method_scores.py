@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -146,10 +147,7 @@ def by_column(request: Request) -> ScoreTable:
 
     def read(model: PreTrainedModel, opened: Opened, target: PassOutput) -> Measured:
         sample_ids = opened.prepared.sample_ids
-        try:
-            values = np.array(dataset[name], dtype=np.float64)[sample_ids]
-        except (TypeError, ValueError) as error:
-            raise InputError(f"score_column '{name}' must hold numbers only: {error}.") from error
+        values = np.array([_number(value, row, name) for row, value in enumerate(dataset[name])])[sample_ids]
         if not np.isfinite(values).all():
             row = sample_ids[int(np.argmin(np.isfinite(values)))]
             raise InputError(f"Row {row} has no finite number in score_column '{name}'.")
@@ -159,6 +157,14 @@ def by_column(request: Request) -> ScoreTable:
         request.model, dataset, request.tokenizer, request.args, config, request.folder, read,
         place=None, drop_empty=True,
     )  # fmt: skip
+
+
+def _number(value: Any, row: int, name: str) -> float:
+    """A number of a column, of CSV as text; NaN for a missing one."""
+    try:
+        return float("nan") if value in (None, "") else float(value)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"score_column '{name}' must hold numbers only: row {row} has {value!r}.") from error
 
 
 def by_token_losses(request: Request) -> TokenScores:

@@ -9,7 +9,7 @@ for a file that is one list or object, which is read whole.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from io import TextIOWrapper
@@ -104,9 +104,8 @@ class RowFiles(ArrowBasedBuilder):
             with closing(self._csv(file, origin)) as lines:
                 _, own = next(lines)
             if header is not None and set(own) != set(header):
-                raise InputError(
-                    f"The dataset '{origin}' cannot be loaded: it has the columns {', '.join(own)}; other files: {', '.join(header)}."
-                )
+                there = f"{', '.join(own)}, and those of other files {', '.join(header)}"
+                raise InputError(f"The dataset '{origin}' cannot be loaded: its columns are {there}.")
             header = header or own
         return dict.fromkeys(header or [], str)
 
@@ -124,7 +123,7 @@ class RowFiles(ArrowBasedBuilder):
         with open(file, "rb") as opened, TextIOWrapper(opened, encoding) as text:
             yield from json_rows(text, origin, loads, self.config.options.get("field"))
 
-    def _csv(self, file: str, origin: str) -> Rows:
+    def _csv(self, file: str, origin: str) -> Generator[tuple[int, Any], None, None]:
         options = dict(self.config.options)
         encoding, names = options.pop("encoding", None) or "utf-8-sig", options.pop("names", None)
         if any(part in origin.lower().split("/")[-1] for part in (".tsv", ".tab")):

@@ -84,18 +84,13 @@ class _Values:
 
     def add(self, array: pa.Array) -> None:
         """Add the next values."""
+        array = _plain(array)
         self.present.update(array.is_valid().cast(pa.uint8()).to_numpy().tobytes())
         array = array.drop_null() if array.null_count else array
-        if isinstance(array, pa.ExtensionArray):
-            array = _json(array) if isinstance(array.type, pa.JsonType) else array.storage
-        if pa.types.is_dictionary(array.type):
-            array = array.dictionary_decode()
         if pa.types.is_struct(array.type):
             names = [field.name for field in array.type]
             self.add_fields(dict(zip(names, array.flatten(), strict=True)), len(array))
             return
-        if pa.types.is_map(array.type):
-            array = array.cast(pa.list_(pa.struct({"key": array.type.key_type, "value": array.type.item_type})))
         if pa.types.is_nested(array.type):
             self._feed("list", pc.list_value_length(array).cast(pa.int64()).to_numpy())
             self._part("[]").add(array.flatten())
@@ -145,8 +140,8 @@ class _Values:
         elif pa.types.is_timestamp(kind) or pa.types.is_duration(kind) or pa.types.is_time64(kind):
             self._feed(str(kind), array.view(pa.int64()).to_numpy())
         else:
-            is_text = kind in (pa.string(), pa.large_string(), pa.string_view())
-            is_bytes = kind in (pa.binary(), pa.large_binary(), pa.binary_view()) or pa.types.is_fixed_size_binary(kind)
+            is_text = kind in (pa.string(), pa.large_string())
+            is_bytes = kind in (pa.binary(), pa.large_binary()) or pa.types.is_fixed_size_binary(kind)
             if not is_bytes:
                 array = array.cast(pa.large_string())
             lengths, data = _text(array.cast(pa.large_binary()))
@@ -162,9 +157,20 @@ def _text(array: pa.LargeBinaryArray) -> tuple[np.ndarray, Any]:
     return np.diff(ends), memoryview(b"" if data is None else data)[ends[0] : ends[-1]]
 
 
+def _plain(array: pa.Array) -> pa.Array:
+    """The values in one of the types that hold them: without dictionaries, views, or a type around the type."""
+    if isinstance(array, pa.ExtensionArray):
+        array = _json(array) if isinstance(array.type, pa.JsonType) else array.storage
+    if pa.types.is_dictionary(array.type):
+        array = array.dictionary_decode()
+    if array.type == pa.string_view():
+        return array.cast(pa.large_string())
+    return array.cast(pa.large_binary()) if array.type == pa.binary_view() else array
+
+
 def _json(array: pa.JsonArray) -> pa.Array:
     """JSON text with its fields in one order and without needless space, as libraries write it differently."""
-    texts = (json.dumps(json.loads(text), sort_keys=True) for text in array.storage.to_pylist())
+    texts = (text and json.dumps(json.loads(text), sort_keys=True) for text in array.storage.to_pylist())
     return pa.array(texts, pa.large_string())
 
 

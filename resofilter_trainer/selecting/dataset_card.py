@@ -32,6 +32,7 @@ def make_card(
     licence: str | None = None,
     name: str | None = None,
     group_column: str | None = None,
+    weight_column: str | None = None,
 ) -> DatasetCard:
     """The card of a filtered dataset.
 
@@ -43,6 +44,7 @@ def make_card(
         licence: the licence of the source dataset; by default the one that `licence_of` finds.
         name: the name of the filtered dataset.
         group_column: the column whose groups each have their share, if any.
+        weight_column: the column of the kept rows with their weights, if they do not count alike.
     """
     from huggingface_hub import DatasetCard, DatasetCardData
 
@@ -57,6 +59,7 @@ def make_card(
         f"{count:,} of {len(reasons):,} rows of {_code(source or 'a dataset')}, selected by `resofilter_trainer` "
         f"{_plain(provenance.versions.get('resofilter_trainer', ''))}: {_measured(provenance)}.",
         "",
+        *(_weighing(weight_column) if weight_column else []),
         "| dropped rows | reason |",
         "|---|---|",
         *(f"| {n:,} | {_plain(why)} |" for why, n in count_reasons((r for r in reasons if r != kept), LISTED)),
@@ -75,6 +78,11 @@ def make_card(
         "",
     ]
     return DatasetCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n".join(lines))
+
+
+def _weighing(column: str) -> list[str]:
+    text = f"The rows do not count alike: multiply each row's loss by its {_code(column)}, in Python"
+    return [f"{text} with `SampleWeights(dataset[{column!r}])`. Without, a training on them is biased.", ""]
 
 
 def push_card(card: DatasetCard, repo_id: str, revision: str | None, token: Any) -> None:

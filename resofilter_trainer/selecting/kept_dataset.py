@@ -44,7 +44,7 @@ def save_kept(rows: Dataset, selection: Selection, output: Path, group_column: s
     """
     folder, replaced = output / DATASET, output / REPLACED
     with replacing(folder) as temporary:
-        rows.save_to_disk(temporary)
+        selection.with_weights(rows).save_to_disk(temporary)
         selection.card(group_column=group_column).save(temporary / "README.md")
         flush(temporary)  # before the earlier rows are moved away
         shutil.rmtree(replaced, ignore_errors=True)

@@ -31,6 +31,7 @@ SELECTION_FILE = "selection.parquet"
 KEY = "resofilter_selection"  # the Parquet metadata that holds policy and provenance
 KEPT = "kept"
 COLUMN = "resofilter_"  # prefix of a score's column in an annotated dataset
+WEIGHT = f"{COLUMN}weight"
 
 
 @dataclass(frozen=True)
@@ -179,9 +180,7 @@ class Selection:
         Raises:
             InputError: as for `apply`.
         """
-        rows = self.apply(dataset, check_rows=check_rows)
-        if self._has_weights:
-            rows = rows.add_column(f"{COLUMN}weight", self.weight[self.keep])
+        rows = self.with_weights(self.apply(dataset, check_rows=check_rows))
         for name in scores.table.column_names:
             if name not in ("sample_id", "reason"):
                 rows = rows.add_column(f"{COLUMN}{name}", scores.table[name].take(self.sample_ids).to_pylist())
@@ -196,7 +195,12 @@ class Selection:
             group_column: the column of the dataset whose groups each have their share, if any.
         """
         provenance = Provenance.from_json(self.provenance)
-        return make_card(provenance, self.reason, KEPT, self.policy, licence, name, group_column)
+        weights = WEIGHT if self._has_weights else None
+        return make_card(provenance, self.reason, KEPT, self.policy, licence, name, group_column, weights)
+
+    def with_weights(self, rows: Dataset) -> Dataset:
+        """The kept rows with a column of their weights, if they do not count alike."""
+        return rows.add_column(WEIGHT, np.asarray(self.weight)[self.keep]) if self._has_weights else rows
 
     def push_to_hub(
         self,
@@ -208,7 +212,7 @@ class Selection:
         check_rows: bool = True,
         **options: Any,
     ) -> None:
-        """Push the kept rows to the Hub, with their dataset card.
+        """Push the kept rows to the Hub, with their dataset card, and with their weights if they do not count alike.
 
         Args:
             dataset, check_rows: as for `apply`.
@@ -218,7 +222,7 @@ class Selection:
             **options: arguments of `Dataset.push_to_hub`, such as `private` and `token`.
         """
         if scores is None:
-            rows = self.apply(dataset, check_rows=check_rows)
+            rows = self.with_weights(self.apply(dataset, check_rows=check_rows))
         else:
             rows = self.annotate(dataset, scores, check_rows=check_rows)
         commit = rows.push_to_hub(repo_id, **options)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -28,7 +28,7 @@ def weighted(rows: Dataset, taken: list[bool]) -> Dataset:
         taken: not empty once the weights are taken, or the warning is given.
     """
     if not hasattr(rows, "weights_taken"):
-        rows.__class__ = _reminding(type(rows))
+        rows.__class__ = _reminding(cast(Any, type(rows)))
     rows.weights_taken = taken
     return rows
 
