@@ -88,13 +88,14 @@ def test_other_values_have_other_digests():
     assert len(set(different)) == len(different)
 
 
-@pytest.mark.parametrize("row", range(40))
 @pytest.mark.parametrize("column", list(ROWS[0]))
-def test_every_value_counts(row, column):
-    changed = [dict(each) for each in ROWS]
-    changed[row][column] = changed[row - 1][column] if changed[row - 1][column] != changed[row][column] else None
-    if changed[row][column] != ROWS[row][column]:
-        assert hash_rows(Dataset.from_list(changed, features=DATASET.features)) != hash_rows(DATASET)
+def test_every_value_counts(column):
+    found = {hash_rows(DATASET)}
+    for row in range(40):
+        changed = [dict(each) for each in ROWS]
+        changed[row][column] = None if ROWS[row][column] is not None else ROWS[1][column]
+        found.add(hash_rows(Dataset.from_list(changed, features=DATASET.features)))
+    assert len(found) == 41
 
 
 def test_images_are_their_bytes():

@@ -1,0 +1,225 @@
+"""A selection is applied to the rows that were scored, and a training on weighted rows knows of their weights."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import pickle
+import warnings
+
+import numpy as np
+import pytest
+from datasets import Dataset, load_from_disk
+from helpers.tables import make_scores
+from helpers.training import arguments, llama, rows
+from torch.utils.data import DataLoader
+from transformers import Trainer
+from trl import SFTTrainer
+
+from resofilter_trainer import (
+    ColumnMapping,
+    DataSelector,
+    InputError,
+    SampleWeights,
+    ScoreTable,
+    Selection,
+    SoftPruning,
+    map_columns,
+)
+from resofilter_trainer.io.digest import FIRST, hash_rows
+from resofilter_trainer.selecting.kept_dataset import DATASET, save_kept
+from resofilter_trainer.selecting.selection import WEIGHT
+
+DATASET_ROWS = Dataset.from_list([{"question": f"q {i}", "answer": str(i * 7 % 12)} for i in range(12)])
+
+
+def scores_of(dataset: Dataset, content: str | None = "") -> ScoreTable:
+    """Scores of a dataset, with the digest of its rows."""
+    scores = make_scores([float(i * 5 % len(dataset)) for i in range(len(dataset))])
+    source = {} if content is None else {"content": content or hash_rows(dataset)}
+    return ScoreTable(scores.table, dataclasses.replace(scores.provenance, source=source))
+
+
+def select(dataset: Dataset = DATASET_ROWS, content: str | None = "") -> Selection:
+    return DataSelector(keep=0.5).select(scores_of(dataset, content))
+
+
+# ---- the rows that were scored
+
+
+def test_the_scored_rows_are_accepted_however_they_are_stored(tmp_path):
+    selection = select()
+    DATASET_ROWS.save_to_disk(tmp_path / "saved")
+    kept = [DATASET_ROWS[int(row)] for row in selection.sample_ids]
+    for same in (
+        DATASET_ROWS,
+        load_from_disk(tmp_path / "saved"),
+        DATASET_ROWS.with_format("numpy"),
+        DATASET_ROWS.with_transform(lambda batch: batch),
+        DATASET_ROWS.select(range(12)),
+        Dataset.from_list(DATASET_ROWS.to_list()),
+    ):
+        assert selection.apply(same).with_format(None).to_list() == kept
+    selection.save(tmp_path)
+    assert Selection.load(tmp_path).apply(DATASET_ROWS).to_list() == kept
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda rows: rows.shuffle(seed=1),
+        lambda rows: rows.select(range(11, -1, -1)),
+        lambda rows: rows.select([*range(1, 12), 0]),
+        lambda rows: rows.map(lambda row: {"answer": row["answer"] + " "}),
+        lambda rows: rows.select_columns(["question"]),
+        lambda rows: rows.add_column("n", list(range(12))),
+        lambda rows: map_columns(rows, ColumnMapping(prompt_column="question", completion_column="answer")),
+    ],
+)
+def test_other_rows_are_refused_unless_the_user_says_that_they_are_the_same(change, tmp_path):
+    selection, other = select(), change(DATASET_ROWS)
+    scores = scores_of(DATASET_ROWS)
+    for apply in (
+        selection.apply,
+        lambda rows: selection.annotate(rows, scores),
+        lambda rows: selection.push_to_hub(rows, "me/rows"),
+    ):
+        with pytest.raises(InputError, match=r"not what was scored.* order of its rows.*check_rows=False") as refused:
+            apply(other)
+        assert "\n" not in str(refused.value)
+    assert selection.apply(other, check_rows=False).to_list() == other.select(selection.sample_ids).to_list()
+    annotated = selection.annotate(other, scores, check_rows=False)
+    assert annotated["resofilter_score"][:] == [float(scores.column("score")[row]) for row in selection.sample_ids]
+    with pytest.raises(InputError, match="made for 12 rows"):
+        selection.apply(other.select(range(11)), check_rows=False)
+
+
+def test_a_digest_of_the_first_version_is_compared_too():
+    selection = select(content=hash_rows(DATASET_ROWS, FIRST))
+    assert len(selection.apply(DATASET_ROWS)) == 6
+    with pytest.raises(InputError, match="not what was scored"):
+        selection.apply(DATASET_ROWS.shuffle(seed=1))
+
+
+@pytest.mark.parametrize("provenance", ["", "{}", "[]"])
+def test_without_a_digest_only_the_number_of_rows_is_known(provenance):
+    assert len(select(content=None).apply(DATASET_ROWS.shuffle(seed=1))) == 6
+    by_hand = Selection(np.ones(12, bool), ["kept"] * 12, {}, provenance)
+    assert len(by_hand.apply(DATASET_ROWS.shuffle(seed=1))) == 12
+
+
+# ---- weights
+
+
+def soft(dataset: Dataset) -> Selection:
+    """Six of the rows count twice."""
+    keep = np.arange(len(dataset)) % 4 > 0
+    weight = np.where(keep, 1.0 + (np.arange(len(dataset)) % 2), 0.0)
+    provenance = scores_of(dataset).provenance.to_json()
+    return Selection(keep, ["kept" if each else "drawn" for each in keep], {}, provenance, weight)
+
+
+def sft(tmp_path, tokenizer, dataset, *callbacks) -> SFTTrainer:
+    args = arguments(tmp_path, num_train_epochs=1, max_steps=2)
+    model = llama(len(tokenizer))
+    return SFTTrainer(model, args, train_dataset=dataset, processing_class=tokenizer, callbacks=[*callbacks])
+
+
+NEEDS = r"without their weights is biased.*SampleWeights\.of\(selection\)"
+
+
+@pytest.mark.parametrize(
+    "derive",
+    [
+        lambda rows: rows,
+        lambda rows: rows.shuffle(seed=1),
+        lambda rows: rows.map(lambda row: {"completion": row["completion"] + " so"}),
+        lambda rows: rows.train_test_split(0.2, seed=1)["train"],
+        lambda rows: rows.add_column("id", list(range(len(rows)))).remove_columns("id").with_format("python"),
+        copy.copy,
+        lambda rows: pickle.loads(pickle.dumps(rows)),
+    ],
+)
+def test_a_training_without_the_weights_warns_once(derive, tmp_path, tokenizer):
+    kept = derive(soft(rows(16)).apply(rows(16)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        trainer = sft(tmp_path, tokenizer, kept)
+    with pytest.warns(UserWarning, match=NEEDS) as told:
+        trainer.train()
+    assert len([each for each in told if "SampleWeights" in str(each.message)]) == 1
+
+
+def test_a_plain_trainer_warns_too(tmp_path, tokenizer):
+    dataset = Dataset.from_list([{"input_ids": [5, 6, 7], "labels": [5, 6, 7]} for _ in range(16)])
+    trainer = Trainer(llama(len(tokenizer)), arguments_of_trainer(tmp_path), train_dataset=soft(dataset).apply(dataset))
+    with pytest.warns(UserWarning, match=NEEDS):
+        trainer.train()
+
+
+def arguments_of_trainer(tmp_path):
+    from transformers import TrainingArguments
+
+    return TrainingArguments(str(tmp_path), use_cpu=True, report_to="none", max_steps=1, dataloader_pin_memory=False)
+
+
+@pytest.mark.parametrize("order", ["as in the readme", "before", "added later", "by hand"])
+def test_a_training_with_the_weights_does_not_warn(order, tmp_path, tokenizer):
+    dataset = rows(16)
+    selection = soft(dataset)
+    if order == "as in the readme":
+        trainer = sft(tmp_path, tokenizer, selection.apply(dataset), SampleWeights.of(selection))
+    elif order == "before":
+        weights = SampleWeights.of(selection)
+        trainer = sft(tmp_path, tokenizer, selection.apply(dataset), weights)
+    elif order == "added later":
+        kept = selection.apply(dataset)
+        assert kept[0] == dataset[1]
+        assert kept.to_list() == list(kept)
+        trainer = sft(tmp_path, tokenizer, kept)
+        trainer.add_callback(SampleWeights.of(selection))
+    else:
+        trainer = sft(tmp_path, tokenizer, selection.apply(dataset), SampleWeights(selection.kept_weights()))
+    trainer.train()  # a warning is an error
+
+
+def test_rows_that_count_alike_need_no_weights(tmp_path, tokenizer):
+    dataset = rows(16)
+    alike = dataclasses.replace(soft(dataset), weight=np.where(soft(dataset).keep, 2.0, 0.0))
+    for selection in (alike, select(dataset)):
+        assert type(selection.apply(dataset)) is Dataset
+        sft(tmp_path, tokenizer, selection.apply(dataset)).train()
+        assert WEIGHT not in selection.with_weights(selection.apply(dataset)).column_names
+        assert "SampleWeights" not in str(selection.card())
+
+
+def test_a_stream_cannot_be_weighed():
+    with pytest.warns(UserWarning, match="Of a stream"):
+        assert len(list(soft(rows(16)).apply(rows(16).to_iterable_dataset()))) == 12
+
+
+def test_a_loader_reads_the_rows_that_it_would_read_without_the_reminder():
+    dataset = rows(16)
+    selection = soft(dataset)
+    kept, plain = selection.apply(dataset), dataset.select(selection.sample_ids)
+    selection.kept_weights()
+    assert list(DataLoader(kept, batch_size=4)) == list(DataLoader(plain, batch_size=4))
+    assert isinstance(kept, Dataset)
+
+
+def test_saved_rows_have_their_weights(tmp_path):
+    dataset = rows(16)
+    selection = soft(dataset)
+    expected = selection.kept_weights().tolist()
+    assert expected == [2.0, 1.0, 2.0] * 4
+    annotated = selection.annotate(dataset, scores_of(dataset))
+    assert annotated[WEIGHT][:] == expected
+    save_kept(selection.apply(dataset), selection, tmp_path)
+    assert load_from_disk(tmp_path / DATASET)[WEIGHT][:] == expected
+    card = (tmp_path / DATASET / "README.md").read_text()
+    assert "do not count alike" in card
+    assert f"SampleWeights(dataset['{WEIGHT}'])" in card
+
+
+def test_soft_pruning_has_weights():
+    assert np.ptp(SoftPruning(keep=0.5).select(scores_of(rows(16))).kept_weights()) > 0
