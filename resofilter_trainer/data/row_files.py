@@ -126,7 +126,7 @@ class RowFiles(ArrowBasedBuilder):
     def _csv(self, file: str, origin: str) -> Generator[tuple[int, Any], None, None]:
         options = dict(self.config.options)
         encoding, names = options.pop("encoding", None) or "utf-8-sig", options.pop("names", None)
-        if any(part in origin.lower().split("/")[-1] for part in (".tsv", ".tab")):
+        if [part for part in origin.lower().split("/")[-1].split(".") if part in ("csv", "tsv")][-1:] == ["tsv"]:
             options["delimiter"] = "\t"
         with open(file, "rb") as opened, TextIOWrapper(opened, encoding, newline="") as text:
             yield from csv_rows(text, origin, names, options)

@@ -34,7 +34,7 @@ from ..scores.score_table import SAME_PROMPT, SCORES_FILE, ScoreTable
 from .dataset import score_dataset
 from .passes import locked
 
-PIECE = 10_000  # rows; a multiple of the rows that are hashed together
+PIECE = 10_000  # rows; a multiple of the rows that version 0.1.0 hashed together
 PIECES = "pieces"
 
 

@@ -285,7 +285,11 @@ def own_rows(tmp_path, monkeypatch):
 OWN = {"prompt_column": "q", "completion_column": "a", "test_dataset": "tests.jsonl"}
 
 
-def test_rows_and_scores_of_ones_own(tmp_path, own_rows):
+@pytest.mark.parametrize("kind", ["jsonl", "csv"])
+def test_rows_and_scores_of_ones_own(kind, tmp_path, own_rows):
+    if kind == "csv":  # numbers are text
+        Dataset.from_json(own_rows).to_csv("rows.csv")
+        own_rows = "rows.csv"
     selectors = [{"score_column": "quality"}, {"score_column": "quality", "name": "worst", "drop": "largest"}]
     best, worst = run(config(tmp_path, selectors, dataset=own_rows, wrong_column="bad", **OWN))
     assert best.rows == 12
@@ -352,7 +356,7 @@ def test_what_cannot_work_is_refused(changes, message, tmp_path):
     [
         ({"wrong_column": "none"}, "no column 'none'"),
         ({"selectors": [{"score_column": "none"}]}, "no column 'none'"),
-        ({"selectors": [{"score_column": "a"}]}, "must hold numbers only"),
+        ({"selectors": [{"score_column": "a"}]}, "must hold numbers only: row 0 has '0"),
         ({"wrong_column": "a"}, "must be true or false, or 1 or 0, in each row"),
         ({"wrong_column": "quality"}, "must be true or false, or 1 or 0, in each row"),
         ({"test_dataset": None}, "12 of the 12 held-out rows are also in the dataset"),

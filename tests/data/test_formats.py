@@ -61,7 +61,8 @@ def separated(rows: list[dict[str, str]], **options: Any) -> str:
 
 @pytest.mark.parametrize("options", [{}, {"lineterminator": "\n"}, {"quoting": csv.QUOTE_ALL}])
 @pytest.mark.parametrize(
-    ("name", "delimiter"), [("a.csv", ","), ("a.tsv", "\t"), ("a.csv.gz", ","), ("a.tsv.gz", "\t")]
+    ("name", "delimiter"),
+    [("a.csv", ","), ("a.tsv", "\t"), ("a.csv.gz", ","), ("my.table.csv", ","), ("a.tsv.gz", "\t")],
 )
 def test_every_cell_is_the_text_that_was_written(tmp_path, name, delimiter, options):
     rows = [{"question": text, "answer": other} for text, other in zip(ODD, ODD[::-1], strict=True)]

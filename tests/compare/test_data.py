@@ -1,0 +1,52 @@
+"""What a comparison makes of the columns and splits of the user's files."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from datasets import Dataset
+
+from resofilter_trainer import InputError
+from resofilter_trainer.compare.config import ComparisonConfig, SelectorConfig
+from resofilter_trainer.compare.data import make_data
+
+ROWS = [{"q": f"what is {i} + 1 ?", "a": f"#### {i + 1}"} for i in range(4)]
+TESTS = [{"q": f"what is {i} + 2 ?", "a": f"#### {i + 2}"} for i in range(2)]
+
+
+@pytest.fixture
+def data(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Dataset.from_list(TESTS).to_csv("tests.csv")
+
+    def make(rows: list[dict], **changes):
+        Dataset.from_list(rows).to_csv("rows.csv")
+        settings = {"prompt_column": "q", "completion_column": "a", "test_dataset": "tests.csv", **changes}
+        return make_data(ComparisonConfig([SelectorConfig("random")], dataset="rows.csv", **settings), 0)
+
+    return make
+
+
+@pytest.mark.parametrize("flags", [["true", "False", "TRUE", "false"], ["1", "0", "1", "0"], ["1.0", "0.0", " 1", "0"]])
+def test_flags_of_csv_are_text(flags, data):
+    rows = [{**row, "bad": flag} for row, flag in zip(ROWS, flags, strict=True)]
+    assert np.array_equal(data(rows, wrong_column="bad").wrong, [True, False, True, False])
+
+
+@pytest.mark.parametrize("flag", ["", "yes", "2"])
+def test_other_text_is_no_flag(flag, data):
+    rows = [{**row, "bad": "1"} for row in ROWS[:3]] + [{**ROWS[3], "bad": flag}]
+    with pytest.raises(InputError, match=f"row 3 has '{flag}'"):
+        data(rows, wrong_column="bad")
+
+
+def test_the_default_split_of_a_single_file_is_all_of_it(data):
+    found = data(ROWS, validation_dataset="rows.csv")
+    assert list(found.answers) == [row["a"] for row in TESTS]
+    assert found.validation["completion"][:] == [row["a"] for row in ROWS]
+
+
+def test_a_split_of_a_single_file_that_was_asked_for_is_refused(data):
+    with pytest.raises(InputError, match="has no split 'held_out'"):
+        data(ROWS, test_split="held_out")
+    assert list(data(ROWS, test_split="train[:1]").answers) == ["#### 2"]
