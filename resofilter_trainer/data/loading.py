@@ -19,6 +19,7 @@ from trl import SFTConfig
 from ..config import ColumnMapping, InputError, NothingError, Precision, number, whole_number
 from ..io.digest import hash_rows
 from ..io.files import check_folder
+from ..model.adapters import refuse_adapters
 from ..scores.provenance import Provenance
 from ..scores.score_table import EMPTY, SAME_PROMPT
 from .files import first_line, looks_local
@@ -162,8 +163,9 @@ def check_arguments(args: SFTConfig, output: Path | None) -> None:
 
 
 def check_model(model: PreTrainedModel, prepared: PreparedRows) -> None:
-    """Raise InputError where the rows have tokens that the model does not know."""
-    size = model.get_input_embeddings().num_embeddings
+    """Raise InputError where the rows have tokens that the model does not know, or for an adapter that needs more."""
+    refuse_adapters(model)
+    size = len(model.get_input_embeddings().weight)  # PEFT's wrappers have no `num_embeddings`
     if prepared.largest_token >= size:
         raise InputError(
             f"The rows have token {prepared.largest_token}, and the model knows {size} tokens: tokenizer and model do "

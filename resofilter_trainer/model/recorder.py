@@ -23,12 +23,14 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from ..config import InputError, ResonanceConfig
+from .effective import check_adapters, effective_weight, standing_in
 from .gradients import Segment, block_gradients, gram_is_cheaper, runs_of, segments_of, spans, squared_norm, tiles
 from .head import Decoded
 from .lean_forward import LeanForward
 from .losses import Inputs, learnt_positions, sample_means, unpacked
 from .modes import at_least_float32, evaluating, own_precision, requiring_grad
 from .resonance import Resonance
+from .unreached import is_used, not_called
 from .up_projection import UpProjection, decoder_layers, find_up_projections
 from .updates import UPDATES, closed_form, size_of_change, tile_sum, unchanged_sum
 
@@ -58,6 +60,7 @@ class Recorder:
         self.config = config
         up_projections = find_up_projections(model, config.n_layers, config.up_projection)
         self.layer_indices = sorted({each.layer for each in up_projections})
+        check_adapters(up_projections)
         self._modules: dict[nn.Module, list[UpProjection]] = {}
         self._entries = np.zeros(len(self.layer_indices), dtype=np.int64)
         for each in up_projections:
@@ -75,6 +78,7 @@ class Recorder:
                     "weights whole."
                 )
         self._calls: dict[nn.Module, Call] | None = None
+        self._skipped: set[UpProjection] = set()  # that the forward is known not to use
         lowest, last = self.layer_indices[0], self.layer_indices[-1]
         layers = list(decoder_layers(model)[1])
         blocks = {each.block: None for each in up_projections if each.layer == last}
@@ -99,8 +103,10 @@ class Recorder:
 
     @property
     def parameters(self) -> list[nn.Parameter]:
-        """The measured weights."""
-        return [each.parameter for all_ in self._modules.values() for each in all_]
+        """The measured weights, with their adapters."""
+        measured = [each for all_ in self._modules.values() for each in all_]
+        adapters = [parameter for each in measured if each.adapted for parameter in each.outer.parameters()]
+        return [*(each.parameter for each in measured), *adapters]
 
     @property
     def may_share(self) -> bool:
@@ -133,8 +139,8 @@ class Recorder:
             The measurements of the B samples, in the order of the batch.
 
         Raises:
-            InputError: the forward pass calls an up-projection twice.
-            RuntimeError: the forward pass calls no up-projection, as in a compiled model.
+            InputError: the forward pass calls an up-projection twice; or calls none, or uses the weight of one without
+                calling it, as compiled models and fused kernels do.
         """
         batch = batch if "attention_mask" in batch else unpacked(batch)
         learnt = learnt_positions(batch["labels"])
@@ -169,11 +175,19 @@ class Recorder:
                 decoded = self._forward.run(inputs)
             finally:
                 self._calls = None
-        if not calls:
-            raise RuntimeError(
-                "The forward pass called no up-projection. A compiled model drops hooks: pass the model uncompiled."
-            )
+        unreached = [each for module in self._modules if module not in calls for each in self._modules[module]]
+        if unreached and not (calls and self._are_skipped(unreached, inputs)):
+            raise not_called(self.model, unreached)
         return decoded, calls
+
+    def _are_skipped(self, unreached: Sequence[UpProjection], inputs: Inputs) -> bool:
+        """Whether the forward computes without the weights of these modules, as layers that are left out do."""
+        if not self._skipped.issuperset(unreached):
+            stored = [parameter for each in unreached for parameter in (each.parameter, *each.outer.parameters())]
+            if is_used(stored, lambda: self._forward.run(inputs).hidden):
+                return False
+            self._skipped.update(unreached)
+        return True
 
     def _call_sums(self, call: Call, b: Tensor | None, shape: torch.Size, segments: Sequence[Segment]) -> np.ndarray:
         if b is None:  # the loss does not depend on it
@@ -256,7 +270,7 @@ def _linear_sums(
     config: ResonanceConfig,
 ) -> Tensor:
     a, b = at_least_float32(a), at_least_float32(b[..., each.outputs])
-    weight = at_least_float32(each.plain_weight())
+    weight = _weight_to_decay(each, config)
     needs_norm_only = UPDATES[config.update].is_gradient and config.norm == "l2"
     sums = []
     for run, factor in zip(runs, factors, strict=True):
@@ -276,15 +290,22 @@ def _linear_sums(
 def _block_sums(
     call: Call, b: Tensor, runs: Sequence[Segment], factors: Sequence[Tensor | None], config: ResonanceConfig
 ) -> Tensor:
-    block, parameters = call.up_projections[0].module, [each.parameter for each in call.up_projections]
+    block = call.up_projections[0].module
+    weights = [_weight_to_decay(each, config) for each in call.up_projections]
     sums = torch.zeros(len(runs), dtype=torch.float64, device=b.device)
-    for sample, (run, factor) in enumerate(zip(runs, factors, strict=True)):
-        gradients = block_gradients(block, parameters, call.args, call.kwargs, b, run)
-        for each, gradient in zip(call.up_projections, gradients, strict=True):
-            if gradient is None:
-                sums[sample] += unchanged_sum(each.entries, config)
-                continue
-            weight = at_least_float32(each.plain_weight())
-            own = at_least_float32(each.up(gradient)).clone()
-            sums[sample] += tile_sum(own if factor is None else own.mul_(factor), weight, config)
+    with standing_in(call.up_projections) as parameters:
+        for sample, (run, factor) in enumerate(zip(runs, factors, strict=True)):
+            gradients = block_gradients(block, parameters, call.args, call.kwargs, b, run)
+            for each, weight, gradient in zip(call.up_projections, weights, gradients, strict=True):
+                if gradient is None:
+                    sums[sample] += unchanged_sum(each.entries, config)
+                    continue
+                own = at_least_float32(each.up(gradient)).clone()
+                sums[sample] += tile_sum(own if factor is None else own.mul_(factor), weight, config)
     return sums
+
+
+def _weight_to_decay(each: UpProjection, config: ResonanceConfig) -> Tensor:
+    """The effective weight; without weight decay the stored one, which is then not used."""
+    decays = config.weight_decay and not UPDATES[config.update].is_gradient
+    return at_least_float32(effective_weight(each) if decays else each.plain_weight())

@@ -2,13 +2,23 @@
 
     resonance(sample) = mean over the last n layers of mean |W_up - W_up'|    (ResoFilter, arXiv 2412.14809)
 
+W_up is the effective matrix: the one that the layer's forward multiplies its input by, adapters included. Whatever is
+trained in truth, W_up' is what the step on this sample alone would make of it if it were a plain trainable weight:
+
+    an adapter       counts as a part of W_up: a model scores the same before and after its adapter is merged
+    weight decay     is that of W_up itself, so for LoRA of W + scaling * B A
+    a shared weight  is a matrix of its own in each layer that uses it, moved by the gradient through that layer alone
+    several maps     in one layer, such as experts, are one weight: the mean is over the entries of all
+
 `literal` computes this formula directly: one sample, a fresh optimizer, one step, the difference, the weights restored.
 It is slow, and the tests compare everything with it; `recorder.py` computes the same numbers for whole batches.
+docs/adapters.md lists what counts for each kind of adapter.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,10 +27,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..config import InputError, ResonanceConfig
+from .effective import merged_stacks, standing_in, unshared
 from .losses import IGNORE
 from .modes import at_least_float32, evaluating, own_precision, requiring_grad
 from .quantised import check_plain
-from .up_projection import UpProjection, find_up_projections
+from .up_projection import UpProjection
 from .updates import fresh_optimizer
 
 
@@ -61,35 +72,64 @@ def literal(model: nn.Module, samples: Sequence[Mapping[str, Tensor]], config: R
             is `"optimizer"`.
     """
     check_plain(model, "The literal procedure")
-    up_projections = find_up_projections(model, config.n_layers, config.up_projection)
-    _refuse_half_precision(up_projections)
-    start = {name: value.detach().clone() for name, value in model.state_dict().items()}
     losses, layers = [], []
-    with evaluating(model), requiring_grad(model.parameters(), True), own_precision(model):
+    with _plainly_trainable(model, config) as (up_projections, weights):
+        start = {name: value.detach().clone() for name, value in model.state_dict().items()}
+        before = [weight.detach().clone() for weight in weights]
         try:
             for sample in samples:
                 model.load_state_dict(start)
-                before = [each.plain_weight().clone() for each in up_projections]
-                losses.append(_one_step(model, sample, config))
-                after = [each.plain_weight() for each in up_projections]
-                changes = [old - new for old, new in zip(before, after, strict=True)]
-                layers.append(layer_values(up_projections, changes, config))
+                _restore(weights, before)
+                losses.append(_one_step(model, weights, sample, config))
+                changes = [old - new.detach() for old, new in zip(before, weights, strict=True)]
+                ups = [each.up(change) for each, change in zip(up_projections, changes, strict=True)]
+                layers.append(layer_values(up_projections, ups, config))
         finally:
             model.load_state_dict(start)
     tokens = [int((sample["labels"][1:] != IGNORE).sum()) for sample in samples]
     return Resonance(np.array(losses), np.array(tokens), np.array(layers))
 
 
-def _one_step(model: nn.Module, sample: Mapping[str, Tensor], config: ResonanceConfig) -> float:
+@contextlib.contextmanager
+def _plainly_trainable(
+    model: nn.Module, config: ResonanceConfig
+) -> Iterator[tuple[tuple[UpProjection, ...], list[nn.Parameter]]]:
+    """The model with every effective matrix as a trainable parameter of its own, among its parameters or beside them.
+
+    Yields the up-projections and these parameters, each of the stored shape. A model without adapters and shared
+    weights trains its own.
+    """
+    with unshared(model, config.n_layers, config.up_projection) as found:
+        _refuse_half_precision(found)
+        with (
+            evaluating(model),
+            requiring_grad(model.parameters(), True),
+            merged_stacks(found),
+            own_precision(model),
+            standing_in(found) as weights,
+        ):
+            yield found, weights
+
+
+@torch.no_grad()
+def _restore(weights: Sequence[nn.Parameter], values: Sequence[Tensor]) -> None:
+    for weight, value in zip(weights, values, strict=True):
+        weight.copy_(value)
+
+
+def _one_step(
+    model: nn.Module, weights: Sequence[nn.Parameter], sample: Mapping[str, Tensor], config: ResonanceConfig
+) -> float:
     """One step of a fresh optimizer on one sample, as a batch of one; returns the loss before the step."""
-    optimizer = fresh_optimizer(model.parameters(), config)
-    model.zero_grad()
+    parameters = list(dict.fromkeys([*model.parameters(), *weights]))
+    optimizer = fresh_optimizer(parameters, config)
+    optimizer.zero_grad()
     ids, labels = sample["input_ids"][None], sample["labels"]
     logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits[0]
     loss = F.cross_entropy(at_least_float32(logits[:-1]), labels[1:], ignore_index=IGNORE)
     loss.backward()
     optimizer.step()
-    model.zero_grad()
+    optimizer.zero_grad()
     return loss.item()
 
 

@@ -23,19 +23,24 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..config import InputError, ResonanceConfig
+from .effective import check_adapters, effective_weight
 from .gradients import Segment
 from .losses import IGNORE
 from .modes import at_least_float32
 from .recorder import Call, call_sums, used_twice
 from .resonance import Resonance, layer_values
+from .unreached import not_called
 from .up_projection import UpProjection, find_up_projections
 from .updates import UPDATES, closed_form, size_of_change, unchanged_sum
 
-NOTHING_RECORDED = (
-    "A training step was not measured: the forward pass did not call every up-projection, or none received a gradient. "
-    "A compiled model drops hooks: train without torch.compile."
+NO_GRADIENT = (
+    "A training step was not measured: its loss has no gradient at any measured up-projection. Measure lower layers "
+    "with a larger n_layers, or compute the loss from the model's own logits."
 )
-CLOSED_FORM = "Use update='adamw', which needs no merged weight."
+NOT_SEEN = (
+    "A training step was not measured: the model was not called with the batch's input_ids. Leave them as the collator "
+    "made them, and the model as it was when training began."
+)
 
 
 @dataclass(eq=False)
@@ -89,6 +94,7 @@ class TrainingRecorder:
         if config is not None:
             closed_form(config)  # refuses an update that has none
             up_projections = find_up_projections(model, config.n_layers, config.up_projection)
+            check_adapters(up_projections)
             self._layers = sorted({each.layer for each in up_projections})
             for each in up_projections:
                 self._modules.setdefault(each.module, []).append(each)
@@ -122,14 +128,19 @@ class TrainingRecorder:
         """The measurements of the expected micro-batches, in order. Clears the list of expected micro-batches.
 
         Raises:
-            RuntimeError: a micro-batch with learnt tokens was not measured.
+            InputError: a micro-batch with learnt tokens was not measured; it says why.
         """
-        batches, called = self._expected, self._called
+        batches, called, begun = self._expected, self._called, self._begun
         self.expect([])
         if self.config is not None:
             for each in batches:
-                if called.get(each) != set(self._modules) or (not each.sums and each.num_tokens.any()):
-                    raise RuntimeError(NOTHING_RECORDED)
+                if each not in begun:
+                    raise InputError(NOT_SEEN)
+                unreached = [module for module in self._modules if module not in called.get(each, ())]
+                if unreached:
+                    raise not_called(self.model, self._modules[unreached[0]])
+                if not each.sums and each.num_tokens.any():
+                    raise InputError(NO_GRADIENT)
         return [self._result(each) for each in batches]
 
     def _result(self, batch: MicroBatch) -> Resonance:
@@ -199,24 +210,22 @@ class TrainingRecorder:
 class StepRecorder:
     """Measures what the run's own optimizer does to W_up in one step, by comparing the weights before and after.
 
-    Under LoRA, the weight is the merged one, `W + scaling * B A`.
+    With an adapter, the weight is the effective one: for LoRA, `W + scaling * B A`.
 
     Args:
         model: the model in training.
         config: the layers and the norm.
 
     Raises:
-        InputError: an up-projection is a stack of experts under LoRA, or has an adapter other than LoRA, such as DoRA;
-            or no up-projection is trained.
+        InputError: the map of an adapted up-projection is not a matrix; or no up-projection is trained.
     """
 
     def __init__(self, model: nn.Module, config: ResonanceConfig) -> None:
         self._up_projections = find_up_projections(model, config.n_layers, config.up_projection)
         self._config = config
         self._before: list[Tensor] = []
-        for each in self._up_projections:
-            _check_adapters(each)
-        if not any(p.requires_grad for each in self._up_projections for p in (each.parameter, *_adapters(each))):
+        check_adapters(self._up_projections)
+        if not any(_is_trained(each) for each in self._up_projections):
             raise InputError(
                 "update='optimizer' sees no change: no measured up-projection is trained, and none has a trained "
                 "adapter. Use update='adamw', which needs the gradient only."
@@ -224,11 +233,11 @@ class StepRecorder:
 
     def before(self) -> None:
         """Store the weights before the step."""
-        self._before = [_merged(each).clone() for each in self._up_projections]
+        self._before = [_effective(each).clone() for each in self._up_projections]
 
     def after(self) -> np.ndarray:
         """(L,) the change of each measured layer since `before`, in the unit of the weights."""
-        changes = [_merged(each) - old for each, old in zip(self._up_projections, self._before, strict=True)]
+        changes = [_effective(each) - old for each, old in zip(self._up_projections, self._before, strict=True)]
         self._before = []
         return np.array(layer_values(self._up_projections, changes, self._config))
 
@@ -254,31 +263,14 @@ def recorders(model: nn.Module, config: ResonanceConfig, samples: int) -> tuple[
     return TrainingRecorder(model, None), StepRecorder(model, config)
 
 
-def _check_adapters(each: UpProjection) -> None:
-    module: Any = each.module
-    if not hasattr(module, "lora_A"):
-        if _adapters(each):
-            raise InputError(f"update='optimizer' cannot merge LoRA into the experts of '{each.name}'. {CLOSED_FORM}")
-        return
-    if module.lora_variant:
-        kinds = ", ".join(sorted(type(variant).__name__ for variant in module.lora_variant.values()))
-        raise InputError(f"update='optimizer' cannot merge {kinds} of '{each.name}', only plain LoRA. {CLOSED_FORM}")
+def _is_trained(each: UpProjection) -> bool:
+    """Whether the optimizer changes the weight or an adapter around it."""
+    adapters = {*each.outer.parameters()} - {*each.owner.parameters()}
+    return any(parameter.requires_grad for parameter in (each.parameter, *adapters))
 
 
-def _adapters(each: UpProjection) -> list[nn.Parameter]:
-    return [parameter for name, parameter in each.module.named_parameters() if "lora_" in name]
-
-
-@torch.no_grad()
-def _merged(each: UpProjection) -> Tensor:
-    """The weight of the up-projection, with its adapters merged."""
-    module: Any = each.module
-    weight = at_least_float32(each.plain_weight())
-    if hasattr(module, "lora_A") and not module.merged and not module.disable_adapters:
-        for adapter in module.active_adapters:
-            if adapter in module.lora_A:
-                weight = weight + each.up(at_least_float32(module.get_delta_weight(adapter)))
-    return weight
+def _effective(each: UpProjection) -> Tensor:
+    return at_least_float32(effective_weight(each))
 
 
 def _same(mine: Tensor, given: Any) -> bool:

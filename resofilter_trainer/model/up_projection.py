@@ -17,9 +17,12 @@ from dataclasses import dataclass
 from typing import Any, Literal, cast
 
 import torch
+from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from ..config import InputError
+from .adapters import refuse_adapters
+from .losses import unwrapped
 from .quantised import REMEDY, bits_of, matrix_shape, plain_matrix
 
 Kind = Literal["linear", "conv1d", "experts"]
@@ -64,6 +67,7 @@ class UpProjection:
             and the routes of each token.
         block: the child of the decoder layer that contains it, often the whole feed-forward.
         owner: the module that owns the parameter.
+        outer: the outermost wrapper around the owner, such as a layer of PEFT; without one the owner itself.
         parameter: the whole parameter as it is stored; packed if the model is quantised.
         shape: the shape of the matrix that it represents: (O, I), (I, O) for conv1d, (E, O, I) or (E, I, O) for most
             experts.
@@ -77,6 +81,7 @@ class UpProjection:
     module: nn.Module
     block: nn.Module
     owner: nn.Module
+    outer: nn.Module
     parameter: nn.Parameter
     shape: torch.Size
     kind: Kind
@@ -92,8 +97,13 @@ class UpProjection:
         """The number of weights in the up-projection."""
         return math.prod(len(range(*each.indices(size))) for each, size in zip(self.index, self.shape, strict=True))
 
+    @property
+    def adapted(self) -> bool:
+        """Whether an adapter is around the parameter, so that the forward may use another weight."""
+        return self.outer is not self.owner
+
     def plain_weight(self) -> Tensor:
-        """The weights of the up-projection, detached: a view of the parameter, or a copy if it is quantised."""
+        """The stored weights without adapters, detached: a view of the parameter, or a copy if it is quantised."""
         return self.up(plain_matrix(self.owner, self.parameter))
 
 
@@ -108,8 +118,10 @@ def find_up_projections(model: nn.Module, n_layers: int = 3, pattern: str | None
             contain the gate too.
 
     Raises:
-        InputError: one of these layers has no known up-projection, or an argument is invalid.
+        InputError: one of these layers has no known up-projection, an adapter cannot be scored, or an argument is
+            invalid.
     """
+    refuse_adapters(model)
     path, layers = decoder_layers(model)
     depth = len(layers)
     if not 1 <= n_layers <= depth:
@@ -123,15 +135,16 @@ def find_up_projections(model: nn.Module, n_layers: int = 3, pattern: str | None
         where = f"the last {n_layers} of {depth} layers"
         if len(missing) < n_layers:
             where += f"; missing in layer {', '.join(map(str, missing))}"
-        examples = [f"{path}.{missing[-1]}.{weight.name}" for weight in _weights(layers[missing[-1]])]
-        raise InputError(_nothing_found(_label(model), where, examples[:8], pattern))
+        layer = layers[missing[-1]]
+        names = [weight.name for weight in _weights(layer, layer)]
+        raise InputError(_nothing_found(_label(model), where, f"{path}.{missing[-1]}", names, pattern))
     return tuple(found)
 
 
 def decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
     """The text decoder's layers: the longest outermost module list; one named decoder first, of equals the last."""
     stacks: dict[str, nn.ModuleList] = {}
-    for name, module in model.named_modules():
+    for name, module in _in_use(model):
         if not isinstance(module, nn.ModuleList) or OTHER_STACKS.search(name):
             continue
         inside_another = any(name.startswith(f"{outer}.") for outer in stacks)
@@ -143,32 +156,64 @@ def decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
     return path, stacks[path]
 
 
+def _in_use(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The modules of the language model by name, without what PEFT puts beside them."""
+    inner = unwrapped(model)
+    prefix = next(name for name, module in model.named_modules() if module is inner)
+    stack = [(prefix, inner)]
+    while stack:
+        name, module = stack.pop()
+        yield name, module
+        children = list(_active(module)[0].named_children())
+        stack += [(f"{name}.{child}" if name else child, each) for child, each in reversed(children)]
+
+
+def _active(module: nn.Module) -> tuple[nn.Module, str]:
+    """The copy of a module that PEFT's `modules_to_save` runs, and its path in the wrapper; else the module itself."""
+    if not isinstance(module, ModulesToSaveWrapper):
+        return module, ""
+    names = module.active_adapters
+    if module.disable_adapters or not names or any(name not in module.modules_to_save for name in names):
+        return cast(nn.Module, module.original_module), ".original_module"
+    return module.modules_to_save[names[0]], f".modules_to_save.{names[0]}"
+
+
 @dataclass(frozen=True)
 class _Weight:
     """A parameter of two or more dimensions.
 
-    `name` is the name of its linear map or its own, inside the layer and without PEFT's wrappers; `owner` is the module
-    that owns it, `outer` the outermost wrapper around that module.
+    `name` is the name of its linear map or its own, inside the layer and without PEFT's wrappers, and `path` the same
+    with the copies of `modules_to_save`; `owner` is the module that owns it, `outer` the outermost wrapper around that
+    module, `parent` the module around the linear map.
     """
 
     name: str
+    path: str
     owner: nn.Module
     outer: nn.Module
+    parent: nn.Module
     parameter: nn.Parameter
 
 
-def _weights(module: nn.Module, path: str = "", outer: nn.Module | None = None) -> Iterator[_Weight]:
+def _weights(
+    module: nn.Module, parent: nn.Module, name: str = "", path: str = "", outer: nn.Module | None = None
+) -> Iterator[_Weight]:
     """All weights in a module, without adapters."""
+    module, inside = _active(module)
+    path += inside
     children = dict(module.named_children())
     if "base_layer" in children:
-        yield from _weights(children["base_layer"], path, outer or module)
+        yield from _weights(children["base_layer"], parent, name, path, outer or module)
         return
-    dot = "." if path else ""
-    for name, parameter in module.named_parameters(recurse=False):
-        if parameter.dim() >= 2 and not isinstance(module, nn.Embedding):
-            yield _Weight(path if name == "weight" else f"{path}{dot}{name}", module, outer or module, parameter)
-    for name, child in children.items():
-        yield from _weights(child, f"{path}{dot}{name}")
+    for own, parameter in module.named_parameters(recurse=False):
+        if parameter.dim() < 2 or isinstance(module, nn.Embedding):
+            continue
+        leaf, around = ("", parent) if own == "weight" else (f".{own}", module)
+        yield _Weight(
+            f"{name}{leaf}".lstrip("."), f"{path}{leaf}".lstrip("."), module, outer or module, around, parameter
+        )
+    for own, child in children.items():
+        yield from _weights(child, module, f"{name}.{own}".lstrip("."), f"{path}.{own}")
 
 
 def _known(name: str) -> str | None:
@@ -179,20 +224,22 @@ def _known(name: str) -> str | None:
 
 
 def _in_layer(layer: nn.Module, index: int, path: str, regex: re.Pattern[str] | None) -> Iterator[UpProjection]:
-    for weight in _weights(layer):
+    for weight in _weights(layer, layer):
         name, parameter = f"{path}.{weight.name}", weight.parameter
-        if not (_known(weight.name) if regex is None else regex.search(name)):
+        if not (_known(weight.name) if regex is None else regex.search(name) or regex.search(f"{path}.{weight.path}")):
             continue
         shape = matrix_shape(name, weight.owner, parameter)
         transposed = vars(weight.owner).get("is_transposed", type(weight.owner).__name__ in TRANSPOSED_CLASSES)
         axis = len(shape) - (1 if transposed else 2)  # of the output features
-        outputs = _outputs(layer, weight, shape[axis])
+        outputs = _outputs(weight, shape[axis])
         entries = tuple(outputs if each == axis else slice(None) for each in range(len(shape)))
         block = layer.get_submodule(weight.name.split(".")[0])
         module, kind = _what_to_hook(block, weight, transposed)
         if kind == "experts" and bits_of(parameter):
             raise InputError(f"'{name}' is quantised and sees only tokens routed to it. Leave experts unquantised.")
-        yield UpProjection(name, index, module, block, weight.owner, parameter, shape, kind, outputs, entries)
+        yield UpProjection(
+            name, index, module, block, weight.owner, weight.outer, parameter, shape, kind, outputs, entries
+        )
 
 
 def _refuse_without_weight(layer: nn.Module, path: str) -> None:
@@ -202,10 +249,9 @@ def _refuse_without_weight(layer: nn.Module, path: str) -> None:
             raise InputError(f"'{path}.{name}' is a {type(module).__name__}, which has no weight to read. {REMEDY}")
 
 
-def _outputs(layer: nn.Module, weight: _Weight, size: int) -> slice:
+def _outputs(weight: _Weight, size: int) -> slice:
     known = _known(weight.name)
-    parent = layer.get_submodule(weight.name.rpartition(".")[0])
-    gated = type(parent).__name__ in GATED_CLASSES or (known is not None and NAMES[known] == "second half")
+    gated = type(weight.parent).__name__ in GATED_CLASSES or (known is not None and NAMES[known] == "second half")
     if not gated:
         return slice(None)
     return slice(size // 2, None) if vars(weight.owner).get("is_concatenated", True) else slice(1, None, 2)
@@ -225,14 +271,19 @@ def _compiled(pattern: str) -> re.Pattern[str]:
         raise InputError(f"up_projection={pattern!r} is not a regular expression: {error}.") from None
 
 
-def _nothing_found(label: str, where: str, examples: Sequence[str], pattern: str | None) -> str:
-    """The error message: what was searched, where, and what to do."""
-    names = ", ".join(examples)
+def _nothing_found(label: str, where: str, layer: str, found: Sequence[str], pattern: str | None) -> str:
+    """The error message: what was searched, where, and what to do, with a regex that finds something."""
+    names = ", ".join(f"{layer}.{name}" for name in found[:8])
+    outside = [name for name in found if not OTHER_MODULES.search(name)] or list(found)
+    example = f', such as up_projection=r"{re.escape(outside[0])}$"' if outside else ""
     if pattern is not None:
-        return f"up_projection={pattern!r} matches nothing in '{label}' (looked in {where}). Names there: {names}."
+        return (
+            f"up_projection={pattern!r} matches nothing in '{label}' (looked in {where}). Pass a regex that is found "
+            f"in a name there{example}. Names there: {names}."
+        )
     return (
-        f"No up-projection found in '{label}' (looked in {where}). "
-        f'Pass up_projection="<regex>" that finds it among names such as {names}. Known names: {", ".join(NAMES)}.'
+        f"No up-projection found in '{label}' (looked in {where}). Pass up_projection=\"<regex>\" that finds it among "
+        f"names such as {names}{example}. Known names: {', '.join(NAMES)}."
     )
 
 

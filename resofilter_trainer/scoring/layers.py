@@ -21,10 +21,11 @@ from trl import SFTConfig
 
 from ..config import ResonanceConfig, whole_number
 from ..data.loading import Opened, default_arguments, placed
+from ..model.effective import check_adapters, effective_weight, standing_in, unshared
 from ..model.losses import token_losses
 from ..model.modes import at_least_float32, requiring_grad
 from ..model.quantised import check_plain
-from ..model.up_projection import UpProjection, decoder_layers, find_up_projections
+from ..model.up_projection import UpProjection, decoder_layers
 from ..model.updates import closed_form
 from ..scores.score_table import LAYER, LAYERS_FOLDER, ScoreTable
 from .criterion import measure_rows
@@ -76,11 +77,12 @@ def score_layers(
         return placed(model, args)
 
     def measure(model: PreTrainedModel, opened: Opened, target: PassOutput) -> Measured:
-        found = find_up_projections(model, len(decoder_layers(model)[1]), config.up_projection)
         prepared = opened.prepared
         rows = np.sort(np.random.default_rng(0).permutation(len(prepared.lengths))[:limit])
-        changes, parts = _Changes(found, config), target.parts(1)
-        values = measure_rows(changes, model, prepared.select(rows), args, 1, label, parts)
+        with unshared(model, len(decoder_layers(model)[1]), config.up_projection) as found:
+            check_adapters(found)
+            changes, parts = _Changes(found, config), target.parts(1)
+            values = measure_rows(changes, model, prepared.select(rows), args, 1, label, parts)
         layers = sorted({each.layer for each in found})
         names = [f"{LAYER}{layer}{end}" for layer in layers for end in ("", *(f"_{name}" for name in QUANTILES))]
         columns = dict(zip(names, values[:, 1:].T, strict=True))
@@ -104,8 +106,7 @@ class _Changes:
     def __call__(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
         if len(batch["input_ids"]) != 1:
             raise ValueError("one row at a time")
-        parameters = [each.parameter for each in self.up_projections]
-        with torch.enable_grad(), requiring_grad(parameters, True):
+        with torch.enable_grad(), standing_in(self.up_projections) as parameters, requiring_grad(parameters, True):
             loss = token_losses(model, batch).mean()
             gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
         changes: dict[int, list[Tensor]] = {}
@@ -116,7 +117,7 @@ class _Changes:
 
     def _change(self, each: UpProjection, gradient: Tensor | None) -> Tensor:
         """The size of what one step changes, entry by entry; zero where the loss does not depend on the weight."""
-        weight = at_least_float32(each.plain_weight())
+        weight = at_least_float32(effective_weight(each))
         if gradient is None:
             return torch.zeros_like(weight)
         own = at_least_float32(each.up(gradient)).clone()

@@ -17,13 +17,13 @@ import numpy as np
 import torch
 from accelerate.utils import DistributedType
 from datasets import Dataset
-from peft import PeftModel
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer, get_scheduler
 from transformers.trainer_callback import ProgressCallback
 from trl import SFTConfig, SFTTrainer
 
 from ..config import InputError
+from ..model.adapters import keeps_a_prefix, refuse_adapters
 from ..model.losses import IGNORE
 from ..model.sharding import is_sharded
 from ..selecting.token_selection import EMPTIED
@@ -164,12 +164,17 @@ def check_weighable(trainer: Trainer, train_dataloader: Any) -> None:
 def _common_refusals(trainer: Trainer, dataset: Any) -> list[tuple[bool, str, str]]:
     """What stands in the way of telling samples apart: whether it does, what it is, and what to change."""
     args = trainer.args
+    refuse_adapters(cast(Any, trainer.model))
     return [
         (isinstance(dataset, torch.utils.data.IterableDataset), "a streaming dataset", "Load it as a Dataset"),
         (is_packed(args, dataset), "packed rows", "Set packing=False; padding_free=True wastes no padding either"),
         (args.torch_compile, "torch_compile=True, which drops hooks", "Set torch_compile=False"),
         (args.n_gpu > 1, "nn.DataParallel", "Use accelerate launch, or show one GPU by CUDA_VISIBLE_DEVICES"),
-        (_learns_prompts(trainer.model), "prompt learning, which adds tokens", "Use LoRA, or train all weights"),
+        (
+            bool(getattr(args, "padding_free", False)) and keeps_a_prefix(cast(Any, trainer.model)),
+            "padding_free=True and an adapter that keeps a prefix, which one sample of a row sees",
+            "Set padding_free=False",
+        ),
     ]
 
 
@@ -345,8 +350,3 @@ def is_packed(args: Any, dataset: Any) -> bool:
 def _averages_averages(trainer: Trainer) -> bool:
     """Whether the model takes no number of items: a step that is filled up would give its rows less weight."""
     return trainer.args.gradient_accumulation_steps > 1 and not trainer.model_accepts_loss_kwargs
-
-
-def _learns_prompts(model: Any) -> bool:
-    """Whether the model adds tokens that are in no batch."""
-    return isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning

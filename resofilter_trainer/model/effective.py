@@ -1,0 +1,170 @@
+"""The weight that the forward uses: the stored one with its adapters. Knows up-projections, not what is measured.
+
+    W_eff    the matrix of the adapted map, read from the map's own outputs:
+
+        d(x) = adapted(x) - stored(x)        W_eff = W + d(1) - d(0)        (1 the identity, 0 the map's bias)
+
+This holds for every kind of adapter whose map is a matrix and a bias, and some other inputs show whether it is.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from peft.tuners.lora.layer import ParamWrapper
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..config import InputError
+from .adapters import REMEDY
+from .modes import at_least_float32, evaluating, own_precision
+from .quantised import PLAIN, plain_matrix
+from .up_projection import UpProjection, find_up_projections
+
+PROBES = 4  # inputs on which a map is compared with its matrix
+CLOSE = 1e-3  # of the largest output, in float32; coarser weights have more rounding
+COARSE = 3e-2
+
+
+def effective_weight(each: UpProjection) -> Tensor:
+    """The weights of the up-projection that the forward uses, adapters included, detached.
+
+    Without an adapter the plain weight; with one that changes nothing yet, equal to it bit for bit.
+
+    Raises:
+        InputError: the adapted map is not a matrix and a bias.
+    """
+    return each.up(effective_matrix(each)) if each.adapted else each.plain_weight()
+
+
+def check_adapters(up_projections: Sequence[UpProjection]) -> None:
+    """Raise InputError for an adapted map that is not a matrix and a bias."""
+    for each in up_projections:
+        if each.adapted and each.parameter.device.type != "meta":
+            effective_matrix(each)
+
+
+@torch.no_grad()
+def effective_matrix(each: UpProjection) -> Tensor:
+    """Like `effective_weight`, of the whole stored matrix, which may have the gate too."""
+    weight = at_least_float32(plain_matrix(each.owner, each.parameter))
+    if not is_map(each):
+        return weight + _delta_of_stack(each)
+    device = each.parameter.device
+    dtype = each.parameter.dtype if each.parameter.dtype in PLAIN else torch.float32
+    inputs = each.shape[0 if each.kind == "conv1d" else -1]
+    probes = torch.randn(PROBES, inputs, generator=torch.Generator().manual_seed(0))
+    given = torch.cat([torch.zeros(1, inputs), torch.eye(inputs), probes]).to(device, dtype)
+    with (
+        torch.autocast(device.type, enabled=False),
+        torch.random.fork_rng([device] if device.type == "cuda" else []),
+        evaluating(each.outer),
+        own_precision(each.outer),
+    ):
+        stored = at_least_float32(each.owner(given[None])[0])
+        d = at_least_float32(each.outer(given[None])[0]) - stored
+    change = d[1 : 1 + inputs] - d[0]
+    error = (d[1 + inputs :] - d[0] - at_least_float32(given[1 + inputs :]) @ change).abs().max()
+    close = CLOSE if dtype in (torch.float32, torch.float64) and each.parameter.dtype in PLAIN else COARSE
+    if not error <= close * (stored + d).abs().max():
+        raise InputError(
+            f"'{each.name}' has an adapter ({type(each.outer).__name__} of {type(each.outer).__module__}) whose output "
+            f"is not a matrix times its input, so it has no one weight to score. {REMEDY}."
+        )
+    return weight + (change if each.kind == "conv1d" else change.T)
+
+
+def is_map(each: UpProjection) -> bool:
+    """Whether the parameter is the matrix of a linear map of its own, not one of a stack."""
+    return each.owner._parameters.get("weight") is each.parameter and each.parameter.dim() == 2
+
+
+@contextlib.contextmanager
+def standing_in(up_projections: Sequence[UpProjection]) -> Iterator[list[nn.Parameter]]:
+    """Parameters whose gradients are those of the effective matrices, in the order of the up-projections.
+
+    The stored parameter, or for an adapted map W_eff as a parameter of its own: the map's output becomes
+    `out + a (W_eff - W_eff.detach())^T`, which changes no value. In an adapted stack the adapter is added to the
+    stored parameter, which therefore has the same gradient.
+    """
+    with contextlib.ExitStack() as stack:
+        yield [_stand_in(each, stack) if each.adapted and is_map(each) else each.parameter for each in up_projections]
+
+
+def _stand_in(each: UpProjection, stack: contextlib.ExitStack) -> nn.Parameter:
+    weight = nn.Parameter(effective_matrix(each).clone())
+
+    def add(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        nothing = (weight - weight.detach()).to(output.dtype)
+        return output + F.linear(args[0].to(output.dtype), nothing.T if each.kind == "conv1d" else nothing)
+
+    stack.callback(each.outer.register_forward_hook(add).remove)
+    return weight
+
+
+@contextlib.contextmanager
+def merged_stacks(up_projections: Sequence[UpProjection]) -> Iterator[None]:
+    """Adds the adapters of stacks to their stored parameters, and undoes it."""
+    stacks = [each for each in up_projections if each.adapted and not is_map(each)]
+    own = {each.parameter: each.parameter.data for each in stacks}
+    wrappers = [wrapper for each in stacks for wrapper in _wrappers(each) if not wrapper.disable_adapters]
+    for each in stacks:
+        each.parameter.data = effective_matrix(each).to(each.parameter.dtype)
+    for wrapper in wrappers:
+        wrapper.enable_adapters(False)
+    try:
+        yield
+    finally:
+        for parameter, data in own.items():
+            parameter.data = data
+        for wrapper in wrappers:
+            wrapper.enable_adapters(True)
+
+
+@contextlib.contextmanager
+def unshared(model: nn.Module, n_layers: int, pattern: str | None) -> Iterator[tuple[UpProjection, ...]]:
+    """The up-projections, as from `find_up_projections`, each with a parameter that no other module uses.
+
+    A parameter that other modules use, as replicated layers do, is replaced by a copy until the end of the context.
+    """
+    uses = Counter(parameter for _, parameter in model.named_parameters(remove_duplicate=False))
+    found = find_up_projections(model, n_layers, pattern)
+    shared = [(each.owner, _own_name(each), each.parameter) for each in found if uses[each.parameter] > 1]
+    for owner, name, parameter in shared:
+        owner._parameters[name] = nn.Parameter(parameter.detach().clone(), parameter.requires_grad)
+    try:
+        yield find_up_projections(model, n_layers, pattern)
+    finally:
+        for owner, name, parameter in shared:
+            owner._parameters[name] = parameter
+
+
+def _own_name(each: UpProjection) -> str:
+    return next(name for name, parameter in each.owner._parameters.items() if parameter is each.parameter)
+
+
+def _wrappers(each: UpProjection) -> Iterator[Any]:
+    """The wrappers of PEFT's `target_parameters` around a stack, those of its other parameters left out."""
+    module: Any = each.outer
+    while module is not each.owner:
+        if not isinstance(module, ParamWrapper):
+            raise InputError(
+                f"'{each.name}' is a stack of experts with an adapter ({type(module).__name__}) that is not LoRA's "
+                f"target_parameters. {REMEDY}."
+            )
+        if module.parameter_name == _own_name(each):
+            yield module
+        module = module.base_layer
+
+
+def _delta_of_stack(each: UpProjection) -> Tensor:
+    total = torch.zeros((), device=each.parameter.device)
+    for wrapper in _wrappers(each):
+        if not wrapper.merged and not wrapper.disable_adapters:
+            for adapter in set(wrapper.active_adapters) & set(wrapper.lora_A):
+                total = total + at_least_float32(wrapper.get_delta_weight(adapter))
+    return total

@@ -1,0 +1,170 @@
+"""Every kind of adapter that peft has, on a tiny Llama, each with weights that change what the model computes.
+
+For every test that must hold for all kinds:
+
+>>> @pytest.mark.parametrize("kind", SCORED)
+... def test_something(kind):
+...     model = adapted(kind)
+
+A new kind is one line here and one in docs/adapters.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import peft
+import torch
+from peft import PeftModel, get_peft_model
+from torch import nn
+
+from .families import tiny
+
+UP = ["up_proj", "down_proj"]
+CAUSAL = "CAUSAL_LM"
+Build = Callable[[], nn.Module]
+
+
+def on_llama(config: type[peft.PeftConfig], **settings: Any) -> Build:
+    """A builder of a tiny Llama with one adapter."""
+
+    def build() -> nn.Module:
+        return get_peft_model(tiny("llama"), config(task_type=CAUSAL, **settings))
+
+    return build
+
+
+def lora(**settings: Any) -> Build:
+    """A builder of a tiny Llama with LoRA."""
+    return on_llama(peft.LoraConfig, **({"target_modules": UP, "r": 4} | settings))
+
+
+def lora_on(family: str, **settings: Any) -> Build:
+    """A builder of another tiny model with LoRA."""
+    return lambda: get_peft_model(tiny(family), peft.LoraConfig(task_type=CAUSAL, r=4, **settings))
+
+
+def prompts(config: type[peft.PeftConfig], **settings: Any) -> Build:
+    """A builder of a tiny Llama with virtual tokens."""
+    return on_llama(config, **({"num_virtual_tokens": 3} | settings))
+
+
+def two_adapters() -> PeftModel:
+    """Two LoRA adapters, both active."""
+    model = lora()()
+    model.add_adapter("second", peft.LoraConfig(task_type=CAUSAL, r=2, target_modules=["up_proj"]))
+    model.base_model.set_adapter(["default", "second"])
+    return model
+
+
+def in_transformers() -> nn.Module:
+    """LoRA by transformers' `add_adapter`, without PEFT's own model around it."""
+    model = tiny("llama")
+    model.add_adapter(peft.LoraConfig(r=4, target_modules=UP))
+    return model
+
+
+def mixed() -> nn.Module:
+    """LoRA and LoHa together."""
+    model = peft.PeftMixedModel(tiny("llama"), peft.LoraConfig(r=4, target_modules=["up_proj"]), "default")
+    model.add_adapter("second", peft.LoHaConfig(r=2, target_modules=["up_proj"]))
+    model.set_adapter(["default", "second"])
+    return model
+
+
+def adapted(kind: str) -> nn.Module:
+    """A tiny model of a kind in float64 and eval mode; its adapters are not what they start as."""
+    torch.manual_seed(0)
+    model = BUILDERS[kind]()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad and parameter.is_floating_point():
+                parameter.add_(torch.randn_like(parameter) * 0.02)
+    return model.double().eval()
+
+
+LORA: dict[str, Build] = {
+    "LoRA": lora(),
+    "LoRA, use_rslora": lora(use_rslora=True),
+    "LoRA, use_dora": lora(use_dora=True),
+    "LoRA, lora_bias": lora(lora_bias=True),
+    "LoRA, rank_pattern and alpha_pattern": lora(rank_pattern={"up_proj": 2}, alpha_pattern={"up_proj": 3}),
+    "LoRA, exclude_modules": lora(target_modules="all-linear", exclude_modules=["up_proj"]),
+    "LoRA, layer_replication": lora(layer_replication=[[0, 3], [1, 3]]),
+    "LoRA, layer_replication without up_proj": lora(target_modules=["q_proj"], layer_replication=[[0, 3], [1, 3]]),
+    "LoRA, trainable_token_indices": lora(trainable_token_indices=[3, 4]),
+    "LoRA, target embed_tokens": lora(target_modules=["embed_tokens", "up_proj"]),
+    "LoRA, target lm_head": lora(target_modules=["lm_head", "up_proj"]),
+    "LoRA, modules_to_save mlp": lora(target_modules=["q_proj"], modules_to_save=["mlp"]),
+    "LoRA, modules_to_save up_proj": lora(target_modules=["q_proj"], modules_to_save=["up_proj"]),
+    "LoRA, modules_to_save lm_head": lora(modules_to_save=["lm_head"]),
+    "LoRA, modules_to_save embed_tokens": lora(modules_to_save=["embed_tokens"]),
+    "LoRA, init pissa": lora(init_lora_weights="pissa"),
+    "LoRA, init olora": lora(init_lora_weights="olora"),
+    "LoRA, init orthogonal": lora(init_lora_weights="orthogonal"),
+    "LoRA, init gaussian": lora(init_lora_weights="gaussian"),
+    "LoRA, init mica": lora(init_lora_weights="mica"),
+    "LoRA, init eva": lora(init_lora_weights="eva", eva_config=peft.EvaConfig()),
+    "LoRA, init lora_ga": lora(init_lora_weights="lora_ga"),
+    "LoRA, use_bdlora": lora(use_bdlora=peft.tuners.lora.BdLoraConfig(nblocks=2, target_modules_bd_a=UP)),
+    "LoRA, kasa": lora(kasa_config=peft.tuners.lora.KasaConfig()),
+    "LoRA, monteclora": lora(monteclora_config=peft.tuners.lora.MontecloraConfig()),
+    "LoRA, velora": lora(velora_config=peft.tuners.lora.VeloraConfig()),
+    "LoRA, use_qalora": lora(use_qalora=True, qalora_group_size=4),
+    "LoRA, target_parameters": lora_on("mixtral", target_modules=[], target_parameters=["mlp.experts.gate_up_proj"]),
+    "LoRA on GPT-2's Conv1D": lora_on("gpt2", target_modules=["c_fc"], fan_in_fan_out=True),
+    "LoRA, two adapters active": two_adapters,
+    "LoRA by add_adapter of transformers": in_transformers,
+    "mixed model": mixed,
+    "aLoRA": lora(alora_invocation_tokens=[5]),
+}
+BUILDERS: dict[str, Build] = LORA | {
+    "AdaLoRA": on_llama(peft.AdaLoraConfig, target_modules=UP, init_r=4, total_step=10),
+    "ADAMSS": on_llama(peft.AdamssConfig, target_modules=UP, r=4, num_subspaces=2),
+    "adaption prompt": on_llama(peft.AdaptionPromptConfig, adapter_len=3, adapter_layers=2),
+    "BEFT": on_llama(peft.BeftConfig, target_modules=UP),
+    "BOFT": on_llama(peft.BOFTConfig, target_modules=UP, boft_block_size=4),
+    "C3A": on_llama(peft.C3AConfig, target_modules=UP, block_size=16),
+    "Cartridge": prompts(peft.CartridgeConfig),
+    "CPT": on_llama(peft.CPTConfig, cpt_token_ids=[3, 4, 5], cpt_mask=[1, 1, 1], cpt_tokens_type_mask=[1, 2, 3]),
+    "DEFT": on_llama(peft.DeftConfig, target_modules=UP, r=4),
+    "DELoRA": on_llama(peft.DeloraConfig, target_modules=UP, r=4),
+    "FourierFT": on_llama(peft.FourierFTConfig, target_modules=UP, n_frequency=20),
+    "FRoD": on_llama(peft.FrodConfig, target_modules=UP),
+    "GLoRA": on_llama(peft.GloraConfig, target_modules=UP, r=4),
+    "GraLoRA": on_llama(peft.GraloraConfig, target_modules=UP, r=4),
+    "HiRA": on_llama(peft.HiraConfig, target_modules=UP, r=4),
+    "HRA": on_llama(peft.HRAConfig, target_modules=UP, r=4),
+    "IA3": on_llama(peft.IA3Config, target_modules=UP, feedforward_modules=["down_proj"]),
+    "IA3, feedforward up_proj": on_llama(peft.IA3Config, target_modules=UP, feedforward_modules=UP),
+    "Lily": on_llama(peft.LilyConfig, target_modules=UP, r=4),
+    "LN tuning": on_llama(peft.LNTuningConfig),
+    "LoHa": on_llama(peft.LoHaConfig, target_modules=UP, r=4),
+    "LoKr": on_llama(peft.LoKrConfig, target_modules=UP, r=4),
+    "MiSS": on_llama(peft.MissConfig, target_modules=UP, r=4),
+    "MiSS, bat": on_llama(peft.MissConfig, target_modules=UP, r=4, init_weights="bat"),
+    "MiSS, mini": on_llama(peft.MissConfig, target_modules=UP, r=4, init_weights="mini", mini_r=4),
+    "multitask prompt tuning": prompts(peft.MultitaskPromptTuningConfig, num_tasks=2),
+    "OFT": on_llama(peft.OFTConfig, target_modules=UP, oft_block_size=4),
+    "OSF": on_llama(peft.OSFConfig, target_modules=UP, effective_rank=4),
+    "P-tuning": prompts(peft.PromptEncoderConfig, encoder_hidden_size=16),
+    "PEANuT": on_llama(peft.PeanutConfig, target_modules=UP, r=4),
+    "Poly": on_llama(peft.PolyConfig, target_modules=UP, r=4, n_tasks=2, n_skills=2),
+    "prefix tuning": prompts(peft.PrefixTuningConfig),
+    "prefix tuning, prefix_projection": prompts(peft.PrefixTuningConfig, prefix_projection=True, encoder_hidden_size=8),
+    "prompt tuning": prompts(peft.PromptTuningConfig),
+    "PSOFT": on_llama(peft.PsoftConfig, target_modules=UP, r=4),
+    "PVeRA": on_llama(peft.PveraConfig, target_modules=["up_proj"], r=4),
+    "RandLoRA": on_llama(peft.RandLoraConfig, target_modules=UP, r=4),
+    "RoAd": on_llama(peft.RoadConfig, target_modules=UP, group_size=4),
+    "Shadow": on_llama(peft.ShadowConfig, r=4),
+    "SHiRA": on_llama(peft.ShiraConfig, target_modules=UP, r=4),
+    "Super-Tuning": on_llama(peft.SupertuningConfig, target_modules=UP, sparsity=0.9),
+    "TinyLoRA": on_llama(peft.TinyLoraConfig, target_modules=UP, u=8),
+    "trainable tokens": on_llama(peft.TrainableTokensConfig, token_indices=[3, 4]),
+    "UniLoRA": on_llama(peft.UniLoraConfig, target_modules=UP, theta_d_length=16),
+    "VB-LoRA": on_llama(peft.VBLoRAConfig, target_modules=UP, r=2, num_vectors=8, vector_length=4),
+    "VeRA": on_llama(peft.VeraConfig, target_modules=["up_proj"], r=4),
+    "WaveFT": on_llama(peft.WaveFTConfig, target_modules=UP, n_frequency=20),
+}
