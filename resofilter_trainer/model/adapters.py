@@ -28,9 +28,7 @@ REFUSED = {
     "aLoRA": "its weights change within a row, after the invocation tokens",
 }
 OF_THE_WHOLE_MODEL = {"XLORA"}  # and prompt learning; the other kinds are in layers
-REMEDY = (
-    "Use another kind, such as LoRA, or score the rows with the adapter off, inside `with model.disable_adapter():`"
-)
+REMEDY = "Use another kind, such as LoRA, or score with the adapter off, inside `with model.disable_adapter():`"
 
 
 def refuse_adapters(model: nn.Module) -> None:

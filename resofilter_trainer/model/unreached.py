@@ -26,8 +26,8 @@ def not_called(model: nn.Module, up_projections: Iterable[UpProjection]) -> Inpu
         if own is not None and "_hf_hook" not in vars(module):  # which accelerate runs around the module's own
             return InputError(
                 f"The forward did not call '{each.name}': the forward of '{path}' was replaced by {_name_of(own)}, "
-                "which computes without calling it, as fused kernels such as Unsloth's do. Give these modules their own "
-                f"forward back, in every layer: `del model.get_submodule('{path}').forward`."
+                "which computes without calling it, as fused kernels such as Unsloth's do. Give these modules their "
+                f"own forward back, in every layer: `del model.get_submodule('{path}').forward`."
             )
     path, module = next(_around(model, each))
     return InputError(
