@@ -41,13 +41,17 @@ from resofilter_trainer import (
     write_report,
 )
 from resofilter_trainer.cli.entry import exit_on_input_error
+from resofilter_trainer.cli.recipe import parse_recipe, recipe_parser
 from resofilter_trainer.cli.score import summary
 from resofilter_trainer.config import Norm
-from resofilter_trainer.data.files import first_line, only_split
+from resofilter_trainer.data.files import only_split
 from resofilter_trainer.data.row_texts import RowTexts
 from resofilter_trainer.evaluation.generate import exact_match
 from resofilter_trainer.evaluation.metrics.final_answer import final_answer
 from resofilter_trainer.report import Contents
+
+# The options of the measured step: those without `score_` are the training's.
+SCORE_OPTIONS = {"lr": "score_lr", "eps": "score_eps", "weight_decay": "score_weight_decay"}
 
 
 @dataclass
@@ -115,8 +119,8 @@ class PaperModel(ModelConfig):
     model_name_or_path: str | None = field(default="google/gemma-2-2b", metadata={"help": "a name or a folder"})
 
 
-def main() -> None:
-    recipe, training, model = parse()
+def main(parser: TrlParser) -> None:
+    recipe, training, model = parse(parser)
     training.model_init_kwargs = {
         "dtype": model.dtype,
         "revision": model.model_revision,
@@ -148,12 +152,9 @@ def main() -> None:
     trainer.end()
 
 
-def parse() -> tuple[RecipeArguments, SFTConfig, ModelConfig]:
+def parse(parser: TrlParser) -> tuple[RecipeArguments, SFTConfig, ModelConfig]:
     """The command line and the YAML file, parsed by TRL."""
-    try:
-        recipe, training, model = TrlParser((RecipeArguments, PaperTraining, PaperModel)).parse_args_and_config()
-    except (OSError, ValueError) as error:
-        raise InputError(first_line(error)) from error
+    recipe, training, model = parse_recipe(parser)
     if model.load_in_4bit or model.load_in_8bit:
         raise InputError("This recipe loads no quantised models: leave out --load_in_4bit and --load_in_8bit.")
     return recipe, training, model
@@ -238,5 +239,6 @@ def write_results(
 
 
 if __name__ == "__main__":
-    with exit_on_input_error("gsm8k.py"):
-        main()
+    arguments = recipe_parser(RecipeArguments, PaperTraining, PaperModel)
+    with exit_on_input_error("gsm8k.py", arguments, SCORE_OPTIONS):
+        main(arguments)

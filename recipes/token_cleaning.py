@@ -38,8 +38,8 @@ from resofilter_trainer import (
     write_report,
 )
 from resofilter_trainer.cli.entry import exit_on_input_error
+from resofilter_trainer.cli.recipe import parse_recipe, recipe_parser
 from resofilter_trainer.config import CLEANING_MODES, Ranking, cleaning_of_mode, whole_number
-from resofilter_trainer.data.files import first_line
 from resofilter_trainer.data.loading import load_model, usable_rows
 from resofilter_trainer.data.row_texts import RowTexts, decoder
 from resofilter_trainer.tokens.cleaned_dataset import described, groups_of
@@ -116,8 +116,8 @@ class PaperModel(ModelConfig):
     )
 
 
-def main() -> None:
-    recipe, training, model = parse()
+def main(parser: TrlParser) -> None:
+    recipe, training, model = parse(parser)
     training.model_init_kwargs = {
         "dtype": model.dtype if model.dtype not in (None, "auto") else "float32",
         "revision": model.model_revision,
@@ -154,12 +154,9 @@ def main() -> None:
         report(dataset, recipe, training, str(model.model_name_or_path))
 
 
-def parse() -> tuple[RecipeArguments, SFTConfig, ModelConfig]:
+def parse(parser: TrlParser) -> tuple[RecipeArguments, SFTConfig, ModelConfig]:
     """The command line and the YAML file, parsed by TRL."""
-    try:
-        recipe, training, model = TrlParser((RecipeArguments, PaperTraining, PaperModel)).parse_args_and_config()
-    except (OSError, ValueError) as error:
-        raise InputError(first_line(error)) from error
+    recipe, training, model = parse_recipe(parser)
     recipe.cleaning(recipe.reference)
     if recipe.dataset_name is None or model.model_name_or_path is None:
         raise InputError("Pass --dataset_name and --model_name_or_path.")
@@ -208,5 +205,6 @@ def finish(summary: Mapping[str, Any], reasons: Mapping[int, str], training: SFT
 
 
 if __name__ == "__main__":
-    with exit_on_input_error("token_cleaning.py"):
-        main()
+    arguments = recipe_parser(RecipeArguments, PaperTraining, PaperModel)
+    with exit_on_input_error("token_cleaning.py", arguments):
+        main(arguments)

@@ -1,5 +1,15 @@
 """The commands of `resofilter`. Knows arguments and files; the other packages do the work."""
 
-from .entry import exit_on_input_error, main
+from __future__ import annotations
 
-__all__ = ["exit_on_input_error", "main"]
+from collections.abc import Sequence
+
+from .interrupts import interruptible
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run one command. Invalid input ends it with one line and exit code 2, an interrupt with exit code 130."""
+    with interruptible("resofilter"):  # also while Python is still importing
+        from .entry import main as run
+
+        run(argv)

@@ -1,6 +1,6 @@
 """`python -m resofilter_trainer.cli`, for launchers that start a module."""
 
-from .entry import main
+from . import main
 
 if __name__ == "__main__":
     main()

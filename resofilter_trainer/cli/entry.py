@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import logging
 import os
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
-from ..config import InputError
+from ..config import InputError, nearest
 from . import clean, compare, demo, env, report, score, select
+from .interrupts import interruptible
 from .launching import is_launched, run_in_processes
+from .naming import in_shell, options_of
 from .parser import CommandParser
 
 COMMANDS = {  # each module has `add_arguments` and `run`, which imports what it needs
@@ -26,33 +29,68 @@ COMMANDS = {  # each module has `add_arguments` and `run`, which imports what it
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run one command. Wrong input ends it with one line and exit code 2."""
-    warnings.filterwarnings("ignore", category=FutureWarning)  # of other libraries, about their own arguments
-    warnings.filterwarnings("ignore", message="Scores to be taken with care")  # the summary has it
+    """Run one command. Invalid input ends it with one line and exit code 2."""
     argv = list(sys.argv[1:] if argv is None else argv)
     parser = _parser()
-    args = parser.parse_args(argv)
-    with exit_on_input_error(f"resofilter {args.command}"):
+    args = _parsed(parser, argv)
+    with exit_on_input_error(f"resofilter {args.command}", args.parser):
         if args.config:  # its values come before those of the command line, which therefore win
-            args = parser.parse_args([args.command, *_yaml_arguments(args), *argv[argv.index(args.command) + 1 :]])
+            args = _parsed(parser, [args.command, *_yaml_arguments(args), *argv[argv.index(args.command) + 1 :]])
         if getattr(args, "num_processes", None) is not None and not is_launched():
             run_in_processes(argv, args.num_processes)
         args.run(args)
 
 
 @contextlib.contextmanager
-def exit_on_input_error(program: str) -> Iterator[None]:
-    """Turn an InputError into one line on stderr and exit code 2, and an interrupt into exit code 130."""
+def exit_on_input_error(
+    program: str, parser: argparse.ArgumentParser | None = None, names: Mapping[str, str] | None = None
+) -> Iterator[None]:
+    """Turn an InputError into a line on stderr and exit code 2, an interrupt into 130, a warning into a line.
+
+    Args:
+        program: the name that begins each line.
+        parser: the parser of the arguments. Its options stand in the lines for the arguments that the library names.
+        names: names of the library for which the parser has other options, beside `OTHER_NAMES`.
+    """
     if os.environ.get("RANK", "0") != "0":
         program = f"{program} (process {os.environ['RANK']})"
-    try:
+    options = {} if parser is None else options_of(parser, names)
+    with interruptible(program), _one_line_warnings(program, options):
+        try:
+            yield
+        except InputError as error:
+            print(f"{program}: error: {in_shell(str(error), options)}", file=sys.stderr)
+            raise SystemExit(2) from None
+
+
+@contextlib.contextmanager
+def _one_line_warnings(program: str, options: Mapping[str, argparse.Action]) -> Iterator[None]:
+    """Print each warning in one line, without those by which other libraries address programmers."""
+
+    def show(message: Warning | str, category: type[Warning], *place: object, **more: object) -> None:
+        print(f"{program}: warning: {in_shell(' '.join(str(message).split()), options)}", file=sys.stderr)
+
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it misses a package as soon as it is imported
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=FutureWarning)
+        warnings.filterwarnings("default", category=FutureWarning, module="resofilter_trainer")
+        warnings.filterwarnings("ignore", message="Scores to be taken with care")  # the summary has it
+        warnings.showwarning = show
         yield
-    except InputError as error:
-        print(f"{program}: error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
-    except KeyboardInterrupt:
-        print(f"{program}: interrupted", file=sys.stderr)
-        raise SystemExit(130) from None
+
+
+def _parsed(parser: CommandParser, argv: Sequence[str]) -> argparse.Namespace:
+    """The arguments of one command, or one line that says which command or option does not exist."""
+    if not argv:
+        parser.error(f"Name a command: {', '.join(COMMANDS)}.")
+    if not argv[0].startswith("-") and argv[0] not in COMMANDS:
+        close = nearest(argv[0], COMMANDS)
+        hint = f" Did you mean {close}?" if close else ""
+        parser.error(f"There is no command '{argv[0]}'.{hint} There are {', '.join(COMMANDS)}.")
+    args, rest = parser.parse_known_args(argv)
+    if rest:
+        args.parser.refuse(rest)
+    return args
 
 
 def _yaml_arguments(args: argparse.Namespace) -> list[str]:
@@ -64,9 +102,12 @@ def _yaml_arguments(args: argparse.Namespace) -> list[str]:
         raise InputError(f"--config {args.config} must be a mapping, 'name: value' on each line.")
     arguments: list[str] = []
     known = {action.dest for action in args.parser._actions if action.option_strings} - {"help", "config"}
-    for name, value in (values or {}).items():
+    for written, value in (values or {}).items():
+        name = args.parser.own_name(str(written))
         if name not in known:
-            raise InputError(f"--config {args.config}: '{args.command}' has no argument '{name}'.")
+            close = nearest(name, known)
+            hint = f" Did you mean '{close}'?" if close else ""
+            raise InputError(f"--config {args.config}: '{args.command}' has no argument '{written}'.{hint}")
         if isinstance(getattr(args, name), bool) and isinstance(value, bool):  # a flag
             arguments += [f"--{name}"] if value else []
         elif isinstance(value, list) and name == "by":

@@ -10,10 +10,11 @@ from ..config import ColumnMapping, InputError
 
 
 def require(args: argparse.Namespace, *names: str) -> None:
-    """Raise InputError for an argument that is missing."""
-    for name in names:
-        if getattr(args, name) is None:
-            raise InputError(f"--{name} is missing.")
+    """Raise InputError for the arguments that are missing."""
+    missing = [f"--{name}" for name in names if getattr(args, name) is None]
+    if missing:
+        *first, last = missing
+        raise InputError(f"{', '.join(first)} and {last} are missing." if first else f"{last} is missing.")
 
 
 def settings_of(args: argparse.Namespace, kind: type) -> Any:

@@ -3,22 +3,87 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
-from typing import NoReturn
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
+
+from ..config import nearest
+from .naming import options_of
+
+INSTEAD = {  # options of other programs, and what a command may have for them
+    "bf16": "--precision bfloat16",
+    "fp16": "--precision bfloat16",
+    "batch_size": "--tokens_per_batch",
+    "per_device_train_batch_size": "--tokens_per_batch",
+    "learning_rate": "--lr",
+    "max_seq_length": "--max_length",
+}
 
 
-class CommandParser(argparse.ArgumentParser):
-    """A parser that reports a wrong argument in one line, without the usage.
+class OneLineParser(argparse.ArgumentParser):
+    """A parser that reports a wrong argument in one line, without the usage, and takes names as people write them.
+
+    An option may be written with hyphens, or by the name that TRL and transformers have for it, but not abbreviated. A
+    value may begin with a minus.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{"allow_abbrev": False, **kwargs})
+
+    def error(self, message: str) -> NoReturn:
+        """Print one line and exit with code 2."""
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+    def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
+        """As `ArgumentParser.parse_known_args`, for options as people write them."""
+        return super().parse_known_args(self._spelled(sys.argv[1:] if args is None else args), namespace)
+
+    def own_name(self, name: str) -> str:
+        """The name of an option that may be written with hyphens, or as in TRL; an unknown name stays."""
+        known = options_of(self)
+        found = known.get(name.replace("-", "_"))
+        return name if found is None else found.dest
+
+    def unknown(self, name: str) -> str:
+        """What to say of an option that does not exist."""
+        known = {action.dest: action for action in options_of(self).values()}
+        instead = INSTEAD.get(name.replace("-", "_"), "")
+        if instead.split(" ")[0].removeprefix("--") not in known:
+            close = nearest(name.replace("-", "_"), list(known))
+            instead = f"--{close}" if close else ""
+        return f"There is no option --{name}." + (
+            f" Did you mean {instead}?" if instead else f" {self.prog} --help lists all."
+        )
+
+    def refuse(self, rest: Sequence[str]) -> NoReturn:
+        """Exit with one line about the arguments that nothing takes."""
+        options = [each.removeprefix("--").split("=")[0] for each in rest if each.startswith("--")]
+        self.error(self.unknown(options[0]) if options else f"Nothing takes the argument '{rest[0]}'.")
+
+    def _spelled(self, arguments: Sequence[str]) -> list[str]:
+        """The arguments with the options' own names, and with values that begin with a minus joined to their option."""
+        known, spelled = self._option_string_actions, list[str]()
+        for each in arguments:
+            option, equals, value = each.partition("=")
+            if option.startswith("--") and option not in known:
+                each = f"--{self.own_name(option[2:])}{equals}{value}"
+            before = known.get(spelled[-1]) if spelled else None
+            is_value = each.startswith("-") and not each.startswith("--") and each not in known
+            if before is not None and before.nargs is None and is_value:
+                spelled[-1] = f"{spelled[-1]}={each}"
+            else:
+                spelled.append(each)
+        return spelled
+
+
+class CommandParser(OneLineParser):
+    """The parser of a command.
 
     Attributes:
         before_help: a function to call before the help is printed, which adds what takes long to import.
     """
 
     before_help: Callable[[], None] | None = None
-
-    def error(self, message: str) -> NoReturn:
-        """Print one line and exit with code 2."""
-        self.exit(2, f"{self.prog}: error: {message}\n")
 
     def format_help(self) -> str:
         """The help of the command."""

@@ -8,7 +8,8 @@ from typing import Any
 
 from ..config import InputError
 from .inputs import scored_dataset
-from .parser import CommandParser, scored_dataset_arguments
+from .naming import in_shell, options_of
+from .parser import CommandParser, row_arguments, scored_dataset_arguments
 
 
 def add_arguments(parser: CommandParser) -> None:
@@ -38,8 +39,10 @@ def run(args: argparse.Namespace) -> None:
     folder = Path(args.source).parent if Path(args.source).suffix == ".parquet" else Path(args.source)
     report = write_report(contents, args.output or folder, texts, groups, decode, args.title)
     if report.numbers is not None:
-        for warning in report.numbers.warnings:
-            print(f"Warning: {warning}")
+        scoring = CommandParser()
+        row_arguments(scoring)
+        for warning in report.numbers.warnings:  # what to do about them is done by scoring again
+            print(f"Warning: {in_shell(warning, options_of(scoring))}")
     print(f"Report: {report.path}")
     if args.open:
         import webbrowser
@@ -54,7 +57,7 @@ def _texts_and_groups(args: argparse.Namespace, provenance: Any) -> tuple[Any, A
     except InputError as error:
         if args.dataset or args.group_column:
             raise
-        print(f"The report has no text: {error}")
+        print(f"The report has no text: {in_shell(str(error), options_of(args.parser))}")
         return None, None
     if dataset is None or len(dataset) != provenance.rows:
         if args.dataset:

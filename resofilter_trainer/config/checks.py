@@ -5,9 +5,10 @@ Knows values, not what they are for. NumPy numbers count as numbers, bools do no
 
 from __future__ import annotations
 
+import difflib
 import math
 import numbers
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from .errors import InputError
@@ -46,7 +47,19 @@ def share(name: str, value: Any, what: str = "rows") -> float:
 def one_of(name: str, value: object, allowed: Sequence[object]) -> None:
     """Raise InputError unless `value` is one of `allowed`."""
     if value not in allowed:
-        raise InputError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}.")
+        close = nearest(value, [each for each in allowed if isinstance(each, str)])
+        hint = f" Did you mean {close!r}?" if close else ""
+        raise InputError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}.{hint}")
+
+
+def nearest(word: object, known: Iterable[str]) -> str | None:
+    """The known name that was probably meant by a mistyped or shortened one; None if none is like it."""
+    if not isinstance(word, str) or not word:
+        return None
+    names = {each.lower(): each for each in known}
+    longer = [each for each in names if each.startswith(word.lower())]
+    close = longer if len(longer) == 1 else difflib.get_close_matches(word.lower(), names, n=1)
+    return names[close[0]] if close else None
 
 
 def at_most_one(**settings: object) -> str | None:

@@ -145,7 +145,7 @@ class TokenCleaning:
     tokens_per_batch: int = 4096
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "keep", share("keep_tokens", self.keep, "tokens"))
+        object.__setattr__(self, "keep", share("keep", self.keep, "tokens"))
         one_of("ranking", self.ranking, get_args(Ranking))
         for name, least in (("parts", 2), ("tokens_per_batch", 1)):
             object.__setattr__(self, name, whole_number(name, getattr(self, name), least))
@@ -154,7 +154,7 @@ class TokenCleaning:
 
 
 def cleaning_of_mode(mode: str, reference: str | None, ranking: str | None, **settings: Any) -> TokenCleaning:
-    """The settings for a command's `--mode`.
+    """The settings of a mode, as commands and recipes offer it.
 
     Args:
         mode: one of `CLEANING_MODES`.
@@ -165,10 +165,10 @@ def cleaning_of_mode(mode: str, reference: str | None, ranking: str | None, **se
     Raises:
         InputError: the mode is unknown, or does not go with the reference or the ranking.
     """
-    one_of("--mode", mode, CLEANING_MODES)
+    one_of("mode", mode, CLEANING_MODES)
     if mode == "rho" and ranking == "global":
-        raise InputError("--mode rho ranks within each sample: leave --ranking out, or use --mode fixed.")
+        raise InputError("mode='rho' ranks within each sample: leave ranking= out, or use mode='fixed'.")
     if mode == "self-evolving" and reference is not None:
-        raise InputError("--mode self-evolving trains its own reference: leave --reference out, or use --mode fixed.")
+        raise InputError("mode='self-evolving' trains its own reference: leave reference= out, or use mode='fixed'.")
     chosen: Any = ranking or ("sample" if mode == "rho" else "global")
     return TokenCleaning(reference=reference or SELF, ranking=chosen, **settings)

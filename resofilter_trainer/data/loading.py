@@ -142,7 +142,7 @@ def usable_rows(
         listed = ", ".join(map(str, empty[:5])) + (", ..." if len(empty) > 5 else "")
         raise InputError(
             f"{len(empty)} of {len(rows)} rows have an empty completion and teach nothing: rows {listed}. "
-            "Remove them, or skip them with --drop_empty (drop_empty=True)."
+            "Remove them, or skip them with drop_empty=True."
         )
     reasons |= dict.fromkeys(empty, EMPTY)
     if len(reasons) == len(rows):

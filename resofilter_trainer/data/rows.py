@@ -5,6 +5,7 @@ Knows datasets, not models: a row is a dict here, and its position in the datase
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -148,8 +149,9 @@ def _usable(columns: list[str], text_field: str) -> bool:
 def _hint(columns: list[str]) -> str:
     for prompts, completion in KNOWN_PAIRS:
         if {*prompts, completion} <= set(columns):
-            return f"Say which is which: --prompt_column {' '.join(prompts)} --completion_column {completion}."
-    return "Say which is which: --prompt_column X --completion_column Y, --messages_column X, or --text_column X."
+            prompt = json.dumps(prompts[0] if len(prompts) == 1 else prompts)
+            return f'Say which is which: prompt_column={prompt}, completion_column="{completion}".'
+    return 'Say which is which: prompt_column="X", completion_column="Y", or messages_column="X", or text_column="X".'
 
 
 def _target(example: Mapping[str, Any], text_field: str) -> Any:

@@ -56,7 +56,7 @@ class Contents:
         selection: the rows kept by these scores; None where no selection was made.
         epochs: the epochs of a training run, first epoch first; empty without one.
         log: the Trainer's log, one mapping per entry.
-        layers: scores of every layer for some rows (`resofilter score --layers all`).
+        layers: scores of every layer for some rows (`score_layers`).
         cleaned: the tokens to learn and their losses under both models (`resofilter clean`).
         comparison: the content of `comparison.json` (`resofilter compare`).
 
@@ -135,8 +135,8 @@ def read_contents(
     if scores is None and compared is None:
         there = f"'{folder}' holds no scores and no comparison"
         if decided is not None:
-            raise InputError(f"{there}, only a selection. Pass the folder of its scores, and this one as --selection.")
-        raise InputError(f"{there}. Run `resofilter score` or `compare` first.")
+            raise InputError(f"{there}, only a selection. Pass the folder of its scores, and this one as selection=.")
+        raise InputError(f"{there}. Pass the folder of one of them.")
     layers = (path.parent if path.suffix == ".parquet" else path) / LAYERS_FOLDER
     return Contents(
         scores=scores,

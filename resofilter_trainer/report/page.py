@@ -161,7 +161,7 @@ def samples_note(samples: Samples, rows: int) -> str:
     coloured = sum(each is not None for each in samples.tokens)
     if 0 < coloured < shown:
         note += f" The tokens of {coloured:,} rows are coloured."
-    return note if samples.prompts is not None else f"{note} To show their text, pass --dataset."
+    return note if samples.prompts is not None else f"{note} To show their text, write the page with the dataset."
 
 
 def keep_percent(numbers: Numbers) -> int:

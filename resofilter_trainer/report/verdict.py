@@ -109,7 +109,9 @@ def _about_scores(scores: ScoreTable, length: float | None, loss: float | None) 
 def _about_rows(scores: ScoreTable, copies: int) -> list[str]:
     found, rows, unscored = [], len(scores), len(scores) - int(scores.scored.sum())
     if copies > MANY_COPIES * rows:
-        found.append(f"{copies:,} rows ({copies / rows:.1%}) repeat the text of an earlier row: use --drop_duplicates.")
+        found.append(
+            f"{copies:,} rows ({copies / rows:.1%}) repeat the text of an earlier row: pass drop_duplicates=True."
+        )
     if unscored > MANY * rows:
         found.append(f"{unscored:,} rows ({unscored / rows:.1%}) have no score.")
     limit = scores.provenance.preparation.get("max_length")

@@ -88,7 +88,7 @@ def score_layers(
         columns = dict(zip(names, values[:, 1:].T, strict=True))
         score = np.mean([columns[f"{LAYER}{layer}"] for layer in layers], axis=0)
         columns = {"score": score, "loss": values[:, 0], **columns}
-        return Measured(columns, rows=rows, others=f"not among the {len(rows)} rows of --limit")
+        return Measured(columns, rows=rows, others=f"not among the {len(rows)} random rows that were measured")
 
     return run_pass(
         model, dataset, processing_class, args, settings, folder, measure,

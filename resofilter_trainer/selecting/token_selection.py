@@ -38,7 +38,7 @@ class TokenSelector:
 
     def __post_init__(self) -> None:
         one_of("ranking", self.ranking, get_args(Ranking))
-        object.__setattr__(self, "keep", share("keep_tokens", self.keep, "tokens"))
+        object.__setattr__(self, "keep", share("keep", self.keep, "tokens"))
 
     def check(self, num_tokens: np.ndarray) -> None:
         """Raise InputError if no token would be kept. Needs no scores: can be called before they are measured.
@@ -48,7 +48,7 @@ class TokenSelector:
         """
         total = int(num_tokens.sum())
         if not (int(total * self.keep) if self.ranking == "global" else (num_tokens * self.keep >= 1).any()):
-            raise InputError(f"Of {total} tokens, keep_tokens={self.keep} keeps none: choose a larger share.")
+            raise InputError(f"Of {total} tokens, keep={self.keep} keeps none: choose a larger share.")
 
     def select(self, scores: TokenScores) -> TokenSelection:
         """Keep or mask, for every learnt token. Raises InputError where a score is not a number."""

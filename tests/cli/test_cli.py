@@ -82,22 +82,22 @@ BAD_SCORES: dict[str, tuple[Callable[[Place], Sequence[object]], Sequence[str]]]
         options("--prompt_column", "prompt", "--completion_column", "reply"),
         ["no column 'reply'", "prompt, completion, id"],
     ),
-    "half a mapping": (options("--prompt_column", "prompt"), ["prompt_column and completion_column go together"]),
+    "half a mapping": (options("--prompt_column", "prompt"), ["--prompt_column and --completion_column go together"]),
     "empty dataset": (dataset_of("none", []), ["none.jsonl", "has no rows"]),
-    "empty completions": (dataset_of("empty", EMPTY), ["2 of 12 rows", "3, 7", "--drop_empty"]),
+    "empty completions": (dataset_of("empty", EMPTY), ["2 of 12 rows", "3, 7", "skip them with --drop_empty."]),
     "every completion empty": (
         dataset_of("blank", [{**row, "completion": ""} for row in ROWS], "--drop_empty"),
         ["All 12 rows", "nothing to score"],
     ),
     "all labels masked": (options("--max_length", "4"), ["None of the 12 rows", "max_length 4", "masked"]),
     "no length": (options("--max_length", "-3"), ["max_length"]),
-    "no batch": (options("--tokens_per_batch", "0"), ["tokens_per_batch"]),
+    "no batch": (options("--tokens_per_batch", "0"), ["--tokens_per_batch must be"]),
     "no such precision": (options("--precision", "float16"), ["precision", "'auto'", "'float32'", "'bfloat16'"]),
     "more layers than there are": (options("--n_layers", "5"), ["n_layers", "4", "got 5"]),
-    "no layer": (options("--n_layers", "0"), ["n_layers", "got 0"]),
-    "no learning rate": (options("--lr", "0"), ["lr", "above 0"]),
-    "a learning rate that is no number": (options("--lr", "nan"), ["lr", "above 0"]),
-    "an eps that is no number": (options("--eps", "inf"), ["eps", "above 0"]),
+    "no layer": (options("--n_layers", "0"), ["--n_layers must be", "got 0"]),
+    "no learning rate": (options("--lr", "0"), ["--lr", "above 0"]),
+    "a learning rate that is no number": (options("--lr", "nan"), ["--lr", "above 0"]),
+    "an eps that is no number": (options("--eps", "inf"), ["--eps", "above 0"]),
     "up-projection that is no regex": (options("--up_projection", "("), ["up_projection", "regular expression"]),
     "up-projection that matches nothing": (options("--up_projection", "bogus"), ["bogus", "mlp.up_proj"]),
     "unknown template": (options("--chat_template_path", "/nowhere/t.jinja"), ["/nowhere/t.jinja"]),
@@ -154,7 +154,7 @@ def test_a_model_without_up_projection_is_refused_with_what_to_pass(place, token
     mamba = place.save("mamba", MambaForCausalLM(config), tokenizer)
     message = refused(capsys, "score", "--model", mamba, "--dataset", place.rows, "--output", tmp_path / "out")
     assert "No up-projection found in 'mamba'" in message
-    assert "up_projection=" in message
+    assert "Pass --up_projection " in message
     assert files_in(tmp_path) == []
 
 
@@ -284,7 +284,8 @@ def test_yaml_may_hold_lists_flags_and_text_that_begins_with_a_dash(place, tmp_p
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("bogus: 1", "'score' has no argument 'bogus'"),
+        ("bogus: 1", "'score' has no argument 'bogus'."),
+        ("prompt_col: x", "'score' has no argument 'prompt_col'. Did you mean 'prompt_column'?"),
         ("run: 1", "'score' has no argument 'run'"),
         ("command: select", "'score' has no argument 'command'"),
         ("- model", "run.yaml"),
@@ -292,7 +293,7 @@ def test_yaml_may_hold_lists_flags_and_text_that_begins_with_a_dash(place, tmp_p
         ("model: [", "cannot be read"),
         ("n_layers: two", "n_layers"),
         ("n_layers: 2.5", "n_layers"),
-        ("update: bogus", "--update must be one of 'adamw', 'sgd', got 'bogus'"),
+        ("update: bogus", "--update must be one of 'adamw', 'sgd', got 'bogus'."),
         ("update: optimizer", "--update must be one of 'adamw', 'sgd', got 'optimizer'"),
         (None, "cannot be read"),
     ],
@@ -357,7 +358,7 @@ def test_dataset_that_moved_can_be_named(place, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (["--keep", "0"], "keep is the share of the rows to keep, above 0 and at most 1, got 0.0"),
+        (["--keep", "0"], "--keep is the share of the rows to keep, above 0 and at most 1, got 0.0"),
         (["--keep", "-0.5"], "above 0 and at most 1"),
         (["--keep", "1.01"], "above 0 and at most 1"),
         (["--keep", "nan"], "above 0 and at most 1"),

@@ -153,7 +153,10 @@ def test_cleaning_again_with_another_share_replaces(place, tmp_path):
 
 EVOLVE = ("--mode", "self-evolving")
 BAD = {
-    "nothing kept": (["--reference", "{place}/reference", "--keep_tokens", 0], "above 0 and at most 1, got 0.0"),
+    "nothing kept": (
+        ["--reference", "{place}/reference", "--keep_tokens", 0],
+        "--keep_tokens is the share of the tokens to keep, above 0",
+    ),
     "more than all": (["--reference", "{place}/reference", "--keep_tokens", 1.5], "above 0 and at most 1, got 1.5"),
     "no number": (["--reference", "{place}/reference", "--keep_tokens", "nan"], "above 0 and at most 1, got nan"),
     "share of self": ([*EVOLVE, "--keep_tokens", 1.5], "above 0 and at most 1"),
@@ -163,14 +166,17 @@ BAD = {
     "no reference": ([], "--reference is missing"),
     "no reference for rho": (["--mode", "rho"], "--reference is missing"),
     "self as a reference": (["--reference", "self"], "self"),
-    "reference and self": ([*EVOLVE, "--reference", "{place}/reference"], "leave --reference out"),
+    "reference and self": (
+        [*EVOLVE, "--reference", "{place}/reference"],
+        "leave --reference out, or use --mode fixed.",
+    ),
     "rho over all": (
         ["--mode", "rho", "--ranking", "global", "--reference", "{place}/reference"],
         "--mode rho ranks within each sample",
     ),
-    "unknown ranking": (["--ranking", "bogus", "--reference", "{place}/reference"], "ranking must be one of"),
-    "one part": ([*EVOLVE, "--parts", 1], "parts must be a whole number of at least 2"),
-    "more parts than rows": ([*EVOLVE, "--parts", 13], "12 rows have tokens to learn, too few for parts=13"),
+    "unknown ranking": (["--ranking", "bogus", "--reference", "{place}/reference"], "error: --ranking must be one of"),
+    "one part": ([*EVOLVE, "--parts", 1], "--parts must be a whole number of at least 2"),
+    "more parts than rows": ([*EVOLVE, "--parts", 13], "12 rows have tokens to learn, too few for --parts 13"),
     "unknown mode": (["--mode", "bogus", "--reference", "{place}/reference"], "--mode must be one of 'fixed'"),
     "other vocabulary": (["--reference", "{place}/other"], "another vocabulary"),
     "no such model": (["--model", "/nowhere/model", "--reference", "{place}/reference"], "no model at '/nowhere"),

@@ -269,10 +269,10 @@ def test_missing_column_lists_those_there_are(rows, mapping):
 @pytest.mark.parametrize(
     ("columns", "hint"),
     [
-        (["id", "question", "answer"], "--prompt_column question --completion_column answer"),
-        (["query", "response"], "--prompt_column query --completion_column response"),
-        (["instruction", "input", "output"], "--prompt_column instruction input --completion_column output"),
-        (["prompt", "label"], "--prompt_column X --completion_column Y"),
+        (["id", "question", "answer"], 'prompt_column="question", completion_column="answer"'),
+        (["query", "response"], 'prompt_column="query", completion_column="response"'),
+        (["instruction", "input", "output"], 'prompt_column=["instruction", "input"], completion_column="output"'),
+        (["prompt", "label"], 'prompt_column="X", completion_column="Y"'),
     ],
 )
 def test_unusable_columns_are_listed_with_what_to_pass(columns, hint):

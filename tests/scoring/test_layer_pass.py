@@ -68,7 +68,7 @@ def test_some_rows_are_measured_and_the_others_say_why_not(model, tokenizer, tmp
 
     assert len(scores) == 20
     assert scores.scored.sum() == 5
-    assert set(scores.reasons) == {None, "not among the 5 rows of --limit"}
+    assert set(scores.reasons) == {None, "not among the 5 random rows that were measured"}
     assert scores.table.equals(ScoreTable.load(tmp_path / "layers").table)
     assert again.table.equals(scores.table)
 

@@ -1,0 +1,139 @@
+"""Options as people write them: with hyphens, by TRL's names, mistyped, and with values that begin with a minus."""
+
+from __future__ import annotations
+
+import re
+import warnings
+
+import pytest
+from helpers.commands import refused
+
+from resofilter_trainer.cli.entry import _parser, _yaml_arguments, exit_on_input_error, main
+from resofilter_trainer.config import InputError, nearest
+
+
+def parsed(*argv: str):
+    return _parser().parse_args(argv)
+
+
+def test_hyphens_and_underscores_are_the_same():
+    args = parsed("score", "--prompt-column", "a", "b", "--completion-column=c", "--drop-empty", "--n-layers", "2")
+    assert (args.prompt_column, args.completion_column, args.drop_empty, args.n_layers) == (["a", "b"], "c", True, 2)
+
+
+def test_names_of_trl_are_understood():
+    args = parsed("score", "--model_name_or_path", "m", "--dataset-name=d", "--output_dir", "o", "--ddp_timeout", "9")
+    assert (args.model, args.dataset, args.output, args.timeout) == ("m", "d", "o", 9)
+    assert parsed("clean", "--keep", "0.3").keep_tokens == 0.3
+
+
+def test_names_in_yaml_are_spelled_alike(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("model_name_or_path: m\nprompt-column: [a, b]\n")
+    assert _yaml_arguments(parsed("score", "--config", str(path))) == ["--model=m", "--prompt_column", "a", "b"]
+
+
+@pytest.mark.parametrize("option", ["--by", "--title", "--threshold"])
+@pytest.mark.parametrize("value", ["-num_tokens", "-1e-5", "-", "-x y"])
+def test_a_value_may_begin_with_a_minus(option, value):
+    command = "report" if option == "--title" else "select"
+    args = parsed(command, "scores", option, value)
+    found = getattr(args, option[2:])
+    assert found == (float(value) if option == "--threshold" and value == "-1e-5" else value)
+
+
+def test_a_known_short_option_is_no_value(capsys):
+    assert "expected one argument" in refused(capsys, "select", "scores", "--by", "-h")
+
+
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        (["score", "--prompt_col", "x"], "There is no option --prompt_col. Did you mean --prompt_column?"),
+        (["score", "--promt-column=x"], "There is no option --promt-column. Did you mean --prompt_column?"),
+        (["score", "--bf16"], "There is no option --bf16. Did you mean --precision bfloat16?"),
+        (["clean", "--bf-16"], "There is no option --bf-16. Did you mean --bf16?"),
+        (["score", "--learning_rate", "1"], "There is no option --learning_rate. Did you mean --lr?"),
+        (["score", "--zzz"], "There is no option --zzz. resofilter score --help lists all."),
+        (["score", "rows.jsonl"], "Nothing takes the argument 'rows.jsonl'."),
+        (["score", "--model", "m"], "--dataset and --output are missing."),
+        (["score"], "--model, --dataset and --output are missing."),
+        (["clean", "--output", "o"], "--model and --dataset are missing."),
+    ],
+)
+def test_what_does_not_exist_or_is_missing_is_one_line(argv, expected, capsys):
+    assert refused(capsys, *argv) == expected
+
+
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        (["scor"], "There is no command 'scor'. Did you mean score? There are demo, score, select,"),
+        (["zzz"], "There is no command 'zzz'. There are demo, score, select,"),
+        ([], "Name a command: demo, score, select,"),
+    ],
+)
+def test_an_unknown_command_is_one_line(argv, expected, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(argv)
+    assert stopped.value.code == 2
+    line = capsys.readouterr().err
+    assert line.startswith(f"resofilter: error: {expected}")
+    assert line.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("word", "expected"),
+    [("adam", "adamw"), ("LARGEST", "largest"), ("self", "self-evolving"), ("larg", "largest"), ("zzz", None),
+     ("", None), (3, None), (None, None)],
+)  # fmt: skip
+def test_the_nearest_name(word, expected):
+    assert nearest(word, ["adamw", "largest", "self-evolving"]) == expected
+
+
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        (["score", "--criterion", "los"], "--criterion must be one of 'resonance', 'loss', .* Did you mean 'loss'"),
+        (["score", "--norm", "mean"], "--norm must be one of 'mean_abs', 'l2', got 'mean'. Did you mean 'mean_abs'"),
+        (["score", "--update", "adam"], "--update must be one of 'adamw', 'sgd', got 'adam'. Did you mean 'adamw'"),
+        (["clean", "--mode", "self"], "--mode must be one of .* Did you mean 'self-evolving'"),
+        (["clean", "--ranking", "samples"], "--ranking must be one of .* Did you mean 'sample'"),
+        (["demo", "--mode", "call-back"], "--mode must be one of .* Did you mean 'callback'"),
+        (
+            ["select", "scores", "--drop", "biggest"],
+            "--drop must be one of 'largest', 'smallest', 'both', got 'biggest'",
+        ),
+        (["select", "scores", "--combine", "rank"], "--combine must be one of .* Did you mean 'ranks'"),
+        (["select", "scores", "--threshold", "otso"], "--threshold must be one of .* Did you mean 'otsu'"),
+    ],
+)
+def test_an_unknown_value_names_the_known_ones(argv, expected, tmp_path, capsys):
+    usual = ["--model", "gpt2", "--dataset", "rows.jsonl"] if argv[0] in ("score", "clean") else []
+    with pytest.raises(SystemExit):
+        main([*argv, *usual, "--output", str(tmp_path / "out")])
+    err = capsys.readouterr().err
+    assert_line(err, expected)
+    assert not (tmp_path / "out").exists()
+
+
+def assert_line(text: str, pattern: str) -> None:
+    assert re.search(pattern, text), text
+    assert text.count("\n") == 1
+
+
+@pytest.mark.filterwarnings("default")
+def test_warnings_are_lines_in_the_commands_words(capsys):
+    args = parsed("score")
+    with exit_on_input_error("resofilter score", args.parser):
+        warnings.warn("Many rows\nrepeat: pass drop_duplicates=True.", stacklevel=1)
+        warnings.warn("another library is changing", FutureWarning, stacklevel=1)
+    lines = capsys.readouterr().err
+    assert lines == "resofilter score: warning: Many rows repeat: pass --drop_duplicates.\n"
+
+
+def test_an_error_of_a_process_names_the_process(monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "3")
+    with pytest.raises(SystemExit), exit_on_input_error("resofilter score", parsed("score").parser):
+        raise InputError("Skip them with drop_empty=True.")
+    assert capsys.readouterr().err == "resofilter score (process 3): error: Skip them with --drop_empty.\n"
