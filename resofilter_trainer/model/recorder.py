@@ -11,7 +11,7 @@ leaves the model unchanged.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from functools import partial
 from types import TracebackType
@@ -78,7 +78,7 @@ class Recorder:
                     "weights whole."
                 )
         self._calls: dict[nn.Module, Call] | None = None
-        self._skipped: set[UpProjection] = set()  # that the forward is known not to use
+        self._skipped: set[nn.Module] = set()  # that the forward is known not to use
         lowest, last = self.layer_indices[0], self.layer_indices[-1]
         layers = list(decoder_layers(model)[1])
         blocks = {each.block: None for each in up_projections if each.layer == last}
@@ -175,15 +175,17 @@ class Recorder:
                 decoded = self._forward.run(inputs)
             finally:
                 self._calls = None
-        unreached = [each for module in self._modules if module not in calls for each in self._modules[module]]
+        unreached = self._modules.keys() - calls.keys()
         if unreached and not (calls and self._are_skipped(unreached, inputs)):
-            raise not_called(self.model, unreached)
+            first = next(module for module in self._modules if module in unreached)
+            raise not_called(self.model, self._modules[first][0])
         return decoded, calls
 
-    def _are_skipped(self, unreached: Sequence[UpProjection], inputs: Inputs) -> bool:
+    def _are_skipped(self, unreached: Set[nn.Module], inputs: Inputs) -> bool:
         """Whether the forward computes without the weights of these modules, as layers that are left out do."""
         if not self._skipped.issuperset(unreached):
-            stored = [parameter for each in unreached for parameter in (each.parameter, *each.outer.parameters())]
+            measured = [each for module in unreached for each in self._modules[module]]
+            stored = [parameter for each in measured for parameter in (each.parameter, *each.outer.parameters())]
             if is_used(stored, lambda: self._forward.run(inputs).hidden):
                 return False
             self._skipped.update(unreached)

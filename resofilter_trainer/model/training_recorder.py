@@ -138,7 +138,7 @@ class TrainingRecorder:
                     raise InputError(NOT_SEEN)
                 unreached = [module for module in self._modules if module not in called.get(each, ())]
                 if unreached:
-                    raise not_called(self.model, self._modules[unreached[0]])
+                    raise not_called(self.model, self._modules[unreached[0]][0])
                 if not each.sums and each.num_tokens.any():
                     raise InputError(NO_GRADIENT)
         return [self._result(each) for each in batches]

@@ -16,9 +16,8 @@ from .up_projection import UpProjection
 UNCOMPILED = "Pass the model uncompiled, and train without torch.compile"
 
 
-def not_called(model: nn.Module, up_projections: Iterable[UpProjection]) -> InputError:
-    """The error for up-projections that a forward of the model did not call, with the cause if it can be seen."""
-    each = next(iter(up_projections))
+def not_called(model: nn.Module, each: UpProjection) -> InputError:
+    """The error for an up-projection that a forward of the model did not call, with the cause if it can be seen."""
     if any(_is_compiled(module) for module in model.modules()):
         return InputError(f"The forward did not show '{each.name}': a compiled model drops hooks. {UNCOMPILED}.")
     for path, module in _around(model, each):

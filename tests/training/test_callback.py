@@ -600,7 +600,7 @@ def test_a_compiled_model_is_never_silently_unmeasured(tmp_path, tokenizer):
         processing_class=tokenizer,
         callbacks=[ResonanceCallback(), Unhook()],
     )
-    with pytest.raises(RuntimeError, match="training step was not measured"):
+    with pytest.raises(InputError, match=r"did not call 'model\.layers\.1\.mlp\.up_proj'.* or compiled"):
         trainer.train()
 
 
@@ -775,6 +775,3 @@ def test_optimizer_update_of_weights_that_are_not_trained_is_refused(tmp_path, t
     callback = ResonanceCallback(update="optimizer")
     with pytest.raises(InputError, match="no measured up-projection is trained"):
         train(tmp_path, tokenizer, callback, peft=peft, per_device_train_batch_size=1)
-    dora = LoraConfig(r=2, target_modules=["up_proj"], use_dora=True)
-    with pytest.raises(InputError, match="only plain LoRA"):
-        train(tmp_path, tokenizer, ResonanceCallback(update="optimizer"), peft=dora, per_device_train_batch_size=1)
