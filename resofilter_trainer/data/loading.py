@@ -1,6 +1,6 @@
-"""The beginning of every pass: loads the model and its tokenizer, finds the usable rows, and checks that they fit.
+"""The beginning of every pass: the model and its tokenizer, the usable rows, and whether they fit.
 
-Knows transformers' loading and the user's rows, not what is measured.
+Knows the user's rows, not what is measured.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import SFTConfig
 
 from ..config import ColumnMapping, InputError, NothingError, Precision, number, whole_number
@@ -22,8 +22,9 @@ from ..io.files import check_folder
 from ..model.adapters import refuse_adapters
 from ..scores.provenance import Provenance
 from ..scores.score_table import EMPTY, SAME_PROMPT
-from .files import first_line, looks_local
 from .fingerprints import describe
+from .models import load_model as load_model
+from .models import load_weights as load_weights
 from .preparation import ROW_POSITION, PreparedRows, prepare
 from .rows import duplicate_rows, empty_rows, map_columns
 
@@ -83,40 +84,6 @@ def open_pass(
 def default_arguments() -> SFTConfig:
     """SFTConfig's own values, in float32."""
     return SFTConfig(output_dir="unused", bf16=False, use_cpu=not torch.cuda.is_available(), report_to="none")
-
-
-def load_model(
-    model: str | PreTrainedModel, processing_class: PreTrainedTokenizerBase | None, args: SFTConfig
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A model and its tokenizer; a model's name is loaded in float32, as SFTTrainer does.
-
-    Raises:
-        InputError: one of them cannot be found, reached or read.
-    """
-    if isinstance(model, str):
-        model = load_weights(model, args)
-    name = model.config.name_or_path
-    try:
-        tokenizer = processing_class or AutoTokenizer.from_pretrained(name, trust_remote_code=args.trust_remote_code)
-    except Exception as error:  # transformers and the hub each raise their own
-        raise InputError(f"The tokenizer of '{name}' cannot be loaded: {first_line(error)}") from error
-    return model, tokenizer
-
-
-def load_weights(name: str, args: SFTConfig) -> PreTrainedModel:
-    """A model from its name or folder, in float32 unless `args.model_init_kwargs` says otherwise.
-
-    Raises:
-        InputError: it cannot be found, reached or read.
-    """
-    if looks_local(name) and not Path(name).is_dir():
-        raise InputError(f"There is no model at '{name}'. Pass a folder, or a name on the hub.")
-    safe = {"trust_remote_code": args.trust_remote_code, "use_safetensors": True}  # a pickle may run anything
-    settings = {"dtype": torch.float32, **safe, **(args.model_init_kwargs or {})}
-    try:
-        return AutoModelForCausalLM.from_pretrained(name, **settings)
-    except Exception as error:  # transformers, safetensors and the hub each raise their own
-        raise InputError(f"The model '{name}' cannot be loaded: {first_line(error)}") from error
 
 
 def usable_rows(
