@@ -4,9 +4,24 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import warnings
 from typing import Any, get_args
 
-from ..config import OPTIMIZER, RESONANCE, InputError, Norm, Precision, ResonanceConfig, UpdateName, one_of
+import numpy as np
+
+from ..config import (
+    OPTIMIZER,
+    RESONANCE,
+    InputError,
+    Norm,
+    Precision,
+    ResonanceConfig,
+    ScoreWarning,
+    UpdateName,
+    one_of,
+)
+from ..scores.doubts import trust_lines
+from ..scores.full_step import full_step_of, percent, span_of
 from ..scores.score_table import count_reasons
 from .inputs import dataset_of, require, row_options, settings_of, sft_config
 from .parser import CommandParser, process_arguments, row_arguments
@@ -60,16 +75,21 @@ def run(args: argparse.Namespace) -> None:
     common: dict[str, Any] = {"output": args.output, **row_options(args)}
     if args.tokens_per_batch is not None:
         common["tokens_per_batch"] = args.tokens_per_batch
-    if args.layers:
-        _score_layers(args, common)
-        return
-    scores = _score_by_resonance(args, common) if args.criterion == RESONANCE else _score_by(args, common)
+    measure = _score_layers if args.layers else _score_by_resonance if args.criterion == RESONANCE else _score_by
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ScoreWarning)  # they are printed below
+        scores = measure(args, common)
     from accelerate import PartialState
 
     from ..io.files import file_at
     from ..scores.score_table import SCORES_FILE
 
-    if PartialState().is_main_process:
+    if not PartialState().is_main_process:
+        return
+    if args.layers:
+        lines = [f"{int(scores.scored.sum())} of {len(scores)} rows, every layer.", *trust_lines(scores)]
+        print("\n".join([*lines, f"Next: resofilter report {args.output}"]))
+    else:
         print(summary(scores))
         print(f"Scores: {file_at(args.output, SCORES_FILE)}")
         print(f"Next: resofilter select {args.output} --keep 0.5 --output kept")
@@ -110,10 +130,8 @@ def _score_by(args: argparse.Namespace, common: dict[str, Any]) -> Any:
     return score_by(args.criterion, args.model, dataset_of(args), args=training, **common)
 
 
-def _score_layers(args: argparse.Namespace, common: dict[str, Any]) -> None:
+def _score_layers(args: argparse.Namespace, common: dict[str, Any]) -> Any:
     """Measure every layer on some rows, for the report."""
-    from accelerate import PartialState
-
     from ..scoring.layers import LIMIT, score_layers
 
     for name in ("n_layers", "precision"):
@@ -121,22 +139,18 @@ def _score_layers(args: argparse.Namespace, common: dict[str, Any]) -> None:
             raise InputError(f"--layers all measures every layer in float32: leave --{name} out.")
     limit = LIMIT if args.limit is None else args.limit
     training, config = sft_config(args, bf16=False), settings_of(args, ResonanceConfig)
-    scores = score_layers(args.model, dataset_of(args), args=training, config=config, limit=limit, **common)
-    if PartialState().is_main_process:
-        print(f"{int(scores.scored.sum())} of {len(scores)} rows, every layer. Next: resofilter report {args.output}")
+    return score_layers(args.model, dataset_of(args), args=training, config=config, limit=limit, **common)
 
 
 def summary(scores: Any) -> str:
     """A ScoreTable in a few lines."""
     values = scores.column("score")[scores.scored]
-    span = f"{values.min():.6g} to {values.max():.6g}, mean {values.mean():.6g}"
-    lines = [f"{len(scores)} rows, {len(values)} scored: {span}"]
+    full = full_step_of(scores.provenance.config)
+    mean = f"{values.mean():.6g}" if full is None else percent(values.mean(), full, float(np.ptp(values)))
+    lines = [f"{len(scores)} rows, {len(values)} scored: {span_of(values, full)}, mean {mean}"]
     for reason, count in count_reasons((why for why in scores.reasons if why is not None), 5):
         lines.append(f"  {count} not scored: {reason}")
     limit = scores.provenance.preparation["max_length"]
     if limit is not None and (full := int((scores.column("length") == limit).sum())):
         lines.append(f"  {full} have max_length {limit} tokens: they were truncated, or are exactly that long")
-    trust = scores.provenance.trust
-    if trust is not None:
-        lines.append(f"{'Trust' if trust.trusted else 'Warning'}: {trust}")
-    return "\n".join(lines)
+    return "\n".join([*lines, *trust_lines(scores)])

@@ -1,7 +1,7 @@
 """The settings a user can choose, as plain dataclasses, and their checks. Knows nothing of data, models or torch."""
 
 from .checks import at_most_one, nearest, number, one_of, share, whole_number
-from .errors import InputError, NotFiniteError, NothingError
+from .errors import InputError, NotFiniteError, NothingError, ScoreWarning
 from .settings import (
     CLEANING_MODES,
     FILE_FORMATS,
@@ -34,6 +34,7 @@ __all__ = [
     "Precision",
     "Ranking",
     "ResonanceConfig",
+    "ScoreWarning",
     "TokenCleaning",
     "UpdateName",
     "at_most_one",

@@ -19,3 +19,7 @@ class NothingError(InputError):
 
 class NotFiniteError(InputError):
     """A loss, gradient or score is NaN or infinite: the weights are broken."""
+
+
+class ScoreWarning(UserWarning):
+    """Scores are to be taken with care; the message says why, and what helps."""

@@ -23,6 +23,7 @@ from ..model.adapters import refuse_adapters
 from ..scores.provenance import Provenance
 from ..scores.score_table import EMPTY, SAME_PROMPT
 from .fingerprints import describe
+from .models import check_causal
 from .models import load_model as load_model
 from .models import load_weights as load_weights
 from .preparation import ROW_POSITION, PreparedRows, prepare
@@ -130,7 +131,8 @@ def check_arguments(args: SFTConfig, output: Path | None) -> None:
 
 
 def check_model(model: PreTrainedModel, prepared: PreparedRows) -> None:
-    """Raise InputError where the rows have tokens that the model does not know, or for an adapter that needs more."""
+    """Raise InputError for a model that predicts no token, an adapter that needs more, or rows with unknown tokens."""
+    check_causal(model)
     refuse_adapters(model)
     size = len(model.get_input_embeddings().weight)  # PEFT's wrappers have no `num_embeddings`
     if prepared.largest_token >= size:

@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
+from typing import Any, NoReturn
 
 import torch
+from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from trl import SFTConfig
 
 from ..config import InputError
 from .files import first_line, looks_local
+
+CONFIG, ADAPTER = "config.json", "adapter_config.json"
+A_FOLDER = "a folder with config.json and *.safetensors, or a name on the hub"
+LISTED = 3  # names in a message
+CONVERT = (  # for weights in another format, whose tokenizer has to follow
+    "and save_pretrained of the model and of its tokenizer to a new folder"
+)
 
 
 def load_model(
@@ -18,7 +28,7 @@ def load_model(
     """A model and its tokenizer; a model's name is loaded in float32, as SFTTrainer does.
 
     Raises:
-        InputError: one of them cannot be found, reached or read.
+        InputError: one of them cannot be found, reached or read, or the files lack some of the model's weights.
     """
     if isinstance(model, str):
         model = load_weights(model, args)
@@ -26,7 +36,10 @@ def load_model(
     try:
         tokenizer = processing_class or AutoTokenizer.from_pretrained(name, trust_remote_code=args.trust_remote_code)
     except Exception as error:  # transformers and the hub each raise their own
-        raise InputError(f"The tokenizer of '{name}' cannot be loaded: {first_line(error)}") from error
+        raise InputError(
+            f"The tokenizer of '{name}' cannot be loaded: {first_line(error).rstrip(':.')}. Save it beside the model, "
+            "or pass it as processing_class."
+        ) from error
     return model, tokenizer
 
 
@@ -34,13 +47,110 @@ def load_weights(name: str, args: SFTConfig) -> PreTrainedModel:
     """A model from its name or folder, in float32 unless `args.model_init_kwargs` says otherwise.
 
     Raises:
-        InputError: it cannot be found, reached or read.
+        InputError: it cannot be found, reached or read, or its files lack some of its weights, which transformers would
+            fill with random numbers.
     """
-    if looks_local(name) and not Path(name).is_dir():
-        raise InputError(f"There is no model at '{name}'. Pass a folder, or a name on the hub.")
+    given = args.model_init_kwargs or {}
+    if "gguf_file" not in given:
+        check_path(name)
     safe = {"trust_remote_code": args.trust_remote_code, "use_safetensors": True}  # a pickle may run anything
-    settings = {"dtype": torch.float32, **safe, **(args.model_init_kwargs or {})}
+    settings = {"dtype": torch.float32, **safe, **given, "output_loading_info": True}
     try:
-        return AutoModelForCausalLM.from_pretrained(name, **settings)
+        model, found = AutoModelForCausalLM.from_pretrained(name, **settings)
     except Exception as error:  # transformers, safetensors and the hub each raise their own
-        raise InputError(f"The model '{name}' cannot be loaded: {first_line(error)}") from error
+        _refuse(name, error)
+    _check_whole(name, model, found)
+    loaded: PreTrainedModel = model
+    return loaded
+
+
+def check_causal(model: Any) -> None:
+    """Raise InputError for a model that predicts no next token: one without a language model's head, or with another.
+
+    Args:
+        model: any model; one that is not of transformers is left to whoever runs it.
+    """
+    plain = model.get_base_model() if isinstance(model, PeftModel) else model
+    if isinstance(plain, PreTrainedModel) and plain.get_output_embeddings() is None:
+        raise InputError(
+            f"{type(plain).__name__} predicts no next token: it has no language model's head, from whose loss a row is "
+            "scored. Load the model with AutoModelForCausalLM."
+        )
+
+
+def check_path(name: str) -> None:
+    """Raise InputError for a file, or a folder without a model, with what to pass instead; the hub is not asked."""
+    path = Path(name)
+    if path.is_file():
+        if path.suffix == ".gguf":
+            raise InputError(f"'{name}' is a GGUF file. {_of_gguf(path.name, path.parent)}")
+        beside = (path.parent / CONFIG).is_file()
+        instead = f"Pass its folder: '{path.parent}'." if beside else f"Pass {A_FOLDER}."
+        raise InputError(f"'{name}' is a file, and a model is a folder of several. {instead}")
+    if not path.is_dir():
+        if looks_local(name):
+            raise InputError(f"There is no model at '{name}'. Pass {A_FOLDER}.")
+        return
+    if (path / CONFIG).is_file() or (path / ADAPTER).is_file():
+        return
+    quantised = sorted(path.glob("*.gguf"))
+    if quantised:
+        raise InputError(f"'{name}' holds a model as GGUF ({quantised[0].name}). {_of_gguf(quantised[0].name, path)}")
+    inside = sorted({each.parent for each in path.glob(f"*/{CONFIG}")}, key=lambda each: each.stat().st_mtime)
+    instead = f"Did you mean '{inside[-1]}'?" if inside else f"Pass {A_FOLDER}."
+    raise InputError(f"The model '{name}' cannot be loaded: the folder has no {CONFIG}. {instead}")
+
+
+def _of_gguf(file: str, folder: Path) -> str:
+    return (
+        "Its weights are quantised for llama.cpp, and scores need the model's own: pass the model that it was made "
+        f"from, {A_FOLDER}. If there is only this file, convert it once: "
+        f"AutoModelForCausalLM.from_pretrained('{folder}', gguf_file='{file}') {CONVERT}."
+    )
+
+
+def _refuse(name: str, error: Exception) -> NoReturn:
+    """Raise InputError for what could not be loaded, with a remedy where the folder shows one."""
+    path, remedy = Path(name), ""
+    pickled = [each.name for each in (*path.glob("*.bin"), *path.glob("*.pt"), *path.glob("*.pth"))]
+    if (path / ADAPTER).is_file() and not (path / CONFIG).is_file():
+        remedy = f" {_of_adapter(name)}"
+    elif pickled and not any(path.glob("*.safetensors")):
+        remedy = (
+            f" Its weights are a pickle ({pickled[0]}), which may run any code when it is loaded. If you trust it, "
+            f"convert it once: AutoModelForCausalLM.from_pretrained('{name}') {CONVERT}."
+        )
+    raise InputError(f"The model '{name}' cannot be loaded: {first_line(error)}{remedy}") from error
+
+
+def _of_adapter(name: str) -> str:
+    return (
+        "It is an adapter: pass the model with it, AutoPeftModelForCausalLM.from_pretrained"
+        f"('{name}'), and its tokenizer as processing_class; or the folder of the merged model: merge_and_unload(), "
+        f"{CONVERT}."
+    )
+
+
+def _check_whole(name: str, model: PreTrainedModel, found: dict[str, Any]) -> None:
+    """Raise InputError where transformers made weights up, because the files lack them or hold others."""
+    lacking = sorted({*found["missing_keys"], *(each[0] for each in found["mismatched_keys"])})
+    if not lacking:
+        return
+    unused = sorted(found["unexpected_keys"])
+    what = f"The files of '{name}' lack {_listed(lacking)} of {type(model).__name__}"
+    if unused:
+        what += f", and hold {_listed(unused)} instead"
+    path = Path(name)
+    if (path / ADAPTER).is_file() and not (path / CONFIG).is_file():
+        remedy = _of_adapter(name)
+    else:
+        remedy = (
+            "Pass the causal language model itself, not its layers alone, nor one tuned for classification or as a "
+            "reward model."
+        )
+    raise InputError(f"{what}: they would be random numbers, and so would the scores. {remedy}")
+
+
+def _listed(names: Collection[str]) -> str:
+    more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
+    return ", ".join(list(names)[:LISTED]) + more

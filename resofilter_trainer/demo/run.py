@@ -23,6 +23,7 @@ from ..config import ColumnMapping
 from ..data.row_texts import RowTexts
 from ..evaluation.generate import exact_match
 from ..report import Contents, write_report
+from ..scores.doubts import trust_lines
 from ..scores.score_table import ScoreTable
 from ..scores.statistics import auroc
 from ..scoring.dataset import score_dataset
@@ -74,7 +75,7 @@ def run(output: Path, seed: int) -> dict[str, object]:
     texts = RowTexts(dataset, ColumnMapping())
     report = write_report(Contents(scores, selection), output, texts, kinds, title="The demo")
     print(table(outcomes, detectors))
-    print(f"Trust: {scores.provenance.trust}")
+    print("\n".join(trust_lines(scores)))
     print(f"Report, with the reason for each dropped row: {report.path}")
     print(f"Scores, selection, results.json and picture.png: {output}  ({time.perf_counter() - started:.0f} s)")
     return results

@@ -20,7 +20,7 @@ import torch
 from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 
-from ..config import InputError
+from ..config import InputError, ResonanceConfig
 from .adapters import refuse_adapters
 from .losses import unwrapped
 from .quantised import REMEDY, bits_of, matrix_shape, plain_matrix
@@ -112,7 +112,7 @@ def find_up_projections(model: nn.Module, n_layers: int = 3, pattern: str | None
 
     Args:
         model: a causal language model of transformers, wrapped by PEFT or not, on any device, also meta.
-        n_layers: the number of layers, counted from the last.
+        n_layers: the number of layers, counted from the last. The default is all layers of a model that has fewer.
         pattern: a regex that is searched in the dotted names of modules, and of parameters that are not a module's
             `weight`. It replaces the known names. A match is the up-projection as a whole, unless its name is known to
             contain the gate too.
@@ -124,6 +124,8 @@ def find_up_projections(model: nn.Module, n_layers: int = 3, pattern: str | None
     refuse_adapters(model)
     path, layers = decoder_layers(model)
     depth = len(layers)
+    if n_layers == ResonanceConfig.n_layers:  # the default, which nobody chose for this model
+        n_layers = min(n_layers, depth)
     if not 1 <= n_layers <= depth:
         raise InputError(f"n_layers must be between 1 and {depth}, the depth of '{_label(model)}'; got {n_layers}.")
     regex = None if pattern is None else _compiled(pattern)

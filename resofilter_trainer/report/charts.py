@@ -92,7 +92,7 @@ def scores_chart(numbers: Numbers) -> Chart:
         alt.Chart(_data(stacked))
         .mark_rect()
         .encode(
-            x=alt.X("start:Q", title=title, scale=scale, axis=_numbers_axis()),
+            x=alt.X("start:Q", title=title, scale=scale, axis=_numbers_axis(numbers.scale.format)),
             x2="end:Q",
             y=alt.Y("foot:Q", title="rows", scale=alt.Scale(zero=True)),
             y2="top:Q",
@@ -128,7 +128,7 @@ def points_chart(points: Sequence[dict[str, Any]], scale: Scale, name: str, titl
         .mark_point(size=14, filled=True, opacity=0.5)
         .encode(
             x=alt.X("x:Q", title=title, scale=alt.Scale(zero=False)),
-            y=alt.Y("y:Q", title=scale.title, scale=_score_scale(scale), axis=_numbers_axis()),
+            y=alt.Y("y:Q", title=scale.title, scale=_score_scale(scale), axis=_numbers_axis(scale.format)),
             color=_decision(),
             shape=alt.Shape("decision:N", scale=alt.Scale(domain=["kept", "dropped"], range=["circle", "cross"])),
             tooltip=["row:Q", alt.Tooltip("x:Q", title=title), "score:Q", "decision:N"],
@@ -207,11 +207,15 @@ def ratios_chart(ratios: Sequence[dict[str, Any]]) -> Chart:
 
 def epochs_chart(numbers: Numbers) -> Chart:
     """The median and the quartiles of the scores after each epoch."""
-    data = _data([dataclasses.asdict(each) for each in numbers.epochs if each.median is not None])
+    found, scale = [each for each in numbers.epochs if each.median is not None], numbers.scale.linear
+    quartiles = [each for epoch in found for each in (epoch.low, epoch.median, epoch.high)]
+    low, median, high = scale.shown(np.array(quartiles, dtype=float)).reshape(-1, 3).T.tolist()
+    shown = zip(found, low, median, high, strict=True)
+    data = _data([{"epoch": epoch.epoch, "low": a, "median": b, "high": c} for epoch, a, b, c in shown])
     base = alt.Chart(data).encode(x=alt.X("epoch:O", title="epoch", axis=alt.Axis(labelAngle=0)))
-    scale = alt.Scale(zero=False)
+    title, axis = f"{scale.title}, median and quartiles", _numbers_axis(scale.format)
     spans = base.mark_rule(color=OTHER, strokeWidth=3).encode(
-        y=alt.Y("low:Q", title="score, median and quartiles", scale=scale, axis=_numbers_axis()), y2="high:Q"
+        y=alt.Y("low:Q", title=title, scale=alt.Scale(zero=False), axis=axis), y2="high:Q"
     )
     return _sized(spans + base.mark_point(color=KEPT_COLOUR, filled=True, size=80).encode(y="median:Q"))
 
@@ -266,6 +270,6 @@ def _score_scale(scale: Scale) -> alt.Scale:
     return alt.Scale(zero=False, nice=False) if scale.bound is None else alt.Scale(type="log", reverse=True, nice=False)
 
 
-def _numbers_axis() -> alt.Axis:
+def _numbers_axis(digits: str = "~g") -> alt.Axis:
     """An axis with as many digits as scores need, which are small and close together."""
-    return alt.Axis(format="~g", labelOverlap=True, tickCount=6)
+    return alt.Axis(format=digits, labelOverlap=True, tickCount=6)

@@ -5,11 +5,12 @@ Knows arrays and provenance; knows no page, no chart and no model.
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 import numpy as np
 
-from ..config import SATURATING
+from ..scores.full_step import decimals, full_step_of
 from ..scores.provenance import Provenance
 
 BINS = 60
@@ -19,23 +20,42 @@ BINS = 60
 class Scale:
     """What the axes show for a score.
 
-    An update may bound the score (a fresh AdamW step changes no weight by much more than lr). Where scores lie close
-    to the bound, the axes show the distance `1 - score / lr`, on a logarithmic axis.
+    A fresh AdamW step changes no weight by much more than the full step, lr. Where all scores lie below it, and some
+    much closer than others, the axes show the distance `1 - score / lr`, on a logarithmic axis. Otherwise they show the
+    share of the full step, which weight decay can take above 100 %.
 
     Attributes:
-        bound: lr, where the distance to it is shown; None where the score itself is shown.
+        bound: lr, where the distance to it is shown.
+        full_step: lr, where the share of it is shown instead. Where both are None, the score itself is shown.
+        decimals: of the share in per cent, so that the smallest and the largest differ.
     """
 
     bound: float | None = None
+    full_step: float | None = None
+    decimals: int = 1
 
     @property
     def title(self) -> str:
         """The title of the axis."""
-        return "score" if self.bound is None else "1 - score / lr"
+        if self.bound is not None:
+            return "1 - score / lr"
+        return "score" if self.full_step is None else "% of a full step (score / lr)"
+
+    @property
+    def linear(self) -> Scale:
+        """The scale without a logarithm, for what may lie on both sides of the bound."""
+        return self if self.bound is None else dataclasses.replace(self, bound=None, full_step=self.bound)
+
+    @property
+    def format(self) -> str:
+        """The format of the axis, as d3 writes it: as many digits as it takes."""
+        return "~g" if self.full_step is None else f".{self.decimals}f"
 
     def shown(self, scores: np.ndarray) -> np.ndarray:
         """The values on the axis, in the shape of `scores`."""
-        return scores if self.bound is None else 1 - scores / self.bound
+        if self.bound is not None:
+            return 1 - scores / self.bound
+        return scores if self.full_step is None else 100 * scores / self.full_step
 
 
 @dataclass(frozen=True)
@@ -48,16 +68,6 @@ class Bar:
     rows: int
 
 
-def bound_of(provenance: Provenance) -> float | None:
-    """The bound of the score, weight decay aside; None where the measured update has none, or it is not known."""
-    config, trust = provenance.config, provenance.trust
-    if trust is None:  # as for the scores of a training run
-        bounded = config.get("update") in SATURATING and config.get("norm", "mean_abs") == "mean_abs"
-    else:
-        bounded = trust.saturation is not None
-    return config.get("lr") if bounded else None
-
-
 def scale_of(values: np.ndarray, provenance: Provenance) -> Scale:
     """The scale on which scores are told apart best.
 
@@ -65,12 +75,14 @@ def scale_of(values: np.ndarray, provenance: Provenance) -> Scale:
         values: the finite scores.
         provenance: their provenance.
     """
-    bound = bound_of(provenance)
-    if bound is None or not len(values):
+    full = full_step_of(provenance.config)
+    if full is None or not len(values):
         return Scale()
-    distance = 1 - values / bound
-    spread = distance.min() > 0 and distance.min() < distance.max() / 2
-    return Scale(bound) if spread else Scale()
+    distance = 1 - values / full
+    digits = decimals(100 * float(np.ptp(values)) / full)
+    if 0 < distance.min() < distance.max() / 2:
+        return Scale(bound=full, decimals=digits)
+    return Scale(full_step=full, decimals=digits)
 
 
 def histogram(values: np.ndarray, keep: np.ndarray, log: bool) -> list[Bar]:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ..scores.doubts import doubts_of, layers_of
 from ..scores.score_table import ScoreTable, count_reasons
 from ..selecting.selection import KEPT
 from .columns import column_or_nan
@@ -16,7 +17,6 @@ from .contents import Contents
 
 LISTED_REASONS = 50
 ALMOST_LENGTH, ALMOST_LOSS = 0.9, 0.95  # rank correlations from which the score adds little to length or loss
-LITTLE_SPREAD = 1e-3  # share of the possible range
 MANY_COPIES, MANY = 0.01, 0.05  # shares of the rows
 
 
@@ -69,7 +69,10 @@ def score_name(contents: Contents, scores: ScoreTable) -> str:
     config = scores.provenance.config
     if contents.selects_tokens:
         return "mean loss under the base model"
-    return str(config.get("criterion", f"resonance ({config.get('update')}, last {config.get('n_layers')} layers)"))
+    if "criterion" in config:
+        return str(config["criterion"])
+    measured = layers_of(scores) or config.get("n_layers")
+    return f"resonance ({config.get('update')}, last {'layer' if measured == 1 else f'{measured} layers'})"
 
 
 def warnings_of(
@@ -90,7 +93,7 @@ def warnings_of(
 
 
 def _about_scores(scores: ScoreTable, length: float | None, loss: float | None) -> list[str]:
-    found, values, trust = [], scores.column("score")[scores.scored], scores.provenance.trust
+    found, values = [], scores.column("score")[scores.scored]
     if np.ptp(values) == 0:
         found.append("All scores are equal: which rows are dropped depends on their order alone.")
     if not np.isfinite(values).all():
@@ -99,11 +102,7 @@ def _about_scores(scores: ScoreTable, length: float | None, loss: float | None) 
         found.append(f"The score is almost the length (rank correlation {length:+.2f}): compare with by='num_tokens'.")
     if loss is not None and abs(loss) >= ALMOST_LOSS:
         found.append(f"The score is almost the loss (rank correlation {loss:+.2f}), which a forward pass alone gives.")
-    if trust is not None and not trust.trusted:
-        found.append(f"The ranking is partly noise: {trust}.")
-    if trust is not None and trust.saturation is not None and trust.saturation < LITTLE_SPREAD:
-        found.append(f"The scores are saturated: they span only {trust.saturation:.3%} of the possible range.")
-    return found
+    return [*found, *doubts_of(scores).values()]
 
 
 def _about_rows(scores: ScoreTable, copies: int) -> list[str]:

@@ -10,6 +10,12 @@ from typing import Any
 
 from ..io.made_from import differences, refuse_differences
 
+ENOUGH = 0.95  # rank agreement
+SATURATED = (
+    "the ranking rests on the few entries whose gradient is near eps. Use a larger eps, such as eps=1e-4, or "
+    'update="sgd" with norm="l2"'
+)
+
 
 @dataclass(frozen=True)
 class Trust:
@@ -17,34 +23,54 @@ class Trust:
 
     Attributes:
         agreement: Spearman's rank correlation between the scores of a random subset of rows and the same rows measured
-            again: alone and without autocast, and in other batches; the lower of the two. Numerical noise lowers it
-            from 1. It does not show what was lost when weights were converted to bfloat16. None for fewer than three
-            rows.
+            again: alone, without autocast and, if `in_float32`, with float32 weights; and in other batches; the lower
+            of the two. Noise lowers it from 1. It does not show what was lost when weights were rounded to bfloat16.
+            None for fewer than three rows.
         rows: the size of the subset.
         saturation: the distance between the smallest and the largest score, as a share of the possible range (0 to lr).
-            If it is small, the ranking rests on small differences. None for an update without bounds.
+            None for an update without bounds.
         forward: the precision of the forward: `"float32"` (or the weights' dtype), or `"bfloat16"` by autocast.
+        saturated: whether most scores are nearly the largest possible one, see `full_step.is_saturated`. False in files
+            of 0.1.0, where it is not known.
+        in_float32: whether bfloat16 weights were converted to float32 for measuring alone. False where memory or the
+            model did not allow it, and in files of 0.1.0.
     """
 
     agreement: float | None
     rows: int
     saturation: float | None
     forward: str = "float32"
+    saturated: bool = False
+    in_float32: bool = False
+
+    @property
+    def agrees(self) -> bool:
+        """Whether the agreement is unknown or at least 0.95."""
+        return self.agreement is None or self.agreement >= ENOUGH
 
     @property
     def trusted(self) -> bool:
-        """Whether the agreement is unknown or at least 0.95."""
-        return self.agreement is None or self.agreement >= 0.95
+        """Whether the ranks agree and the scores are not saturated."""
+        return self.agrees and not self.saturated
+
+    @property
+    def measured(self) -> str:
+        """What was measured again, and how it agrees."""
+        agreement = "unknown (too few rows)" if self.agreement is None else f"{self.agreement:.4f}"
+        alone = "alone, in float32," if self.in_float32 else "alone"
+        saturation = "" if self.saturation is None else f", {self.saturation:.3%} of the possible range in use"
+        text = f"rank agreement {agreement} over {self.rows} rows scored again {alone} and in other batches{saturation}"
+        return text if self.forward == "float32" else f"{text}; {self.forward} forward"
+
+    @property
+    def noise(self) -> str:
+        """What an agreement that is too low means, and what helps."""
+        remedy = "use a larger eps (1e-4), update='sgd' with norm='l2', or float32"
+        return f"below {ENOUGH} the ranking is partly noise: {remedy}"
 
     def __str__(self) -> str:
-        agreement = "unknown (too few rows)" if self.agreement is None else f"{self.agreement:.4f}"
-        saturation = "" if self.saturation is None else f", {self.saturation:.3%} of the possible range in use"
-        text = f"rank agreement {agreement} over {self.rows} rows scored again alone and in other batches{saturation}"
-        if self.forward != "float32":
-            text += f"; {self.forward} forward"
-        if self.trusted:
-            return text
-        return f"{text}; below 0.95 the ranking is partly noise: use a larger eps (1e-4), norm='l2', or float32"
+        text = self.measured if self.agrees else f"{self.measured}; {self.noise}"
+        return f"{text}; saturated: {SATURATED}" if self.saturated else text
 
 
 @dataclass(frozen=True)

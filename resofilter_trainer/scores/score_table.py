@@ -14,6 +14,7 @@ import pyarrow as pa
 
 from ..config import InputError
 from ..io.files import file_at, load_parquet, save_parquet
+from .full_step import full_step_of, span_of
 from .provenance import Provenance
 
 if TYPE_CHECKING:
@@ -50,6 +51,11 @@ class ScoreTable:
 
     def __len__(self) -> int:
         return self.table.num_rows
+
+    def __repr__(self) -> str:
+        values = self.column("score")[self.scored]
+        span = span_of(values[np.isfinite(values)], full_step_of(self.provenance.config))
+        return f"ScoreTable({len(self):,} rows, {len(values):,} scored, scores {span})"
 
     def column(self, name: str) -> np.ndarray:
         """A numeric column, with NaN for a missing value. Raises InputError for an unknown column."""

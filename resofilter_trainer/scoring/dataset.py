@@ -8,14 +8,13 @@ from __future__ import annotations
 import json
 import os
 import time
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, get_args
 
 import numpy as np
 import torch
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, gather_object
 from datasets import Dataset
 from torch import nn
 from transformers import (
@@ -29,16 +28,18 @@ from ..config import InputError, NotFiniteError, Precision, ResonanceConfig, one
 from ..data.loading import Opened, default_arguments, placed
 from ..data.preparation import PreparedRows
 from ..io.files import read_json, replacing
+from ..model.float32 import fits_in_float32, half_tensors, in_float32
 from ..model.modes import bfloat16_forward
 from ..model.recorder import Recorder
 from ..model.resonance import Resonance
 from ..model.sharding import is_sharded, shard
-from ..model.updates import UPDATES, closed_form
+from ..model.updates import closed_form
+from ..scores.full_step import full_step_of, is_saturated
 from ..scores.provenance import Trust
 from ..scores.score_table import LAYER, ScoreTable
 from ..scores.statistics import rank_correlation
 from .batches import Batch, arrange, collate, default_budget, padded_tokens
-from .output import Measured, PassOutput
+from .output import Measured, PassOutput, warn_of_doubts
 from .passes import Parts, from_main, measure_batches
 from .run_pass import run_pass
 
@@ -117,14 +118,16 @@ def score_dataset(
         budget = tokens_per_batch or default_budget(args.device)
         parts = target.parts(budget)
         prepared = opened.prepared
-        found, layers, trust = score_prepared(model, prepared, args, config, forward, budget, parts, stacklevel=5)
+        found, layers, trust = score_prepared(model, prepared, args, config, forward, budget, parts)
         columns = {"score": found.score, "loss": found.loss}
         return Measured(columns | {f"{LAYER}{layer}": found.layers[:, i] for i, layer in enumerate(layers)}, trust)
 
-    return run_pass(
+    scores = run_pass(
         model, dataset, processing_class, args, settings, output, measure,
         place=place, gradients=True, precision=forward, **row_options,
     )  # fmt: skip
+    warn_of_doubts(scores, stacklevel=3)
+    return scores
 
 
 def _checked_precision(precision: Precision | None, args: TrainingArguments) -> Precision:
@@ -143,7 +146,6 @@ def score_prepared(
     precision: Precision | None = None,
     tokens_per_batch: int | None = None,
     parts: Parts | None = None,
-    stacklevel: int = 3,
 ) -> tuple[Resonance, list[int], Trust]:
     """Score rows that are already tokens, on the model's device.
 
@@ -151,7 +153,6 @@ def score_prepared(
         model, args, config, precision, tokens_per_batch: as for `score_dataset`.
         prepared: the rows.
         parts: where to save results, and to resume from.
-        stacklevel: the `stacklevel` of the warning about scores that cannot be trusted (`warnings.warn`).
 
     Returns:
         What was measured, in the order of the rows; the indices of the measured layers; and how far to trust it.
@@ -163,20 +164,26 @@ def score_prepared(
         scoring.try_sharing()
         count = min(TRUST_ROWS, max(len(prepared.lengths) // TRUST_SHARE, LEAST_TRIED))
         rows = np.random.default_rng(0).permutation(len(prepared.lengths))[:count]
-        alone = scoring.measure([scoring.batch(row) for row in rows[:, None]], False, "Scoring some alone").score
+        whole = _converts(model)
+        alone = scoring.measure_alone(rows, whole)
         autocast, mixed = _forward_of(scoring, rows, alone, precision)
         measured = scoring.measure_all(autocast)
     agreements = [rank_correlation(measured.score[rows], again) for again in (alone, mixed)]
-    bounded = UPDATES[config.update].saturates and config.norm == "mean_abs"
+    settings = config.to_json()
     trust = Trust(
         agreement=None if len(rows) < 3 else min(agreements),
         rows=len(rows),
-        saturation=float(np.ptp(measured.score)) / config.lr if bounded else None,
+        saturation=None if full_step_of(settings) is None else float(np.ptp(measured.score)) / config.lr,
         forward="bfloat16" if autocast else "float32",
+        saturated=is_saturated(measured.score, settings),
+        in_float32=whole,
     )
-    if not trust.trusted:
-        warnings.warn(f"Scores to be taken with care: {trust}.", stacklevel=stacklevel)
     return measured, record.layer_indices, trust
+
+
+def _converts(model: nn.Module) -> bool:
+    """Whether the weights are to be converted to float32 for measuring again: the same in every process."""
+    return bool(half_tensors(model)) and all(gather_object([fits_in_float32(model)]))
 
 
 def _forward_of(scoring: Pass, rows: np.ndarray, alone: np.ndarray, precision: Precision) -> tuple[bool, np.ndarray]:
@@ -244,6 +251,14 @@ class Pass:
         """Batches of some rows, in this order, of a size that the longest of these rows allows."""
         size = max(self.budget // int(self.prepared.lengths[rows].max()), 1)
         return [self.batch(rows[start : start + size]) for start in range(0, len(rows), size)]
+
+    def measure_alone(self, rows: np.ndarray, whole: bool) -> np.ndarray:
+        """The scores of some rows, each in a batch of its own, without autocast; if `whole`, with float32 weights."""
+        batches = [self.batch(row) for row in rows[:, None]]
+        if not whole:
+            return self.measure(batches, False, "Scoring some alone").score
+        with in_float32(self.record.model), Recorder(self.record.model, self.record.config) as record:
+            return replace(self, record=record).measure(batches, False, "Scoring some alone in float32").score
 
     def batch(self, rows: np.ndarray) -> Batch:
         """A batch whose rows share nothing with other batches."""

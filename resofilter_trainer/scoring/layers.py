@@ -29,7 +29,7 @@ from ..model.up_projection import UpProjection, decoder_layers
 from ..model.updates import closed_form
 from ..scores.score_table import LAYER, LAYERS_FOLDER, ScoreTable
 from .criterion import measure_rows
-from .output import Measured, PassOutput
+from .output import Measured, PassOutput, warn_of_doubts
 from .run_pass import run_pass
 
 LIMIT = 500
@@ -90,10 +90,12 @@ def score_layers(
         columns = {"score": score, "loss": values[:, 0], **columns}
         return Measured(columns, rows=rows, others=f"not among the {len(rows)} random rows that were measured")
 
-    return run_pass(
+    scores = run_pass(
         model, dataset, processing_class, args, settings, folder, measure,
         place=place, gradients=True, precision="float32", **row_options,
     )  # fmt: skip
+    warn_of_doubts(scores, stacklevel=3)
+    return scores
 
 
 @dataclass(frozen=True)

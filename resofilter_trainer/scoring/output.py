@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import os
 import re
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,10 +16,11 @@ import numpy as np
 import pyarrow as pa
 from accelerate import PartialState
 
-from ..config import RESONANCE, NotFiniteError
+from ..config import RESONANCE, NotFiniteError, ScoreWarning
 from ..data.loading import Opened
 from ..io.files import file_at
 from ..io.store import PARTS, remove_parts
+from ..scores.doubts import remarks_of
 from ..scores.provenance import Trust
 from ..scores.score_table import SCORES_FILE, ScoreTable
 from .passes import Parts, locked
@@ -114,6 +116,18 @@ class PassOutput:
     def _remove_parts(self) -> None:
         if self._parts_folder is not None:
             remove_parts(self._parts_folder)
+
+
+def warn_of_doubts(scores: ScoreTable, stacklevel: int) -> None:
+    """Warn of what makes scores doubtful (`ScoreWarning`), in the main process.
+
+    Args:
+        scores: the scores, new or read.
+        stacklevel: as for `warnings.warn`, counted from here.
+    """
+    if PartialState().is_main_process:
+        for remark in remarks_of(scores).values():
+            warnings.warn(remark, ScoreWarning, stacklevel=stacklevel)
 
 
 def folder_of(path: str | os.PathLike[str] | None) -> Path | None:

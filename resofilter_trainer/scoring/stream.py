@@ -12,6 +12,7 @@ import contextlib
 import dataclasses
 import itertools
 import os
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,13 +26,15 @@ from datasets import Dataset, IterableDataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import SFTConfig
 
-from ..config import InputError, NothingError, Precision, ResonanceConfig, whole_number
+from ..config import InputError, NothingError, Precision, ResonanceConfig, ScoreWarning, whole_number
 from ..data.loading import default_arguments, load_model, open_pass
 from ..io.digest import RowsDigest
 from ..io.files import remove_folder
+from ..scores.full_step import is_saturated
 from ..scores.provenance import Provenance, Trust
 from ..scores.score_table import SAME_PROMPT, SCORES_FILE, ScoreTable
 from .dataset import score_dataset
+from .output import warn_of_doubts
 from .passes import locked
 
 PIECE = 10_000  # rows; a multiple of the rows that version 0.1.0 hashed together
@@ -79,11 +82,13 @@ def score_stream(
     passes = _Pieces(model, tokenizer, args, config, Path(output), rows_per_piece, options)
     with locked(output):
         if (passes.folder / SCORES_FILE).exists():
-            return passes.earlier(stream)
-        whole = passes.score(stream, dict(source or {}))
-        if PartialState().is_main_process:
-            whole.save(passes.folder)
-            remove_folder(passes.folder / PIECES)
+            whole = passes.earlier(stream)
+        else:
+            whole = passes.score(stream, dict(source or {}))
+            if PartialState().is_main_process:
+                whole.save(passes.folder)
+                remove_folder(passes.folder / PIECES)
+    warn_of_doubts(whole, stacklevel=3)
     return whole
 
 
@@ -107,7 +112,9 @@ class _Pieces:
             digest.add(piece)
             folder = self.folder / PIECES / f"{number:06d}"
             try:
-                scores = score_dataset(self.model, piece, self.tokenizer, self.args, self.config, folder, **options)
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore", ScoreWarning)  # said once, of all rows together
+                    scores = score_dataset(self.model, piece, self.tokenizer, self.args, self.config, folder, **options)
                 tables.append(scores)
                 trust = scores.provenance.trust
                 if options.get("precision") == "auto" and trust is not None:  # the same for all pieces
@@ -180,12 +187,14 @@ def _trust(scored: Sequence[ScoreTable], whole: ScoreTable, config: ResonanceCon
     agreements = [each.agreement for each in trusts if each.agreement is not None]
     if not trusts:
         return None
-    span = float(np.ptp(whole.column("score")[whole.scored])) / config.lr
+    values = whole.column("score")[whole.scored]
     return Trust(
         agreement=min(agreements) if agreements else None,
         rows=sum(each.rows for each in trusts),
-        saturation=None if trusts[0].saturation is None else span,
+        saturation=None if trusts[0].saturation is None else float(np.ptp(values)) / config.lr,
         forward=trusts[0].forward,
+        saturated=is_saturated(values, config.to_json()),
+        in_float32=all(each.in_float32 for each in trusts),
     )
 
 

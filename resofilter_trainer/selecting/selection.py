@@ -18,7 +18,7 @@ from ..config import InputError
 from ..io.digest import same_rows
 from ..io.files import file_at, load_parquet, save_parquet
 from ..scores.provenance import Provenance
-from ..scores.score_table import ScoreTable
+from ..scores.score_table import ScoreTable, count_reasons
 from .dataset_card import make_card, push_card
 from .weighted_rows import NEEDS_WEIGHTS, weighted
 
@@ -65,6 +65,10 @@ class Selection:
 
     def __len__(self) -> int:
         return len(self.keep)
+
+    def __repr__(self) -> str:
+        why = ", ".join(f"{count:,} {why}" for why, count in count_reasons((w for w in self.reason if w != KEPT), 3))
+        return f"Selection({int(self.keep.sum()):,} of {len(self):,} kept; dropped: {why or 'none'})"
 
     @classmethod
     def of(

@@ -3,25 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from tqdm.auto import tqdm
 from transformers import Trainer
 
+from ..scores.doubts import remarks_of
+from ..scores.full_step import full_step_of, span_of
+from ..scores.score_table import SCORES_FILE, ScoreTable, count_reasons
 from ..selecting.results import NAME
 from . import trainer_access as access
 from .measurements import Measurements
 
+LISTED = 3  # reasons in a line
 
-def report_rows(trainer: Trainer, when: str, measurements: Measurements, kept: np.ndarray) -> None:
-    """Report the scores, and how many rows the next epoch keeps with how many of the tokens.
+
+def report_rows(
+    trainer: Trainer, when: str, measurements: Measurements, kept: np.ndarray, table: ScoreTable, told: set[str]
+) -> None:
+    """Report the scores, how many rows have none, and how many the next epoch keeps with how many of the tokens.
 
     Args:
         trainer: the trainer whose trackers are used.
         when: the moment of the scores, as text: `"after epoch 1 of 3"`.
         measurements: what was measured of every row.
         kept: (N,) bool, the rows to keep.
+        table: the scores of all rows of the user's dataset.
+        told: the names of the remarks that this run has made already; new ones are added.
     """
     scores = measurements.score[np.isfinite(measurements.score)]
     tokens = measurements.num_tokens
@@ -32,12 +42,26 @@ def report_rows(trainer: Trainer, when: str, measurements: Measurements, kept: n
         scalars |= dict(zip(("score_q25", "score_q50", "score_q75"), map(float, quantiles), strict=True))
     broken = int((measurements.ever & ~np.isfinite(measurements.score)).sum())
     notes = f", {broken} rows have a score that is not a number" if broken else ""
-    span = f"{scores.min():.4g} to {scores.max():.4g}" if len(scores) else "none"
+    span = span_of(scores, full_step_of(table.provenance.config))
     line = (
         f"scores {when}: {span}{notes}; kept: {int(kept.sum()):,} of {len(kept):,} rows "
-        f"with {1 - dropped_tokens:.1%} of the tokens"
+        f"with {1 - dropped_tokens:.1%} of the tokens{_without_score(trainer, table)}"
     )
     _say(trainer, scalars, line)
+    for name, remark in remarks_of(table).items():
+        if name not in told:
+            told.add(name)
+            _say(trainer, {}, f"warning: {remark}")
+
+
+def _without_score(trainer: Trainer, table: ScoreTable) -> str:
+    """How many of the user's rows have no score, why, and where each is listed; empty where all have one."""
+    reasons = [why for why in table.reasons if why is not None]
+    if not reasons:
+        return ""
+    why = ", ".join(f"{count:,} {reason}" for reason, count in count_reasons(reasons, LISTED))
+    place = Path(str(trainer.args.output_dir)) / NAME / SCORES_FILE
+    return f"; {len(reasons):,} of {len(table):,} rows have no score ({why}): see reason in {place}"
 
 
 def report_plan(trainer: Trainer, line: str) -> None:

@@ -17,6 +17,7 @@ from transformers import Trainer, TrainerControl
 
 from ..config import InputError, ResonanceConfig, TokenCleaning
 from ..data.fingerprints import describe_training, fingerprint, run_settings
+from ..data.models import check_causal
 from ..data.preparation import prepared_already
 from ..io.made_from import check_made_from
 from ..scores.provenance import Provenance
@@ -60,6 +61,7 @@ class Run:
         results: Results,
         cleaning: TokenCleaning | None = None,
     ) -> None:
+        check_causal(trainer.model)
         access.check_trainer(trainer, train_dataloader)
         self.trainer, self.results = trainer, results
         self.folder = Path(str(trainer.args.output_dir)) / STATE
@@ -85,6 +87,7 @@ class Run:
             max_steps=self._timeline.plan.max_steps,
             token_cleaning=None if cleaning is None else dataclasses.asdict(cleaning),
         )
+        self._told: set[str] = set()  # the remarks on the scores that were made
         self.nothing_learnt = False  # in this step, in any process
         self._saved_at = (-1, -1)  # step and ended epochs
         self._error: InputError | None = None  # raised once everything is saved
@@ -120,7 +123,7 @@ class Run:
             self._decisions.forget_the_first()
             self._timeline.plan_start(self._decisions.kept)
             self._write_results(0)
-            report_rows(self.trainer, "at the starting weights", self._watch.measurements, self._decisions.kept)
+            self._report_rows("at the starting weights")
         elif self._filter.first >= self._timeline.epochs and self._filter.keep != 1:
             _warn_that_nothing_is_filtered(self.trainer, self._filter.first, self._timeline.epochs)
 
@@ -272,7 +275,12 @@ class Run:
             self._error = self._refusal(ended)
         self._timeline.next_epoch(self._decisions.kept, replan=ended < epochs and self._error is None)
         self._write_results(ended)
-        report_rows(self.trainer, f"after epoch {ended} of {epochs}", self._watch.measurements, self._decisions.kept)
+        self._report_rows(f"after epoch {ended} of {epochs}")
+
+    def _report_rows(self, when: str) -> None:
+        scores = self.results.scores
+        assert scores is not None, "scores are made before they are reported"
+        report_rows(self.trainer, when, self._watch.measurements, self._decisions.kept, scores, self._told)
 
     def _score(self) -> None:
         self._watch.gather()
