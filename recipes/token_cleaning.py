@@ -126,7 +126,7 @@ def main(parser: TrlParser) -> None:
     }
     dataset = load_rows(str(recipe.dataset_name), "train", recipe.dataset_config)
     groups_of(dataset, recipe.group_by)  # raises before anything is trained
-    usable_rows(dataset, recipe.columns(), training.dataset_text_field, recipe.drop_duplicates, recipe.drop_empty)
+    usable_rows(dataset, recipe.columns(), training, recipe.drop_duplicates, recipe.drop_empty)
     columns = asdict(recipe.columns()) | {"drop_duplicates": recipe.drop_duplicates, "drop_empty": recipe.drop_empty}
     if recipe.mode == "self-evolving":
         evolved = self_evolve(
@@ -171,7 +171,7 @@ def warm_up(dataset: Dataset, recipe: RecipeArguments, training: SFTConfig, mode
     name = recipe.warmup_dataset_name
     rows = dataset if name is None else load_rows(name, "train")
     rows = rows.select(range(min(recipe.warmup_rows, len(rows))))
-    tune(map_columns(rows, recipe.columns(), training.dataset_text_field), training, model, "reference")
+    tune(map_columns(rows, recipe.columns(), training.dataset_text_field, training), training, model, "reference")
     return str(Path(str(training.output_dir)) / "reference")
 
 

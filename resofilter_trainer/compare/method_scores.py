@@ -179,8 +179,8 @@ def by_token_losses(request: Request) -> TokenScores:
 
 def as_tokens(rows: Dataset, tokenizer: PreTrainedTokenizerBase, args: SFTConfig) -> PreparedRows:
     """`prompt` and `completion` as tokens, without the rows that have no learnt token."""
-    usable, _ = usable_rows(rows, ColumnMapping(), args.dataset_text_field, False, True)
-    return prepare(usable, tokenizer, args)
+    usable, _ = usable_rows(rows, ColumnMapping(), args, False, True)
+    return prepare(usable, tokenizer, args, drop_empty=True)
 
 
 def tune_reference(request: Request, folder: Path) -> None:

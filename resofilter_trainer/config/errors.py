@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 
 class InputError(ValueError):
     """Something that the user passed cannot work. The message is one line: what, why, and what to do.
@@ -14,7 +16,15 @@ class InputError(ValueError):
 
 
 class NothingError(InputError):
-    """No row can be scored or trained on."""
+    """No row can be scored or trained on.
+
+    Attributes:
+        reasons: why each cannot, by its position in the dataset, as far as that is known.
+    """
+
+    def __init__(self, message: str = "", reasons: Mapping[int, str] | None = None) -> None:
+        super().__init__(message)
+        self.reasons = dict(reasons or {})
 
 
 class NotFiniteError(InputError):

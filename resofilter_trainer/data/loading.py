@@ -5,13 +5,13 @@ Knows the user's rows, not what is measured.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
+from accelerate import PartialState
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import SFTConfig
@@ -22,12 +22,13 @@ from ..io.files import check_folder
 from ..model.adapters import refuse_adapters
 from ..scores.provenance import Provenance
 from ..scores.score_table import EMPTY, SAME_PROMPT
+from .columns import media_columns
 from .fingerprints import describe
 from .models import check_causal
 from .models import load_model as load_model
 from .models import load_weights as load_weights
 from .preparation import ROW_POSITION, PreparedRows, prepare
-from .rows import duplicate_rows, empty_rows, map_columns
+from .rows import duplicate_rows, empty_rows, listed_rows, read_rows, told_of
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,7 @@ def open_pass(
     drop_duplicates: bool = False,
     drop_empty: bool = False,
     source: Mapping[str, Any] | None = None,
+    told: set[str] | None = None,
     **columns: Any,
 ) -> tuple[PreTrainedModel, Opened]:
     """The model, not yet on its device, and the rows of a pass.
@@ -68,18 +70,33 @@ def open_pass(
         model, dataset, processing_class, args, drop_duplicates, drop_empty, source, **columns: as for `score_dataset`.
         config: what is measured and with which settings, for the provenance.
         precision: the forward's precision; by default what `args.bf16` says.
+        told: notes on the rows that were printed already, which is extended; by default none were.
 
     Raises:
         InputError: no row can be measured, or model, tokenizer and rows do not fit.
     """
     mapping = ColumnMapping(**columns)
-    rows, reasons = usable_rows(dataset, mapping, args.dataset_text_field, drop_duplicates, drop_empty)
+    notes: list[str] = []
+    rows, reasons = usable_rows(dataset, mapping, args, drop_duplicates, drop_empty, notes)
+    _tell(notes, set() if told is None else told)
     model, tokenizer = load_model(model, processing_class, args)
-    prepared = prepare(rows, tokenizer, args)
+    try:
+        prepared = prepare(rows, tokenizer, args, drop_empty)
+    except NothingError as error:
+        error.reasons = reasons | error.reasons
+        raise
     check_model(model, prepared)
     source = {**(source or {}), "content": hash_rows(dataset)}
     provenance = describe(model, tokenizer, prepared, len(dataset), args, config, mapping, source, precision)
     return model, Opened(tokenizer, prepared, reasons | prepared.reasons, len(dataset), provenance)
+
+
+def _tell(notes: Sequence[str], told: set[str]) -> None:
+    """Print what was read as something else, once, on the main process."""
+    new = [note for note in notes if note not in told]
+    told.update(new)
+    if new and PartialState().is_main_process:
+        print(f"Rows were read as TRL's format: {'; '.join(new)}. map_columns gives SFTTrainer the same rows.")
 
 
 def default_arguments() -> SFTConfig:
@@ -88,35 +105,77 @@ def default_arguments() -> SFTConfig:
 
 
 def usable_rows(
-    dataset: Dataset, mapping: ColumnMapping, text_field: str, drop_duplicates: bool, drop_empty: bool
+    dataset: Dataset,
+    mapping: ColumnMapping,
+    args: SFTConfig,
+    drop_duplicates: bool,
+    drop_empty: bool,
+    notes: list[str] | None = None,
 ) -> tuple[Dataset, dict[int, str]]:
-    """The usable rows under TRL's column names, each with its position, and by position why others are skipped.
+    """The columns that TRL reads of the usable rows, each with its position, and by position why others are skipped.
+
+    Args:
+        dataset, drop_duplicates, drop_empty: as for `score_dataset`.
+        mapping: which column is which.
+        args: what is learnt of a row, and where TRL looks for text.
+        notes: a list to extend with notes on what was read as something else.
 
     Raises:
-        InputError: no row is usable, or there are empty rows and `drop_empty` is False.
+        InputError: no row is usable, or there are rows to skip and `drop_empty` is False.
     """
     if "seq_lengths" in (getattr(dataset, "column_names", None) or ()):
         raise InputError(
             "The rows are packed already (seq_lengths), several samples in one: pass the rows before packing, or "
             "resofilter_trainer.unpack(dataset), which makes a row of each sample."
         )
-    rows = map_columns(dataset, mapping, text_field)
+    field = args.dataset_text_field
+    read = read_rows(dataset, mapping, field, args)
+    if not mapping.columns:
+        _check_no_media(dataset)
+    rows = read.dataset.select_columns(read.passed)
     reasons: dict[int, str] = {}
     if drop_duplicates:
-        repeated = duplicate_rows(rows, text_field)
-        reasons |= {row: f"{SAME_PROMPT} {first}" for row, first in repeated.items()}
-    empty = [row for row in empty_rows(rows, text_field) if row not in reasons]
-    if empty and not drop_empty:
-        listed = ", ".join(map(str, empty[:5])) + (", ..." if len(empty) > 5 else "")
-        raise InputError(
-            f"{len(empty)} of {len(rows)} rows have an empty completion and teach nothing: rows {listed}. "
-            "Remove them, or skip them with drop_empty=True."
+        repeated = duplicate_rows(rows, field)
+        reasons = {row: f"{SAME_PROMPT} {read.positions[first]}" for row, first in repeated.items()}
+    empty = dict.fromkeys((row for row in empty_rows(rows, field) if row not in reasons), EMPTY)
+    skipped = {int(read.positions[row]): reason for row, reason in (reasons | empty).items()}
+    _check_skipped({int(read.positions[row]): EMPTY for row in empty} | read.refused, len(dataset), drop_empty)
+    skipped |= read.refused
+    if len(skipped) == len(dataset):
+        raise NothingError(
+            f"All {len(dataset)} rows are empty or repeated: there is nothing to score or to train on.", skipped
         )
-    reasons |= dict.fromkeys(empty, EMPTY)
-    if len(reasons) == len(rows):
-        raise NothingError(f"All {len(rows)} rows are empty or repeated: there is nothing to score or to train on.")
-    rows = rows.add_column(ROW_POSITION, np.arange(len(rows)))
-    return rows.select([row for row in range(len(rows)) if row not in reasons]), reasons
+    if notes is not None:
+        notes += read.notes
+    rows = rows.add_column(ROW_POSITION, read.positions)
+    return rows.select([row for row in range(len(rows)) if row not in reasons | empty]), skipped
+
+
+def _check_skipped(skipped: Mapping[int, str], rows: int, drop_empty: bool) -> None:
+    """Raise InputError where rows have nothing to learn, and they are not to be skipped or are all there are."""
+    if not skipped or (drop_empty and len(skipped) < rows):
+        return
+    if drop_empty:
+        raise NothingError(told_of(skipped, rows, "cannot be learnt from"), skipped)
+    if any(reason != EMPTY for reason in skipped.values()):
+        raise InputError(
+            f"{told_of(skipped, rows, 'cannot be learnt from')} Correct or remove them, or skip them with "
+            "drop_empty=True."
+        )
+    raise InputError(
+        f"{len(skipped)} of {rows} rows have an empty completion and teach nothing: rows {listed_rows(skipped)}. "
+        "Remove them, or skip them with drop_empty=True."
+    )
+
+
+def _check_no_media(dataset: Dataset) -> None:
+    """Raise InputError where rows have images or sound, on which SFTTrainer would train as well."""
+    for name, row in media_columns(dataset).items():
+        raise InputError(
+            f"Column '{name}' is not empty (row {row}), and only text can be scored. Remove the column to score the "
+            f"text alone, with dataset.remove_columns('{name}'), or name the columns of the text, such as "
+            'messages_column="messages".'
+        )
 
 
 def check_arguments(args: SFTConfig, output: Path | None) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +24,8 @@ from trl import SFTConfig, SFTTrainer
 from ..config import InputError, NothingError
 from ..model.losses import IGNORE
 from .files import first_line
+from .rows import told_of
+from .templates import check_template, message_columns, rows_with, unrendered_roles
 
 ROW_POSITION = "resofilter_row"  # the column with each row's position in the user's dataset, its `sample_id`
 
@@ -62,26 +64,37 @@ class PreparedRows:
         return dataclasses.replace(self, dataset=dataset, lengths=lengths, num_tokens=num_tokens)
 
 
-def prepare(dataset: Dataset, processing_class: PreTrainedTokenizerBase, args: SFTConfig) -> PreparedRows:
+def prepare(
+    dataset: Dataset, processing_class: PreTrainedTokenizerBase, args: SFTConfig, drop_empty: bool = False
+) -> PreparedRows:
     """Tokenise, mask and truncate as SFTTrainer does.
 
     Args:
         dataset: the user's rows, or some of them, under TRL's column names and with a `ROW_POSITION` column.
         processing_class: the tokenizer; it is copied, and may lack a pad token.
         args: lengths and masking. Packing, padding-free batches and shuffling, which change no sample, are ignored.
+        drop_empty: whether to skip rows that TRL cannot prepare.
 
     Raises:
-        InputError: TRL refuses the dataset, or no row has a learnt token.
+        InputError: TRL refuses the dataset, or a row of it and `drop_empty` is False; or no row has a learnt token.
     """
-    positions = dataset[ROW_POSITION]
-    tokens, template = _by_trl(dataset, copy.deepcopy(processing_class), args)
+    tokenizer = copy.deepcopy(processing_class)
+    check_template(dataset, tokenizer, args.chat_template_path)
+    reasons = {} if args.chat_template_path else _unrendered(dataset, tokenizer)
+    dataset = _without(dataset, reasons, drop_empty)
+    tokens, template, failed = _by_trl(dataset, tokenizer, args)
+    dataset = _without(dataset, failed, drop_empty)
+    reasons |= failed
     lengths, learnt, largest, fingerprint = survey(tokens)
     usable = learnt > 0
-    within = "" if args.max_length is None else f" within max_length {args.max_length}"
     used = set(np.array(tokens[ROW_POSITION])[usable].tolist())
-    reasons = {row: f"no token to learn{within}" for row in positions if row not in used}
+    idle = [place for place, row in enumerate(dataset[ROW_POSITION]) if row not in used]
+    reasons |= _why_idle(dataset.select(idle), tokenizer, args) if idle else {}
     if not used:
-        raise NothingError(f"None of the {len(reasons)} rows has a token to learn{within}: every label is masked.")
+        first = min(reasons)
+        raise NothingError(
+            f"None of the {len(reasons)} rows has a token to learn. Row {first}: {reasons[first]}.", reasons
+        )
     if not usable.all():
         tokens, lengths, learnt = tokens.select(np.flatnonzero(usable)), lengths[usable], learnt[usable]
     return PreparedRows(tokens, lengths, learnt, largest, fingerprint, reasons, template)
@@ -110,6 +123,48 @@ def _collated(example: dict[str, Any], collate: Callable[[list[Any]], Any]) -> d
     return {name: batch[name][0][mask].tolist() for name in ("input_ids", "labels")}
 
 
+def _without(dataset: Dataset, refused: Mapping[int, str], drop_empty: bool) -> Dataset:
+    """The rows that are not refused, by position. Raises InputError where some are, and they are not to be skipped."""
+    if not refused:
+        return dataset
+    line = told_of(refused, len(dataset), "cannot be learnt from")
+    if not drop_empty:
+        raise InputError(f"{line} Correct or remove them, or skip them with drop_empty=True.")
+    if len(refused) == len(dataset):
+        raise NothingError(line, refused)
+    return dataset.select([row for row, position in enumerate(dataset[ROW_POSITION]) if position not in refused])
+
+
+def _unrendered(dataset: Dataset, tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
+    """The rows with roles that the chat template leaves out, by position, each with the reason."""
+    roles = unrendered_roles(dataset, tokenizer)
+    positions = dataset[ROW_POSITION][:]
+    return {
+        positions[row]: f"the chat template does not render the role '{role}'; rename it to user, assistant or the like"
+        for row, role in (rows_with(dataset, roles) if roles else {}).items()
+    }
+
+
+def _why_idle(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, args: SFTConfig) -> dict[int, str]:
+    """Why rows have no token to learn, by position: they are cut off, or have none without truncation either."""
+    whole = copy.copy(args)
+    whole.max_length = None
+    tokens, _, reasons = _by_trl(dataset, tokenizer, whole)
+    lengths, learnt, *_ = survey(tokens)
+    messages = bool(message_columns(dataset))
+    for position, length, number in zip(tokens[ROW_POSITION], lengths, learnt, strict=True):
+        if number:
+            reasons[position] = f"no token to learn within max_length {args.max_length}"
+        elif messages:
+            part = "of its messages" if length == 0 else "to learn of its messages"
+            reasons[position] = f"the chat template renders nothing {part}"
+        elif length == 1:
+            reasons[position] = "no token to learn: its only token follows no other"
+        else:
+            reasons[position] = "no token to learn"
+    return reasons
+
+
 class _Preparer(SFTTrainer):
     """An SFTTrainer that only prepares its dataset; as it trains nothing, it reports nothing to TRL's statistics."""
 
@@ -117,8 +172,59 @@ class _Preparer(SFTTrainer):
         pass
 
 
-def _by_trl(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, args: SFTConfig) -> tuple[Dataset, str]:
-    """The dataset as SFTTrainer prepares it, with a stand-in for the model; and the chat template."""
+class _Tolerant(Dataset):
+    """A dataset that leaves out the rows on which a mapped function fails, and remembers why.
+
+    Attributes:
+        failed: the error of each of these rows, by `ROW_POSITION`.
+    """
+
+    failed: dict[int, str]
+
+    @classmethod
+    def of(cls, dataset: Dataset, failed: dict[int, str]) -> _Tolerant:
+        """The rows of a dataset; what fails is added to `failed`."""
+        made = cls(dataset.data, dataset.info.copy(), dataset.split, dataset._indices, dataset._fingerprint)
+        made.failed = failed
+        return made
+
+    def map(self, function: Any = None, *args: Any, **settings: Any) -> Any:
+        """As `Dataset.map`, over the rows on which the function does not fail."""
+        if args or settings.get("batched") or settings.get("with_indices"):
+            return super().map(function, *args, **settings)
+        sound = [row for row, example in enumerate(self) if self._works(function, example, settings)]
+        rows = Dataset.select(self, sound) if len(sound) < len(self) else self
+        return _Tolerant.of(Dataset.map(rows, function, **settings), self.failed) if sound else rows
+
+    def _works(self, function: Callable[..., Any], example: dict[str, Any], settings: Mapping[str, Any]) -> bool:
+        try:
+            function(copy.deepcopy(example), **(settings.get("fn_kwargs") or {}))
+        except Exception as error:  # tokenizers and templates each raise their own
+            self.failed[example[ROW_POSITION]] = f"SFTTrainer cannot prepare it: {first_line(error)}"
+            return False
+        return True
+
+
+def _by_trl(
+    dataset: Dataset, tokenizer: PreTrainedTokenizerBase, args: SFTConfig
+) -> tuple[Dataset, str, dict[int, str]]:
+    """The dataset as SFTTrainer prepares it; the chat template; and why it cannot prepare other rows, by position."""
+    failed: dict[int, str] = {}
+    try:
+        trainer = _prepared_by(dataset, tokenizer, args)
+    except Exception as error:  # TRL, tokenizers and templates each raise their own
+        try:
+            trainer = _prepared_by(_Tolerant.of(dataset, failed), tokenizer, args)
+        except Exception:  # it is not, or not only, about single rows
+            failed = {}
+        if not failed or len(failed) == len(dataset):
+            raise InputError(f"TRL cannot prepare this dataset: {first_line(error)}") from error
+    template = trainer.chat_template or getattr(trainer.processing_class, "chat_template", None) or ""
+    return trainer.train_dataset.select_columns([ROW_POSITION, "input_ids", "labels"]), str(template), failed
+
+
+def _prepared_by(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, args: SFTConfig) -> SFTTrainer:
+    """An SFTTrainer with the prepared dataset, and a stand-in for the model."""
     args = copy.copy(args)
     args.packing = args.padding_free = args.shuffle_dataset = False
     args.gradient_checkpointing = args.activation_offloading = args.use_liger_kernel = args.push_to_hub = False
@@ -130,12 +236,7 @@ def _by_trl(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, args: SFTConfi
     )  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
         args.output_dir = folder
-        try:
-            trainer = _Preparer(stand_in, args=args, train_dataset=dataset, processing_class=tokenizer)
-        except Exception as error:  # TRL, tokenizers and templates each raise their own
-            raise InputError(f"TRL cannot prepare this dataset: {first_line(error)}") from error
-    template = trainer.chat_template or getattr(trainer.processing_class, "chat_template", None) or ""
-    return trainer.train_dataset.select_columns([ROW_POSITION, "input_ids", "labels"]), str(template)
+        return _Preparer(stand_in, args=args, train_dataset=dataset, processing_class=tokenizer)
 
 
 def survey(tokens: Dataset) -> tuple[np.ndarray, np.ndarray, int, str]:

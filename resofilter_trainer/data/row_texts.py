@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -11,9 +13,10 @@ import numpy as np
 from datasets import Dataset
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from ..config import ColumnMapping
+from ..config import ColumnMapping, InputError
 from ..model.losses import IGNORE
-from .rows import prompt_and_completion
+from .chat import Learning, Unreadable
+from .layout import Layout, read_row
 
 TOKENS = "input_ids"
 
@@ -29,6 +32,9 @@ class RowTexts(Sequence[tuple[str, str]]):
 
     def __init__(self, dataset: Dataset, mapping: ColumnMapping, text_field: str = "text") -> None:
         self.dataset, self.mapping, self.text_field = dataset.with_format(None), mapping, text_field
+        self._layout: Layout | None = None
+        with contextlib.suppress(InputError):  # of rows that are tokens and something else
+            self._layout = Layout.of(dataset.column_names, mapping, text_field)
 
     @property
     def known(self) -> bool:
@@ -48,17 +54,24 @@ class RowTexts(Sequence[tuple[str, str]]):
                 yield self._text(dict(zip(batch, values, strict=True)))
 
     def _text(self, example: Mapping[str, Any]) -> tuple[str, str]:
-        mapping = self.mapping
-        if mapping.prompt_columns:
-            example = prompt_and_completion(example, mapping)
+        example = self._as_scored(example)
         if "prompt" in example and "completion" in example:
             return said(example["prompt"]), said(example["completion"])
-        names = [name for name in (mapping.messages_column, "messages", "conversations") if name is not None]
-        messages = next((example[name] for name in names if name in example), None)
+        messages = next((example[name] for name in ("messages", "conversations") if name in example), None)
         if messages is not None:
             return said(messages[:-1]), said(messages[-1:])
-        text = example.get(mapping.text_column or self.text_field)
+        text = example.get(self.text_field)
         return "", "" if text is None else str(text)
+
+    def _as_scored(self, example: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The row under TRL's names; as it is in the dataset where it has no meaning, and was not scored."""
+        if self._layout is None or self._layout.kind == "tokens":
+            return example
+        try:
+            return read_row(example, self._layout, Learning()).row
+        except (Unreadable, InputError):
+            *before, last = (_plain(example[name]) for name in self._layout.sources)
+            return {"prompt": "\n\n".join(before), "completion": last}
 
 
 class TokenTexts(Sequence[tuple[str, str]]):
@@ -117,6 +130,11 @@ def said(value: Any) -> str:
         return "" if value is None else str(value)
     messages = [(str(each.get("role", each.get("from", ""))), _content(each)) for each in value]
     return messages[0][1] if len(messages) == 1 else "\n\n".join(f"{role}: {content}" for role, content in messages)
+
+
+def _plain(value: Any) -> str:
+    """A value that is no text or messages, as text."""
+    return "" if value is None else value if isinstance(value, str) else json.dumps(value, default=str)
 
 
 def _content(message: Mapping[str, Any]) -> str:

@@ -1,63 +1,106 @@
-"""The user's rows: which column is which, and which rows are empty or repeated.
+"""The user's rows under TRL's column names, and which of them are empty or repeated.
 
 Knows datasets, not models: a row is a dict here, and its position in the dataset is its `sample_id`.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
-from typing import Any
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
-from datasets import Dataset
+import numpy as np
+from datasets import Dataset, Features, Json, Value
 
 from ..config import ColumnMapping, InputError
+from .chat import Form, Learning, Unreadable
+from .columns import AT_ONCE, check_names, check_types, has_null, kind_of, media_columns, messages_feature
+from .layout import MEDIA, RENDERED, TOKENS, Layout, read_row
 
-KNOWN_PAIRS = [
-    (("instruction", "input"), "output"),
-    (("instruction",), "output"),
-    (("question",), "answer"),
-    (("query",), "response"),
-    (("problem",), "solution"),
-]
+if TYPE_CHECKING:
+    from trl import SFTConfig
+
+APART = "score such rows in a dataset of their own"
 
 
-def map_columns(dataset: Dataset, mapping: ColumnMapping, text_field: str = "text") -> Dataset:
+@dataclass(frozen=True)
+class ReadRows:
+    """A dataset under TRL's column names.
+
+    Attributes:
+        dataset: the rows that have a meaning; every other column of the user's stays.
+        positions: (N,) their positions in the user's dataset.
+        refused: why the others have none, by position.
+        notes: what was read as something else, a line for each.
+        passed: the columns that TRL's preparation reads.
+    """
+
+    dataset: Dataset
+    positions: np.ndarray
+    refused: dict[int, str]
+    notes: list[str]
+    passed: list[str]
+
+
+def map_columns(
+    dataset: Dataset, mapping: ColumnMapping, text_field: str = "text", args: SFTConfig | None = None
+) -> Dataset:
     """The dataset under TRL's column names: `prompt` and `completion`, `messages`, or `text`.
+
+    SFTTrainer trains on the result as `score_dataset` scores it. Mapped columns are renamed, chat rows are read as
+    `data.chat` says, and every other column stays, unless TRL would take the rows for another kind because of it, such
+    as `text` beside a mapped prompt. Whole numbers become their digits. Rows in TRL's own format stay as they are.
 
     Args:
         dataset: the user's rows.
         mapping: which column is which; an empty mapping needs TRL's own column names.
         text_field: the name of the column in which TRL looks for text.
+        args: SFTTrainer's arguments, by which messages with flags are read; by default `SFTConfig`'s own values.
 
     Raises:
-        InputError: this is no `Dataset` or it has no rows, a mapped column is missing, or no column is usable.
+        InputError: this is no `Dataset` or it has no rows, a mapped column is missing or holds something else than
+            text, no column is usable, or a row has no single meaning.
     """
-    if not isinstance(dataset, Dataset):
-        raise InputError(
-            f"A dataset is needed, got {type(dataset).__name__}. Pass one split of a DatasetDict, make a Dataset of a "
-            "list with Dataset.from_list, and pass a stream to score_stream."
-        )
-    if len(dataset) == 0:
-        raise InputError("The dataset has no rows.")
-    columns = dataset.column_names
-    missing = [column for column in mapping.columns if column not in columns]
-    if missing:
-        raise InputError(f"The dataset has no column '{missing[0]}'. It has: {', '.join(columns)}.")
-    if mapping.prompt_columns:
-        return dataset.map(prompt_and_completion, fn_kwargs={"mapping": mapping}, remove_columns=columns)
-    if mapping.messages_column:
-        mapped = dataset.select_columns([mapping.messages_column]).rename_columns(
-            _to(mapping.messages_column, "messages")
-        )
-    elif mapping.text_column:
-        mapped = dataset.select_columns([mapping.text_column]).rename_columns(_to(mapping.text_column, text_field))
-    elif _usable(columns, text_field):
-        mapped = dataset
-    else:
-        raise InputError(f"No column of the dataset can be trained on. It has: {', '.join(columns)}. {_hint(columns)}")
-    _check_types(mapped, text_field)
-    return mapped
+    read = read_rows(dataset, mapping, text_field, args)
+    if read.refused:
+        raise InputError(f"{told_of(read.refused, len(dataset))} Correct or remove them.")
+    return read.dataset
+
+
+def read_rows(
+    dataset: Dataset, mapping: ColumnMapping, text_field: str = "text", args: SFTConfig | None = None
+) -> ReadRows:
+    """The rows under TRL's column names, without those that have no single meaning; arguments as for `map_columns`.
+
+    Raises:
+        InputError: as for `map_columns`, except for single rows.
+    """
+    dataset, learning = _unformatted(dataset), Learning.of(args)
+    layout = Layout.of(dataset.column_names, mapping, text_field)
+    check_types(dataset, layout)
+    check_names(dataset, layout)
+    kept, refused, notes, form = dataset, dict[int, str](), set[str](), None
+    if _needs_reading(dataset, layout):
+        refused, notes, form = _survey(dataset, layout, learning)
+    positions = np.setdiff1d(np.arange(len(dataset)), list(refused))
+    if refused:
+        kept = dataset.select(positions)
+    renamed = _renamed(kept, layout) if form is None else _rewritten(kept, layout, learning, form)
+    passed = [name for name in layout.passed if name in renamed.column_names]
+    return ReadRows(renamed, positions, refused, sorted(notes | layout.notes), passed)
+
+
+def told_of(refused: Mapping[int, str], rows: int, what: str = "cannot be read") -> str:
+    """A line about rows that cannot be used: how many, which, and the first one's reason."""
+    first = min(refused)
+    listed = "" if len(refused) == 1 else f": rows {listed_rows(refused)}"
+    return f"{len(refused)} of {rows} rows {what}{listed}. Row {first}: {refused[first]}."
+
+
+def listed_rows(rows: Collection[int]) -> str:
+    """The first of some rows, for a message."""
+    return ", ".join(map(str, sorted(rows)[:5])) + (", ..." if len(rows) > 5 else "")
 
 
 def unpack(dataset: Dataset) -> Dataset:
@@ -97,7 +140,8 @@ def empty_rows(dataset: Dataset, text_field: str = "text") -> list[int]:
 def duplicate_rows(dataset: Dataset, text_field: str = "text") -> dict[int, int]:
     """The rows whose prompt equals an earlier row's, each with that row (ResoFilter, released code: the first is kept).
 
-    The prompt of messages is everything before the last answer; plain text is compared as a whole.
+    The prompt of messages is everything before the last answer; plain text is compared as a whole. Rows with other
+    `tools` or `chat_template_kwargs` are not the same.
     """
     first: dict[str, int] = {}
     repeated = {}
@@ -108,70 +152,146 @@ def duplicate_rows(dataset: Dataset, text_field: str = "text") -> dict[int, int]
     return repeated
 
 
-def prompt_and_completion(example: Mapping[str, Any], mapping: ColumnMapping) -> dict[str, Any]:
-    """A row's mapped prompt columns joined, and its completion, as text or as messages."""
-    for column in mapping.columns:
-        if isinstance(example[column], list | Mapping):
-            raise InputError(
-                f"Column '{column}' holds {type(example[column]).__name__}, not text: convert it to text first."
-            )
-    texts = [str(example[column]) for column in mapping.prompt_columns if not _is_blank(example[column])]
-    prompt, completion = "\n\n".join(texts), example[str(mapping.completion_column)]
-    completion = "" if completion is None else str(completion)
-    if mapping.conversational:
-        return {
-            "prompt": [{"role": "user", "content": prompt}],
-            "completion": [{"role": "assistant", "content": completion}],
-        }
-    return {"prompt": prompt if prompt[-1:].isspace() else prompt + mapping.separator, "completion": completion}
+def _unformatted(dataset: Dataset) -> Dataset:
+    """The dataset as plain Python values: the columns that its format shows. Raises InputError where it has none."""
+    if not isinstance(dataset, Dataset):
+        raise InputError(
+            f"A dataset is needed, got {type(dataset).__name__}. Pass one split of a DatasetDict, make a Dataset of a "
+            "list with Dataset.from_list, and pass a stream to score_stream."
+        )
+    if len(dataset) == 0:
+        raise InputError("The dataset has no rows.")
+    shown = dataset.format
+    if shown["type"] == "custom":
+        raise InputError(
+            "The dataset has a transform (with_transform), which may give other rows each time it is read: apply it "
+            "with dataset.map first, or remove it with dataset.with_format(None)."
+        )
+    if not shown["output_all_columns"] and set(shown["columns"]) != set(dataset.column_names):
+        dataset = dataset.with_format(None).select_columns(shown["columns"])
+    return dataset if dataset.format["type"] is None else dataset.with_format(None)
 
 
-def _to(old: str, new: str) -> dict[str, str]:
-    return {} if old == new else {old: new}
+def _needs_reading(dataset: Dataset, layout: Layout) -> bool:
+    """Whether rows may have to be changed or refused: there are messages, or columns to be joined or converted."""
+    kinds = {kind_of(dataset.features[name]) for name in layout.sources}
+    if layout.kind == "tokens":
+        return False
+    joined = layout.kind == "pair" and (layout.mapped or has_null(dataset, "prompt"))
+    return bool(joined or layout.rendered or layout.before or kinds != {"text"})
 
 
-def _check_types(dataset: Dataset, text_field: str) -> None:
-    """Raise InputError where, in the first row, a column that TRL reads holds neither text nor messages."""
-    example = dataset[0]
-    for name in ("prompt", "completion", "messages", "conversations", text_field):
-        value = example.get(name)
-        is_text = isinstance(value, str) and name not in ("messages", "conversations")
-        are_messages = isinstance(value, list) and all(isinstance(each, Mapping) for each in value)
-        if not (value is None or is_text or are_messages):
-            raise InputError(f"Column '{name}' holds {type(value).__name__}, not text or a list of messages.")
+def _survey(dataset: Dataset, layout: Layout, learning: Learning) -> tuple[dict[int, str], set[str], Form | None]:
+    """Why rows are refused, what is noted of the others, and the form to rewrite these in; None if none changes."""
+    refused, notes, forms, changed = dict[int, str](), set[str](), dict[int, tuple[Form, ...]](), False
+    batches = dataset.select_columns(layout.reads).iter(AT_ONCE)
+    for number, row in enumerate(row for batch in batches for row in _rows(batch)):
+        try:
+            read = read_row(row, layout, learning)
+        except Unreadable as error:
+            refused[number] = str(error).rstrip(".")
+            continue
+        forms[number] = read.forms
+        notes |= read.notes
+        changed = changed or _differs(read.row, row, layout)
+    form, others = _form_of(forms)
+    refused |= dict.fromkeys(others, f"flags say what is learnt of it, and not of most rows: {APART}")
+    if form == "pair":
+        notes.add("flags say that the last message is learnt, and those before it are its prompt")
+    return refused, notes, form if changed or form == "pair" else None
 
 
-def _usable(columns: list[str], text_field: str) -> bool:
-    pairs = "prompt" in columns and "completion" in columns
-    return pairs or any(name in columns for name in ("input_ids", "messages", "conversations", text_field))
+def _form_of(forms: Mapping[int, tuple[Form, ...]]) -> tuple[Form, list[int]]:
+    """The form of most rows, as a dataset has one, and the rows that cannot have it."""
+    counts = Counter(each[0] for each in forms.values() if len(each) == 1)
+    form: Form = "pair" if counts["pair"] > counts["messages"] else "messages"
+    return form, [row for row, each in forms.items() if form not in each]
 
 
-def _hint(columns: list[str]) -> str:
-    for prompts, completion in KNOWN_PAIRS:
-        if {*prompts, completion} <= set(columns):
-            prompt = json.dumps(prompts[0] if len(prompts) == 1 else prompts)
-            return f'Say which is which: prompt_column={prompt}, completion_column="{completion}".'
-    return 'Say which is which: prompt_column="X", completion_column="Y", or messages_column="X", or text_column="X".'
+def _differs(read: Mapping[str, Any], row: Mapping[str, Any], layout: Layout) -> bool:
+    """Whether a row's values are others than those of the columns that became them."""
+    if layout.kind == "pair" and layout.mapped:
+        return True
+    sources = dict(zip(layout.targets, layout.sources, strict=True))
+    return any(value != row[sources.get(name, name)] for name, value in read.items())
+
+
+def _renamed(dataset: Dataset, layout: Layout) -> Dataset:
+    """The dataset with its columns renamed, and without those that mislead TRL."""
+    gone = layout.left_out - set(layout.sources)
+    gone |= set(dataset.column_names) & set(MEDIA) - set(media_columns(dataset)) if not layout.mapped else set()
+    names = {old: new for old, new in zip(layout.sources, layout.targets, strict=False) if old != new}
+    gone |= set(names.values()) & set(dataset.column_names)  # equal to what is renamed
+    dataset = dataset.remove_columns(sorted(gone)) if gone else dataset
+    return dataset.rename_columns(names) if names else dataset
+
+
+def _rewritten(dataset: Dataset, layout: Layout, learning: Learning, form: Form) -> Dataset:
+    """The dataset with the rows as they were read."""
+    if len(dataset) == 0:
+        return dataset
+    features, names = dict(dataset.features), set(dataset.column_names)
+    messages = _are_messages(dataset, layout)
+    gone = {*layout.sources, *layout.left_out, *(layout.before if messages else ())} & names
+    gone |= set() if layout.mapped else names & set(MEDIA) - set(media_columns(dataset))
+    made = {name: features[name] for name in layout.rendered}
+    if "chat_template_kwargs" in made:
+        made["chat_template_kwargs"] = Json()  # which tells no argument from one that is None
+    targets = ("prompt", "completion") if form == "pair" else layout.targets
+    for name in targets:
+        source = layout.turns or name
+        own = layout.kind == "messages" or not layout.mapped
+        made[name] = messages_feature(features.get(source) if own else None) if messages else Value("string")
+    kept = {name: feature for name, feature in features.items() if name not in gone}
+    return dataset.map(
+        _read_batch,
+        batched=True,
+        batch_size=AT_ONCE,
+        remove_columns=sorted(gone),
+        features=Features(kept | made),
+        fn_kwargs={"layout": layout, "learning": learning, "form": form},
+        desc="Reading rows",
+    )
+
+
+def _are_messages(dataset: Dataset, layout: Layout) -> bool:
+    """Whether the rows become messages, or pairs of messages."""
+    if layout.kind != "pair" or layout.mapped:
+        return layout.kind == "messages" or (layout.kind == "pair" and layout.mapping.conversational)
+    kind = kind_of(dataset.features["prompt"])
+    return isinstance(dataset[0]["prompt"], list) if kind == "any" else kind == "messages"
+
+
+def _read_batch(
+    batch: Mapping[str, Sequence[Any]], layout: Layout, learning: Learning, form: Form
+) -> dict[str, list[Any]]:
+    needed = {name: batch[name] for name in layout.reads}
+    read = [read_row(row, layout, learning).in_form(form) for row in _rows(needed)]
+    return {name: [each[name] for each in read] for name in read[0]}
+
+
+def _rows(batch: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
+    return [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
 
 
 def _target(example: Mapping[str, Any], text_field: str) -> Any:
     """What the row teaches: its completion, last message, or text."""
-    for name in ("input_ids", "completion", "messages", "conversations"):
+    for name in (TOKENS, "completion", "messages"):
         if name in example:
             return example[name]
     return example[text_field]
 
 
 def _query(example: Mapping[str, Any], text_field: str) -> Any:
-    """What the row asks: its prompt, the messages before the last, or the whole text."""
-    if "input_ids" in example:
-        return example["input_ids"]
+    """What the row asks: its prompt, the messages before the last, or the whole text; and its tools and the like."""
+    if TOKENS in example:
+        return example[TOKENS]
+    given = [example[name] for name in RENDERED if example.get(name)]
     if "prompt" in example:
-        return example["prompt"]
-    for name in ("messages", "conversations"):
-        if name in example:
-            return example[name][:-1]
-    return example[text_field]
+        return example["prompt"], *given
+    if "messages" in example:
+        return (example["messages"] or [])[:-1], *given
+    return example[text_field], *given
 
 
 def _is_blank(value: Any) -> bool:

@@ -39,6 +39,7 @@ from .passes import locked
 
 PIECE = 10_000  # rows; a multiple of the rows that version 0.1.0 hashed together
 PIECES = "pieces"
+UNKNOWN = "nothing in its piece can be scored"
 
 
 def score_stream(
@@ -107,7 +108,8 @@ class _Pieces:
     def score(self, stream: IterableDataset, source: Mapping[str, Any]) -> ScoreTable:
         """Score piece after piece; finished pieces are read."""
         digest, options, start = RowsDigest(), dict(self.options), 0
-        tables: list[ScoreTable | tuple[int, str]] = []
+        options["told"] = set()  # what was read as something else is said once
+        tables: list[ScoreTable | list[str]] = []
         for number, piece in enumerate(_pieces(stream, self.size)):
             digest.add(piece)
             folder = self.folder / PIECES / f"{number:06d}"
@@ -119,8 +121,8 @@ class _Pieces:
                 trust = scores.provenance.trust
                 if options.get("precision") == "auto" and trust is not None:  # the same for all pieces
                     options["precision"] = trust.forward
-            except NothingError:
-                tables.append((len(piece), "nothing in its piece can be scored"))
+            except NothingError as error:
+                tables.append([error.reasons.get(row, UNKNOWN) for row in range(len(piece))])
             except InputError as error:
                 which = f"Rows {start} to {start + len(piece) - 1} of the stream (counted from 0 in what follows)"
                 raise InputError(f"{which}: {error}") from error
@@ -153,21 +155,21 @@ class _Pieces:
 
 
 def together(
-    tables: Sequence[ScoreTable | tuple[int, str]], source: Mapping[str, Any], config: ResonanceConfig
+    tables: Sequence[ScoreTable | list[str]], source: Mapping[str, Any], config: ResonanceConfig
 ) -> ScoreTable:
     """One table of all rows, from the tables of consecutive pieces.
 
     Args:
-        tables: a table for each piece; for a piece without a scored row, its number of rows and the reason. At least
-            one is a table.
+        tables: a table for each piece; for a piece without a scored row, the reason of each row. At least one is a
+            table.
         source: where the stream comes from.
         config: how the rows were measured.
     """
     scored = [each for each in tables if isinstance(each, ScoreTable)]
     moved, start = [], 0
     for each in tables:
-        rows = len(each) if isinstance(each, ScoreTable) else each[0]
-        table = each.table if isinstance(each, ScoreTable) else _empty(scored[0].table.schema, *each)
+        rows = len(each)
+        table = each.table if isinstance(each, ScoreTable) else _empty(scored[0].table.schema, each)
         reasons = [_moved(reason, start) for reason in table["reason"].to_pylist()]
         table = table.set_column(0, "sample_id", pa.array(np.arange(start, start + rows)))
         column = table.column_names.index("reason")
@@ -198,9 +200,9 @@ def _trust(scored: Sequence[ScoreTable], whole: ScoreTable, config: ResonanceCon
     )
 
 
-def _empty(schema: pa.Schema, rows: int, reason: str) -> pa.Table:
-    columns = {each.name: pa.nulls(rows, each.type) for each in schema}
-    return pa.table({**columns, "reason": pa.array([reason] * rows, pa.string())})
+def _empty(schema: pa.Schema, reasons: list[str]) -> pa.Table:
+    columns = {each.name: pa.nulls(len(reasons), each.type) for each in schema}
+    return pa.table({**columns, "reason": pa.array(reasons, pa.string())})
 
 
 def _moved(reason: str | None, start: int) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import time
 from collections.abc import Callable
@@ -177,9 +178,9 @@ def rows() -> Dataset:
 def test_prompt_and_completion_are_joined_by_the_separator(rows):
     mapped = map_columns(rows, ColumnMapping(prompt_column="instruction", completion_column="output"))
     assert mapped.to_list() == [
-        {"prompt": "Add.\n", "completion": "3"},
-        {"prompt": "Sing.\n", "completion": "la"},
-        {"prompt": "Wait.\n", "completion": ""},  # it ends in white space already
+        {"prompt": "Add.\n", "completion": "3", "input": "1 + 2", "source": "a"},
+        {"prompt": "Sing.\n", "completion": "la", "input": "", "source": "b"},
+        {"prompt": "Wait.\n", "completion": "", "input": None, "source": "c"},  # it ends in white space already
     ]
 
 
@@ -208,6 +209,7 @@ def test_conversational_makes_messages(rows):
     assert map_columns(rows, mapping)[0] == {
         "prompt": [{"role": "user", "content": "Add.\n\n1 + 2"}],
         "completion": [{"role": "assistant", "content": "3"}],
+        "source": "a",
     }
 
 
@@ -217,23 +219,45 @@ def test_columns_may_have_trls_names_already():
     assert mapped.to_list() == [{"prompt": "a\n", "completion": "b"}]
 
 
-def test_numbers_become_text():
-    rows = Dataset.from_list([{"a": 1, "b": 2.5}])
+def test_whole_numbers_become_their_digits():
+    rows = Dataset.from_list([{"a": 1, "b": -20}, {"a": 18, "b": None}, {"a": None, "b": 10**17 + 1}])
     mapped = map_columns(rows, ColumnMapping(prompt_column="a", completion_column="b"))
-    assert mapped.to_list() == [{"prompt": "1\n", "completion": "2.5"}]
+    assert list(mapped["prompt"]) == ["1\n", "18\n", "\n"]
+    assert list(mapped["completion"]) == ["-20", "", "100000000000000001"]
+    assert list(map_columns(rows, ColumnMapping(text_column="a"))["text"]) == ["1", "18", None]
+
+
+@pytest.mark.parametrize(
+    ("value", "kind"),
+    [
+        (2.5, "float64"),
+        (True, "bool"),
+        (datetime.datetime(2026, 1, 2), "timestamp"),
+        (datetime.date(2026, 1, 2), "date32"),
+        (b"a", "binary"),
+        (["a"], "list"),
+        ({"a": 1}, "dict"),
+    ],
+)
+@pytest.mark.parametrize("mapping", [{"prompt_column": "p", "completion_column": "x"}, {"text_column": "x"}])
+def test_a_mapped_column_of_another_type_is_named_with_its_type(value, kind, mapping):
+    with pytest.raises(InputError, match=f"Column 'x' holds {kind}.*not text.*dataset.map") as refused:
+        map_columns(Dataset.from_list([{"p": "a", "x": value}]), ColumnMapping(**mapping))
+    one_line(refused.value)
 
 
 @pytest.mark.parametrize("column", ["messages", "dialogue"])
 def test_messages_column(column):
     talk = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]
     mapped = map_columns(Dataset.from_list([{column: talk, "id": 1}]), ColumnMapping(messages_column=column))
-    assert mapped.to_list() == [{"messages": talk}]
+    assert mapped.to_list() == [{"messages": talk, "id": 1}]
 
 
 @pytest.mark.parametrize(("column", "text_field"), [("text", "text"), ("body", "text"), ("body", "content")])
 def test_text_column_goes_where_trl_looks_for_it(column, text_field):
     rows = Dataset.from_list([{column: "hello", "id": 1}])
-    assert map_columns(rows, ColumnMapping(text_column=column), text_field).to_list() == [{text_field: "hello"}]
+    mapped = map_columns(rows, ColumnMapping(text_column=column), text_field)
+    assert mapped.to_list() == [{text_field: "hello", "id": 1}]
 
 
 @pytest.mark.parametrize(
@@ -241,7 +265,6 @@ def test_text_column_goes_where_trl_looks_for_it(column, text_field):
     [
         {"prompt": "a", "completion": "b", "extra": 1},
         {"messages": [{"role": "user", "content": "a"}]},
-        {"conversations": [{"from": "human", "value": "a"}]},
         {"text": "a"},
         {"input_ids": [1, 2]},
     ],

@@ -1,0 +1,110 @@
+"""What the columns of a dataset hold: text, messages, images; empty or not. Knows datasets, not how a row is read."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from datasets import Dataset, Json, LargeList, List, Value
+
+from ..config import InputError
+from .chat import KEYS
+from .layout import MEDIA, Layout
+
+AT_ONCE = 1000  # rows in memory
+
+
+def check_types(dataset: Dataset, layout: Layout) -> None:
+    """Raise InputError where a column that becomes text or messages holds something else."""
+    kinds = {name: kind_of(dataset.features[name]) for name in layout.sources}
+    for name, kind in kinds.items():
+        if layout.kind == "messages" and kind not in ("messages", "any"):
+            raise InputError(
+                f"Column '{name}' holds {kind}, not a list of messages. Make a list of dicts with role and content of "
+                "each row first; text of JSON is read with json.loads."
+            )
+        if layout.mapped and layout.kind != "messages" and kind not in ("text", "whole numbers", "any"):
+            raise InputError(
+                f"Column '{name}' holds {kind}, not text. Write it as the text that is meant first, for example with "
+                f"dataset.map(lambda row: {{'{name}': str(row['{name}'])}})."
+            )
+        if not layout.mapped and layout.kind in ("pair", "text") and kind not in ("text", "messages", "any"):
+            raise InputError(f"Column '{name}' holds {kind}, not text or a list of messages. {_as_text(layout)}")
+    if layout.kind == "text" and "messages" in kinds.values():
+        raise InputError(f"Column '{layout.sources[0]}' holds messages, not text: pass messages_column instead.")
+    if layout.kind == "pair" and {"text", "messages"} <= set(kinds.values()):
+        raise InputError("One of 'prompt' and 'completion' holds messages and the other text. Write both alike.")
+
+
+def check_names(dataset: Dataset, layout: Layout) -> None:
+    """Raise InputError where a mapped column would take the name of another column that holds something else."""
+    if not layout.mapped:
+        return
+    for name in set(layout.targets) & set(dataset.column_names) - set(layout.sources):
+        source = layout.mapping.completion_column if name == "completion" else layout.sources[0]
+        if dataset.select_columns([name])[:][name] != dataset.select_columns([str(source)])[:][source]:
+            raise InputError(
+                f"Column '{source}' is to become '{name}', and there is another column '{name}'. Remove that one with "
+                f"dataset.remove_columns('{name}'), or rename it."
+            )
+
+
+def kind_of(feature: Any) -> str:
+    """What a column holds: "text", "whole numbers", "messages", "any" where only the rows can tell; or its type."""
+    if isinstance(feature, Json):
+        return "any"
+    if isinstance(feature, Value):
+        name = str(feature.dtype)
+        if name == "null":
+            return "any"
+        return {"string": "text", "large_string": "text"}.get(name, "whole numbers" if "int" in name else name)
+    item = feature[0] if isinstance(feature, list) else getattr(feature, "feature", None)
+    if isinstance(feature, list | List | LargeList):
+        are_messages = isinstance(item, dict | Json) or kind_of(item) == "any"
+        return "messages" if are_messages else "list"
+    return type(feature).__name__
+
+
+def messages_feature(feature: Any) -> Any:
+    """The feature of messages, with `role` and `content`, that were stored as a feature."""
+    item = feature[0] if isinstance(feature, list) else getattr(feature, "feature", None)
+    if isinstance(item, Json) or isinstance(feature, Json):
+        return List(Json())
+    own = item if isinstance(item, dict) else {}
+    others = {name: each for name, each in own.items() if name not in (*KEYS["role"], *KEYS["content"])}
+    return List({"role": Value("string"), "content": Value("string"), **others})
+
+
+def media_columns(dataset: Dataset) -> dict[str, int]:
+    """The columns with images, videos or sound that are not empty, each with its first row that is not."""
+    return {name: row for name in dataset.column_names if name in MEDIA and (row := _first_full(dataset, name)) >= 0}
+
+
+def has_null(dataset: Dataset, name: str) -> bool:
+    """Whether any row of a column is null."""
+    return any(table[name].null_count for table in dataset.select_columns([name]).with_format("arrow").iter(AT_ONCE))
+
+
+def _as_text(layout: Layout) -> str:
+    if layout.kind == "text":
+        return f'Whole numbers are read as text with text_column="{layout.text_field}"; write anything else as text.'
+    return (
+        'Whole numbers are read as text with prompt_column="prompt", completion_column="completion"; write anything '
+        "else as text."
+    )
+
+
+def _first_full(dataset: Dataset, name: str) -> int:
+    """The first row in which a column holds anything; -1 if it is empty."""
+    start = 0
+    for table in dataset.select_columns([name]).with_format("arrow").iter(AT_ONCE):
+        for row, value in enumerate(table[name].to_pylist() if table[name].null_count < len(table) else ()):
+            if _is_full(value):
+                return start + row
+        start += len(table)
+    return -1
+
+
+def _is_full(value: Any) -> bool:
+    if isinstance(value, list | dict):
+        return any(map(_is_full, value.values() if isinstance(value, dict) else value))
+    return value is not None and value != ""
