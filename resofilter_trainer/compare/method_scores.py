@@ -111,7 +111,9 @@ def by_nuggets(request: Request) -> ScoreTable:
 
 def by_selectit(request: Request) -> ScoreTable:
     """SelectIT's rating of each row by the model."""
-    criterion = Criterion(SelectIT(request.tokenizer), drop="smallest", settings={"prompts": RATING_PROMPTS})
+    criterion = Criterion(
+        SelectIT(request.tokenizer), drop="smallest", settings={"prompts": RATING_PROMPTS}, of_prompt=True
+    )
     return score_by(
         criterion, request.model, request.dataset, request.tokenizer, request.args, request.folder, drop_empty=True
     )

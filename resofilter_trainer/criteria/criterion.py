@@ -40,6 +40,7 @@ class Criterion:
         join: a function from the k numbers of all rows, (N, k), to the score, (N,); None for one number.
         settings: whatever the numbers depend on besides the model, the rows and the code, for the provenance.
         counts: whether the number of a row depends on all rows.
+        of_prompt: whether it relates the response to its prompt, and means something else for a row without one.
     """
 
     measure: Callable[..., Any]
@@ -48,6 +49,7 @@ class Criterion:
     join: Callable[[np.ndarray], np.ndarray] | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
     counts: bool = False
+    of_prompt: bool = False
 
 
 class Criteria(UserDict[str, Criterion]):
@@ -70,9 +72,9 @@ CRITERIA = Criteria(
         "entropy": Criterion(entropy),
         "el2n": Criterion(el2n, drop="smallest"),
         "grand": Criterion(grand, drop="smallest"),
-        "ifd": Criterion(ifd, drop="smallest", columns=("ifd",), join=below_one),
+        "ifd": Criterion(ifd, drop="smallest", columns=("ifd",), join=below_one, of_prompt=True),
         "length": Criterion(length, drop="smallest"),
-        "response_ratio": Criterion(response_ratio, drop="smallest"),
+        "response_ratio": Criterion(response_ratio, drop="smallest", of_prompt=True),
         "repetition": Criterion(repetition),
         "rarity": Criterion(Rarity.of, counts=True),
         "k_center": Criterion(embedding, join=farthest_first),

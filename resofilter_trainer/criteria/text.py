@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..data.preparation import PreparedRows, learnt_tokens
+from ..data.preparation import PreparedRows, beginnings, learnt_tokens
 from ..model.losses import TokenBatch, learnt_positions
 
 NGRAM = 3
@@ -22,7 +23,7 @@ def length(model: nn.Module, batch: TokenBatch) -> Tensor:
 
 
 def response_ratio(model: nn.Module, batch: TokenBatch) -> Tensor:
-    """Learnt tokens divided by all tokens, (B,): near 0 for a long prompt with a short answer."""
+    """Learnt tokens divided by all tokens, (B,): near 0 for a long prompt with a short answer, near 1 without one."""
     return learnt_positions(batch["labels"]).sum(1) / batch["attention_mask"].sum(1)
 
 
@@ -57,6 +58,20 @@ class Rarity:
     def __call__(self, model: nn.Module, batch: TokenBatch) -> Tensor:
         """(B,); the model is not used."""
         return torch.stack([self.surprise[torch.tensor(tokens)].mean() for tokens in _learnt(batch)])
+
+
+def without_prompt(rows: PreparedRows, start: int | None) -> np.ndarray:
+    """Which rows have no prompt, (N,) bool: nothing but a start token comes before the first learnt token.
+
+    Args:
+        rows: the rows; of text and of messages, every token is learnt, unless `assistant_only_loss` is set.
+        start: the beginning-of-sequence token, if there is one.
+    """
+    _, lengths, _ = beginnings(rows.dataset)
+    none = lengths == 0
+    for row in np.flatnonzero(lengths == 1):
+        none[row] = rows.dataset[int(row)]["input_ids"][0] == start
+    return none
 
 
 def _learnt(batch: TokenBatch) -> list[list[int]]:

@@ -83,13 +83,13 @@ def role_changes(value: Any) -> set[tuple[str, str]]:
 
 def _message(message: Any, number: int, is_last: bool) -> Message:
     if message is None:
-        raise Unreadable(f"message {number} is null. Remove it.")
+        raise Unreadable(f"message {number} is null")
     if not isinstance(message, Mapping):
         raise Unreadable(f"message {number} is {_kind(message)}. {REWRITE}")
     role = _role(message, number)
     content = _content(_either(message, "content", number), number)
     if content is None and not is_last and not message.get("tool_calls"):
-        raise Unreadable(f"message {number} ({role}) has no content. Remove or complete it.")
+        raise Unreadable(f"message {number} ({role}) has no content")
     others = {name: value for name, value in message.items() if name not in (*KEYS["role"], *KEYS["content"])}
     return {"role": role, "content": content, **others}
 
@@ -123,8 +123,6 @@ def _content(value: Any, number: int) -> str | None:
             kinds = ", ".join(str(part.get("type")) if isinstance(part, Mapping) else _kind(part) for part in parts)
             raise Unreadable(f"message {number} has the parts: {kinds or 'none'}. Pass its content as one text.")
         value = texts[0]
-    if isinstance(value, int) and not isinstance(value, bool):
-        return str(value)
     if not (value is None or isinstance(value, str)):
         raise Unreadable(f"the content of message {number} is {_kind(value)}, not text. Convert it to text.")
     return value
@@ -141,7 +139,7 @@ def with_system(messages: list[Message], system: Any, column: str) -> list[Messa
     if messages and messages[0]["role"] in ("system", "developer"):
         if (messages[0]["content"] or "").strip() == str(text).strip():
             return messages
-        raise Unreadable(f"column '{column}' differs from its system message. Remove one of them.")
+        raise Unreadable(f"column '{column}' differs from its system message")
     return [{"role": "system", "content": text}, *messages]
 
 
@@ -154,7 +152,7 @@ def turns_of(history: Any) -> list[Message]:
     messages = []
     for pair in history if isinstance(history, list) else [history]:
         if not (isinstance(pair, list) and len(pair) == 2 and all(isinstance(each, str) for each in pair)):
-            raise Unreadable("column 'history' is not a list of [question, answer] pairs of text. Correct it.")
+            raise Unreadable("column 'history' is not a list of [question, answer] pairs of text")
         messages += [{"role": role, "content": text} for role, text in zip(("user", "assistant"), pair, strict=True)]
     return messages
 
@@ -203,7 +201,7 @@ def _parsed(value: Any, column: str) -> Any:
     try:
         return json.loads(value)
     except ValueError as error:
-        hint = "Correct it, leave it empty for none, or remove the column."
+        hint = "Leave it empty for none, or remove the column."
         raise Unreadable(f"column '{column}' is no JSON ({error}). {hint}") from error
 
 

@@ -247,7 +247,7 @@ def survey(tokens: Dataset) -> tuple[np.ndarray, np.ndarray, int, str]:
     """
     lengths, learnt, largest, digest = [np.empty(0, int)], [np.empty(0, int)], 0, xxhash.xxh3_128()
     for table in _arrow_batches(tokens):
-        ids, labels = (table[name].combine_chunks().flatten().to_numpy() for name in ("input_ids", "labels"))
+        ids, labels = (_flat(table[name]) for name in ("input_ids", "labels"))
         length, is_learnt = _learnt(table)
         lengths.append(length)
         so_far = np.concatenate([[0], np.cumsum(is_learnt)])
@@ -296,9 +296,15 @@ def _learnt(table: pa.Table) -> tuple[np.ndarray, np.ndarray]:
     """Each row's length, and for every token whether it is learnt; a row's first never is: nothing predicts it."""
     labels = table["labels"].combine_chunks()
     length = pc.list_value_length(labels).to_numpy()
-    is_learnt = labels.flatten().to_numpy() != IGNORE
+    is_learnt = _flat(table["labels"]) != IGNORE
     is_learnt[(np.cumsum(length) - length)[length > 0]] = False
     return length, is_learnt
+
+
+def _flat(column: pa.ChunkedArray) -> np.ndarray:
+    """All tokens of a column of lists; of lists that are all empty, too, which have no type."""
+    tokens = column.combine_chunks().flatten()
+    return (tokens.cast(pa.int64()) if pa.types.is_null(tokens.type) else tokens).to_numpy()
 
 
 def _arrow_batches(dataset: Dataset) -> Iterator[pa.Table]:

@@ -6,6 +6,7 @@ Knows criteria and batches, not how a criterion measures.
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -18,6 +19,7 @@ from trl import SFTConfig
 
 from ..config import InputError, NotFiniteError, whole_number
 from ..criteria.criterion import CRITERIA, Criterion, source_of
+from ..criteria.text import without_prompt
 from ..data.loading import Opened, default_arguments
 from ..data.preparation import PreparedRows
 from ..io.made_from import BUILT_IN_SOURCE
@@ -64,8 +66,8 @@ def score_by(
         authors drop.
 
     Raises:
-        InputError: the criterion is unknown, a function of your own has the name of one of `CRITERIA`, a row's number
-            is not finite, or as for `score_dataset`.
+        InputError: the criterion is unknown, it relates responses to prompts and no row has a prompt, a function of
+            your own has the name of one of `CRITERIA`, a row's number is not finite, or as for `score_dataset`.
     """
     name, chosen = _named(criterion)
     if output is not None and ("<" in name or not name):
@@ -76,12 +78,36 @@ def score_by(
     config[BUILT_IN_SOURCE if _is_ours(chosen) else SOURCE] = source_of(chosen)
 
     def measure(model: PreTrainedModel, opened: Opened, target: PassOutput) -> Measured:
+        if _is_of_prompt(chosen):
+            _check_prompts(name, opened, stacklevel=5)
         function = chosen.measure(opened.prepared) if chosen.counts else chosen.measure
         label, parts = f"Measuring {name}", target.parts(tokens)
         values = measure_rows(function, model, opened.prepared, args, tokens, label, parts)
         return Measured(_columns_of(values, name, chosen))
 
     return run_pass(model, dataset, processing_class, args, config, output, measure, **row_options)
+
+
+def _is_of_prompt(criterion: Criterion) -> bool:
+    """Whether a criterion, or the one with the same function, relates responses to prompts."""
+    return criterion.of_prompt or any(each.of_prompt for each in CRITERIA.values() if each.measure is criterion.measure)
+
+
+def _check_prompts(name: str, opened: Opened, stacklevel: int) -> None:
+    """Warn about rows without a prompt, for which the criterion means something else.
+
+    Raises InputError where no row has one.
+    """
+    none = without_prompt(opened.prepared, opened.tokenizer.bos_token_id)
+    hint = "Pass prompt and completion, or assistant_only_loss=True for messages."
+    if none.all():
+        raise InputError(f"{name} relates a response to its prompt, and every token of all rows is learnt. {hint}")
+    if none.any():
+        warnings.warn(
+            f"{none.sum()} of {len(none)} rows have no prompt, as all their tokens are learnt: their {name} cannot be "
+            f"compared with that of the others. {hint}",
+            stacklevel=stacklevel,
+        )
 
 
 def _columns_of(values: np.ndarray, name: str, chosen: Criterion) -> dict[str, np.ndarray]:

@@ -217,4 +217,5 @@ def _pieces(stream: IterableDataset, size: int) -> Iterator[Dataset]:
     rows = iter(stream)
     while piece := list(itertools.islice(rows, size)):
         names = dict.fromkeys(name for row in piece for name in row)  # the first row may lack some
-        yield Dataset.from_dict({name: [row.get(name) for row in piece] for name in names}, features=stream.features)
+        columns = {name: [row.get(name) for row in piece] for name in names}
+        yield Dataset.from_dict(columns, features=stream.features, on_mixed_types="use_json")

@@ -26,7 +26,8 @@ from resofilter_trainer.criteria.model import (
     loss,
     norms,
 )
-from resofilter_trainer.data.preparation import PreparedRows
+from resofilter_trainer.criteria.text import without_prompt
+from resofilter_trainer.data.preparation import PreparedRows, prepared_already
 from resofilter_trainer.model.losses import IGNORE
 
 SHAPE = {
@@ -322,6 +323,31 @@ def test_rows_that_cannot_be_measured_keep_their_reason(tiny_llama, tokenizer):
     scores = score_by("el2n", tiny_llama(), Dataset.from_list(rows), tokenizer, arguments(), drop_empty=True, **COLUMNS)
     assert scores.reasons == [None] * 4 + ["empty completion"]
     assert np.isnan(scores.column("score")[4])
+
+
+TALK = [{"role": "user", "content": "what is 1 ?"}, {"role": "assistant", "content": "it is one"}]
+
+
+@pytest.mark.parametrize("criterion", ["ifd", "response_ratio", ifd])
+def test_a_criterion_of_the_prompt_says_how_many_rows_have_none(criterion, tiny_llama, tokenizer):
+    whole = Dataset.from_list([{"messages": TALK * 2}] * 4)  # of which every token is learnt
+    with pytest.raises(InputError, match=r"every token of all rows is learnt.*assistant_only_loss=True"):
+        score_by(criterion, tiny_llama(), whole, tokenizer, arguments())
+    assert score_by("loss", tiny_llama(), whole, tokenizer, arguments()).scored.all()
+    assert score_by(criterion, tiny_llama(), whole, tokenizer, arguments(assistant_only_loss=True)).scored.all()
+    pairs = Dataset.from_list([{"prompt": each, "completion": "it is one"} for each in ("", "what is 1 ? ", "", "so ")])
+    with pytest.warns(UserWarning, match=r"^2 of 4 rows have no prompt") as told:
+        score_by(criterion, tiny_llama(), pairs, tokenizer, arguments())
+    assert told[0].filename == __file__
+
+
+def test_a_start_token_is_no_prompt(tokenizer):
+    start = int(tokenizer.convert_tokens_to_ids("<|user|>"))
+    rows = [([start, 5, 6], 1), ([5, 6, 7], 1), ([5, 6, 7], 0), ([start, 5, 6], 2)]
+    dataset = Dataset.from_list([{"input_ids": ids, "labels": [-100] * n + ids[n:]} for ids, n in rows])
+    prepared = prepared_already(dataset, dict)
+    assert without_prompt(prepared, start).tolist() == [True, False, True, False]
+    assert without_prompt(prepared, None).tolist() == [False, False, True, False]
 
 
 def test_a_function_of_ones_own(tiny_llama, tokenizer):

@@ -27,6 +27,26 @@ FORMATS = {
         ("hi", "hello"),
     ),
     "conversational pair": ({"prompt": SAYS[1:], "completion": [ANSWER]}, {}, ("hi", "hello")),
+    "a system beside the turns": (
+        {"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "hello"}], "system": "be brief"},
+        {},
+        ("system: be brief\n\nuser: hi", "hello"),
+    ),
+    "earlier turns": (
+        {"q": "hi", "r": "hello", "history": [["a", "b"]]},
+        {"prompt_column": "q", "completion_column": "r", "conversational": True},
+        ("user: a\n\nassistant: b\n\nuser: hi", "hello"),
+    ),
+    "a row that was refused": (
+        {"messages": [None, ANSWER]},
+        {},
+        ("", '[null, {"role": "assistant", "content": "hello"}]'),
+    ),
+    "a number that 0.1.0 took for text": (
+        {"i": "do", "x": 2.5, "r": 3.5},
+        {"prompt_column": ["i", "x"], "completion_column": "r"},
+        ("do\n\n2.5", "3.5"),
+    ),
     "text": ({"text": "all of it"}, {}, ("", "all of it")),
     "mapped text": ({"story": "all of it"}, {"text_column": "story"}, ("", "all of it")),
     "nothing": ({"text": None}, {}, ("", "")),

@@ -106,6 +106,25 @@ def test_a_stream_that_changed_is_refused(model, tokenizer, tmp_path, monkeypatc
         score(model, tokenizer, rows(ROWS).to_iterable_dataset(), tmp_path, config=ResonanceConfig(n_layers=2))
 
 
+def test_a_stream_of_chat_rows_says_once_how_it_reads_them_and_keeps_every_reason(model, tokenizer, tmp_path, capsys):
+    talk = [{"from": "human", "value": "what is 1 ?"}, {"from": "gpt", "value": "one"}]
+    listed = [{"conversations": [*talk[:1], {**talk[1], "value": f"it is {i}"}], "tools": ""} for i in range(60)]
+    listed[3]["tools"] = "[{"
+    for row in listed[50:]:  # the whole last piece
+        row["conversations"] = [None]
+    stream = Dataset.from_list(listed).to_iterable_dataset()
+    with pytest.raises(InputError, match=r"^Rows 0 to 24 of the stream .*1 of 25 rows .*Row 3: column 'tools'"):
+        score(model, tokenizer, stream, tmp_path / "refused")
+    capsys.readouterr()
+    found = score(model, tokenizer, stream, tmp_path / "kept", drop_empty=True)
+    assert capsys.readouterr().out.count("role human was read as user") == 1
+    assert found.reasons[50:] == ["message 0 is null"] * 10
+    assert "'tools' is no JSON" in found.reasons[3]
+    assert found.scored.sum() == 49
+    whole = score_dataset(model, Dataset.from_list(listed), tokenizer, arguments(), drop_empty=True)
+    np.testing.assert_allclose(found.column("score"), whole.column("score"), rtol=1e-6)
+
+
 def test_rows_that_cannot_be_scored_keep_their_positions(model, tokenizer, tmp_path):
     listed = rows(55).to_list()
     listed[30] = listed[27]
@@ -113,7 +132,7 @@ def test_rows_that_cannot_be_scored_keep_their_positions(model, tokenizer, tmp_p
     stream = Dataset.from_list(listed).to_iterable_dataset()
     found = score(model, tokenizer, stream, tmp_path, drop_duplicates=True, drop_empty=True)
     assert found.reasons[30] == "same prompt as row 27"
-    assert found.reasons[50:] == ["nothing in its piece can be scored"] * 5
+    assert found.reasons[50:] == ["empty completion"] * 5
     assert found.column("sample_id").tolist() == list(range(55))
     assert found.scored.sum() == 49
     assert found.provenance.trust.saturation == pytest.approx(np.ptp(found.column("score")[found.scored]) / 1e-5)
