@@ -14,7 +14,7 @@ from ..config import InputError, nearest
 from . import clean, compare, demo, env, report, score, select
 from .interrupts import interruptible
 from .launching import is_launched, run_in_processes
-from .naming import in_shell, options_of
+from .naming import options_of, speaking, told
 from .parser import CommandParser
 
 COMMANDS = {  # each module has `add_arguments` and `run`, which imports what it needs
@@ -55,20 +55,20 @@ def exit_on_input_error(
     if os.environ.get("RANK", "0") != "0":
         program = f"{program} (process {os.environ['RANK']})"
     options = {} if parser is None else options_of(parser, names)
-    with interruptible(program), _one_line_warnings(program, options):
+    with interruptible(program), speaking(options), _one_line_warnings(program):
         try:
             yield
         except InputError as error:
-            print(f"{program}: error: {in_shell(str(error), options)}", file=sys.stderr)
+            print(f"{program}: error: {told(str(error))}", file=sys.stderr)
             raise SystemExit(2) from None
 
 
 @contextlib.contextmanager
-def _one_line_warnings(program: str, options: Mapping[str, argparse.Action]) -> Iterator[None]:
+def _one_line_warnings(program: str) -> Iterator[None]:
     """Print each warning in one line, without those by which other libraries address programmers."""
 
     def show(message: Warning | str, category: type[Warning], *place: object, **more: object) -> None:
-        print(f"{program}: warning: {in_shell(' '.join(str(message).split()), options)}", file=sys.stderr)
+        print(f"{program}: warning: {told(' '.join(str(message).split()))}", file=sys.stderr)
 
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it misses a package as soon as it is imported
     with warnings.catch_warnings():

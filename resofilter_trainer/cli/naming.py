@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import argparse
 import ast
+import contextlib
 import json
 import re
 import shlex
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextvars import ContextVar
+from types import MappingProxyType
 from typing import Any
 
 # Names of the library, TRL and transformers, and of the option that a command has instead.
@@ -19,6 +22,9 @@ OTHER_NAMES = {
     "ddp_timeout": "timeout",
     "keep": "keep_tokens",
 }
+_spoken: ContextVar[Mapping[str, argparse.Action]] = ContextVar(
+    "the options of the running command", default=MappingProxyType({})
+)
 BEGIN, END = "\0", "\1"  # of an option with its value
 
 NAMED = re.compile(
@@ -29,9 +35,10 @@ NAMED = re.compile(
     )
     | (?<![\w.'"/=-])(?:args\.|config\.)?(?P<name>[a-z]\w*)
       (?: (?P<equals>=)
-          (?P<value>'[^']*' | "[^"]*" | \[[^][]*] | \([^()]*\) | \{[^{}]*} | [+-]?\w+(?:[.+-]\w+)*)?
+          (?P<value>r?'[^']*' | r?"[^"]*" | \[[^][]*] | \([^()]*\) | \{[^{}]*} | [+-]?\w+(?:[.+-]\w+)*)?
         | (?![\w(/=]|\.\w)
       )
+      (?P<where>[ ](?:in|of)[ ]SFTConfig\b)?
     """,
     re.VERBOSE,
 )
@@ -69,10 +76,26 @@ def in_shell(message: str, options: Mapping[str, argparse.Action]) -> str:
             return match[0]
         if match["equals"]:
             return f"{BEGIN}{_given(options[name], match['value'])}{END}"
-        return _option(options[name]) if "_" in name or match.start() == 0 else match[0]
+        known = "_" in name or match["where"] or match.start() == 0
+        return _option(options[name]) if known else match[0]
 
     said_so = NAMED.sub(said, message).replace(f"{END}, {BEGIN}", " ")  # `a=1, b=2`
     return said_so.replace(BEGIN, "").replace(END, "")
+
+
+@contextlib.contextmanager
+def speaking(options: Mapping[str, argparse.Action]) -> Iterator[None]:
+    """Let `told` speak of these options until the block ends."""
+    token = _spoken.set(options)
+    try:
+        yield
+    finally:
+        _spoken.reset(token)
+
+
+def told(message: str) -> str:
+    """A message of the library in the words of the running command."""
+    return in_shell(message, _spoken.get())
 
 
 def _option(action: argparse.Action) -> str:
@@ -92,7 +115,7 @@ def _given(action: argparse.Action, text: str | None) -> str:
         return f"no {option}"
     if isinstance(value, list | tuple):
         between = " " if action.nargs in ("+", "*") else ","
-        return f"{option} {between.join(shlex.quote(str(each)) for each in value)}"
+        return f"{option} {between.join('...' if each is ... else shlex.quote(str(each)) for each in value)}"
     if isinstance(value, dict):
         return f"{option} {shlex.quote(json.dumps(value))}"
     return f"{option} {str(value).lower() if value is None or isinstance(value, bool) else shlex.quote(str(value))}"

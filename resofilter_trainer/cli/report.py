@@ -8,7 +8,7 @@ from typing import Any
 
 from ..config import InputError
 from .inputs import scored_dataset
-from .naming import in_shell, options_of
+from .naming import in_shell, options_of, told
 from .parser import CommandParser, row_arguments, scored_dataset_arguments
 
 
@@ -57,7 +57,7 @@ def _texts_and_groups(args: argparse.Namespace, provenance: Any) -> tuple[Any, A
     except InputError as error:
         if args.dataset or args.group_column:
             raise
-        print(f"The report has no text: {in_shell(str(error), options_of(args.parser))}")
+        print(f"The report has no text: {told(str(error))}")
         return None, None
     if dataset is None or len(dataset) != provenance.rows:
         if args.dataset:

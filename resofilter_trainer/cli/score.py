@@ -24,6 +24,7 @@ from ..scores.doubts import trust_lines
 from ..scores.full_step import full_step_of, percent, span_of
 from ..scores.score_table import count_reasons
 from .inputs import dataset_of, require, row_options, settings_of, sft_config
+from .naming import told
 from .parser import CommandParser, process_arguments, row_arguments
 
 UPDATES = [name for name in get_args(UpdateName) if name != OPTIMIZER]  # without a run's own optimizer
@@ -153,4 +154,4 @@ def summary(scores: Any) -> str:
     limit = scores.provenance.preparation["max_length"]
     if limit is not None and (full := int((scores.column("length") == limit).sum())):
         lines.append(f"  {full} have max_length {limit} tokens: they were truncated, or are exactly that long")
-    return "\n".join([*lines, *trust_lines(scores)])
+    return told("\n".join([*lines, *trust_lines(scores)]))
