@@ -25,6 +25,7 @@ from torch.nn import functional as F
 from ..config import InputError, ResonanceConfig
 from .effective import check_adapters, effective_weight
 from .gradients import Segment
+from .loss_check import LossCheck, TokenLoss, Verdict, field_of, verdicts
 from .losses import IGNORE
 from .modes import at_least_float32
 from .recorder import Call, call_sums, used_twice
@@ -51,7 +52,8 @@ class MicroBatch:
         input_ids: (B, T), the input of the model.
         labels: (B, T), -100 for tokens that are not learnt.
         segments: the N samples in it.
-        token_weight: the weight of every token's loss in the loss of the step.
+        token_weight: the expected weight of every token's loss in the loss of the step.
+        form: the expected loss of one token.
         sums: what each hooked module adds to each sample's sum, (N,).
         losses: (N,) each sample's mean token loss; None if the output of the model does not show it.
     """
@@ -60,6 +62,7 @@ class MicroBatch:
     labels: Tensor
     segments: Sequence[Segment]
     token_weight: float | Tensor
+    form: TokenLoss = field(default_factory=TokenLoss)
     sums: dict[nn.Module, Tensor] = field(default_factory=dict)
     losses: Tensor | None = None
 
@@ -71,9 +74,21 @@ class MicroBatch:
         return torch.stack([learnt[each.row, each.tokens].sum() for each in self.segments])
 
     @cached_property
+    def check(self) -> LossCheck:
+        """What finds the true weights of the tokens."""
+        return LossCheck(self.input_ids, self.labels, self.segments, self.token_weight, self.form)
+
+    @cached_property
     def scales(self) -> Tensor:
-        """(N,) the factor from a sample's share of the loss to its own mean loss."""
-        return 1 / (self.token_weight * self.num_tokens.clamp(min=1))
+        """(N,) the factor from a sample's share of the loss to its own mean loss, known once the backward reaches it.
+
+        The weights are the expected ones, exactly, unless the backward shows others.
+        """
+        tokens = self.num_tokens.clamp(min=1)
+        expected = 1 / (self.token_weight * tokens)
+        if self.check.own is None:
+            return expected
+        return torch.where(self.check.own, (1 / (self.check.weight * tokens)).to(expected.dtype), expected)
 
 
 class TrainingRecorder:
@@ -109,7 +124,7 @@ class TrainingRecorder:
         """Register the hooks."""
         hooks = [
             self.model.register_forward_pre_hook(self._begin, with_kwargs=True),
-            self.model.register_forward_hook(self._end),
+            self.model.register_forward_hook(self._end, with_kwargs=True),
             *(module.register_forward_hook(self._catch, with_kwargs=True) for module in self._modules),
         ]
         for hook in hooks:
@@ -123,6 +138,15 @@ class TrainingRecorder:
     def expect(self, batches: Sequence[MicroBatch]) -> None:
         """Set the next micro-batches. A forward on anything else is not measured."""
         self._expected, self._begun, self._running, self._called = list(batches), [], None, {}
+
+    def backpropagates(self, loss: Tensor) -> None:
+        """Note that the gradient of a loss, of the micro-batch of the last forward, is going to be computed."""
+        if self._begun and self.config is not None:
+            self._begun[-1].check.backpropagates(loss)
+
+    def verdicts(self) -> list[Verdict]:
+        """How the losses of the expected micro-batches differ from what is expected, once the backward is over."""
+        return [] if self.config is None else verdicts([each.check for each in self._expected])
 
     def take(self) -> list[Resonance]:
         """The measurements of the expected micro-batches, in order. Clears the list of expected micro-batches.
@@ -164,15 +188,20 @@ class TrainingRecorder:
     def _begin(self, model: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         if not torch.is_grad_enabled():
             return
-        ids = kwargs.get("input_ids")
+        ids = kwargs.get("input_ids", args[0] if args else None)
         coming = (each for each in self._expected if each not in self._begun and _same(each.input_ids, ids))
         self._running = next(coming, None)
         if self._running is not None:
             self._begun.append(self._running)
 
-    def _end(self, model: nn.Module, args: Any, output: Any) -> None:
-        if self._running is not None and self._running.losses is None:
-            self._running.losses = _mean_losses(output, self._running)
+    def _end(self, model: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+        batch = self._running
+        if batch is None or not torch.is_grad_enabled():
+            return
+        losses = _token_losses(output, batch)
+        batch.losses = None if losses is None else _mean_losses(losses, batch)
+        if self.config is not None:
+            batch.check.watch(output, losses, kwargs.get("num_items_in_batch"))
 
     def _catch(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
         """Forward hook. Gradient checkpointing calls it twice, but its backward passes here once."""
@@ -281,20 +310,23 @@ def _same(mine: Tensor, given: Any) -> bool:
 
 
 @torch.no_grad()
-def _mean_losses(output: Any, batch: MicroBatch) -> Tensor | None:
-    """(N,) each sample's mean token loss, from the log-probabilities that TRL computes or from the logits."""
-    log_probs, logits = getattr(output, "log_probs", None), getattr(output, "logits", None)
+def _token_losses(output: Any, batch: MicroBatch) -> Tensor | None:
+    """(B, T - 1) the cross entropy of each learnt token, from TRL's log-probabilities or from logits of all tokens."""
+    log_probs, logits = field_of(output, "log_probs"), field_of(output, "logits")
     if log_probs is not None:
-        per_token = -log_probs.double()
-    elif logits is not None:
-        learnt = batch.labels[:, 1:] != IGNORE
-        losses = F.cross_entropy(
-            at_least_float32(logits[:, :-1][learnt]), batch.labels[:, 1:][learnt], reduction="none"
-        )
-        per_token = torch.zeros(learnt.shape, dtype=torch.float64, device=losses.device)
-        per_token[learnt] = losses.double()
-    else:
+        return -log_probs.double()
+    if logits is None or logits.shape[:-1] != batch.labels.shape:
         return None
+    learnt = (batch.labels[:, 1:] != IGNORE).to(logits.device)
+    targets = batch.labels[:, 1:].to(logits.device)[learnt]
+    losses = F.cross_entropy(at_least_float32(logits[:, :-1][learnt]), targets, reduction="none")
+    per_token = torch.zeros(learnt.shape, dtype=torch.float64, device=losses.device)
+    per_token[learnt] = losses.double()
+    return per_token.to(batch.labels.device)
+
+
+def _mean_losses(per_token: Tensor, batch: MicroBatch) -> Tensor:
+    """(N,) each sample's mean token loss, given (B, T - 1) token losses."""
     sums = [
         per_token[each.row, max(each.tokens.start - 1, 0) : max(each.tokens.stop - 1, 0)] for each in batch.segments
     ]

@@ -71,7 +71,8 @@ class Run:
         own_sampler = access.sampler_of(train_dataloader)
         self._random_order = isinstance(own_sampler, RandomSampler)
         self._timeline = Timeline(trainer, own_sampler, self._batching, filtering)
-        self._watch = Watch(trainer, config, self._batching, each_step=filtering.when == "training")
+        in_training = filtering.when == "training"
+        self._watch = Watch(trainer, config, self._batching, each_step=in_training, drops=filtering.keep != 1)
         self._patch = access.TrainerPatch(trainer, train_dataloader, self._timeline.sampler, self.fetch)
         self._weights = BatchWeights(trainer, train_dataloader)
         self._tokens = None if cleaning is None else CleaningRun(trainer, cleaning)

@@ -24,6 +24,7 @@ from trl import SFTConfig, SFTTrainer
 
 from ..config import InputError
 from ..model.adapters import keeps_a_prefix, refuse_adapters
+from ..model.loss_check import TokenLoss
 from ..model.losses import IGNORE
 from ..model.sharding import is_sharded
 from ..selecting.token_selection import EMPTIED
@@ -75,36 +76,69 @@ class TrainerPatch:
         """Let batches say their rows, and the run fetch them."""
         self._rows.install()
         self._loader.set_sampler(self._sampler)
-        self._restore_fetch()  # after an earlier run that an exception ended
+        _restore(self._trainer, "get_batch_samples")  # after an earlier run that an exception ended
         self.inner = self._trainer.get_batch_samples
-        self._trainer.get_batch_samples = _Fetch(self._fetch, vars(self._trainer).get("get_batch_samples"))
+        _replace(self._trainer, "get_batch_samples", self._fetch)
 
     def remove(self) -> None:
         """Leave the trainer as it was found."""
-        if self._restore_fetch():
+        if _restore(self._trainer, "get_batch_samples"):
             self._rows.remove()
             self._loader.set_sampler(self._sampler.inner)
 
-    def _restore_fetch(self) -> bool:
-        """Give the trainer its own `get_batch_samples` back; whether a run had replaced it."""
-        there = vars(self._trainer).get("get_batch_samples")
-        if not isinstance(there, _Fetch):
-            return False
-        if there.replaced is None:
-            del self._trainer.get_batch_samples
-        else:
-            self._trainer.get_batch_samples = there.replaced
-        return True
+
+class BackwardPatch:
+    """Shows every loss that a trainer backpropagates, just before it does, and undoes it.
+
+    Args:
+        trainer: the trainer.
+        see: a function that is called with the loss.
+    """
+
+    def __init__(self, trainer: Trainer, see: Callable[[torch.Tensor], None]) -> None:
+        self._accelerator, self._see = trainer.accelerator, see
+
+    def install(self) -> None:
+        """Replace the accelerator's `backward`."""
+        accelerator, see = self._accelerator, self._see
+        _restore(accelerator, "backward")  # after an earlier run that an exception ended
+        inner = accelerator.backward
+
+        def backward(loss: torch.Tensor, **kwargs: Any) -> None:
+            see(loss.detach() / accelerator.gradient_accumulation_steps)
+            inner(loss, **kwargs)
+
+        _replace(accelerator, "backward", backward)
+
+    def remove(self) -> None:
+        """Put the accelerator's own back."""
+        _restore(self._accelerator, "backward")
 
 
-class _Fetch:
-    """A run's `get_batch_samples`, with the attribute of the trainer that it replaced."""
+class _Replaced:
+    """A function in the place of a method, with the attribute of the object that it replaced."""
 
-    def __init__(self, fetch: Any, replaced: Any) -> None:
-        self._fetch, self.replaced = fetch, replaced
+    def __init__(self, function: Any, replaced: Any) -> None:
+        self._function, self.replaced = function, replaced
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self._fetch(*args, **kwargs)
+        return self._function(*args, **kwargs)
+
+
+def _replace(owner: Any, name: str, function: Any) -> None:
+    setattr(owner, name, _Replaced(function, vars(owner).get(name)))
+
+
+def _restore(owner: Any, name: str) -> bool:
+    """Give an object its own method back; whether a run had replaced it."""
+    there = vars(owner).get(name)
+    if not isinstance(there, _Replaced):
+        return False
+    if there.replaced is None:
+        delattr(owner, name)
+    else:
+        setattr(owner, name, there.replaced)
+    return True
 
 
 def calling_trainer() -> tuple[Trainer, str | None]:
@@ -261,6 +295,13 @@ def token_weight(trainer: Trainer, num_items: Any, batch: Any, micro_batches: in
     if num_items is None or trainer.loss_is_scaled_for_ga is False:  # a mean of means
         return 1 / ((batch["labels"][:, 1:] != IGNORE).sum().clamp(min=1) * micro_batches)
     return (trainer.accelerator.num_processes if trainer.args.average_tokens_across_devices else 1) / num_items
+
+
+def token_loss(trainer: Trainer) -> TokenLoss:
+    """The loss of one token, as the trainer's arguments say."""
+    args = cast(Any, trainer.args)
+    by_probability = isinstance(trainer, SFTTrainer) and args.loss_type == "dft"
+    return TokenLoss(0.0 if by_probability else args.label_smoothing_factor, by_probability)
 
 
 def follow_progress(trainer: Trainer, progress: Progress, begin: bool) -> None:

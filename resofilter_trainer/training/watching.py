@@ -5,6 +5,7 @@ expect -> [forward, backward] x accumulation -> before_step -> the step -> after
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -13,14 +14,20 @@ import torch
 from accelerate.utils import gather_object
 from transformers import Trainer
 
-from ..config import ResonanceConfig
+from ..config import InputError, ResonanceConfig
 from ..model.gradients import segments_of
+from ..model.loss_check import Verdict
 from ..model.training_recorder import MicroBatch, StepRecorder, TrainingRecorder, recorders
 from ..model.up_projection import find_up_projections
 from . import trainer_access as access
 from .measurements import Measured, Measurements
 from .plan import Batching
 from .weighting import weights_of
+
+REMEDY = (
+    "Pass when='before', which measures the mean token loss in a pass of its own, or leave out what changes the loss "
+    "(compute_loss, compute_loss_func, training_step, the model's own)."
+)
 
 
 class Watch:
@@ -31,6 +38,7 @@ class Watch:
         config: the step to measure, and how.
         batching: how rows become steps.
         each_step: whether samples are measured while they are trained on; otherwise only `measurements` is used.
+        drops: whether rows may be dropped.
 
     Attributes:
         measurements: the last measurement of every row, of all processes up to the last `gather`.
@@ -39,13 +47,19 @@ class Watch:
         InputError: the model has no known up-projection, or the update cannot be measured at this number of samples.
     """
 
-    def __init__(self, trainer: Trainer, config: ResonanceConfig, batching: Batching, each_step: bool) -> None:
+    def __init__(
+        self, trainer: Trainer, config: ResonanceConfig, batching: Batching, each_step: bool, drops: bool
+    ) -> None:
         self._trainer = trainer
+        self._loss = access.token_loss(trainer)
+        self._fills = drops and batching.accumulation > 1  # so that batches without a learnt token complete a step
+        self._told = False  # that the loss weighs rows in its own way
         self._recorder: TrainingRecorder | None = None
         self._step_recorder: StepRecorder | None = None
         if each_step:
             samples = batching.per_micro_batch * batching.accumulation
             self._recorder, self._step_recorder = recorders(cast(Any, trainer.model), config, samples)
+            self._backward = access.BackwardPatch(trainer, self._recorder.backpropagates)
         found = find_up_projections(cast(Any, trainer.model), config.n_layers, config.up_projection)
         self.measurements = Measurements(batching.rows, sorted({each.layer for each in found}))
         self._expected: list[MicroBatch] = []
@@ -57,11 +71,13 @@ class Watch:
         """Add the hooks to the model."""
         if self._recorder is not None:
             self._recorder.attach()
+            self._backward.install()
 
     def detach(self) -> None:
         """Leave the model as it was found."""
         if self._recorder is not None:
             self._recorder.detach()
+            self._backward.remove()
 
     def expect(
         self, batches: Sequence[Any], rows: Sequence[np.ndarray], num_items: Any, weights: np.ndarray | None
@@ -82,13 +98,52 @@ class Watch:
             if weights is not None:
                 weight = weight * torch.tensor(weights_of(own_rows, weights), device=batch["labels"].device)
             segments = segments_of(batch)[: len(own_rows)]
-            self._expected.append(MicroBatch(batch["input_ids"], batch["labels"], segments, weight))
+            self._expected.append(MicroBatch(batch["input_ids"], batch["labels"], segments, weight, self._loss))
         self._recorder.expect(self._expected)
 
     def before_step(self) -> None:
-        """Remember the weights, where the optimizer's own step is measured."""
+        """Check the loss of the step; remember the weights, where the optimizer's own step is measured.
+
+        Raises:
+            InputError: the loss that was backpropagated is no weighted sum of the rows' token losses.
+        """
+        if self._recorder is not None:
+            for rows, verdict in zip(self._rows, self._recorder.verdicts(), strict=False):
+                self._check_loss(rows, verdict)
         if self._step_recorder is not None:
             self._step_recorder.before()
+
+    def _check_loss(self, rows: np.ndarray, verdict: Verdict) -> None:
+        if verdict.fault is not None:
+            where = "" if verdict.sample is None else f" (seen in row {rows[verdict.sample]})"
+            raise InputError(
+                f"The loss that {self._name} backpropagates is not the one that is measured, the sum of the tokens' "
+                f"cross entropies, weighted by row: {verdict.fault}{where}. {REMEDY}"
+            )
+        if self._told or not verdict.own.any():
+            return
+        first = int(verdict.own.argmax())
+        weighs = (
+            f"The loss of {self._name} weighs rows in its own way (row {rows[first]}: {verdict.ratio[first]:.4g} times "
+            "the weight that a mean over all tokens of the step gives it)"
+        )
+        if self._fills:
+            raise InputError(
+                f"{weighs}. With gradient_accumulation_steps above 1, an epoch on fewer rows may end with batches "
+                "without a learnt token, of which such a loss may be NaN. Accumulate 1 batch, pass keep=1.0, or leave "
+                "the loss to the Trainer."
+            )
+        self._told = True
+        if self._trainer.args.process_index == 0:
+            warnings.warn(
+                f"{weighs}: each row is measured by its own mean token loss all the same, with the weights found in "
+                "the gradient.",
+                stacklevel=2,
+            )
+
+    @property
+    def _name(self) -> str:
+        return type(self._trainer).__name__
 
     def after_step(self) -> None:
         """Compare the weights with the remembered ones."""
