@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..config import InputError
 from .modes import requiring_grad
 
 TILE_ENTRIES = {"cpu": 1 << 18}  # a megabyte of float32: stays in the cache of a core
@@ -31,20 +32,30 @@ class Segment:
 
 
 def segments_of(batch: Mapping[str, Tensor]) -> list[Segment]:
-    """The samples of a batch: its rows without padding, or the samples in the single row of a padding-free batch.
+    """The samples of a batch: its rows without padding, or the samples in the rows of a padding-free batch.
 
     Args:
-        batch: `attention_mask` (B, T), 0 on padding; or, without a mask, `position_ids` (1, T) that restart at 0 with
+        batch: `attention_mask` (B, T), 0 on padding; or, without a mask, `position_ids` (B, T) that restart at 0 with
             every sample.
+
+    Raises:
+        InputError: the mask is no row of numbers for each row of the batch.
     """
-    mask = batch.get("attention_mask")
-    if mask is None and "position_ids" in batch:
-        starts = (batch["position_ids"][0] == 0).nonzero()[:, 0].tolist()
-        ends = [*starts[1:], batch["position_ids"].shape[1]]
-        return [Segment(0, slice(start, end)) for start, end in zip(starts, ends, strict=True)]
-    if mask is None:
+    mask, positions = batch.get("attention_mask"), batch.get("position_ids")
+    if mask is not None:
+        if mask.dim() != 2:
+            raise InputError(f"attention_mask must be (B, T), 0 on padding, got {tuple(mask.shape)}.")
+        return [Segment(row, _run(tokens)) for row, tokens in enumerate(mask.bool().cpu().numpy())]
+    if positions is None or positions.dim() != 2:
         return [Segment(row, slice(0, tokens.shape[0])) for row, tokens in enumerate(batch["input_ids"])]
-    return [Segment(row, _run(tokens)) for row, tokens in enumerate(mask.bool().cpu().numpy())]
+    segments = []
+    for row, own in enumerate(positions):
+        starts = (own == 0).nonzero()[:, 0].tolist()
+        found = [slice(*each) for each in zip(starts, [*starts[1:], len(own)], strict=True)]
+        if len(positions) > 1:  # each row is one sample, and padding has position 0
+            found = [each for each in found if each.stop - each.start > 1][:1] or found[:1]
+        segments += [Segment(row, each) for each in found]
+    return segments
 
 
 def runs_of(counts: Tensor) -> list[Segment]:

@@ -13,8 +13,8 @@ import torch
 from torch.utils.data import Dataset, Sampler
 
 from ..config import InputError
-from ..model.gradients import segments_of
 from ..model.losses import IGNORE
+from .matching import Matcher
 from .plan import Batching
 from .position import Position
 
@@ -50,19 +50,23 @@ class IndexedRows(Dataset):
 
 
 class RowCollator:
-    """A collator whose batches say which rows they contain, `ROW` (N,), and whose fillers have nothing to learn."""
+    """A collator whose batches say which row each sample is, `ROW` (N,), and whose fillers have nothing to learn.
+
+    Raises:
+        InputError: the samples of a batch cannot be found among its rows.
+    """
 
     def __init__(self, inner: Callable[[list[Any]], Any]) -> None:
-        self.inner = inner
+        self._matcher = Matcher(inner)
 
     def __call__(self, examples: list[dict[str, Any]]) -> Any:
         """Collate, in the main process or in a worker."""
         rows = [example.pop(ROW) for example in examples]
-        batch = self.inner(examples)
-        if FILLER in rows:
-            for row, where in zip(rows, segments_of(batch)[: len(rows)], strict=True):
-                if row == FILLER:
-                    batch["labels"][where.row, where.tokens] = IGNORE
+        batch, segments, order = self._matcher.collate(examples)
+        rows = [rows[example] for example in order]
+        for row, where in zip(rows, segments, strict=True):
+            if row == FILLER:
+                batch["labels"][where.row, where.tokens] = IGNORE
         batch[ROW] = torch.tensor(rows)
         return batch
 
