@@ -104,16 +104,28 @@ def prepared_already(dataset: Dataset, collate: Callable[[list[Any]], Any]) -> P
     """A trainer's rows as it trains on them; their positions are those in the trainer's dataset.
 
     Args:
-        dataset: rows with `input_ids` and `labels`, or with columns that the collator makes these from.
+        dataset: rows with `input_ids` and `labels`, or with columns that the collator makes these from; a transform
+            (`with_transform`) is applied to each row, once.
         collate: the trainer's collator.
     """
-    if {"input_ids", "labels"} <= set(dataset.column_names):
+    if dataset.format["type"] == "custom":
+        plain, kwargs = dataset.with_format(None), {"dataset": dataset, "collate": collate}
+        tokens = plain.map(
+            _transformed, with_indices=True, fn_kwargs=kwargs, remove_columns=plain.column_names,
+            load_from_cache_file=False, desc="Reading transformed rows",
+        )  # fmt: skip
+    elif {"input_ids", "labels"} <= set(dataset.column_names):
         tokens = dataset.select_columns(["input_ids", "labels"])
     else:
         tokens = dataset.map(_collated, fn_kwargs={"collate": collate}, remove_columns=dataset.column_names)
     lengths, learnt, largest, fingerprint = survey(tokens)
     tokens = tokens.add_column(ROW_POSITION, np.arange(len(tokens)))
     return PreparedRows(tokens, lengths, learnt, largest, fingerprint, {}, "")
+
+
+def _transformed(example: Any, row: int, dataset: Dataset, collate: Callable[[list[Any]], Any]) -> dict[str, Any]:
+    """A row as the dataset's transform and then the collator make it."""
+    return _collated(dataset[row], collate)
 
 
 def _collated(example: dict[str, Any], collate: Callable[[list[Any]], Any]) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from .selection import Selection
 
 NAME = "resofilter"  # the folder in a run's output_dir, its state in a checkpoint, the prefix of its scalars
 TOKENS_FILE = "token_cleaning.json"
-LOG_FILE = "log.json"  # the Trainer's log
+LOG_FILE = "log.json"  # the Trainer's log, and what was reported to its trackers
 FULL, RANDOM = "full", "random"  # the methods of a comparison that the others are compared with
 EPOCHS, FLOPS = "epochs", "flops"  # what is equal in the trainings of a comparison
 COMPARISON_FILE, SUMMARY_FILE = "comparison.json", "summary.json"  # of a comparison, of token cleaning
@@ -29,11 +29,13 @@ class Results:
         scores: the scores of every row of the user's dataset after the last complete epoch; None before.
         selections: the rows that each epoch trains on, in the order of the epochs.
         token_stages: for each stage of token cleaning, what it kept, in numbers.
+        log: what was reported to the trackers, with its step and epoch.
     """
 
     scores: ScoreTable | None = None
     selections: list[Selection] = field(default_factory=list)
     token_stages: list[dict[str, Any]] = field(default_factory=list)
+    log: list[dict[str, float]] = field(default_factory=list)
 
     def save(self, folder: Path, ended: int) -> None:
         """Write the scores, also under the number of the epoch that has ended, and every selection.
@@ -55,10 +57,11 @@ class Results:
                 selection.save(folder / selection_file(epoch))
 
     def save_log(self, folder: Path, entries: Sequence[Mapping[str, Any]]) -> None:
-        """Write the Trainer's log beside the scores, if there are any."""
+        """Write the Trainer's log and this one, in the order of their steps, beside the scores, if there are any."""
         if self.scores is not None:
+            entries = sorted([*entries, *self.log], key=lambda entry: entry["step"])
             with replacing(folder / LOG_FILE) as temporary:
-                temporary.write_text(json.dumps(list(entries), default=str) + "\n")
+                temporary.write_text(json.dumps(entries, default=str) + "\n")
 
     def save_selections(self, folder: Path) -> None:
         """Write every selection."""

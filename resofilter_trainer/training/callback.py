@@ -98,6 +98,14 @@ class ResonanceCallback(TrainerCallback):
         """What each cleaning of tokens kept, in all and of each group, in the order in which they happened."""
         return self._results.token_stages
 
+    @property
+    def log_history(self) -> list[dict[str, float]]:
+        """The `resofilter/...` scalars as the trackers got them, with epoch and step.
+
+        They are not in the Trainer's `state.log_history`, which stays as it is without this callback.
+        """
+        return self._results.log
+
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:

@@ -20,7 +20,7 @@ from trl import SFTConfig, SFTTrainer
 from ..config import InputError
 from ..io.files import read_json, replacing
 from ..io.made_from import as_json, differences, refuse_differences
-from .log import report_tokens
+from .log import RunLog
 
 # Arguments of SFTConfig that no weight depends on.
 WITHOUT_EFFECT = {
@@ -144,4 +144,4 @@ class _ReportKeptTokens(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.kept_tokens is not None and self.trainer is not None:
-            report_tokens(self.trainer, self.kept_tokens)
+            RunLog(self.trainer, self.trainer.state.log_history).tokens(self.kept_tokens)

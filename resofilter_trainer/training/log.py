@@ -1,4 +1,4 @@
-"""What a run reports: scalars for the trackers, lines for the console. Knows the Trainer's log only."""
+"""What a run reports: scalars for the trackers, lines for the console. Knows the Trainer's trackers only."""
 
 from __future__ import annotations
 
@@ -20,38 +20,66 @@ from .measurements import Measurements
 LISTED = 3  # reasons in a line
 
 
-def report_rows(
-    trainer: Trainer, when: str, measurements: Measurements, kept: np.ndarray, table: ScoreTable, told: set[str]
-) -> None:
-    """Report the scores, how many rows have none, and how many the next epoch keeps with how many of the tokens.
+class RunLog:
+    """Reports to the trackers of a trainer and to the console.
 
     Args:
-        trainer: the trainer whose trackers are used.
-        when: the moment of the scores, as text: `"after epoch 1 of 3"`.
-        measurements: what was measured of every row.
-        kept: (N,) bool, the rows to keep.
-        table: the scores of all rows of the user's dataset.
-        told: the names of the remarks that this run has made already; new ones are added.
+        trainer: the trainer.
+        history: the list to which every entry with scalars is added, as the trackers get it, with its step.
     """
-    scores = measurements.score[np.isfinite(measurements.score)]
-    tokens = measurements.num_tokens
-    dropped_tokens = float(tokens[~kept].sum() / max(tokens.sum(), 1))
-    scalars = {"kept_share": float(kept.mean()), "dropped_token_share": dropped_tokens}
-    if len(scores):
-        quantiles = np.quantile(scores, [0.25, 0.5, 0.75])
-        scalars |= dict(zip(("score_q25", "score_q50", "score_q75"), map(float, quantiles), strict=True))
-    broken = int((measurements.ever & ~np.isfinite(measurements.score)).sum())
-    notes = f", {broken} rows have a score that is not a number" if broken else ""
-    span = span_of(scores, full_step_of(table.provenance.config))
-    line = (
-        f"scores {when}: {span}{notes}; kept: {int(kept.sum()):,} of {len(kept):,} rows "
-        f"with {1 - dropped_tokens:.1%} of the tokens{_without_score(trainer, table)}"
-    )
-    _say(trainer, scalars, line)
-    for name, remark in remarks_of(table).items():
-        if name not in told:
-            told.add(name)
-            _say(trainer, {}, f"warning: {remark}")
+
+    def __init__(self, trainer: Trainer, history: list[dict[str, float]]) -> None:
+        self._trainer, self._history = trainer, history
+        self._told: set[str] = set()  # the names of the remarks that were made
+
+    def rows(self, when: str, measurements: Measurements, kept: np.ndarray, table: ScoreTable) -> None:
+        """Report the scores, how many rows have none, and how many the next epoch keeps with how many of the tokens.
+
+        Args:
+            when: the moment of the scores, as text: `"after epoch 1 of 3"`.
+            measurements: what was measured of every row.
+            kept: (N,) bool, the rows to keep.
+            table: the scores of all rows of the user's dataset.
+        """
+        scores = measurements.score[np.isfinite(measurements.score)]
+        tokens = measurements.num_tokens
+        dropped_tokens = float(tokens[~kept].sum() / max(tokens.sum(), 1))
+        scalars = {"kept_share": float(kept.mean()), "dropped_token_share": dropped_tokens}
+        if len(scores):
+            quantiles = np.quantile(scores, [0.25, 0.5, 0.75])
+            scalars |= dict(zip(("score_q25", "score_q50", "score_q75"), map(float, quantiles), strict=True))
+        broken = int((measurements.ever & ~np.isfinite(measurements.score)).sum())
+        notes = f", {broken} rows have a score that is not a number" if broken else ""
+        span = span_of(scores, full_step_of(table.provenance.config))
+        line = (
+            f"scores {when}: {span}{notes}; kept: {int(kept.sum()):,} of {len(kept):,} rows "
+            f"with {1 - dropped_tokens:.1%} of the tokens{_without_score(self._trainer, table)}"
+        )
+        self._say(scalars, line)
+        for name, remark in remarks_of(table).items():
+            if name not in self._told:
+                self._told.add(name)
+                self._say({}, f"warning: {remark}")
+
+    def plan(self, line: str) -> None:
+        """Report the plan of an epoch in the console."""
+        self._say({}, line)
+
+    def tokens(self, numbers: Mapping[str, Any]) -> None:
+        """Report what a cleaning of tokens kept, in all and of each group: groups may lose out from stage to stage."""
+        groups = numbers.get("share_of_groups", {})
+        share = numbers["tokens_kept"] / max(numbers["tokens"], 1)
+        scalars = {"kept_token_share": share, **{f"kept_token_share/{name}": kept for name, kept in groups.items()}}
+        stage = f" of stage {numbers['part'] + 1} of epoch {numbers['epoch']}" if "part" in numbers else ""
+        stage = f" of stage {numbers['stage']}" if "stage" in numbers else stage
+        listed = "".join(f", {name} {kept:.1%}" for name, kept in groups.items())
+        self._say(scalars, f"kept {numbers['tokens_kept']:,} of {numbers['tokens']:,} tokens{stage}{listed}")
+
+    def _say(self, scalars: Mapping[str, float], line: str) -> None:
+        if scalars:
+            access.log(self._trainer, {f"{NAME}/{name}": value for name, value in scalars.items()}, self._history)
+        if self._trainer.args.process_index == 0:
+            tqdm.write(f"{NAME}: {line}")
 
 
 def _without_score(trainer: Trainer, table: ScoreTable) -> str:
@@ -62,26 +90,3 @@ def _without_score(trainer: Trainer, table: ScoreTable) -> str:
     why = ", ".join(f"{count:,} {reason}" for reason, count in count_reasons(reasons, LISTED))
     place = Path(str(trainer.args.output_dir)) / NAME / SCORES_FILE
     return f"; {len(reasons):,} of {len(table):,} rows have no score ({why}): see reason in {place}"
-
-
-def report_plan(trainer: Trainer, line: str) -> None:
-    """Report the plan of an epoch in the console."""
-    _say(trainer, {}, line)
-
-
-def report_tokens(trainer: Trainer, numbers: Mapping[str, Any]) -> None:
-    """Report what a cleaning of tokens kept, in all and of each group: groups may lose out from stage to stage."""
-    groups = numbers.get("share_of_groups", {})
-    share = numbers["tokens_kept"] / max(numbers["tokens"], 1)
-    scalars = {"kept_token_share": share, **{f"kept_token_share/{name}": kept for name, kept in groups.items()}}
-    stage = f" of stage {numbers['part'] + 1} of epoch {numbers['epoch']}" if "part" in numbers else ""
-    stage = f" of stage {numbers['stage']}" if "stage" in numbers else stage
-    listed = "".join(f", {name} {kept:.1%}" for name, kept in groups.items())
-    _say(trainer, scalars, f"kept {numbers['tokens_kept']:,} of {numbers['tokens']:,} tokens{stage}{listed}")
-
-
-def _say(trainer: Trainer, scalars: Mapping[str, float], line: str) -> None:
-    if scalars:
-        access.log(trainer, {f"{NAME}/{name}": value for name, value in scalars.items()})
-    if trainer.args.process_index == 0:
-        tqdm.write(f"{NAME}: {line}")

@@ -25,9 +25,10 @@ from ..scoring.dataset import score_prepared
 from ..selecting.results import NAME as STATE
 from ..selecting.results import Results, remove_stale
 from . import trainer_access as access
+from .checkpoints import checkpoint_folder, warn_of_missing_state
 from .deciding import Decisions
 from .filtering import FilterConfig
-from .log import report_plan, report_rows, report_tokens
+from .log import RunLog
 from .measurements import Measured, Measurements
 from .plan_log import line, planned_epochs, save_plan
 from .sampler import ROW
@@ -88,7 +89,7 @@ class Run:
             max_steps=self._timeline.plan.max_steps,
             token_cleaning=None if cleaning is None else dataclasses.asdict(cleaning),
         )
-        self._told: set[str] = set()  # the remarks on the scores that were made
+        self._log = RunLog(trainer, results.log)
         self.nothing_learnt = False  # in this step, in any process
         self._saved_at = (-1, -1)  # step and ended epochs
         self._error: InputError | None = None  # raised once everything is saved
@@ -101,7 +102,7 @@ class Run:
         if starts:
             self._start()
         else:
-            self._resume(access.checkpoint_folder(checkpoint, self.trainer))
+            self._resume(checkpoint_folder(checkpoint, self.trainer))
         self._provenance_json = self._provenance.to_json()  # which every step keeps in the Trainer's state
         self._tell_plan()  # before anything is changed in the trainer: the disk may refuse the file
         self._patch.install()
@@ -123,8 +124,7 @@ class Run:
             self._check_rows(0)
             self._decisions.forget_the_first()
             self._timeline.plan_start(self._decisions.kept)
-            self._write_results(0)
-            self._report_rows("at the starting weights")
+            self._tell_results(0, "at the starting weights")
         elif self._filter.first >= self._timeline.epochs and self._filter.keep != 1:
             _warn_that_nothing_is_filtered(self.trainer, self._filter.first, self._timeline.epochs)
 
@@ -133,7 +133,7 @@ class Run:
         plan, epochs = self._timeline.plan, self._timeline.epochs
         tokens.begin(self._provenance, self.folder, min(plan.steps(epoch) for epoch in range(epochs)))
         for numbers in tokens.stages:
-            report_tokens(self.trainer, numbers)
+            self._log.tokens(numbers)
         if tokens.emptied.any():
             self._decisions.begin(self._provenance)
             self._check_rows(0)
@@ -164,11 +164,13 @@ class Run:
                 "This checkpoint was made without ResonanceCallback, so the rows it has seen are unknown. "
                 "Resume without the callback, or start again with it."
             )
+        warn_of_missing_state(self.trainer, folder.parent)
         what, remedy = f"'{folder.parent}' holds a checkpoint", "Resume with the settings it was made with."
         there = saved["settings"]
         here = {**self._settings, "dataset": fingerprint(self.trainer.train_dataset, there.get("dataset"))}
         check_made_from(there, here, what, remedy, names=there)
         self._provenance = Provenance.from_json(saved["provenance"])
+        self.results.log[:] = saved.get("log", [])  # version 0.1.0 kept it in the Trainer's
         self._timeline.resume(saved, folder.parent)
         self._load_checkpoint(folder)
         if self._timeline.epoch_is_complete:
@@ -218,7 +220,7 @@ class Run:
             size = self._batching.per_micro_batch
             rows, per_step = order[: plan.micro_batches(epoch) * size], size * self._batching.accumulation
             rows = rows[done * per_step : stage.stop * per_step]
-            report_tokens(self.trainer, tokens.clean_stage(epoch, stage.number, rows))
+            self._log.tokens(tokens.clean_stage(epoch, stage.number, rows))
 
     def begin_step(self) -> None:
         """Undo a random draw that an uninterrupted run did not make; the rows of the step are fetched already."""
@@ -275,13 +277,7 @@ class Run:
             self._decisions.select(ended)
             self._error = self._refusal(ended)
         self._timeline.next_epoch(self._decisions.kept, replan=ended < epochs and self._error is None)
-        self._write_results(ended)
-        self._report_rows(f"after epoch {ended} of {epochs}")
-
-    def _report_rows(self, when: str) -> None:
-        scores = self.results.scores
-        assert scores is not None, "scores are made before they are reported"
-        report_rows(self.trainer, when, self._watch.measurements, self._decisions.kept, scores, self._told)
+        self._tell_results(ended, f"after epoch {ended} of {epochs}")
 
     def _score(self) -> None:
         self._watch.gather()
@@ -313,7 +309,7 @@ class Run:
         timeline = self._timeline
         entries = planned_epochs(timeline.plan, self._filter, decided=timeline.ended_epochs + 1)
         if not timeline.over:
-            report_plan(self.trainer, line(entries[timeline.ended_epochs]))
+            self._log.plan(line(entries[timeline.ended_epochs]))
         if self.trainer.args.should_save:
             save_plan(self.folder, entries)
 
@@ -325,7 +321,7 @@ class Run:
         self._watch.gather()
         self._saved_at = now
         if self.trainer.args.should_save:
-            folder = access.checkpoint_folder(None, self.trainer)
+            folder = checkpoint_folder(None, self.trainer)
             drawn, order = self._timeline.sampler.order, np.full(self._batching.rows, -1)
             if drawn is not None and self._timeline.steps_done:
                 order[: len(drawn)] = drawn
@@ -351,20 +347,26 @@ class Run:
         """Write the last results, leave the trainer as it was found, and raise the error that stopped the training."""
         if not self._timeline.over and self._timeline.steps_done:  # within an epoch
             self._score()
-            self._write_results(self._timeline.ended_epochs + 1)
+            if self.trainer.args.should_save:
+                self.results.save(self.folder, self._timeline.ended_epochs + 1)
         if self.trainer.args.should_save:
             self.results.save_log(self.folder, self.trainer.state.log_history)
         self.uninstall()
         if self._error is not None:
             raise self._error
 
-    def _write_results(self, ended: int) -> None:
+    def _tell_results(self, ended: int, when: str) -> None:
+        """Write the scores and selections of all ended epochs, and report them."""
+        scores = self.results.scores
+        assert scores is not None, "scores are made before they are reported"
         if self.trainer.args.should_save:
             self.results.save(self.folder, ended)
+        self._log.rows(when, self._watch.measurements, self._decisions.kept, scores)
 
     def _remember(self) -> None:
         """Keep the small part of the state where the Trainer saves its own."""
         own = {"settings": self._settings, **self._timeline.to_json(), "provenance": self._provenance_json}
+        own["log"] = self.results.log
         self.trainer.state.stateful_callbacks[STATE] = own
 
 

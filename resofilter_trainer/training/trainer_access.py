@@ -8,9 +8,8 @@ from __future__ import annotations
 import functools
 import inspect
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -366,17 +365,17 @@ def masked_copy(batch: Any) -> Any:
     return {**batch, "labels": torch.full_like(batch["labels"], IGNORE)}
 
 
-def log(trainer: Trainer, scalars: dict[str, float]) -> None:
-    """Log through the trainer's history and trackers; what else is due to be logged stays due."""
-    due = trainer.control.should_log
-    Trainer.log(trainer, dict(scalars))  # not the trainer's own: TRL's would add, and clear, its running averages
+def log(trainer: Trainer, scalars: Mapping[str, float], history: list[dict[str, float]]) -> None:
+    """Log scalars to the trackers, and add them to a history; what is due to be logged stays due.
+
+    The trainer's own `log` is not called: it adds to `state.log_history`, whose entries users count, and TRL's clears
+    its running averages.
+    """
+    due, state = trainer.control.should_log, trainer.state
+    entry = {**scalars, "epoch": float(state.epoch or 0)}
+    history.append({**entry, "step": state.global_step})
+    trainer.callback_handler.on_log(trainer.args, state, trainer.control, entry)
     trainer.control.should_log = due
-
-
-def checkpoint_folder(checkpoint: str | None, trainer: Trainer) -> Path:
-    """The folder of a checkpoint for what belongs to this package; by default of the checkpoint of the current step."""
-    default = os.path.join(cast(str, trainer.args.output_dir), f"checkpoint-{trainer.state.global_step}")
-    return Path(checkpoint or default) / "resofilter"
 
 
 def _at_pace(schedule: Any, progress: Progress, step: int) -> float:

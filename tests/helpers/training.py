@@ -15,7 +15,6 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase,
 from trl import SFTConfig, SFTTrainer
 
 from resofilter_trainer import ResonanceCallback
-from resofilter_trainer.training.run import STATE
 
 UNSTABLE = ("runtime", "per_second", "num_tokens")  # log entries that depend on the clock, or that TRL restarts
 
@@ -92,9 +91,9 @@ class Outcome:
 
     @property
     def logs(self) -> list[dict[str, float]]:
-        """Without ours, and without what no two runs have in common."""
-        kept = [entry for entry in self.trainer.state.log_history if not any(STATE in name for name in entry)]
-        stable = [{k: v for k, v in entry.items() if not any(word in k for word in UNSTABLE)} for entry in kept]
+        """Without what no two runs have in common."""
+        history = self.trainer.state.log_history
+        stable = [{k: v for k, v in entry.items() if not any(word in k for word in UNSTABLE)} for entry in history]
         return [entry for entry in stable if "loss" in entry or "eval_loss" in entry]
 
 

@@ -164,8 +164,8 @@ def test_masks_of_a_later_part_reach_batches_that_workers_made_before(workers, t
 def test_what_each_group_keeps_is_logged(tmp_path, tokenizer):
     dataset = rows(21).add_column("source", ["web", "book", None] * 7)
     callback = ResonanceCallback(token_cleaning=TokenCleaning(0.5, parts=3, group_by="source"))
-    trained = train(tmp_path, tokenizer, callback, dataset=dataset)
-    logged = [entry for entry in trained.trainer.state.log_history if "resofilter/kept_token_share" in entry]
+    train(tmp_path, tokenizer, callback, dataset=dataset)
+    logged = [entry for entry in callback.log_history if "resofilter/kept_token_share" in entry]
     assert len(logged) == len(callback.token_stages) == 9
     for entry, stage in zip(logged, callback.token_stages, strict=True):
         assert set(stage["share_of_groups"]) <= {"web", "book", "None"}

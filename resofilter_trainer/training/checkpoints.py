@@ -1,0 +1,28 @@
+"""Where a checkpoint of the Trainer is, and what it lacks. Knows the names of the Trainer's files."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from pathlib import Path
+from typing import cast
+
+from transformers import Trainer
+
+
+def checkpoint_folder(checkpoint: str | None, trainer: Trainer) -> Path:
+    """The folder of a checkpoint for what belongs to this package; by default of the checkpoint of the current step."""
+    default = os.path.join(cast(str, trainer.args.output_dir), f"checkpoint-{trainer.state.global_step}")
+    return Path(checkpoint or default) / "resofilter"
+
+
+def warn_of_missing_state(trainer: Trainer, checkpoint: Path) -> None:
+    """Warn where a checkpoint lacks what the Trainer needs to resume exactly, as those of `save_only_model` do."""
+    states = {"optimizer": "optimizer*", "scheduler": "scheduler*", "random state": "rng_state*"}
+    missing = [name for name, pattern in states.items() if not any(checkpoint.glob(pattern))]
+    if missing and trainer.args.process_index == 0:
+        warnings.warn(
+            f"'{checkpoint}' lacks the {', '.join(missing)} (save_only_model=True?). The Trainer resumes with new "
+            "ones, so the run ends with other weights than an uninterrupted one. Rows and scores are resumed.",
+            stacklevel=2,
+        )
