@@ -74,7 +74,6 @@ def _one_line_warnings(program: str) -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=FutureWarning)
         warnings.filterwarnings("default", category=FutureWarning, module="resofilter_trainer")
-        warnings.filterwarnings("ignore", message="Scores to be taken with care")  # the summary has it
         warnings.showwarning = show
         yield
 

@@ -8,7 +8,13 @@ from typing import Any, NoReturn
 
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    ProcessorMixin,
+)
 from trl import SFTConfig
 
 from ..config import InputError
@@ -30,6 +36,11 @@ def load_model(
     Raises:
         InputError: one of them cannot be found, reached or read, or the files lack some of the model's weights.
     """
+    if isinstance(processing_class, ProcessorMixin):
+        raise InputError(
+            f"Only text can be scored, which needs a tokenizer: got {type(processing_class).__name__}. Pass "
+            "processing_class=processor.tokenizer."
+        )
     if isinstance(model, str):
         model = load_weights(model, args)
     name = model.config.name_or_path

@@ -173,7 +173,7 @@ def _why_idle(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, args: SFTCon
         elif length == 1:
             reasons[position] = "no token to learn: its only token follows no other"
         else:
-            reasons[position] = "no token to learn"
+            reasons[position] = "no token to learn: every label is masked"
     return reasons
 
 

@@ -22,7 +22,7 @@ def not_called(model: nn.Module, each: UpProjection) -> InputError:
         return InputError(f"The forward did not show '{each.name}': a compiled model drops hooks. {UNCOMPILED}.")
     for path, module in _around(model, each):
         own = vars(module).get("forward")
-        if own is not None and "_hf_hook" not in vars(module):  # which accelerate runs around the module's own
+        if path and own is not None and "_hf_hook" not in vars(module):  # accelerate wraps the module's own, too
             return InputError(
                 f"The forward did not call '{each.name}': the forward of '{path}' was replaced by {_name_of(own)}, "
                 "which computes without calling it, as fused kernels such as Unsloth's do. Give these modules their "

@@ -183,11 +183,11 @@ BAD = {
     "no such dataset": (["--dataset", "/nowhere/x.json", "--reference", "{place}/reference"], "no dataset at"),
     "prompts only": (
         ["--dataset", "{place}/prompts.jsonl", "--max_length", 20, "--reference", "{place}/reference"],
-        "every label is masked",
+        "has a token to learn",
     ),
     "prompts only, evolving": (
         [*EVOLVE, "--dataset", "{place}/prompts.jsonl", "--max_length", 20],
-        "every label is masked",
+        "has a token to learn",
     ),
     "unknown group": (["--group_by", "bogus", "--reference", "{place}/reference"], "no column 'bogus'"),
     "unknown group, evolving": ([*EVOLVE, "--group_by", "bogus"], "no column 'bogus'"),

@@ -338,7 +338,7 @@ def test_a_criterion_of_the_prompt_says_how_many_rows_have_none(criterion, tiny_
     pairs = Dataset.from_list([{"prompt": each, "completion": "it is one"} for each in ("", "what is 1 ? ", "", "so ")])
     with pytest.warns(UserWarning, match=r"^2 of 4 rows have no prompt") as told:
         score_by(criterion, tiny_llama(), pairs, tokenizer, arguments())
-    assert told[0].filename == __file__
+    assert [each.filename for each in told if "have no prompt" in str(each.message)] == [__file__]
 
 
 def test_a_start_token_is_no_prompt(tokenizer):

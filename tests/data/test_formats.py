@@ -356,7 +356,7 @@ def test_tokens_of_files_are_those_that_are_trained_on(name, tmp_path, tokenizer
     args = SFTConfig(output_dir=str(tmp_path), bf16=False, report_to="none", use_cpu=True, max_length=None)
 
     def tokens(dataset: Dataset) -> tuple[list[Any], list[Any]]:
-        usable, _ = usable_rows(dataset, mapping, args.dataset_text_field, False, False)
+        usable, _ = usable_rows(dataset, mapping, args, False, False)
         prepared = prepare(usable, tokenizer, args)
         assert prepared.sample_ids.tolist() == list(range(30))
         return list(prepared.dataset["input_ids"]), list(prepared.dataset["labels"])

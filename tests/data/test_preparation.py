@@ -82,7 +82,7 @@ def test_a_row_cut_down_to_its_prompt_has_a_reason(tmp_path, tokenizer) -> None:
 def test_a_row_with_every_label_masked_has_a_reason_without_truncation_too(tmp_path, tokenizer) -> None:
     examples = [{"input_ids": [5, 6], "labels": [-100, 6]}, {"input_ids": [5, 6], "labels": [-100, -100]}]
     assert prepare(with_rows(examples), tokenizer, arguments(tmp_path, max_length=None)).reasons == {
-        1: "no token to learn"
+        1: "no token to learn: every label is masked"
     }
 
 

@@ -205,7 +205,7 @@ def right_or_refused(check: Callable[[], None], said: str) -> None:
         check()
     except InputError as error:
         refused = str(error)
-    assert refused is None or (re.search(said, refused) and "\n" not in refused)
+    assert refused is None or (re.search(said, refused) and "\n" not in refused), refused
 
 
 def lower_half(score: np.ndarray) -> list[int]:

@@ -216,7 +216,7 @@ def trained(model: nn.Module, batch: dict[str, Tensor]) -> tuple[np.ndarray, np.
     return measured.layers, step.after()
 
 
-@pytest.mark.filterwarnings("ignore:Scores to be taken with care")
+@pytest.mark.filterwarnings("ignore::resofilter_trainer.config.ScoreWarning")
 @pytest.mark.parametrize("kind", ["4 bits twice", "8 bits"])
 def test_a_model_that_was_saved_quantised_is_scored_from_its_folder(
     kind: str, tiny_model_dir: Path, tokenizer, tmp_path: Path

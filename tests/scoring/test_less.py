@@ -30,7 +30,7 @@ def rows(count, word="fox"):
 
 
 def prepared(dataset, tokenizer, args):
-    usable, _ = usable_rows(dataset, ColumnMapping(), args.dataset_text_field, False, False)
+    usable, _ = usable_rows(dataset, ColumnMapping(), args, False, False)
     return prepare(usable, tokenizer, args)
 
 

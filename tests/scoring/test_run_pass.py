@@ -27,6 +27,7 @@ from resofilter_trainer import (
 )
 from resofilter_trainer.compare.config import SelectorConfig
 from resofilter_trainer.compare.method_scores import Request, by_column, by_less
+from resofilter_trainer.config import ScoreWarning
 from resofilter_trainer.criteria.criterion import CRITERIA
 from resofilter_trainer.criteria.model import loss
 from resofilter_trainer.io.files import folder_lock
@@ -165,9 +166,9 @@ def test_arguments_that_cannot_work_are_refused(name, every, tmp_path):
 
 
 def test_a_warning_about_scores_names_the_users_own_line(model, tokenizer):
-    with pytest.warns(UserWarning, match="Scores to be taken with care") as warned:
+    with pytest.warns(ScoreWarning, match="below 0.95 the ranking is partly noise") as warned:
         score_dataset(model, Dataset.from_list(ROWS), tokenizer, arguments(bf16=True), **COLUMNS)
-    assert [each.filename for each in warned if "with care" in str(each.message)] == [__file__]
+    assert [each.filename for each in warned if each.category is ScoreWarning] == [__file__] * 2
 
 
 # ---- the source of a function of the user's own

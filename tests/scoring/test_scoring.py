@@ -51,7 +51,7 @@ def test_rows_with_the_same_prompt_score_as_those_alone(tiny_llama, tokenizer) -
         assert together.column("score")[i] == pytest.approx(alone.column("score")[0], rel=1e-10)
 
 
-@pytest.mark.filterwarnings("ignore:Scores to be taken with care")
+@pytest.mark.filterwarnings("ignore::resofilter_trainer.config.ScoreWarning")
 @pytest.mark.parametrize(
     ("faster", "safe", "forward"), [(True, 0.995, "float32"), (True, -1.0, "bfloat16"), (False, -1.0, "float32")]
 )

@@ -253,7 +253,6 @@ def test_a_tracker_is_told_the_same_in_the_same_order(tmp_path):
 
 
 @pytest.mark.parametrize("sets", [with_eval, with_eval_sets], ids=["one", "several"])
-@pytest.mark.xfail(strict=True, reason="an entry of ours follows each epoch in log_history")
 def test_log_history_has_the_entries_of_a_run_without_the_callback(sets, tmp_path):
     """As TRL's tests read it: from its end."""
     names = []
