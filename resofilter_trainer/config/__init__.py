@@ -1,6 +1,6 @@
 """The settings a user can choose, as plain dataclasses, and their checks. Knows nothing of data, models or torch."""
 
-from .checks import at_most_one, nearest, number, one_of, share, whole_number
+from .checks import at_most_one, check_keywords, nearest, number, one_of, share, whole_number
 from .errors import InputError, NotFiniteError, NothingError, ScoreWarning
 from .settings import (
     CLEANING_MODES,
@@ -38,6 +38,7 @@ __all__ = [
     "TokenCleaning",
     "UpdateName",
     "at_most_one",
+    "check_keywords",
     "cleaning_of_mode",
     "nearest",
     "number",

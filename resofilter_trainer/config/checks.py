@@ -5,13 +5,17 @@ Knows values, not what they are for. NumPy numbers count as numbers, bools do no
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
+import functools
 import math
 import numbers
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, TypeVar, cast
 
 from .errors import InputError
+
+T = TypeVar("T")
 
 
 def whole_number(name: str, value: Any, least: int | None = None, most: int | None = None) -> int:
@@ -60,6 +64,28 @@ def nearest(word: object, known: Iterable[str]) -> str | None:
     longer = [each for each in names if each.startswith(word.lower())]
     close = longer if len(longer) == 1 else difflib.get_close_matches(word.lower(), names, n=1)
     return names[close[0]] if close else None
+
+
+def check_keywords(given: Iterable[str], known: Sequence[str]) -> None:
+    """Raise InputError for a keyword that is not known, with the nearest one that is."""
+    for name in given:
+        if name not in known:
+            close = nearest(name, known)
+            meant = f"Did you mean {close}=?" if close else f"There are: {', '.join(known)}."
+            raise InputError(f"There is no argument {name}=. {meant}")
+
+
+def with_known_keywords(settings: type[T]) -> type[T]:
+    """A dataclass of settings whose unknown keywords are answered with the nearest known one (InputError)."""
+    make, known = settings.__init__, [each.name for each in dataclasses.fields(cast(Any, settings))]
+
+    @functools.wraps(make)
+    def checked(self: T, *args: Any, **keywords: Any) -> None:
+        check_keywords(keywords, known)
+        make(self, *args, **keywords)
+
+    cast(Any, settings).__init__ = checked
+    return settings
 
 
 def at_most_one(**settings: object) -> str | None:

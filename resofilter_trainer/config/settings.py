@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 
-from .checks import at_most_one, number, one_of, share, whole_number
+from .checks import at_most_one, number, one_of, share, whole_number, with_known_keywords
 from .errors import InputError
 
 UpdateName = Literal["adamw", "sgd", "optimizer"]  # model.updates has a record of each
@@ -28,6 +28,7 @@ RESONANCE = "resonance"
 CLEANING_MODES = ("fixed", "self-evolving", "rho")
 
 
+@with_known_keywords
 @dataclass(frozen=True)
 class ResonanceConfig:
     """How to measure a sample's resonance. The defaults are those of ResoFilter's released code (arXiv 2412.14809).
@@ -68,6 +69,7 @@ class ResonanceConfig:
         return {**asdict(self), **own}
 
 
+@with_known_keywords
 @dataclass(frozen=True)
 class ColumnMapping:
     """The columns of the user's dataset that hold the prompt and the completion, the messages, or the text.
@@ -116,6 +118,7 @@ class ColumnMapping:
         return self.prompt_columns + [column for column in others if column is not None]
 
 
+@with_known_keywords
 @dataclass(frozen=True)
 class TokenCleaning:
     """How token cleaning chooses the tokens to learn; it masks the others. Defaults as in arXiv 2502.01968.

@@ -5,6 +5,7 @@ Knows the user's rows, not what is measured.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import SFTConfig
 
-from ..config import ColumnMapping, InputError, NothingError, Precision, number, whole_number
+from ..config import ColumnMapping, InputError, NothingError, Precision, check_keywords, number, whole_number
 from ..io.digest import hash_rows
 from ..io.files import check_folder
 from ..model.adapters import refuse_adapters
@@ -75,6 +76,8 @@ def open_pass(
     Raises:
         InputError: no row can be measured, or model, tokenizer and rows do not fit.
     """
+    own = ["drop_duplicates", "drop_empty", "source"]
+    check_keywords(columns, [*(each.name for each in dataclasses.fields(ColumnMapping)), *own])
     mapping = ColumnMapping(**columns)
     notes: list[str] = []
     rows, reasons = usable_rows(dataset, mapping, args, drop_duplicates, drop_empty, notes)

@@ -11,12 +11,14 @@ on_train_end     write the last scores, leave the model as it was found
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ..config import OPTIMIZER, InputError, ResonanceConfig, TokenCleaning, UpdateName
+from ..config import OPTIMIZER, InputError, ResonanceConfig, TokenCleaning, UpdateName, check_keywords
 from ..scores.score_table import ScoreTable
 from ..scoring.passes import locked
 from ..selecting.data_selector import DataSelector
@@ -69,6 +71,8 @@ class ResonanceCallback(TrainerCallback):
         report: bool = False,
         **config: Any,
     ) -> None:
+        own = [*inspect.signature(ResonanceCallback).parameters][:-1]  # without **config
+        check_keywords(config, [*own, *(each.name for each in dataclasses.fields(ResonanceConfig))])
         if token_cleaning is not None and not isinstance(token_cleaning, TokenCleaning):
             raise InputError(f"token_cleaning must be a TokenCleaning, got {token_cleaning!r}.")
         if token_cleaning is not None and keep is None and threshold is None and selector is None:

@@ -6,8 +6,17 @@ import math
 
 import numpy as np
 import pytest
+from datasets import Dataset
 
-from resofilter_trainer.config import InputError, at_most_one, number, one_of, share, whole_number
+from resofilter_trainer import (
+    ColumnMapping,
+    InputError,
+    ResonanceCallback,
+    ResonanceConfig,
+    TokenCleaning,
+    score_dataset,
+)
+from resofilter_trainer.config import at_most_one, number, one_of, share, whole_number
 
 
 def test_values_are_returned_in_python_types():
@@ -44,3 +53,26 @@ def test_a_bad_value_is_refused_in_one_line(call, said):
 def test_the_one_setting_that_is_given():
     assert at_most_one(a=None, b=0) == "b"
     assert at_most_one(a=None, b=None) is None
+
+
+@pytest.mark.parametrize(
+    ("make", "wrong", "meant"),
+    [
+        (ResonanceConfig, "updat", "update="),
+        (ResonanceConfig, "learning_rate", "There are: n_layers, update"),
+        (ColumnMapping, "prompt", "prompt_column="),
+        (TokenCleaning, "refrence", "reference="),
+        (ResonanceCallback, "keeep", "keep="),
+        (ResonanceCallback, "n_layer", "n_layers="),
+    ],
+)
+def test_an_unknown_keyword_is_answered_with_the_nearest(make, wrong, meant):
+    with pytest.raises(InputError, match=f"no argument {wrong}=.*{meant}"):
+        make(**{wrong: 1})
+
+
+def test_an_unknown_option_of_the_rows_is_answered_with_the_nearest(tmp_path):
+    rows = Dataset.from_list([{"prompt": "a", "completion": "b"}])
+    for wrong, meant in (("drop_duplicate", "drop_duplicates="), ("completion_colum", "completion_column=")):
+        with pytest.raises(InputError, match=f"no argument {wrong}=. Did you mean {meant}"):
+            score_dataset("no model is loaded", rows, **{wrong: True})
