@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from datasets import Dataset
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 from trl import SFTConfig
 
 from ..config import ColumnMapping, InputError, NothingError, Precision, check_keywords, number, whole_number
@@ -179,6 +179,17 @@ def _check_no_media(dataset: Dataset) -> None:
             f"text alone, with dataset.remove_columns('{name}'), or name the columns of the text, such as "
             'messages_column="messages".'
         )
+
+
+def check_loss(args: TrainingArguments) -> None:
+    """Raise InputError for arguments by which a trainer would learn by another loss than the mean token loss."""
+    for name, plain in (("loss_type", "nll"), ("label_smoothing_factor", 0)):
+        value = getattr(args, name, plain)
+        if value != plain:
+            raise InputError(
+                f"A pass over the rows measures the mean token loss, and {name}={value!r} trains by another. Leave it "
+                "out, or measure while training, with ResonanceCallback(when='training')."
+            )
 
 
 def check_arguments(args: SFTConfig, output: Path | None) -> None:

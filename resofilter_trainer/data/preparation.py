@@ -23,6 +23,7 @@ from trl import SFTConfig, SFTTrainer
 
 from ..config import InputError, NothingError
 from ..model.losses import IGNORE
+from .columns import media_columns
 from .files import first_line
 from .rows import told_of
 from .templates import check_template, message_columns, rows_with, unrendered_roles
@@ -107,7 +108,15 @@ def prepared_already(dataset: Dataset, collate: Callable[[list[Any]], Any]) -> P
         dataset: rows with `input_ids` and `labels`, or with columns that the collator makes these from; a transform
             (`with_transform`) is applied to each row, once.
         collate: the trainer's collator.
+
+    Raises:
+        InputError: the rows have images, videos or sound, which a pass over their tokens would leave out.
     """
+    for name, row in media_columns(dataset).items():
+        raise InputError(
+            f"Column '{name}' is not empty (row {row}), and a pass before the training measures text alone, without "
+            "images, videos or sound. Measure while training, with when='training'."
+        )
     if dataset.format["type"] == "custom":
         plain, kwargs = dataset.with_format(None), {"dataset": dataset, "collate": collate}
         tokens = plain.map(
@@ -232,7 +241,13 @@ def _by_trl(
         if not failed or len(failed) == len(dataset):
             raise InputError(f"TRL cannot prepare this dataset: {first_line(error)}") from error
     template = trainer.chat_template or getattr(trainer.processing_class, "chat_template", None) or ""
-    return trainer.train_dataset.select_columns([ROW_POSITION, "input_ids", "labels"]), str(template), failed
+    columns = [ROW_POSITION, "input_ids", "labels"]
+    if not set(columns) <= set(trainer.train_dataset.column_names):
+        raise InputError(
+            "The rows are no tokens with labels, and dataset_kwargs={'skip_prepare_dataset': True} leaves them as they "
+            "are. Leave skip_prepare_dataset out."
+        )
+    return trainer.train_dataset.select_columns(columns), str(template), failed
 
 
 def _prepared_by(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, args: SFTConfig) -> SFTTrainer:

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import SFTConfig
 
 from ..config import InputError
-from ..data.loading import Opened, check_arguments, open_pass, placed
+from ..data.loading import Opened, check_arguments, check_loss, open_pass, placed
 from ..scores.score_table import ScoreTable
 from .output import Measured, PassOutput, folder_of
 
@@ -52,6 +52,8 @@ def run_pass(
             scores of something else or another run writes to it.
     """
     check_arguments(args, folder_of(output))
+    if gradients:
+        check_loss(args)
     if place is not None and args.device.type == "mps":
         raise InputError("Apple's GPU has no float64, and scores are float64. Pass use_cpu=True.")
     _check_float16(gradients and args.fp16)

@@ -17,6 +17,7 @@ from transformers import Trainer, TrainerControl
 
 from ..config import InputError, ResonanceConfig, TokenCleaning
 from ..data.fingerprints import describe_training, fingerprint, run_settings
+from ..data.loading import check_loss
 from ..data.models import check_causal
 from ..data.preparation import prepared_already
 from ..io.made_from import check_made_from
@@ -145,6 +146,7 @@ class Run:
         dataset, model = self.trainer.train_dataset, cast(Any, self.trainer.model)
         if not isinstance(dataset, Dataset):
             raise InputError(f"when='before' needs a datasets.Dataset, got {type(dataset).__name__}.")
+        check_loss(self.trainer.args)
         if self._tokens is None:
             prepared = prepared_already(dataset, self.trainer.data_collator)
         else:

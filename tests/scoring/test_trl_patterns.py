@@ -119,7 +119,6 @@ def smoothed(measured: Any, row: Any) -> torch.Tensor:
 @pytest.mark.parametrize(
     ("name", "value", "loss"), [("loss_type", "dft", dft), ("label_smoothing_factor", 0.1, smoothed)]
 )
-@pytest.mark.xfail(strict=True, raises=AssertionError, reason="scores are of the plain loss, without a word")
 def test_a_loss_of_the_arguments_is_measured_or_refused(name, value, loss, tmp_path):
     pattern = Pattern("messages", {name: value})
     rows = prepared(pattern.build(tmp_path))
@@ -184,7 +183,6 @@ def test_arguments_that_do_not_fit_the_rows_are_refused_in_one_line(name, tmp_pa
     assert "\n" not in line
 
 
-@pytest.mark.xfail(strict=True, raises=ValueError, reason="a ValueError of datasets: no such column")
 def test_rows_that_are_no_tokens_cannot_skip_their_preparation(tmp_path):
     assert "skip_prepare_dataset" in refused(tmp_path, zen("text"), dataset_kwargs={"skip_prepare_dataset": True})
 

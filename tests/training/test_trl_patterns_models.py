@@ -132,7 +132,6 @@ def test_rows_with_images_are_measured_with_them(tmp_path):
     assert np.allclose(callback.scores.column("measured"), truth, rtol=1e-4, atol=0)
 
 
-@pytest.mark.xfail(strict=True, raises=AssertionError, reason="the pass before a run leaves the images out")
 def test_rows_with_images_are_measured_with_them_before_a_run_or_refused(tmp_path):
     trainer, callback = on_images(tmp_path, "before")
     truth = true_scores(trainer)
