@@ -9,6 +9,9 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
+from helpers.samples import make_samples
+from helpers.scoring import arguments
+from helpers.training import llama, rows
 from peft import AutoPeftModelForCausalLM, IA3Config, LoraConfig, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import (
@@ -25,9 +28,6 @@ from transformers import (
 
 from resofilter_trainer import InputError, ResonanceCallback, score_by, score_dataset
 from resofilter_trainer.data.models import load_model, load_weights
-from tests.helpers.samples import make_samples
-from tests.helpers.scoring import arguments
-from tests.helpers.training import llama, rows
 
 WEIGHTS = "model.safetensors"
 
