@@ -6,7 +6,7 @@
     content of one part, `[{"type": "text", ...}]`      its text
     a column `system` (or `system_prompt`)              the first message, from the system
     a column `history` of `[question, answer]` pairs    earlier messages of the user and the assistant
-    `tools`, `chat_template_kwargs`: null or ""         none; JSON text is parsed
+    `tools`, `chat_template_kwargs`, `history`: ""      none; JSON text is parsed
     flags `weight`, `train`, `training`, `loss`         what the settings do anyway; or, if only the last message is
                                                         learnt, the messages before it as prompt, and it as completion
     a column `prompt` that repeats the first message    the messages alone
@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 Message = dict[str, Any]
-Form = Literal["messages", "pair"]
+Form = Literal["messages", "pair", "text"]
 
 ROLES = {
     **{role: role for role in ("system", "user", "assistant", "tool", "developer")},
@@ -144,8 +144,9 @@ def with_system(messages: list[Message], system: Any, column: str) -> list[Messa
 
 
 def turns_of(history: Any) -> list[Message]:
-    """Earlier questions and answers as messages: of `[question, answer]` pairs, or of messages."""
-    if history is None or history == []:
+    """Earlier questions and answers as messages: of `[question, answer]` pairs, of messages, or of JSON text of them."""
+    history = _parsed(history, "history")
+    if history is None:
         return []
     if isinstance(history, list) and all(isinstance(each, Mapping) for each in history):
         return messages_of(history, answered=True)
@@ -159,18 +160,16 @@ def turns_of(history: Any) -> list[Message]:
 
 def tools_of(value: Any) -> Any:
     """The tools as TRL reads them: a list, JSON text of a list, or None."""
-    if value is None or (isinstance(value, str) and not value.strip()):
-        return None
     tools = _parsed(value, "tools")
-    if tools is not None and not (isinstance(tools, list) and all(isinstance(each, Mapping) for each in tools)):
+    if tools is None:
+        return None
+    if not (isinstance(tools, list) and all(isinstance(each, Mapping) for each in tools)):
         raise Unreadable(f"column 'tools' holds {_kind(tools)}, not a list of tools. Write a list of JSON objects.")
     return value
 
 
 def template_settings_of(value: Any) -> dict[str, Any]:
     """The arguments of the chat template, `chat_template_kwargs`; empty for null or an empty text."""
-    if value is None or (isinstance(value, str) and not value.strip()):
-        return {}
     settings = _parsed(value, "chat_template_kwargs")
     if settings is not None and not isinstance(settings, Mapping):
         raise Unreadable(f"column 'chat_template_kwargs' holds {_kind(settings)}. Write a JSON object.")
@@ -196,8 +195,11 @@ def repeats_first(prompt: Any, messages: Sequence[Message]) -> bool:
 
 
 def _parsed(value: Any, column: str) -> Any:
+    """A value, or what its JSON text says; None for an empty text."""
     if not isinstance(value, str):
         return value
+    if not value.strip():
+        return None
     try:
         return json.loads(value)
     except ValueError as error:

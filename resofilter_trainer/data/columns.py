@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from datasets import Dataset, Json, LargeList, List, Value
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from datasets import ClassLabel, Dataset, Json, LargeList, List, Value
 
 from ..config import InputError
 from .chat import KEYS
-from .layout import MEDIA, Layout
+from .layout import MASKS, MEDIA, TOKENS, Layout
 
 AT_ONCE = 1000  # rows in memory
 
@@ -23,9 +26,12 @@ def check_types(dataset: Dataset, layout: Layout) -> None:
                 "each row first; text of JSON is read with json.loads."
             )
         if layout.mapped and layout.kind != "messages" and kind not in ("text", "whole numbers", "any"):
+            text = f"str(row['{name}'])"
+            if isinstance(dataset.features[name], ClassLabel):
+                text = f"dataset.features['{name}'].int2str(row['{name}'])"
             raise InputError(
                 f"Column '{name}' holds {kind}, not text. Write it as the text that is meant first, for example with "
-                f"dataset.map(lambda row: {{'{name}': str(row['{name}'])}})."
+                f"dataset.map(lambda row: {{'{name}_text': {text}}}), and name column '{name}_text'."
             )
         if not layout.mapped and layout.kind in ("pair", "text") and kind not in ("text", "messages", "any"):
             raise InputError(f"Column '{name}' holds {kind}, not text or a list of messages. {_as_text(layout)}")
@@ -33,6 +39,30 @@ def check_types(dataset: Dataset, layout: Layout) -> None:
         raise InputError(f"Column '{layout.sources[0]}' holds messages, not text: pass messages_column instead.")
     if layout.kind == "pair" and {"text", "messages"} <= set(kinds.values()):
         raise InputError("One of 'prompt' and 'completion' holds messages and the other text. Write both alike.")
+
+
+def refused_tokens(dataset: Dataset) -> dict[int, str]:
+    """Why rows of tokens cannot be trained on, by position. Raises InputError for a column of anything else."""
+    names = [name for name in (TOKENS, *MASKS) if name in dataset.column_names]
+    for name in names:
+        feature = dataset.features[name]
+        item = feature.feature if isinstance(feature, List | LargeList) else feature
+        kinds = ("whole numbers", "bool") if name.endswith(("mask", "masks")) else ("whole numbers",)
+        if item != Value("null") and (item is feature or kind_of(item) not in kinds):
+            raise InputError(f"Column '{name}' is {feature}, not a list of whole numbers in every row.")
+    found: dict[int, str] = {}
+    start = 0
+    for table in dataset.select_columns(names).with_format("arrow").iter(AT_ONCE):
+        tokens = _lengths(table[TOKENS])
+        for name in names:
+            own = _lengths(table[name])
+            for row in np.flatnonzero(own != tokens).tolist():
+                found[start + row] = f"{own[row]} entries in column '{name}', {tokens[row]} in '{TOKENS}'"
+            what = "null or negative" if name == TOKENS else "null"
+            for row in _rows_with_null(table[name], negative=name == TOKENS):
+                found[start + row] = f"column '{name}' has an entry that is {what}"
+        start += len(table)
+    return found
 
 
 def check_names(dataset: Dataset, layout: Layout) -> None:
@@ -56,7 +86,8 @@ def kind_of(feature: Any) -> str:
         name = str(feature.dtype)
         if name == "null":
             return "any"
-        return {"string": "text", "large_string": "text"}.get(name, "whole numbers" if "int" in name else name)
+        is_text = name in ("string", "large_string", "string_view")
+        return "text" if is_text else "whole numbers" if "int" in name else name
     item = feature[0] if isinstance(feature, list) else getattr(feature, "feature", None)
     if isinstance(feature, list | List | LargeList):
         are_messages = isinstance(item, dict | Json) or kind_of(item) == "any"
@@ -108,3 +139,23 @@ def _is_full(value: Any) -> bool:
     if isinstance(value, list | dict):
         return any(map(_is_full, value.values() if isinstance(value, dict) else value))
     return value is not None and value != ""
+
+
+def _lengths(column: pa.ChunkedArray) -> np.ndarray:
+    """The number of entries in each list, (N,); 0 for null."""
+    if pa.types.is_null(column.type):
+        return np.zeros(len(column), int)
+    return pc.fill_null(pc.list_value_length(column), 0).to_numpy()
+
+
+def _rows_with_null(column: pa.ChunkedArray, negative: bool) -> list[int]:
+    """The rows with an entry that is null; or below 0, if asked for."""
+    if pa.types.is_null(column.type):
+        return []
+    entries, rows = pc.list_flatten(column), pc.list_parent_indices(column)
+    if pa.types.is_null(entries.type):
+        return pc.unique(rows).to_pylist()
+    wrong = pc.is_null(entries)
+    if negative:
+        wrong = pc.or_(wrong, pc.fill_null(pc.less(entries, 0), False))
+    return pc.unique(rows.filter(wrong)).to_pylist()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import glob
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -91,10 +92,11 @@ def _builder(source: str, name: str | None, split: str) -> DatasetBuilder:
     if path.is_file():
         kind = _format(path)
         _check_split(source, split, ["train"])
+        files = {"train": glob.escape(source)}  # datasets takes it for a pattern
         if kind == "parquet":
-            return load_dataset_builder(kind, data_files={"train": source})
-        return RowFiles(data_files={"train": source}, hash=VERSION, dataset_name=kind, kind=kind)
-    if not path.is_dir() and (looks_local(source) or path.suffix in FILE_FORMATS):
+            return load_dataset_builder(kind, data_files=files)
+        return RowFiles(data_files=files, hash=VERSION, dataset_name=kind, kind=kind)
+    if not path.is_dir() and (looks_local(source) or path.suffix.lower() in FILE_FORMATS):
         raise InputError(f"There is no dataset at '{source}'. Pass a file, a folder, or a name on the hub.")
     builder = load_dataset_builder(source, name)
     files = builder.config.data_files
@@ -202,7 +204,7 @@ def _says_empty(error: BaseException) -> bool:
 
 
 def _format(path: Path) -> str:
-    suffixes = [suffix for suffix in path.suffixes if suffix in FILE_FORMATS]
+    suffixes = [suffix.lower() for suffix in path.suffixes if suffix.lower() in FILE_FORMATS]
     if not suffixes:
         raise InputError(f"'{path}' is not a known kind of data file. Known: {', '.join(FILE_FORMATS)}.")
     return FILE_FORMATS[suffixes[-1]]

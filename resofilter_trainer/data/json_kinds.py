@@ -3,27 +3,23 @@
 Text stays text, a whole number stays whole, and null and a missing key are None. Values that no Arrow type holds:
 
 - a column of plain values of several kinds (18 beside 3.5 or "about 18") is read as text, as it is written;
-- objects whose keys differ, or which have such values, are stored as JSON (`datasets.Json`), and read as objects;
-- plain values beside objects or lists are refused.
+- objects whose keys differ, or which have such values, and plain values beside objects or lists, are stored as JSON
+  (`datasets.Json`), and read as what they are.
 """
 
 from __future__ import annotations
 
 import itertools
 import json
-import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 from datasets import Json, List, Value
 
-from ..config import InputError
+from .exact_json import as_json
 
-PLAIN = {str: "text", bool: "true or false", int: "whole numbers", float: "decimals"}
-NESTED = {dict: "objects", list: "lists"}
-WRITTEN, UNFIT, JSON = "as written", "unfit", "json"  # kinds that no Python type names
-LONG_NUMBER = re.compile(r"\d{19}")
-Kind = Any  # None, a type, (int, smallest, largest), (list, kind), (dict, kinds by key), WRITTEN, UNFIT or JSON
+WRITTEN, UNFIT, MIXED, JSON = "as written", "unfit", "mixed", "json"  # kinds that no Python type names
+Kind = Any  # None, a type, (int, smallest, largest), (list, kind), (dict, kinds by key), or one of these
 
 
 class Decimal(float):
@@ -43,7 +39,7 @@ def kind_of(values: Iterable[Any]) -> Kind:
     present = [value for value in values if value is not None]
     kinds = set(map(type, present))
     if len(kinds) > 1:
-        return JSON if kinds <= NESTED.keys() else UNFIT
+        return JSON if kinds == {dict, list} else MIXED if kinds & {dict, list} else UNFIT
     if not kinds:
         return None
     kind = kinds.pop()
@@ -70,22 +66,25 @@ def together(one: Kind, other: Kind) -> Kind:
             return _list(together(one[1], other[1]))
         if one[1].keys() == other[1].keys():
             return _dict({key: together(one[1][key], other[1][key]) for key in one[1]})
-    return JSON if _is_nested(one) and _is_nested(other) else UNFIT
+    nested = {_is_nested(one), _is_nested(other)}
+    return MIXED if len(nested) > 1 or MIXED in (one, other) else JSON if True in nested else UNFIT
 
 
-def fit(kind: Kind) -> Kind:
-    """The kind, or UNFIT for whole numbers beyond 64 bits."""
-    wide = isinstance(kind, tuple) and kind[0] is int and not (kind[1] >= -(2**63) and kind[2] < 2**63)
-    return UNFIT if wide and not (kind[1] >= 0 and kind[2] < 2**64) else kind
+def of_column(kind: Kind) -> Kind:
+    """The kind of a column when all rows are known: text, or JSON beside objects or lists, where no type holds all."""
+    kind = _settled(kind)
+    return WRITTEN if kind == UNFIT else JSON if kind == MIXED else kind
 
 
-def settled(kind: Kind) -> Kind:
-    """The kind of a place inside a column when all rows are known: JSON where something in it does not fit."""
-    if isinstance(kind, tuple) and kind[0] is list:
-        return _list(fit(settled(kind[1])))
-    if isinstance(kind, tuple) and kind[0] is dict:
-        return _dict({key: fit(settled(each)) for key, each in kind[1].items()})
-    return kind
+def _settled(kind: Kind) -> Kind:
+    """The kind, UNFIT for whole numbers beyond 64 bits."""
+    if not isinstance(kind, tuple):
+        return kind
+    if kind[0] is list:
+        return _list(_settled(kind[1]))
+    if kind[0] is dict:
+        return _dict({key: _settled(each) for key, each in kind[1].items()})
+    return kind if kind[1] >= -(2**63) and kind[2] < (2**63 if kind[1] < 0 else 2**64) else UNFIT
 
 
 def feature_of(kind: Kind) -> Any:
@@ -105,7 +104,7 @@ def stored(kind: Kind, values: Sequence[Any]) -> list[Any]:
     if kind == WRITTEN:
         return [value if value is None else _written(value) for value in values]
     if kind == JSON:
-        return [value if value is None else _as_json(value) for value in values]
+        return [value if value is None else as_json(value) for value in values]
     if not _has_json(kind):
         return list(values)
     if kind[0] is list:
@@ -118,28 +117,6 @@ def stored(kind: Kind, values: Sequence[Any]) -> list[Any]:
     return rows
 
 
-def _as_json(value: Any) -> str:
-    """JSON that datasets reads back as this value. Raises InputError where it cannot."""
-    try:
-        text = json.dumps(value, ensure_ascii=False, allow_nan=False)
-    except ValueError as error:
-        raise InputError("NaN and infinity are no JSON: write null.") from error
-    if LONG_NUMBER.search(text):
-        json.loads(text, parse_int=_check_width)
-    return text
-
-
-def _check_width(digits: str) -> int:
-    if not -(2**63) <= int(digits) < 2**64:
-        raise InputError(f"{digits} needs more than 64 bits: write it as text.")
-    return int(digits)
-
-
-def name_of(kind: type) -> str:
-    """The name of a type of values, for a message."""
-    return (PLAIN | NESTED)[kind]
-
-
 def _written(value: Any) -> str:
     """A plain value as JSON writes it; text as it is."""
     if isinstance(value, str):
@@ -148,11 +125,11 @@ def _written(value: Any) -> str:
 
 
 def _list(items: Kind) -> Kind:
-    return JSON if items == UNFIT else (list, items)
+    return JSON if items in (UNFIT, MIXED) else (list, items)
 
 
 def _dict(fields: dict[str, Kind]) -> Kind:
-    return JSON if UNFIT in fields.values() else (dict, fields)
+    return JSON if any(each in (UNFIT, MIXED) for each in fields.values()) else (dict, fields)
 
 
 def _is_nested(kind: Kind) -> bool:

@@ -165,17 +165,18 @@ class Read:
 
     Attributes:
         row: its columns.
-        forms: the forms in which a trainer learns what is to be learnt; messages may be a pair as well.
+        forms: the forms in which a trainer learns what is to be learnt; messages may be a pair as well. Text, alone or
+            in a pair, is `"text"`.
         notes: what was read as something else.
     """
 
     row: dict[str, Any]
-    forms: tuple[Form, ...] = ("messages",)
+    forms: tuple[Form, ...]
     notes: frozenset[str] = field(default=frozenset())
 
     def in_form(self, form: Form) -> dict[str, Any]:
         """The row's columns, with messages as a pair if that is the form."""
-        if form == "messages" or "messages" not in self.row:
+        if form != "pair" or "messages" not in self.row:
             return self.row
         others = {name: value for name, value in self.row.items() if name != "messages"}
         return {"prompt": self.row["messages"][:-1], "completion": self.row["messages"][-1:], **others}
@@ -202,7 +203,7 @@ def _read_messages(row: Mapping[str, Any], layout: Layout, learning: Learning) -
     value = row[str(layout.turns)]
     messages = messages_of(value)
     if not messages:
-        return Read({"messages": []})
+        return Read({"messages": []}, ("messages",))
     notes = _notes(value)
     if layout.repeated_prompt:
         if not repeats_first(row["prompt"], messages):
@@ -221,22 +222,22 @@ def _read_pair(row: Mapping[str, Any], layout: Layout, learning: Learning) -> Re
     prompt, completion = pair["prompt"], pair["completion"]
     if prompt is None or prompt == []:
         raise Unreadable("the prompt is null or has no message")
-    if isinstance(prompt, str):
+    if isinstance(prompt, str) and (completion is None or isinstance(completion, str)):
         _refuse_before(row, layout)
-        return Read({"prompt": prompt, "completion": completion})
-    if isinstance(completion, str):
-        raise Unreadable("the prompt holds messages and the completion text. Write both as messages, or both as text.")
+        return Read({"prompt": prompt, "completion": completion}, ("text",))
+    if isinstance(prompt, str) or isinstance(completion, str):
+        raise Unreadable("one of prompt and completion is text, the other is not. Write both as messages, or as text.")
+    asked, said = messages_of(prompt, answered=True), messages_of(completion)
     notes = _notes(prompt) | _notes(completion)
-    asked = _after(row, layout, messages_of(prompt, answered=True), notes)
-    said = messages_of(completion)
+    asked = _after(row, layout, asked, notes)
     if said:
         check_flags(asked, said, learning)
-    return Read({"prompt": asked, "completion": said}, notes=frozenset(notes))
+    return Read({"prompt": asked, "completion": said}, ("pair",), frozenset(notes))
 
 
 def _read_text(row: Mapping[str, Any], layout: Layout, learning: Learning) -> Read:
     column = layout.sources[0]
-    return Read({layout.text_field: text_of(row[column], column)})
+    return Read({layout.text_field: text_of(row[column], column)}, ("text",))
 
 
 def prompt_and_completion(row: Mapping[str, Any], mapping: ColumnMapping) -> dict[str, Any]:

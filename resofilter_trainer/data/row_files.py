@@ -94,11 +94,13 @@ class RowFiles(ArrowBasedBuilder):
     def _columns(self, files: Iterable[tuple[str, str]]) -> dict[str, kinds.Kind]:
         """The kind of every column, in the order of their appearance."""
         if self.config.kind == "json":
-            found = _Columns()
+            found: dict[str, kinds.Kind] = {}
             for file, origin in files:
                 for rows in _parts(self._rows(file, origin, None)):
-                    found.add(rows, origin)
-            return found.settled()
+                    for name in dict.fromkeys(name for _, row in rows for name in row):
+                        kind = kinds.kind_of([row.get(name) for _, row in rows])
+                        found[name] = kinds.together(found.get(name), kind)
+            return {name: kinds.of_column(kind) for name, kind in found.items()}
         header: list[str] | None = None
         for file, origin in files:
             with closing(self._csv(file, origin)) as lines:
@@ -130,41 +132,6 @@ class RowFiles(ArrowBasedBuilder):
             options["delimiter"] = "\t"
         with open(file, "rb") as opened, TextIOWrapper(opened, encoding, newline="") as text:
             yield from csv_rows(text, origin, names, options)
-
-
-class _Columns:
-    """The kinds of a file's columns as its rows are read, and where each kind is first met."""
-
-    def __init__(self) -> None:
-        self.kinds: dict[str, kinds.Kind] = {}
-        self.met: dict[str, dict[type, str]] = {}
-        self.rows: dict[str, int] = {}
-
-    def add(self, rows: Sequence[tuple[int, Any]], origin: str) -> None:
-        """Add the rows that follow."""
-        start = self.rows.get(origin, 0)
-        for name in dict.fromkeys(name for _, row in rows for name in row):
-            values = [row.get(name) for _, row in rows]
-            for kind in set(map(type, values)) - {type(None)} - self.met.setdefault(name, {}).keys():
-                row = next(row for row, value in enumerate(values) if type(value) is kind)
-                self.met[name][kind] = f"'{origin}', row {start + row} (line {rows[row][0]})"
-            self.kinds[name] = kinds.together(self.kinds.get(name), kinds.kind_of(values))
-        self.rows[origin] = start + len(rows)
-
-    def settled(self) -> dict[str, kinds.Kind]:
-        """The kind of every column. Raises InputError where plain values stand beside objects or lists."""
-        found = {}
-        for name, kind in self.kinds.items():
-            kind = kinds.fit(kinds.settled(kind))
-            met = self.met.get(name, {})
-            if kind == kinds.UNFIT and met.keys() & kinds.NESTED.keys():
-                listed = " and ".join(f"{kinds.name_of(each)} ({where})" for each, where in met.items())
-                raise InputError(
-                    f"Column '{name}' mixes {listed}: one column cannot hold both unchanged. Write one kind in every "
-                    "row, such as text, or leave the column out."
-                )
-            found[name] = kinds.WRITTEN if kind == kinds.UNFIT else kind
-        return found
 
 
 def _parts(rows: Rows) -> Iterator[list[tuple[int, Any]]]:

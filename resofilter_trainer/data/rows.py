@@ -8,20 +8,28 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 from datasets import Dataset, Features, Json, Value
 
 from ..config import ColumnMapping, InputError
 from .chat import Form, Learning, Unreadable
-from .columns import AT_ONCE, check_names, check_types, has_null, kind_of, media_columns, messages_feature
+from .columns import (
+    AT_ONCE,
+    check_names,
+    check_types,
+    has_null,
+    kind_of,
+    media_columns,
+    messages_feature,
+    refused_tokens,
+)
+from .exact_json import encoded
 from .layout import MEDIA, RENDERED, TOKENS, Layout, read_row
 
 if TYPE_CHECKING:
     from trl import SFTConfig
-
-APART = "score such rows in a dataset of their own"
 
 
 @dataclass(frozen=True)
@@ -44,7 +52,7 @@ class ReadRows:
 
 
 def map_columns(
-    dataset: Dataset, mapping: ColumnMapping, text_field: str = "text", args: SFTConfig | None = None
+    dataset: Dataset, mapping: ColumnMapping, text_field: str | None = None, args: SFTConfig | None = None
 ) -> Dataset:
     """The dataset under TRL's column names: `prompt` and `completion`, `messages`, or `text`.
 
@@ -55,13 +63,15 @@ def map_columns(
     Args:
         dataset: the user's rows.
         mapping: which column is which; an empty mapping needs TRL's own column names.
-        text_field: the name of the column in which TRL looks for text.
+        text_field: the name of the column in which TRL looks for text; by default that of `args`.
         args: SFTTrainer's arguments, by which messages with flags are read; by default `SFTConfig`'s own values.
 
     Raises:
         InputError: this is no `Dataset` or it has no rows, a mapped column is missing or holds something else than
             text, no column is usable, or a row has no single meaning.
     """
+    if text_field is None:
+        text_field = "text" if args is None else args.dataset_text_field
     read = read_rows(dataset, mapping, text_field, args)
     if read.refused:
         raise InputError(f"{told_of(read.refused, len(dataset))} Correct or remove them.")
@@ -81,7 +91,9 @@ def read_rows(
     check_types(dataset, layout)
     check_names(dataset, layout)
     kept, refused, notes, form = dataset, dict[int, str](), set[str](), None
-    if _needs_reading(dataset, layout):
+    if layout.kind == "tokens":
+        refused = refused_tokens(dataset)
+    elif _needs_reading(dataset, layout):
         refused, notes, form = _survey(dataset, layout, learning)
     positions = np.setdiff1d(np.arange(len(dataset)), list(refused))
     if refused:
@@ -175,15 +187,14 @@ def _unformatted(dataset: Dataset) -> Dataset:
 def _needs_reading(dataset: Dataset, layout: Layout) -> bool:
     """Whether rows may have to be changed or refused: there are messages, or columns to be joined or converted."""
     kinds = {kind_of(dataset.features[name]) for name in layout.sources}
-    if layout.kind == "tokens":
-        return False
     joined = layout.kind == "pair" and (layout.mapped or has_null(dataset, "prompt"))
     return bool(joined or layout.rendered or layout.before or kinds != {"text"})
 
 
 def _survey(dataset: Dataset, layout: Layout, learning: Learning) -> tuple[dict[int, str], set[str], Form | None]:
     """Why rows are refused, what is noted of the others, and the form to rewrite these in; None if none changes."""
-    refused, notes, forms, changed = dict[int, str](), set[str](), dict[int, tuple[Form, ...]](), False
+    refused, notes, forms = dict[int, str](), set[str](), dict[int, tuple[Form, ...]]()
+    changed = layout.kind != "messages" and any(isinstance(dataset.features[name], Json) for name in layout.sources)
     batches = dataset.select_columns(layout.reads).iter(AT_ONCE)
     for number, row in enumerate(row for batch in batches for row in _rows(batch)):
         try:
@@ -195,17 +206,27 @@ def _survey(dataset: Dataset, layout: Layout, learning: Learning) -> tuple[dict[
         notes |= read.notes
         changed = changed or _differs(read.row, row, layout)
     form, others = _form_of(forms)
-    refused |= dict.fromkeys(others, f"flags say what is learnt of it, and not of most rows: {APART}")
-    if form == "pair":
+    refused |= dict.fromkeys(others, _why_apart(layout, form))
+    if layout.kind == "messages" and form == "pair":
         notes.add("flags say that the last message is learnt, and those before it are its prompt")
-    return refused, notes, form if changed or form == "pair" else None
+        changed = True
+    return refused, notes, form if changed else None
 
 
 def _form_of(forms: Mapping[int, tuple[Form, ...]]) -> tuple[Form, list[int]]:
     """The form of most rows, as a dataset has one, and the rows that cannot have it."""
     counts = Counter(each[0] for each in forms.values() if len(each) == 1)
-    form: Form = "pair" if counts["pair"] > counts["messages"] else "messages"
+    form = max(get_args(Form), key=counts.__getitem__)
     return form, [row for row, each in forms.items() if form not in each]
+
+
+def _why_apart(layout: Layout, form: Form) -> str:
+    """Why a row cannot stand in a dataset whose rows have this form."""
+    why = "flags say what is learnt of it, and not of most rows"
+    if layout.kind == "pair":
+        own, others = ("messages", "text") if form == "text" else ("text", "messages")
+        why = f"its prompt and completion are {own}, and those of most rows {others}"
+    return f"{why}: score such rows in a dataset of their own"
 
 
 def _differs(read: Mapping[str, Any], row: Mapping[str, Any], layout: Layout) -> bool:
@@ -231,7 +252,7 @@ def _rewritten(dataset: Dataset, layout: Layout, learning: Learning, form: Form)
     if len(dataset) == 0:
         return dataset
     features, names = dict(dataset.features), set(dataset.column_names)
-    messages = _are_messages(dataset, layout)
+    messages = form != "text"
     gone = {*layout.sources, *layout.left_out, *(layout.before if messages else ())} & names
     gone |= set() if layout.mapped else names & set(MEDIA) - set(media_columns(dataset))
     made = {name: features[name] for name in layout.rendered}
@@ -249,25 +270,17 @@ def _rewritten(dataset: Dataset, layout: Layout, learning: Learning, form: Form)
         batch_size=AT_ONCE,
         remove_columns=sorted(gone),
         features=Features(kept | made),
-        fn_kwargs={"layout": layout, "learning": learning, "form": form},
+        fn_kwargs={"layout": layout, "learning": learning, "form": form, "features": made},
         desc="Reading rows",
     )
 
 
-def _are_messages(dataset: Dataset, layout: Layout) -> bool:
-    """Whether the rows become messages, or pairs of messages."""
-    if layout.kind != "pair" or layout.mapped:
-        return layout.kind == "messages" or (layout.kind == "pair" and layout.mapping.conversational)
-    kind = kind_of(dataset.features["prompt"])
-    return isinstance(dataset[0]["prompt"], list) if kind == "any" else kind == "messages"
-
-
 def _read_batch(
-    batch: Mapping[str, Sequence[Any]], layout: Layout, learning: Learning, form: Form
+    batch: Mapping[str, Sequence[Any]], layout: Layout, learning: Learning, form: Form, features: Mapping[str, Any]
 ) -> dict[str, list[Any]]:
     needed = {name: batch[name] for name in layout.reads}
     read = [read_row(row, layout, learning).in_form(form) for row in _rows(needed)]
-    return {name: [each[name] for each in read] for name in read[0]}
+    return {name: [encoded(features[name], each[name]) for each in read] for name in read[0]}
 
 
 def _rows(batch: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:

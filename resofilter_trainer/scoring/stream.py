@@ -27,6 +27,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import SFTConfig
 
 from ..config import InputError, NothingError, Precision, ResonanceConfig, ScoreWarning, whole_number
+from ..data.exact_json import encoded
 from ..data.loading import default_arguments, load_model, open_pass
 from ..io.digest import RowsDigest
 from ..io.files import remove_folder
@@ -217,5 +218,6 @@ def _pieces(stream: IterableDataset, size: int) -> Iterator[Dataset]:
     rows = iter(stream)
     while piece := list(itertools.islice(rows, size)):
         names = dict.fromkeys(name for row in piece for name in row)  # the first row may lack some
-        columns = {name: [row.get(name) for row in piece] for name in names}
+        types = stream.features or {}
+        columns = {name: [encoded(types.get(name), row.get(name)) for row in piece] for name in names}
         yield Dataset.from_dict(columns, features=stream.features, on_mixed_types="use_json")

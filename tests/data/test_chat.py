@@ -112,7 +112,9 @@ def test_history_of_pairs_or_of_messages_is_earlier_turns():
     assert turns_of([]) == turns_of(None) == []
 
 
-@pytest.mark.parametrize("history", ["hi", ["hi", "ho"], [["hi"]], [["hi", None]], [["a", "b", "c"]], [[1, "a"]]])
+@pytest.mark.parametrize(
+    "history", ['"hi"', ["hi", "ho"], '["hi", "ho"]', [["hi"]], [["hi", None]], [["a", "b", "c"]], [[1, "a"]]]
+)
 def test_another_history_is_refused(history):
     with pytest.raises(Unreadable, match=r"'history' is not a list of \[question, answer\] pairs"):
         turns_of(history)

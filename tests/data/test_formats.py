@@ -17,6 +17,7 @@ from datasets import Dataset, DatasetDict, Features, Json, List, Value
 from trl import SFTConfig, SFTTrainer
 
 from resofilter_trainer import ColumnMapping, InputError
+from resofilter_trainer.data.exact_json import as_json, encoded
 from resofilter_trainer.data.files import load_rows, load_stream, only_split
 from resofilter_trainer.data.loading import usable_rows
 from resofilter_trainer.data.preparation import ROW_POSITION, prepare
@@ -62,7 +63,10 @@ def separated(rows: list[dict[str, str]], **options: Any) -> str:
 @pytest.mark.parametrize("options", [{}, {"lineterminator": "\n"}, {"quoting": csv.QUOTE_ALL}])
 @pytest.mark.parametrize(
     ("name", "delimiter"),
-    [("a.csv", ","), ("a.tsv", "\t"), ("a.csv.gz", ","), ("my.table.csv", ","), ("a.tsv.gz", "\t")],
+    [
+        *(("a.csv", ","), ("a.tsv", "\t"), ("a.csv.gz", ","), ("my.table.csv", ","), ("a.tsv.gz", "\t")),
+        *(("A.CSV", ","), ("A.Tsv", "\t"), ("a[1] b*?.csv", ",")),
+    ],
 )
 def test_every_cell_is_the_text_that_was_written(tmp_path, name, delimiter, options):
     rows = [{"question": text, "answer": other} for text, other in zip(ODD, ODD[::-1], strict=True)]
@@ -154,20 +158,41 @@ def test_kinds_that_only_later_rows_have_are_known_from_the_start(tmp_path):
         ([{"b": 1, "a": 2}, {"a": 3, "b": 4}], {"b": Value("int64"), "a": Value("int64")}),
         ([{}, {"a": 1}], Json()),
         ([[1], {"a": 1}], Json()),
+        (["x", 1, 1.5, True, {"b": 1}, None, "007", "[1]", ""], Json()),
+        ([["b"], "NA", "1.50"], Json()),
+        ([[{"name": "f"}], "", '[{"name": "f"}]'], Json()),
     ],
 )  # fmt: skip
-def test_objects_that_arrow_cannot_hold_are_json(tmp_path, values, kind):
+def test_what_arrow_cannot_hold_is_json(tmp_path, values, kind):
     found = read(write(tmp_path / "a.jsonl", lines(*({"x": value} for value in values))))
     assert found["x"][:] == values
     assert found.features["x"] == kind
-    assert hash_rows(found) == hash_rows(Dataset.from_list(found.to_list(), features=found.features))
+    again = [encoded(found.features, row) for row in found]
+    assert hash_rows(found) == hash_rows(Dataset.from_list(again, features=found.features))
+
+
+@pytest.mark.parametrize(
+    "written",
+    ["-0.7", "1.64", "19.9733", "42.72962913176735", "0.30000000000000004", "1e23", "-0.0", "5e-324", "1.7e308"],
+)
+def test_decimals_inside_json_keep_their_last_digit(tmp_path, written):
+    """datasets reads -0.7 in JSON as -0.7000000000000001, and writes ten digits."""
+    text = f'{{"x": {{"a": {written}, "b": [-{written}]}}}}\n{{"x": {{}}}}\n'.replace("--", "")
+    value = read(write(tmp_path / "a.jsonl", text))["x"][0]
+    assert repr(value["a"]) == repr(float(written))
+    assert repr(value["b"][0]) == repr(-float(written))
+
+
+def test_any_decimal_can_be_written_as_json():
+    source = random.Random(0)
+    for _ in range(3000):
+        value = float(f"{source.uniform(-180, 180):.{source.randint(1, 17)}f}") * 10 ** source.choice([0, 0, -250, 250])
+        assert Json().decode_example(as_json({"a": [value]})) == {"a": [value]}
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (lines({"a": "x"}, {"a": 1}, {"a": {"b": 1}}), r"Column 'a' mixes .*objects \(.*row 2 \(line 3\).* one kind"),
-        (lines({"a": "x"}, {"a": ["b"]}), r"Column 'a' mixes .*lists"),
         ('{"a": 1, "b": 1, "a": 2}\n', "line 1: an object has the key 'a' twice"),
         ('{"a": 1}\n[1]\n', "line 2: a row must be an object, got list"),
         ('[{"a": 1}, 2]', "row 1 must be an object, got int"),

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from datasets import Dataset, DatasetDict
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
+from trl import SFTConfig
 
 from resofilter_trainer.config import ColumnMapping, InputError
 from resofilter_trainer.data.files import load_rows
@@ -244,6 +245,32 @@ def test_a_mapped_column_of_another_type_is_named_with_its_type(value, kind, map
     with pytest.raises(InputError, match=f"Column 'x' holds {kind}.*not text.*dataset.map") as refused:
         map_columns(Dataset.from_list([{"p": "a", "x": value}]), ColumnMapping(**mapping))
     one_line(refused.value)
+
+
+def test_the_remedy_for_another_type_works():
+    rows = Dataset.from_dict(
+        {"x": [0, 1], "d": [1.5, 2.0]}, Features({"x": ClassLabel(names=["no", "yes"]), "d": Value("float64")})
+    )
+    for column, read in (("x", ["no", "yes"]), ("d", ["1.5", "2.0"])):
+        with pytest.raises(InputError, match="Column") as refused:
+            map_columns(rows, ColumnMapping(text_column=column))
+        remedy = str(refused.value).split("for example with ")[1].split(", and name column ")[0]
+        assert map_columns(eval(remedy, {"dataset": rows}), ColumnMapping(text_column=f"{column}_text"))["text"] == read
+
+
+@pytest.mark.parametrize("kind", ["string", "large_string", "string_view"])
+def test_text_of_every_type_is_text(kind):
+    rows = Dataset.from_dict({"q": ["a"], "r": ["007"]}, Features({"q": Value(kind), "r": Value(kind)}))
+    mapped = map_columns(rows, ColumnMapping(prompt_column="q", completion_column="r"))
+    assert mapped.to_list() == [{"prompt": "a\n", "completion": "007"}]
+    assert map_columns(rows, ColumnMapping(text_column="r")).to_list() == [{"q": "a", "text": "007"}]
+
+
+def test_the_text_field_is_that_of_the_trainers_arguments():
+    rows = Dataset.from_dict({"q": ["a"], "r": ["b"], "body": ["c"]})
+    args = SFTConfig(output_dir="unused", bf16=False, use_cpu=True, dataset_text_field="body")
+    mapped = map_columns(rows, ColumnMapping(prompt_column="q", completion_column="r"), args=args)
+    assert mapped.column_names == ["prompt", "completion"]  # beside "body", TRL would not end the completion
 
 
 @pytest.mark.parametrize("column", ["messages", "dialogue"])

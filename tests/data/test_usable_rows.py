@@ -12,6 +12,7 @@ from trl import SFTConfig, SFTTrainer
 
 from resofilter_trainer import InputError, map_columns
 from resofilter_trainer.config import ColumnMapping
+from resofilter_trainer.data.files import load_rows
 from resofilter_trainer.data.loading import usable_rows
 from resofilter_trainer.data.preparation import PreparedRows, prepare
 
@@ -22,6 +23,7 @@ TEMPLATE = (
     "{% if tools %}[{{ tools | tojson }}]{% endif %}"
     "{% if style is defined %}[{{ style }}]{% endif %}" + CHAT_TEMPLATE  # is it not given, or given as None?
 )
+CALLS = "{% for m in messages if m.tool_calls %}{{ m.tool_calls | tojson }}{% endfor %}"
 STRICT = (  # as many are: no other role, and in turns
     "{% for m in messages %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('Roles must "
     "alternate') }}{% endif %}<|{{ m.role }}|>{{ m.content }}{% endfor %}"
@@ -138,6 +140,14 @@ MESSY: dict[str, tuple[list[dict], dict, dict, str, str, dict[int, str]]] = {
         plain(("system", "be"), ("user", "a"), ("assistant", "b")) + BOTH,
         "ho<|end|>",
         {2: "'history' is not"},
+    ),
+    "a history as text": (
+        [{"q": "hi", "r": "ho", "history": each} for each in ('[["a", "b"]]', "", "[]", "a, b")],
+        CHAT,
+        {},
+        plain(("user", "a"), ("assistant", "b")) + BOTH,
+        "ho<|end|>",
+        {3: "'history' is no JSON"},
     ),
     "a history that is empty": (
         [{"q": "hi", "r": "ho", "history": [], "system": ""}],
@@ -345,6 +355,42 @@ MESSY: dict[str, tuple[list[dict], dict, dict, str, str, dict[int, str]]] = {
     "tokens beside a mapped pair": ([{"input_ids": [5], "q": "hi", "r": "ho"}], PAIR, {}, "hi\nho<eos>", "ho<eos>", {}),
     "text with empty tools": ([{"text": "hi ho", "tools": ""}], {}, {}, "hi ho<eos>", "hi ho<eos>", {}),
     "images beside a mapped pair": ([{"q": "hi", "r": "ho", "image": "a.png"}], PAIR, {}, "hi\nho<eos>", "ho<eos>", {}),
+    "tokens of which some are missing": (
+        [
+            {"input_ids": [5, 6], "labels": [-100, 6], "assistant_masks": [0, 1]},
+            {"input_ids": [5, 6], "labels": [6], "assistant_masks": [0, 1]},
+            {"input_ids": [5, 6], "labels": None, "assistant_masks": [0, 1]},
+            {"input_ids": [5, None], "labels": [-100, 6], "assistant_masks": [0, 1]},
+            {"input_ids": [5, -6], "labels": [-100, 6], "assistant_masks": [0, 1]},
+        ],
+        {},
+        {},
+        '!"',
+        '"',
+        {
+            1: "1 entries in column 'labels', 2 in 'input_ids'",
+            2: "0 entries in column 'labels', 2 in 'input_ids'",
+            3: "column 'input_ids' has an entry that is null or negative",
+            4: "column 'input_ids' has an entry that is null or negative",
+        },
+    ),
+    "masks of which some are missing": (
+        [
+            {"input_ids": [5, 6], "completion_mask": [0, 1]},
+            {"input_ids": [5, 6], "completion_mask": [0, None]},
+            {"input_ids": [5, 6], "completion_mask": [0, 1, 1]},
+            {"input_ids": None, "completion_mask": None},
+        ],
+        {},
+        {"completion_only_loss": True},
+        '!"',
+        '"',
+        {
+            1: "column 'completion_mask' has an entry that is null",
+            2: "3 entries in column 'completion_mask', 2 in 'input_ids'",
+            3: "empty completion",
+        },
+    ),
     "tokens with empty media": (
         [{"input_ids": [5, 6], "labels": [-100, 6], "images": None, "videos": [], "audios": ""}],
         {},
@@ -364,7 +410,7 @@ def test_what_is_scored_is_what_the_trainer_trains_on(name, tiny_llama):
 
     assert text(found, tokenizer)[0] == says
     assert text(found, tokenizer, learnt=True)[0] == learns
-    assert list(reasons) == list(why)
+    assert sorted(reasons) == sorted(why)
     assert all(part in reasons[row] for row, part in why.items())
     assert found.sample_ids.tolist() == [row for row in range(len(rows)) if row not in why]
 
@@ -457,6 +503,10 @@ def test_what_was_read_as_something_else_is_said():
         ({"text": 3}, {}, "'text' holds whole numbers.*text_column="),
         ({"messages": GOOD, "image": "a.png"}, {}, r"'image' is not empty \(row 0\).*remove_columns\('image'\)"),
         ({"input_ids": [5, 6], "videos": [["a"]]}, {}, "'videos' is not empty"),
+        ({"input_ids": [5.0]}, {}, r"'input_ids' is List\(Value\('float64'\)\), not a list of whole numbers"),
+        ({"input_ids": "a"}, {}, "'input_ids' is .* not a list of whole numbers"),
+        ({"input_ids": [5, 6], "labels": 1}, {}, "'labels' is .* not a list of whole numbers"),
+        ({"input_ids": [5, 6], "labels": [True, False]}, {}, "'labels' is .* not a list of whole numbers"),
     ],
 )
 def test_columns_that_cannot_be_meant_are_one_line(row, mapping, told):
@@ -498,6 +548,97 @@ def test_rows_of_a_json_file_may_differ_in_their_types(tmp_path):
     dataset = load_dataset("json", data_files=str(path), split="train", cache_dir=str(tmp_path))
     expected = [{"messages": [user("hi"), call]} for call in calls]
     assert map_columns(dataset, ColumnMapping()).to_list() == expected
+
+
+TOOLS = [{"name": "f"}]
+# lines of a file whose rows hold values of several kinds; what the usable rows say, and why others are skipped
+MIXED: dict[str, tuple[list[dict], dict, list[str], dict[int, str]]] = {
+    "tools": (
+        [{"messages": talk("hi", "ho"), "tools": each} for each in (TOOLS, "", json.dumps(TOOLS), None, "null", "[{")],
+        {},
+        ['[[{"name": "f"}]]' + BOTH, BOTH] * 2 + [BOTH],
+        {5: "'tools' is no JSON"},
+    ),
+    "messages": (
+        [{"messages": each} for each in (talk("hi", "ho"), "hi", user("hi"), 3, None)],
+        {},
+        [BOTH],
+        {1: "messages are text, not", 2: "messages are a dict, not", 3: "are a number, not", 4: "empty completion"},
+    ),
+    "more pairs of text": (
+        [
+            *({"prompt": each, "completion": "007"} for each in ("1.50", "[1]", 3, None)),
+            {"prompt": [user("hi")], "completion": [said("ho")]},
+            {"prompt": "true", "completion": [said("ho")]},
+            {"prompt": "[]", "completion": {"a": 1}},
+        ],
+        {},
+        ["1.50007<eos>", "[1]007<eos>"],
+        {
+            2: "one of prompt and completion is text",
+            3: "the prompt is null",
+            4: "are messages, and those of most rows text",
+            5: "one of prompt and completion is text, the other is not",
+            6: "one of prompt and completion is text, the other is not",
+        },
+    ),
+    "more pairs of messages": (
+        [
+            {"prompt": "hi", "completion": "ho"},
+            *({"prompt": [user("hi")], "completion": [said("ho")]} for _ in range(2)),
+        ],
+        {},
+        [BOTH] * 2,
+        {0: "are text, and those of most rows messages"},
+    ),
+    "text": (
+        [{"text": each} for each in ("007", "[1]", ["a"], '"1.50"', {"a": 1}, "", 18, 1.5, None)],
+        {},
+        ["007<eos>", "[1]<eos>", '"1.50"<eos>', "18<eos>"],
+        {
+            2: "'text' holds a list, not text",
+            4: "holds a dict, not text",
+            5: "empty completion",
+            7: "holds a number, not text",
+            8: "empty completion",
+        },
+    ),
+    "mapped": (
+        [{"q": "hi", "r": each} for each in ("1.50", ["a"], 18, True, None, "null")],
+        PAIR,
+        ["hi\n1.50<eos>", "hi\n18<eos>", "hi\nnull<eos>"],
+        {1: "'r' holds a list, not text", 3: "holds true or false, not text", 4: "empty completion"},
+    ),
+    "arguments of calls": (
+        [
+            {"messages": [{"role": "human", "content": each}, said("ho", tool_calls=[{"arguments": call}])]}
+            for each, call in (("-0.7", {"a": -0.7}), ("hi", {"b": 42.72962913176735}))
+        ],
+        {},
+        [
+            plain(("user", "-0.7"), ("assistant", "ho")) + '[{"arguments": {"a": -0.7}}]',
+            plain(("user", "hi"), ("assistant", "ho")) + '[{"arguments": {"b": 42.72962913176735}}]',
+        ],
+        {},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MIXED)
+def test_one_row_of_another_kind_ends_no_run(name, tmp_path, tiny_llama):
+    rows, mapping, says, why = MIXED[name]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    dataset, tokenizer = load_rows(str(path)), tokenizer_of(TEMPLATE + CALLS)
+    found, reasons, _ = prepared(dataset, mapping, tokenizer)
+    assert text(found, tokenizer) == says
+    assert sorted(reasons) == sorted(why)
+    assert all(part in reasons[row] for row, part in why.items())
+
+    mapped = map_columns(dataset.select(found.sample_ids), ColumnMapping(**mapping))
+    trains = SFTTrainer(tiny_llama(), arguments(), train_dataset=mapped, processing_class=tokenizer)
+    for column in ("input_ids", "labels"):
+        assert list(trains.train_dataset[column]) == list(found.dataset[column])
 
 
 # ---- what only the template knows

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 
@@ -25,6 +26,7 @@ from resofilter_trainer import (
     unpack,
 )
 from resofilter_trainer.cli.entry import main
+from resofilter_trainer.data.files import load_rows, load_stream
 from resofilter_trainer.io.digest import hash_rows
 from resofilter_trainer.scores.score_table import SCORES_FILE
 from resofilter_trainer.scoring import stream as streaming
@@ -176,6 +178,16 @@ def test_what_cannot_work_is_refused(change, message, model, tokenizer, tmp_path
     settings = {"stream": rows(3).to_iterable_dataset(), **change}
     with pytest.raises(InputError, match=message):
         score(model, tokenizer, output=tmp_path, **settings)
+
+
+def test_the_pieces_of_a_stream_have_its_values(tmp_path):
+    values = ["007", "[1]", {"a": -0.7}, {"b": [42.72962913176735, "1.50"]}, 18, None] * 10
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps({"x": value, "y": {"z": [value]}}) + "\n" for value in values))
+    pieces = list(streaming._pieces(load_stream(str(path)), 1000))
+    assert len(pieces) > 1
+    assert [row for piece in pieces for row in piece] == [{"x": value, "y": {"z": [value]}} for value in values]
+    assert hash_rows(pieces[0]) == hash_rows(load_rows(str(path)).select(range(len(pieces[0]))))
 
 
 def test_an_empty_stream_is_refused(model, tokenizer, tmp_path):
