@@ -144,7 +144,7 @@ def with_system(messages: list[Message], system: Any, column: str) -> list[Messa
 
 
 def turns_of(history: Any) -> list[Message]:
-    """Earlier questions and answers as messages: of `[question, answer]` pairs, of messages, or of JSON text of them."""
+    """Earlier questions and answers as messages: of `[question, answer]` pairs, messages, or JSON text of them."""
     history = _parsed(history, "history")
     if history is None:
         return []

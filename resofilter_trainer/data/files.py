@@ -23,8 +23,10 @@ from datasets import (
 from datasets.data_files import DataFilesDict
 from datasets.packaged_modules.csv.csv import Csv, CsvConfig
 from datasets.packaged_modules.json.json import Json as JsonFiles
+from datasets.packaged_modules.parquet.parquet import Parquet
 
 from ..config import FILE_FORMATS, InputError
+from .folders import check_all_read, check_parquet
 from .row_files import VERSION, RowFiles
 
 SPLITS = "dataset_dict.json"  # in a folder of several splits
@@ -103,9 +105,14 @@ def _builder(source: str, name: str | None, split: str) -> DatasetBuilder:
     if files is None:
         return builder
     _check_split(source, split, list(files))
+    if path.is_dir():
+        check_all_read(source, files)
+    wanted = _names(split)
+    if isinstance(builder, Parquet):
+        chosen = [each for name, found in files.items() if name in wanted or "all" in wanted for each in found]
+        check_parquet([next(iter(files.values()))[0], *chosen], builder.info.features)
     if not isinstance(builder, Csv | JsonFiles):
         return builder
-    wanted = _names(split)
     return RowFiles(
         data_files=DataFilesDict({each: found for each, found in files.items() if each in wanted or "all" in wanted}),
         kind="csv" if isinstance(builder, Csv) else "json",

@@ -24,7 +24,7 @@ from ..config import InputError
 from . import json_kinds as kinds
 from .row_parsers import Rows, csv_rows, json_rows
 
-VERSION = "resofilter-1"  # of how values are read, in the name of datasets' cache
+VERSION = "resofilter-2"  # of how values are read, in the name of datasets' cache
 ROWS = 1000  # in memory at a time
 
 

@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from datasets import Dataset, DatasetDict, Features, Json, List, Value
 from trl import SFTConfig, SFTTrainer
@@ -260,6 +262,63 @@ def test_the_options_of_a_folders_card_are_followed_or_refused(tmp_path):
     write(tmp_path / "f" / "README.md", card.format("  skiprows: 1\n"))
     with pytest.raises(InputError, match=r"sets skiprows=1 .*save_to_disk"):
         load_rows(str(tmp_path / "f"))
+
+
+def parquet_folder(folder: Path, **columns: pa.Array) -> str:
+    """A file for each array, which is its column "a"."""
+    folder.mkdir()
+    for name, values in columns.items():
+        pq.write_table(pa.table({"a": values}), folder / f"{name}.parquet")
+    return str(folder)
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "values"),
+    [
+        (pa.array(["x"]), pa.array(["007"], pa.large_string()), ["x", "007"]),
+        (pa.array(["x"]), pa.array(["007"]).dictionary_encode(), ["x", "007"]),
+        (pa.array(["x"]), pa.nulls(1), ["x", None]),
+        (pa.array([1]), pa.array([2], pa.int8()), [1, 2]),
+        (pa.array([0.1]), pa.array([0.5], pa.float32()), [0.1, 0.5]),
+        (pa.array([[{"b": "x", "c": 1}]]), pa.array([[{"c": 2, "b": "y"}]]), [{"b": "x", "c": 1}, {"b": "y", "c": 2}]),
+        (pa.array([1]), pa.array(["007"]), None),
+        (pa.array([True]), pa.array(["1"]), None),
+        (pa.array(["x"]), pa.array([1.5]), None),
+        (pa.array([1.5]), pa.array([2**53 + 1]), None),
+        (pa.array([0.5], pa.float32()), pa.array([0.1]), None),
+        (pa.array([{"b": 1}]), pa.array([{"b": "007"}]), None),
+        (pa.array([[1]]), pa.array([["007"]]), None),
+        (pa.nulls(1), pa.array(["007"]), None),
+    ],
+)  # fmt: skip
+def test_a_folder_of_parquet_changes_no_value(tmp_path, first, second, values):
+    source = parquet_folder(tmp_path / "p", one=first, two=second)
+    if values is not None:
+        found = read(source)["a"][:]
+        assert found == (values if not isinstance(found[0], list) else [[each] for each in values])
+        return
+    for load in (load_rows, load_stream):
+        with pytest.raises(InputError, match=r"Column 'a' is .* in '.*two.parquet' and .* in '.*one.parquet'.*alike"):
+            load(source)
+
+
+def test_every_split_of_parquet_has_the_columns_of_the_first_file(tmp_path):
+    source = parquet_folder(tmp_path / "p", train=pa.array([1]), test=pa.array(["007"]))
+    assert load_rows(source)["a"][:] == [1]
+    with pytest.raises(InputError, match=r"Column 'a' is string in '.*test.parquet' and int64 in '.*train.parquet'"):
+        load_rows(source, "test")
+
+
+def test_a_folder_of_several_formats_is_refused_unless_its_card_chooses(tmp_path):
+    write(tmp_path / "f" / "a.csv", "a\n007\n")
+    write(tmp_path / "f" / "b.jsonl.gz", lines({"a": "x"}))
+    write(tmp_path / "f" / "notes.txt", "a")
+    source = str(tmp_path / "f")
+    for load in (load_rows, load_stream):
+        with pytest.raises(InputError, match=r"several formats, such as '[ab].* beside '[ab].*: move those of one"):
+            load(source)
+    write(tmp_path / "f" / "README.md", "---\nconfigs:\n- config_name: default\n  data_files: a.csv\n---\n")
+    assert read(source).to_list() == [{"a": "007"}]
 
 
 def as_file(path: Path) -> str:
