@@ -117,14 +117,15 @@ def prepared_already(dataset: Dataset, collate: Callable[[list[Any]], Any]) -> P
             f"Column '{name}' is not empty (row {row}), and a pass before the training measures text alone, without "
             "images, videos or sound. Measure while training, with when='training'."
         )
-    if dataset.format["type"] == "custom":
+    shown = dataset.format
+    if shown["type"] == "custom":
         plain, kwargs = dataset.with_format(None), {"dataset": dataset, "collate": collate}
         tokens = plain.map(
             _transformed, with_indices=True, fn_kwargs=kwargs, remove_columns=plain.column_names,
             load_from_cache_file=False, desc="Reading transformed rows",
         )  # fmt: skip
-    elif {"input_ids", "labels"} <= set(dataset.column_names):
-        tokens = dataset.select_columns(["input_ids", "labels"])
+    elif {"input_ids", "labels"} <= set(dataset.column_names if shown["output_all_columns"] else shown["columns"]):
+        tokens = dataset.select_columns(["input_ids", "labels"]).with_format(None)
     else:
         tokens = dataset.map(_collated, fn_kwargs={"collate": collate}, remove_columns=dataset.column_names)
     lengths, learnt, largest, fingerprint = survey(tokens)

@@ -32,7 +32,7 @@ def scores_of(folder, tokenizer, dataset, when):
 
 @pytest.mark.filterwarnings("ignore:To copy construct from a tensor")  # of TRL's collator
 @pytest.mark.parametrize("when", ["before", "training"])
-@pytest.mark.parametrize("kind", ["with_transform", "torch", "numpy"])
+@pytest.mark.parametrize("kind", ["with_transform", "torch", "numpy", "pandas"])
 def test_rows_that_are_made_while_they_are_read_have_the_scores_of_the_same_rows_made_before(
     tmp_path, tokenizer, when, kind
 ):
@@ -49,3 +49,18 @@ def test_rows_that_are_made_while_they_are_read_have_the_scores_of_the_same_rows
     np.testing.assert_array_equal(scores, expected)
     np.testing.assert_array_equal(kept, expected_kept)
     assert kept.sum() == 6
+
+
+@pytest.mark.filterwarnings("ignore:To copy construct from a tensor")  # of TRL's collator
+@pytest.mark.parametrize("when", ["before", "training"])
+@pytest.mark.parametrize("kind", ["torch", "numpy"])
+def test_a_column_that_a_format_hides_is_not_read(tmp_path, tokenizer, when, kind):
+    """The collator makes labels of all tokens where it sees none."""
+    plain = rows(12).map(
+        tokenised, batched=True, fn_kwargs={"tokenizer": tokenizer}, remove_columns=rows(1).column_names
+    )
+    hidden = plain.with_format(kind, columns=["input_ids"])
+    scores, _ = scores_of(tmp_path, tokenizer, hidden, when)
+    expected, _ = scores_of(tmp_path, tokenizer, plain.remove_columns("labels"), when)
+    np.testing.assert_array_equal(scores, expected)
+    np.testing.assert_array_equal(scores[:, 1], [len(each) - 1 for each in plain["input_ids"]])
