@@ -34,7 +34,7 @@ def save_kept(rows: Dataset, selection: Selection, output: Path, group_column: s
     """Write a selection, the rows that it keeps and their card. Rows are never beside another selection than theirs.
 
     Args:
-        rows: the kept rows.
+        rows: the kept rows, as `Selection.apply` gives them.
         selection: the selection that keeps them.
         output: a folder; the rows of an earlier selection in it are replaced.
         group_column: the column whose groups each have their share, for the card.
@@ -44,7 +44,7 @@ def save_kept(rows: Dataset, selection: Selection, output: Path, group_column: s
     """
     folder, replaced = output / DATASET, output / REPLACED
     with replacing(folder) as temporary:
-        selection.with_weights(rows).save_to_disk(temporary)
+        rows.save_to_disk(temporary)
         selection.card(group_column=group_column).save(temporary / "README.md")
         flush(temporary)  # before the earlier rows are moved away
         shutil.rmtree(replaced, ignore_errors=True)

@@ -20,7 +20,7 @@ from ..io.files import file_at, load_parquet, save_parquet
 from ..scores.provenance import Provenance
 from ..scores.score_table import ScoreTable, count_reasons
 from .dataset_card import make_card, push_card
-from .weighted_rows import NEEDS_WEIGHTS, weighted
+from .weighted_rows import OF_A_STREAM, WEIGHT, Reminder, keep_weighted, weighted, with_columns
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -31,7 +31,6 @@ SELECTION_FILE = "selection.parquet"
 KEY = "resofilter_selection"  # the Parquet metadata that holds policy and provenance
 KEPT = "kept"
 COLUMN = "resofilter_"  # prefix of a score's column in an annotated dataset
-WEIGHT = f"{COLUMN}weight"
 
 
 @dataclass(frozen=True)
@@ -54,7 +53,7 @@ class Selection:
     policy: Mapping[str, Any]
     provenance: str
     weight: np.ndarray | None = None
-    _weights_taken: list[bool] = dataclasses.field(default_factory=list, init=False, repr=False, compare=False)
+    _reminder: Reminder = dataclasses.field(default_factory=Reminder, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if not isinstance(self.keep, np.ndarray) or self.keep.dtype != bool or self.keep.ndim != 1:
@@ -124,8 +123,8 @@ class Selection:
         The rows of a stream are not compared with those that were scored. It is filtered by the position of each row:
         it must not be shuffled, and a single process must read it (`dataloader_num_workers=0`).
 
-        A training on kept rows with weights needs these as well (`SampleWeights.of(selection)`); where it reads its
-        first batch without them, a warning says so.
+        Rows that do not count alike have their weights as a column, `resofilter_weight`, times those that they had.
+        A training on them needs `SampleWeights.of(selection)`; without, a warning comes with its first batch.
 
         Args:
             dataset: the dataset as it was scored.
@@ -136,20 +135,27 @@ class Selection:
             InputError: the dataset has other rows than was scored, or another number of rows.
         """
         if not isinstance(dataset, Sized):
-            if self._has_weights:
-                warnings.warn(f"{NEEDS_WEIGHTS} Of a stream, no trainer can take them.", stacklevel=2)
+            if self.has_weights:
+                warnings.warn(OF_A_STREAM, stacklevel=2)
             return dataset.filter(self._keeps, with_indices=True)
-        self._check(cast("Dataset", dataset), check_rows)
-        rows = cast("Dataset", dataset).select(self.sample_ids)
-        return weighted(rows, self._weights_taken) if self._has_weights else rows
+        rows = cast("Dataset", dataset)
+        self._check(rows, check_rows)
+        if self.has_weights:
+            return keep_weighted(rows, self.sample_ids, np.asarray(self.weight), self._reminder)
+        kept = rows.select(self.sample_ids)
+        return weighted(kept, self._reminder) if WEIGHT in kept.column_names else kept
 
     def kept_weights(self) -> np.ndarray:
-        """(K,) how much the loss of each kept row counts in training; 1 where all rows count alike."""
-        self._weights_taken.append(True)
+        """(K,) how much the loss of each kept row counts in training, in their order; 1 where all rows count alike.
+
+        For a training loop of one's own: the rows no longer warn that they have weights.
+        """
+        self._reminder.due = False
         return np.ones(int(self.keep.sum())) if self.weight is None else self.weight[self.keep]
 
     @property
-    def _has_weights(self) -> bool:
+    def has_weights(self) -> bool:
+        """Whether some kept rows count more than others, so that `apply` adds their weights as a column."""
         return self.weight is not None and bool(np.ptp(self.weight[self.keep]) if self.keep.any() else False)
 
     def _check(self, dataset: Dataset, check_rows: bool) -> None:
@@ -175,8 +181,6 @@ class Selection:
     def annotate(self, dataset: Dataset, scores: ScoreTable, *, check_rows: bool = True) -> Dataset:
         """The kept rows, with the scores as columns: `resofilter_score`, `resofilter_loss` and so on.
 
-        Rows that do not count alike also have their weight, `resofilter_weight`.
-
         Args:
             dataset, check_rows: as for `apply`.
             scores: the scores of all its rows, in its order.
@@ -184,11 +188,9 @@ class Selection:
         Raises:
             InputError: as for `apply`.
         """
-        rows = self.with_weights(self.apply(dataset, check_rows=check_rows))
-        for name in scores.table.column_names:
-            if name not in ("sample_id", "reason"):
-                rows = rows.add_column(f"{COLUMN}{name}", scores.table[name].take(self.sample_ids).to_pylist())
-        return rows
+        names = [name for name in scores.table.column_names if name not in ("sample_id", "reason")]
+        columns = {f"{COLUMN}{name}": scores.table[name].take(self.sample_ids).to_pylist() for name in names}
+        return with_columns(self.apply(dataset, check_rows=check_rows), columns)
 
     def card(self, licence: str | None = None, name: str | None = None, group_column: str | None = None) -> DatasetCard:
         """The dataset card of the kept rows: how they were selected, from what, and the commands that repeat it.
@@ -199,12 +201,8 @@ class Selection:
             group_column: the column of the dataset whose groups each have their share, if any.
         """
         provenance = Provenance.from_json(self.provenance)
-        weights = WEIGHT if self._has_weights else None
+        weights = WEIGHT if self.has_weights else None
         return make_card(provenance, self.reason, KEPT, self.policy, licence, name, group_column, weights)
-
-    def with_weights(self, rows: Dataset) -> Dataset:
-        """The kept rows with a column of their weights, if they do not count alike."""
-        return rows.add_column(WEIGHT, np.asarray(self.weight)[self.keep]) if self._has_weights else rows
 
     def push_to_hub(
         self,
@@ -216,7 +214,7 @@ class Selection:
         check_rows: bool = True,
         **options: Any,
     ) -> None:
-        """Push the kept rows to the Hub, with their dataset card, and with their weights if they do not count alike.
+        """Push the kept rows to the Hub, with their dataset card.
 
         Args:
             dataset, check_rows: as for `apply`.
@@ -226,7 +224,7 @@ class Selection:
             **options: arguments of `Dataset.push_to_hub`, such as `private` and `token`.
         """
         if scores is None:
-            rows = self.with_weights(self.apply(dataset, check_rows=check_rows))
+            rows = self.apply(dataset, check_rows=check_rows)
         else:
             rows = self.annotate(dataset, scores, check_rows=check_rows)
         commit = rows.push_to_hub(repo_id, **options)

@@ -27,6 +27,7 @@ from ..model.loss_check import TokenLoss
 from ..model.losses import IGNORE
 from ..model.sharding import is_sharded
 from ..selecting.token_selection import EMPTIED
+from ..selecting.weighted_rows import WEIGHT
 from .plan import Batching, Progress
 from .sampler import IndexedRows, RowCollator, ShrinkingSampler
 
@@ -163,9 +164,11 @@ def check_trainer(trainer: Trainer, train_dataloader: Any) -> None:
     sharded = "Score first (resofilter score), then train on the selection"
     by_fsdp = accelerator.distributed_type == DistributedType.FSDP or is_sharded(cast(Any, trainer.model))
     balanced = args.train_sampling_strategy == "batch_rebalance"
+    weighted = WEIGHT in (getattr(trainer.train_dataset, "column_names", None) or [])
     refusals = [
         *_common_refusals(trainer, train_dataloader.dataset),
         (balanced, "train_sampling_strategy='batch_rebalance'", "Use 'random'"),
+        (weighted, f"rows that have weights ('{WEIGHT}')", "Train on them with SampleWeights, or remove the column"),
         (args.accelerator_config.dispatch_batches is True, "dispatch_batches=True", "Leave it unset"),
         (args.fp16, "fp16, in which gradients near eps vanish", "Use bf16=True or float32"),
         (by_fsdp, "FSDP, which shards weights and gradients", sharded),

@@ -19,10 +19,9 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from ..config import InputError
 from ..model.gradients import Segment, segments_of
 from ..selecting.selection import Selection
+from ..selecting.weighted_rows import WEIGHT, column_of_weights, reminder_of
 from . import trainer_access as access
 from .sampler import ROW, RowCollator
-
-WEIGHT = "resofilter_weight"  # (B, T) in a batch: the weight of each token's loss
 
 
 class SampleWeights(TrainerCallback):
@@ -36,19 +35,26 @@ class SampleWeights(TrainerCallback):
 
     Raises:
         InputError: here, where a weight is negative or not finite; when training begins, where the trainer has another
-            loss or another number of rows.
+            loss, another number of rows, or rows with other weights in their column `resofilter_weight`.
     """
 
     def __init__(self, weight: Sequence[float] | np.ndarray) -> None:
         self.weight = np.asarray(weight, dtype=np.float64)
         if self.weight.ndim != 1 or not np.isfinite(self.weight).all() or (self.weight < 0).any():
             raise InputError("weight must be one finite number of at least 0 for every row.")
+        self._selection: Selection | None = None
         self._release: Callable[[], None] = lambda: None
 
     @classmethod
     def of(cls, selection: Selection) -> SampleWeights:
-        """The weights of the rows that a selection keeps; 1 where it has none."""
-        return cls(selection.kept_weights())
+        """The weights in the column that `selection.apply` adds to its rows; 1 where all rows count alike.
+
+        The rows may be shuffled, sorted, filtered, split or joined with others that have the column.
+        """
+        kept = np.ones(int(selection.keep.sum())) if selection.weight is None else selection.weight[selection.keep]
+        weights = cls(kept)
+        weights._selection = selection
+        return weights
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -60,21 +66,45 @@ class SampleWeights(TrainerCallback):
         if sum(isinstance(each, SampleWeights) for each in trainer.callback_handler.callbacks) > 1:
             raise InputError("SampleWeights was added twice: multiply the weights, and add it once.")
         access.check_weighable(trainer, loader)
-        rows = access.rows_of(trainer)
-        if rows.total != len(self.weight):
-            raise InputError(
-                f"There are {len(self.weight)} weights and the dataset has {rows.total} rows: pass one for each."
-            )
-        patch = access.LoaderPatch(loader, lambda inner: _WeightCollator(inner, self.weight[rows.sample_ids]))
+        weight = self._of_rows(trainer)
+        patch = access.LoaderPatch(loader, lambda inner: _WeightCollator(inner, weight))
         patch.install()
-        weighted = WeightedLoss(cast(nn.Module, trainer.model))
+        weighted, reminder = WeightedLoss(cast(nn.Module, trainer.model)), reminder_of(trainer.train_dataset)
+        due = reminder is not None and reminder.due
+        if reminder is not None:
+            reminder.due = False
 
         def release() -> None:
             patch.remove()
             weighted.detach()
+            if reminder is not None:
+                reminder.due = due
             self._release = lambda: None
 
         self._release = release
+
+    def _of_rows(self, trainer: Trainer) -> np.ndarray:
+        """The weight of every row of the trainer, in its order."""
+        column, rows = column_of_weights(trainer.train_dataset), access.rows_of(trainer)
+        if self._selection is not None and column is not None:
+            return column
+        if self._selection is not None and self._selection.has_weights:
+            raise InputError(
+                f"The trainer's rows have no column '{WEIGHT}', so which weight is whose is unknown. Keep the column "
+                "that selection.apply adds; or, if these are the kept rows in their order, pass "
+                "SampleWeights(selection.kept_weights())."
+            )
+        if rows.total != len(self.weight):
+            raise InputError(
+                f"There are {len(self.weight)} weights and the dataset has {rows.total} rows: pass one for each."
+            )
+        weight = self.weight[rows.sample_ids]
+        if column is not None and len(other := np.flatnonzero(~np.isclose(column, weight))):
+            raise InputError(
+                f"Row {rows.sample_ids[other[0]]} has the weight {column[other[0]]:g} in its column '{WEIGHT}', and "
+                f"{weight[other[0]]:g} in SampleWeights. Pass SampleWeights.of(selection), or remove the column."
+            )
+        return weight
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
