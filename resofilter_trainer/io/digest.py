@@ -8,6 +8,7 @@ unit and a time zone, and a column or field without any value counts as absent.
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
@@ -18,10 +19,11 @@ import pyarrow.compute as pc
 import xxhash
 
 if TYPE_CHECKING:
-    from datasets import Dataset
+    from datasets import Dataset, IterableDataset
 
 ARROW = "arrow:"  # begins every digest but those of version 0.1.0, which are of JSON text
 FIRST = ""  # as `like`: a digest of version 0.1.0
+PIECE = 10_000  # rows of a stream at a time; a multiple of the rows that version 0.1.0 hashed together
 BATCH = 250_000  # rows that are gathered together
 
 
@@ -42,6 +44,26 @@ def same_rows(digest: str, dataset: Dataset) -> bool:
     return hash_rows(dataset, like=digest) == digest
 
 
+def columns_of(stream: IterableDataset, size: int) -> Iterator[dict[str, list[Any]]]:
+    """The values of a stream by column, `size` rows at a time; None where a row lacks a column that others have."""
+    rows = iter(stream)
+    while piece := list(itertools.islice(rows, size)):
+        names = dict.fromkeys(name for row in piece for name in row)
+        yield {name: [row.get(name) for row in piece] for name in names}
+
+
+def tables_of(stream: IterableDataset, size: int) -> Iterator[pa.Table]:
+    """The rows of a stream, `size` at a time, as they are stored: without its format, its images not decoded.
+
+    Raises:
+        pa.ArrowException: the stream does not know its types, and the values of a column do not show one.
+    """
+    if stream.features is not None:
+        yield from stream.with_format("arrow").iter(batch_size=size)
+    else:
+        yield from map(pa.table, columns_of(stream.with_format(None), size))
+
+
 class RowsDigest:
     """The digest of rows that come piece by piece. It does not depend on the pieces.
 
@@ -53,13 +75,13 @@ class RowsDigest:
         self._text = None if like is None or like.startswith(ARROW) else xxhash.xxh3_128()
         self._rows = _Values(0)
 
-    def add(self, dataset: Dataset) -> None:
+    def add(self, dataset: Dataset | pa.Table) -> None:
         """Add the rows that follow."""
         if self._text is not None:
-            for batch in dataset.with_format(None).iter(batch_size=1000):
+            for batch in _python(dataset):
                 self._text.update(json.dumps(batch, sort_keys=True, default=str).encode())
             return
-        for table in _batches(dataset):
+        for table in [dataset] if isinstance(dataset, pa.Table) else _batches(dataset):
             self._rows.add_fields(dict(zip(table.column_names, table.columns, strict=True)), len(table))
 
     def hexdigest(self) -> str:
@@ -172,6 +194,14 @@ def _json(array: pa.JsonArray) -> pa.Array:
     """JSON text with its fields in one order and without needless space, as libraries write it differently."""
     texts = (text and json.dumps(json.loads(text), sort_keys=True) for text in array.storage.to_pylist())
     return pa.array(texts, pa.large_string())
+
+
+def _python(rows: Dataset | pa.Table) -> Iterator[dict[str, Any]]:
+    """The rows as Python's values by column, 1000 rows at a time, as version 0.1.0 hashes them."""
+    if isinstance(rows, pa.Table):
+        yield from (rows.slice(start, 1000).to_pydict() for start in range(0, len(rows), 1000))
+    else:
+        yield from rows.with_format(None).iter(batch_size=1000)
 
 
 def _batches(dataset: Dataset) -> Iterator[pa.Table]:

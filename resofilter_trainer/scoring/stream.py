@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import itertools
 import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,14 +21,13 @@ import numpy as np
 import pyarrow as pa
 import xxhash
 from accelerate import PartialState
-from datasets import Dataset, IterableDataset
+from datasets import Dataset, DatasetInfo, IterableDataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import SFTConfig
 
 from ..config import InputError, NothingError, Precision, ResonanceConfig, ScoreWarning, whole_number
-from ..data.exact_json import encoded
 from ..data.loading import default_arguments, load_model, open_pass
-from ..io.digest import RowsDigest
+from ..io.digest import PIECE, RowsDigest, columns_of, tables_of
 from ..io.files import remove_folder
 from ..scores.full_step import is_saturated
 from ..scores.provenance import Provenance, Trust
@@ -38,7 +36,6 @@ from .dataset import score_dataset
 from .output import warn_of_doubts
 from .passes import locked
 
-PIECE = 10_000  # rows; a multiple of the rows that version 0.1.0 hashed together
 PIECES = "pieces"
 UNKNOWN = "nothing in its piece can be scored"
 
@@ -215,9 +212,8 @@ def _moved(reason: str | None, start: int) -> str | None:
 
 def _pieces(stream: IterableDataset, size: int) -> Iterator[Dataset]:
     """The rows of a stream, `size` at a time, with the stream's own types where it has them."""
-    rows = iter(stream)
-    while piece := list(itertools.islice(rows, size)):
-        names = dict.fromkeys(name for row in piece for name in row)  # the first row may lack some
-        types = stream.features or {}
-        columns = {name: [encoded(types.get(name), row.get(name)) for row in piece] for name in names}
-        yield Dataset.from_dict(columns, features=stream.features, on_mixed_types="use_json")
+    if stream.features is not None:
+        info = DatasetInfo(features=stream.features)
+        yield from (Dataset(table, info=info) for table in tables_of(stream, size))
+    else:
+        yield from (Dataset.from_dict(piece, on_mixed_types="use_json") for piece in columns_of(stream, size))

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
+import sys
 import warnings
 from collections.abc import Mapping, Sequence, Sized
 from dataclasses import dataclass
@@ -15,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 
 from ..config import InputError
-from ..io.digest import same_rows
+from ..io.digest import PIECE, RowsDigest, same_rows, tables_of
 from ..io.files import file_at, load_parquet, save_parquet
 from ..scores.provenance import Provenance
 from ..scores.score_table import ScoreTable, count_reasons
@@ -30,6 +32,16 @@ if TYPE_CHECKING:
 SELECTION_FILE = "selection.parquet"
 KEY = "resofilter_selection"  # the Parquet metadata that holds policy and provenance
 KEPT = "kept"
+OTHER_ROWS = (
+    "The dataset is not what was scored: its values, its columns or the order of its rows differ. Apply the selection "
+    "to the dataset as it was scored, before shuffling or changing it. If only columns differ, and row i is still row "
+    "i, pass check_rows=False."
+)
+UNTYPED = (
+    "The stream does not know the types of its columns, so that its rows cannot all be compared with those that were "
+    "scored: if they are the same, pass check_rows=False."
+)
+MORE_ROWS = "The selection was made for {} rows and the stream has more. Score it again."
 COLUMN = "resofilter_"  # prefix of a score's column in an annotated dataset
 
 
@@ -120,8 +132,9 @@ class Selection:
     def apply(self, dataset: Dataset | IterableDataset, *, check_rows: bool = True) -> Any:
         """The kept rows in their original order, of a `Dataset` or of a stream (`IterableDataset`).
 
-        The rows of a stream are not compared with those that were scored. It is filtered by the position of each row:
-        it must not be shuffled, and a single process must read it (`dataloader_num_workers=0`).
+        A stream is read once to compare its rows with those that were scored, then it is filtered by the position of
+        each row, so it must give the same rows in the same order each time. Of several shards, a single process must
+        read it (`dataloader_num_workers=0`); it may be shuffled afterwards, though not by shard.
 
         Rows that do not count alike have their weights as a column, `resofilter_weight`, times those that they had.
         A training on them needs `SampleWeights.of(selection)`; without, a warning comes with its first batch.
@@ -129,20 +142,24 @@ class Selection:
         Args:
             dataset: the dataset as it was scored.
             check_rows: whether all values must be those that were scored. `False` is for the same rows in the same
-                order with other columns, such as those before `map_columns`.
+                order with other columns, such as those before `map_columns`, and for a stream that is not to be read
+                twice.
 
         Raises:
             InputError: the dataset has other rows than was scored, or another number of rows.
         """
+        _check_kind(dataset)
         if not isinstance(dataset, Sized):
+            self._check_stream(dataset, check_rows)
             if self.has_weights:
                 warnings.warn(OF_A_STREAM, stacklevel=2)
-            return dataset.filter(self._keeps, with_indices=True)
-        rows = cast("Dataset", dataset)
-        self._check(rows, check_rows)
+            keeps = functools.partial(self._keeps, shards=dataset.num_shards)
+            return dataset.skip(0).filter(keeps, with_indices=True)  # skip: a later shuffling leaves the shards alone
+        dataset = cast("Dataset", dataset)
+        self._check(dataset, check_rows)
         if self.has_weights:
-            return keep_weighted(rows, self.sample_ids, np.asarray(self.weight), self._reminder)
-        kept = rows.select(self.sample_ids)
+            return keep_weighted(dataset, self.sample_ids, np.asarray(self.weight), self._reminder)
+        kept = dataset.select(self.sample_ids)
         return weighted(kept, self._reminder) if WEIGHT in kept.column_names else kept
 
     def kept_weights(self) -> np.ndarray:
@@ -167,15 +184,35 @@ class Selection:
             )
         content = content_of(self.provenance) if check_rows else None
         if content is not None and not same_rows(content, dataset):
-            raise InputError(
-                "The dataset is not what was scored: its values, its columns or the order of its rows differ. Apply "
-                "the selection to the dataset as it was scored, before shuffling or changing it. If only columns "
-                "differ, and row i is still row i, pass check_rows=False."
-            )
+            raise InputError(OTHER_ROWS)
 
-    def _keeps(self, row: Any, position: int) -> bool:
+    def _check_stream(self, stream: IterableDataset, check_rows: bool) -> None:
+        """Read a stream. Raise InputError unless its rows are those that were scored."""
+        content = content_of(self.provenance) if check_rows else None
+        if content is None:
+            return
+        digest, rows = RowsDigest(like=content), 0
+        try:
+            for table in tables_of(stream, PIECE):
+                digest.add(table)
+                rows += len(table)
+                if rows > len(self):
+                    raise InputError(MORE_ROWS.format(len(self)))
+        except pa.ArrowException as error:
+            raise InputError(UNTYPED) from error
+        if rows < len(self):
+            raise InputError(f"The selection was made for {len(self)} rows and the stream has {rows}. Score it again.")
+        if digest.hexdigest() != content:
+            raise InputError(OTHER_ROWS if stream.features is not None else f"{OTHER_ROWS} {UNTYPED}")
+
+    def _keeps(self, row: Any, position: int, shards: int) -> bool:
+        if shards > 1 and _in_one_of_several_workers():
+            raise InputError(
+                "The rows of a stream of several shards have a position in one process only: pass "
+                "dataloader_num_workers=0."
+            )
         if position >= len(self):
-            raise InputError(f"The selection was made for {len(self)} rows and the stream has more. Score it again.")
+            raise InputError(MORE_ROWS.format(len(self)))
         return bool(self.keep[position])
 
     def annotate(self, dataset: Dataset, scores: ScoreTable, *, check_rows: bool = True) -> Dataset:
@@ -266,6 +303,26 @@ class Selection:
     def _table(self) -> pa.Table:
         columns = {"sample_id": np.arange(len(self)), "keep": self.keep, "reason": list(self.reason)}
         return pa.table(columns if self.weight is None else {**columns, "weight": self.weight})
+
+
+def _check_kind(dataset: Any) -> None:
+    """Raise InputError for anything but a Dataset or a stream."""
+    if isinstance(dataset, dict):
+        split = next(iter(dataset), "train")
+        raise InputError(
+            f"A selection is of one split, and this is a {type(dataset).__name__}: pass dataset['{split}']."
+        )
+    if not hasattr(dataset, "with_format"):
+        raise InputError(
+            f"A selection applies to a datasets.Dataset or IterableDataset, and this is a {type(dataset).__name__}."
+        )
+
+
+def _in_one_of_several_workers() -> bool:
+    """Whether this process is a worker of a DataLoader that has others."""
+    torch: Any = sys.modules.get("torch")
+    worker = torch.utils.data.get_worker_info() if torch is not None else None
+    return worker is not None and worker.num_workers > 1
 
 
 def content_of(provenance: str) -> str | None:
