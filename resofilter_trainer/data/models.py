@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
+import transformers
 from peft import PeftModel
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     AutoTokenizer,
+    GenerationMixin,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     ProcessorMixin,
@@ -20,6 +24,7 @@ from trl import SFTConfig
 from ..config import InputError
 from .files import first_line, looks_local
 
+ON_THE_HUB = "revision", "subfolder", "token", "cache_dir", "local_files_only", "trust_remote_code"
 CONFIG, ADAPTER = "config.json", "adapter_config.json"
 A_FOLDER = "a folder with config.json and *.safetensors, or a name on the hub"
 LISTED = 3  # names in a message
@@ -67,12 +72,31 @@ def load_weights(name: str, args: SFTConfig) -> PreTrainedModel:
     safe = {"trust_remote_code": args.trust_remote_code, "use_safetensors": True}  # a pickle may run anything
     settings = {"dtype": torch.float32, **safe, **given, "output_loading_info": True}
     try:
-        model, found = AutoModelForCausalLM.from_pretrained(name, **settings)
+        model, found = _class_of(name, settings).from_pretrained(name, **settings)
     except Exception as error:  # transformers, safetensors and the hub each raise their own
         _refuse(name, error)
     _check_whole(name, model, found)
     loaded: PreTrainedModel = model
     return loaded
+
+
+def _class_of(name: str, settings: Mapping[str, Any]) -> Any:
+    """The class that SFTTrainer loads: the one that the configuration names, if it is a language model's.
+
+    Models with vision or audio are no `AutoModelForCausalLM`. An adapter alone has no configuration of a model.
+    """
+    where = {key: settings[key] for key in ON_THE_HUB if key in settings}
+    try:
+        config = settings.get("config") or AutoConfig.from_pretrained(name, **where)
+    except OSError:  # an adapter; or nothing, which the class says better
+        return AutoModelForCausalLM
+    if config.is_encoder_decoder:
+        return AutoModelForCausalLM
+    named = getattr(transformers, next(iter(config.architectures or ()), ""), None)
+    if isinstance(named, type) and issubclass(named, GenerationMixin):
+        return named
+    own = AutoModelForImageTextToText.__name__ in (getattr(config, "auto_map", None) or {})
+    return AutoModelForImageTextToText if own else AutoModelForCausalLM
 
 
 def check_causal(model: Any) -> None:
@@ -124,7 +148,7 @@ def _refuse(name: str, error: Exception) -> NoReturn:
     """Raise InputError for what could not be loaded, with a remedy where the folder shows one."""
     path, remedy = Path(name), ""
     pickled = [each.name for each in (*path.glob("*.bin"), *path.glob("*.pt"), *path.glob("*.pth"))]
-    if (path / ADAPTER).is_file() and not (path / CONFIG).is_file():
+    if _is_adapter(path):
         remedy = f" {_of_adapter(name)}"
     elif pickled and not any(path.glob("*.safetensors")):
         remedy = (
@@ -132,6 +156,11 @@ def _refuse(name: str, error: Exception) -> NoReturn:
             f"convert it once: AutoModelForCausalLM.from_pretrained('{name}') {CONVERT}."
         )
     raise InputError(f"The model '{name}' cannot be loaded: {first_line(error)}{remedy}") from error
+
+
+def _is_adapter(folder: Path) -> bool:
+    """Whether a folder holds an adapter without its model."""
+    return (folder / ADAPTER).is_file() and not (folder / CONFIG).is_file()
 
 
 def _of_adapter(name: str) -> str:
@@ -152,7 +181,7 @@ def _check_whole(name: str, model: PreTrainedModel, found: dict[str, Any]) -> No
     if unused:
         what += f", and hold {_listed(unused)} instead"
     path = Path(name)
-    if (path / ADAPTER).is_file() and not (path / CONFIG).is_file():
+    if _is_adapter(path):
         remedy = _of_adapter(name)
     else:
         remedy = (

@@ -257,7 +257,7 @@ def _prepared_by(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, args: SFT
     args.packing = args.padding_free = args.shuffle_dataset = False
     args.gradient_checkpointing = args.activation_offloading = args.use_liger_kernel = args.push_to_hub = False
     args.report_to, args.eval_strategy, args.disable_tqdm = [], "no", True
-    args.model_init_kwargs = args.router_aux_loss_coef = None
+    args.model_init_kwargs = args.router_aux_loss_coef = args.gradient_checkpointing_kwargs = None
     stand_in = LlamaForCausalLM(
         LlamaConfig(vocab_size=len(tokenizer), hidden_size=2, intermediate_size=2, num_hidden_layers=1,
                     num_attention_heads=1, num_key_value_heads=1)

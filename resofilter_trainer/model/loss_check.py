@@ -106,6 +106,7 @@ class LossCheck:
     Attributes:
         own: (N,) bool, the samples whose tokens have another weight; None before the backward has passed the output.
         weight: (N,) float64, the weight of the tokens of each sample: the expected one unless it is another.
+        aux_weight: the weight of the model's auxiliary loss (a router's); None where it has none.
     """
 
     def __init__(
@@ -117,6 +118,8 @@ class LossCheck:
         self._expected = as_tensor.expand(self._count)
         self.own: Tensor | None = None
         self.weight = self._expected
+        self.aux_weight: Tensor | None = None
+        self._aux: Tensor | None = None
         self._found = torch.zeros(4, self._count, dtype=torch.float64, device=labels.device)
         self._outside = self._expected.new_zeros(())
         self._sums: Tensor | None = None  # (N,) of each sample's token losses
@@ -135,7 +138,11 @@ class LossCheck:
         self._watched = True
         places, log_probs, logits = self._places, field_of(output, "log_probs"), field_of(output, "logits")
         losses = None if token_losses is None else token_losses[places.row, places.column]
-        if losses is not None and field_of(output, "aux_loss") is None:
+        aux = field_of(output, "aux_loss")
+        if isinstance(aux, Tensor) and aux.requires_grad:
+            self._aux = aux.detach()
+            _on_gradient(aux, self._at_aux)
+        if losses is not None and (aux is None or self._aux is not None):  # else its weight is not to be seen
             self._sums = self._per_sample(self._form_of(losses, logits), places.sample)
         if losses is not None and log_probs is not None:
             _on_gradient(log_probs, partial(self._at_log_probs, losses))
@@ -217,6 +224,10 @@ class LossCheck:
         nothing = self._expected.new_zeros(self._count)
         self._conclude((gradient.to(nothing) / divisor).expand(self._count), gradient, nothing)
 
+    def _at_aux(self, gradient: Tensor) -> None:
+        """The gradient at the model's auxiliary loss."""
+        self.aux_weight = gradient.double()
+
     def _conclude(self, weight: Tensor, gradient: Tensor, apart: Tensor, away: Tensor | None = None) -> None:
         weight, expected = weight.to(self._expected.device), self._expected
         differs = _over(weight - expected, expected * _tolerance(gradient)[0])
@@ -241,7 +252,12 @@ class LossCheck:
         """(4 N + 4,) what `verdicts` reads: per sample, then of the whole micro-batch."""
         value = self._expected.new_zeros(()) if self._backpropagated is None else self._backpropagated
         value, terms = value.to(self._expected), self._sums
-        terms = value[None] if self._backpropagated is None or terms is None else self.weight * terms
+        if self._backpropagated is None or terms is None:
+            terms = value[None]
+        else:
+            terms = self.weight * terms
+            if self._aux is not None and self.aux_weight is not None:
+                terms = torch.cat([terms, (self.aux_weight * self._aux).to(terms)[None]])
         apart = _over(value - terms.sum(), terms.abs().sum() * self._value_tolerance)
         whole = [self._outside.to(value), apart, value, terms.sum()]
         return torch.cat([self._found.flatten(), torch.stack(whole)])

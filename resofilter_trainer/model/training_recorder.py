@@ -12,7 +12,7 @@ therefore its share of the gradient, divided by that weight and by its number of
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Any
@@ -38,6 +38,11 @@ NO_GRADIENT = (
     "A training step was not measured: its loss has no gradient at any measured up-projection. Measure lower layers "
     "with a larger n_layers, or compute the loss from the model's own logits."
 )
+NOT_APART = (
+    "The router's auxiliary loss is the batch's, and to take it out of the rows' scores needs a second backward, which "
+    "failed: {error}. Leave out activation_offloading=True and selective or reentrant checkpointing; or the auxiliary "
+    "loss, with router_aux_loss_coef=0 or model.config.output_router_logits=False; or pass when='before'."
+)
 NOT_SEEN = (
     "A training step was not measured: the model was not called with the batch's input_ids. Leave them as the collator "
     "made them, and the model as it was when training began."
@@ -55,6 +60,7 @@ class MicroBatch:
         token_weight: the expected weight of every token's loss in the loss of the step.
         form: the expected loss of one token.
         sums: what each hooked module adds to each sample's sum, (N,).
+        aside: the gradient of the model's auxiliary loss at the output of each hooked module.
         losses: (N,) each sample's mean token loss; None if the output of the model does not show it.
     """
 
@@ -64,6 +70,7 @@ class MicroBatch:
     token_weight: float | Tensor
     form: TokenLoss = field(default_factory=TokenLoss)
     sums: dict[nn.Module, Tensor] = field(default_factory=dict)
+    aside: dict[nn.Module, Tensor] = field(default_factory=dict)
     losses: Tensor | None = None
 
     @cached_property
@@ -89,6 +96,18 @@ class MicroBatch:
         if self.check.own is None:
             return expected
         return torch.where(self.check.own, (1 / (self.check.weight * tokens)).to(expected.dtype), expected)
+
+    def of_tokens(self, module: nn.Module, b: Tensor) -> Tensor:
+        """The part of a gradient at a module's output that the tokens' losses make, without the auxiliary loss's."""
+        weight, aside = self.check.aux_weight, self.aside.get(module)
+        if weight is None or aside is None:
+            return b
+        own = (at_least_float32(b) - weight * at_least_float32(aside)).view(*self.input_ids.shape, -1)
+        for each in self.segments:  # exactly zero where no learnt token follows
+            learnt = (self.labels[each.row, each.tokens] != IGNORE).long()
+            follows = learnt.sum() > learnt.cumsum(0)
+            own[each.row, each.tokens] *= follows[:, None].to(own)
+        return own.to(b.dtype).view_as(b)
 
 
 class TrainingRecorder:
@@ -117,6 +136,7 @@ class TrainingRecorder:
         self._running: MicroBatch | None = None
         self._begun: list[MicroBatch] = []
         self._called: dict[MicroBatch, set[nn.Module]] = {}
+        self._outputs: dict[nn.Module, Tensor] | None = None  # of the hooked modules, while a forward runs
         self._replaying = False
         self._stack = contextlib.ExitStack()
 
@@ -139,10 +159,14 @@ class TrainingRecorder:
         """Set the next micro-batches. A forward on anything else is not measured."""
         self._expected, self._begun, self._running, self._called = list(batches), [], None, {}
 
-    def backpropagates(self, loss: Tensor) -> None:
-        """Note that the gradient of a loss, of the micro-batch of the last forward, is going to be computed."""
-        if self._begun and self.config is not None:
-            self._begun[-1].check.backpropagates(loss)
+    @contextlib.contextmanager
+    def backpropagating(self, loss: Tensor) -> Iterator[None]:
+        """A context in which the gradient of a loss, of the micro-batch of the last forward, is computed."""
+        batch = self._begun[-1] if self._begun and self.config is not None else None
+        if batch is not None:
+            batch.check.backpropagates(loss)
+        with _second_backward() if batch is not None and batch.aside else contextlib.nullcontext():
+            yield
 
     def verdicts(self) -> list[Verdict]:
         """How the losses of the expected micro-batches differ from what is expected, once the backward is over."""
@@ -193,15 +217,29 @@ class TrainingRecorder:
         self._running = next(coming, None)
         if self._running is not None:
             self._begun.append(self._running)
+            self._outputs = {}
 
     def _end(self, model: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
-        batch = self._running
+        batch, outputs, self._outputs = self._running, self._outputs, None
         if batch is None or not torch.is_grad_enabled():
             return
         losses = _token_losses(output, batch)
         batch.losses = None if losses is None else _mean_losses(losses, batch)
         if self.config is not None:
             batch.check.watch(output, losses, kwargs.get("num_items_in_batch"))
+            aux = field_of(output, "aux_loss")
+            if isinstance(aux, Tensor) and aux.requires_grad and outputs:
+                batch.aside = self._gradients(aux, outputs)
+
+    def _gradients(self, loss: Tensor, outputs: dict[nn.Module, Tensor]) -> dict[nn.Module, Tensor]:
+        """The gradient of a loss at the outputs of modules; none where it does not depend on them."""
+        self._replaying = True
+        try:
+            with _second_backward():
+                found = torch.autograd.grad(loss, list(outputs.values()), retain_graph=True, allow_unused=True)
+        finally:
+            self._replaying = False
+        return {module: each for module, each in zip(outputs, found, strict=True) if each is not None}
 
     def _catch(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
         """Forward hook. Gradient checkpointing calls it twice, but its backward passes here once."""
@@ -211,12 +249,16 @@ class TrainingRecorder:
         if not output.requires_grad:  # everything below is frozen, so the graph begins here
             output.requires_grad_()
         self._called.setdefault(self._running, set()).add(module)
+        if self._outputs is not None:
+            self._outputs[module] = output
         autocast = torch.is_autocast_enabled(output.device.type), torch.get_autocast_dtype(output.device.type)
         call = Call(self._modules[module], args, kwargs, output.detach())  # with the graph, neither would be freed
         output.register_hook(partial(self._measure, self._running, call, autocast))
 
     def _measure(self, batch: MicroBatch, call: Call, autocast: tuple[bool, torch.dtype], b: Tensor) -> None:
         """Gradient hook."""
+        if self._replaying:
+            return
         module, config = call.up_projections[0].module, self.config
         assert config is not None
         if module in batch.sums:
@@ -231,7 +273,8 @@ class TrainingRecorder:
                 torch.autocast(device, dtype=dtype, enabled=enabled),
             ):
                 shape = batch.input_ids.shape
-                batch.sums[module] = call_sums(call, b.detach(), shape, batch.segments, config, batch.scales)
+                b = batch.of_tokens(module, b.detach())
+                batch.sums[module] = call_sums(call, b, shape, batch.segments, config, batch.scales)
         finally:
             self._replaying = False
 
@@ -290,6 +333,18 @@ def recorders(model: nn.Module, config: ResonanceConfig, samples: int) -> tuple[
             "accumulation x processes). Use 1 sample, or update='adamw'."
         )
     return TrainingRecorder(model, None), StepRecorder(model, config)
+
+
+@contextlib.contextmanager
+def _second_backward() -> Iterator[None]:
+    """A context in which the graph of a forward is passed once more, which not every way to save memory allows."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, InputError):
+        raise
+    except Exception as error:  # each raises its own
+        said = str(error).splitlines() or [type(error).__name__]
+        raise InputError(NOT_APART.format(error=said[0].rstrip("."))) from error
 
 
 def _is_trained(each: UpProjection) -> bool:

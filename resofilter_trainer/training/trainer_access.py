@@ -9,6 +9,7 @@ import functools
 import inspect
 import os
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -92,21 +93,21 @@ class BackwardPatch:
 
     Args:
         trainer: the trainer.
-        see: a function that is called with the loss.
+        around: a function from the loss to the context in which it is backpropagated.
     """
 
-    def __init__(self, trainer: Trainer, see: Callable[[torch.Tensor], None]) -> None:
-        self._accelerator, self._see = trainer.accelerator, see
+    def __init__(self, trainer: Trainer, around: Callable[[torch.Tensor], AbstractContextManager[None]]) -> None:
+        self._accelerator, self._around = trainer.accelerator, around
 
     def install(self) -> None:
         """Replace the accelerator's `backward`."""
-        accelerator, see = self._accelerator, self._see
+        accelerator, around = self._accelerator, self._around
         _restore(accelerator, "backward")  # after an earlier run that an exception ended
         inner = accelerator.backward
 
         def backward(loss: torch.Tensor, **kwargs: Any) -> None:
-            see(loss.detach() / accelerator.gradient_accumulation_steps)
-            inner(loss, **kwargs)
+            with around(loss.detach() / accelerator.gradient_accumulation_steps):
+                inner(loss, **kwargs)
 
         _replace(accelerator, "backward", backward)
 

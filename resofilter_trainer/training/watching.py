@@ -59,7 +59,7 @@ class Watch:
         if each_step:
             samples = batching.per_micro_batch * batching.accumulation
             self._recorder, self._step_recorder = recorders(cast(Any, trainer.model), config, samples)
-            self._backward = access.BackwardPatch(trainer, self._recorder.backpropagates)
+            self._backward = access.BackwardPatch(trainer, self._recorder.backpropagating)
         found = find_up_projections(cast(Any, trainer.model), config.n_layers, config.up_projection)
         self.measurements = Measurements(batching.rows, sorted({each.layer for each in found}))
         self._expected: list[MicroBatch] = []

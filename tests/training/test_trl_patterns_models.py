@@ -86,11 +86,40 @@ def test_where_half_is_kept_it_is_the_half_with_the_lower_scores(pattern, tmp_pa
     assert_right_rows(pattern, tmp_path)
 
 
-@pytest.mark.xfail(strict=True, raises=AssertionError, reason="the auxiliary loss is part of each row's gradient")
-@pytest.mark.parametrize("family", ["qwen3_moe", pytest.param("olmoe", marks=pytest.mark.slow)])
-def test_an_auxiliary_loss_that_weighs_much_is_no_rows_own_or_is_refused(family, tmp_path):
-    pattern = Pattern("messages", {"router_aux_loss_coef": 0.5}, model=of_family(family))
-    right_or_refused(lambda: assert_right_rows(pattern, tmp_path), "auxiliary|aux_loss")
+# A router's auxiliary loss is the batch's: it trains, and is no part of a row's score.
+BALANCED = {
+    "qwen3_moe": ("qwen3_moe", {}),
+    "mixtral, accumulation": ("mixtral", {"gradient_accumulation_steps": 2}),
+    "olmoe, checkpointing": ("olmoe", {"activation_checkpointing": True}),
+    "gpt_oss, padding-free": ("gpt_oss", {"padding_free": True, "max_length": None}),
+}
+
+
+def balanced(family: str, settings: dict[str, Any]) -> Pattern:
+    return Pattern("messages", {"router_aux_loss_coef": 0.5, **settings}, model=of_family(family))
+
+
+@pytest.mark.parametrize("name", BALANCED)
+def test_an_auxiliary_loss_that_weighs_much_is_no_part_of_a_rows_score(name, tmp_path):
+    assert_right_rows(balanced(*BALANCED[name]), tmp_path)
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe", "olmoe, checkpointing"])
+def test_an_auxiliary_loss_that_weighs_much_trains_as_without_the_callback(name, tmp_path):
+    assert_untouched(balanced(*BALANCED[name]), tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore:.*deprecated:FutureWarning")  # TRL's own
+def test_an_auxiliary_loss_that_cannot_be_taken_out_is_refused_with_what_to_change(tmp_path):
+    """Selective checkpointing allows one backward only."""
+    selective = {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"selective": True}}
+    trainer = balanced("qwen3_moe", selective).build(tmp_path, ResonanceCallback(keep=0.5))
+    with pytest.raises(InputError, match=r"auxiliary loss.*selective.*router_aux_loss_coef=0") as error:
+        trainer.train()
+    assert "\n" not in str(error.value)
+    assert trainer.state.global_step == 0
+    without = balanced("qwen3_moe", {**selective, "router_aux_loss_coef": 0.0})
+    assert_right_rows(without, tmp_path / "without")
 
 
 VIRTUAL = {
