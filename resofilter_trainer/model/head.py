@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .losses import Inputs, at_positions, head_only_at, learnt_logits, unwrapped
-from .modes import at_least_float32, forward_replaced, same_but_for
+from .modes import at_least_float32, evaluating, forward_replaced, same_but_for
 
 TILE_LOGITS = {"cpu": 1 << 20}  # 4 MB of float32, which stay in the cache
 TILE_LOGITS_ELSEWHERE = 1 << 26  # 256 MB, for few kernel launches
@@ -218,6 +218,28 @@ def is_causal(model: nn.Module, ids: Tensor) -> bool:
     other[0, -1] = ids[0, 0] if ids[0, 0] != ids[0, -1] else (ids[0, -1] - 1).abs()
     before, after = model(input_ids=torch.cat([ids, other]), use_cache=False).logits[:, :-1]
     return same_but_for(8 * torch.finfo(at_least_float32(before).dtype).eps, before, after)
+
+
+@torch.no_grad()
+def mixes_samples(model: nn.Module, tolerance: float) -> bool:
+    """Whether a sample of a padding-free row sees those before it; tested on two samples.
+
+    Args:
+        model: a causal language model.
+        tolerance: the relative difference from which on two outputs differ.
+    """
+    half = PROBE // 2
+    first, other, second = torch.arange(3 * half, device=next(model.parameters()).device).view(3, half)
+    position_ids = torch.arange(half, device=first.device).repeat(2)[None]
+    try:
+        with evaluating(model):
+            alike = [
+                model(input_ids=torch.cat([each, second])[None], position_ids=position_ids, use_cache=False).logits
+                for each in (first, other)
+            ]
+    except Exception:  # a model that cannot run on this cannot train on it either, and says so better
+        return False
+    return not same_but_for(tolerance, *(logits[:, half:] for logits in alike))
 
 
 def _positions_depend_on_length(settings: Any) -> bool:

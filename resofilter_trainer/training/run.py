@@ -35,6 +35,7 @@ from .plan_log import line, planned_epochs, save_plan
 from .sampler import ROW
 from .timeline import Timeline
 from .token_run import CleaningRun
+from .trainer_patches import TrainerPatch
 from .watching import Watch
 from .weighting import BatchWeights
 
@@ -75,7 +76,7 @@ class Run:
         self._timeline = Timeline(trainer, own_sampler, self._batching, filtering)
         in_training = filtering.when == "training"
         self._watch = Watch(trainer, config, self._batching, each_step=in_training, drops=filtering.keep != 1)
-        self._patch = access.TrainerPatch(trainer, train_dataloader, self._timeline.sampler, self.fetch)
+        self._patch = TrainerPatch(trainer, train_dataloader, self._timeline.sampler, self.fetch)
         self._weights = BatchWeights(trainer, train_dataloader)
         self._tokens = None if cleaning is None else CleaningRun(trainer, cleaning)
         if self._tokens is not None:
@@ -211,8 +212,7 @@ class Run:
         self._watch.expect(batches, rows, num_items, weights)
         if weights is not None:
             self._weights.put(batches, rows, weights)
-        filled = [access.masked_copy(batches[-1]) for _ in range(count - len(batches))] if batches else []
-        return [*batches, *filled], num_items
+        return self._patch.filled(batches, count), num_items
 
     def _enter_step(self, tokens: CleaningRun) -> None:
         """Clean the tokens of the stage that begins with this step, if one does."""
@@ -227,6 +227,7 @@ class Run:
     def begin_step(self) -> None:
         """Undo a random draw that an uninterrupted run did not make; the rows of the step are fetched already."""
         self._timeline.begin_step()
+        self._patch.begin_step()
 
     def before_optimizer(self) -> None:
         """Prepare the optimizer's step; without a learnt token, clear the gradient, so that no weight changes."""

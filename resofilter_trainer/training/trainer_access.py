@@ -1,6 +1,7 @@
 """What a callback needs of the Trainer and is not given: the trainer itself, its rows, what it supports.
 
-Knows transformers' Trainer and TRL's SFTTrainer, and is the only module that knows their internals. Knows no scores.
+Knows transformers' Trainer and TRL's SFTTrainer; beside `trainer_patches`, the only module that knows their internals.
+Knows no scores.
 """
 
 from __future__ import annotations
@@ -8,8 +9,7 @@ from __future__ import annotations
 import functools
 import inspect
 import os
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -24,122 +24,13 @@ from trl import SFTConfig, SFTTrainer
 
 from ..config import InputError
 from ..model.adapters import keeps_a_prefix, refuse_adapters
+from ..model.head import mixes_samples
 from ..model.loss_check import TokenLoss
-from ..model.losses import IGNORE
+from ..model.losses import IGNORE, unwrapped
 from ..model.sharding import is_sharded
 from ..selecting.token_selection import EMPTIED
 from ..selecting.weighted_rows import WEIGHT
 from .plan import Batching, Progress
-from .sampler import IndexedRows, RowCollator, ShrinkingSampler
-
-
-class LoaderPatch:
-    """Lets the batches of a loader say which rows they contain, and undoes it.
-
-    Args:
-        train_dataloader: the loader that the Trainer iterates.
-        collator: a function that makes the collator to use from a `RowCollator`; None to use the `RowCollator` itself.
-    """
-
-    def __init__(self, train_dataloader: Any, collator: Callable[[RowCollator], Any] | None = None) -> None:
-        self._base = getattr(train_dataloader, "base_dataloader", train_dataloader)
-        self._dataset, self._collate = self._base.dataset, self._base.collate_fn
-        rows = RowCollator(self._collate)
-        self._patched = rows if collator is None else collator(rows)
-
-    def install(self) -> None:
-        """Replace the loader's dataset and collator."""
-        self._base.__dict__["dataset"] = IndexedRows(self._dataset)  # a loader refuses it as a plain attribute
-        self._base.collate_fn = self._patched
-
-    def remove(self) -> None:
-        """Put the loader's own back."""
-        self._base.__dict__["dataset"], self._base.collate_fn = self._dataset, self._collate
-
-
-class TrainerPatch:
-    """What a run changes in a trainer, and undoes.
-
-    Args:
-        trainer, train_dataloader: the trainer and the loader that it iterates.
-        sampler: the sampler to use instead of the trainer's own.
-        fetch: the function to use instead of `trainer.get_batch_samples`.
-
-    Attributes:
-        inner: the `get_batch_samples` that `install` has replaced.
-    """
-
-    def __init__(self, trainer: Trainer, train_dataloader: Any, sampler: ShrinkingSampler, fetch: Any) -> None:
-        self._trainer, self._loader, self._sampler, self._fetch = trainer, train_dataloader, sampler, fetch
-        self._rows = LoaderPatch(train_dataloader)
-
-    def install(self) -> None:
-        """Let batches say their rows, and the run fetch them."""
-        self._rows.install()
-        self._loader.set_sampler(self._sampler)
-        _restore(self._trainer, "get_batch_samples")  # after an earlier run that an exception ended
-        self.inner = self._trainer.get_batch_samples
-        _replace(self._trainer, "get_batch_samples", self._fetch)
-
-    def remove(self) -> None:
-        """Leave the trainer as it was found."""
-        if _restore(self._trainer, "get_batch_samples"):
-            self._rows.remove()
-            self._loader.set_sampler(self._sampler.inner)
-
-
-class BackwardPatch:
-    """Shows every loss that a trainer backpropagates, just before it does, and undoes it.
-
-    Args:
-        trainer: the trainer.
-        around: a function from the loss to the context in which it is backpropagated.
-    """
-
-    def __init__(self, trainer: Trainer, around: Callable[[torch.Tensor], AbstractContextManager[None]]) -> None:
-        self._accelerator, self._around = trainer.accelerator, around
-
-    def install(self) -> None:
-        """Replace the accelerator's `backward`."""
-        accelerator, around = self._accelerator, self._around
-        _restore(accelerator, "backward")  # after an earlier run that an exception ended
-        inner = accelerator.backward
-
-        def backward(loss: torch.Tensor, **kwargs: Any) -> None:
-            with around(loss.detach() / accelerator.gradient_accumulation_steps):
-                inner(loss, **kwargs)
-
-        _replace(accelerator, "backward", backward)
-
-    def remove(self) -> None:
-        """Put the accelerator's own back."""
-        _restore(self._accelerator, "backward")
-
-
-class _Replaced:
-    """A function in the place of a method, with the attribute of the object that it replaced."""
-
-    def __init__(self, function: Any, replaced: Any) -> None:
-        self._function, self.replaced = function, replaced
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self._function(*args, **kwargs)
-
-
-def _replace(owner: Any, name: str, function: Any) -> None:
-    setattr(owner, name, _Replaced(function, vars(owner).get(name)))
-
-
-def _restore(owner: Any, name: str) -> bool:
-    """Give an object its own method back; whether a run had replaced it."""
-    there = vars(owner).get(name)
-    if not isinstance(there, _Replaced):
-        return False
-    if there.replaced is None:
-        delattr(owner, name)
-    else:
-        setattr(owner, name, there.replaced)
-    return True
 
 
 def calling_trainer() -> tuple[Trainer, str | None]:
@@ -182,6 +73,19 @@ def check_trainer(trainer: Trainer, train_dataloader: Any) -> None:
     _refuse("ResonanceCallback cannot work with", refusals)
     if len(train_dataloader.dataset) == 0:
         raise InputError("The dataset has no rows to train on.")
+    if getattr(args, "padding_free", False):
+        _check_apart(cast(Any, trainer.model), 2e-2 if args.bf16 else 1e-4)
+
+
+def _check_apart(model: Any, tolerance: float) -> None:
+    """Raise InputError for a model whose samples in a padding-free row see each other."""
+    if mixes_samples(model, tolerance):
+        raise InputError(
+            f"With padding_free=True, the samples of a row see each other in {type(unwrapped(model)).__name__} "
+            f"(attn_implementation='{model.config._attn_implementation}'), in training and so in their scores. Set "
+            "padding_free=False, or load the model with an attn_implementation that keeps them apart, such as "
+            "'flash_attention_2'."
+        )
 
 
 def check_weighable(trainer: Trainer, train_dataloader: Any) -> None:
@@ -362,11 +266,6 @@ def at_least_one(num_items: Any) -> Any:
     if isinstance(num_items, torch.Tensor):
         return num_items.clamp(min=1)
     return None if num_items is None else max(num_items, 1)
-
-
-def masked_copy(batch: Any) -> Any:
-    """A copy of a micro-batch with all labels masked."""
-    return {**batch, "labels": torch.full_like(batch["labels"], IGNORE)}
 
 
 def log(trainer: Trainer, scalars: Mapping[str, float], history: list[dict[str, float]]) -> None:

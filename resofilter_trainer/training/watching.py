@@ -22,6 +22,7 @@ from ..model.up_projection import find_up_projections
 from . import trainer_access as access
 from .measurements import Measured, Measurements
 from .plan import Batching
+from .trainer_patches import BackwardPatch
 from .weighting import weights_of
 
 REMEDY = (
@@ -59,7 +60,7 @@ class Watch:
         if each_step:
             samples = batching.per_micro_batch * batching.accumulation
             self._recorder, self._step_recorder = recorders(cast(Any, trainer.model), config, samples)
-            self._backward = access.BackwardPatch(trainer, self._recorder.backpropagating)
+            self._backward = BackwardPatch(trainer, self._recorder.backpropagating)
         found = find_up_projections(cast(Any, trainer.model), config.n_layers, config.up_projection)
         self.measurements = Measurements(batching.rows, sorted({each.layer for each in found}))
         self._expected: list[MicroBatch] = []

@@ -22,6 +22,7 @@ from ..selecting.selection import Selection
 from ..selecting.weighted_rows import WEIGHT, column_of_weights, reminder_of
 from . import trainer_access as access
 from .sampler import ROW, RowCollator
+from .trainer_patches import LoaderPatch
 
 
 class SampleWeights(TrainerCallback):
@@ -67,7 +68,7 @@ class SampleWeights(TrainerCallback):
             raise InputError("SampleWeights was added twice: multiply the weights, and add it once.")
         access.check_weighable(trainer, loader)
         weight = self._of_rows(trainer)
-        patch = access.LoaderPatch(loader, lambda inner: _WeightCollator(inner, weight))
+        patch = LoaderPatch(loader, lambda inner: _WeightCollator(inner, weight))
         patch.install()
         weighted, reminder = WeightedLoss(cast(nn.Module, trainer.model)), reminder_of(trainer.train_dataset)
         due = reminder is not None and reminder.due

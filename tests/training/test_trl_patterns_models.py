@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
 from helpers.families import tiny
-from helpers.sft import EPS, Pattern, assert_right_rows, assert_untouched, patterns, plain_scores, right_or_refused
+from helpers.sft import (
+    EPS,
+    Pattern,
+    assert_right_rows,
+    assert_same_weights,
+    assert_untouched,
+    patterns,
+    plain_scores,
+    right_or_refused,
+)
 from helpers.training import llama
 from helpers.vision import image_rows, make_processor, vision_model
+from helpers.zen import zen
 from peft import (
     IA3Config,
     LoraConfig,
@@ -91,7 +102,7 @@ BALANCED = {
     "qwen3_moe": ("qwen3_moe", {}),
     "mixtral, accumulation": ("mixtral", {"gradient_accumulation_steps": 2}),
     "olmoe, checkpointing": ("olmoe", {"activation_checkpointing": True}),
-    "gpt_oss, padding-free": ("gpt_oss", {"padding_free": True, "max_length": None}),
+    "jetmoe, padding-free": ("jetmoe", {"padding_free": True, "max_length": None}),
 }
 
 
@@ -120,6 +131,29 @@ def test_an_auxiliary_loss_that_cannot_be_taken_out_is_refused_with_what_to_chan
     assert trainer.state.global_step == 0
     without = balanced("qwen3_moe", {**selective, "router_aux_loss_coef": 0.0})
     assert_right_rows(without, tmp_path / "without")
+
+
+def test_an_auxiliary_loss_trains_an_epoch_on_fewer_rows_as_one_on_a_smaller_dataset(tmp_path):
+    """Bit for bit: the micro-batches that complete its last step have no auxiliary loss either."""
+    settings = {"gradient_accumulation_steps": 3, "num_train_epochs": 1, "train_sampling_strategy": "sequential"}
+    pattern, callback = balanced("qwen3_moe", settings), ResonanceCallback(keep=0.5, when="before")
+    ours = pattern.build(tmp_path / "ours", callback)
+    ours.train()
+    kept = zen(pattern.kind).select(callback.selections[0].sample_ids)
+    smaller = dataclasses.replace(pattern, trainer=lambda: {"train_dataset": kept}).build(tmp_path / "smaller")
+    smaller.train()
+    assert len(kept) % 12
+    assert_same_weights(ours.model.state_dict(), smaller.model.state_dict())
+    assert ours.state.log_history[-2]["aux_loss"] == smaller.state.log_history[-2]["aux_loss"]
+
+
+@pytest.mark.parametrize("family", ["gpt_oss", "opt", "falcon"])
+def test_models_in_which_samples_of_a_padding_free_row_see_each_other_are_refused(family, tmp_path):
+    pattern = Pattern("messages", {"padding_free": True, "max_length": None}, model=of_family(family))
+    trainer = pattern.build(tmp_path, ResonanceCallback(keep=0.5))
+    with pytest.raises(InputError, match=r"see each other.*padding_free=False.*attn_implementation") as error:
+        trainer.train()
+    assert "\n" not in str(error.value)
 
 
 VIRTUAL = {

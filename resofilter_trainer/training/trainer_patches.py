@@ -1,0 +1,147 @@
+"""What a run changes in a Trainer and its loader, and undoes. Knows the Trainer's loop, no scores."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from transformers import Trainer
+
+from ..model.losses import IGNORE
+from .sampler import IndexedRows, RowCollator, ShrinkingSampler
+
+
+class LoaderPatch:
+    """Lets the batches of a loader say which rows they contain, and undoes it.
+
+    Args:
+        train_dataloader: the loader that the Trainer iterates.
+        collator: a function that makes the collator to use from a `RowCollator`; None to use the `RowCollator` itself.
+    """
+
+    def __init__(self, train_dataloader: Any, collator: Callable[[RowCollator], Any] | None = None) -> None:
+        self._base = getattr(train_dataloader, "base_dataloader", train_dataloader)
+        self._dataset, self._collate = self._base.dataset, self._base.collate_fn
+        rows = RowCollator(self._collate)
+        self._patched = rows if collator is None else collator(rows)
+
+    def install(self) -> None:
+        """Replace the loader's dataset and collator."""
+        self._base.__dict__["dataset"] = IndexedRows(self._dataset)  # a loader refuses it as a plain attribute
+        self._base.collate_fn = self._patched
+
+    def remove(self) -> None:
+        """Put the loader's own back."""
+        self._base.__dict__["dataset"], self._base.collate_fn = self._dataset, self._collate
+
+
+class TrainerPatch:
+    """What a run changes in a trainer, and undoes.
+
+    Args:
+        trainer, train_dataloader: the trainer and the loader that it iterates.
+        sampler: the sampler to use instead of the trainer's own.
+        fetch: the function to use instead of `trainer.get_batch_samples`.
+
+    Attributes:
+        inner: the `get_batch_samples` that `install` has replaced.
+    """
+
+    def __init__(self, trainer: Trainer, train_dataloader: Any, sampler: ShrinkingSampler, fetch: Any) -> None:
+        self._trainer, self._loader, self._sampler, self._fetch = trainer, train_dataloader, sampler, fetch
+        self._rows = LoaderPatch(train_dataloader)
+        self._count, self._fillers = 0, list[Any]()  # of the present step: its micro-batches, and labels of fillers
+
+    def install(self) -> None:
+        """Let batches say their rows, and the run fetch them."""
+        self._rows.install()
+        self._loader.set_sampler(self._sampler)
+        for name in ("get_batch_samples", "compute_loss"):
+            _restore(self._trainer, name)  # after an earlier run that an exception ended
+        self.inner, self._compute_loss = self._trainer.get_batch_samples, self._trainer.compute_loss
+        _replace(self._trainer, "get_batch_samples", self._fetch)
+        _replace(self._trainer, "compute_loss", self._loss)
+
+    def remove(self) -> None:
+        """Leave the trainer as it was found."""
+        if _restore(self._trainer, "get_batch_samples"):
+            _restore(self._trainer, "compute_loss")
+            self._rows.remove()
+            self._loader.set_sampler(self._sampler.inner)
+
+    def filled(self, batches: Sequence[Any], count: int) -> list[Any]:
+        """The micro-batches of a step, with copies of the last one that have nothing to learn, `count` in all."""
+        fillers = [_masked_copy(batches[-1]) for _ in range(count - len(batches))] if batches else []
+        self._count, self._fillers = len(batches), [each["labels"] for each in fillers]
+        return [*batches, *fillers]
+
+    def begin_step(self) -> None:
+        """Tell the trainer how many micro-batches count; TRL divides a router's auxiliary loss by their number."""
+        self._trainer.current_gradient_accumulation_steps = self._count
+
+    def _loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        """The trainer's loss, and zero for a filler, whose auxiliary loss would train, too."""
+        labels = inputs.get("labels")
+        found = self._compute_loss(model, inputs, *args, **kwargs)
+        return found * 0 if any(labels is each for each in self._fillers) else found
+
+
+class BackwardPatch:
+    """Shows every loss that a trainer backpropagates, just before it does, and undoes it.
+
+    Args:
+        trainer: the trainer.
+        around: a function from the loss to the context in which it is backpropagated.
+    """
+
+    def __init__(self, trainer: Trainer, around: Callable[[torch.Tensor], AbstractContextManager[None]]) -> None:
+        self._accelerator, self._around = trainer.accelerator, around
+
+    def install(self) -> None:
+        """Replace the accelerator's `backward`."""
+        accelerator, around = self._accelerator, self._around
+        _restore(accelerator, "backward")  # after an earlier run that an exception ended
+        inner = accelerator.backward
+
+        def backward(loss: torch.Tensor, **kwargs: Any) -> None:
+            with around(loss.detach() / accelerator.gradient_accumulation_steps):
+                inner(loss, **kwargs)
+
+        _replace(accelerator, "backward", backward)
+
+    def remove(self) -> None:
+        """Put the accelerator's own back."""
+        _restore(self._accelerator, "backward")
+
+
+class _Replaced:
+    """A function in the place of a method, with the attribute of the object that it replaced."""
+
+    def __init__(self, function: Any, replaced: Any) -> None:
+        self._function, self.replaced = function, replaced
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._function(*args, **kwargs)
+
+
+def _replace(owner: Any, name: str, function: Any) -> None:
+    setattr(owner, name, _Replaced(function, vars(owner).get(name)))
+
+
+def _restore(owner: Any, name: str) -> bool:
+    """Give an object its own method back; whether a run had replaced it."""
+    there = vars(owner).get(name)
+    if not isinstance(there, _Replaced):
+        return False
+    if there.replaced is None:
+        delattr(owner, name)
+    else:
+        setattr(owner, name, there.replaced)
+    return True
+
+
+def _masked_copy(batch: Any) -> Any:
+    """A copy of a micro-batch with all labels masked."""
+    return {**batch, "labels": torch.full_like(batch["labels"], IGNORE)}
