@@ -1,7 +1,7 @@
 """Values as JSON text that `datasets.Json` reads back unchanged. Knows Python's values and datasets' types.
 
-`Json` writes decimals with ten digits, reads text that looks like JSON as what it says ("007" as 7), and reads some
-decimals with an error in the last digit: -0.7 as -0.7000000000000001, but not -7.e-1.
+`Json` writes decimals with ten digits, takes text that looks like JSON for what it says ("007" for 7), and reads some
+decimals with an error in the last digit: -0.7 as -0.7000000000000001, but -0.700000e0 as -0.7.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def _is_read_as(text: str, value: Any) -> bool:
 
 
 def _spelt(value: Any) -> str:
-    """JSON text with every decimal written so that it is read as it is."""
+    """JSON text in which every decimal is written so that it is read unchanged."""
     if isinstance(value, dict):
         return "{" + ", ".join(f"{as_json(key)}: {_spelt(each)}" for key, each in value.items()) + "}"
     if isinstance(value, list):

@@ -110,7 +110,7 @@ def _builder(source: str, name: str | None, split: str) -> DatasetBuilder:
     wanted = _names(split)
     if isinstance(builder, Parquet):
         chosen = [each for name, found in files.items() if name in wanted or "all" in wanted for each in found]
-        check_parquet([next(iter(files.values()))[0], *chosen], builder.info.features)
+        check_parquet([next(iter(files.values()))[0], *chosen])
     if not isinstance(builder, Csv | JsonFiles):
         return builder
     return RowFiles(

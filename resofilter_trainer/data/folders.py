@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -28,30 +27,24 @@ def check_all_read(source: str, files: DataFilesDict) -> None:
             )
 
 
-def check_parquet(files: Sequence[str], features: Any) -> None:
-    """Raise InputError for Parquet files whose columns differ, so that values of one would change.
-
-    Args:
-        files: paths of a dataset, the first of which decides on the columns.
-        features: what decides instead, if a dataset's card does.
-    """
+def check_parquet(files: Sequence[str]) -> None:
+    """Raise InputError for Parquet files with other columns than the first has, to whose types values would change."""
     paths = [each for each in files if Path(each).is_file()]
-    if len(paths) < 2 and features is None:
+    if not paths:
         return
-    columns = pq.read_schema(paths[0]) if features is None else features.arrow_schema
-    for path in paths:
+    kinds = {field.name: field.type for field in pq.read_schema(paths[0])}
+    for path in paths[1:]:
         for field in pq.read_schema(path):
-            kept = field.name in columns.names and _keeps(columns.field(field.name).type, field.type)
-            if not kept:
-                other = columns.field(field.name).type if field.name in columns.names else "missing"
+            kind = kinds.get(field.name)
+            if kind is None or not _keeps(kind, field.type):
                 raise InputError(
-                    f"Column '{field.name}' is {field.type} in '{path}' and {other} in '{paths[0]}': one dataset has "
-                    "one type for a column. Write both files alike."
+                    f"Column '{field.name}' is {field.type} in '{path}' and {kind or 'missing'} in '{paths[0]}': one "
+                    "dataset has one type for a column. Write both files alike."
                 )
 
 
 def _keeps(kind: pa.DataType, own: pa.DataType) -> bool:
-    """Whether values of the second type are the same in the first, or cannot be cast."""
+    """Whether values of the second type are the same in the first; of whole numbers, too large ones cannot be cast."""
     kind, own = _plain(kind), _plain(own)
     if kind == own or pa.types.is_null(own):
         return True
@@ -66,7 +59,9 @@ def _keeps(kind: pa.DataType, own: pa.DataType) -> bool:
 
 
 def _plain(kind: pa.DataType) -> pa.DataType:
-    """A type without its encoding."""
+    """A type without its encoding or the name around it."""
+    if isinstance(kind, pa.BaseExtensionType):
+        kind = kind.storage_type
     kind = kind.value_type if pa.types.is_dictionary(kind) else kind
     return pa.string() if kind in (pa.large_string(), pa.string_view()) else kind
 

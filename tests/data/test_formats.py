@@ -278,6 +278,7 @@ def parquet_folder(folder: Path, **columns: pa.Array) -> str:
         (pa.array(["x"]), pa.array(["007"], pa.large_string()), ["x", "007"]),
         (pa.array(["x"]), pa.array(["007"]).dictionary_encode(), ["x", "007"]),
         (pa.array(["x"]), pa.nulls(1), ["x", None]),
+        (pa.array(['{"b": 1}'], pa.json_()), pa.array(['{"c": "007"}'], pa.json_()), [{"b": 1}, {"c": "007"}]),
         (pa.array([1]), pa.array([2], pa.int8()), [1, 2]),
         (pa.array([0.1]), pa.array([0.5], pa.float32()), [0.1, 0.5]),
         (pa.array([[{"b": "x", "c": 1}]]), pa.array([[{"c": 2, "b": "y"}]]), [{"b": "x", "c": 1}, {"b": "y", "c": 2}]),
