@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import warnings
 from collections.abc import Callable, Mapping
@@ -61,9 +62,14 @@ def keep_weighted(rows: Dataset, kept: np.ndarray, weight: np.ndarray, reminder:
     earlier = column_of_weights(rows)
     if earlier is not None:
         weight, rows = weight * earlier, rows.remove_columns(WEIGHT)
-    if rows._indices is None:  # nothing is copied
-        return weighted(with_columns(rows, {WEIGHT: weight}).select(kept), reminder)
-    return weighted(with_columns(rows.select(kept), {WEIGHT: weight[kept]}), reminder)
+    base, stored = copy.copy(rows), np.arange(len(rows))
+    if rows._indices is not None:
+        base._indices, stored = None, rows._indices.column(0).to_numpy().astype(np.int64)
+    column = np.full(len(base), np.nan)
+    column[stored[kept]] = weight[kept]
+    if np.array_equal(column[stored[kept]], weight[kept]):  # no row is copied
+        return weighted(with_columns(base, {WEIGHT: column}).select(stored[kept]), reminder)
+    return weighted(with_columns(rows.select(kept), {WEIGHT: weight[kept]}), reminder)  # repeated, with other weights
 
 
 def column_of_weights(rows: Any) -> np.ndarray | None:
