@@ -17,6 +17,7 @@ from datasets import (
     load_from_disk,
 )
 from helpers.applied import DATASET_ROWS, reread, scores_of, select
+from helpers.scoring import arguments as scoring_arguments
 from helpers.training import arguments, llama, rows
 from torch.utils.data import DataLoader
 from transformers import Trainer
@@ -28,6 +29,7 @@ from resofilter_trainer import (
     SampleWeights,
     Selection,
     SoftPruning,
+    score_dataset,
 )
 from resofilter_trainer.selecting.kept_dataset import DATASET, save_kept
 from resofilter_trainer.selecting.selection import WEIGHT
@@ -238,6 +240,16 @@ def test_a_column_of_scores_that_is_there_already_is_refused():
 def test_the_callback_refuses_rows_that_have_weights(tmp_path, tokenizer):
     with pytest.raises(InputError, match=r"rows that have weights.*Train on them with SampleWeights, or remove"):
         sft(tmp_path, tokenizer, half(rows(16)), ResonanceCallback()).train()
+
+
+def test_weighted_rows_are_scored_again_without_a_warning(tokenizer):
+    dataset = rows(16)
+    kept = half(dataset)
+    plain = dataset.select(soft(dataset).sample_ids)
+    found, expected = (
+        score_dataset(llama(len(tokenizer)), each, tokenizer, scoring_arguments()) for each in (kept, plain)
+    )
+    assert np.array_equal(found.column("score"), expected.column("score"))
 
 
 def test_rows_that_count_alike_need_no_weights(tmp_path, tokenizer):
