@@ -18,6 +18,7 @@ from trl import SFTConfig
 
 from ..config import ColumnMapping, Precision, ResonanceConfig
 from ..io.digest import hash_rows
+from ..model.float32 import main_dtype
 from ..model.quantised import bits_of, stored_tensors
 from ..scores.provenance import Provenance
 from .preparation import PreparedRows, survey
@@ -57,7 +58,7 @@ def describe(
         "assistant_only_loss": args.assistant_only_loss,
         "model_config": _hash_text(json.dumps(_settings(model), sort_keys=True, default=str)),
         "attention": model.config._attn_implementation,
-        "dtype": str(model.dtype).removeprefix("torch."),
+        "dtype": str(main_dtype(model)).removeprefix("torch."),
         "autocast": None if precision == "float32" else precision,
     }
     return Provenance(
@@ -97,7 +98,7 @@ def describe_training(
         "assistant_only_loss": getattr(args, "assistant_only_loss", None),
         "model_config": _hash_text(json.dumps(_settings(model), sort_keys=True, default=str)),
         "attention": model.config._attn_implementation,
-        "dtype": str(model.dtype).removeprefix("torch."),
+        "dtype": str(main_dtype(model)).removeprefix("torch."),
         "autocast": "bfloat16" if args.bf16 else None,
         "run": dict(settings),
     }

@@ -24,6 +24,16 @@ def half_tensors(model: nn.Module) -> list[Tensor]:
     return [each for each in (*model.parameters(), *model.buffers()) if each.dtype in HALF]
 
 
+def main_dtype(model: nn.Module) -> torch.dtype:
+    """The dtype of most weights: embeddings or norms of a half-precision model are often float32."""
+    own = cast(torch.dtype, cast(Any, model).dtype)
+    sizes: Counter[torch.dtype] = Counter()
+    for each in model.parameters():
+        if each.dtype in (torch.float32, *HALF):
+            sizes[each.dtype] += each.numel()
+    return sizes.most_common(1)[0][0] if own == torch.float32 and sizes else own
+
+
 def fits_in_float32(model: nn.Module) -> bool:
     """Whether a model can be converted to float32 where it is, and there is memory for it.
 

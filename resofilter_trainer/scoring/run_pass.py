@@ -16,6 +16,7 @@ from trl import SFTConfig
 
 from ..config import InputError
 from ..data.loading import Opened, check_arguments, check_loss, open_pass, placed
+from ..model.float32 import main_dtype
 from ..scores.score_table import ScoreTable
 from .output import Measured, PassOutput, folder_of
 
@@ -58,7 +59,7 @@ def run_pass(
         raise InputError("Apple's GPU has no float64, and scores are float64. Pass use_cpu=True.")
     _check_float16(gradients and args.fp16)
     model, opened = open_pass(model, dataset, processing_class, args, config, **options)
-    _check_float16(gradients and model.dtype == torch.float16)
+    _check_float16(gradients and main_dtype(model) == torch.float16)
     target = PassOutput(output, opened)
     with target.locked():
         earlier = target.earlier()

@@ -24,6 +24,7 @@ from trl import SFTConfig, SFTTrainer
 
 from ..config import InputError
 from ..model.adapters import keeps_a_prefix, refuse_adapters
+from ..model.float32 import main_dtype
 from ..model.head import mixes_samples
 from ..model.loss_check import TokenLoss
 from ..model.losses import IGNORE, unwrapped
@@ -54,6 +55,7 @@ def check_trainer(trainer: Trainer, train_dataloader: Any) -> None:
     args = cast(SFTConfig, trainer.args)
     accelerator = trainer.accelerator
     sharded = "Score first (resofilter score), then train on the selection"
+    half = main_dtype(cast(Any, trainer.model)) == torch.float16
     by_fsdp = accelerator.distributed_type == DistributedType.FSDP or is_sharded(cast(Any, trainer.model))
     balanced = args.train_sampling_strategy == "batch_rebalance"
     weighted = WEIGHT in (getattr(trainer.train_dataset, "column_names", None) or [])
@@ -67,7 +69,7 @@ def check_trainer(trainer: Trainer, train_dataloader: Any) -> None:
         (accelerator.distributed_type == DistributedType.DEEPSPEED, "DeepSpeed", sharded),
         (accelerator.parallelism_config is not None, "parallelism within a sample", "Leave parallelism_config unset"),
         (args.device.type == "mps", "Apple's GPU, which has no float64", "Pass use_cpu=True"),
-        (cast(Any, trainer.model).dtype == torch.float16, "float16 weights", "Load the model in float32 or bfloat16"),
+        (half, "float16 weights", "Load the model in float32 or bfloat16"),
         (_averages_averages(trainer), "accumulation, where each batch's loss is its own mean", "Accumulate 1 batch"),
     ]
     _refuse("ResonanceCallback cannot work with", refusals)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -202,3 +204,18 @@ def test_float16_is_refused(dataset, tiny_llama, tokenizer) -> None:
         score_dataset(tiny_llama(), dataset, tokenizer, args, **COLUMNS)
     with pytest.raises(InputError, match="vanish in float16"):
         score_dataset(tiny_llama(dtype=torch.float16), dataset, tokenizer, arguments(), **COLUMNS)
+
+
+def mixed(model: Any, dtype: torch.dtype) -> Any:
+    """The model in another precision, but for its embeddings, which come first."""
+    model.to(dtype).model.embed_tokens.float()
+    model.model.embed_tokens.register_forward_hook(lambda module, args, output: output.to(dtype))
+    return model
+
+
+@pytest.mark.filterwarnings("ignore:Rank agreement:UserWarning")
+def test_weights_of_which_most_are_half_precision_are_told_or_refused(dataset, tiny_llama, tokenizer) -> None:
+    with pytest.warns(UserWarning, match="weights are bfloat16"):
+        score_dataset(mixed(tiny_llama(), torch.bfloat16), dataset, tokenizer, arguments(), **COLUMNS)
+    with pytest.raises(InputError, match="vanish in float16"):
+        score_dataset(mixed(tiny_llama(), torch.float16), dataset, tokenizer, arguments(), **COLUMNS)
