@@ -88,7 +88,7 @@ def _class_of(name: str, settings: Mapping[str, Any]) -> Any:
     where = {key: settings[key] for key in ON_THE_HUB if key in settings}
     try:
         config = settings.get("config") or AutoConfig.from_pretrained(name, **where)
-    except OSError:  # an adapter; or nothing, which the class says better
+    except (OSError, ValueError):  # an adapter; or no model, which the class says better
         return AutoModelForCausalLM
     if config.is_encoder_decoder:
         return AutoModelForCausalLM
