@@ -28,7 +28,10 @@ REFUSED = {
     "aLoRA": "its weights change within a row, after the invocation tokens",
 }
 OF_THE_WHOLE_MODEL = {"XLORA"}  # and prompt learning; the other kinds are in layers
-REMEDY = "Use another kind, such as LoRA, or score with the adapter off, inside `with model.disable_adapter():`"
+REMEDY = (
+    "Use another kind, such as LoRA, or score with the adapter off, inside `with model.disable_adapter():` or, if "
+    "transformers added it, after `model.disable_adapters()`"
+)
 
 
 def refuse_adapters(model: nn.Module) -> None:

@@ -16,14 +16,18 @@ from typing import Any
 
 import torch
 from peft.tuners.lora.layer import ParamWrapper
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
+from transformers.pytorch_utils import Conv1D
 
 from ..config import InputError
 from .adapters import REMEDY
+from .gradients import input_of
 from .modes import at_least_float32, evaluating, own_precision
-from .quantised import PLAIN, plain_matrix
-from .up_projection import UpProjection, find_up_projections
+from .quantised import PLAIN, bits_of, plain_matrix
+from .up_projection import UpProjection, find_up_projections, is_map
 
 PROBES = 4  # inputs on which a map is compared with its matrix
 CLOSE = 1e-3  # of the largest output, in float32; coarser weights have more rounding
@@ -41,36 +45,36 @@ def effective_weight(each: UpProjection) -> Tensor:
     return each.up(effective_matrix(each)) if each.adapted else each.plain_weight()
 
 
-def check_adapters(up_projections: Sequence[UpProjection]) -> None:
-    """Raise InputError for an adapted map that is not a matrix and a bias."""
+def check_maps(up_projections: Sequence[UpProjection]) -> None:
+    """Raise InputError for a map that is not its weight and a bias, or an adapted one that is not any matrix."""
     for each in up_projections:
-        if each.adapted and each.parameter.device.type != "meta":
+        if each.parameter.device.type == "meta" or isinstance(each.parameter, DTensor):
+            continue
+        if is_map(each) and not (_is_plain(each) or _acts_plainly(each)):
+            raise InputError(
+                f"'{each.name}' ({type(each.owner).__name__}, with its hooks) does not return its input times its "
+                "weight, so its weight is not the matrix that the forward uses. Make it an nn.Linear that has this "
+                'matrix as its weight, or pass up_projection="<regex>" that finds another map.'
+            )
+        if each.adapted:
             effective_matrix(each)
 
 
 @torch.no_grad()
 def effective_matrix(each: UpProjection) -> Tensor:
     """Like `effective_weight`, of the whole stored matrix, which may have the gate too."""
-    weight = at_least_float32(plain_matrix(each.owner, each.parameter))
     if not is_map(each):
-        return weight + _delta_of_stack(each)
-    device = each.parameter.device
-    dtype = each.parameter.dtype if each.parameter.dtype in PLAIN else torch.float32
+        return at_least_float32(plain_matrix(each.owner, each.parameter)) + _delta_of_stack(each)
     inputs = each.shape[0 if each.kind == "conv1d" else -1]
-    probes = torch.randn(PROBES, inputs, generator=torch.Generator().manual_seed(0))
-    given = torch.cat([torch.zeros(1, inputs), torch.eye(inputs), probes]).to(device, dtype)
-    with (
-        torch.autocast(device.type, enabled=False),
-        torch.random.fork_rng([device] if device.type == "cuda" else []),
-        evaluating(each.outer),
-        own_precision(each.outer),
-    ):
+    given = _probes(each, torch.eye(inputs))
+    with _on_probes(each):
+        adapted = at_least_float32(each.outer(given[None])[0])  # first: a merged adapter that is off is undone here
         stored = at_least_float32(each.owner(given[None])[0])
-        d = at_least_float32(each.outer(given[None])[0]) - stored
+    weight = at_least_float32(plain_matrix(each.owner, each.parameter))
+    d = adapted - stored
     change = d[1 : 1 + inputs] - d[0]
     error = (d[1 + inputs :] - d[0] - at_least_float32(given[1 + inputs :]) @ change).abs().max()
-    close = CLOSE if dtype in (torch.float32, torch.float64) and each.parameter.dtype in PLAIN else COARSE
-    if not error <= close * (stored + d).abs().max():
+    if not error <= _rounding(each) * adapted.abs().max():
         raise InputError(
             f"'{each.name}' has an adapter ({type(each.outer).__name__} of {type(each.outer).__module__}) whose output "
             f"is not a matrix times its input, so it has no one weight to score. {REMEDY}."
@@ -78,9 +82,55 @@ def effective_matrix(each: UpProjection) -> Tensor:
     return weight + (change if each.kind == "conv1d" else change.T)
 
 
-def is_map(each: UpProjection) -> bool:
-    """Whether the parameter is the matrix of a linear map of its own, not one of a stack."""
-    return each.owner._parameters.get("weight") is each.parameter and each.parameter.dim() == 2
+def _is_plain(each: UpProjection) -> bool:
+    """Whether the code of the map shows that it is its weight and a bias."""
+    known = type(each.owner).forward in (nn.Linear.forward, Conv1D.forward) or bits_of(each.parameter) is not None
+    hooked = each.owner._forward_hooks or each.owner._forward_pre_hooks or "forward" in vars(each.owner)
+    return known and not hooked
+
+
+@torch.no_grad()
+def _acts_plainly(each: UpProjection) -> bool:
+    """Whether the map is its weight and a bias on some inputs."""
+    given = _probes(each, torch.empty(0, each.shape[0 if each.kind == "conv1d" else -1]))
+    matrix = at_least_float32(plain_matrix(each.owner, each.parameter))
+    expected = at_least_float32(given[1:]) @ (matrix if each.kind == "conv1d" else matrix.T)
+    try:
+        with _on_probes(each):
+            output = each.owner(given[None])
+    except Exception:  # a module that is not called like a map, each with an error of its own
+        return False
+    if not isinstance(output, Tensor) or output.shape != (1, len(given), expected.shape[1]):
+        return False
+    output = at_least_float32(output[0])
+    error = (output[1:] - output[0] - expected).abs().max()
+    return bool(error <= COARSE * output.abs().max())  # some round their input to 8 bits
+
+
+def _probes(each: UpProjection, others: Tensor) -> Tensor:
+    """(1 + N + PROBES, I) inputs of a map: zeros, the (N, I) others, and random ones."""
+    dtype = each.parameter.dtype if each.parameter.dtype in PLAIN else torch.float32
+    random = torch.randn(PROBES, others.shape[1], generator=torch.Generator().manual_seed(0))
+    return torch.cat([torch.zeros_like(random[:1]), others, random]).to(each.parameter.device, dtype)
+
+
+@contextlib.contextmanager
+def _on_probes(each: UpProjection) -> Iterator[None]:
+    """The map in evaluation mode and its own precision, with the random numbers restored afterwards."""
+    device = each.parameter.device
+    with (
+        torch.autocast(device.type, enabled=False),
+        torch.random.fork_rng([device] if device.type == "cuda" else []),
+        evaluating(each.outer),
+        own_precision(each.outer),
+    ):
+        yield
+
+
+def _rounding(each: UpProjection) -> float:
+    """The error of the map's outputs that rounding explains, relative to the largest."""
+    exact = all(parameter.dtype in (torch.float32, torch.float64) for parameter in each.outer.parameters())
+    return CLOSE if exact else COARSE
 
 
 @contextlib.contextmanager
@@ -98,11 +148,12 @@ def standing_in(up_projections: Sequence[UpProjection]) -> Iterator[list[nn.Para
 def _stand_in(each: UpProjection, stack: contextlib.ExitStack) -> nn.Parameter:
     weight = nn.Parameter(effective_matrix(each).clone())
 
-    def add(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+    def add(module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> Tensor:
         nothing = (weight - weight.detach()).to(output.dtype)
-        return output + F.linear(args[0].to(output.dtype), nothing.T if each.kind == "conv1d" else nothing)
+        given = input_of(args, kwargs).to(output.dtype)
+        return output + F.linear(given, nothing.T if each.kind == "conv1d" else nothing)
 
-    stack.callback(each.outer.register_forward_hook(add).remove)
+    stack.callback(each.outer.register_forward_hook(add, with_kwargs=True).remove)
     return weight
 
 
@@ -111,7 +162,7 @@ def merged_stacks(up_projections: Sequence[UpProjection]) -> Iterator[None]:
     """Adds the adapters of stacks to their stored parameters, and undoes it."""
     stacks = [each for each in up_projections if each.adapted and not is_map(each)]
     own = {each.parameter: each.parameter.data for each in stacks}
-    wrappers = [wrapper for each in stacks for wrapper in _wrappers(each) if not wrapper.disable_adapters]
+    wrappers = [each for stack in stacks for each in _wrappers(stack) if not (each.disable_adapters or each.merged)]
     for each in stacks:
         each.parameter.data = effective_matrix(each).to(each.parameter.dtype)
     for wrapper in wrappers:
@@ -123,6 +174,13 @@ def merged_stacks(up_projections: Sequence[UpProjection]) -> Iterator[None]:
             parameter.data = data
         for wrapper in wrappers:
             wrapper.enable_adapters(True)
+
+
+def undo_merge_if_off(model: nn.Module) -> None:
+    """Undo the merge of adapters that are off, as the first forward of each does by itself."""
+    for module in model.modules():
+        if isinstance(module, BaseTunerLayer) and module.disable_adapters and module.merged:
+            module.unmerge()
 
 
 @contextlib.contextmanager

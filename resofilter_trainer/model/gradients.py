@@ -17,10 +17,12 @@ import torch
 from torch import Tensor, nn
 
 from ..config import InputError
-from .modes import requiring_grad
+from .modes import at_least_float32, evaluating, requiring_grad, same_but_for
 
 TILE_ENTRIES = {"cpu": 1 << 18}  # a megabyte of float32: stays in the cache of a core
 TILE_ENTRIES_ELSEWHERE = 1 << 25  # few launches, 128 MB
+PROBE = 16  # tokens of a trial run
+ROUNDING = 1e-2  # between two shapes of a batch, also in bfloat16, relative
 
 
 @dataclass(frozen=True)
@@ -112,6 +114,32 @@ def gram_is_cheaper(tokens: int, inputs: int, outputs: int) -> bool:
 def squared_norm(a: Tensor, b: Tensor) -> Tensor:
     """The squared Frobenius norm `||b^T a||^2` as `sum((a a^T) * (b b^T))`, without the gradient; a float64 scalar."""
     return ((a @ a.T) * (b @ b.T)).sum(dtype=torch.float64)
+
+
+def input_of(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
+    """The first tensor among the arguments of a call."""
+    return next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+
+
+@torch.no_grad()
+def is_token_by_token(block: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], shape: torch.Size) -> bool:
+    """Whether a block gives the same for tokens without the one before them; `shape` is that of the batch, (B, T)."""
+    if shape[1] < 2:
+        return True
+    outputs = []
+    for start in (0, 1):
+        own = partial(_own_tokens, shape=shape, where=Segment(0, slice(start, min(PROBE, shape[1]))))
+        try:
+            with evaluating(block):
+                output = block(*map(own, args), **{name: own(value) for name, value in kwargs.items()})
+        except torch.OutOfMemoryError:
+            raise
+        except Exception:  # a block that needs more than its tokens, each with an error of its own
+            return False
+        output = output[0] if isinstance(output, tuple) else output
+        outputs.append(at_least_float32(output.flatten(0, -2)))
+    whole, part = outputs
+    return len(whole) == len(part) + 1 and same_but_for(ROUNDING, whole[1:], part)
 
 
 def block_gradients(

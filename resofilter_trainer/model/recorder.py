@@ -20,17 +20,29 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.distributed.tensor import DTensor
 
 from ..config import InputError, ResonanceConfig
-from .effective import check_adapters, effective_weight, standing_in
-from .gradients import Segment, block_gradients, gram_is_cheaper, runs_of, segments_of, spans, squared_norm, tiles
+from .effective import check_maps, effective_weight, standing_in
+from .gradients import (
+    Segment,
+    block_gradients,
+    gram_is_cheaper,
+    input_of,
+    is_token_by_token,
+    runs_of,
+    segments_of,
+    spans,
+    squared_norm,
+    tiles,
+)
 from .head import Decoded
 from .lean_forward import LeanForward
 from .losses import Inputs, learnt_positions, sample_means, unpacked
 from .modes import at_least_float32, evaluating, own_precision, requiring_grad
 from .resonance import Resonance
-from .unreached import is_used, not_called
+from .unreached import NO_GRADIENT, is_used, not_called, not_token_by_token, used_twice
 from .up_projection import UpProjection, decoder_layers, find_up_projections
 from .updates import UPDATES, closed_form, size_of_change, tile_sum, unchanged_sum
 
@@ -60,7 +72,7 @@ class Recorder:
         self.config = config
         up_projections = find_up_projections(model, config.n_layers, config.up_projection)
         self.layer_indices = sorted({each.layer for each in up_projections})
-        check_adapters(up_projections)
+        check_maps(up_projections)
         self._modules: dict[nn.Module, list[UpProjection]] = {}
         self._entries = np.zeros(len(self.layer_indices), dtype=np.int64)
         for each in up_projections:
@@ -150,7 +162,9 @@ class Recorder:
             decoded, calls = self._run(inputs, batch["attention_mask"].sum(1), shared)
             shares = (1 / num_tokens.clamp(min=1).double())[learnt.nonzero()[:, 0]]
             token_losses, gradient = decoded.losses_and_gradient(shares)
-            outputs = [call.output for call in calls.values()]
+            if not decoded.hidden.requires_grad:
+                raise InputError(NO_GRADIENT)
+            outputs = [call.output for call in calls.values() if call.output is not None]
             gradients = torch.autograd.grad(decoded.hidden, outputs, gradient, allow_unused=True)
             whole = inputs.shape, segments_of({"attention_mask": batch["attention_mask"][:, : inputs.shape[1]]})
             learnt_only = torch.Size([1, len(inputs.index)]), runs_of(num_tokens)
@@ -202,16 +216,17 @@ class Recorder:
 
     def _catch(
         self, up_projections: list[UpProjection], module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any
-    ) -> None:
+    ) -> Any:
         """Forward hook. The graph begins at this output if nothing below it needs a gradient."""
         if self._calls is None:
-            return
+            return None
         if module in self._calls:
             raise used_twice(up_projections[0])
-        output = output[0] if isinstance(output, tuple) else output
-        if not output.requires_grad:
-            output.requires_grad_()
-        self._calls[module] = Call(up_projections, args, kwargs, output)
+        first, *others = output if isinstance(output, tuple) else (output,)
+        if not first.requires_grad:
+            first = first.detach().requires_grad_().clone()  # a leaf could not be changed in place
+        self._calls[module] = Call(up_projections, args, kwargs, get_gradient_edge(first))
+        return (first, *others) if isinstance(output, tuple) else first
 
     def _column(self, each: UpProjection) -> int:
         return self.layer_indices.index(each.layer)
@@ -219,20 +234,12 @@ class Recorder:
 
 @dataclass(frozen=True)
 class Call:
-    """One call of a hooked module: its up-projections, arguments and output."""
+    """One call of a hooked module: its up-projections, its arguments, and its output in the graph unless hooked."""
 
     up_projections: Sequence[UpProjection]
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
-    output: Tensor
-
-
-def used_twice(each: UpProjection) -> InputError:
-    """The error for a module that a forward pass calls more than once."""
-    return InputError(
-        f"'{each.name}' is used twice in a forward pass, because layers share its weights: this is not supported. "
-        "Choose layers that are used once with n_layers or up_projection."
-    )
+    output: GradientEdge | None
 
 
 def call_sums(
@@ -253,12 +260,15 @@ def call_sums(
         config: the step to measure, and how.
         scales: (N,), a factor for each sample's gradient if the loss is not the sum of the samples' mean losses.
     """
-    b = b.view(*shape, -1)  # OPT and others flatten (B, T) before the feed-forward
+    if b.shape[:-1] not in (shape, (shape.numel(),)):
+        what = f"it runs on tokens of shape {tuple(b.shape[:-1])} in a batch of {tuple(shape)}"
+        raise not_token_by_token(call.up_projections[0], what)
+    b = b.reshape(*shape, -1)  # OPT and others flatten (B, T) before the feed-forward
     runs = spans(b, segments)
     factors = [None] * len(runs) if scales is None else list(scales)
     if call.up_projections[0].kind == "experts":
         return _block_sums(call, b, runs, factors, config)
-    a = call.args[0].detach().view(*shape, -1)
+    a = input_of(call.args, call.kwargs).detach().reshape(*shape, -1)
     with torch.autocast(b.device.type, enabled=False):
         return _linear_sums(call.up_projections[0], a, b, runs, factors, config)
 
@@ -293,6 +303,8 @@ def _block_sums(
     call: Call, b: Tensor, runs: Sequence[Segment], factors: Sequence[Tensor | None], config: ResonanceConfig
 ) -> Tensor:
     block = call.up_projections[0].module
+    if config.up_projection is not None and not is_token_by_token(block, call.args, call.kwargs, b.shape[:2]):
+        raise not_token_by_token(call.up_projections[0], f"it is in a {type(block).__name__}, which mixes tokens")
     weights = [_weight_to_decay(each, config) for each in call.up_projections]
     sums = torch.zeros(len(runs), dtype=torch.float64, device=b.device)
     with standing_in(call.up_projections) as parameters:

@@ -27,10 +27,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..config import InputError, ResonanceConfig
-from .effective import merged_stacks, standing_in, unshared
+from .effective import check_maps, merged_stacks, standing_in, undo_merge_if_off, unshared
 from .losses import IGNORE
 from .modes import at_least_float32, evaluating, own_precision, requiring_grad
 from .quantised import check_plain
+from .unreached import used_once
 from .up_projection import UpProjection
 from .updates import fresh_optimizer
 
@@ -101,12 +102,15 @@ def _plainly_trainable(
     """
     with unshared(model, config.n_layers, config.up_projection) as found:
         _refuse_half_precision(found)
+        check_maps(found)
+        undo_merge_if_off(model)
         with (
             evaluating(model),
             requiring_grad(model.parameters(), True),
             merged_stacks(found),
             own_precision(model),
             standing_in(found) as weights,
+            used_once(model, found),
         ):
             yield found, weights
 

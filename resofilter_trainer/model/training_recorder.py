@@ -23,14 +23,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..config import InputError, ResonanceConfig
-from .effective import check_adapters, effective_weight
+from .effective import check_maps, effective_weight
 from .gradients import Segment
 from .loss_check import LossCheck, TokenLoss, Verdict, field_of, verdicts
 from .losses import IGNORE
 from .modes import at_least_float32
-from .recorder import Call, call_sums, used_twice
+from .recorder import Call, call_sums
 from .resonance import Resonance, layer_values
-from .unreached import not_called
+from .unreached import not_called, used_twice
 from .up_projection import UpProjection, find_up_projections
 from .updates import UPDATES, closed_form, size_of_change, unchanged_sum
 
@@ -128,7 +128,7 @@ class TrainingRecorder:
         if config is not None:
             closed_form(config)  # refuses an update that has none
             up_projections = find_up_projections(model, config.n_layers, config.up_projection)
-            check_adapters(up_projections)
+            check_maps(up_projections)
             self._layers = sorted({each.layer for each in up_projections})
             for each in up_projections:
                 self._modules.setdefault(each.module, []).append(each)
@@ -252,7 +252,7 @@ class TrainingRecorder:
         if self._outputs is not None:
             self._outputs[module] = output
         autocast = torch.is_autocast_enabled(output.device.type), torch.get_autocast_dtype(output.device.type)
-        call = Call(self._modules[module], args, kwargs, output.detach())  # with the graph, neither would be freed
+        call = Call(self._modules[module], args, kwargs, None)  # with the graph, neither would be freed
         output.register_hook(partial(self._measure, self._running, call, autocast))
 
     def _measure(self, batch: MicroBatch, call: Call, autocast: tuple[bool, torch.dtype], b: Tensor) -> None:
@@ -296,7 +296,7 @@ class StepRecorder:
         self._up_projections = find_up_projections(model, config.n_layers, config.up_projection)
         self._config = config
         self._before: list[Tensor] = []
-        check_adapters(self._up_projections)
+        check_maps(self._up_projections)
         if not any(_is_trained(each) for each in self._up_projections):
             raise InputError(
                 "update='optimizer' sees no change: no measured up-projection is trained, and none has a trained "

@@ -1,24 +1,30 @@
-"""Why a forward did not call an up-projection. Knows modules, nothing of scores."""
+"""Why a forward does not run an up-projection once, on all tokens. Knows modules, nothing of scores."""
 
 from __future__ import annotations
 
+import contextlib
 import inspect
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
 from ..config import InputError
+from .computed import UNCOMPILED, is_compiled
 from .modes import requiring_grad
 from .up_projection import UpProjection
 
-UNCOMPILED = "Pass the model uncompiled, and train without torch.compile"
+NO_GRADIENT = (
+    "The loss has no gradient at any measured up-projection: the model's forward detaches what they compute, or runs "
+    "under torch.no_grad. Load a model that can be trained, or measure other layers with a larger n_layers."
+)
 
 
 def not_called(model: nn.Module, each: UpProjection) -> InputError:
     """The error for an up-projection that a forward of the model did not call, with the cause if it can be seen."""
-    if any(_is_compiled(module) for module in model.modules()):
+    if any(is_compiled(module) for module in model.modules()):
         return InputError(f"The forward did not show '{each.name}': a compiled model drops hooks. {UNCOMPILED}.")
     for path, module in _around(model, each):
         own = vars(module).get("forward")
@@ -36,6 +42,40 @@ def not_called(model: nn.Module, each: UpProjection) -> InputError:
     )
 
 
+def used_twice(each: UpProjection) -> InputError:
+    """The error for a module that a forward pass calls more than once."""
+    return InputError(
+        f"'{each.name}' is used twice in a forward pass, as by layers that share it, or in chunks, and only a module "
+        "that runs once can be measured. If layers share it, give each its own with copy.deepcopy; if the model's "
+        "config has chunk_size_feed_forward, set it to 0; or measure other modules, with n_layers or up_projection."
+    )
+
+
+def not_token_by_token(each: UpProjection, what: str) -> InputError:
+    """The error for a module from whose output the tokens of a sample cannot be told; `what` the module does."""
+    return InputError(
+        f"'{each.name}' cannot be measured: {what}, so the tokens of a row cannot be told apart in it. Pass "
+        'up_projection="<regex>" that finds a linear map that runs on all tokens of a batch.'
+    )
+
+
+@contextlib.contextmanager
+def used_once(model: nn.Module, up_projections: Sequence[UpProjection]) -> Iterator[None]:
+    """Raises InputError in a forward that calls a module twice."""
+    called: set[nn.Module] = set()
+
+    def see(module: nn.Module, args: Any, each: UpProjection) -> None:
+        if module in called:
+            raise used_twice(each)
+        called.add(module)
+
+    with contextlib.ExitStack() as stack:
+        stack.callback(model.register_forward_pre_hook(lambda module, args: called.clear()).remove)
+        for module, each in {each.module: each for each in up_projections}.items():
+            stack.callback(module.register_forward_pre_hook(partial(see, each=each)).remove)
+        yield
+
+
 def is_used(parameters: Iterable[nn.Parameter], output: Any) -> bool:
     """Whether what `output()` computes depends on any of these parameters, by whatever way."""
     floating = [each for each in parameters if each.is_floating_point()]
@@ -44,10 +84,6 @@ def is_used(parameters: Iterable[nn.Parameter], output: Any) -> bool:
         if not floating or not result.requires_grad:
             return False
         return any(each is not None for each in torch.autograd.grad(result.sum(), floating, allow_unused=True))
-
-
-def _is_compiled(module: nn.Module) -> bool:
-    return type(module).__name__ == "OptimizedModule" or vars(module).get("_compiled_call_impl") is not None
 
 
 def _around(model: nn.Module, each: UpProjection) -> Iterator[tuple[str, nn.Module]]:

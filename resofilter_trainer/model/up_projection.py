@@ -19,9 +19,11 @@ from typing import Any, Literal, cast
 import torch
 from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from ..config import InputError, ResonanceConfig
 from .adapters import refuse_adapters
+from .computed import UNCOMPILED, is_compiled, makes_its_weight_plain
 from .losses import unwrapped
 from .quantised import REMEDY, bits_of, matrix_shape, plain_matrix
 
@@ -118,9 +120,11 @@ def find_up_projections(model: nn.Module, n_layers: int = 3, pattern: str | None
             contain the gate too.
 
     Raises:
-        InputError: one of these layers has no known up-projection, an adapter cannot be scored, or an argument is
-            invalid.
+        InputError: one of these layers has no known up-projection, or one that is computed from other parameters or
+            compiled; an adapter cannot be scored; or an argument is invalid.
     """
+    if isinstance(model, (nn.DataParallel, DistributedDataParallel)):
+        raise InputError(f"The model is wrapped in {type(model).__name__}. Pass the model inside: `model.module`.")
     refuse_adapters(model)
     path, layers = decoder_layers(model)
     depth = len(layers)
@@ -133,13 +137,13 @@ def find_up_projections(model: nn.Module, n_layers: int = 3, pattern: str | None
     found = [each for index in measured for each in _in_layer(layers[index], index, f"{path}.{index}", regex)]
     missing = sorted(set(measured) - {each.layer for each in found})
     if missing:
-        _refuse_without_weight(layers[missing[-1]], f"{path}.{missing[-1]}")
+        layer = layers[missing[-1]]
+        _refuse_without_weight(layer, f"{path}.{missing[-1]}")
         where = f"the last {n_layers} of {depth} layers"
         if len(missing) < n_layers:
             where += f"; missing in layer {', '.join(map(str, missing))}"
-        layer = layers[missing[-1]]
-        names = [weight.name for weight in _weights(layer, layer)]
-        raise InputError(_nothing_found(_label(model), where, f"{path}.{missing[-1]}", names, pattern))
+        weights = sorted(_weights(layer, layer), key=_unlikeliness)
+        raise InputError(_nothing_found(_label(model), where, f"{path}.{missing[-1]}", weights, pattern))
     return tuple(found)
 
 
@@ -207,6 +211,9 @@ def _weights(
     if "base_layer" in children:
         yield from _weights(children["base_layer"], parent, name, path, outer or module)
         return
+    if makes_its_weight_plain(module):
+        yield _Weight(name, path, module, outer or module, parent, next(module.parameters()))
+        return
     for own, parameter in module.named_parameters(recurse=False):
         if parameter.dim() < 2 or isinstance(module, nn.Embedding):
             continue
@@ -230,6 +237,7 @@ def _in_layer(layer: nn.Module, index: int, path: str, regex: re.Pattern[str] | 
         name, parameter = f"{path}.{weight.name}", weight.parameter
         if not (_known(weight.name) if regex is None else regex.search(name) or regex.search(f"{path}.{weight.path}")):
             continue
+        _refuse_computed(layer, path, weight)
         shape = matrix_shape(name, weight.owner, parameter)
         transposed = vars(weight.owner).get("is_transposed", type(weight.owner).__name__ in TRANSPOSED_CLASSES)
         axis = len(shape) - (1 if transposed else 2)  # of the output features
@@ -244,9 +252,22 @@ def _in_layer(layer: nn.Module, index: int, path: str, regex: re.Pattern[str] | 
         )
 
 
+def _refuse_computed(layer: nn.Module, path: str, weight: _Weight) -> None:
+    code = makes_its_weight_plain(weight.owner)
+    if code is not None:
+        name = next(name for name, module in layer.named_modules() if module is weight.owner)
+        code = code.format(f"model.get_submodule('{path}.{name}')")
+        raise InputError(
+            f"The weight of '{path}.{weight.name}' is computed from other parameters in every forward, so no step "
+            f"moves it by itself. Make it plain, in every layer: `{code}`."
+        )
+
+
 def _refuse_without_weight(layer: nn.Module, path: str) -> None:
-    """Raise InputError for a known name whose module stores its weight in its own format, as GPTQ and AWQ do."""
+    """Raise InputError for a known name that is compiled, or has a weight in its own format, as GPTQ and AWQ do."""
     for name, module in layer.named_modules():
+        if _known(name) and is_compiled(module):
+            raise InputError(f"'{path}.{name}' is compiled, which drops hooks. {UNCOMPILED}.")
         if _known(name) and not list(module.parameters()) and list(module.buffers()):
             raise InputError(f"'{path}.{name}' is a {type(module).__name__}, which has no weight to read. {REMEDY}")
 
@@ -260,10 +281,14 @@ def _outputs(weight: _Weight, size: int) -> slice:
 
 
 def _what_to_hook(block: nn.Module, weight: _Weight, transposed: bool) -> tuple[nn.Module, Kind]:
-    is_weight = dict(weight.owner.named_parameters(recurse=False)).get("weight") is weight.parameter
-    if is_weight and weight.parameter.dim() == 2 and not ROUTED.search(weight.name):
+    if is_map(weight) and not ROUTED.search(weight.name):
         return weight.outer, "conv1d" if transposed else "linear"
     return block, "experts"
+
+
+def is_map(weight: _Weight | UpProjection) -> bool:
+    """Whether the parameter is the matrix of a linear map of its own, not one of a stack."""
+    return weight.owner._parameters.get("weight") is weight.parameter and weight.parameter.dim() == 2
 
 
 def _compiled(pattern: str) -> re.Pattern[str]:
@@ -273,11 +298,17 @@ def _compiled(pattern: str) -> re.Pattern[str]:
         raise InputError(f"up_projection={pattern!r} is not a regular expression: {error}.") from None
 
 
-def _nothing_found(label: str, where: str, layer: str, found: Sequence[str], pattern: str | None) -> str:
+def _unlikeliness(weight: _Weight) -> tuple[bool, ...]:
+    """The likeliest up-projections sort first: what is inside a module of a known name, then maps of a feed-forward."""
+    inside = any(f".{known}." in f".{weight.name}" for known in NAMES)
+    return not inside, bool(OTHER_MODULES.search(weight.name)), not is_map(weight)
+
+
+def _nothing_found(label: str, where: str, layer: str, weights: Sequence[_Weight], pattern: str | None) -> str:
     """The error message: what was searched, where, and what to do, with a regex that finds something."""
-    names = ", ".join(f"{layer}.{name}" for name in found[:8])
-    outside = [name for name in found if not OTHER_MODULES.search(name)] or list(found)
-    example = f', such as up_projection=r"{re.escape(outside[0])}$"' if outside else ""
+    names = ", ".join(f"{layer}.{each.name}" for each in weights[:8])
+    maps = [each.name for each in weights if is_map(each)]
+    example = f', such as up_projection=r"{re.escape(maps[0])}$"' if maps else ""
     if pattern is not None:
         return (
             f"up_projection={pattern!r} matches nothing in '{label}' (looked in {where}). Pass a regex that is found "

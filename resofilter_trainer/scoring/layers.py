@@ -21,7 +21,7 @@ from trl import SFTConfig
 
 from ..config import ResonanceConfig, whole_number
 from ..data.loading import Opened, default_arguments, placed
-from ..model.effective import check_adapters, effective_weight, standing_in, unshared
+from ..model.effective import check_maps, effective_weight, standing_in, unshared
 from ..model.losses import token_losses
 from ..model.modes import at_least_float32, requiring_grad
 from ..model.quantised import check_plain
@@ -80,7 +80,7 @@ def score_layers(
         prepared = opened.prepared
         rows = np.sort(np.random.default_rng(0).permutation(len(prepared.lengths))[:limit])
         with unshared(model, len(decoder_layers(model)[1]), config.up_projection) as found:
-            check_adapters(found)
+            check_maps(found)
             changes, parts = _Changes(found, config), target.parts(1)
             values = measure_rows(changes, model, prepared.select(rows), args, 1, label, parts)
         layers = sorted({each.layer for each in found})

@@ -1,0 +1,35 @@
+"""Modules whose weight or forward is not their own: parametrized, pruned, compiled. Knows torch, no model."""
+
+from __future__ import annotations
+
+from torch import nn
+from torch.nn.utils import parametrize
+from torch.nn.utils.prune import BasePruningMethod
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
+
+UNCOMPILED = "Pass the model uncompiled, and train without torch.compile"
+UNDONE_BY = {
+    BasePruningMethod: "prune.remove({}, 'weight')",
+    SpectralNorm: "remove_spectral_norm({})",
+    WeightNorm: "remove_weight_norm({})",
+}
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Whether torch.compile has compiled a module."""
+    return type(module).__name__ == "OptimizedModule" or vars(module).get("_compiled_call_impl") is not None
+
+
+def makes_its_weight_plain(module: nn.Module) -> str | None:
+    """The code that makes a weight a plain parameter, with {} for the module.
+
+    None for a weight that is one already, or that the module does not have.
+    """
+    if parametrize.is_parametrized(module, "weight"):
+        return "torch.nn.utils.parametrize.remove_parametrizations({}, 'weight')"
+    for hook in module._forward_pre_hooks.values():
+        for kind, code in UNDONE_BY.items():
+            if isinstance(hook, kind) and getattr(hook, "name", getattr(hook, "_tensor_name", None)) == "weight":
+                return f"torch.nn.utils.{code}"
+    return None
