@@ -27,7 +27,9 @@ def makes_its_weight_plain(module: nn.Module) -> str | None:
     None for a weight that is one already, or that the module does not have.
     """
     if parametrize.is_parametrized(module, "weight"):
-        return "torch.nn.utils.parametrize.remove_parametrizations({}, 'weight')"
+        if any(each.requires_grad for each in module.parameters()):
+            return "torch.nn.utils.parametrize.remove_parametrizations({}, 'weight')"
+        return "torch.nn.utils.parametrize.remove_parametrizations({}.requires_grad_(), 'weight').requires_grad_(False)"
     for hook in module._forward_pre_hooks.values():
         for kind, code in UNDONE_BY.items():
             if isinstance(hook, kind) and getattr(hook, "name", getattr(hook, "_tensor_name", None)) == "weight":

@@ -54,8 +54,9 @@ def used_twice(each: UpProjection) -> InputError:
 def not_token_by_token(each: UpProjection, what: str) -> InputError:
     """The error for a module from whose output the tokens of a sample cannot be told; `what` the module does."""
     return InputError(
-        f"'{each.name}' cannot be measured: {what}, so the tokens of a row cannot be told apart in it. Pass "
-        'up_projection="<regex>" that finds a linear map that runs on all tokens of a batch.'
+        f"'{each.name}' cannot be measured: {what}, so the tokens of a row cannot be told apart in it. If the model's "
+        'config has chunk_size_feed_forward, set it to 0; or pass up_projection="<regex>" that finds a linear map that '
+        "runs on all tokens of a batch."
     )
 
 

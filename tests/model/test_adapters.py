@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import re
 from pathlib import Path
@@ -144,6 +145,54 @@ def test_a_merged_adapter_counts_as_the_weight(kind: str) -> None:
     truth = record_all(model, samples, ADAMW)
     model.merge_adapter()
     assert error_over_spread(record_all(model, samples, ADAMW), truth) < 1e-9
+
+
+@pytest.mark.parametrize("kind", ["LoRA", "LoRA, use_dora", "LoRA, target_parameters", "LoRA, two adapters active"])
+@pytest.mark.parametrize("off", [False, True])
+def test_the_literal_procedure_of_a_merged_adapter(kind: str, off: bool) -> None:
+    model, samples = adapted(kind), make_samples(3)
+    with model.disable_adapter() if off else contextlib.nullcontext():
+        truth = literal(model, samples, ADAMW)
+    model.merge_adapter()
+    if off:
+        model.base_model.disable_adapter_layers()
+    assert error_over_spread(literal(copy.deepcopy(model), samples, ADAMW), truth) < 1e-6
+    assert error_over_spread(record_all(model, samples, ADAMW), truth) < 1e-6
+
+
+@pytest.mark.parametrize("variant", [{}, {"use_dora": True}])
+def test_an_adapter_in_bfloat16_on_a_float32_model(variant: dict[str, bool]) -> None:
+    model = adapted("LoRA, use_dora" if variant else "LoRA").float()
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data = parameter.data.bfloat16()
+    samples = make_samples(4, longest=12)
+    exact = copy.deepcopy(model).double()
+    assert error_over_spread(record_all(model, samples, SGD), record_all(exact, samples, SGD)) < 0.05
+
+
+def test_target_parameters_of_a_dense_map() -> None:
+    settings = peft.LoraConfig(r=4, target_modules=[], target_parameters=["mlp.up_proj.weight"], task_type=CAUSAL)
+    model = peft.get_peft_model(tiny("llama", vocab_size=VOCAB), settings)
+    torch.manual_seed(0)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data.normal_(std=0.1)
+    model, samples = model.double().eval(), make_samples(4, longest=12)
+    found = record_all(model, samples, ADAMW)
+    assert error_over_spread(found, literal(model, samples, ADAMW)) < 1e-6
+    merged = copy.deepcopy(model).merge_and_unload()
+    assert error_over_spread(found, literal(merged, samples, ADAMW)) < 1e-6
+
+
+def test_the_remedy_for_an_adapter_that_transformers_added() -> None:
+    model, samples = tiny("llama", vocab_size=VOCAB), make_samples(3)
+    model.add_adapter(peft.LoraConfig(r=4, target_modules=UP, alora_invocation_tokens=[5], init_lora_weights=False))
+    with pytest.raises(InputError, match=r"after `model.disable_adapters\(\)`") as error:
+        Recorder(model, ADAMW)
+    exec(str(error.value).split("`")[3], {"model": model})
+    plain = record_all(tiny("llama", vocab_size=VOCAB), samples, ADAMW)
+    assert error_over_spread(record_all(model, samples, ADAMW), plain) < 1e-6
 
 
 def test_an_adapter_that_changes_nothing_gives_the_plain_weight_bit_for_bit() -> None:

@@ -177,7 +177,7 @@ def test_a_forward_that_bypasses_the_hooks_is_an_error() -> None:
 def test_weights_that_two_layers_share_are_refused() -> None:
     model = build("llama", torch.float32)
     model.model.layers[2].mlp = model.model.layers[1].mlp
-    with pytest.raises(InputError, match="layers share its weights"):
+    with pytest.raises(InputError, match="layers that share it"):
         record_all(model, make_samples(2), ResonanceConfig())
 
 
