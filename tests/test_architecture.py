@@ -36,7 +36,7 @@ MAY_KNOW = {
     "evaluation": "config model data",
     "demo": "config scores selecting report data scoring training evaluation",
     "compare": "config io scores selecting data criteria scoring tokens training evaluation demo",
-    "cli": "config io scores selecting report data criteria scoring tokens training demo compare",
+    "cli": "config io scores selecting report data scoring tokens training demo compare",
 }
 WITHOUT_TORCH = ["config", "io", "scores", "selecting", "report", "cli"]  # packages, all modules of them
 ALSO_WITHOUT_TORCH = [

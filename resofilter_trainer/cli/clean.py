@@ -11,6 +11,8 @@ from .inputs import dataset_of, require, row_options, sft_config
 from .parser import CommandParser, process_arguments, row_arguments
 
 SELF_EVOLVING = "self-evolving"
+OF_TRAINING = ("parts", "lora_r", "learning_rate", "per_device_train_batch_size", "gradient_accumulation_steps")
+EXAMPLE = "resofilter clean --model BASE --reference REFERENCE --dataset rows.jsonl --output cleaned/"
 
 
 def add_arguments(parser: CommandParser) -> None:
@@ -29,9 +31,9 @@ def add_arguments(parser: CommandParser) -> None:
     training = parser.add_argument_group("self-evolving: one training per stage, as in the paper")
     training.add_argument("--parts", type=int, default=defaults.parts, help="the number of stages")
     training.add_argument("--lora_r", type=int, default=64, help="the rank of the adapters; 0 trains all weights")
-    training.add_argument("--learning_rate", type=float, default=1e-4)
-    training.add_argument("--per_device_train_batch_size", type=int, default=8)
-    training.add_argument("--gradient_accumulation_steps", type=int, default=6)
+    training.add_argument("--learning_rate", type=float, default=1e-4, help="of each training")
+    training.add_argument("--per_device_train_batch_size", type=int, default=8, help="rows")
+    training.add_argument("--gradient_accumulation_steps", type=int, default=6, help="batches")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -50,6 +52,9 @@ def run(args: argparse.Namespace) -> None:
         raise InputError(
             "--reference is missing: a model or LoRA adapter tuned on good data. Or use --mode self-evolving."
         )
+    changed = [name for name in OF_TRAINING if getattr(args, name) != args.parser.get_default(name)]
+    if args.mode != SELF_EVOLVING and changed:
+        raise InputError(f"--{changed[0]} is for --mode {SELF_EVOLVING}: leave it out with --mode {args.mode}.")
     whole_number("--lora_r", args.lora_r, least=0)
     cleaned = (_self_evolve if args.mode == SELF_EVOLVING else _clean)(args, cleaning)
     from accelerate import PartialState

@@ -9,6 +9,8 @@ from pathlib import Path
 from ..config import InputError
 from .parser import CommandParser
 
+EXAMPLE = "resofilter compare recipes/compare.yaml --output comparison/"
+
 
 def add_arguments(parser: CommandParser) -> None:
     """Add the arguments of the comparison."""
@@ -36,6 +38,8 @@ def _print_published(ranks_file: str | None) -> None:
     from ..compare.published import published_ranks, published_table
     from ..io.files import replacing
 
+    if ranks_file and Path(ranks_file).is_dir():
+        raise InputError(f"--json '{ranks_file}' is a folder: name a file.")
     print(published_table())
     if ranks_file:
         with replacing(Path(ranks_file)) as temporary:

@@ -9,13 +9,14 @@ from ..config import one_of, whole_number
 from .parser import CommandParser
 
 MODES = ("two-pass", "callback")
+EXAMPLE = "resofilter demo --mode callback --output demo/"
 
 
 def add_arguments(parser: CommandParser) -> None:
     """Add the arguments of the demo."""
     parser.add_argument("--output", help="a folder for everything; by default one in resofilter-demo/")
     parser.add_argument("--mode", default="two-pass", help="two-pass: score, select, train; callback: in one run")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="of the data and of the training")
 
 
 def run(args: argparse.Namespace) -> None:

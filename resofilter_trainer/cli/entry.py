@@ -10,14 +10,16 @@ import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 
+from .. import __version__
 from ..config import InputError, nearest
 from . import clean, compare, demo, env, report, score, select
 from .interrupts import interruptible
-from .launching import is_launched, run_in_processes
+from .launching import check_environment, is_launched, run_in_processes
 from .naming import options_of, speaking, told
-from .parser import CommandParser
+from .parser import CommandHelp, CommandParser
+from .settings_file import yaml_arguments
 
-COMMANDS = {  # each module has `add_arguments` and `run`, which imports what it needs
+COMMANDS = {  # each module has `EXAMPLE`, `add_arguments` and `run`, which imports what it needs
     "demo": (demo, "the whole method in a few minutes, on data that it makes"),
     "score": (score, "measure how far a step on each row of a dataset moves W_up"),
     "select": (select, "decide from scores which rows to keep"),
@@ -26,6 +28,7 @@ COMMANDS = {  # each module has `add_arguments` and `run`, which imports what it
     "report": (report, "one page that shows why a row was dropped"),
     "env": (env, "print the versions, for a bug report"),
 }
+MEASURING = ("demo", "score", "clean", "compare")  # load models, in as many processes as the environment says
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -35,7 +38,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = _parsed(parser, argv)
     with exit_on_input_error(f"resofilter {args.command}", args.parser):
         if args.config:  # its values come before those of the command line, which therefore win
-            args = _parsed(parser, [args.command, *_yaml_arguments(args), *argv[argv.index(args.command) + 1 :]])
+            args = _parsed(parser, [args.command, *yaml_arguments(args), *argv[argv.index(args.command) + 1 :]])
+        _refuse_empty(args)
+        if args.command in MEASURING:
+            check_environment()
         if getattr(args, "num_processes", None) is not None and not is_launched():
             run_in_processes(argv, args.num_processes)
         args.run(args)
@@ -80,7 +86,7 @@ def _one_line_warnings(program: str) -> Iterator[None]:
 
 def _parsed(parser: CommandParser, argv: Sequence[str]) -> argparse.Namespace:
     """The arguments of one command, or one line that says which command or option does not exist."""
-    if not argv:
+    if not argv or (argv[0].startswith("-") and argv[0] not in ("-h", "--help", "--version")):
         parser.error(f"Name a command: {', '.join(COMMANDS)}.")
     if not argv[0].startswith("-") and argv[0] not in COMMANDS:
         close = nearest(argv[0], COMMANDS)
@@ -92,37 +98,21 @@ def _parsed(parser: CommandParser, argv: Sequence[str]) -> argparse.Namespace:
     return args
 
 
-def _yaml_arguments(args: argparse.Namespace) -> list[str]:
-    """The values of a YAML file as arguments of the command line, so that they are checked in the same way."""
-    from ..io.files import read_yaml
-
-    values = read_yaml(args.config, f"--config {args.config}")
-    if not isinstance(values, dict | None):
-        raise InputError(f"--config {args.config} must be a mapping, 'name: value' on each line.")
-    arguments: list[str] = []
-    known = {action.dest for action in args.parser._actions if action.option_strings} - {"help", "config"}
-    for written, value in (values or {}).items():
-        name = args.parser.own_name(str(written))
-        if name not in known:
-            close = nearest(name, known)
-            hint = f" Did you mean '{close}'?" if close else ""
-            raise InputError(f"--config {args.config}: '{args.command}' has no argument '{written}'.{hint}")
-        if isinstance(getattr(args, name), bool) and isinstance(value, bool):  # a flag
-            arguments += [f"--{name}"] if value else []
-        elif isinstance(value, list) and name == "by":
-            arguments.append(f"--by={','.join(map(str, value))}")
-        elif isinstance(value, list):
-            arguments += [f"--{name}", *map(str, value)]
-        elif value is not None or getattr(args, name) is not None:
-            arguments.append(f"--{name}={'none' if value is None else value}")
-    return arguments
+def _refuse_empty(args: argparse.Namespace) -> None:
+    """Raise InputError for an empty value, as of a variable of the shell that is not set; a separator may be empty."""
+    for action in args.parser._actions:
+        value = getattr(args, action.dest, None)
+        if action.dest != "separator" and "" in (value if isinstance(value, list) else [value]):
+            raise InputError(f"{(action.option_strings or [action.dest])[0]} is empty. Pass a value, or leave it out.")
 
 
 def _parser() -> CommandParser:
     parser = CommandParser(prog="resofilter", description="Score, select, train.")
+    parser.add_argument("--version", action="version", version=f"resofilter_trainer {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
     for name, (module, text) in COMMANDS.items():
-        command = commands.add_parser(name, help=text, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        command = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.",
+                                      epilog=f"example:\n  {module.EXAMPLE}", formatter_class=CommandHelp)  # fmt: skip
         command.set_defaults(run=module.run, parser=command)
         command.add_argument("--config", help="a YAML file with any of these arguments")
         module.add_arguments(command)

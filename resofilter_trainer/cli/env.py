@@ -11,6 +11,8 @@ from .parser import CommandParser
 
 PACKAGES = ("resofilter_trainer", "torch", "transformers", "trl", "peft", "datasets", "accelerate", "evaluate")
 
+EXAMPLE = "resofilter env"
+
 
 def add_arguments(parser: CommandParser) -> None:
     """Add nothing: the command has no arguments."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 from ..config import ColumnMapping, InputError
@@ -63,12 +64,13 @@ def scored_dataset(args: argparse.Namespace, source: Any) -> Any:
     name = args.dataset or source.get("dataset")
     if name is None:
         return None
-    from ..data.files import load_rows, only_split
+    from ..data.files import is_saved, load_rows, only_split
     from ..io.digest import same_rows
 
     recorded = source.get("split") or "train"
     own = None if "[" in recorded else only_split(name)  # version 0.1.0 read a single file under any split's name
-    dataset = load_rows(name, args.split or own or recorded, source.get("name"))
+    config = None if Path(name).is_file() or is_saved(name) else source.get("name")  # which 0.1.0 ignored there
+    dataset = load_rows(name, args.split or own or recorded, config)
     content = source.get("content")
     if content is not None and not same_rows(content, dataset):
         raise InputError(f"'{name}' is not what was scored: its rows or their order differ. Score it again.")

@@ -6,12 +6,28 @@ import os
 import sys
 from collections.abc import Sequence
 
-from ..config import whole_number
+from ..config import InputError, whole_number
+
+LAUNCHED = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # what a launcher tells its processes
 
 
 def is_launched() -> bool:
     """Whether a launcher started this process."""
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def check_environment() -> None:
+    """Raise InputError if the environment promises several processes, and lacks what a launcher tells each of them."""
+    size, local = os.environ.get("WORLD_SIZE", "1"), os.environ.get("LOCAL_RANK", "-1")
+    promises = size != "1" or local != "-1"
+    missing = [name for name in LAUNCHED if name not in os.environ]
+    if promises and (missing or not size.isdigit() or not local.isdigit()):
+        there = ", ".join(f"{name}={os.environ[name]}" for name in LAUNCHED if name in os.environ)
+        lacks = f" and no {', '.join(missing)}" if missing else ""
+        raise InputError(
+            f"The environment has {there}{lacks}, as no launcher does. Unset them for one process, or use "
+            "--num_processes, torchrun or accelerate launch for several."
+        )
 
 
 def run_in_processes(arguments: Sequence[str], processes: int) -> None:

@@ -21,6 +21,8 @@ OTHER_NAMES = {
     "output_dir": "output",
     "ddp_timeout": "timeout",
     "keep": "keep_tokens",
+    "groups": "group_column",
+    "name": "dataset_config",
 }
 _spoken: ContextVar[Mapping[str, argparse.Action]] = ContextVar(
     "the options of the running command", default=MappingProxyType({})
@@ -111,7 +113,7 @@ def _given(action: argparse.Action, text: str | None) -> str:
     value = _literal(text)
     if value is True and action.nargs in (0, "?"):
         return option
-    if (value is False and action.nargs == 0) or (value is None and not _reads_none(action)):
+    if (value is False and action.nargs == 0) or (value is None and not reads_none(action)):
         return f"no {option}"
     if isinstance(value, list | tuple):
         between = " " if action.nargs in ("+", "*") else ","
@@ -130,7 +132,7 @@ def _literal(text: str) -> Any:
     return text if isinstance(value, int | float) and not isinstance(value, bool) else value
 
 
-def _reads_none(action: argparse.Action) -> bool:
+def reads_none(action: argparse.Action) -> bool:
     """Whether `none` is a value of the option."""
     try:
         return callable(action.type) and action.type("none") is None

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from ..config import nearest
+from ..config import InputError, nearest, one_of
 from .naming import options_of
 
 INSTEAD = {  # options of other programs, and what a command may have for them
@@ -18,9 +18,19 @@ INSTEAD = {  # options of other programs, and what a command may have for them
     "learning_rate": "--lr",
     "max_seq_length": "--max_length",
 }
+YES_OR_NO = ("true", "false", "yes", "no", "on", "off", "1", "0")
+REQUIRED = "the following arguments are required: "  # argparse's words
 
 
-class OneLineParser(argparse.ArgumentParser):
+class CommandHelp(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Help with the defaults that say something, and examples as they are written."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        said = action.default in (None, False) or "default" in (action.help or "")
+        return action.help if said else super()._get_help_string(action)
+
+
+class CommandParser(argparse.ArgumentParser):
     """A parser that reports a wrong argument in one line, without the usage, and takes names as people write them.
 
     An option may be written with hyphens, or by the name that TRL and transformers have for it, but not abbreviated. A
@@ -32,6 +42,10 @@ class OneLineParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Print one line and exit with code 2."""
+        if message.startswith(REQUIRED):
+            name = message.removeprefix(REQUIRED).split(", ")[0]
+            what = next((each.help for each in self._actions if each.dest == name), None)
+            message = f"{name} is missing" + (f": {what}." if what else ".")
         self.exit(2, f"{self.prog}: error: {message}\n")
 
     def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
@@ -58,7 +72,26 @@ class OneLineParser(argparse.ArgumentParser):
     def refuse(self, rest: Sequence[str]) -> NoReturn:
         """Exit with one line about the arguments that nothing takes."""
         options = [each.removeprefix("--").split("=")[0] for each in rest if each.startswith("--")]
-        self.error(self.unknown(options[0]) if options else f"Nothing takes the argument '{rest[0]}'.")
+        flag = " A flag such as --drop_empty has no value." if rest[0].lower() in YES_OR_NO else ""
+        self.error(self.unknown(options[0]) if options else f"Nothing takes the argument '{rest[0]}'.{flag}")
+
+    def _get_value(self, action: argparse.Action, arg_string: str) -> Any:
+        try:
+            return super()._get_value(action, arg_string)
+        except argparse.ArgumentError as error:
+            what = VALUES.get(action.type) if action.option_strings else None
+            if what is None:
+                raise
+            name = action.option_strings[0]
+            raise argparse.ArgumentError(None, f"{name} must be {what}, got {arg_string!r}.") from error
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if action.choices is None or not action.option_strings:
+            return super()._check_value(action, value)
+        try:
+            one_of(action.option_strings[0], value, list(action.choices))
+        except InputError as error:
+            raise argparse.ArgumentError(None, str(error)) from error
 
     def _spelled(self, arguments: Sequence[str]) -> list[str]:
         """The arguments with the options' own names, and with values that begin with a minus joined to their option."""
@@ -66,7 +99,10 @@ class OneLineParser(argparse.ArgumentParser):
         for each in arguments:
             option, equals, value = each.partition("=")
             if option.startswith("--") and option not in known:
-                each = f"--{self.own_name(option[2:])}{equals}{value}"
+                option = f"--{self.own_name(option[2:])}"
+                each = f"{option}{equals}{value}"
+            if equals and option in known and known[option].nargs == 0:
+                self.error(f"{option} is a flag without a value: write {option}, or leave it out.")
             before = known.get(spelled[-1]) if spelled else None
             is_value = each.startswith("-") and not each.startswith("--") and each not in known
             if before is not None and before.nargs is None and is_value:
@@ -76,43 +112,27 @@ class OneLineParser(argparse.ArgumentParser):
         return spelled
 
 
-class CommandParser(OneLineParser):
-    """The parser of a command.
-
-    Attributes:
-        before_help: a function to call before the help is printed, which adds what takes long to import.
-    """
-
-    before_help: Callable[[], None] | None = None
-
-    def format_help(self) -> str:
-        """The help of the command."""
-        if self.before_help is not None:
-            self.before_help()
-        return super().format_help()
-
-
 def row_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments for the rows, their columns, and how rows become tokens."""
     parser.add_argument("--model", help="a name on the hub, or a folder")
     parser.add_argument("--dataset", help="a name on the hub, a JSON, JSONL, CSV or Parquet file, or a folder")
-    parser.add_argument("--split", default="train")
+    parser.add_argument("--split", default="train", help="the split, or a part of it: train[:1000]")
     parser.add_argument("--dataset_config", help="the configuration of a dataset on the hub")
     parser.add_argument("--drop_duplicates", action="store_true", help="drop rows whose prompt repeats another row's")
     parser.add_argument("--drop_empty", action="store_true", help="drop rows with an empty completion")
     columns = parser.add_argument_group("columns")
     columns.add_argument("--prompt_column", nargs="+", help="one column, or several to join: instruction input")
-    columns.add_argument("--completion_column")
-    columns.add_argument("--messages_column")
-    columns.add_argument("--text_column")
-    columns.add_argument("--separator", default="\n", help="the text between prompt and completion")
+    columns.add_argument("--completion_column", help="the answer, which is learnt")
+    columns.add_argument("--messages_column", help="a list of messages with role and content")
+    columns.add_argument("--text_column", help="plain text, all of which is learnt")
+    columns.add_argument("--separator", default="\n", help="between prompt and completion; by default a line break")
     columns.add_argument("--conversational", action="store_true", help="make messages of prompt and completion")
     tokens = parser.add_argument_group("tokens, as in SFTConfig")
     tokens.add_argument("--max_length", type=_length, default=1024, help="the maximum tokens of a row, or none")
-    tokens.add_argument("--assistant_only_loss", action="store_true")
-    tokens.add_argument("--completion_only_loss", type=_true_or_false)
-    tokens.add_argument("--chat_template_path")
-    tokens.add_argument("--trust_remote_code", action="store_true")
+    tokens.add_argument("--assistant_only_loss", action="store_true", help="learn what the assistant says only")
+    tokens.add_argument("--completion_only_loss", type=_true_or_false, help="false to learn the prompt, too")
+    tokens.add_argument("--chat_template_path", help="a file with a chat template, or a model to take it from")
+    tokens.add_argument("--trust_remote_code", action="store_true", help="run code of the model's own")
 
 
 def process_arguments(parser: argparse.ArgumentParser) -> None:
@@ -124,7 +144,7 @@ def process_arguments(parser: argparse.ArgumentParser) -> None:
 def scored_dataset_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments that name the scored dataset."""
     parser.add_argument("--dataset", help="the dataset that was scored, if it has moved since")
-    parser.add_argument("--split")
+    parser.add_argument("--split", help="its split, if it is another than that of the scores")
 
 
 def _length(text: str) -> int | None:
@@ -133,5 +153,13 @@ def _length(text: str) -> int | None:
 
 def _true_or_false(text: str) -> bool:
     if text.lower() not in ("true", "false"):
-        raise argparse.ArgumentTypeError(f"true or false, not {text!r}")
+        raise ValueError
     return text.lower() == "true"
+
+
+VALUES: dict[Any, str] = {  # what the values of a type are, for the error
+    int: "a whole number",
+    float: "a number",
+    _length: "a whole number or none",
+    _true_or_false: "true or false",
+}

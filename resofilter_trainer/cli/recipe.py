@@ -6,14 +6,14 @@ import sys
 from typing import Any
 
 from ..config import InputError
-from .parser import OneLineParser
+from .parser import CommandParser
 
 
 def recipe_parser(*kinds: type) -> Any:
     """TRL's parser for dataclasses, which reports a wrong argument in one line."""
     from trl import TrlParser
 
-    class RecipeParser(OneLineParser, TrlParser):
+    class RecipeParser(CommandParser, TrlParser):
         """A TrlParser with the errors and the spelling of a command."""
 
     return RecipeParser(kinds)

@@ -7,9 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from ..config import InputError
+from . import score
 from .inputs import scored_dataset
 from .naming import in_shell, options_of, told
-from .parser import CommandParser, row_arguments, scored_dataset_arguments
+from .parser import CommandParser, scored_dataset_arguments
+
+EXAMPLE = "resofilter report scores/ --selection kept/ --open"
 
 
 def add_arguments(parser: CommandParser) -> None:
@@ -40,7 +43,7 @@ def run(args: argparse.Namespace) -> None:
     report = write_report(contents, args.output or folder, texts, groups, decode, args.title)
     if report.numbers is not None:
         scoring = CommandParser()
-        row_arguments(scoring)
+        score.add_arguments(scoring)
         for warning in report.numbers.warnings:  # what to do about them is done by scoring again
             print(f"Warning: {in_shell(warning, options_of(scoring))}")
     print(f"Report: {report.path}")
@@ -55,7 +58,7 @@ def _texts_and_groups(args: argparse.Namespace, provenance: Any) -> tuple[Any, A
     try:
         dataset = scored_dataset(args, provenance.source)
     except InputError as error:
-        if args.dataset or args.group_column:
+        if args.dataset or args.split or args.group_column:
             raise
         print(f"The report has no text: {told(str(error))}")
         return None, None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import warnings
+from shlex import quote
 from typing import Any, get_args
 
 import numpy as np
@@ -24,9 +25,15 @@ from ..scores.doubts import trust_lines
 from ..scores.full_step import full_step_of, percent, span_of
 from ..scores.score_table import count_reasons
 from .inputs import dataset_of, require, row_options, settings_of, sft_config
+from .launching import is_launched
 from .naming import told
 from .parser import CommandParser, process_arguments, row_arguments
 
+CRITERIA = (  # the names of those in `criteria`, which needs torch
+    *("loss", "perplexity", "entropy", "el2n", "grand", "ifd", "length", "response_ratio", "repetition", "rarity"),
+    *("k_center", "donod"),
+)
+EXAMPLE = "resofilter score --model google/gemma-2-2b --dataset rows.jsonl --output scores/"
 UPDATES = [name for name in get_args(UpdateName) if name != OPTIMIZER]  # without a run's own optimizer
 
 
@@ -37,7 +44,8 @@ def add_arguments(parser: CommandParser) -> None:
     parser.add_argument("--output", help="a folder for the scores")
     parser.add_argument("--sharded", action="store_true", help="shard the model's weights over the processes (FSDP2)")
     parser.add_argument("--streaming", action="store_true", help="read the dataset as a stream")
-    criterion = parser.add_argument("--criterion", default=RESONANCE, help="what is measured")
+    measures = f"resonance, or another criterion: {', '.join(CRITERIA)}"
+    parser.add_argument("--criterion", default=RESONANCE, help=measures)
     parser.add_argument("--tokens_per_batch", type=int, help="batch size in tokens; by default what suits the device")
     parser.add_argument(
         "--precision",
@@ -49,27 +57,18 @@ def add_arguments(parser: CommandParser) -> None:
     parser.add_argument("--limit", type=int, help="with --layers all: the number of random rows, by default 500")
     measure = parser.add_argument_group("measure")
     defaults = ResonanceConfig()
-    measure.add_argument("--n_layers", type=int, default=defaults.n_layers)
+    measure.add_argument("--n_layers", type=int, default=defaults.n_layers, help="the number of last layers")
     measure.add_argument("--update", default=defaults.update, help=" or ".join(UPDATES))
     measure.add_argument("--norm", default=defaults.norm, help=" or ".join(get_args(Norm)))
-    measure.add_argument("--lr", type=float, default=defaults.lr)
-    measure.add_argument("--eps", type=float, default=defaults.eps)
-    measure.add_argument("--weight_decay", type=float, default=defaults.weight_decay)
+    measure.add_argument("--lr", type=float, default=defaults.lr, help="the learning rate of the step")
+    measure.add_argument("--eps", type=float, default=defaults.eps, help="AdamW's; a larger one spreads scores")
+    measure.add_argument("--weight_decay", type=float, default=defaults.weight_decay, help="AdamW's")
     measure.add_argument("--up_projection", help="a regex over module names, for an unknown model family")
-
-    def name_criteria() -> None:
-        from ..criteria.criterion import CRITERIA
-
-        criterion.help = f"resonance, or another criterion: {', '.join(CRITERIA)}"
-
-    parser.before_help = name_criteria
 
 
 def run(args: argparse.Namespace) -> None:
     """Score a dataset and print a summary."""
     require(args, "model", "dataset", "output")
-    from ..criteria.criterion import CRITERIA
-
     one_of("--criterion", args.criterion, (RESONANCE, *CRITERIA))
     _check(args)
     one_of("--update", args.update, UPDATES)
@@ -89,11 +88,11 @@ def run(args: argparse.Namespace) -> None:
         return
     if args.layers:
         lines = [f"{int(scores.scored.sum())} of {len(scores)} rows, every layer.", *trust_lines(scores)]
-        print("\n".join([*lines, f"Next: resofilter report {args.output}"]))
+        print(told("\n".join([*lines, f"Next: resofilter report {quote(args.output)}"])))
     else:
         print(summary(scores))
         print(f"Scores: {file_at(args.output, SCORES_FILE)}")
-        print(f"Next: resofilter select {args.output} --keep 0.5 --output kept")
+        print(f"Next: resofilter select {quote(args.output)} --keep 0.5 --output kept")
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -106,6 +105,8 @@ def _check(args: argparse.Namespace) -> None:
         raise InputError("--layers all measures resonance, row by row: leave --criterion and --tokens_per_batch out.")
     if (args.streaming or args.sharded) and (args.criterion != RESONANCE or args.layers):
         raise InputError("--streaming and --sharded are for resonance: leave --criterion and --layers out.")
+    if args.sharded and args.num_processes is None and not is_launched():
+        raise InputError("--sharded is for several processes: pass --num_processes, or use accelerate launch.")
     if args.limit is not None and not args.layers:
         raise InputError("--limit goes with --layers all: without it, every row is scored.")
 

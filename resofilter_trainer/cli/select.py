@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from ..config import InputError
 from ..scores.score_table import count_reasons
 from .inputs import scored_dataset
 from .parser import CommandParser, scored_dataset_arguments
+
+EXAMPLE = "resofilter select scores/ --keep 0.5 --output kept/"
 
 
 def add_arguments(parser: CommandParser) -> None:
@@ -57,7 +60,8 @@ def run(args: argparse.Namespace) -> None:
     dataset = scored_dataset(args, scores.provenance.source)
     check_place(output, args.dataset or scores.provenance.source.get("dataset"))
     if args.group_column and (dataset is None or args.group_column not in dataset.column_names):
-        raise InputError(f"--group_column {args.group_column}: no such column, or no dataset; pass --dataset.")
+        has = "pass --dataset" if dataset is None else f"the dataset has {', '.join(dataset.column_names)}"
+        raise InputError(f"--group_column {args.group_column} is a column of the dataset: {has}.")
     selection = policy.select(scores, groups=dataset[args.group_column][:] if args.group_column else None)
     if not selection.keep.any():
         raise InputError(f"There is no row to keep, of {len(selection)}. Choose another threshold or share.")
@@ -70,14 +74,14 @@ def run(args: argparse.Namespace) -> None:
     else:
         print(f"Kept rows: {output / DATASET} (datasets.load_from_disk)")
     if len(args.scores) == 1:
-        print(f"Next: resofilter report {args.scores[0]} --selection {args.output}")
+        print(f"Next: resofilter report {quote(args.scores[0])} --selection {quote(args.output)}")
 
 
 def _policy(args: argparse.Namespace) -> Any:
     from ..selecting.data_selector import DataSelector
 
     by = args.by.split(",")
-    return DataSelector(
+    policy = DataSelector(
         keep=args.keep,
         drop=args.drop,
         threshold=args.threshold,
@@ -86,6 +90,11 @@ def _policy(args: argparse.Namespace) -> Any:
         stratify_by=args.stratify_by,
         strata=args.strata,
     )
+    for name, used in (("strata", args.stratify_by is not None), ("combine", len(by) > 1)):
+        if not used and getattr(args, name) != args.parser.get_default(name):
+            needed = "--stratify_by" if name == "strata" else "several columns in --by"
+            raise InputError(f"--{name} goes with {needed}.")
+    return policy
 
 
 def _save(selection: Any, dataset: Any, output: Path, group_column: str | None) -> Path:

@@ -1,6 +1,16 @@
 """The settings a user can choose, as plain dataclasses, and their checks. Knows nothing of data, models or torch."""
 
-from .checks import at_most_one, check_keywords, nearest, number, one_of, share, whole_number
+from .checks import (
+    at_most_one,
+    check_keywords,
+    check_kind,
+    nearest,
+    number,
+    one_of,
+    share,
+    whole_number,
+    with_known_keywords,
+)
 from .errors import InputError, NotFiniteError, NothingError, ScoreWarning
 from .settings import (
     CLEANING_MODES,
@@ -39,10 +49,12 @@ __all__ = [
     "UpdateName",
     "at_most_one",
     "check_keywords",
+    "check_kind",
     "cleaning_of_mode",
     "nearest",
     "number",
     "one_of",
     "share",
     "whole_number",
+    "with_known_keywords",
 ]

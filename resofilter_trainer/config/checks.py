@@ -5,9 +5,9 @@ Knows values, not what they are for. NumPy numbers count as numbers, bools do no
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
 import functools
+import inspect
 import math
 import numbers
 from collections.abc import Iterable, Sequence
@@ -48,6 +48,13 @@ def share(name: str, value: Any, what: str = "rows") -> float:
     return float(value)
 
 
+def check_kind(name: str, value: object, kinds: type | tuple[type, ...], what: str) -> None:
+    """Raise InputError unless `value` is an instance of one of `kinds`, which the message calls `what`."""
+    if not isinstance(value, kinds):
+        shown = f", got {value!r}" if isinstance(value, str | int | float | None) else f", got a {type(value).__name__}"
+        raise InputError(f"{name} must be {what}{shown}.")
+
+
 def one_of(name: str, value: object, allowed: Sequence[object]) -> None:
     """Raise InputError unless `value` is one of `allowed`."""
     if value not in allowed:
@@ -75,17 +82,22 @@ def check_keywords(given: Iterable[str], known: Sequence[str]) -> None:
             raise InputError(f"There is no argument {name}=. {meant}")
 
 
-def with_known_keywords(settings: type[T]) -> type[T]:
-    """A dataclass of settings whose unknown keywords are answered with the nearest known one (InputError)."""
-    make, known = settings.__init__, [each.name for each in dataclasses.fields(cast(Any, settings))]
+def with_known_keywords(made: T) -> T:
+    """A function or class whose unknown keywords are answered with the nearest known one (InputError)."""
+    function: Any = cast(Any, made).__init__ if isinstance(made, type) else made
+    by_name = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    parameters = inspect.signature(function).parameters.values()
+    known = [each.name for each in parameters if each.kind in by_name and each.name != "self"]
 
-    @functools.wraps(make)
-    def checked(self: T, *args: Any, **keywords: Any) -> None:
+    @functools.wraps(function)
+    def checked(*args: Any, **keywords: Any) -> Any:
         check_keywords(keywords, known)
-        make(self, *args, **keywords)
+        return function(*args, **keywords)
 
-    cast(Any, settings).__init__ = checked
-    return settings
+    if not isinstance(made, type):
+        return cast(T, checked)
+    cast(Any, made).__init__ = checked
+    return made
 
 
 def at_most_one(**settings: object) -> str | None:
@@ -93,7 +105,8 @@ def at_most_one(**settings: object) -> str | None:
     given = [name for name, value in settings.items() if value is not None]
     if len(given) > 1:
         *first, last = settings
-        raise InputError(f"Pass one of {', '.join(first)} and {last}, got {' and '.join(given)}.")
+        names = f"{'=, '.join(first)}= and {last}="
+        raise InputError(f"Pass one of {names}, got {' and '.join(f'{each}=' for each in given)}.")
     return given[0] if given else None
 
 

@@ -59,6 +59,7 @@ class ResonanceConfig:
         object.__setattr__(self, "n_layers", whole_number("n_layers", self.n_layers, least=1))
         one_of("update", self.update, get_args(UpdateName))
         one_of("norm", self.norm, get_args(Norm))
+        _check_text("up_projection", self.up_projection, "a regex over module names")
         for name in ("lr", "eps"):
             object.__setattr__(self, name, number(name, getattr(self, name), above=0))
         object.__setattr__(self, "weight_decay", number("weight_decay", self.weight_decay, least=0))
@@ -87,7 +88,8 @@ class ColumnMapping:
             that the tokenizer's chat template is applied.
 
     Raises:
-        InputError: one of `prompt_column` and `completion_column` is missing, or the settings exclude each other.
+        InputError: one of `prompt_column` and `completion_column` is missing, the settings exclude each other or name a
+            column twice, or one is no name.
     """
 
     prompt_column: str | Sequence[str] | None = None
@@ -98,11 +100,20 @@ class ColumnMapping:
     conversational: bool = False
 
     def __post_init__(self) -> None:
+        for name in ("prompt_column", "completion_column", "messages_column", "text_column"):
+            what = "the name of a column" + (", or a list of names" if name == "prompt_column" else "")
+            _check_text(name, getattr(self, name), what)
+        if not isinstance(self.separator, str):
+            raise InputError(f"separator must be text, got {self.separator!r}.")
+        one_of("conversational", self.conversational, (True, False))
         if (self.prompt_column is None) != (self.completion_column is None):
             raise InputError("prompt_column and completion_column go together: pass both, or neither.")
         at_most_one(
             prompt_column=self.prompt_column, messages_column=self.messages_column, text_column=self.text_column
         )
+        twice = next((each for each in self.columns if self.columns.count(each) > 1), None)
+        if twice is not None:
+            raise InputError(f"Column '{twice}' is named twice. Prompt and completion are different columns.")
 
     @property
     def prompt_columns(self) -> list[str]:
@@ -116,6 +127,14 @@ class ColumnMapping:
         """Every column that the mapping names."""
         others = (self.completion_column, self.messages_column, self.text_column)
         return self.prompt_columns + [column for column in others if column is not None]
+
+
+def _check_text(name: str, value: Any, what: str) -> None:
+    """Raise InputError unless a setting is None, text that is not empty or, where `what` says so, a sequence of it."""
+    listed = "list" in what and isinstance(value, Sequence) and not isinstance(value, str)
+    texts = list(value) if listed else [] if value is None else [value]
+    if (listed and not texts) or not all(isinstance(each, str) and each for each in texts):
+        raise InputError(f"{name} must be {what}, got {value!r}.")
 
 
 @with_known_keywords
@@ -152,6 +171,7 @@ class TokenCleaning:
         one_of("ranking", self.ranking, get_args(Ranking))
         for name, least in (("parts", 2), ("tokens_per_batch", 1)):
             object.__setattr__(self, name, whole_number(name, getattr(self, name), least))
+        _check_text("group_by", self.group_by, "the name of a column")
         if not isinstance(self.reference, str) or not self.reference:
             raise InputError(f"reference must be a name, a folder or 'self', got {self.reference!r}.")
 

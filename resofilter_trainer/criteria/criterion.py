@@ -10,7 +10,7 @@ from typing import Any, Literal
 import numpy as np
 import xxhash
 
-from ..config import RESONANCE, InputError
+from ..config import RESONANCE, InputError, with_known_keywords
 from ..selecting.combining import topsis
 from .model import (
     below_one,
@@ -28,6 +28,7 @@ from .source import code_of
 from .text import Rarity, length, repetition, response_ratio
 
 
+@with_known_keywords
 @dataclass(frozen=True)
 class Criterion:
     """How a sample is measured, and how the numbers become a score.

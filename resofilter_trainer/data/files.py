@@ -25,7 +25,7 @@ from datasets.packaged_modules.csv.csv import Csv, CsvConfig
 from datasets.packaged_modules.json.json import Json as JsonFiles
 from datasets.packaged_modules.parquet.parquet import Parquet
 
-from ..config import FILE_FORMATS, InputError
+from ..config import FILE_FORMATS, InputError, check_kind, with_known_keywords
 from .folders import check_all_read, check_parquet
 from .row_files import VERSION, RowFiles
 
@@ -33,6 +33,7 @@ SPLITS = "dataset_dict.json"  # in a folder of several splits
 CSV_OPTIONS = ("sep", "column_names", "encoding", "quotechar", "escapechar", "doublequote", "quoting")
 
 
+@with_known_keywords
 def load_rows(source: str, split: str = "train", name: str | None = None) -> Dataset:
     """Load the rows of a dataset. The values of CSV, TSV and JSON files are read as they are written (`row_files`).
 
@@ -43,8 +44,10 @@ def load_rows(source: str, split: str = "train", name: str | None = None) -> Dat
         name: the configuration of a dataset on the hub.
 
     Raises:
-        InputError: the dataset does not exist, cannot be read or reached, has no such split, or has no rows.
+        InputError: the dataset does not exist, cannot be read or reached, has no such split or configuration, or has no
+            rows.
     """
+    _check_source(source, split, name)
     with _one_line(source, "loaded"):
         if is_saved(source):
             found = _saved_split(source, split)
@@ -57,6 +60,7 @@ def load_rows(source: str, split: str = "train", name: str | None = None) -> Dat
     return found
 
 
+@with_known_keywords
 def load_stream(source: str, split: str = "train", name: str | None = None) -> IterableDataset:
     """Load the rows of a dataset one after another, as they are read; arguments as for `load_rows`.
 
@@ -64,6 +68,7 @@ def load_stream(source: str, split: str = "train", name: str | None = None) -> I
         InputError: the dataset does not exist, cannot be read or reached, or has no such split; or a part of a split is
             asked for.
     """
+    _check_source(source, split, name)
     with _one_line(source, "streamed"):
         if is_saved(source):
             return _saved_split(source, split).to_iterable_dataset()
@@ -175,6 +180,15 @@ def _check_split(source: str, split: str, there: list[str]) -> None:
         listed = ", ".join(f"'{each}'" for each in there)
         one = "A single file or Dataset has one split. " if len(there) == 1 else ""
         raise InputError(f"'{source}' has no split '{missing[0]}'. {one}It has: {listed}.")
+
+
+def _check_source(source: str, split: str, name: str | None) -> None:
+    """Raise InputError for what is no text, and for a configuration of what has none."""
+    check_kind("source", source, str, "a file, a folder or a name on the hub, as text")
+    check_kind("split", split, str, "the name of a split, such as 'train'")
+    check_kind("name", name, (str, type(None)), "the name of a configuration")
+    if name is not None and (Path(source).is_file() or is_saved(source)):
+        raise InputError(f"'{source}' has no configurations, unlike a dataset on the hub. Leave name={name!r} out.")
 
 
 @contextlib.contextmanager

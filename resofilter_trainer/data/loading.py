@@ -5,7 +5,6 @@ Knows the user's rows, not what is measured.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,12 +16,22 @@ from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 from trl import SFTConfig
 
-from ..config import ColumnMapping, InputError, NothingError, Precision, check_keywords, number, whole_number
+from ..config import (
+    ColumnMapping,
+    InputError,
+    NothingError,
+    Precision,
+    check_keywords,
+    check_kind,
+    number,
+    whole_number,
+)
 from ..io.digest import hash_rows
 from ..io.files import check_folder
 from ..model.adapters import refuse_adapters
 from ..scores.provenance import Provenance
 from ..scores.score_table import EMPTY, SAME_PROMPT
+from .arguments import ROW_OPTIONS
 from .columns import media_columns
 from .fingerprints import describe
 from .models import check_causal
@@ -76,8 +85,8 @@ def open_pass(
     Raises:
         InputError: no row can be measured, or model, tokenizer and rows do not fit.
     """
-    own = ["drop_duplicates", "drop_empty", "source"]
-    check_keywords(columns, [*(each.name for each in dataclasses.fields(ColumnMapping)), *own])
+    check_keywords(columns, ROW_OPTIONS)
+    check_kind("source", source, (Mapping, type(None)), "a mapping, such as {'dataset': 'me/rows'}")
     mapping = ColumnMapping(**columns)
     notes: list[str] = []
     rows, reasons = usable_rows(dataset, mapping, args, drop_duplicates, drop_empty, notes)

@@ -49,12 +49,16 @@ def load_model(
     if isinstance(model, str):
         model = load_weights(model, args)
     name = model.config.name_or_path
+    if not name and processing_class is None:
+        raise InputError(
+            "The model has no name by which its tokenizer is found. Pass processing_class=, the tokenizer."
+        )
     try:
         tokenizer = processing_class or AutoTokenizer.from_pretrained(name, trust_remote_code=args.trust_remote_code)
     except Exception as error:  # transformers and the hub each raise their own
         raise InputError(
-            f"The tokenizer of '{name}' cannot be loaded: {first_line(error).rstrip(':.')}. Save it beside the model, "
-            "or pass it as processing_class."
+            f"The tokenizer of '{name}' cannot be loaded: {first_line(error).rstrip(':.')}. Save it beside the model "
+            f"(tokenizer.save_pretrained('{name}')), or in Python, pass it as processing_class=."
         ) from error
     return model, tokenizer
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, get_args
 import numpy as np
 from datasets import Dataset, Features, Json, Value
 
-from ..config import ColumnMapping, InputError
+from ..config import ColumnMapping, InputError, check_kind, with_known_keywords
 from .chat import Form, Learning, Unreadable
 from .columns import (
     AT_ONCE,
@@ -51,6 +51,7 @@ class ReadRows:
     passed: list[str]
 
 
+@with_known_keywords
 def map_columns(
     dataset: Dataset, mapping: ColumnMapping, text_field: str | None = None, args: SFTConfig | None = None
 ) -> Dataset:
@@ -70,6 +71,7 @@ def map_columns(
         InputError: this is no `Dataset` or it has no rows, a mapped column is missing or holds something else than
             text, no column is usable, or a row has no single meaning.
     """
+    check_kind("mapping", mapping, ColumnMapping, "a ColumnMapping")
     if text_field is None:
         text_field = "text" if args is None else args.dataset_text_field
     read = read_rows(dataset, mapping, text_field, args)
@@ -115,6 +117,7 @@ def listed_rows(rows: Collection[int]) -> str:
     return ", ".join(map(str, sorted(rows)[:5])) + (", ..." if len(rows) > 5 else "")
 
 
+@with_known_keywords
 def unpack(dataset: Dataset) -> Dataset:
     """Make a row of each sample in rows that TRL has packed: `input_ids`, and `labels` if there are any.
 
@@ -125,6 +128,7 @@ def unpack(dataset: Dataset) -> Dataset:
     Raises:
         InputError: the rows are not packed, or `seq_lengths` does not fit the tokens.
     """
+    check_kind("dataset", dataset, Dataset, "a Dataset")
     if not {"seq_lengths", "input_ids"} <= set(dataset.column_names):
         raise InputError(f"The rows are not packed: no seq_lengths among {', '.join(dataset.column_names)}.")
     columns = [name for name in ("input_ids", "labels") if name in dataset.column_names]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -13,6 +14,7 @@ from ..config import InputError
 from .columns import AT_ONCE, kind_of
 
 USUAL = {"system", "user", "assistant", "tool"}  # whatever a template does with these is meant
+TEMPLATES = {".jinja", ".jinja2", ".j2", ".txt"}  # what files with a template are called
 MARK = "what this message says"
 
 
@@ -24,7 +26,9 @@ def message_columns(dataset: Dataset) -> list[str]:
 
 
 def check_template(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, template_path: str | None) -> None:
-    """Raise InputError where the rows hold messages, and nothing says how to render them."""
+    """Raise InputError where a template's file is not there, or the rows hold messages and nothing renders them."""
+    if template_path is not None and not Path(template_path).exists() and Path(template_path).suffix in TEMPLATES:
+        raise InputError(f"There is no chat template at chat_template_path={template_path!r}.")
     if not tokenizer.chat_template and template_path is None and message_columns(dataset):
         raise InputError(
             "The rows hold messages, and the tokenizer has no chat template to render them. Pass the tokenizer of an "

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..config import InputError, ResonanceConfig
+from ..config import InputError, ResonanceConfig, with_known_keywords
 from .effective import check_maps, merged_stacks, standing_in, undo_merge_if_off, unshared
 from .losses import IGNORE
 from .modes import at_least_float32, evaluating, own_precision, requiring_grad
@@ -57,6 +57,7 @@ class Resonance:
         return self.layers.mean(axis=1)
 
 
+@with_known_keywords
 def literal(model: nn.Module, samples: Sequence[Mapping[str, Tensor]], config: ResonanceConfig) -> Resonance:
     """Measure samples literally, as ResoFilter's released code does.
 

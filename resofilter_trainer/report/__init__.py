@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet
 
-from ..config import InputError
+from ..config import InputError, check_kind, with_known_keywords
 from ..io.files import check_folder, replacing
 from ..scores.score_table import ScoreTable
 from ..selecting.selection import Selection
@@ -55,6 +55,7 @@ class Report:
         return f'<iframe title="resofilter report" {frame} srcdoc="{page}"></iframe>'
 
 
+@with_known_keywords
 def write_report(
     contents: Contents,
     output: str | os.PathLike[str],
@@ -76,6 +77,7 @@ def write_report(
     Raises:
         InputError: the number of texts or groups is not the number of rows, or the folder cannot be written to.
     """
+    check_kind("contents", contents, Contents, "the result of read_contents, or Contents(scores, selection)")
     output, scores = Path(output), contents.scores
     check_folder(output)
     for what, values in (("texts", texts), ("groups", groups)):

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from ..config import InputError
+from ..config import InputError, with_known_keywords
 from ..io.files import file_at, read_json
 from ..io.made_from import check_made_from, refuse_differences
 from ..scores.provenance import Provenance
@@ -102,6 +102,7 @@ class Contents:
         return DataSelector().select(self.scores)
 
 
+@with_known_keywords
 def read_contents(
     path: str | os.PathLike[str],
     selection: str | os.PathLike[str] | None = None,

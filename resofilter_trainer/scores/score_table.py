@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pyarrow as pa
 
-from ..config import InputError
+from ..config import InputError, check_kind
 from ..io.files import file_at, load_parquet, save_parquet
 from .full_step import full_step_of, span_of
 from .provenance import Provenance
@@ -122,6 +122,8 @@ class ScoreTable:
         """
         if not tables:
             raise InputError("There are no scores: pass at least one table.")
+        for each in tables:
+            check_kind("scores", each, ScoreTable, "a ScoreTable, as score_dataset returns")
         first = tables[0]
         for other in tables[1:]:
             differences = first.provenance.differences(other.provenance)

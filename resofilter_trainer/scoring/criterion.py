@@ -20,6 +20,7 @@ from trl import SFTConfig
 from ..config import InputError, NotFiniteError, whole_number
 from ..criteria.criterion import CRITERIA, Criterion, source_of
 from ..criteria.text import without_prompt
+from ..data.arguments import check_call
 from ..data.loading import Opened, default_arguments
 from ..data.preparation import PreparedRows
 from ..io.made_from import BUILT_IN_SOURCE
@@ -69,6 +70,7 @@ def score_by(
         InputError: the criterion is unknown, it relates responses to prompts and no row has a prompt, a function of
             your own has the name of one of `CRITERIA`, a row's number is not finite, or as for `score_dataset`.
     """
+    check_call(score_by, row_options, model, processing_class, args)
     name, chosen = _named(criterion)
     if output is not None and ("<" in name or not name):
         raise InputError("Scores in a folder are found by the function's name, and a lambda has none: give it one.")

@@ -25,6 +25,7 @@ from transformers import (
 from trl import SFTConfig
 
 from ..config import InputError, NotFiniteError, Precision, ResonanceConfig, one_of, whole_number
+from ..data.arguments import check_call
 from ..data.loading import Opened, default_arguments, placed
 from ..data.preparation import PreparedRows
 from ..io.files import read_json, replacing
@@ -96,6 +97,7 @@ def score_dataset(
     As in SFTTrainer, the model moves to the device of `args`, and the random numbers of Python, numpy and torch are
     seeded with `args.seed`.
     """
+    check_call(score_dataset, row_options, model, processing_class, args, config)
     config = config or ResonanceConfig()
     closed_form(config)  # refuses an update that has none
     if precision is None and args is None:

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import SFTConfig
 
 from ..config import ResonanceConfig, whole_number
+from ..data.arguments import check_call
 from ..data.loading import Opened, default_arguments, placed
 from ..model.effective import check_maps, effective_weight, standing_in, unshared
 from ..model.losses import token_losses
@@ -64,6 +65,7 @@ def score_layers(
     Raises:
         InputError: as for `score_dataset`; or the limit is below 1, or the model is quantised.
     """
+    check_call(score_layers, row_options, model, processing_class, args, config)
     limit = whole_number("limit", limit, least=1)
     config, args = config or ResonanceConfig(), args or default_arguments()
     closed_form(config)  # refuses an update that has none

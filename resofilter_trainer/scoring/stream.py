@@ -26,6 +26,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import SFTConfig
 
 from ..config import InputError, NothingError, Precision, ResonanceConfig, ScoreWarning, whole_number
+from ..data.arguments import check_call
 from ..data.loading import default_arguments, load_model, open_pass
 from ..io.digest import PIECE, RowsDigest, columns_of, tables_of
 from ..io.files import remove_folder
@@ -70,6 +71,8 @@ def score_stream(
     """
     if not isinstance(stream, IterableDataset):
         raise InputError(f"A stream is needed, got {type(stream).__name__}: use score_dataset, or streaming=True.")
+    more = ("precision", "tokens_per_batch", "sharded")
+    check_call(score_stream, options, model, processing_class, args, config, more)
     if whole_number("rows_per_piece", rows_per_piece, least=1) % 1000:
         raise InputError(f"rows_per_piece must be a multiple of 1000, got {rows_per_piece}.")
     if options.get("sharded"):

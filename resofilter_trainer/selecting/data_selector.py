@@ -12,7 +12,7 @@ from typing import Any, get_args
 
 import numpy as np
 
-from ..config import InputError, at_most_one, number, one_of, share, whole_number
+from ..config import InputError, at_most_one, number, one_of, share, whole_number, with_known_keywords
 from ..scores.provenance import Provenance
 from ..scores.score_table import OF_GROUP, ScoreTable
 from .combining import COMBINATIONS
@@ -21,6 +21,7 @@ from .shares import Drop, drop_share, share_reason
 from .thresholds import RULES
 
 
+@with_known_keywords
 @dataclass(frozen=True)
 class DataSelector:
     """Drops the rows on which training would change the weights most; by default the larger half (ResoFilter).

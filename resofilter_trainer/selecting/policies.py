@@ -12,7 +12,7 @@ from typing import Literal, Protocol, get_args
 import numpy as np
 import xxhash
 
-from ..config import InputError, number, one_of, share, whole_number
+from ..config import InputError, check_kind, number, one_of, share, whole_number, with_known_keywords
 from ..scores.score_table import ScoreTable
 from .data_selector import DataSelector
 from .selection import Selection
@@ -29,6 +29,7 @@ class Policy(Protocol):
         ...
 
 
+@with_known_keywords
 @dataclass(frozen=True)
 class DiverseSelector:
     """Keeps the best rows that differ from each other (DEITA's Repr Filter: Liu et al., arXiv 2312.15685, section 2.4).
@@ -64,6 +65,7 @@ class DiverseSelector:
 
     def select(self, scores: ScoreTable) -> Selection:
         """Keep or drop, with a reason, for every row. Raises InputError where features and scores do not match."""
+        check_kind("scores", scores, ScoreTable, "a ScoreTable, as score_dataset returns")
         if len(self.features) != len(scores):
             raise InputError(f"There are {len(scores)} rows and features of {len(self.features)}: pass as many.")
         ranking = DataSelector(by=self.by, drop=self.drop)
@@ -102,6 +104,7 @@ class DiverseSelector:
         return [int(row) for row in best[[*taken, *filled]]], passed_over
 
 
+@with_known_keywords
 @dataclass(frozen=True)
 class RandomSelector:
     """Keeps a random share of the scored rows, whatever their scores: the baseline for every selector.
@@ -123,6 +126,7 @@ class RandomSelector:
 
     def select(self, scores: ScoreTable) -> Selection:
         """Keep or drop, with a reason, for every row."""
+        check_kind("scores", scores, ScoreTable, "a ScoreTable, as score_dataset returns")
         rows = np.flatnonzero(scores.scored)
         kept = len(rows) - number_dropped(len(rows), self.keep)
         why = np.full(len(scores), None)
@@ -130,6 +134,7 @@ class RandomSelector:
         return Selection.of(self, scores, why)
 
 
+@with_known_keywords
 @dataclass(frozen=True)
 class SoftPruning:
     """Keeps a random share of the rows beyond the mean and upweights them (InfoBatch: Qin et al., arXiv 2303.04947).
@@ -161,6 +166,7 @@ class SoftPruning:
 
     def select(self, scores: ScoreTable) -> Selection:
         """Keep or drop, with a reason and a weight, for every row."""
+        check_kind("scores", scores, ScoreTable, "a ScoreTable, as score_dataset returns")
         ranking = DataSelector(by=self.by)
         values = ranking.values(scores)
         rows = np.flatnonzero(scores.scored & np.isfinite(values))

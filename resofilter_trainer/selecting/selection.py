@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 import pyarrow as pa
 
-from ..config import InputError
+from ..config import InputError, check_kind, with_known_keywords
 from ..io.digest import PIECE, RowsDigest, same_rows, tables_of
 from ..io.files import file_at, load_parquet, save_parquet
 from ..scores.provenance import Provenance
@@ -129,6 +129,7 @@ class Selection:
         """Positions of the kept rows in the user's dataset, ascending."""
         return np.flatnonzero(self.keep)
 
+    @with_known_keywords
     def apply(self, dataset: Dataset | IterableDataset, *, check_rows: bool = True) -> Any:
         """The kept rows in their original order, of a `Dataset` or of a stream (`IterableDataset`).
 
@@ -152,7 +153,7 @@ class Selection:
         if not isinstance(dataset, Sized):
             self._check_stream(dataset, check_rows)
             if self.has_weights:
-                warnings.warn(OF_A_STREAM, stacklevel=2)
+                warnings.warn(OF_A_STREAM, stacklevel=3)
             keeps = functools.partial(self._keeps, shards=dataset.num_shards)
             return dataset.skip(0).filter(keeps, with_indices=True)  # skip: a later shuffling leaves the shards alone
         dataset = cast("Dataset", dataset)
@@ -215,6 +216,7 @@ class Selection:
             raise InputError(MORE_ROWS.format(len(self)))
         return bool(self.keep[position])
 
+    @with_known_keywords
     def annotate(self, dataset: Dataset, scores: ScoreTable, *, check_rows: bool = True) -> Dataset:
         """The kept rows, with the scores as columns: `resofilter_score`, `resofilter_loss` and so on.
 
@@ -225,10 +227,12 @@ class Selection:
         Raises:
             InputError: as for `apply`.
         """
+        check_kind("scores", scores, ScoreTable, "a ScoreTable, as score_dataset returns")
         names = [name for name in scores.table.column_names if name not in ("sample_id", "reason")]
         columns = {f"{COLUMN}{name}": scores.table[name].take(self.sample_ids).to_pylist() for name in names}
         return with_columns(self.apply(dataset, check_rows=check_rows), columns)
 
+    @with_known_keywords
     def card(self, licence: str | None = None, name: str | None = None, group_column: str | None = None) -> DatasetCard:
         """The dataset card of the kept rows: how they were selected, from what, and the commands that repeat it.
 

@@ -12,13 +12,14 @@ from typing import Any, get_args
 import numpy as np
 import pandas as pd
 
-from ..config import InputError, Ranking, one_of, share
+from ..config import InputError, Ranking, check_kind, one_of, share, with_known_keywords
 from ..scores.token_scores import TokenScores
 
 CHUNK = 1 << 21  # tokens that are processed at once
 EMPTIED = "every token was cleaned away"
 
 
+@with_known_keywords
 @dataclass(frozen=True)
 class TokenSelector:
     """Keeps the tokens with the highest scores; by default 60 % of all tokens together (Token Cleaning).
@@ -52,6 +53,7 @@ class TokenSelector:
 
     def select(self, scores: TokenScores) -> TokenSelection:
         """Keep or mask, for every learnt token. Raises InputError where a score is not a number."""
+        check_kind("scores", scores, TokenScores, "TokenScores")
         if self.ranking == "global":
             keep = keep_globally(scores.base, scores.reference, self.keep)
         else:

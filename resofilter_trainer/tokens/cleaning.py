@@ -20,7 +20,8 @@ from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import SFTConfig
 
-from ..config import SELF, InputError, TokenCleaning
+from ..config import SELF, InputError, TokenCleaning, check_kind
+from ..data.arguments import check_call
 from ..data.loading import Opened, check_arguments, check_model, default_arguments, open_pass, placed
 from ..data.preparation import PreparedRows
 from ..scores.provenance import Provenance
@@ -63,6 +64,8 @@ def clean_dataset(
         InputError: no token can be learnt, the reference is missing or has another vocabulary, a loss is not finite,
             `output` holds something else, or another run writes to it.
     """
+    check_call(clean_dataset, row_options, model, processing_class, args)
+    check_kind("cleaning", cleaning, TokenCleaning, "a TokenCleaning")
     folder = _folder(output)
     check_output(folder, TOKEN_SCORES_FILE)
     with locked(folder):

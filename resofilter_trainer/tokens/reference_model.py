@@ -20,6 +20,7 @@ from trl import SFTConfig
 from ..config import InputError
 from ..data.files import first_line, looks_local
 from ..data.loading import load_weights, placed
+from ..data.models import check_path
 
 ADAPTER = "resofilter_reference"
 
@@ -105,6 +106,7 @@ class Reference:
             yield placed(load_weights(self.name, args), args).eval()
 
     def _config(self) -> PreTrainedConfig:
+        check_path(self.name)
         try:
             return AutoConfig.from_pretrained(self.name, trust_remote_code=self.args.trust_remote_code)
         except Exception as error:  # transformers and the hub each raise their own

@@ -21,7 +21,8 @@ from peft import PeftConfig
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import SFTConfig
 
-from ..config import InputError, TokenCleaning, number
+from ..config import InputError, TokenCleaning, check_kind, number
+from ..data.arguments import check_call
 from ..data.loading import load_weights, placed
 from ..data.preparation import ROW_POSITION, PreparedRows
 from ..scores.token_scores import TokenScores
@@ -99,6 +100,9 @@ def self_evolve(
     Raises:
         InputError: there are fewer rows than stages, or `output_dir` holds stages made from something else.
     """
+    check_call(self_evolve, row_options, model, processing_class, args)
+    check_kind("args", args, SFTConfig, "an SFTConfig")
+    check_kind("cleaning", cleaning, TokenCleaning, "a TokenCleaning")
     folder = Path(str(args.output_dir))
     check_output(folder, STAGES_FILE)
     latest, task = open_task(model, dataset, cleaning, processing_class, args, folder, **row_options)

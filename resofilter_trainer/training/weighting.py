@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ..config import InputError
+from ..config import InputError, check_kind, with_known_keywords
 from ..model.gradients import Segment, segments_of
 from ..selecting.selection import Selection
 from ..selecting.weighted_rows import WEIGHT, column_of_weights, reminder_of
@@ -25,6 +25,7 @@ from .sampler import ROW, RowCollator
 from .trainer_patches import LoaderPatch
 
 
+@with_known_keywords
 class SampleWeights(TrainerCallback):
     """Weights each row's loss by the weights of a selection, in a training on the rows that it keeps.
 
@@ -40,7 +41,10 @@ class SampleWeights(TrainerCallback):
     """
 
     def __init__(self, weight: Sequence[float] | np.ndarray) -> None:
-        self.weight = np.asarray(weight, dtype=np.float64)
+        numbers = np.asarray(weight)
+        if numbers.dtype.kind not in "biuf":
+            raise InputError(f"weight must be one number for every row, got {weight!r}.")
+        self.weight = numbers.astype(np.float64)
         if self.weight.ndim != 1 or not np.isfinite(self.weight).all() or (self.weight < 0).any():
             raise InputError("weight must be one finite number of at least 0 for every row.")
         self._selection: Selection | None = None
@@ -52,6 +56,7 @@ class SampleWeights(TrainerCallback):
 
         The rows may be shuffled, sorted, filtered, split or joined with others that have the column.
         """
+        check_kind("selection", selection, Selection, "a Selection")
         kept = np.ones(int(selection.keep.sum())) if selection.weight is None else selection.weight[selection.keep]
         weights = cls(kept)
         weights._selection = selection

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 import warnings
 
 import pytest
 from helpers.commands import refused
 
-from resofilter_trainer.cli.entry import _parser, _yaml_arguments, exit_on_input_error, main
+from resofilter_trainer import __version__
+from resofilter_trainer.cli.entry import COMMANDS, _parser, exit_on_input_error, main
+from resofilter_trainer.cli.settings_file import yaml_arguments
 from resofilter_trainer.config import InputError, nearest
 
 
@@ -30,7 +34,7 @@ def test_names_of_trl_are_understood():
 def test_names_in_yaml_are_spelled_alike(tmp_path):
     path = tmp_path / "run.yaml"
     path.write_text("model_name_or_path: m\nprompt-column: [a, b]\n")
-    assert _yaml_arguments(parsed("score", "--config", str(path))) == ["--model=m", "--prompt_column", "a", "b"]
+    assert yaml_arguments(parsed("score", "--config", str(path))) == ["--model=m", "--prompt_column", "a", "b"]
 
 
 @pytest.mark.parametrize("option", ["--by", "--title", "--threshold"])
@@ -56,6 +60,37 @@ def test_a_known_short_option_is_no_value(capsys):
         (["score", "--learning_rate", "1"], "There is no option --learning_rate. Did you mean --lr?"),
         (["score", "--zzz"], "There is no option --zzz. resofilter score --help lists all."),
         (["score", "rows.jsonl"], "Nothing takes the argument 'rows.jsonl'."),
+        (
+            ["score", "--drop_empty", "True"],
+            "Nothing takes the argument 'True'. A flag such as --drop_empty has no value.",
+        ),
+        (
+            ["score", "--drop-empty=true"],
+            "--drop_empty is a flag without a value: write --drop_empty, or leave it out.",
+        ),
+        (["score", "--n_layers", "two"], "--n_layers must be a whole number, got 'two'."),
+        (["score", "--lr=ten"], "--lr must be a number, got 'ten'."),
+        (["score", "--max_length", "1e3"], "--max_length must be a whole number or none, got '1e3'."),
+        (["score", "--completion_only_loss", "no"], "--completion_only_loss must be true or false, got 'no'."),
+        (
+            ["score", "--precision", "bf16"],
+            "--precision must be one of 'auto', 'float32', 'bfloat16', got 'bf16'. Did you mean 'bfloat16'?",
+        ),
+        (["select"], "scores is missing: folders or files of scores; several are shards of one dataset's."),
+        (["score", "--model", ""], "--model is empty. Pass a value, or leave it out."),
+        (["score", "--prompt_column", "a", ""], "--prompt_column is empty. Pass a value, or leave it out."),
+        (["select", ""], "scores is empty. Pass a value, or leave it out."),
+        (["select", "scores", "--output="], "--output is empty. Pass a value, or leave it out."),
+        (["select", "scores", "--output", "o", "--strata", "5"], "--strata goes with --stratify_by."),
+        (["select", "scores", "--output", "o", "--combine", "pareto"], "--combine goes with several columns in --by."),
+        (
+            ["clean", "--model", "m", "--dataset", "d", "--output", "o", "--reference", "r", "--parts", "3"],
+            "--parts is for --mode self-evolving: leave it out with --mode fixed.",
+        ),
+        (
+            ["score", "--model", "m", "--dataset", "d", "--output", "o", "--sharded"],
+            "--sharded is for several processes: pass --num_processes, or use accelerate launch.",
+        ),
         (["score", "--model", "m"], "--dataset and --output are missing."),
         (["score"], "--model, --dataset and --output are missing."),
         (["clean", "--output", "o"], "--model and --dataset are missing."),
@@ -71,6 +106,8 @@ def test_what_does_not_exist_or_is_missing_is_one_line(argv, expected, capsys):
         (["scor"], "There is no command 'scor'. Did you mean score? There are demo, score, select,"),
         (["zzz"], "There is no command 'zzz'. There are demo, score, select,"),
         ([], "Name a command: demo, score, select,"),
+        (["-v"], "Name a command: demo, score, select,"),
+        (["--keep", "0.5"], "Name a command: demo, score, select,"),
     ],
 )
 def test_an_unknown_command_is_one_line(argv, expected, capsys):
@@ -137,3 +174,57 @@ def test_an_error_of_a_process_names_the_process(monkeypatch, capsys):
     with pytest.raises(SystemExit), exit_on_input_error("resofilter score", parsed("score").parser):
         raise InputError("Skip them with drop_empty=True.")
     assert capsys.readouterr().err == "resofilter score (process 3): error: Skip them with --drop_empty.\n"
+
+
+@pytest.mark.parametrize(
+    ("settings", "missing"),
+    [
+        ({"WORLD_SIZE": "2"}, "RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT"),
+        ({"WORLD_SIZE": "x"}, "RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT"),
+        ({"LOCAL_RANK": "0", "RANK": "0"}, "WORLD_SIZE, MASTER_ADDR, MASTER_PORT"),
+    ],
+)
+def test_half_an_environment_of_a_launcher_is_refused(settings, missing, monkeypatch, capsys):
+    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in settings.items():
+        monkeypatch.setenv(name, value)
+    message = refused(capsys, "score", "--model", "m", "--dataset", "d", "--output", "o")
+    there = ", ".join(f"{name}={settings[name]}" for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK") if name in settings)
+    assert message.startswith(f"The environment has {there} and no {missing}, as no launcher does.")
+
+
+def test_a_separator_may_be_empty():
+    assert parsed("score", "--separator", "").separator == ""
+
+
+def test_the_version(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["--version"])
+    assert (stopped.value.code, capsys.readouterr().out) == (0, f"resofilter_trainer {__version__}\n")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_help_has_an_example_and_a_line_for_every_option(command, capsys):
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    text = capsys.readouterr().out
+    assert f"example:\n  resofilter {command}" in text
+    assert "None" not in text
+    assert "(default: False)" not in text
+    parser = parsed(command, *(["x"] if command in ("select", "report") else [])).parser
+    assert [action.dest for action in parser._actions if not action.help] == []
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_example_parses(command):
+    parsed(*COMMANDS[command][0].EXAMPLE.removeprefix("resofilter ").split())
+
+
+def test_help_needs_no_torch():
+    code = (
+        "import sys; from resofilter_trainer.cli import main\ntry: main(['score', '--help'])\nexcept SystemExit: pass\n"
+    )
+    code += "sys.exit(', '.join({'torch', 'transformers', 'datasets', 'trl'} & set(sys.modules)) or 0)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")

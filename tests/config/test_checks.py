@@ -41,7 +41,7 @@ def test_values_are_returned_in_python_types():
         (lambda: share("keep", True), "keep is the share of the rows to keep, above 0 and at most 1, got True."),
         (lambda: share("k", 2, "tokens"), "k is the share of the tokens to keep, above 0 and at most 1, got 2."),
         (lambda: one_of("norm", "l1", ("l2",)), "norm must be one of 'l2', got 'l1'."),
-        (lambda: at_most_one(a=1, b=None, c=2), "Pass one of a, b and c, got a and c."),
+        (lambda: at_most_one(a=1, b=None, c=2), "Pass one of a=, b= and c=, got a= and c=."),
     ],
 )
 def test_a_bad_value_is_refused_in_one_line(call, said):

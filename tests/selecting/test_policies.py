@@ -223,7 +223,7 @@ def test_scores_and_features_are_left_as_they_were(make):
             "other than otsu, iqr, knee must be a finite number, got nan",
         ),
         (DataSelector, {"threshold": "otsu", "drop": "both"}, "threshold has one side"),
-        (DataSelector, {"threshold": "otsu", "keep": 0.5}, "one of keep and threshold, got keep and threshold"),
+        (DataSelector, {"threshold": "otsu", "keep": 0.5}, "one of keep= and threshold=, got keep= and threshold="),
         (DataSelector, {"by": ()}, "by is the name"),
         (DataSelector, {"by": ""}, "by is the name"),
         (DataSelector, {"by": "-"}, "by is the name"),
@@ -361,7 +361,7 @@ def test_strata_are_told_apart_however_near_their_values(step):
 
 
 def test_groups_and_strata_are_too_much():
-    with pytest.raises(InputError, match="one of groups and stratify_by, got groups and stratify_by"):
+    with pytest.raises(InputError, match="one of groups= and stratify_by=, got groups= and stratify_by="):
         DataSelector(stratify_by="num_tokens").select(make_scores([1.0, 2.0]), groups=["a", "b"])
 
 

@@ -1,0 +1,73 @@
+"""The YAML file of `--config` as arguments of the command line. Knows argparse and YAML, no command."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from ..config import InputError, nearest
+from .naming import reads_none
+
+
+def yaml_arguments(args: argparse.Namespace) -> list[str]:
+    """The values of a YAML file as arguments of the command line, so that they are checked in the same way.
+
+    Raises:
+        InputError: the file cannot be read, is no mapping, or has an unknown name or a value of the wrong kind.
+    """
+    from ..io.files import read_yaml
+
+    values = read_yaml(args.config, f"--config {args.config}")
+    if not isinstance(values, dict | None):
+        raise InputError(f"--config {args.config} must be a mapping, 'name: value' on each line.")
+    known = {each.dest: each for each in args.parser._actions if each.option_strings}
+    arguments: list[str] = []
+    for written, value in (values or {}).items():
+        name = args.parser.own_name(str(written))
+        if name not in known or name in ("help", "config"):
+            close = nearest(name, set(known) - {"help", "config"})
+            hint = f" Did you mean '{close}'?" if close else ""
+            raise InputError(f"--config {args.config}: '{args.command}' has no argument '{written}'.{hint}")
+        wrong = _wrong_kind(known[name], value)
+        if wrong:
+            raise InputError(f"--config {args.config}: '{written}' {wrong}, got {value!r}.")
+        arguments += _arguments(known[name], value)
+    return arguments
+
+
+def _wrong_kind(action: argparse.Action, value: Any) -> str | None:
+    """What is said of a value that cannot be the option's; None if it can."""
+    if value is None:
+        may = action.default is None or reads_none(action)
+        return None if may else f"has no value: leave it out for the default, {action.default!r}"
+    if action.nargs == 0:
+        return None if isinstance(value, bool) else "is true or false"
+    if isinstance(value, list):
+        if action.nargs not in ("+", "*") and action.dest != "by":
+            return "is one value"
+        odd = any(isinstance(each, dict | list | bool | None) for each in value)
+        return "is a name or a list of names" if odd or not value else None
+    if isinstance(value, dict):
+        return "is one value, no mapping"
+    if isinstance(value, bool) and not _reads_bool(action):
+        return "is a number or text; quote a text that YAML reads as true or false"
+    return None
+
+
+def _arguments(action: argparse.Action, value: Any) -> list[str]:
+    option = f"--{action.dest}"
+    if action.nargs == 0:
+        return [option] if value else []
+    if isinstance(value, list):
+        return [f"{option}={','.join(map(str, value))}"] if action.nargs is None else [option, *map(str, value)]
+    if value is None:
+        return [f"{option}=none"] if reads_none(action) else []
+    return [f"{option}={value}"]
+
+
+def _reads_bool(action: argparse.Action) -> bool:
+    """Whether `true` is a value of the option."""
+    try:
+        return callable(action.type) and action.type("true") is True
+    except (TypeError, ValueError):
+        return False
