@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -104,6 +105,12 @@ BAD_SCORES: dict[str, tuple[Callable[[Place], Sequence[object]], Sequence[str]]]
     "up-projection that is no regex": (options("--up_projection", "("), ["up_projection", "regular expression"]),
     "up-projection that matches nothing": (options("--up_projection", "bogus"), ["bogus", "mlp.up_proj"]),
     "unknown template": (options("--chat_template_path", "/nowhere/t.jinja"), ["/nowhere/t.jinja"]),
+    "unknown template here": (options("--chat_template_path", "t.jinja"), ["no chat template at --chat_template_path"]),
+    "a file's configuration": (options("--dataset_config", "main"), ["no configurations", "--dataset_config main"]),
+    "the same column twice": (
+        options("--prompt_column", "prompt", "--completion_column", "prompt"),
+        ["'prompt' is named twice"],
+    ),
     "numbers for text": (
         dataset_of("numbers", [{"prompt": 1, "completion": 2}] * 3),
         ["prompt", "whole numbers"],
@@ -443,6 +450,25 @@ def test_score_offers_what_it_can_measure(arguments, expected, place, tmp_path, 
 
 
 # ---- the rest
+
+
+def test_warnings_of_a_report_name_the_options_of_score(scored, tmp_path, monkeypatch, capsys):
+    warning = 'The scores are saturated. Use a larger eps, such as eps=1e-4, or update="sgd" with norm="l2".'
+    numbers = SimpleNamespace(warnings=[warning])
+    written = SimpleNamespace(numbers=numbers, path=tmp_path / "report.html")
+    monkeypatch.setattr("resofilter_trainer.report.write_report", lambda *args: written)
+    main(["report", str(scored), "--output", str(tmp_path)])
+    assert "Use a larger eps, such as --eps 1e-4, or --update sgd with --norm l2." in capsys.readouterr().out
+
+
+def test_report_refuses_a_split_that_is_not_there(scored, tmp_path, capsys):
+    message = refused(capsys, "report", scored, "--output", tmp_path / "out", "--split", "validation")
+    assert "has no split 'validation'" in message
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_published_ranks_need_a_file(tmp_path, capsys):
+    assert "is a folder: name a file" in refused(capsys, "compare", "--published", "--json", tmp_path)
 
 
 def test_env_prints_the_versions(capsys):
