@@ -44,6 +44,7 @@ from resofilter_trainer.cli.entry import exit_on_input_error
 from resofilter_trainer.cli.recipe import parse_recipe, recipe_parser
 from resofilter_trainer.cli.score import summary
 from resofilter_trainer.config import Norm
+from resofilter_trainer.config.compatibility import need
 from resofilter_trainer.data.files import only_split
 from resofilter_trainer.data.row_texts import RowTexts
 from resofilter_trainer.evaluation.generate import exact_match
@@ -120,6 +121,7 @@ class PaperModel(ModelConfig):
 
 
 def main(parser: TrlParser) -> None:
+    need("warmup_steps below 1", "This recipe")
     recipe, training, model = parse(parser)
     training.model_init_kwargs = {
         "dtype": model.dtype,

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from ..config import CLEANING_MODES, InputError, Ranking, TokenCleaning, cleaning_of_mode, whole_number
+from ..config.compatibility import need
 from .inputs import dataset_of, require, row_options, sft_config
 from .parser import CommandParser, process_arguments, row_arguments
 
@@ -82,6 +83,7 @@ def _self_evolve(args: argparse.Namespace, cleaning: TokenCleaning) -> Any:
     from ..training.self_evolving import self_evolve
 
     lora = LoraConfig(r=args.lora_r, lora_alpha=16, lora_dropout=0.1, target_modules="all-linear")
+    need("train_sampling_strategy", f"mode='{SELF_EVOLVING}'")
     training = sft_config(
         args,
         bf16=args.bf16,

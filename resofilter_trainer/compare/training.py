@@ -18,6 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import SFTConfig, SFTTrainer
 
 from ..config import InputError, TokenCleaning, number
+from ..config.compatibility import training_arguments
 from ..data.files import first_line
 from ..data.loading import load_model
 from ..demo.run import BASE, TRAINING
@@ -62,12 +63,12 @@ def sft_config(config: ComparisonConfig, model: str, seed: int) -> SFTConfig:
     """
     defaults = TRAINING if model == DEMO else {"bf16": False}
     settings = {
-        **defaults,
+        **training_arguments(defaults),
         "save_strategy": "no",
         "report_to": "none",
         "use_cpu": not torch.cuda.is_available(),
         "disable_tqdm": True,
-        **config.training,
+        **training_arguments(config.training),
         "output_dir": str(Path(config.output) / "trainer"),
         "seed": seed,
     }

@@ -11,7 +11,7 @@ from .checks import (
     whole_number,
     with_known_keywords,
 )
-from .errors import InputError, NotFiniteError, NothingError, ScoreWarning
+from .errors import InputError, NotFiniteError, NothingError, ScoreWarning, VersionError
 from .settings import (
     CLEANING_MODES,
     FILE_FORMATS,
@@ -47,6 +47,7 @@ __all__ = [
     "ScoreWarning",
     "TokenCleaning",
     "UpdateName",
+    "VersionError",
     "at_most_one",
     "check_keywords",
     "check_kind",

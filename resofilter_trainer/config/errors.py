@@ -31,5 +31,9 @@ class NotFiniteError(InputError):
     """A loss, gradient or score is NaN or infinite: the weights are broken."""
 
 
+class VersionError(InputError, ImportError):
+    """A library is missing, or older than what is asked of it."""
+
+
 class ScoreWarning(UserWarning):
     """Scores are to be taken with care; the message says why, and what helps."""

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
 from trl import SFTConfig
 
 from ..config import ColumnMapping, Precision, ResonanceConfig
+from ..config.compatibility import sampling_strategy
 from ..io.digest import hash_rows
 from ..model.float32 import main_dtype
 from ..model.quantised import bits_of, stored_tensors
@@ -121,7 +122,7 @@ def run_settings(trainer: Trainer, **settings: Any) -> dict[str, Any]:
     own = {
         "seed": args.seed,
         "data_seed": args.data_seed,
-        "train_sampling_strategy": args.train_sampling_strategy,
+        "train_sampling_strategy": sampling_strategy(args),
         "dataset": fingerprint(trainer.train_dataset),
     }
     plain: dict[str, Any] = json.loads(json.dumps({**settings, **own}))

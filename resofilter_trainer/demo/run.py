@@ -19,7 +19,7 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
-from ..config import ColumnMapping
+from ..config import ColumnMapping, compatibility
 from ..data.row_texts import RowTexts
 from ..evaluation.generate import exact_match
 from ..report import Contents, write_report
@@ -98,7 +98,12 @@ def as_dataset(problems: Sequence[Problem]) -> Dataset:
 
 def training_arguments(output: Path, seed: int) -> SFTConfig:
     """The arguments of all four trainings and of the scoring."""
-    return SFTConfig(output_dir=str(output), use_cpu=not torch.cuda.is_available(), seed=seed, **TRAINING)
+    return SFTConfig(
+        output_dir=str(output),
+        use_cpu=not torch.cuda.is_available(),
+        seed=seed,
+        **compatibility.training_arguments(TRAINING),
+    )
 
 
 def row_sets(selection: Selection, wrong: np.ndarray, seed: int) -> dict[str, np.ndarray]:

@@ -28,6 +28,7 @@ from transformers.pytorch_utils import Conv1D
 from trl import SFTConfig, SFTTrainer
 
 from ..config import InputError, number, whole_number
+from ..config.compatibility import set_warmup
 from ..data.preparation import PreparedRows
 from ..model.losses import token_losses
 from ..model.modes import evaluating
@@ -109,7 +110,8 @@ def less_scores(
 def _warm_up_arguments(args: SFTConfig, config: LessConfig) -> SFTConfig:
     args = copy.copy(args)
     args.num_train_epochs, args.max_steps, args.learning_rate = config.epochs, -1, config.learning_rate
-    args.lr_scheduler_type, args.lr_scheduler_kwargs, args.warmup_steps = "linear", None, 0.03
+    args.lr_scheduler_type, args.lr_scheduler_kwargs = "linear", None
+    set_warmup(args, 0.03)
     args.save_strategy, args.eval_strategy, args.seed = "no", "no", config.seed
     args.load_best_model_at_end, args.model_init_kwargs = False, None
     args.assistant_only_loss = False  # the labels already do that

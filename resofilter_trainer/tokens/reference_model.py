@@ -10,10 +10,11 @@ import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PeftModel
-from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.peft_utils import find_adapter_config_file
 from trl import SFTConfig
 
@@ -105,7 +106,7 @@ class Reference:
             args.model_init_kwargs = {name: given[name] for name in given if name != "revision"}  # the base model's
             yield placed(load_weights(self.name, args), args).eval()
 
-    def _config(self) -> PreTrainedConfig:
+    def _config(self) -> Any:
         check_path(self.name)
         try:
             return AutoConfig.from_pretrained(self.name, trust_remote_code=self.args.trust_remote_code)

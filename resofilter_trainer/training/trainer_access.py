@@ -23,6 +23,7 @@ from transformers.trainer_callback import ProgressCallback
 from trl import SFTConfig, SFTTrainer
 
 from ..config import InputError
+from ..config.compatibility import loss_is_scaled_for_ga, need, sampling_strategy
 from ..model.adapters import keeps_a_prefix, refuse_adapters
 from ..model.float32 import main_dtype
 from ..model.head import mixes_samples
@@ -57,7 +58,7 @@ def check_trainer(trainer: Trainer, train_dataloader: Any) -> None:
     sharded = "Score first (resofilter score), then train on the selection"
     half = main_dtype(cast(Any, trainer.model)) == torch.float16
     by_fsdp = accelerator.distributed_type == DistributedType.FSDP or is_sharded(cast(Any, trainer.model))
-    balanced = args.train_sampling_strategy == "batch_rebalance"
+    balanced = sampling_strategy(args) == "batch_rebalance"
     weighted = WEIGHT in (getattr(trainer.train_dataset, "column_names", None) or [])
     refusals = [
         *_common_refusals(trainer, train_dataloader.dataset),
@@ -95,6 +96,7 @@ def check_weighable(trainer: Trainer, train_dataloader: Any) -> None:
     args = cast(Any, trainer.args)
     if not isinstance(trainer, SFTTrainer):
         raise InputError(f"Rows are weighted in SFTTrainer's loss, this is {type(trainer).__name__}.")
+    need("log_probs", "A weight for each row")
     refusals = [
         *_common_refusals(trainer, train_dataloader.dataset),
         (args.loss_type != "nll", f"loss_type='{args.loss_type}'", "Use 'nll'"),
@@ -201,7 +203,7 @@ def token_weight(trainer: Trainer, num_items: Any, batch: Any, micro_batches: in
         batch: the micro-batch.
         micro_batches: the number of micro-batches of the step.
     """
-    if num_items is None or trainer.loss_is_scaled_for_ga is False:  # a mean of means
+    if num_items is None or loss_is_scaled_for_ga(trainer) is False:  # a mean of means
         return 1 / ((batch["labels"][:, 1:] != IGNORE).sum().clamp(min=1) * micro_batches)
     return (trainer.accelerator.num_processes if trainer.args.average_tokens_across_devices else 1) / num_items
 

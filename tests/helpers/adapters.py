@@ -11,11 +11,13 @@ A new kind is one line here and one in docs/adapters.md.
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 from collections.abc import Callable
 from typing import Any
 
 import peft
+import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from torch import nn
@@ -28,18 +30,30 @@ VOCAB = 512  # at least that of the tests' tokenizer
 Build = Callable[[], nn.Module]
 
 
-def on_llama(config: type[peft.PeftConfig], **settings: Any) -> Build:
-    """A builder of a tiny Llama with one adapter."""
+def config_here(name: str, **settings: Any) -> Any:
+    """A configuration of peft's; the test is skipped where the installed version lacks it, or one of its settings."""
+    kind = getattr(peft, name, None) or vars(peft.tuners.lora).get(name)
+    lacking = [] if kind is None else sorted(settings.keys() - {each.name for each in dataclasses.fields(kind)})
+    if kind is None or lacking:
+        pytest.skip(f"peft {peft.__version__} has no {' '.join([name, *lacking])}")
+    return kind(**settings)
+
+
+def on_llama(config: str, **settings: Any) -> Build:
+    """A builder of a tiny Llama with one adapter; settings that end in `Config` name a configuration of LoRA's."""
 
     def build() -> nn.Module:
-        return get_peft_model(tiny("llama", vocab_size=VOCAB), config(task_type=CAUSAL, **settings))
+        made = {
+            name: config_here(value) if str(value).endswith("Config") else value for name, value in settings.items()
+        }
+        return get_peft_model(tiny("llama", vocab_size=VOCAB), config_here(config, task_type=CAUSAL, **made))
 
     return build
 
 
 def lora(**settings: Any) -> Build:
     """A builder of a tiny Llama with LoRA."""
-    return on_llama(peft.LoraConfig, **({"target_modules": UP, "r": 4} | settings))
+    return on_llama("LoraConfig", **({"target_modules": UP, "r": 4} | settings))
 
 
 def lora_on(family: str, **settings: Any) -> Build:
@@ -47,7 +61,7 @@ def lora_on(family: str, **settings: Any) -> Build:
     return lambda: get_peft_model(tiny(family, vocab_size=VOCAB), peft.LoraConfig(task_type=CAUSAL, r=4, **settings))
 
 
-def prompts(config: type[peft.PeftConfig], **settings: Any) -> Build:
+def prompts(config: str, **settings: Any) -> Build:
     """A builder of a tiny Llama with virtual tokens."""
     return on_llama(config, **({"num_virtual_tokens": 3} | settings))
 
@@ -111,12 +125,12 @@ LORA: dict[str, Build] = {
     "LoRA, init orthogonal": lora(init_lora_weights="orthogonal"),
     "LoRA, init gaussian": lora(init_lora_weights="gaussian"),
     "LoRA, init mica": lora(init_lora_weights="mica"),
-    "LoRA, init eva": lora(init_lora_weights="eva", eva_config=peft.EvaConfig()),
+    "LoRA, init eva": lora(init_lora_weights="eva", eva_config="EvaConfig"),
     "LoRA, init lora_ga": lora(init_lora_weights="lora_ga"),
     "LoRA, use_bdlora": lora(use_bdlora=peft.tuners.lora.BdLoraConfig(nblocks=2, target_modules_bd_a=UP)),
-    "LoRA, kasa": lora(kasa_config=peft.tuners.lora.KasaConfig()),
-    "LoRA, monteclora": lora(monteclora_config=peft.tuners.lora.MontecloraConfig()),
-    "LoRA, velora": lora(velora_config=peft.tuners.lora.VeloraConfig()),
+    "LoRA, kasa": lora(kasa_config="KasaConfig"),
+    "LoRA, monteclora": lora(monteclora_config="MontecloraConfig"),
+    "LoRA, velora": lora(velora_config="VeloraConfig"),
     "LoRA, use_qalora": lora(use_qalora=True, qalora_group_size=4),
     "LoRA, target_parameters": lora_on("mixtral", target_modules=[], target_parameters=["mlp.experts.gate_up_proj"]),
     "LoRA on GPT-2's Conv1D": lora_on("gpt2", target_modules=["c_fc"], fan_in_fan_out=True),
@@ -126,53 +140,53 @@ LORA: dict[str, Build] = {
     "aLoRA": lora(alora_invocation_tokens=[5]),
 }
 BUILDERS: dict[str, Build] = LORA | {
-    "AdaLoRA": on_llama(peft.AdaLoraConfig, target_modules=UP, init_r=4, total_step=10),
-    "ADAMSS": on_llama(peft.AdamssConfig, target_modules=UP, r=4, num_subspaces=2),
-    "adaption prompt": on_llama(peft.AdaptionPromptConfig, adapter_len=3, adapter_layers=2),
-    "BEFT": on_llama(peft.BeftConfig, target_modules=UP),
-    "BOFT": on_llama(peft.BOFTConfig, target_modules=UP, boft_block_size=4),
-    "C3A": on_llama(peft.C3AConfig, target_modules=UP, block_size=16),
-    "Cartridge": prompts(peft.CartridgeConfig),
-    "CPT": on_llama(peft.CPTConfig, cpt_token_ids=[3, 4, 5], cpt_mask=[1, 1, 1], cpt_tokens_type_mask=[1, 2, 3]),
-    "DEFT": on_llama(peft.DeftConfig, target_modules=UP, r=4),
-    "DELoRA": on_llama(peft.DeloraConfig, target_modules=UP, r=4),
-    "FourierFT": on_llama(peft.FourierFTConfig, target_modules=UP, n_frequency=20),
-    "FRoD": on_llama(peft.FrodConfig, target_modules=UP),
-    "GLoRA": on_llama(peft.GloraConfig, target_modules=UP, r=4),
-    "GraLoRA": on_llama(peft.GraloraConfig, target_modules=UP, r=4),
-    "HiRA": on_llama(peft.HiraConfig, target_modules=UP, r=4),
-    "HRA": on_llama(peft.HRAConfig, target_modules=UP, r=4),
-    "IA3": on_llama(peft.IA3Config, target_modules=UP, feedforward_modules=["down_proj"]),
-    "IA3, feedforward up_proj": on_llama(peft.IA3Config, target_modules=UP, feedforward_modules=UP),
-    "Lily": on_llama(peft.LilyConfig, target_modules=UP, r=4),
-    "LN tuning": on_llama(peft.LNTuningConfig),
-    "LoHa": on_llama(peft.LoHaConfig, target_modules=UP, r=4),
-    "LoKr": on_llama(peft.LoKrConfig, target_modules=UP, r=4),
-    "MiSS": on_llama(peft.MissConfig, target_modules=UP, r=4),
-    "MiSS, bat": on_llama(peft.MissConfig, target_modules=UP, r=4, init_weights="bat"),
-    "MiSS, mini": on_llama(peft.MissConfig, target_modules=UP, r=4, init_weights="mini", mini_r=4),
-    "multitask prompt tuning": prompts(peft.MultitaskPromptTuningConfig, num_tasks=2),
-    "OFT": on_llama(peft.OFTConfig, target_modules=UP, oft_block_size=4),
-    "OSF": on_llama(peft.OSFConfig, target_modules=UP, effective_rank=4),
-    "P-tuning": prompts(peft.PromptEncoderConfig, encoder_hidden_size=16),
-    "PEANuT": on_llama(peft.PeanutConfig, target_modules=UP, r=4),
-    "Poly": on_llama(peft.PolyConfig, target_modules=UP, r=4, n_tasks=2, n_skills=2),
-    "prefix tuning": prompts(peft.PrefixTuningConfig),
-    "prefix tuning, prefix_projection": prompts(peft.PrefixTuningConfig, prefix_projection=True, encoder_hidden_size=8),
-    "prompt tuning": prompts(peft.PromptTuningConfig),
-    "PSOFT": on_llama(peft.PsoftConfig, target_modules=UP, r=4),
-    "PVeRA": on_llama(peft.PveraConfig, target_modules=["up_proj"], r=4),
-    "RandLoRA": on_llama(peft.RandLoraConfig, target_modules=UP, r=4),
-    "RoAd": on_llama(peft.RoadConfig, target_modules=UP, group_size=4),
-    "Shadow": on_llama(peft.ShadowConfig, r=4, shadow_dropout=0.0),
-    "SHiRA": on_llama(peft.ShiraConfig, target_modules=UP, r=4),
-    "Super-Tuning": on_llama(peft.SupertuningConfig, target_modules=UP, sparsity=0.9),
-    "TinyLoRA": on_llama(peft.TinyLoraConfig, target_modules=UP, u=8),
-    "trainable tokens": on_llama(peft.TrainableTokensConfig, token_indices=[3, 4]),
-    "UniLoRA": on_llama(peft.UniLoraConfig, target_modules=UP, theta_d_length=16),
-    "VB-LoRA": on_llama(peft.VBLoRAConfig, target_modules=UP, r=2, num_vectors=8, vector_length=4),
-    "VeRA": on_llama(peft.VeraConfig, target_modules=["up_proj"], r=4),
-    "WaveFT": on_llama(peft.WaveFTConfig, target_modules=UP, n_frequency=20),
+    "AdaLoRA": on_llama("AdaLoraConfig", target_modules=UP, init_r=4, total_step=10),
+    "ADAMSS": on_llama("AdamssConfig", target_modules=UP, r=4, num_subspaces=2),
+    "adaption prompt": on_llama("AdaptionPromptConfig", adapter_len=3, adapter_layers=2),
+    "BEFT": on_llama("BeftConfig", target_modules=UP),
+    "BOFT": on_llama("BOFTConfig", target_modules=UP, boft_block_size=4),
+    "C3A": on_llama("C3AConfig", target_modules=UP, block_size=16),
+    "Cartridge": prompts("CartridgeConfig"),
+    "CPT": on_llama("CPTConfig", cpt_token_ids=[3, 4, 5], cpt_mask=[1, 1, 1], cpt_tokens_type_mask=[1, 2, 3]),
+    "DEFT": on_llama("DeftConfig", target_modules=UP, r=4),
+    "DELoRA": on_llama("DeloraConfig", target_modules=UP, r=4),
+    "FourierFT": on_llama("FourierFTConfig", target_modules=UP, n_frequency=20),
+    "FRoD": on_llama("FrodConfig", target_modules=UP),
+    "GLoRA": on_llama("GloraConfig", target_modules=UP, r=4),
+    "GraLoRA": on_llama("GraloraConfig", target_modules=UP, r=4),
+    "HiRA": on_llama("HiraConfig", target_modules=UP, r=4),
+    "HRA": on_llama("HRAConfig", target_modules=UP, r=4),
+    "IA3": on_llama("IA3Config", target_modules=UP, feedforward_modules=["down_proj"]),
+    "IA3, feedforward up_proj": on_llama("IA3Config", target_modules=UP, feedforward_modules=UP),
+    "Lily": on_llama("LilyConfig", target_modules=UP, r=4),
+    "LN tuning": on_llama("LNTuningConfig"),
+    "LoHa": on_llama("LoHaConfig", target_modules=UP, r=4),
+    "LoKr": on_llama("LoKrConfig", target_modules=UP, r=4),
+    "MiSS": on_llama("MissConfig", target_modules=UP, r=4),
+    "MiSS, bat": on_llama("MissConfig", target_modules=UP, r=4, init_weights="bat"),
+    "MiSS, mini": on_llama("MissConfig", target_modules=UP, r=4, init_weights="mini", mini_r=4),
+    "multitask prompt tuning": prompts("MultitaskPromptTuningConfig", num_tasks=2),
+    "OFT": on_llama("OFTConfig", target_modules=UP, oft_block_size=4),
+    "OSF": on_llama("OSFConfig", target_modules=UP, effective_rank=4),
+    "P-tuning": prompts("PromptEncoderConfig", encoder_hidden_size=16),
+    "PEANuT": on_llama("PeanutConfig", target_modules=UP, r=4),
+    "Poly": on_llama("PolyConfig", target_modules=UP, r=4, n_tasks=2, n_skills=2),
+    "prefix tuning": prompts("PrefixTuningConfig"),
+    "prefix tuning, prefix_projection": prompts("PrefixTuningConfig", prefix_projection=True, encoder_hidden_size=8),
+    "prompt tuning": prompts("PromptTuningConfig"),
+    "PSOFT": on_llama("PsoftConfig", target_modules=UP, r=4),
+    "PVeRA": on_llama("PveraConfig", target_modules=["up_proj"], r=4),
+    "RandLoRA": on_llama("RandLoraConfig", target_modules=UP, r=4),
+    "RoAd": on_llama("RoadConfig", target_modules=UP, group_size=4),
+    "Shadow": on_llama("ShadowConfig", r=4, shadow_dropout=0.0),
+    "SHiRA": on_llama("ShiraConfig", target_modules=UP, r=4),
+    "Super-Tuning": on_llama("SupertuningConfig", target_modules=UP, sparsity=0.9),
+    "TinyLoRA": on_llama("TinyLoraConfig", target_modules=UP, u=8),
+    "trainable tokens": on_llama("TrainableTokensConfig", token_indices=[3, 4]),
+    "UniLoRA": on_llama("UniLoraConfig", target_modules=UP, theta_d_length=16),
+    "VB-LoRA": on_llama("VBLoRAConfig", target_modules=UP, r=2, num_vectors=8, vector_length=4),
+    "VeRA": on_llama("VeraConfig", target_modules=["up_proj"], r=4),
+    "WaveFT": on_llama("WaveFTConfig", target_modules=UP, n_frequency=20),
 }
 
 

@@ -19,6 +19,7 @@ from transformers import TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from helpers.training import UNSTABLE, llama
+from helpers.versions import arguments_here
 from helpers.zen import zen, zen_tokenizer
 from resofilter_trainer import InputError, ResonanceCallback, ResonanceConfig, ScoreTable, score_dataset
 from resofilter_trainer.training.run import STATE
@@ -112,7 +113,7 @@ def sft_config(output: Path, **settings: Any) -> SFTConfig:
         "disable_tqdm": True,
         "dataloader_pin_memory": False,
     }
-    return SFTConfig(**{**usual, **settings})
+    return SFTConfig(**arguments_here({**usual, **settings}))
 
 
 def assert_untouched(pattern: Pattern, folder: Path) -> None:

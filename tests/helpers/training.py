@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase, Trainer, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
+from helpers.versions import arguments_here
 from resofilter_trainer import ResonanceCallback
 
 UNSTABLE = ("runtime", "per_second", "num_tokens")  # log entries that depend on the clock, or that TRL restarts
@@ -54,7 +55,7 @@ def arguments(output: Path, **changes: Any) -> SFTConfig:
         "disable_tqdm": True,
         "dataloader_pin_memory": False,
     }
-    return SFTConfig(**{**settings, **changes})
+    return SFTConfig(**arguments_here({**settings, **changes}))
 
 
 class OrderSpy(TrainerCallback):
