@@ -28,6 +28,7 @@ SINCE = {
     "train_sampling_strategy": ("transformers", "5.2"),  # before: group_by_length, and no sequential order
     "loss_is_scaled_for_ga": ("transformers", "5.19"),
     "activation_checkpointing": ("transformers", "5.23"),  # before: gradient_checkpointing
+    "one nll": ("trl", "1.15"),  # before: nll, and chunked_nll by default, which is the same in less memory
     "log_probs": ("trl", "1.15"),  # the output of SFTTrainer's model has them; before, it has no losses of tokens
 }
 EXTRAS = {  # the modules that come with each extra of pyproject.toml
@@ -128,6 +129,12 @@ def sampling_strategy(args: Any) -> str:
     if has("train_sampling_strategy"):
         return str(args.train_sampling_strategy)
     return "group_by_length" if args.group_by_length else "random"
+
+
+def loss_type(args: Any) -> str | None:
+    """The loss of SFTTrainer, by its name in the newest version; None for another trainer's arguments."""
+    given: str | None = getattr(args, "loss_type", None)
+    return "nll" if given == "chunked_nll" and not has("one nll") else given
 
 
 def loss_is_scaled_for_ga(trainer: Any) -> bool | None:

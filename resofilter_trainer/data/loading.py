@@ -26,6 +26,7 @@ from ..config import (
     number,
     whole_number,
 )
+from ..config.compatibility import loss_type
 from ..io.digest import hash_rows
 from ..io.files import check_folder
 from ..model.adapters import refuse_adapters
@@ -192,9 +193,11 @@ def _check_no_media(dataset: Dataset) -> None:
 
 def check_loss(args: TrainingArguments) -> None:
     """Raise InputError for arguments by which a trainer would learn by another loss than the mean token loss."""
-    for name, plain in (("loss_type", "nll"), ("label_smoothing_factor", 0)):
-        value = getattr(args, name, plain)
-        if value != plain:
+    for name, value, plain in (
+        ("loss_type", loss_type(args), (None, "nll")),
+        ("label_smoothing_factor", args.label_smoothing_factor, (0,)),
+    ):
+        if value not in plain:
             raise InputError(
                 f"A pass over the rows measures the mean token loss, and {name}={value!r} trains by another. Leave it "
                 "out, or measure while training, with ResonanceCallback(when='training')."

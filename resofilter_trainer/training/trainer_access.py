@@ -23,7 +23,7 @@ from transformers.trainer_callback import ProgressCallback
 from trl import SFTConfig, SFTTrainer
 
 from ..config import InputError
-from ..config.compatibility import loss_is_scaled_for_ga, need, sampling_strategy
+from ..config.compatibility import loss_is_scaled_for_ga, loss_type, need, sampling_strategy
 from ..model.adapters import keeps_a_prefix, refuse_adapters
 from ..model.float32 import main_dtype
 from ..model.head import mixes_samples
@@ -99,7 +99,7 @@ def check_weighable(trainer: Trainer, train_dataloader: Any) -> None:
     need("log_probs", "A weight for each row")
     refusals = [
         *_common_refusals(trainer, train_dataloader.dataset),
-        (args.loss_type != "nll", f"loss_type='{args.loss_type}'", "Use 'nll'"),
+        (loss_type(args) != "nll", f"loss_type='{args.loss_type}'", "Use 'nll'"),
         (trainer.compute_loss_func is not None, "compute_loss_func", "Weight the rows there"),
         (bool(args.label_smoothing_factor), "label smoothing", "Leave it out"),
     ]
@@ -211,7 +211,7 @@ def token_weight(trainer: Trainer, num_items: Any, batch: Any, micro_batches: in
 def token_loss(trainer: Trainer) -> TokenLoss:
     """The loss of one token, as the trainer's arguments say."""
     args = cast(Any, trainer.args)
-    by_probability = isinstance(trainer, SFTTrainer) and args.loss_type == "dft"
+    by_probability = isinstance(trainer, SFTTrainer) and loss_type(args) == "dft"
     return TokenLoss(0.0 if by_probability else args.label_smoothing_factor, by_probability)
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import peft
@@ -40,7 +41,7 @@ def config_here(name: str, **settings: Any) -> Any:
 
 
 def on_llama(config: str, **settings: Any) -> Build:
-    """A builder of a tiny Llama with one adapter; settings that end in `Config` name a configuration of LoRA's."""
+    """A builder of a tiny Llama with one adapter; settings may be functions that make them."""
 
     def build() -> nn.Module:
         made = {
@@ -125,12 +126,12 @@ LORA: dict[str, Build] = {
     "LoRA, init orthogonal": lora(init_lora_weights="orthogonal"),
     "LoRA, init gaussian": lora(init_lora_weights="gaussian"),
     "LoRA, init mica": lora(init_lora_weights="mica"),
-    "LoRA, init eva": lora(init_lora_weights="eva", eva_config="EvaConfig"),
+    "LoRA, init eva": lora(init_lora_weights="eva", eva_config=partial(config_here, "EvaConfig")),
     "LoRA, init lora_ga": lora(init_lora_weights="lora_ga"),
-    "LoRA, use_bdlora": lora(use_bdlora=peft.tuners.lora.BdLoraConfig(nblocks=2, target_modules_bd_a=UP)),
-    "LoRA, kasa": lora(kasa_config="KasaConfig"),
-    "LoRA, monteclora": lora(monteclora_config="MontecloraConfig"),
-    "LoRA, velora": lora(velora_config="VeloraConfig"),
+    "LoRA, use_bdlora": lora(use_bdlora=partial(config_here, "BdLoraConfig", nblocks=2, target_modules_bd_a=UP)),
+    "LoRA, kasa": lora(kasa_config=partial(config_here, "KasaConfig")),
+    "LoRA, monteclora": lora(monteclora_config=partial(config_here, "MontecloraConfig")),
+    "LoRA, velora": lora(velora_config=partial(config_here, "VeloraConfig")),
     "LoRA, use_qalora": lora(use_qalora=True, qalora_group_size=4),
     "LoRA, target_parameters": lora_on("mixtral", target_modules=[], target_parameters=["mlp.experts.gate_up_proj"]),
     "LoRA on GPT-2's Conv1D": lora_on("gpt2", target_modules=["c_fc"], fan_in_fan_out=True),

@@ -12,9 +12,12 @@ from resofilter_trainer.config.compatibility import SINCE, has, installed, train
 
 
 def arguments_here(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """SFTConfig's arguments under the names of the installed version; the test is skipped where it has no such."""
+    """SFTConfig's arguments under the names of the installed version; the test is skipped where it has no such.
+
+    The loss shows the loss of each token, by default in newer versions only.
+    """
     try:
-        return training_arguments(settings)
+        return training_arguments({**({} if has("one nll") else {"loss_type": "nll"}), **settings})
     except VersionError as error:
         pytest.skip(str(error))
 
