@@ -7,6 +7,7 @@ import dataclasses
 from pathlib import Path
 
 from ..config import InputError
+from ..config.compatibility import need_extra
 from .parser import CommandParser
 
 EXAMPLE = "resofilter compare recipes/compare.yaml --output comparison/"
@@ -50,6 +51,8 @@ def _print_published(ranks_file: str | None) -> None:
 def _compare(args: argparse.Namespace) -> None:
     from ..compare.config import ComparisonConfig
 
+    for extra in ("report", "compare"):
+        need_extra(extra, "A comparison")
     config = ComparisonConfig.load(args.comparison)
     if args.output is not None:
         config = dataclasses.replace(config, output=args.output)

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from ..config import one_of, whole_number
+from ..config.compatibility import need_extra
 from .parser import CommandParser
 
 MODES = ("two-pass", "callback")
@@ -23,6 +24,8 @@ def run(args: argparse.Namespace) -> None:
     """Run the demo."""
     whole_number("--seed", args.seed, least=0)
     one_of("--mode", args.mode, MODES)
+    for extra in ("report", "compare"):
+        need_extra(extra, "The demo")
     if args.mode == "callback":
         from ..demo.in_training import run as run_demo
     else:

@@ -34,7 +34,6 @@ SINCE = {
 EXTRAS = {  # the modules that come with each extra of pyproject.toml
     "report": ("altair", "matplotlib", "vl_convert"),
     "compare": ("evaluate",),
-    "eval": ("lm_eval",),
 }
 
 

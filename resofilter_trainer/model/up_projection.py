@@ -48,8 +48,13 @@ NAMES: dict[str, Literal["all", "second half"]] = {
     "ffn.0": "all",  # ctrl
     "lin1": "all",  # xlm
 }
-GATED_CLASSES = {"MoshiGatingMLP"}  # their first map has both branches, the up-projection second
-TRANSPOSED_CLASSES = {"Conv1D", "Llama4TextExperts"}  # (I, O), (E, I, O); other experts have `is_transposed`
+# Their first map has both branches, the up-projection second; aria's up to transformers 5.17.
+GATED_CLASSES = {"MoshiGatingMLP", "AriaGroupedExpertsMLP", "AriaExperts"}
+TRANSPOSED_CLASSES = {
+    "Conv1D",
+    "Llama4TextExperts",
+    "AriaGroupedExpertsGemm",
+}  # (I, O), (E, I, O); other experts have `is_transposed`
 
 OTHER_STACKS = re.compile("attn|attention|vision|visual|image|audio|speech")  # not layers of the text decoder
 OTHER_MODULES = re.compile("attn|attention|norm|router|mamba")  # modules of a layer that are not a feed-forward

@@ -17,13 +17,12 @@ import pyarrow.csv
 import pyarrow.parquet
 
 from ..config import InputError, check_kind, with_known_keywords
+from ..config.compatibility import need_extra
 from ..io.files import check_folder, replacing
 from ..scores.score_table import ScoreTable
 from ..selecting.selection import Selection
-from .charts import NAMES, charts_of, points_of, ratios_chart, save_png, specification
 from .contents import Contents, read_contents
 from .numbers import Numbers, numbers_of
-from .page import make_page
 from .paper_figures import ratios_of, word_frequency
 from .samples import Decode, Text, samples_of, shortened
 
@@ -75,9 +74,14 @@ def write_report(
         title: the title of the page.
 
     Raises:
-        InputError: the number of texts or groups is not the number of rows, or the folder cannot be written to.
+        InputError: the number of texts or groups is not the number of rows, the folder cannot be written to, or what
+            draws the charts is not installed.
     """
     check_kind("contents", contents, Contents, "the result of read_contents, or Contents(scores, selection)")
+    need_extra("report", "A report")
+    from .charts import NAMES, charts_of, points_of, ratios_chart, save_png, specification
+    from .page import make_page
+
     output, scores = Path(output), contents.scores
     check_folder(output)
     for what, values in (("texts", texts), ("groups", groups)):

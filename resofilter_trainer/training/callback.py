@@ -19,6 +19,7 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..config import OPTIMIZER, InputError, ResonanceConfig, TokenCleaning, UpdateName, check_keywords
+from ..config.compatibility import need_extra
 from ..scores.score_table import ScoreTable
 from ..scoring.passes import locked
 from ..selecting.data_selector import DataSelector
@@ -79,6 +80,8 @@ class ResonanceCallback(TrainerCallback):
             keep = 1.0
         self.token_cleaning = token_cleaning
         self.filter = FilterConfig(keep, threshold, selector, when, start_epoch, readmit, correct_drift, end_epoch)
+        if report:
+            need_extra("report", "report=True")
         self.report = report
         self.config = ResonanceConfig(update=update, **config)
         if update == OPTIMIZER and when == "before":
