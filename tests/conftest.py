@@ -13,13 +13,16 @@ os.environ.update(HF_HOME=CACHE, HF_HUB_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the models are tiny: threads only wait for each other
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from helpers.tokenizers import make_tokenizer
+from helpers.versions import all_there
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from resofilter_trainer.config import VersionError
 
 ROOT = Path(__file__).parents[1]
 
@@ -46,6 +49,25 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     rank = {name: place for place, name in enumerate(LONGEST_FIRST)}
     items.sort(key=lambda item: rank.get(item.path.relative_to(ROOT).as_posix(), len(rank)))
+
+
+def _skip_what_older_versions_lack() -> Iterator[None]:
+    try:
+        yield
+    except VersionError as error:
+        if all_there():
+            raise
+        pytest.skip(str(error))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_setup(item: pytest.Item) -> Iterator[None]:
+    yield from _skip_what_older_versions_lack()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
+    yield from _skip_what_older_versions_lack()
 
 
 @pytest.fixture(scope="session")

@@ -146,7 +146,7 @@ class LossCheck:
             self._sums = self._per_sample(self._form_of(losses, logits), places.sample)
         if losses is not None and log_probs is not None:
             _on_gradient(log_probs, partial(self._at_log_probs, losses))
-        elif losses is not None:
+        elif losses is not None and logits is not None:
             there = places.at(logits)
             some = logits.detach()[there.row[there.picked], there.column[there.picked]]
             _on_gradient(logits, partial(self._at_logits, some, losses))

@@ -23,10 +23,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..config import InputError, ResonanceConfig
+from ..config.compatibility import has
 from .effective import check_maps, effective_weight
 from .gradients import Segment
+from .head import PIECE_LOGITS, losses_in_pieces
 from .loss_check import LossCheck, TokenLoss, Verdict, field_of, verdicts
-from .losses import IGNORE
+from .losses import IGNORE, unwrapped
 from .modes import at_least_float32
 from .recorder import Call, call_sums
 from .resonance import Resonance, layer_values
@@ -138,6 +140,7 @@ class TrainingRecorder:
         self._called: dict[MicroBatch, set[nn.Module]] = {}
         self._outputs: dict[nn.Module, Tensor] | None = None  # of the hooked modules, while a forward runs
         self._replaying = False
+        self._hidden: Tensor | None = None
         self._stack = contextlib.ExitStack()
 
     def attach(self) -> None:
@@ -147,6 +150,8 @@ class TrainingRecorder:
             self.model.register_forward_hook(self._end, with_kwargs=True),
             *(module.register_forward_hook(self._catch, with_kwargs=True) for module in self._modules),
         ]
+        if not has("one nll"):
+            hooks.append(unwrapped(self.model).base_model.register_forward_hook(self._see_hidden))
         for hook in hooks:
             self._stack.callback(hook.remove)
 
@@ -224,6 +229,9 @@ class TrainingRecorder:
         if batch is None or not torch.is_grad_enabled():
             return
         losses = _token_losses(output, batch)
+        if losses is None and self._hidden is not None:
+            losses = _losses_after(self._hidden, unwrapped(model), batch)
+        self._hidden = None
         batch.losses = None if losses is None else _mean_losses(losses, batch)
         if self.config is not None:
             batch.check.watch(output, losses, kwargs.get("num_items_in_batch"))
@@ -240,6 +248,12 @@ class TrainingRecorder:
         finally:
             self._replaying = False
         return {module: each for module, each in zip(outputs, found, strict=True) if each is not None}
+
+    def _see_hidden(self, module: nn.Module, args: Any, output: Any) -> None:
+        """Keep (B, T, H), of which SFTTrainer of TRL before 1.15 computes the loss without the model's head."""
+        hidden = field_of(output, "last_hidden_state")
+        if self._running is not None and torch.is_grad_enabled() and hidden is not None:
+            self._hidden = hidden.detach()
 
     def _catch(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
         """Forward hook. Gradient checkpointing calls it twice, but its backward passes here once."""
@@ -362,6 +376,26 @@ def _same(mine: Tensor, given: Any) -> bool:
     if not isinstance(given, Tensor) or given.shape != mine.shape:
         return False
     return given.data_ptr() == mine.data_ptr() or torch.equal(given, mine)
+
+
+@torch.no_grad()
+def _losses_after(hidden: Tensor, model: Any, batch: MicroBatch) -> Tensor | None:
+    """(B, T - 1) the cross entropy of each learnt token from the decoder's output, as TRL before 1.15 computes it."""
+    if hidden.shape[:2] != batch.labels.shape:  # an adapter has added tokens
+        return None
+    config, head = model.config, model.get_output_embeddings()
+    scale, cap = getattr(config, "logit_scale", 1.0), getattr(config, "final_logit_softcapping", None)
+
+    def logits(own: Tensor) -> Tensor:
+        found = at_least_float32(F.linear(own.to(head.weight.dtype), head.weight, head.bias)) * scale
+        return found if cap is None else cap * torch.tanh(found / cap)
+
+    learnt = (batch.labels[:, 1:] != IGNORE).to(hidden.device)
+    targets = batch.labels[:, 1:].to(hidden.device)[learnt]
+    size = max(PIECE_LOGITS // len(head.weight), 1)
+    losses, _ = losses_in_pieces(hidden[:, :-1][learnt], logits, targets, None, size)
+    per_token = losses.double().new_zeros(learnt.shape).masked_scatter(learnt, losses.double())
+    return per_token.to(batch.labels.device)
 
 
 @torch.no_grad()

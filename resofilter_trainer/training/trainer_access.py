@@ -55,6 +55,8 @@ def check_trainer(trainer: Trainer, train_dataloader: Any) -> None:
     """Raise InputError for a setting under which rows or gradients cannot be told apart; it says what to change."""
     args = cast(SFTConfig, trainer.args)
     accelerator = trainer.accelerator
+    if loss_type(args) == "dft":
+        need("log_probs", "ResonanceCallback with loss_type='dft'")
     sharded = "Score first (resofilter score), then train on the selection"
     half = main_dtype(cast(Any, trainer.model)) == torch.float16
     by_fsdp = accelerator.distributed_type == DistributedType.FSDP or is_sharded(cast(Any, trainer.model))
@@ -96,7 +98,6 @@ def check_weighable(trainer: Trainer, train_dataloader: Any) -> None:
     args = cast(Any, trainer.args)
     if not isinstance(trainer, SFTTrainer):
         raise InputError(f"Rows are weighted in SFTTrainer's loss, this is {type(trainer).__name__}.")
-    need("log_probs", "A weight for each row")
     refusals = [
         *_common_refusals(trainer, train_dataloader.dataset),
         (loss_type(args) != "nll", f"loss_type='{args.loss_type}'", "Use 'nll'"),
@@ -104,6 +105,7 @@ def check_weighable(trainer: Trainer, train_dataloader: Any) -> None:
         (bool(args.label_smoothing_factor), "label smoothing", "Leave it out"),
     ]
     _refuse("Rows cannot be weighted with", refusals)
+    need("log_probs", "A weight for each row")
 
 
 def _common_refusals(trainer: Trainer, dataset: Any) -> list[tuple[bool, str, str]]:

@@ -6,20 +6,22 @@ from collections.abc import Mapping
 from typing import Any
 
 import pytest
+from packaging.version import Version
 
-from resofilter_trainer.config import VersionError
 from resofilter_trainer.config.compatibility import SINCE, has, installed, training_arguments
 
 
 def arguments_here(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """SFTConfig's arguments under the names of the installed version; the test is skipped where it has no such.
+    """SFTConfig's arguments under the names of the installed version."""
+    if "selective" in (settings.get("activation_checkpointing_kwargs") or ()):
+        skip_without("activation_checkpointing")
+    return training_arguments(settings)
 
-    The loss shows the loss of each token, by default in newer versions only.
-    """
-    try:
-        return training_arguments({**({} if has("one nll") else {"loss_type": "nll"}), **settings})
-    except VersionError as error:
-        pytest.skip(str(error))
+
+def before(package: str, version: str) -> bool:
+    """Whether the installed version of a package is older."""
+    found = installed(package)
+    return found is not None and found < Version(version)
 
 
 def skip_without(feature: str) -> None:
@@ -27,3 +29,8 @@ def skip_without(feature: str) -> None:
     if not has(feature):
         package, version = SINCE[feature]
         pytest.skip(f"{feature} came with {package} {version}, and {installed(package)} is installed")
+
+
+def all_there() -> bool:
+    """Whether the installed versions lack nothing of `SINCE`."""
+    return all(map(has, SINCE))

@@ -10,6 +10,7 @@ import pytest
 import torch
 from helpers.tables import make_scores
 from helpers.training import arguments, assert_same_weights, llama, rows, train
+from helpers.versions import skip_without
 from torch.nn import functional as F
 from transformers import Trainer
 from trl import SFTTrainer
@@ -24,6 +25,7 @@ from resofilter_trainer import (
     Selection,
     SoftPruning,
 )
+from resofilter_trainer.config import VersionError, compatibility
 from resofilter_trainer.selecting.selection import KEPT
 from resofilter_trainer.training.trainer_access import rows_of
 
@@ -208,7 +210,15 @@ def test_losses_that_cannot_be_weighed_are_refused(changes, said, tmp_path, toke
         train(tmp_path, tokenizer, SampleWeights(np.ones(21)), **changes)
 
 
+def test_without_the_losses_of_tokens_they_are_refused(tmp_path, tokenizer, monkeypatch):
+    """As with TRL before 1.15, whose model computes the loss of a whole batch only."""
+    monkeypatch.setitem(compatibility.SINCE, "log_probs", ("trl", "1000"))
+    with pytest.raises(VersionError, match=r"A weight for each row needs trl 1000 or later, and \S+ is installed"):
+        train(tmp_path, tokenizer, SampleWeights(np.ones(21)))
+
+
 def test_another_number_of_rows_is_refused(tmp_path, tokenizer):
+    skip_without("log_probs")
     with pytest.raises(InputError, match="There are 3 weights and the dataset has 21 rows"):
         train(tmp_path, tokenizer, SampleWeights(np.ones(3)))
 
@@ -219,6 +229,7 @@ def test_another_number_of_rows_is_refused(tmp_path, tokenizer):
     ids=["twice", "both callbacks"],
 )
 def test_a_second_callback_for_the_rows_is_refused(other, said, tmp_path, tokenizer):
+    skip_without("log_probs")
     trainer = SFTTrainer(
         llama(len(tokenizer)),
         arguments(tmp_path),
