@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .config import ColumnMapping, InputError, ResonanceConfig, TokenCleaning
     from .criteria.criterion import Criterion
+    from .data.exporting import export_rows
     from .data.files import load_rows
     from .data.rows import map_columns, unpack
     from .model.recorder import Recorder
@@ -39,6 +40,7 @@ __version__ = "0.1.0"
 _NAMES = {  # the public names of each module, as above
     "config": ("ColumnMapping", "InputError", "ResonanceConfig", "TokenCleaning"),
     "criteria.criterion": ("Criterion",),
+    "data.exporting": ("export_rows",),
     "data.files": ("load_rows",),
     "data.rows": ("map_columns", "unpack"),
     "model.recorder": ("Recorder",),
