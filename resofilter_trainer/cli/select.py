@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from shlex import quote
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ..config import InputError
+from ..config import ColumnMapping, InputError
 from ..scores.score_table import count_reasons
 from .inputs import scored_dataset
 from .parser import CommandParser, scored_dataset_arguments
+
+if TYPE_CHECKING:
+    from ..selecting.selection import Selection
 
 EXAMPLE = "resofilter select scores/ --keep 0.5 --output kept/"
 
@@ -40,6 +45,13 @@ def add_arguments(parser: CommandParser) -> None:
     parser.add_argument("--stratify_by", help="a column of the scores: the share is kept in each stratum of its values")
     parser.add_argument("--strata", type=int, default=10, help="the number of strata")
     parser.add_argument("--group_column", help="a column of the dataset: the share is kept in each of its groups")
+    parser.add_argument(
+        "--format",
+        nargs="+",
+        default=[],
+        metavar="FORM",
+        help="also write the kept rows for other trainers, to exported/: jsonl, parquet, sharegpt, alpaca",
+    )
     scored_dataset_arguments(parser)
 
 
@@ -47,7 +59,7 @@ def run(args: argparse.Namespace) -> None:
     """Decide from saved scores, and write the selection and the kept rows."""
     from ..io.files import check_folder
     from ..scores.score_table import ScoreTable
-    from ..selecting.kept_dataset import DATASET, check_place
+    from ..selecting.kept_dataset import DATASET, EXPORTED, check_place
 
     if args.output is None:
         raise InputError("--output is missing: a folder for the selection and the kept rows.")
@@ -58,6 +70,7 @@ def run(args: argparse.Namespace) -> None:
     policy = _policy(args)
     scores = ScoreTable.join([ScoreTable.load(path) for path in args.scores])
     dataset = scored_dataset(args, scores.provenance.source)
+    _check_forms(args.format, dataset)
     check_place(output, args.dataset or scores.provenance.source.get("dataset"))
     if args.group_column and (dataset is None or args.group_column not in dataset.column_names):
         has = "pass --dataset" if dataset is None else f"the dataset has {', '.join(dataset.column_names)}"
@@ -65,7 +78,7 @@ def run(args: argparse.Namespace) -> None:
     selection = policy.select(scores, groups=dataset[args.group_column][:] if args.group_column else None)
     if not selection.keep.any():
         raise InputError(f"There is no row to keep, of {len(selection)}. Choose another threshold or share.")
-    saved = _save(selection, dataset, output, args.group_column)
+    saved = _save(selection, dataset, output, args.group_column, args.format)
     print(f"Selection: {saved}")
     for reason, count in count_reasons(selection.reason, 10):
         print(f"  {count:>8} {reason}")
@@ -73,6 +86,8 @@ def run(args: argparse.Namespace) -> None:
         print("The scores name no dataset to filter. In Python: Selection.load(...).apply(dataset).")
     else:
         print(f"Kept rows: {output / DATASET} (datasets.load_from_disk)")
+        for file in sorted((output / EXPORTED).glob("*")) if args.format else ():
+            print(f"Exported: {file}")
     if len(args.scores) == 1:
         print(f"Next: resofilter report {quote(args.scores[0])} --selection {quote(args.output)}")
 
@@ -97,15 +112,43 @@ def _policy(args: argparse.Namespace) -> Any:
     return policy
 
 
-def _save(selection: Any, dataset: Any, output: Path, group_column: str | None) -> Path:
+def _check_forms(forms: Sequence[str], dataset: Any) -> None:
+    """Raise InputError for a form that is not known, and where there are no rows to write."""
+    from ..data.exporting import FILES
+
+    unknown = [form for form in forms if form not in FILES]
+    if unknown:
+        raise InputError(f"--format {unknown[0]} is not known. Known: {', '.join(FILES)}.")
+    if forms and dataset is None:
+        raise InputError("--format needs the rows, and the scores name no dataset: pass --dataset.")
+
+
+def _export(forms: Sequence[str], rows: Any, selection: Selection) -> Callable[[Path], None]:
+    """What writes the kept rows in each form, with the columns that were scored."""
+    from ..data.exporting import export_rows
+    from ..scores.provenance import Provenance
+
+    preparation = Provenance.from_json(selection.provenance).preparation
+    names = {each.name for each in dataclasses.fields(ColumnMapping)}
+    scored = {name: value for name, value in preparation.items() if name in names and value not in (None, [])}
+    columns = ColumnMapping(**scored)
+
+    def export(folder: Path) -> None:
+        for form in forms:
+            export_rows(rows, folder, form, columns, selection.sample_ids)
+
+    return export
+
+
+def _save(selection: Selection, dataset: Any, output: Path, group_column: str | None, forms: Sequence[str]) -> Path:
     """Write the selection and, with a dataset, the kept rows; returns the selection's file."""
     from ..io.files import folder_lock
     from ..selecting.kept_dataset import save_kept
 
     rows = None if dataset is None else selection.apply(dataset)
+    export = _export(forms, rows, selection) if forms else None
     with folder_lock(output):
-        saved: Path = selection.save(output) if rows is None else save_kept(rows, selection, output, group_column)
-    return saved
+        return save_kept(rows, selection, output, group_column, export)
 
 
 def _threshold(text: str) -> float | str:

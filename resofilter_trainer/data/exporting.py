@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +41,7 @@ def export_rows(
     folder: str | Path,
     form: str,
     columns: ColumnMapping | None = None,
-    sample_ids: Sequence[int] | None = None,
+    sample_ids: Iterable[int] | None = None,
 ) -> Path:
     """Write rows as a file that other trainers read.
 
@@ -76,7 +76,7 @@ def export_rows(
     return file
 
 
-def _with_ids(rows: Dataset, ids: Sequence[int] | None) -> Dataset:
+def _with_ids(rows: Dataset, ids: Iterable[int] | None) -> Dataset:
     if ids is None:
         return rows
     listed = [int(each) for each in ids]

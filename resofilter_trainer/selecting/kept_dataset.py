@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,7 +16,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 DATASET = "dataset"
-REPLACED = ".dataset.replaced"  # the earlier rows, until the new ones are in place
+EXPORTED = "exported"  # the rows as files for other trainers
 
 
 def check_place(output: Path, source: str | None) -> None:
@@ -24,37 +26,66 @@ def check_place(output: Path, source: str | None) -> None:
         output: the folder of the selection.
         source: the name or path of the scored dataset, if known.
     """
-    folder = output / DATASET
     ours = (output / SELECTION_FILE).exists()
-    if folder.exists() and (not ours or (source is not None and folder.resolve() == Path(source).resolve())):
-        raise InputError(f"'{folder}' exists and is no earlier selection's. Choose another output.")
+    for folder in (output / DATASET, output / EXPORTED):
+        is_source = source is not None and folder.resolve() in (Path(source).resolve(), Path(source).resolve().parent)
+        if folder.exists() and (not ours or is_source):
+            raise InputError(f"'{folder}' exists and is no earlier selection's. Choose another output.")
 
 
-def save_kept(rows: Dataset, selection: Selection, output: Path, group_column: str | None = None) -> Path:
+def save_kept(
+    rows: Dataset | None,
+    selection: Selection,
+    output: Path,
+    group_column: str | None = None,
+    export: Callable[[Path], object] | None = None,
+) -> Path:
     """Write a selection, the rows that it keeps and their card. Rows are never beside another selection than theirs.
 
     Args:
-        rows: the kept rows, as `Selection.apply` gives them.
+        rows: the kept rows, as `Selection.apply` gives them; None to write the selection alone.
         selection: the selection that keeps them.
         output: a folder; the rows of an earlier selection in it are replaced.
         group_column: the column whose groups each have their share, for the card.
+        export: writes the rows to a folder as files for other trainers, if they are wanted.
 
     Returns:
         The selection's file.
     """
-    folder, replaced = output / DATASET, output / REPLACED
-    with replacing(folder) as temporary:
-        rows.save_to_disk(temporary)
-        selection.card(group_column=group_column).save(temporary / "README.md")
-        flush(temporary)  # before the earlier rows are moved away
-        shutil.rmtree(replaced, ignore_errors=True)
-        if folder.exists():
-            folder.rename(replaced)
-        try:
+    with contextlib.ExitStack() as stack:
+        if rows is not None:
+            folder = stack.enter_context(replacing(output / DATASET))
+            rows.save_to_disk(folder)
+            selection.card(group_column=group_column).save(folder / "README.md")
+            flush(folder)  # before the earlier rows are moved away
+        if export is not None:
+            exported = stack.enter_context(replacing(output / EXPORTED))
+            exported.mkdir()
+            export(exported)
+            flush(exported)
+        with _moved_away(output):
             saved = selection.save(output)
-        except BaseException:
-            if replaced.exists():
-                replaced.rename(folder)
-            raise
-    shutil.rmtree(replaced, ignore_errors=True)
+    for name in (DATASET, EXPORTED):
+        shutil.rmtree(_replaced(output, name), ignore_errors=True)
     return saved
+
+
+@contextlib.contextmanager
+def _moved_away(output: Path) -> Iterator[None]:
+    """Moves the earlier rows out of the way, and back after an error."""
+    for name in (DATASET, EXPORTED):
+        shutil.rmtree(_replaced(output, name), ignore_errors=True)
+        if (output / name).exists():
+            (output / name).rename(_replaced(output, name))
+    try:
+        yield
+    except BaseException:
+        for name in (DATASET, EXPORTED):
+            if _replaced(output, name).exists():
+                _replaced(output, name).rename(output / name)
+        raise
+
+
+def _replaced(output: Path, name: str) -> Path:
+    """Where earlier rows are until the new ones are in place."""
+    return output / f".{name}.replaced"
