@@ -15,6 +15,8 @@ from .inputs import scored_dataset
 from .parser import CommandParser, scored_dataset_arguments
 
 if TYPE_CHECKING:
+    from datasets import Dataset
+
     from ..selecting.selection import Selection
 
 EXAMPLE = "resofilter select scores/ --keep 0.5 --output kept/"
@@ -85,7 +87,7 @@ def run(args: argparse.Namespace) -> None:
     if dataset is None:
         print("The scores name no dataset to filter. In Python: Selection.load(...).apply(dataset).")
     else:
-        print(f"Kept rows: {output / DATASET} (datasets.load_from_disk)")
+        print(f"Kept rows: {output / DATASET} ({_how_to_open(dataset)})")
         for file in sorted((output / EXPORTED).glob("*")) if args.format else ():
             print(f"Exported: {file}")
     if len(args.scores) == 1:
@@ -110,6 +112,18 @@ def _policy(args: argparse.Namespace) -> Any:
             needed = "--stratify_by" if name == "strata" else "several columns in --by"
             raise InputError(f"--{name} goes with {needed}.")
     return policy
+
+
+def _how_to_open(dataset: Dataset) -> str:
+    from ..data.exact_json import has_json
+
+    varying = [name for name, feature in dataset.features.items() if has_json(feature)]
+    if not varying:
+        return "datasets.load_from_disk"
+    return (
+        f"datasets.load_from_disk, in datasets 4.7 or later, as values of {', '.join(varying)} differ in their keys or "
+        "types; for others, add --format jsonl"
+    )
 
 
 def _check_forms(forms: Sequence[str], dataset: Any) -> None:

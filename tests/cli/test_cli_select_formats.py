@@ -85,6 +85,17 @@ def test_an_unknown_form_and_scores_without_rows(scores, capsys):
     assert "--format needs the rows, and the scores name no dataset: pass --dataset." in capsys.readouterr().err
 
 
+def test_rows_that_older_versions_of_datasets_cannot_open_are_named(scores, capsys):
+    select(scores)
+    assert "dataset (datasets.load_from_disk)" in capsys.readouterr().out
+    source = scores.parent / "rows.jsonl"
+    source.write_text(
+        "".join(json.dumps(row | {"meta": {"a": [i, str(i)][i % 2]}}) + "\n" for i, row in enumerate(ROWS))
+    )
+    select(scores)
+    assert "in datasets 4.7 or later, as values of meta differ" in capsys.readouterr().out
+
+
 def test_a_folder_of_someone_else_is_not_replaced(scores, capsys):
     (scores.parent / "kept" / "exported").mkdir(parents=True)
     (scores.parent / "kept" / "exported" / "mine.txt").write_text("mine")
