@@ -13,28 +13,24 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from ..config import InputError, ResonanceConfig
 from ..config.compatibility import has
-from .effective import check_maps, effective_weight
-from .gradients import Segment
-from .head import PIECE_LOGITS, losses_in_pieces
-from .loss_check import LossCheck, TokenLoss, Verdict, field_of, verdicts
-from .losses import IGNORE, unwrapped
-from .modes import at_least_float32
+from .effective import check_maps
+from .loss_check import Verdict, field_of, verdicts
+from .losses import unwrapped
+from .micro_batch import MicroBatch, losses_after, mean_losses, token_losses
 from .recorder import Call, call_sums
-from .resonance import Resonance, layer_values
+from .resonance import Resonance
 from .unreached import not_called, used_twice
 from .up_projection import UpProjection, find_up_projections
-from .updates import UPDATES, closed_form, size_of_change, unchanged_sum
+from .updates import closed_form, size_of_change, unchanged_sum
 
 NO_GRADIENT = (
     "A training step was not measured: its loss has no gradient at any measured up-projection. Measure lower layers "
@@ -49,67 +45,6 @@ NOT_SEEN = (
     "A training step was not measured: the model was not called with the batch's input_ids. Leave them as the collator "
     "made them, and the model as it was when training began."
 )
-
-
-@dataclass(eq=False)
-class MicroBatch:
-    """One expected forward and backward, and what was measured of it.
-
-    Attributes:
-        input_ids: (B, T), the input of the model.
-        labels: (B, T), -100 for tokens that are not learnt.
-        segments: the N samples in it.
-        token_weight: the expected weight of every token's loss in the loss of the step.
-        form: the expected loss of one token.
-        sums: what each hooked module adds to each sample's sum, (N,).
-        aside: the gradient of the model's auxiliary loss at the output of each hooked module.
-        losses: (N,) each sample's mean token loss; None if the output of the model does not show it.
-    """
-
-    input_ids: Tensor
-    labels: Tensor
-    segments: Sequence[Segment]
-    token_weight: float | Tensor
-    form: TokenLoss = field(default_factory=TokenLoss)
-    sums: dict[nn.Module, Tensor] = field(default_factory=dict)
-    aside: dict[nn.Module, Tensor] = field(default_factory=dict)
-    losses: Tensor | None = None
-
-    @cached_property
-    def num_tokens(self) -> Tensor:
-        """(N,) the number of learnt tokens of each sample."""
-        learnt = self.labels != IGNORE
-        learnt[:, 0] = False
-        return torch.stack([learnt[each.row, each.tokens].sum() for each in self.segments])
-
-    @cached_property
-    def check(self) -> LossCheck:
-        """What finds the true weights of the tokens."""
-        return LossCheck(self.input_ids, self.labels, self.segments, self.token_weight, self.form)
-
-    @cached_property
-    def scales(self) -> Tensor:
-        """(N,) the factor from a sample's share of the loss to its own mean loss, known once the backward reaches it.
-
-        The weights are the expected ones, exactly, unless the backward shows others.
-        """
-        tokens = self.num_tokens.clamp(min=1)
-        expected = 1 / (self.token_weight * tokens)
-        if self.check.own is None:
-            return expected
-        return torch.where(self.check.own, (1 / (self.check.weight * tokens)).to(expected.dtype), expected)
-
-    def of_tokens(self, module: nn.Module, b: Tensor) -> Tensor:
-        """The part of a gradient at a module's output that the tokens' losses make, without the auxiliary loss's."""
-        weight, aside = self.check.aux_weight, self.aside.get(module)
-        if weight is None or aside is None:
-            return b
-        own = (at_least_float32(b) - weight * at_least_float32(aside)).view(*self.input_ids.shape, -1)
-        for each in self.segments:  # exactly zero where no learnt token follows
-            learnt = (self.labels[each.row, each.tokens] != IGNORE).long()
-            follows = learnt.sum() > learnt.cumsum(0)
-            own[each.row, each.tokens] *= follows[:, None].to(own)
-        return own.to(b.dtype).view_as(b)
 
 
 class TrainingRecorder:
@@ -228,11 +163,11 @@ class TrainingRecorder:
         batch, outputs, self._outputs = self._running, self._outputs, None
         if batch is None or not torch.is_grad_enabled():
             return
-        losses = _token_losses(output, batch)
+        losses = token_losses(output, batch)
         if losses is None and self._hidden is not None:
-            losses = _losses_after(self._hidden, unwrapped(model), batch)
+            losses = losses_after(self._hidden, unwrapped(model), batch)
         self._hidden = None
-        batch.losses = None if losses is None else _mean_losses(losses, batch)
+        batch.losses = None if losses is None else mean_losses(losses, batch)
         if self.config is not None:
             batch.check.watch(output, losses, kwargs.get("num_items_in_batch"))
             aux = field_of(output, "aux_loss")
@@ -293,62 +228,6 @@ class TrainingRecorder:
             self._replaying = False
 
 
-class StepRecorder:
-    """Measures what the run's own optimizer does to W_up in one step, by comparing the weights before and after.
-
-    With an adapter, the weight is the effective one: for LoRA, `W + scaling * B A`.
-
-    Args:
-        model: the model in training.
-        config: the layers and the norm.
-
-    Raises:
-        InputError: the map of an adapted up-projection is not a matrix; or no up-projection is trained.
-    """
-
-    def __init__(self, model: nn.Module, config: ResonanceConfig) -> None:
-        self._up_projections = find_up_projections(model, config.n_layers, config.up_projection)
-        self._config = config
-        self._before: list[Tensor] = []
-        check_maps(self._up_projections)
-        if not any(_is_trained(each) for each in self._up_projections):
-            raise InputError(
-                "update='optimizer' sees no change: no measured up-projection is trained, and none has a trained "
-                "adapter. Use update='adamw', which needs the gradient only."
-            )
-
-    def before(self) -> None:
-        """Store the weights before the step."""
-        self._before = [_effective(each).clone() for each in self._up_projections]
-
-    def after(self) -> np.ndarray:
-        """(L,) the change of each measured layer since `before`, in the unit of the weights."""
-        changes = [_effective(each) - old for each, old in zip(self._up_projections, self._before, strict=True)]
-        self._before = []
-        return np.array(layer_values(self._up_projections, changes, self._config))
-
-
-def recorders(model: nn.Module, config: ResonanceConfig, samples: int) -> tuple[TrainingRecorder, StepRecorder | None]:
-    """The recorders of a run: of each sample's gradient, or for an update without a closed form of the weights.
-
-    Args:
-        model: the model in training.
-        config: the step to measure, and how.
-        samples: the number of samples of a step, over all processes.
-
-    Raises:
-        InputError: the update has no closed form, and a step has several samples.
-    """
-    if UPDATES[config.update].step is not None:
-        return TrainingRecorder(model, config), None
-    if samples != 1:
-        raise InputError(
-            f"update='optimizer' sees one change for a whole step, and yours has {samples} samples (batch x "
-            "accumulation x processes). Use 1 sample, or update='adamw'."
-        )
-    return TrainingRecorder(model, None), StepRecorder(model, config)
-
-
 @contextlib.contextmanager
 def _second_backward() -> Iterator[None]:
     """A context in which the graph of a forward is passed once more, which not every way to save memory allows."""
@@ -361,62 +240,8 @@ def _second_backward() -> Iterator[None]:
         raise InputError(NOT_APART.format(error=said[0].rstrip("."))) from error
 
 
-def _is_trained(each: UpProjection) -> bool:
-    """Whether the optimizer changes the weight or an adapter around it."""
-    adapters = {*each.outer.parameters()} - {*each.owner.parameters()}
-    return any(parameter.requires_grad for parameter in (each.parameter, *adapters))
-
-
-def _effective(each: UpProjection) -> Tensor:
-    return at_least_float32(effective_weight(each))
-
-
 def _same(mine: Tensor, given: Any) -> bool:
     """Whether a model's input is this batch: the same tensor, or the copy that DDP makes."""
     if not isinstance(given, Tensor) or given.shape != mine.shape:
         return False
     return given.data_ptr() == mine.data_ptr() or torch.equal(given, mine)
-
-
-@torch.no_grad()
-def _losses_after(hidden: Tensor, model: Any, batch: MicroBatch) -> Tensor | None:
-    """(B, T - 1) the cross entropy of each learnt token from the decoder's output, as TRL before 1.15 computes it."""
-    if hidden.shape[:2] != batch.labels.shape:  # an adapter has added tokens
-        return None
-    config, head = model.config, model.get_output_embeddings()
-    scale, cap = getattr(config, "logit_scale", 1.0), getattr(config, "final_logit_softcapping", None)
-
-    def logits(own: Tensor) -> Tensor:
-        found = at_least_float32(F.linear(own.to(head.weight.dtype), head.weight, head.bias)) * scale
-        return found if cap is None else cap * torch.tanh(found / cap)
-
-    learnt = (batch.labels[:, 1:] != IGNORE).to(hidden.device)
-    targets = batch.labels[:, 1:].to(hidden.device)[learnt]
-    size = max(PIECE_LOGITS // len(head.weight), 1)
-    losses, _ = losses_in_pieces(hidden[:, :-1][learnt], logits, targets, None, size)
-    per_token = losses.double().new_zeros(learnt.shape).masked_scatter(learnt, losses.double())
-    return per_token.to(batch.labels.device)
-
-
-@torch.no_grad()
-def _token_losses(output: Any, batch: MicroBatch) -> Tensor | None:
-    """(B, T - 1) the cross entropy of each learnt token, from TRL's log-probabilities or from logits of all tokens."""
-    log_probs, logits = field_of(output, "log_probs"), field_of(output, "logits")
-    if log_probs is not None:
-        return -log_probs.double()
-    if logits is None or logits.shape[:-1] != batch.labels.shape:
-        return None
-    learnt = (batch.labels[:, 1:] != IGNORE).to(logits.device)
-    targets = batch.labels[:, 1:].to(logits.device)[learnt]
-    losses = F.cross_entropy(at_least_float32(logits[:, :-1][learnt]), targets, reduction="none")
-    per_token = torch.zeros(learnt.shape, dtype=torch.float64, device=losses.device)
-    per_token[learnt] = losses.double()
-    return per_token.to(batch.labels.device)
-
-
-def _mean_losses(per_token: Tensor, batch: MicroBatch) -> Tensor:
-    """(N,) each sample's mean token loss, given (B, T - 1) token losses."""
-    sums = [
-        per_token[each.row, max(each.tokens.start - 1, 0) : max(each.tokens.stop - 1, 0)] for each in batch.segments
-    ]
-    return torch.stack([each.sum() for each in sums]) / batch.num_tokens.clamp(min=1)

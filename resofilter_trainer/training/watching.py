@@ -17,7 +17,9 @@ from transformers import Trainer
 from ..config import InputError, ResonanceConfig
 from ..model.gradients import segments_of
 from ..model.loss_check import Verdict
-from ..model.training_recorder import MicroBatch, StepRecorder, TrainingRecorder, recorders
+from ..model.micro_batch import MicroBatch
+from ..model.step_recorder import StepRecorder, recorders
+from ..model.training_recorder import TrainingRecorder
 from ..model.up_projection import find_up_projections
 from . import trainer_access as access
 from .measurements import Measured, Measurements

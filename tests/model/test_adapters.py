@@ -22,8 +22,10 @@ from resofilter_trainer import InputError, Recorder, Resonance, ResonanceConfig,
 from resofilter_trainer.model import adapters
 from resofilter_trainer.model.effective import effective_weight
 from resofilter_trainer.model.gradients import segments_of
+from resofilter_trainer.model.micro_batch import MicroBatch
 from resofilter_trainer.model.modes import own_precision
-from resofilter_trainer.model.training_recorder import MicroBatch, StepRecorder, TrainingRecorder
+from resofilter_trainer.model.step_recorder import StepRecorder
+from resofilter_trainer.model.training_recorder import TrainingRecorder
 from resofilter_trainer.model.up_projection import find_up_projections
 
 pytestmark = pytest.mark.filterwarnings("ignore:Sparse invariant checks")  # of torch, in FRoD

@@ -20,8 +20,9 @@ from torch.nn.utils import parametrizations, parametrize, prune, spectral_norm, 
 
 from resofilter_trainer import InputError, Resonance, ResonanceConfig, literal
 from resofilter_trainer.model.gradients import segments_of
+from resofilter_trainer.model.micro_batch import MicroBatch
 from resofilter_trainer.model.modes import own_precision
-from resofilter_trainer.model.training_recorder import MicroBatch, TrainingRecorder
+from resofilter_trainer.model.training_recorder import TrainingRecorder
 from resofilter_trainer.model.up_projection import find_up_projections
 
 CONFIG = ResonanceConfig(n_layers=2, eps=1e-3, weight_decay=0.1)

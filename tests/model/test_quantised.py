@@ -21,9 +21,11 @@ from resofilter_trainer import InputError, ResonanceConfig, literal, score_datas
 from resofilter_trainer.data.fingerprints import hash_weights
 from resofilter_trainer.data.loading import load_weights, placed
 from resofilter_trainer.model.gradients import segments_of
+from resofilter_trainer.model.micro_batch import MicroBatch
 from resofilter_trainer.model.modes import evaluating
 from resofilter_trainer.model.quantised import bits_of, plain_matrix
-from resofilter_trainer.model.training_recorder import MicroBatch, StepRecorder, TrainingRecorder
+from resofilter_trainer.model.step_recorder import StepRecorder
+from resofilter_trainer.model.training_recorder import TrainingRecorder
 from resofilter_trainer.model.up_projection import find_up_projections
 
 bitsandbytes = pytest.importorskip("bitsandbytes", reason="quantised bases need bitsandbytes")

@@ -16,7 +16,8 @@ from torch.nn import functional as F
 
 from resofilter_trainer import InputError, ResonanceConfig
 from resofilter_trainer.model.gradients import segments_of
-from resofilter_trainer.model.training_recorder import MicroBatch, TrainingRecorder
+from resofilter_trainer.model.micro_batch import MicroBatch
+from resofilter_trainer.model.training_recorder import TrainingRecorder
 
 CONFIG = ResonanceConfig(n_layers=2, eps=1e-3)
 

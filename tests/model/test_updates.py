@@ -14,7 +14,8 @@ from helpers.samples import CLOSED_FORMS, collate, make_samples
 from resofilter_trainer import InputError, Recorder, ResonanceConfig, literal, score_dataset, score_layers
 from resofilter_trainer.config import OPTIMIZER, UpdateName
 from resofilter_trainer.model import recorder
-from resofilter_trainer.model.training_recorder import StepRecorder, TrainingRecorder, recorders
+from resofilter_trainer.model.step_recorder import StepRecorder, recorders
+from resofilter_trainer.model.training_recorder import TrainingRecorder
 from resofilter_trainer.model.updates import (
     UPDATES,
     Update,
