@@ -198,6 +198,7 @@ class Run:
         The Trainer steps its optimizer after as many micro-batches as it asks for. The last step of an epoch on fewer
         rows may have fewer, and is filled up with micro-batches that have nothing to learn.
         """
+        count = self._timeline.asked(count)
         iterator = iterator if self._tokens is None else self._tokens.masked_batches(iterator, self._enter_step)
         batches, num_items = self._patch.inner(iterator, count, *args, **kwargs)
         if any(ROW not in batch for batch in batches):  # a later training, without the callback

@@ -47,6 +47,7 @@ class Timeline:
         self.ended_epochs = 0
         self._progress = Progress.of(self.plan.total)
         self._skipped_steps = 0  # by the Trainer, in its first epoch after resuming
+        self._given = 0  # micro-batches that the Trainer has got or skipped in its present epoch
         self._position = Position(0, 0, 0, 0)  # when the Trainer's present epoch began
 
     @property
@@ -92,7 +93,17 @@ class Timeline:
         step = self._trainer.state.global_step
         self._position = position(self.plan, self.ended_epochs, step, self._skipped_steps)
         self.sampler.place(self._position)
-        self._skipped_steps = 0
+        self._given, self._skipped_steps = self._skipped_steps * self.plan.batching.accumulation, 0
+
+    def asked(self, count: int) -> int:
+        """The micro-batches of a step for which the Trainer asks, at most those that its epoch has left.
+
+        Where it resumes within an epoch whose last step has fewer, transformers before 5 asks for as many as usual.
+        """
+        batching = self.plan.batching
+        count = max(min(count, batching.micro_batches(batching.rows) - self._given), 0)
+        self._given += count
+        return count
 
     def begin_step(self) -> None:
         """Undo the random draw of an iterator that the uninterrupted run did not make, before its first step."""
