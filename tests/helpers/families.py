@@ -19,7 +19,7 @@ import torch
 import transformers
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from helpers.versions import before
+from .versions import older_than
 
 Settings = dict[str, Any]
 
@@ -194,7 +194,7 @@ def tiny(family: str, **overrides: Any) -> PreTrainedModel:
 
     Experts run one by one, because the faster implementations have no float64; `experts_implementation` overrides that.
     """
-    if family in DIFFERENT_BEFORE and before("transformers", DIFFERENT_BEFORE[family][0]):
+    if family in DIFFERENT_BEFORE and older_than("transformers", DIFFERENT_BEFORE[family][0]):
         pytest.skip(f"{family} {DIFFERENT_BEFORE[family][1]} before transformers {DIFFERENT_BEFORE[family][0]}")
     if family not in CONFIG_MAPPING:
         pytest.skip(f"transformers {transformers.__version__} has no {family}")

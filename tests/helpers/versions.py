@@ -15,12 +15,12 @@ def arguments_here(settings: Mapping[str, Any]) -> dict[str, Any]:
     """SFTConfig's arguments under the names of the installed version."""
     if "selective" in (settings.get("activation_checkpointing_kwargs") or ()):
         skip_without("activation_checkpointing")
-    if before("transformers", "5.0"):  # by default a folder's name is the time, and stands in each checkpoint
+    if older_than("transformers", "5.0"):  # by default a folder's name is the time, and stands in each checkpoint
         settings = {"logging_dir": "runs", **settings}
     return training_arguments(settings)
 
 
-def before(package: str, version: str) -> bool:
+def older_than(package: str, version: str) -> bool:
     """Whether the installed version of a package is older."""
     found = installed(package)
     return found is not None and found < Version(version)

@@ -9,6 +9,7 @@ import PIL.Image
 import pyarrow as pa
 import pytest
 from datasets import Dataset, Features, Image, Json, Value, concatenate_datasets
+from helpers.versions import older_than
 
 from resofilter_trainer.io.digest import FIRST, RowsDigest, hash_rows, same_rows
 
@@ -61,13 +62,16 @@ def one(values, kind=None) -> str:
     return hash_rows(Dataset(pa.table({"x": pa.array(values, kind)})))
 
 
+FIXED = [] if older_than("datasets", "5.0") else [pa.binary(2)]  # which datasets 4 refuses
+
+
 @pytest.mark.parametrize(
     ("values", "kinds"),
     [
         ([1, None, 3], [pa.int8(), pa.int64(), pa.uint16(), pa.uint64()]),
         ([0.5, None], [pa.float16(), pa.float32(), pa.float64()]),
         (["a", None, ""], [pa.string(), pa.large_string(), pa.string_view(), pa.dictionary(pa.int8(), pa.string())]),
-        ([b"ab", None], [pa.binary(), pa.large_binary(), pa.binary(2), pa.binary_view()]),
+        ([b"ab", None], [pa.binary(), pa.large_binary(), *FIXED, pa.binary_view()]),
         ([[1, 2], None], [pa.list_(pa.int8()), pa.large_list(pa.int64()), pa.list_(pa.int64(), 2)]),
         ([None, None], [pa.null(), pa.string(), pa.list_(pa.string())]),
     ],

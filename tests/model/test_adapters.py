@@ -14,6 +14,7 @@ import torch
 from helpers.adapters import BUILDERS, CAUSAL, NOT_BUILT, NOT_MERGED, ONLY_FLOAT32, REFUSED, SCORED, UP, VOCAB, adapted
 from helpers.families import HIDDEN, tiny
 from helpers.samples import collate, error_over_spread, make_samples, record_all, state_of
+from helpers.versions import older_than
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from torch import nn
 from torch.nn import functional as F
@@ -326,7 +327,8 @@ def rows_of_table() -> list[list[str]]:
 
 def test_the_table_has_every_kind_that_peft_has() -> None:
     types = {name for row in rows_of_table() for name in re.findall(r"`([A-Z0-9_]+)`", row[1])}
-    assert types == {str(kind.value) for kind in PEFT_TYPE_TO_CONFIG_MAPPING}
+    there = {str(kind.value) for kind in PEFT_TYPE_TO_CONFIG_MAPPING}
+    assert there <= types if older_than("peft", "0.21") else there == types
 
 
 def test_the_table_says_what_the_tests_find() -> None:

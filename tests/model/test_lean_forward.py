@@ -12,6 +12,7 @@ import torch
 from accelerate import dispatch_model
 from helpers.families import FAMILIES, LAYERS, VOCAB, tiny
 from helpers.samples import Sample, collate, error_over_spread, make_samples, record_all, state_of
+from helpers.versions import older_than
 from torch import nn
 
 from resofilter_trainer import InputError, Recorder, Resonance, ResonanceConfig
@@ -31,6 +32,8 @@ NOT_SHARED |= {"falcon_h1", "qwen3_5_text", "gemma3n_text", "jamba", "minimax", 
 NOT_SHARED |= {"hy_v4", "qwen3_5_moe_text", "qwen3_next", "qwen4_exp_text", "bailing_hybrid", "deepseek_v4"}
 NOT_SHARED |= {"dots3_note_text", "granitemoehybrid", "inkling_text", "inkling2_text", "kimi_linear", "lfm2_moe"}
 NOT_SHARED |= {"zaya"}
+if older_than("transformers", "5.23"):
+    NOT_SHARED |= {"big_bird", "megatron-bert", "roformer", "rembert", "moshi"}
 
 
 def build(family: str, **overrides) -> nn.Module:
