@@ -22,6 +22,7 @@ from transformers import (
 from trl import SFTConfig
 
 from ..config import InputError
+from ..model.plain import refuse_wrapper
 from .files import first_line, looks_local
 
 ON_THE_HUB = "revision", "subfolder", "token", "cache_dir", "local_files_only", "trust_remote_code"
@@ -48,6 +49,7 @@ def load_model(
         )
     if isinstance(model, str):
         model = load_weights(model, args)
+    refuse_wrapper(model)
     name = model.config.name_or_path
     if not name and processing_class is None:
         raise InputError(

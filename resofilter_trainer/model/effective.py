@@ -48,7 +48,7 @@ def effective_weight(each: UpProjection) -> Tensor:
 def check_maps(up_projections: Sequence[UpProjection]) -> None:
     """Raise InputError for a map that is not its weight and a bias, or an adapted one that is not any matrix."""
     for each in up_projections:
-        if each.parameter.device.type == "meta" or isinstance(each.parameter, DTensor):
+        if each.parameter.device.type == "meta":
             continue
         if is_map(each) and not (_is_plain(each) or _acts_plainly(each)):
             raise InputError(
@@ -83,10 +83,11 @@ def effective_matrix(each: UpProjection) -> Tensor:
 
 
 def _is_plain(each: UpProjection) -> bool:
-    """Whether the code of the map shows that it is its weight and a bias."""
-    known = type(each.owner).forward in (nn.Linear.forward, Conv1D.forward) or bits_of(each.parameter) is not None
+    """Whether the map is known to be its weight and a bias, by its code."""
+    if bits_of(each.parameter) is not None or isinstance(each.parameter, DTensor):
+        return True
     hooked = each.owner._forward_hooks or each.owner._forward_pre_hooks or "forward" in vars(each.owner)
-    return known and not hooked
+    return type(each.owner).forward in (nn.Linear.forward, Conv1D.forward) and not hooked
 
 
 @torch.no_grad()

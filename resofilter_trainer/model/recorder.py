@@ -42,7 +42,7 @@ from .lean_forward import LeanForward
 from .losses import Inputs, learnt_positions, sample_means, unpacked
 from .modes import at_least_float32, evaluating, own_precision, requiring_grad
 from .resonance import Resonance
-from .unreached import NO_GRADIENT, is_used, not_called, not_token_by_token, used_twice
+from .unreached import DETACHED, is_used, not_called, not_token_by_token, used_twice
 from .up_projection import UpProjection, decoder_layers, find_up_projections
 from .updates import UPDATES, closed_form, size_of_change, tile_sum, unchanged_sum
 
@@ -163,7 +163,7 @@ class Recorder:
             shares = (1 / num_tokens.clamp(min=1).double())[learnt.nonzero()[:, 0]]
             token_losses, gradient = decoded.losses_and_gradient(shares)
             if not decoded.hidden.requires_grad:
-                raise InputError(NO_GRADIENT)
+                raise InputError(DETACHED)
             outputs = [call.output for call in calls.values() if call.output is not None]
             gradients = torch.autograd.grad(decoded.hidden, outputs, gradient, allow_unused=True)
             whole = inputs.shape, segments_of({"attention_mask": batch["attention_mask"][:, : inputs.shape[1]]})

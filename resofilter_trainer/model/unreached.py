@@ -12,11 +12,11 @@ import torch
 from torch import nn
 
 from ..config import InputError
-from .computed import UNCOMPILED, is_compiled
 from .modes import requiring_grad
+from .plain import UNCOMPILED, is_compiled
 from .up_projection import UpProjection
 
-NO_GRADIENT = (
+DETACHED = (
     "The loss has no gradient at any measured up-projection: the model's forward detaches what they compute, or runs "
     "under torch.no_grad. Load a model that can be trained, or measure other layers with a larger n_layers."
 )

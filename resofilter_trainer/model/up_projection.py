@@ -19,12 +19,11 @@ from typing import Any, Literal, cast
 import torch
 from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from ..config import InputError, ResonanceConfig
 from .adapters import refuse_adapters
-from .computed import UNCOMPILED, is_compiled, makes_its_weight_plain
 from .losses import unwrapped
+from .plain import UNCOMPILED, is_compiled, makes_its_weight_plain, refuse_wrapper
 from .quantised import REMEDY, bits_of, matrix_shape, plain_matrix
 
 Kind = Literal["linear", "conv1d", "experts"]
@@ -128,8 +127,7 @@ def find_up_projections(model: nn.Module, n_layers: int = 3, pattern: str | None
         InputError: one of these layers has no known up-projection, or one that is computed from other parameters or
             compiled; an adapter cannot be scored; or an argument is invalid.
     """
-    if isinstance(model, (nn.DataParallel, DistributedDataParallel)):
-        raise InputError(f"The model is wrapped in {type(model).__name__}. Pass the model inside: `model.module`.")
+    refuse_wrapper(model)
     refuse_adapters(model)
     path, layers = decoder_layers(model)
     depth = len(layers)

@@ -190,7 +190,8 @@ def test_target_parameters_of_a_dense_map() -> None:
 
 def test_the_remedy_for_an_adapter_that_transformers_added() -> None:
     model, samples = tiny("llama", vocab_size=VOCAB), make_samples(3)
-    model.add_adapter(peft.LoraConfig(r=4, target_modules=UP, alora_invocation_tokens=[5], init_lora_weights=False))
+    config = peft.LoraConfig(r=4, target_modules=UP, alora_invocation_tokens=[5], task_type=CAUSAL)
+    model.add_adapter(config)
     with pytest.raises(InputError, match=r"after `model.disable_adapters\(\)`") as error:
         Recorder(model, ADAMW)
     exec(str(error.value).split("`")[3], {"model": model})

@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from datasets import Dataset
 from helpers.families import tiny
 from helpers.samples import collate, error_over_spread, make_samples, record_all
 from peft import LoraConfig, get_peft_model
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations, parametrize, prune, spectral_norm, weight_norm
 
-from resofilter_trainer import InputError, Resonance, ResonanceConfig, literal
+from resofilter_trainer import InputError, Resonance, ResonanceConfig, literal, score_dataset
 from resofilter_trainer.model.gradients import segments_of
 from resofilter_trainer.model.micro_batch import MicroBatch
 from resofilter_trainer.model.modes import own_precision
@@ -242,6 +243,8 @@ def test_a_compiled_map_is_named() -> None:
 def test_the_model_inside_a_wrapper_is_the_remedy() -> None:
     model = nn.DataParallel(tiny("llama").double())
     said = refusal(model, "The model is wrapped in DataParallel")
+    with pytest.raises(InputError, match="wrapped in DataParallel"):
+        score_dataset(model, Dataset.from_dict({"text": ["a"]}))
     assert_right(eval(said.split("`")[1], {"model": model}))
 
 

@@ -1,12 +1,15 @@
-"""Modules whose weight or forward is not their own: parametrized, pruned, compiled. Knows torch, no model."""
+"""Modules that are not plain: in a wrapper, compiled, with a computed weight. Knows torch, no model's layers."""
 
 from __future__ import annotations
 
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import parametrize
 from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
+
+from ..config import InputError
 
 UNCOMPILED = "Pass the model uncompiled, and train without torch.compile"
 UNDONE_BY = {
@@ -14,6 +17,12 @@ UNDONE_BY = {
     SpectralNorm: "remove_spectral_norm({})",
     WeightNorm: "remove_weight_norm({})",
 }
+
+
+def refuse_wrapper(model: object) -> None:
+    """Raise InputError for a model that is wrapped for several devices."""
+    if isinstance(model, (nn.DataParallel, DistributedDataParallel)):
+        raise InputError(f"The model is wrapped in {type(model).__name__}. Pass the model inside: `model.module`.")
 
 
 def is_compiled(module: nn.Module) -> bool:
