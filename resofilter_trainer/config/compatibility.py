@@ -25,6 +25,7 @@ LEAST = {
 # What newer versions have, and since when. A test asks to remove an entry once `LEAST` has reached it.
 SINCE = {
     "warmup_steps below 1": ("transformers", "5.0"),  # before: warmup_ratio
+    "shapes of mismatched_keys": ("transformers", "5.0"),  # before: names only
     "train_sampling_strategy": ("transformers", "5.2"),  # before: group_by_length, and no sequential order
     "loss_is_scaled_for_ga": ("transformers", "5.19"),
     "activation_checkpointing": ("transformers", "5.23"),  # before: gradient_checkpointing
@@ -134,6 +135,12 @@ def loss_type(args: Any) -> str | None:
     """The loss of SFTTrainer, by its name in the newest version; None for another trainer's arguments."""
     given: str | None = getattr(args, "loss_type", None)
     return "nll" if given == "chunked_nll" and not has("one nll") else given
+
+
+def names_of_mismatched(found: Mapping[str, Any]) -> list[str]:
+    """The weights whose shape in the files is another, from the loading info of `from_pretrained`."""
+    mismatched = found["mismatched_keys"]
+    return [each[0] for each in mismatched] if has("shapes of mismatched_keys") else list(mismatched)
 
 
 def loss_is_scaled_for_ga(trainer: Any) -> bool | None:

@@ -22,6 +22,7 @@ from transformers import (
 from trl import SFTConfig
 
 from ..config import InputError
+from ..config.compatibility import names_of_mismatched
 from ..model.plain import refuse_wrapper
 from .files import first_line, looks_local
 
@@ -179,7 +180,7 @@ def _of_adapter(name: str) -> str:
 
 def _check_whole(name: str, model: PreTrainedModel, found: dict[str, Any]) -> None:
     """Raise InputError where transformers made weights up, because the files lack them or hold others."""
-    lacking = sorted({*found["missing_keys"], *(each[0] for each in found["mismatched_keys"])})
+    lacking = sorted({*found["missing_keys"], *names_of_mismatched(found)})
     if not lacking:
         return
     unused = sorted(found["unexpected_keys"])
