@@ -30,6 +30,7 @@ SINCE = {
     "loss_is_scaled_for_ga": ("transformers", "5.19"),
     "activation_checkpointing": ("transformers", "5.23"),  # before: gradient_checkpointing
     "one nll": ("trl", "1.15"),  # before: nll, and chunked_nll by default, which is the same in less memory
+    "null among JSON": ("datasets", "5.0"),  # before, text of JSON beside a null becomes JSON of that text
     "log_probs": ("trl", "1.15"),  # the output of SFTTrainer's model has them; before, it has no losses of tokens
 }
 EXTRAS = {  # the modules that come with each extra of pyproject.toml

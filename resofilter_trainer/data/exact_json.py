@@ -14,6 +14,7 @@ from typing import Any
 from datasets import Json, LargeList, List
 
 from ..config import InputError
+from ..config.compatibility import has
 
 READ = Json().decode_example
 DIGITS = 18  # that are read as a whole number before the point is set
@@ -25,6 +26,8 @@ def encoded(feature: Any, value: Any) -> Any:
     Raises:
         InputError: `datasets` cannot read it back.
     """
+    if value is None and isinstance(feature, Json) and not has("null among JSON"):
+        return "null"
     if value is None or not has_json(feature):
         return value
     if isinstance(feature, Json):

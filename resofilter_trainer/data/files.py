@@ -75,7 +75,8 @@ def load_stream(source: str, split: str = "train", name: str | None = None) -> I
         builder = _builder(source, name, split)
         if "[" in split:
             raise InputError(f"A stream is read from its beginning: pass split='{split.partition('[')[0]}', all of it.")
-        return builder.as_streaming_dataset(split=split)
+        parts = [builder.as_streaming_dataset(split=each) for each in _names(split)]
+        return parts[0] if len(parts) == 1 else concatenate_datasets(parts)
 
 
 def only_split(source: str) -> str | None:

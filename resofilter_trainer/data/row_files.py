@@ -18,7 +18,6 @@ from typing import Any
 import pyarrow as pa
 from datasets import ArrowBasedBuilder, BuilderConfig, DatasetInfo, Features, Json, List, SplitGenerator
 from datasets.builder import Key
-from datasets.table import table_cast
 
 from ..config import InputError
 from . import json_kinds as kinds
@@ -88,7 +87,7 @@ class RowFiles(ArrowBasedBuilder):
                 except UnicodeEncodeError as error:
                     where = f"'{origin}', rows {start} to {start + len(rows) - 1}"
                     raise InputError(f"{where}: text with half a character (\\ud800 to \\udfff): {error}.") from error
-                yield Key(number, part), table_cast(table, features.arrow_schema)
+                yield Key(number, part), table.cast(features.arrow_schema)  # datasets' own cast guesses at text
                 start += len(rows)
 
     def _columns(self, files: Iterable[tuple[str, str]]) -> dict[str, kinds.Kind]:
@@ -147,7 +146,7 @@ def _parts(rows: Rows) -> Iterator[list[tuple[int, Any]]]:
 
 
 def _storage(feature: Any) -> pa.DataType:
-    """The Arrow type of a feature; text for JSON, which `table_cast` converts."""
+    """The Arrow type of a feature; text for JSON, which Arrow converts."""
     if isinstance(feature, Json):
         return pa.string()
     if isinstance(feature, List):

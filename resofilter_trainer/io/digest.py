@@ -192,7 +192,8 @@ def _plain(array: pa.Array) -> pa.Array:
 
 def _json(array: pa.JsonArray) -> pa.Array:
     """JSON text with its fields in one order and without needless space, as libraries write it differently."""
-    texts = (text and json.dumps(json.loads(text), sort_keys=True) for text in array.storage.to_pylist())
+    values = [None if text is None else json.loads(text) for text in array.storage.to_pylist()]
+    texts = [None if value is None else json.dumps(value, sort_keys=True) for value in values]
     return pa.array(texts, pa.large_string())
 
 

@@ -46,7 +46,7 @@ def write(path: Path, text: str | bytes) -> str:
 def read(source: str, split: str = "train") -> Dataset:
     """The rows, which a stream has, too."""
     found, stream = load_rows(source, split), load_stream(source, split)
-    assert list(stream) == found.to_list()
+    assert list(stream) == list(found)
     assert stream.features == found.features
     return found
 
@@ -73,13 +73,13 @@ def separated(rows: list[dict[str, str]], **options: Any) -> str:
 def test_every_cell_is_the_text_that_was_written(tmp_path, name, delimiter, options):
     rows = [{"question": text, "answer": other} for text, other in zip(ODD, ODD[::-1], strict=True)]
     found = read(write(tmp_path / name, separated(rows, delimiter=delimiter, **options)))
-    assert found.to_list() == rows
+    assert list(found) == rows
     assert found.features == Features(dict.fromkeys(rows[0], Value("string")))
 
 
 @pytest.mark.parametrize("text", ["q,a\r\n1,\r\n", "\ufeffq,a\n1,\n", 'q,a\n\n"1",""\n\n'])
 def test_an_empty_cell_is_empty_text(tmp_path, text):
-    assert read(write(tmp_path / "a.csv", text)).to_list() == [{"q": "1", "a": ""}]
+    assert list(read(write(tmp_path / "a.csv", text))) == [{"q": "1", "a": ""}]
 
 
 def test_a_cell_may_be_long(tmp_path):
@@ -117,7 +117,7 @@ def test_a_broken_table_is_refused(tmp_path, name, text, message):
 def test_text_is_text_at_any_depth(tmp_path, name, dump):
     rows = [{"date": text, "m": [{"created_at": text, "parts": [text, None]}], "n": None} for text in ODD]
     found = read(write(tmp_path / name, dump(*rows)))
-    assert found.to_list() == rows
+    assert list(found) == rows
     assert found.features["m"] == List({"created_at": Value("string"), "parts": List(Value("string"))})
 
 
@@ -226,7 +226,7 @@ def test_what_no_column_can_hold_is_refused(tmp_path, text, message):
     ],
 )
 def test_other_layouts_of_json(tmp_path, text, rows):
-    assert read(write(tmp_path / "a.json", text)).to_list() == rows
+    assert list(read(write(tmp_path / "a.json", text))) == rows
 
 
 # ---- folders and splits
@@ -236,12 +236,12 @@ def test_a_folder_of_files_has_the_values_and_columns_of_all(tmp_path):
     write(tmp_path / "c" / "train-1.csv", "a,b\n007,2\n")
     write(tmp_path / "c" / "train-2.csv.gz", "b,a\n,NA\n")
     write(tmp_path / "c" / "test.csv", "a\n1.50\n")
-    assert read(str(tmp_path / "c")).to_list() == [{"a": "007", "b": "2"}, {"a": "NA", "b": ""}]
-    assert read(str(tmp_path / "c"), "test").to_list() == [{"a": "1.50"}]
-    assert read(str(tmp_path / "c"), "test+test").to_list() == [{"a": "1.50"}] * 2
+    assert list(read(str(tmp_path / "c"))) == [{"a": "007", "b": "2"}, {"a": "NA", "b": ""}]
+    assert list(read(str(tmp_path / "c"), "test")) == [{"a": "1.50"}]
+    assert list(read(str(tmp_path / "c"), "test+test")) == [{"a": "1.50"}] * 2
     write(tmp_path / "j" / "train-1.jsonl", lines({"a": 18, "d": "2024-01-05"}))
     write(tmp_path / "j" / "train-2.jsonl", lines({"a": 3.5, "late": "x"}))
-    assert read(str(tmp_path / "j")).to_list() == [
+    assert list(read(str(tmp_path / "j"))) == [
         {"a": "18", "d": "2024-01-05", "late": None},
         {"a": "3.5", "d": None, "late": "x"},
     ]
@@ -258,7 +258,7 @@ def test_the_options_of_a_folders_card_are_followed_or_refused(tmp_path):
     card = "---\nconfigs:\n- config_name: default\n  data_files: a.csv\n  sep: ';'\n{}---\n"
     write(tmp_path / "f" / "a.csv", "q;a\n007;NA\n")
     write(tmp_path / "f" / "README.md", card.format(""))
-    assert read(str(tmp_path / "f")).to_list() == [{"q": "007", "a": "NA"}]
+    assert list(read(str(tmp_path / "f"))) == [{"q": "007", "a": "NA"}]
     write(tmp_path / "f" / "README.md", card.format("  skiprows: 1\n"))
     with pytest.raises(InputError, match=r"sets skiprows=1 .*save_to_disk"):
         load_rows(str(tmp_path / "f"))
@@ -319,7 +319,7 @@ def test_a_folder_of_several_formats_is_refused_unless_its_card_chooses(tmp_path
         with pytest.raises(InputError, match=r"several formats, such as '[ab].* beside '[ab].*: move those of one"):
             load(source)
     write(tmp_path / "f" / "README.md", "---\nconfigs:\n- config_name: default\n  data_files: a.csv\n---\n")
-    assert read(source).to_list() == [{"a": "007"}]
+    assert list(read(source)) == [{"a": "007"}]
 
 
 def as_file(path: Path) -> str:

@@ -74,12 +74,12 @@ def as_folder_of_files(path: Path) -> str:
     ],
 )
 def test_rows_are_the_same_from_everywhere(tmp_path, name, write):
-    assert load_rows(write(tmp_path / name)).to_list() == ROWS
+    assert list(load_rows(write(tmp_path / name))) == ROWS
 
 
 @pytest.mark.parametrize("write", [as_saved_splits, as_folder_of_files])
 def test_split_is_the_one_that_was_asked_for(tmp_path, write):
-    assert load_rows(write(tmp_path / "data"), split="test").to_list() == ROWS[:1]
+    assert list(load_rows(write(tmp_path / "data"), split="test")) == ROWS[:1]
 
 
 @pytest.mark.parametrize("write", [as_saved_splits, as_folder_of_files])
@@ -178,7 +178,7 @@ def rows() -> Dataset:
 
 def test_prompt_and_completion_are_joined_by_the_separator(rows):
     mapped = map_columns(rows, ColumnMapping(prompt_column="instruction", completion_column="output"))
-    assert mapped.to_list() == [
+    assert list(mapped) == [
         {"prompt": "Add.\n", "completion": "3", "input": "1 + 2", "source": "a"},
         {"prompt": "Sing.\n", "completion": "la", "input": "", "source": "b"},
         {"prompt": "Wait.\n", "completion": "", "input": None, "source": "c"},  # it ends in white space already
@@ -217,7 +217,7 @@ def test_conversational_makes_messages(rows):
 def test_columns_may_have_trls_names_already():
     rows = Dataset.from_list([{"prompt": "a", "completion": "b"}])
     mapped = map_columns(rows, ColumnMapping(prompt_column="prompt", completion_column="completion"))
-    assert mapped.to_list() == [{"prompt": "a\n", "completion": "b"}]
+    assert list(mapped) == [{"prompt": "a\n", "completion": "b"}]
 
 
 def test_whole_numbers_become_their_digits():
@@ -262,8 +262,8 @@ def test_the_remedy_for_another_type_works():
 def test_text_of_every_type_is_text(kind):
     rows = Dataset.from_dict({"q": ["a"], "r": ["007"]}, Features({"q": Value(kind), "r": Value(kind)}))
     mapped = map_columns(rows, ColumnMapping(prompt_column="q", completion_column="r"))
-    assert mapped.to_list() == [{"prompt": "a\n", "completion": "007"}]
-    assert map_columns(rows, ColumnMapping(text_column="r")).to_list() == [{"q": "a", "text": "007"}]
+    assert list(mapped) == [{"prompt": "a\n", "completion": "007"}]
+    assert list(map_columns(rows, ColumnMapping(text_column="r"))) == [{"q": "a", "text": "007"}]
 
 
 def test_the_text_field_is_that_of_the_trainers_arguments():
@@ -277,14 +277,14 @@ def test_the_text_field_is_that_of_the_trainers_arguments():
 def test_messages_column(column):
     talk = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]
     mapped = map_columns(Dataset.from_list([{column: talk, "id": 1}]), ColumnMapping(messages_column=column))
-    assert mapped.to_list() == [{"messages": talk, "id": 1}]
+    assert list(mapped) == [{"messages": talk, "id": 1}]
 
 
 @pytest.mark.parametrize(("column", "text_field"), [("text", "text"), ("body", "text"), ("body", "content")])
 def test_text_column_goes_where_trl_looks_for_it(column, text_field):
     rows = Dataset.from_list([{column: "hello", "id": 1}])
     mapped = map_columns(rows, ColumnMapping(text_column=column), text_field)
-    assert mapped.to_list() == [{text_field: "hello", "id": 1}]
+    assert list(mapped) == [{text_field: "hello", "id": 1}]
 
 
 @pytest.mark.parametrize(
@@ -298,7 +298,7 @@ def test_text_column_goes_where_trl_looks_for_it(column, text_field):
 )
 def test_trls_names_need_no_mapping(row):
     rows = Dataset.from_list([row])
-    assert map_columns(rows, ColumnMapping()).to_list() == rows.to_list()
+    assert list(map_columns(rows, ColumnMapping())) == list(rows)
 
 
 @pytest.mark.parametrize(

@@ -419,7 +419,7 @@ def test_what_is_scored_is_what_the_trainer_trains_on(name, tiny_llama):
     trains = SFTTrainer(tiny_llama(), arguments(**settings), train_dataset=mapped, processing_class=tokenizer)
     for column in ("input_ids", "labels"):
         assert list(trains.train_dataset[column]) == list(found.dataset[column])
-    assert map_columns(mapped, ColumnMapping(), args=arguments(**settings)).to_list() == mapped.to_list()
+    assert list(map_columns(mapped, ColumnMapping(), args=arguments(**settings))) == list(mapped)
 
 
 @pytest.mark.parametrize("name", [name for name in MESSY if MESSY[name][-1]])
@@ -517,7 +517,7 @@ def test_columns_that_cannot_be_meant_are_one_line(row, mapping, told):
 
 def test_a_column_that_is_the_same_may_have_the_new_name():
     mapped = map_columns(Dataset.from_list([{"q": "a", "r": "b", "completion": "b"}]), ColumnMapping(**PAIR))
-    assert mapped.to_list() == [{"prompt": "a\n", "completion": "b"}]
+    assert list(mapped) == [{"prompt": "a\n", "completion": "b"}]
 
 
 @pytest.mark.parametrize("shown", ["numpy", "torch", "pandas", "arrow"])
@@ -547,7 +547,7 @@ def test_rows_of_a_json_file_may_differ_in_their_types(tmp_path):
     path.write_text("\n".join(json.dumps(row) for row in rows))
     dataset = load_dataset("json", data_files=str(path), split="train", cache_dir=str(tmp_path))
     expected = [{"messages": [user("hi"), call]} for call in calls]
-    assert map_columns(dataset, ColumnMapping()).to_list() == expected
+    assert list(map_columns(dataset, ColumnMapping())) == expected
 
 
 TOOLS = [{"name": "f"}]
