@@ -81,11 +81,14 @@ class MicroBatch:
 
 @torch.no_grad()
 def token_losses(output: Any, batch: MicroBatch) -> Tensor | None:
-    """(B, T - 1) the cross entropy of each learnt token, from TRL's log-probabilities or from logits of all tokens."""
+    """(B, T - 1) the cross entropy of each learnt token, from TRL's log-probabilities or from logits of all tokens.
+
+    None where a fused loss makes no logits; unsloth's then returns an object in their place.
+    """
     log_probs, logits = field_of(output, "log_probs"), field_of(output, "logits")
     if log_probs is not None:
         return -log_probs.double()
-    if logits is None or logits.shape[:-1] != batch.labels.shape:
+    if not isinstance(logits, Tensor) or logits.shape[:-1] != batch.labels.shape:
         return None
     learnt = (batch.labels[:, 1:] != IGNORE).to(logits.device)
     targets = batch.labels[:, 1:].to(logits.device)[learnt]

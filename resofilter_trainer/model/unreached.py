@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any
@@ -20,6 +22,11 @@ DETACHED = (
     "The loss has no gradient at any measured up-projection: the model's forward detaches what they compute, or runs "
     "under torch.no_grad. Load a model that can be trained, or measure other layers with a larger n_layers."
 )
+FUSED = {  # by the package of a forward that replaces a module's own
+    "unsloth": "as unsloth's fused LoRA kernels do",
+    "axolotl": "as axolotl's LoRA kernels do unless lora_mlp_kernel is false",
+}
+LAYER = re.compile(r"\.\d+(?=\.|$)")
 
 
 def not_called(model: nn.Module, each: UpProjection) -> InputError:
@@ -29,10 +36,12 @@ def not_called(model: nn.Module, each: UpProjection) -> InputError:
     for path, module in _around(model, each):
         own = vars(module).get("forward")
         if path and own is not None and "_hf_hook" not in vars(module):  # accelerate wraps the module's own, too
+            name = _name_of(own)
+            whose = next((said for package, said in FUSED.items() if name.startswith(package)), "as fused kernels do")
             return InputError(
-                f"The forward did not call '{each.name}': the forward of '{path}' was replaced by {_name_of(own)}, "
-                "which computes without calling it, as fused kernels such as Unsloth's do. Give these modules their "
-                f"own forward back, in every layer: `del model.get_submodule('{path}').forward`."
+                f"The forward did not call '{each.name}': the forward of '{path}' was replaced by {name}, which "
+                f"computes without calling it, {whose}. Give the modules their own forward back before training: "
+                f"`{_restoring(path)}`. Or score with a plain model (resofilter score), and train on the selection."
             )
     path, module = next(_around(model, each))
     return InputError(
@@ -98,5 +107,16 @@ def _around(model: nn.Module, each: UpProjection) -> Iterator[tuple[str, nn.Modu
 
 def _name_of(function: Any) -> str:
     plain = inspect.unwrap(getattr(function, "__func__", function))
+    while isinstance(plain, functools.partial):
+        plain = plain.func
     name = getattr(plain, "__qualname__", type(plain).__name__)
     return f"{getattr(plain, '__module__', '')}.{name}".lstrip(".")
+
+
+def _restoring(path: str) -> str:
+    """The code that gives the modules at a path, in every layer, their own forward back."""
+    found = LAYER.search(path)
+    if found is None:
+        return f"del model.get_submodule('{path}').forward"
+    layers, inside = path[: found.start()], path[found.end() :]
+    return f"for layer in model.get_submodule('{layers}'): vars(layer{inside}).pop('forward', None)"

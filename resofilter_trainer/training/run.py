@@ -196,7 +196,7 @@ class Run:
         """The Trainer's `get_batch_samples`: the micro-batches of a step, and its number of learnt tokens.
 
         The Trainer steps its optimizer after as many micro-batches as it asks for. The last step of an epoch on fewer
-        rows may have fewer, and is filled up with micro-batches that have nothing to learn.
+        rows may have fewer, and is completed with micro-batches that have nothing to learn.
         """
         count = self._timeline.asked(count)
         iterator = iterator if self._tokens is None else self._tokens.masked_batches(iterator, self._enter_step)
@@ -213,7 +213,7 @@ class Run:
         self._watch.expect(batches, rows, num_items, weights)
         if weights is not None:
             self._weights.put(batches, rows, weights)
-        return self._patch.filled(batches, count), num_items
+        return self._patch.filled(batches, count, access.averages(self.trainer, num_items)), num_items
 
     def _enter_step(self, tokens: CleaningRun) -> None:
         """Clean the tokens of the stage that begins with this step, if one does."""

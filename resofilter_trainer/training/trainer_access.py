@@ -20,7 +20,7 @@ from datasets import Dataset
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer, get_scheduler
 from transformers.trainer_callback import ProgressCallback
-from trl import SFTConfig, SFTTrainer
+from trl import SFTConfig
 
 from ..config import InputError
 from ..config.compatibility import loss_is_scaled_for_ga, loss_type, need, sampling_strategy
@@ -51,6 +51,11 @@ def calling_trainer() -> tuple[Trainer, str | None]:
     raise RuntimeError("This version of transformers fires its events in another way: no Trainer was found.")
 
 
+def is_sft(trainer: Trainer) -> bool:
+    """Whether a trainer prepares its rows as SFTTrainer does: TRL's own, or unsloth's copy of its source."""
+    return any(each.__name__ in ("SFTTrainer", "_UnslothSFTTrainer") for each in type(trainer).__mro__)
+
+
 def check_trainer(trainer: Trainer, train_dataloader: Any) -> None:
     """Raise InputError for a setting under which rows or gradients cannot be told apart; it says what to change."""
     args = cast(SFTConfig, trainer.args)
@@ -73,7 +78,11 @@ def check_trainer(trainer: Trainer, train_dataloader: Any) -> None:
         (accelerator.parallelism_config is not None, "parallelism within a sample", "Leave parallelism_config unset"),
         (args.device.type == "mps", "Apple's GPU, which has no float64", "Pass use_cpu=True"),
         (half, "float16 weights", "Load the model in float32 or bfloat16"),
-        (_averages_averages(trainer), "accumulation, where each batch's loss is its own mean", "Accumulate 1 batch"),
+        (
+            args.world_size > 1 and not trainer.model_accepts_loss_kwargs and not args.dataloader_drop_last,
+            "several processes, where each batch's loss is its own mean, as one may have no row left",
+            "Set dataloader_drop_last=True",
+        ),
     ]
     _refuse("ResonanceCallback cannot work with", refusals)
     if len(train_dataloader.dataset) == 0:
@@ -96,7 +105,7 @@ def _check_apart(model: Any, tolerance: float) -> None:
 def check_weighable(trainer: Trainer, train_dataloader: Any) -> None:
     """Raise InputError where a sample's loss cannot be weighted; it says what to change."""
     args = cast(Any, trainer.args)
-    if not isinstance(trainer, SFTTrainer):
+    if not is_sft(trainer):
         raise InputError(f"Rows are weighted in SFTTrainer's loss, this is {type(trainer).__name__}.")
     refusals = [
         *_common_refusals(trainer, train_dataloader.dataset),
@@ -187,7 +196,7 @@ def rows_of(trainer: Trainer) -> TrainerRows:
     """
     dataset, args = cast(Any, trainer.train_dataset), cast(SFTConfig, trainer.args)
     rows, total = np.arange(len(dataset)), len(dataset)
-    prepared = isinstance(trainer, SFTTrainer) and isinstance(dataset, Dataset) and not trainer._skip_prepare_dataset
+    prepared = is_sft(trainer) and isinstance(dataset, Dataset) and not trainer._skip_prepare_dataset
     if prepared and args.max_length is not None:
         listed, total = dataset._indices, dataset.data.num_rows
         rows = rows if listed is None else listed.column(0).to_numpy()
@@ -205,7 +214,7 @@ def token_weight(trainer: Trainer, num_items: Any, batch: Any, micro_batches: in
         batch: the micro-batch.
         micro_batches: the number of micro-batches of the step.
     """
-    if num_items is None or loss_is_scaled_for_ga(trainer) is False:  # a mean of means
+    if averages(trainer, num_items):
         return 1 / ((batch["labels"][:, 1:] != IGNORE).sum().clamp(min=1) * micro_batches)
     return (trainer.accelerator.num_processes if trainer.args.average_tokens_across_devices else 1) / num_items
 
@@ -213,7 +222,7 @@ def token_weight(trainer: Trainer, num_items: Any, batch: Any, micro_batches: in
 def token_loss(trainer: Trainer) -> TokenLoss:
     """The loss of one token, as the trainer's arguments say."""
     args = cast(Any, trainer.args)
-    by_probability = isinstance(trainer, SFTTrainer) and loss_type(args) == "dft"
+    by_probability = is_sft(trainer) and loss_type(args) == "dft"
     return TokenLoss(0.0 if by_probability else args.label_smoothing_factor, by_probability)
 
 
@@ -293,9 +302,15 @@ def _at_pace(schedule: Any, progress: Progress, step: int) -> float:
 
 def is_packed(args: Any, dataset: Any) -> bool:
     """Whether several samples are one row."""
-    return bool(getattr(args, "packing", False)) or "seq_lengths" in (getattr(dataset, "column_names", None) or ())
+    packing = getattr(args, "packing", False) or getattr(args, "sample_packing", False)  # the second is axolotl's
+    return bool(packing) or "seq_lengths" in (getattr(dataset, "column_names", None) or ())
 
 
-def _averages_averages(trainer: Trainer) -> bool:
-    """Whether the model takes no number of items: a step that is filled up would give its rows less weight."""
-    return trainer.args.gradient_accumulation_steps > 1 and not trainer.model_accepts_loss_kwargs
+def averages(trainer: Trainer, num_items: Any) -> bool:
+    """Whether the loss of a step is the mean over its micro-batches of their own means.
+
+    Args:
+        trainer: the trainer that computes the loss.
+        num_items: the number of learnt tokens of the whole step, as the Trainer counts them; None where it does not.
+    """
+    return num_items is None or loss_is_scaled_for_ga(trainer) is False

@@ -12,6 +12,12 @@ from transformers import Trainer
 from ..model.losses import IGNORE
 from .sampler import IndexedRows, RowCollator, ShrinkingSampler
 
+REPLACED = ("get_batch_samples", "compute_loss", "training_step")
+
+
+class _LeftOut(dict):
+    """A micro-batch that no forward sees."""
+
 
 class LoaderPatch:
     """Lets the batches of a loader say which rows they contain, and undoes it.
@@ -58,27 +64,43 @@ class TrainerPatch:
         """Let batches say their rows, and the run fetch them."""
         self._rows.install()
         self._loader.set_sampler(self._sampler)
-        for name in ("get_batch_samples", "compute_loss"):
-            _restore(self._trainer, name)  # after an earlier run that an exception ended
-        self.inner, self._compute_loss = self._trainer.get_batch_samples, self._trainer.compute_loss
-        _replace(self._trainer, "get_batch_samples", self._fetch)
-        _replace(self._trainer, "compute_loss", self._loss)
+        trainer = self._trainer
+        for name in REPLACED:
+            _restore(trainer, name)  # after an earlier run that an exception ended
+        self.inner, self._compute_loss = trainer.get_batch_samples, trainer.compute_loss
+        self._training_step = trainer.training_step
+        for name, function in zip(REPLACED, (self._fetch, self._loss, self._step), strict=True):
+            _replace(trainer, name, function)
 
     def remove(self) -> None:
         """Leave the trainer as it was found."""
-        if _restore(self._trainer, "get_batch_samples"):
-            _restore(self._trainer, "compute_loss")
+        restored = [_restore(self._trainer, name) for name in REPLACED]
+        if any(restored):
             self._rows.remove()
             self._loader.set_sampler(self._sampler.inner)
 
-    def filled(self, batches: Sequence[Any], count: int) -> list[Any]:
-        """The micro-batches of a step, with copies of the last one that have nothing to learn, `count` in all."""
-        fillers = [_masked_copy(batches[-1]) for _ in range(count - len(batches))] if batches else []
-        self._count, self._fillers = len(batches), [each["labels"] for each in fillers]
+    def filled(self, batches: Sequence[Any], count: int, averaged: bool) -> list[Any]:
+        """The micro-batches of a step, with others in addition that change neither its loss nor its gradient.
+
+        Where the loss is a sum over the tokens of the step, the others have all labels masked. Where it is the mean of
+        the micro-batches' own means, such a mean does not exist: the others are left out. They come first, since
+        several processes add up their gradients in the last one.
+
+        Args:
+            batches: the micro-batches that there are.
+            count: how many the Trainer asks for.
+            averaged: whether the loss is the mean of the micro-batches' means.
+        """
+        missing = count - len(batches) if batches else 0
+        self._count, self._fillers = len(batches), []
+        if averaged:
+            return [*(_LeftOut(batches[-1]) for _ in range(missing)), *batches]
+        fillers = [_masked_copy(batches[-1]) for _ in range(missing)]
+        self._fillers = [each["labels"] for each in fillers]
         return [*batches, *fillers]
 
     def begin_step(self) -> None:
-        """Tell the trainer how many micro-batches count; TRL divides a router's auxiliary loss by their number."""
+        """Tell the trainer how many micro-batches count: the divisor of a mean of means, and of a router's loss."""
         self._trainer.current_gradient_accumulation_steps = self._count
 
     def _loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
@@ -86,6 +108,12 @@ class TrainerPatch:
         labels = inputs.get("labels")
         found = self._compute_loss(model, inputs, *args, **kwargs)
         return found * 0 if any(labels is each for each in self._fillers) else found
+
+    def _step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        """The trainer's step, and none for a micro-batch that is left out."""
+        if isinstance(inputs, _LeftOut):
+            return torch.zeros((), device=self._trainer.args.device)
+        return self._training_step(model, inputs, *args, **kwargs)
 
 
 class BackwardPatch:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import types
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,6 +15,7 @@ from helpers.samples import collate, make_samples, record_all
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.nn import functional as F
+from transformers.modeling_outputs import CausalLMOutput
 
 from resofilter_trainer import InputError, ResonanceConfig
 from resofilter_trainer.model.gradients import segments_of
@@ -26,6 +29,17 @@ def fused(mlp: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
     """A feed-forward that reads the weights and calls no module, as fused kernels do."""
     gate, up = F.linear(hidden, mlp.gate_proj.weight), F.linear(hidden, mlp.up_proj.weight)
     return F.linear(F.silu(gate) * up, mlp.down_proj.weight)
+
+
+def fused_lora(mlp: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+    """The same with an adapter."""
+
+    def map_of(name: str, given: torch.Tensor) -> torch.Tensor:
+        each = mlp.get_submodule(name)
+        adapter = F.linear(F.linear(given, each.lora_A["default"].weight), each.lora_B["default"].weight)
+        return F.linear(given, each.base_layer.weight) + adapter * each.scaling["default"]
+
+    return map_of("down_proj", F.silu(map_of("gate_proj", hidden)) * map_of("up_proj", hidden))
 
 
 def fuse(model: nn.Module, *layers: int) -> None:
@@ -58,12 +72,80 @@ def test_a_replaced_forward_is_named_and_its_own_forward_is_the_remedy(measure, 
     fuse(model, *layers)
     layer = max(layers) if layers == (2,) else 1
     cause = rf"did not call 'model\.layers\.{layer}\.mlp\.up_proj': the forward of 'model\.layers\.{layer}\.mlp' was "
-    with pytest.raises(InputError, match=rf"{cause}replaced by .*test_unreached\.fused.*layer.*`del (.*)`") as error:
+    with pytest.raises(InputError, match=rf"{cause}replaced by .*test_unreached\.fused, which") as error:
         measure(model)
-    for each in layers:
-        remedy = str(error.value).split("`")[1].replace(f"layers.{layer}.", f"layers.{each}.")
-        exec(remedy, {"model": model})
+    exec(str(error.value).split("`")[1], {"model": model})
     np.testing.assert_array_equal(measure(model), truth)
+
+
+@pytest.mark.parametrize("measure", [scored, in_training])
+@pytest.mark.parametrize(
+    ("module", "bound", "said"),
+    [
+        ("unsloth.kernels.fast_lora", fused_lora, r"as unsloth's fused LoRA kernels do\."),
+        ("unsloth.kernels.fast_lora", functools.partial(fused_lora), r"as unsloth's fused LoRA kernels do\."),
+        ("axolotl.kernels.lora", fused_lora, r"as axolotl's LoRA kernels do unless lora_mlp_kernel is false\."),
+    ],
+)
+def test_whose_kernel_it_is_is_named(measure, module, bound, said, monkeypatch):
+    """Both bind a function to each feed-forward of a model with LoRA; without it, PEFT's own forward runs."""
+    model = get_peft_model(tiny("llama"), LoraConfig(r=2, target_modules=["up_proj", "gate_proj", "down_proj"]))
+    truth = measure(model)
+    monkeypatch.setattr(fused_lora, "__module__", module)
+    for layer in model.get_submodule("base_model.model.model.layers"):
+        layer.mlp.forward = types.MethodType(bound, layer.mlp)
+    with pytest.raises(InputError, match=rf"was replaced by {module}\.fused_lora, which .*, {said}") as error:
+        measure(model)
+    exec(str(error.value).split("`")[1], {"model": model})
+    np.testing.assert_array_equal(measure(model), truth)
+
+
+class EmptyLogits:
+    """What unsloth's fused loss returns for logits: every attribute is a function that raises."""
+
+    def __getattr__(self, name):
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return self.refuse
+
+    def refuse(self, *args, **kwargs):
+        raise NotImplementedError("Logits are empty.")
+
+    __getitem__ = refuse
+
+
+class Offloaded(torch.autograd.Function):
+    """Checkpointing as unsloth's: the forward keeps no graph, and the backward runs it again inside."""
+
+    @staticmethod
+    def forward(ctx, run, hidden):
+        ctx.save_for_backward(hidden)
+        ctx.run = run
+        with torch.no_grad():
+            return run(hidden)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        hidden = ctx.saved_tensors[0].detach().requires_grad_()
+        with torch.enable_grad():
+            output = ctx.run(hidden)
+        torch.autograd.backward(output, gradient)
+        return None, hidden.grad
+
+
+def test_what_unsloth_changes_beside_the_kernels_changes_no_score(monkeypatch):
+    """A loss without logits, and its gradient checkpointing."""
+    model = tiny("llama")
+    truth, plain = in_training(model), type(model).forward
+    monkeypatch.setattr(
+        type(model), "forward", lambda *args, **kwargs: CausalLMOutput(plain(*args, **kwargs).loss, EmptyLogits())
+    )
+    np.testing.assert_allclose(in_training(model), truth, rtol=1e-6)
+    model.config.use_cache = False
+    for layer in model.model.layers:
+        own = layer.forward
+        layer.forward = lambda hidden, own=own, **kwargs: Offloaded.apply(lambda given: own(given, **kwargs), hidden)
+    np.testing.assert_allclose(in_training(model), truth, rtol=1e-6)
 
 
 @pytest.mark.parametrize("measure", [scored, in_training])
