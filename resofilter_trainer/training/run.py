@@ -198,11 +198,11 @@ class Run:
         The Trainer steps its optimizer after as many micro-batches as it asks for. The last step of an epoch on fewer
         rows may have fewer, and is completed with micro-batches that have nothing to learn.
         """
+        if not self._patch.is_read:  # by a later training, without the callback
+            return self._patch.inner(iterator, count, *args, **kwargs)
         count = self._timeline.asked(count)
         iterator = iterator if self._tokens is None else self._tokens.masked_batches(iterator, self._enter_step)
         batches, num_items = self._patch.inner(iterator, count, *args, **kwargs)
-        if any(ROW not in batch for batch in batches):  # a later training, without the callback
-            return batches, num_items
         rows = [batch.pop(ROW).cpu().numpy() for batch in batches]
         if any("labels" not in batch for batch in batches):
             raise InputError("The batches have no labels: ResonanceCallback needs a causal language model's.")

@@ -79,6 +79,11 @@ class TrainerPatch:
             self._rows.remove()
             self._loader.set_sampler(self._sampler.inner)
 
+    @property
+    def is_read(self) -> bool:
+        """Whether the trainer's present training reads this loader."""
+        return self._trainer.callback_handler.train_dataloader is self._loader
+
     def filled(self, batches: Sequence[Any], count: int, averaged: bool) -> list[Any]:
         """The micro-batches of a step, with others in addition that change neither its loss nor its gradient.
 

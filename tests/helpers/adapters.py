@@ -45,9 +45,7 @@ def on_llama(config: str, **settings: Any) -> Build:
     """A builder of a tiny Llama with one adapter; settings may be functions that make them."""
 
     def build() -> nn.Module:
-        made = {
-            name: config_here(value) if str(value).endswith("Config") else value for name, value in settings.items()
-        }
+        made = {name: value() if isinstance(value, partial) else value for name, value in settings.items()}
         return get_peft_model(tiny("llama", vocab_size=VOCAB), config_here(config, task_type=CAUSAL, **made))
 
     return build

@@ -24,6 +24,7 @@ from hypothesis import strategies as st
 
 from resofilter_trainer.cli import entry as cli
 from resofilter_trainer.cli import inputs
+from resofilter_trainer.cli.settings_file import yaml_arguments
 from resofilter_trainer.compare.config import ComparisonConfig
 from resofilter_trainer.compare.run import read_cell
 from resofilter_trainer.config import InputError
@@ -93,7 +94,7 @@ def read_store(folder: Path) -> None:
 
 def read_arguments(folder: Path) -> None:
     args = cli._parser().parse_args(["score", "--config", str(folder / "score.yaml")])
-    cli._yaml_arguments(args)
+    yaml_arguments(args)
 
 
 READERS: dict[str, tuple[str, Callable[[Path], object]]] = {  # the file and its reader

@@ -65,7 +65,7 @@ def test_a_sharded_model_gives_the_scores_of_a_whole_one(command, tmp_path):
 def test_one_process_has_nothing_to_share_a_model_with(command, tmp_path, capsys):
     with pytest.raises(SystemExit):
         main([*map(str, command), "--output", str(tmp_path / "out"), "--sharded"])
-    assert "sharded over several processes, and there is one" in capsys.readouterr().err
+    assert "--sharded is for several processes: pass --num_processes" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 

@@ -17,7 +17,7 @@ from helpers.samples import plain_losses
 from helpers.tokenizers import make_tokenizer
 from helpers.training import arguments, llama, train
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from resofilter_trainer.config import InputError, TokenCleaning
 from resofilter_trainer.scores.token_scores import TokenScores
@@ -497,9 +497,9 @@ def test_a_broken_reference_names_the_row_and_leaves_no_scores(base, place, toke
 def test_an_adapter_is_what_the_merged_model_is_and_needs_no_second_base(base, adapter, merged, monkeypatch):
     whole = clean(base, merged)
     loaded: list[object] = []
-    real = AutoModelForCausalLM.from_pretrained
+    real = LlamaForCausalLM.from_pretrained
     monkeypatch.setattr(
-        AutoModelForCausalLM, "from_pretrained", lambda *args, **kwargs: loaded.append(args) or real(*args, **kwargs)
+        LlamaForCausalLM, "from_pretrained", lambda *args, **kwargs: loaded.append(args) or real(*args, **kwargs)
     )
     found = clean(base, adapter)
     assert len(loaded) == 1

@@ -66,8 +66,8 @@ def decided(config: FilterConfig, scores: ScoreTable, last: Selection | None = N
     [
         ({"when": "after"}, "when must be one of 'training', 'before', got 'after'"),
         ({"keep": 0.5, "threshold": 1.0}, "one of keep=, threshold= and selector=, got keep= and threshold="),
-        ({"threshold": 1.0, "selector": DataSelector()}, "got threshold and selector"),
-        ({"keep": DataSelector(), "selector": DataSelector()}, "got keep and selector"),
+        ({"threshold": 1.0, "selector": DataSelector()}, "got threshold= and selector="),
+        ({"keep": DataSelector(), "selector": DataSelector()}, "got keep= and selector="),
         ({"keep": [1.0, 0.5], "start_epoch": 1}, "leave start_epoch out"),
         ({"start_epoch": 0}, "start_epoch=0: the first epoch has no scores"),
         ({"end_epoch": 3}, "end_epoch takes dropped rows back: pass readmit=True"),
