@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# The fast tests under four sets of versions, each in an environment of its own; prints a table in the end.
+# The fast tests under four sets of versions, each in an environment of its own; prints a table in the end, and fails
+# where a test has failed.
 #
 #     benchmarks/versions.sh FOLDER [ENVIRONMENT...] [-- PYTEST-ARGUMENTS]
 #
@@ -46,9 +47,10 @@ build() {
 }
 
 mkdir -p "$folder"
+failed=0
 for name in "${asked[@]}"; do
   build "$name"
-  (cd "$root" && "$folder/$name/bin/python" -m pytest -p no:cacheprovider -rs "$@" >"$folder/$name.log" 2>&1) || true
+  (cd "$root" && "$folder/$name/bin/python" -m pytest -p no:cacheprovider -rs "$@" >"$folder/$name.log" 2>&1) || failed=1
 done
 
 echo "| environment | Python | transformers | TRL | datasets | peft | accelerate | torch | result |"
@@ -65,3 +67,4 @@ found = re.findall(r"^(?:=+ )?(\d+ (?:passed|failed).*?)(?: in [\d.]+s.*)?$", te
 print("|", " | ".join([name, platform.python_version(), *versions, found[-1] if found else "did not finish"]), "|")
 PY
 done
+exit $failed
