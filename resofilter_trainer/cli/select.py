@@ -159,7 +159,7 @@ def _save(selection: Selection, dataset: Any, output: Path, group_column: str | 
     from ..io.files import folder_lock
     from ..selecting.kept_dataset import save_kept
 
-    rows = None if dataset is None else selection.apply(dataset)
+    rows = None if dataset is None else selection.apply(dataset, check_rows=False)  # `scored_dataset` has compared
     export = _export(forms, rows, selection) if forms else None
     with folder_lock(output):
         return save_kept(rows, selection, output, group_column, export)

@@ -113,7 +113,7 @@ def training_arguments(settings: Mapping[str, Any]) -> dict[str, Any]:
         if strategy not in ("random", "group_by_length"):
             need("train_sampling_strategy", f"train_sampling_strategy='{strategy}'")
         found["group_by_length"] = strategy == "group_by_length"
-    if not has("warmup_steps below 1") and 0 < found.get("warmup_steps", 0) < 1:
+    if not has("warmup_steps below 1") and 0 < (found.get("warmup_steps") or 0) < 1:
         found["warmup_ratio"] = found.pop("warmup_steps")
     return found
 

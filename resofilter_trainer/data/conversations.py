@@ -1,7 +1,8 @@
 """A row's messages in the forms of other trainers, or the reason why a form cannot hold them. Knows dicts only.
 
     sharegpt    `conversations`, `system` and `tools`, as LLaMA-Factory reads them with `formatting: sharegpt`
-    alpaca      `instruction`, `input`, `output`, `system` and `history`, as LLaMA-Factory and axolotl read them
+    alpaca      `instruction`, `input`, `output`, `system` and `history`, as LLaMA-Factory reads them; axolotl reads the
+                first three only
 
 The facts are from LLaMA-Factory's data/README.md: a message from the system stands apart, questions and answers take
 turns, and a call of a tool is JSON text of its own.
@@ -111,6 +112,7 @@ def _turn(number: int, message: Message) -> Row:
 
 def _call(call: Any, number: int) -> Row:
     function = call.get("function", call) if isinstance(call, Mapping) else {}
+    function = function if isinstance(function, Mapping) else {}
     arguments = function.get("arguments") or {}
     try:
         parsed = json.loads(arguments) if isinstance(arguments, str) else arguments

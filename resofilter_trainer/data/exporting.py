@@ -1,7 +1,7 @@
 """Rows as files for trainers that cannot share an environment with this package. Knows rows and files, no model.
 
     jsonl               each row as it is, a JSON object a line
-    parquet             each row as it is, in types that every version of datasets knows
+    parquet             each row as it is, in types that every version of datasets knows, images and the like apart
     sharegpt, alpaca    see `conversations`
 
 A row that a form cannot hold unchanged is refused. In a struct, Arrow stores a key that a row lacks as null: it is
@@ -18,10 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-from datasets import Dataset, LargeList, List
+import pyarrow.parquet as pq
+from datasets import Dataset, LargeList, List, Value
 
 from ..config import ColumnMapping, InputError
-from ..io.files import replacing
+from ..io.files import read_json, replacing
 from .chat import Message, Unreadable, tools_of
 from .columns import AT_ONCE
 from .conversations import FORMS, Form, Row
@@ -63,6 +64,7 @@ def export_rows(
     if form not in FILES:
         raise InputError(f"form={form!r} is not known. Known: {', '.join(FILES)}.")
     file = Path(folder) / FILES[form]
+    known = _described(file.with_name(INFO)) if form in FORMS else {}
     rows = _with_ids(rows, sample_ids)
     with replacing(file) as temporary:
         if form == "jsonl":
@@ -72,7 +74,7 @@ def export_rows(
         else:
             _write_lines(_converted(rows, columns or ColumnMapping(), form), temporary)
     if form in FORMS:
-        _describe(file.with_name(INFO), form)
+        _describe(file.with_name(INFO), known, form)
     return file
 
 
@@ -82,7 +84,7 @@ def _with_ids(rows: Dataset, ids: Iterable[int] | None) -> Dataset:
     listed = [int(each) for each in ids]
     if ID not in rows.column_names:
         return rows.add_column(ID, listed)
-    if rows[ID][:] != listed:
+    if rows.with_format(None)[ID][:] != listed:
         raise InputError(f"The dataset has a column '{ID}' of its own, under which positions are written: rename it.")
     return rows
 
@@ -94,7 +96,20 @@ def _write_parquet(rows: Dataset, file: Path) -> None:
     for name, feature in rows.features.items():
         if has_json(feature):
             rows = _without_json(rows, name)
-    rows.to_parquet(str(file))
+    if not _is_plain(rows.features):
+        rows.to_parquet(str(file))
+        return
+    schema = rows.features.arrow_schema.remove_metadata()  # of which datasets before 4 does not know all
+    with pq.ParquetWriter(file, schema) as writer:
+        for table in rows.with_format("arrow").iter(batch_size=AT_ONCE):
+            writer.write_table(table.cast(schema))
+
+
+def _is_plain(feature: Any) -> bool:
+    """Whether Arrow's own types say all of a feature."""
+    if isinstance(feature, dict):
+        return all(map(_is_plain, feature.values()))
+    return isinstance(feature, Value) or (isinstance(feature, List | LargeList) and _is_plain(feature.feature))
 
 
 def _without_json(rows: Dataset, name: str) -> Dataset:
@@ -217,9 +232,19 @@ def _parsed(tools: Any) -> Any:
     return json.loads(tools) if isinstance(tools, str) else tools
 
 
-def _describe(info: Path, form: str) -> None:
+def _described(info: Path) -> dict[str, Any]:
+    """The files that dataset_info.json describes already. Raises InputError where it is another kind of file."""
+    if not info.is_file():
+        return {}
+    remedy = "Correct or remove it."
+    known = read_json(info, remedy)
+    if not isinstance(known, dict):
+        raise InputError(f"'{info}' is no object of names and files. {remedy}")
+    return known
+
+
+def _describe(info: Path, known: Mapping[str, Any], form: str) -> None:
     """Add the file to dataset_info.json, in which LLaMA-Factory looks for its name, form and columns."""
     described = {"file_name": FILES[form], "formatting": form, "columns": dict(FORMS[form].columns)}
-    known = json.loads(info.read_text()) if info.is_file() else {}
     with replacing(info) as temporary:
-        temporary.write_text(json.dumps(known | {f"kept_{form}": described}, indent=2) + "\n")
+        temporary.write_text(json.dumps({**known, f"kept_{form}": described}, indent=2) + "\n", encoding="utf-8")

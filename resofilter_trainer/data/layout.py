@@ -150,9 +150,8 @@ class Layout:
             return (TOKENS, *MASKS, "prompt", "completion", "messages")
         if self.kind == "messages":
             return ("messages", "prompt", "completion", *self.rendered)  # a pair, if flags say so
-        text = (
-            (self.text_field,) if self.kind == "pair" and not self.mapped else ()
-        )  # TRL ends this one, if it is there
+        # TRL ends a text beside a pair, if there is one
+        text = (self.text_field,) if self.kind == "pair" and not self.mapped else ()
         return (*self.targets, *self.rendered, *text)
 
     def _beside(self, name: str) -> bool:

@@ -27,7 +27,7 @@ def csv_rows(text: Iterable[str], origin: str, names: Sequence[str] | None, opti
     Raises:
         InputError: the header is not usable, a row has more or fewer cells, a quote is not closed, or this is no text.
     """
-    csv.field_size_limit(LONGEST_CELL)
+    limit = csv.field_size_limit(LONGEST_CELL)
     reader = csv.reader(text, strict=True, **options)
     lines = ((reader.line_num, cells) for cells in reader if cells)
     row = -1
@@ -50,6 +50,8 @@ def csv_rows(text: Iterable[str], origin: str, names: Sequence[str] | None, opti
         raise _refusal(origin, f"{where}: {error}. Double a quote inside a quoted cell.") from error
     except UnicodeDecodeError as error:
         raise _no_text(origin, error) from error
+    finally:
+        csv.field_size_limit(limit)
 
 
 def json_rows(text: Any, origin: str, loads: Callable[[str], Any], key: str | None = None) -> Rows:

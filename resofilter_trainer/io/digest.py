@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 ARROW = "arrow:"  # begins every digest but those of version 0.1.0, which are of JSON text
 FIRST = ""  # as `like`: a digest of version 0.1.0
 PIECE = 10_000  # rows of a stream at a time; a multiple of the rows that version 0.1.0 hashed together
-BATCH = 250_000  # rows that are gathered together
+BATCH = 250_000  # rows that are gathered together, at most
+BYTES = 2**29  # of them, about: Arrow's text has offsets of 32 bits
 
 
 def hash_rows(dataset: Dataset, like: str | None = None) -> str:
@@ -214,8 +215,9 @@ def _batches(dataset: Dataset) -> Iterator[pa.Table]:
     stored = table.to_batches()
     starts = np.cumsum([0, *(len(batch) for batch in stored)])
     rows = dataset._indices.table.column(0).to_numpy().astype(np.int64)
-    for start in range(0, len(rows), BATCH):
-        yield _gather(stored, starts, rows[start : start + BATCH])
+    size = max(min(BATCH, BYTES * len(table) // max(table.nbytes, 1)), 1)
+    for start in range(0, len(rows), size):
+        yield _gather(stored, starts, rows[start : start + size])
 
 
 def _gather(stored: list[pa.RecordBatch], starts: np.ndarray, rows: np.ndarray) -> pa.Table:

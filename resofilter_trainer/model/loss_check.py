@@ -94,7 +94,7 @@ class Places:
 class LossCheck:
     """Finds what each sample of a micro-batch weighs in the loss, while it is backpropagated.
 
-    Nothing is read from the device before `verdicts`.
+    Of the device, only the labels are read before `verdicts`.
 
     Args:
         input_ids: (B, T), the input of the model.
@@ -106,7 +106,7 @@ class LossCheck:
     Attributes:
         own: (N,) bool, the samples whose tokens have another weight; None before the backward has passed the output.
         weight: (N,) float64, the weight of the tokens of each sample: the expected one unless it is another.
-        aux_weight: the weight of the model's auxiliary loss (a router's); None where it has none.
+        aux_weight: the weight of the model's auxiliary loss (a router's); None where the loss leaves it out.
     """
 
     def __init__(

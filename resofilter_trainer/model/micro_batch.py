@@ -71,7 +71,7 @@ class MicroBatch:
         weight, aside = self.check.aux_weight, self.aside.get(module)
         if weight is None or aside is None:
             return b
-        own = (at_least_float32(b) - weight * at_least_float32(aside)).view(*self.input_ids.shape, -1)
+        own = (at_least_float32(b) - weight.to(aside.device) * at_least_float32(aside)).view(*self.input_ids.shape, -1)
         for each in self.segments:  # exactly zero where no learnt token follows
             learnt = (self.labels[each.row, each.tokens] != IGNORE).long()
             follows = learnt.sum() > learnt.cumsum(0)

@@ -41,6 +41,7 @@ NOT_APART = (
     "failed: {error}. Leave out activation_offloading=True and selective or reentrant checkpointing; or the auxiliary "
     "loss, with router_aux_loss_coef=0 or model.config.output_router_logits=False; or pass when='before'."
 )
+CHECKPOINTING = "gradient_checkpointing"  # transformers' attribute of a layer
 NOT_SEEN = (
     "A training step was not measured: the model was not called with the batch's input_ids. Leave them as the collator "
     "made them, and the model as it was when training began."
@@ -169,13 +170,17 @@ class TrainingRecorder:
         self._hidden = None
         batch.losses = None if losses is None else mean_losses(losses, batch)
         if self.config is not None:
-            batch.check.watch(output, losses, kwargs.get("num_items_in_batch"))
             aux = field_of(output, "aux_loss")
-            if isinstance(aux, Tensor) and aux.requires_grad and outputs:
-                batch.aside = self._gradients(aux, outputs)
+            if isinstance(aux, Tensor) and aux.requires_grad and outputs is not None:
+                batch.aside = self._gradients(aux, outputs)  # before the run's own backward is watched
+            batch.check.watch(output, losses, kwargs.get("num_items_in_batch"))
 
     def _gradients(self, loss: Tensor, outputs: dict[nn.Module, Tensor]) -> dict[nn.Module, Tensor]:
         """The gradient of a loss at the outputs of modules; none where it does not depend on them."""
+        if self._modules.keys() - outputs.keys():
+            if any(vars(each).get(CHECKPOINTING) for each in self.model.modules()):
+                raise InputError(NOT_APART.format(error="checkpointing hides the outputs of its layers"))
+            return {}  # a module that was not called is refused in the end
         self._replaying = True
         try:
             with _second_backward():

@@ -173,8 +173,8 @@ class Selection:
 
     @property
     def has_weights(self) -> bool:
-        """Whether some kept rows count more than others, so that `apply` adds their weights as a column."""
-        return self.weight is not None and bool(np.ptp(self.weight[self.keep]) if self.keep.any() else False)
+        """Whether a kept row counts otherwise than once, so that `apply` adds the weights as a column."""
+        return self.weight is not None and bool((self.weight[self.keep] != 1).any())
 
     def _check(self, dataset: Dataset, check_rows: bool) -> None:
         """Raise InputError unless these are the rows that were scored."""
@@ -199,7 +199,7 @@ class Selection:
                 rows += len(table)
                 if rows > len(self):
                     raise InputError(MORE_ROWS.format(len(self)))
-        except pa.ArrowException as error:
+        except (pa.ArrowException, OverflowError) as error:
             raise InputError(UNTYPED) from error
         if rows < len(self):
             raise InputError(f"The selection was made for {len(self)} rows and the stream has {rows}. Score it again.")

@@ -89,7 +89,7 @@ def column_of_weights(rows: Any) -> np.ndarray | None:
     if len(wrong):
         raise InputError(
             f"{len(wrong)} rows, the first of them row {wrong[0]}, have no weight of at least 0 in their column "
-            f"'{WEIGHT}'. Rows that were added to a selection's count 1: add the column to them first."
+            f"'{WEIGHT}'. Give 1 to rows that come from elsewhere, in a column of that name."
         )
     return weight
 

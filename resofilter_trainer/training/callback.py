@@ -176,12 +176,12 @@ class ResonanceCallback(TrainerCallback):
     ) -> None:
         """Write the last scores and leave the trainer as it was found."""
         run, self._run = self._running, None
-        run.end()
-        if self.report:
-            from .report import report_run  # charts take a second to import
+        with self._lock:
+            run.end()
+            if self.report:
+                from .report import report_run  # charts take a second to import
 
-            report_run(run.trainer, run.folder, run.rows.sample_ids, run.rows.total)
-        self._lock.close()
+                report_run(run.trainer, run.folder, run.rows.sample_ids, run.rows.total)
 
     @property
     def _running(self) -> Run:

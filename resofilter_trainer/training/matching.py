@@ -110,8 +110,8 @@ class Matcher:
         if not self._told:
             self._told = True
             warnings.warn(
-                f"{self._name} changes tokens at random, so it cannot be seen whether it moves rows: they are taken to "
-                "be in the order of the batch.",
+                f"{self._name} changes tokens at random, or cannot be copied, so it cannot be seen whether it moves "
+                "rows: they are taken to be in the order of the batch.",
                 stacklevel=2,
             )
         return list(range(len(examples)))
@@ -123,8 +123,8 @@ class Matcher:
         if self._alone is None:
             try:
                 self._alone = copy.deepcopy(self._collate)
-            except Exception:  # whatever it holds says why it cannot be copied
-                self._alone = self._collate
+            except Exception:  # whatever it holds says why it cannot be copied; its own state must not move
+                return None, True
         try:
             tokens, own_labels = zip(*map(self._by_itself, examples), strict=True)
             order = match(found, tokens, labels, own_labels)

@@ -349,13 +349,15 @@ class Run:
 
     def end(self) -> None:
         """Write the last results, leave the trainer as it was found, and raise the error that stopped the training."""
-        if not self._timeline.over and self._timeline.steps_done:  # within an epoch
-            self._score()
+        try:
+            if not self._timeline.over and self._timeline.steps_done:  # within an epoch
+                self._score()
+                if self.trainer.args.should_save:
+                    self.results.save(self.folder, self._timeline.ended_epochs + 1)
             if self.trainer.args.should_save:
-                self.results.save(self.folder, self._timeline.ended_epochs + 1)
-        if self.trainer.args.should_save:
-            self.results.save_log(self.folder, self.trainer.state.log_history)
-        self.uninstall()
+                self.results.save_log(self.folder, self.trainer.state.log_history)
+        finally:
+            self.uninstall()
         if self._error is not None:
             raise self._error
 

@@ -137,12 +137,11 @@ class Watch:
                 "the loss to the Trainer."
             )
         self._told = True
-        if self._trainer.args.process_index == 0:
-            warnings.warn(
-                f"{weighs}: each row is measured by its own mean token loss all the same, with the weights found in "
-                "the gradient.",
-                stacklevel=2,
-            )
+        warnings.warn(  # in every process: others may have no such row
+            f"{weighs}: each row is measured by its own mean token loss all the same, with the weights found in the "
+            "gradient.",
+            stacklevel=2,
+        )
 
     @property
     def _name(self) -> str:

@@ -100,6 +100,8 @@ class SampleWeights(TrainerCallback):
                 "that selection.apply adds; or, if these are the kept rows in their order, pass "
                 "SampleWeights(selection.kept_weights())."
             )
+        if self._selection is not None:
+            return np.ones(len(rows.sample_ids))
         if rows.total != len(self.weight):
             raise InputError(
                 f"There are {len(self.weight)} weights and the dataset has {rows.total} rows: pass one for each."

@@ -53,7 +53,7 @@ def test_keys_that_a_message_lacks_are_absent_again(tmp_path):
 def test_json_becomes_arrows_own_types_where_these_hold_it(tmp_path):
     rows = [{"id": "a", "messages": turns("Hi?", "Hello.")}, {"id": "b", "messages": [*CALLING, say("assistant", "3")]}]
     table = pq.read_table(export_rows(as_json(rows, "messages"), tmp_path, "parquet"))
-    assert "Json" not in str(table.schema.metadata)
+    assert table.schema.metadata is None  # in which older versions of datasets find types that they do not know
     assert table.column_names == ["id", "messages"]
     first, second = table["messages"].to_pylist()
     assert [(each["role"], each["content"]) for each in first] == [("user", "Hi?"), ("assistant", "Hello.")]
@@ -166,6 +166,7 @@ def test_sharegpt_with_tools(arguments, tmp_path):
             [say("user", "a"), say("assistant", "b", reasoning_content="c")],
             "message 1 has 'reasoning_content'",
         ),
+        ("sharegpt", [say("user", "a"), say("assistant", None, tool_calls=[{"function": "add"}])], "without a name"),
         ("sharegpt", [say("user", "a")], "its last message is not the assistant's"),
         ("sharegpt", [say("developer", "a"), *turns("b", "c")], "the role 'developer'"),
         ("alpaca", [say("user", "a"), say("assistant", "b", weight=0), *turns("c", "d")], "flags"),
@@ -195,3 +196,16 @@ def test_the_features_of_lists_of_structs_are_followed(tmp_path):
     )
     dataset = Dataset.from_dict({"prompt": [[{"role": "user", "content": None, "name": None}]]}, features=features)
     assert lines(export_rows(dataset, tmp_path, "jsonl")) == [{"prompt": [{"role": "user", "content": None}]}]
+
+
+@pytest.mark.parametrize("content", ["{,}", "[]"])
+def test_a_description_that_cannot_be_read_is_refused_before_anything_is_written(content, tmp_path):
+    (tmp_path / "dataset_info.json").write_text(content)
+    with pytest.raises(InputError, match=r"dataset_info.json.*Correct or remove it"):
+        export_rows(Dataset.from_dict({"prompt": ["a"], "completion": ["b"]}), tmp_path, "alpaca")
+    assert [each.name for each in tmp_path.iterdir()] == ["dataset_info.json"]
+
+
+def test_positions_are_compared_whatever_the_format(tmp_path):
+    dataset = Dataset.from_dict({"sample_id": [7, 8], "text": ["a", "b"]}).with_format("numpy")
+    assert len(lines(export_rows(dataset, tmp_path, "jsonl", sample_ids=[7, 8]))) == 2

@@ -254,12 +254,23 @@ def test_weighted_rows_are_scored_again_without_a_warning(tokenizer):
 
 def test_rows_that_count_alike_need_no_weights(tmp_path, tokenizer):
     dataset = rows(16)
-    alike = dataclasses.replace(soft(dataset), weight=np.where(soft(dataset).keep, 2.0, 0.0))
+    alike = dataclasses.replace(soft(dataset), weight=np.where(soft(dataset).keep, 1.0, 0.0))
     for selection in (alike, select(dataset)):
         assert type(selection.apply(dataset)) is Dataset
         sft(tmp_path, tokenizer, selection.apply(dataset)).train()
         assert WEIGHT not in selection.apply(dataset).column_names
         assert "SampleWeights" not in str(selection.card())
+
+
+def test_rows_that_all_count_twice_say_so(tmp_path):
+    twice = dataclasses.replace(soft(rows(24)), weight=np.where(soft(rows(24)).keep, 2.0, 0.0))
+    assert set(twice.apply(rows(24))[WEIGHT]) == {2.0}
+
+
+def test_without_weights_some_of_the_kept_rows_count_once(tmp_path, tokenizer):
+    selection = select(rows(24))
+    some = selection.apply(rows(24)).train_test_split(0.25, seed=0)["train"]
+    sft(tmp_path, tokenizer, some, SampleWeights.of(selection)).train()
 
 
 def test_a_stream_cannot_be_weighed():

@@ -407,3 +407,9 @@ def test_a_step_that_broke_raises_no_alarm(tmp_path, tokenizer):
     with torch.no_grad():
         model.lm_head.weight[5, 0] = torch.nan
     trained(Trainer, tmp_path, tokenizer, model, max_grad_norm=0)
+
+
+def test_a_loss_that_leaves_out_the_routers_is_measured_without_it(tmp_path, tokenizer):
+    model = tiny("mixtral", vocab_size=len(tokenizer), output_router_logits=True, router_aux_loss_coef=0.5)
+    trainer, callback = trained(Trainer, tmp_path, tokenizer, model, loss=batch_mean)
+    assert_right(trainer, callback)
