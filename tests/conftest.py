@@ -105,3 +105,11 @@ def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Callabl
     tiny_llama().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(autouse=True)
+def settings_end_with_their_training() -> Iterator[None]:
+    """transformers 4 leaves the precision and the compiler of a training to the next one, in the environment."""
+    yield
+    for name in [each for each in os.environ if each.startswith(("ACCELERATE_MIXED_PRECISION", "ACCELERATE_DYNAMO_"))]:
+        del os.environ[name]

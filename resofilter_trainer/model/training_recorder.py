@@ -41,6 +41,7 @@ NOT_APART = (
     "failed: {error}. Leave out activation_offloading=True and selective or reentrant checkpointing; or the auxiliary "
     "loss, with router_aux_loss_coef=0 or model.config.output_router_logits=False; or pass when='before'."
 )
+HALF = torch.bfloat16, torch.float16
 CHECKPOINTING = "gradient_checkpointing"  # transformers' attribute of a layer
 NOT_SEEN = (
     "A training step was not measured: the model was not called with the batch's input_ids. Leave them as the collator "
@@ -76,7 +77,7 @@ class TrainingRecorder:
         self._called: dict[MicroBatch, set[nn.Module]] = {}
         self._outputs: dict[nn.Module, Tensor] | None = None  # of the hooked modules, while a forward runs
         self._replaying = False
-        self._hidden: Tensor | None = None
+        self._hidden: tuple[Tensor, tuple[bool, torch.dtype]] | None = None
         self._stack = contextlib.ExitStack()
 
     def attach(self) -> None:
@@ -165,15 +166,19 @@ class TrainingRecorder:
         if batch is None or not torch.is_grad_enabled():
             return
         losses = token_losses(output, batch)
+        coarse = False
         if losses is None and self._hidden is not None:
-            losses = losses_after(self._hidden, unwrapped(model), batch)
+            hidden, (enabled, dtype) = self._hidden
+            coarse = enabled or hidden.dtype in HALF
+            with torch.autocast(hidden.device.type, dtype=dtype, enabled=enabled):
+                losses = losses_after(hidden, unwrapped(model), batch)
         self._hidden = None
         batch.losses = None if losses is None else mean_losses(losses, batch)
         if self.config is not None:
             aux = field_of(output, "aux_loss")
             if isinstance(aux, Tensor) and aux.requires_grad and outputs is not None:
                 batch.aside = self._gradients(aux, outputs)  # before the run's own backward is watched
-            batch.check.watch(output, losses, kwargs.get("num_items_in_batch"))
+            batch.check.watch(output, losses, kwargs.get("num_items_in_batch"), coarse)
 
     def _gradients(self, loss: Tensor, outputs: dict[nn.Module, Tensor]) -> dict[nn.Module, Tensor]:
         """The gradient of a loss at the outputs of modules; none where it does not depend on them."""
@@ -193,7 +198,7 @@ class TrainingRecorder:
         """Keep (B, T, H), of which SFTTrainer of TRL before 1.15 computes the loss without the model's head."""
         hidden = field_of(output, "last_hidden_state")
         if self._running is not None and torch.is_grad_enabled() and hidden is not None:
-            self._hidden = hidden.detach()
+            self._hidden = hidden.detach(), _autocast_of(hidden)
 
     def _catch(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
         """Forward hook. Gradient checkpointing calls it twice, but its backward passes here once."""
@@ -205,9 +210,8 @@ class TrainingRecorder:
         self._called.setdefault(self._running, set()).add(module)
         if self._outputs is not None:
             self._outputs[module] = output
-        autocast = torch.is_autocast_enabled(output.device.type), torch.get_autocast_dtype(output.device.type)
         call = Call(self._modules[module], args, kwargs, None)  # with the graph, neither would be freed
-        output.register_hook(partial(self._measure, self._running, call, autocast))
+        output.register_hook(partial(self._measure, self._running, call, _autocast_of(output)))
 
     def _measure(self, batch: MicroBatch, call: Call, autocast: tuple[bool, torch.dtype], b: Tensor) -> None:
         """Gradient hook."""
@@ -243,6 +247,11 @@ def _second_backward() -> Iterator[None]:
     except Exception as error:  # each raises its own
         said = str(error).splitlines() or [type(error).__name__]
         raise InputError(NOT_APART.format(error=said[0].rstrip("."))) from error
+
+
+def _autocast_of(tensor: Tensor) -> tuple[bool, torch.dtype]:
+    """Whether autocast is on, and its type, on a tensor's device."""
+    return torch.is_autocast_enabled(tensor.device.type), torch.get_autocast_dtype(tensor.device.type)
 
 
 def _same(mine: Tensor, given: Any) -> bool:
