@@ -70,7 +70,8 @@ def _texts_and_groups(args: argparse.Namespace, provenance: Any) -> tuple[Any, A
         why = "the scores name no dataset" if dataset is None else f"the dataset has {len(dataset)} rows now"
         print(f"The report has no text: {why}. Pass --dataset.")
         return None, None
-    from ..data.row_texts import RowTexts, scored_columns
+    from ..data.layout import scored_columns
+    from ..data.row_texts import RowTexts
 
     if args.group_column and args.group_column not in dataset.column_names:
         raise InputError(f"--group_column {args.group_column}: the dataset has {', '.join(dataset.column_names)}.")

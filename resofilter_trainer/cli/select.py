@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from shlex import quote
 from typing import TYPE_CHECKING, Any
 
-from ..config import ColumnMapping, InputError
+from ..config import InputError
 from ..scores.score_table import count_reasons
 from .inputs import scored_dataset
 from .parser import CommandParser, scored_dataset_arguments
@@ -128,24 +127,24 @@ def _how_to_open(dataset: Dataset) -> str:
 
 def _check_forms(forms: Sequence[str], dataset: Any) -> None:
     """Raise InputError for a form that is not known, and where there are no rows to write."""
+    if not forms:
+        return
     from ..data.exporting import FILES
 
     unknown = [form for form in forms if form not in FILES]
     if unknown:
         raise InputError(f"--format {unknown[0]} is not known. Known: {', '.join(FILES)}.")
-    if forms and dataset is None:
+    if dataset is None:
         raise InputError("--format needs the rows, and the scores name no dataset: pass --dataset.")
 
 
 def _export(forms: Sequence[str], rows: Any, selection: Selection) -> Callable[[Path], None]:
     """What writes the kept rows in each form, with the columns that were scored."""
     from ..data.exporting import export_rows
+    from ..data.layout import scored_columns
     from ..scores.provenance import Provenance
 
-    preparation = Provenance.from_json(selection.provenance).preparation
-    names = {each.name for each in dataclasses.fields(ColumnMapping)}
-    scored = {name: value for name, value in preparation.items() if name in names and value not in (None, [])}
-    columns = ColumnMapping(**scored)
+    columns = scored_columns(Provenance.from_json(selection.provenance).preparation)
 
     def export(folder: Path) -> None:
         for form in forms:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -285,6 +286,12 @@ def _notes(messages: Any) -> set[str]:
     if any(isinstance(each, Mapping) and isinstance(each.get("content"), list) for each in messages or []):
         notes.add("content of one part was read as its text")
     return notes
+
+
+def scored_columns(preparation: Mapping[str, Any]) -> ColumnMapping:
+    """The column mapping of a table of scores, from the `preparation` of its provenance."""
+    names = [each.name for each in dataclasses.fields(ColumnMapping)]
+    return ColumnMapping(**{name: preparation[name] for name in names if preparation.get(name) not in (None, [])})
 
 
 def _hint(columns: Sequence[str], text_field: str) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
@@ -143,9 +142,3 @@ def _content(message: Mapping[str, Any]) -> str:
     if isinstance(value, list):
         return "\n".join(str(each["text"]) for each in value if isinstance(each, Mapping) and "text" in each)
     return "" if value is None else str(value)
-
-
-def scored_columns(preparation: Mapping[str, Any]) -> ColumnMapping:
-    """The column mapping of a table of scores, from its provenance."""
-    names = [each.name for each in dataclasses.fields(ColumnMapping)]
-    return ColumnMapping(**{name: preparation[name] for name in names if preparation.get(name)})

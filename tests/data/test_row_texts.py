@@ -7,7 +7,8 @@ import pytest
 from datasets import Dataset
 
 from resofilter_trainer.config import ColumnMapping
-from resofilter_trainer.data.row_texts import RowTexts, TokenTexts, decoder, said, scored_columns
+from resofilter_trainer.data.layout import scored_columns
+from resofilter_trainer.data.row_texts import RowTexts, TokenTexts, decoder, said
 
 SAYS = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "hi"}]
 ANSWER = {"role": "assistant", "content": "hello"}
