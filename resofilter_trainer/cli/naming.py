@@ -113,7 +113,7 @@ def _given(action: argparse.Action, text: str | None) -> str:
     value = _literal(text)
     if value is True and action.nargs in (0, "?"):
         return option
-    if (value is False and action.nargs == 0) or (value is None and not reads_none(action)):
+    if (value is False and action.nargs == 0) or (value is None and not reads(action, "none", None)):
         return f"no {option}"
     if isinstance(value, list | tuple):
         between = " " if action.nargs in ("+", "*") else ","
@@ -132,9 +132,9 @@ def _literal(text: str) -> Any:
     return text if isinstance(value, int | float) and not isinstance(value, bool) else value
 
 
-def reads_none(action: argparse.Action) -> bool:
-    """Whether `none` is a value of the option."""
+def reads(action: argparse.Action, text: str, value: object) -> bool:
+    """Whether an option reads a text as this value, such as `none` as None."""
     try:
-        return callable(action.type) and action.type("none") is None
+        return callable(action.type) and action.type(text) is value
     except (argparse.ArgumentTypeError, TypeError, ValueError):
         return False

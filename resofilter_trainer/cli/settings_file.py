@@ -6,7 +6,7 @@ import argparse
 from typing import Any
 
 from ..config import InputError, nearest
-from .naming import reads_none
+from .naming import reads
 
 
 def yaml_arguments(args: argparse.Namespace) -> list[str]:
@@ -38,7 +38,7 @@ def yaml_arguments(args: argparse.Namespace) -> list[str]:
 def _wrong_kind(action: argparse.Action, value: Any) -> str | None:
     """What is said of a value that cannot be the option's; None if it can."""
     if value is None:
-        may = action.default is None or reads_none(action)
+        may = action.default is None or reads(action, "none", None)
         return None if may else f"has no value: leave it out for the default, {action.default!r}"
     if action.nargs == 0:
         return None if isinstance(value, bool) else "is true or false"
@@ -49,7 +49,7 @@ def _wrong_kind(action: argparse.Action, value: Any) -> str | None:
         return "is a name or a list of names" if odd or not value else None
     if isinstance(value, dict):
         return "is one value, no mapping"
-    if isinstance(value, bool) and not _reads_bool(action):
+    if isinstance(value, bool) and not reads(action, "true", True):
         return "is a number or text; quote a text that YAML reads as true or false"
     return None
 
@@ -61,13 +61,5 @@ def _arguments(action: argparse.Action, value: Any) -> list[str]:
     if isinstance(value, list):
         return [f"{option}={','.join(map(str, value))}"] if action.nargs is None else [option, *map(str, value)]
     if value is None:
-        return [f"{option}=none"] if reads_none(action) else []
+        return [f"{option}=none"] if reads(action, "none", None) else []
     return [f"{option}={value}"]
-
-
-def _reads_bool(action: argparse.Action) -> bool:
-    """Whether `true` is a value of the option."""
-    try:
-        return callable(action.type) and action.type("true") is True
-    except (TypeError, ValueError):
-        return False

@@ -18,12 +18,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .float32 import HALF
 from .gradients import Segment
 from .losses import IGNORE
 from .modes import at_least_float32
 
 PER_SAMPLE, PER_BATCH = 4, 32  # tokens that are compared at all logits
-COARSE = torch.bfloat16, torch.float16
 
 
 @dataclass(frozen=True)
@@ -154,7 +154,7 @@ class LossCheck:
             there = places.at(logits)
             some = logits.detach()[there.row[there.picked], there.column[there.picked]]
             _on_gradient(logits, partial(self._at_logits, some, losses))
-            self._value_tolerance = 2e-2 if logits.dtype in COARSE else 1e-3
+            self._value_tolerance = 2e-2 if logits.dtype in HALF else 1e-3
         loss, counted = field_of(output, "loss"), len(places.row) if divisor is None else divisor
         if isinstance(loss, Tensor) and loss.dim() == 0:
             _on_gradient(loss, partial(self._at_loss, counted))
@@ -162,7 +162,7 @@ class LossCheck:
     def backpropagates(self, loss: Tensor) -> None:
         """Note a loss whose gradient is going to be computed; several of one micro-batch add up."""
         self._backpropagated = loss if self._backpropagated is None else self._backpropagated + loss
-        if loss.dtype in COARSE:
+        if loss.dtype in HALF:
             self._value_tolerance = 2e-2
 
     def _form_of(self, losses: Tensor, logits: Tensor | None) -> Tensor:
@@ -311,7 +311,7 @@ def _over(value: Tensor, tolerated: Tensor) -> Tensor:
 
 def _tolerance(gradient: Tensor) -> tuple[float, float]:
     """The relative error of a weight, and the absolute one of a probability, from which on they differ."""
-    return (5e-2, 1e-2) if gradient.dtype in COARSE else (2e-3, 1e-5)
+    return (5e-2, 1e-2) if gradient.dtype in HALF else (2e-3, 1e-5)
 
 
 def _on_gradient(tensor: Tensor, hook: Callable[[Tensor], None]) -> None:

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from ..config import InputError, ResonanceConfig
 from ..config.compatibility import has
 from .effective import check_maps
+from .float32 import HALF
 from .loss_check import Verdict, field_of, verdicts
 from .losses import unwrapped
 from .micro_batch import MicroBatch, losses_after, mean_losses, token_losses
@@ -41,7 +42,6 @@ NOT_APART = (
     "failed: {error}. Leave out activation_offloading=True and selective or reentrant checkpointing; or the auxiliary "
     "loss, with router_aux_loss_coef=0 or model.config.output_router_logits=False; or pass when='before'."
 )
-HALF = torch.bfloat16, torch.float16
 CHECKPOINTING = "gradient_checkpointing"  # transformers' attribute of a layer
 NOT_SEEN = (
     "A training step was not measured: the model was not called with the batch's input_ids. Leave them as the collator "

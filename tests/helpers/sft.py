@@ -18,8 +18,7 @@ from torch import Tensor
 from transformers import TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
-from helpers.training import UNSTABLE, llama
-from helpers.versions import arguments_here
+from helpers.training import UNSTABLE, arguments, llama
 from helpers.zen import zen, zen_tokenizer
 from resofilter_trainer import InputError, ResonanceCallback, ResonanceConfig, ScoreTable, score_dataset
 from resofilter_trainer.training.run import STATE
@@ -99,21 +98,8 @@ class Pattern:
 
 def sft_config(output: Path, **settings: Any) -> SFTConfig:
     """Two epochs in batches of 4, in float32 on the CPU; the last step is saved, every step logged."""
-    usual: dict[str, Any] = {
-        "output_dir": str(output),
-        "num_train_epochs": 2,
-        "per_device_train_batch_size": 4,
-        "learning_rate": 1e-3,
-        "bf16": False,
-        "use_cpu": True,
-        "activation_checkpointing": False,
-        "logging_steps": 1,
-        "save_strategy": "epoch",
-        "report_to": "none",
-        "disable_tqdm": True,
-        "dataloader_pin_memory": False,
-    }
-    return SFTConfig(**arguments_here({**usual, **settings}))
+    usual = {"num_train_epochs": 2, "per_device_train_batch_size": 4, "max_length": 1024, "save_strategy": "epoch"}
+    return arguments(output, **{**usual, **settings})
 
 
 def assert_untouched(pattern: Pattern, folder: Path) -> None:
