@@ -8,7 +8,7 @@ from pathlib import Path
 from shlex import quote
 from typing import TYPE_CHECKING, Any
 
-from ..config import InputError
+from ..config import InputError, one_of
 from ..scores.score_table import count_reasons
 from .inputs import scored_dataset
 from .parser import CommandParser, scored_dataset_arguments
@@ -50,7 +50,7 @@ def add_arguments(parser: CommandParser) -> None:
         "--format",
         nargs="+",
         default=[],
-        metavar="FORM",
+        metavar="FORMAT",
         help="also write the kept rows for other trainers, to exported/: jsonl, parquet, sharegpt, alpaca",
     )
     scored_dataset_arguments(parser)
@@ -71,7 +71,7 @@ def run(args: argparse.Namespace) -> None:
     policy = _policy(args)
     scores = ScoreTable.join([ScoreTable.load(path) for path in args.scores])
     dataset = scored_dataset(args, scores.provenance.source)
-    _check_forms(args.format, dataset)
+    _check_formats(args.format, dataset)
     check_place(output, args.dataset or scores.provenance.source.get("dataset"))
     if args.group_column and (dataset is None or args.group_column not in dataset.column_names):
         has = "pass --dataset" if dataset is None else f"the dataset has {', '.join(dataset.column_names)}"
@@ -125,21 +125,20 @@ def _how_to_open(dataset: Dataset) -> str:
     )
 
 
-def _check_forms(forms: Sequence[str], dataset: Any) -> None:
-    """Raise InputError for a form that is not known, and where there are no rows to write."""
-    if not forms:
+def _check_formats(formats: Sequence[str], dataset: Any) -> None:
+    """Raise InputError for a format that is not known, and where there are no rows to write."""
+    if not formats:
         return
     from ..data.exporting import FILES
 
-    unknown = [form for form in forms if form not in FILES]
-    if unknown:
-        raise InputError(f"--format {unknown[0]} is not known. Known: {', '.join(FILES)}.")
+    for format in formats:
+        one_of("--format", format, list(FILES))
     if dataset is None:
         raise InputError("--format needs the rows, and the scores name no dataset: pass --dataset.")
 
 
-def _export(forms: Sequence[str], rows: Any, selection: Selection) -> Callable[[Path], None]:
-    """What writes the kept rows in each form, with the columns that were scored."""
+def _export(formats: Sequence[str], rows: Any, selection: Selection) -> Callable[[Path], None]:
+    """What writes the kept rows in each format, with the columns that were scored."""
     from ..data.exporting import export_rows
     from ..data.layout import scored_columns
     from ..scores.provenance import Provenance
@@ -147,19 +146,19 @@ def _export(forms: Sequence[str], rows: Any, selection: Selection) -> Callable[[
     columns = scored_columns(Provenance.from_json(selection.provenance).preparation)
 
     def export(folder: Path) -> None:
-        for form in forms:
-            export_rows(rows, folder, form, columns, selection.sample_ids)
+        for format in formats:
+            export_rows(rows, folder, format, columns, selection.sample_ids)
 
     return export
 
 
-def _save(selection: Selection, dataset: Any, output: Path, group_column: str | None, forms: Sequence[str]) -> Path:
+def _save(selection: Selection, dataset: Any, output: Path, group_column: str | None, formats: Sequence[str]) -> Path:
     """Write the selection and, with a dataset, the kept rows; returns the selection's file."""
     from ..io.files import folder_lock
     from ..selecting.kept_dataset import save_kept
 
     rows = None if dataset is None else selection.apply(dataset, check_rows=False)  # `scored_dataset` has compared
-    export = _export(forms, rows, selection) if forms else None
+    export = _export(formats, rows, selection) if formats else None
     with folder_lock(output):
         return save_kept(rows, selection, output, group_column, export)
 

@@ -1,4 +1,4 @@
-"""A row's messages in the forms of other trainers, or the reason why a form cannot hold them. Knows dicts only.
+"""A row's messages in the formats of other trainers, or the reason why a format cannot hold them. Knows dicts only.
 
     sharegpt    `conversations`, `system` and `tools`, as LLaMA-Factory reads them with `formatting: sharegpt`
     alpaca      `instruction`, `input`, `output`, `system` and `history`, as LLaMA-Factory reads them; axolotl reads the
@@ -32,7 +32,7 @@ def sharegpt(messages: list[Message], tools: Any) -> Row:
         tools: a list of tools, or None.
 
     Raises:
-        Unreadable: the form cannot hold them unchanged.
+        Unreadable: the format cannot hold them unchanged.
     """
     system, turns = _apart(messages)
     made = [_turn(number, message) for number, message in enumerate(turns)]
@@ -56,8 +56,8 @@ def alpaca(messages: list[Message], tools: Any) -> Row:
 
 
 @dataclass(frozen=True)
-class Form:
-    """A form of conversations.
+class Format:
+    """A format of conversations.
 
     Attributes:
         convert: makes a row's columns of its messages and tools.
@@ -68,9 +68,9 @@ class Form:
     columns: Mapping[str, str]
 
 
-FORMS = {
-    "sharegpt": Form(sharegpt, {"messages": "conversations", "system": "system", "tools": "tools"}),
-    "alpaca": Form(
+FORMATS = {
+    "sharegpt": Format(sharegpt, {"messages": "conversations", "system": "system", "tools": "tools"}),
+    "alpaca": Format(
         alpaca,
         {
             "prompt": "instruction",

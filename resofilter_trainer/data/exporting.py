@@ -4,7 +4,7 @@
     parquet             each row as it is, in types that every version of datasets knows, images and the like apart
     sharegpt, alpaca    see `conversations`
 
-A row that a form cannot hold unchanged is refused. In a struct, Arrow stores a key that a row lacks as null: it is
+A row that a format cannot hold unchanged is refused. In a struct, Arrow stores a key that a row lacks as null: it is
 left out again, except for a message's content.
 """
 
@@ -21,26 +21,26 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import Dataset, LargeList, List, Value
 
-from ..config import ColumnMapping, InputError
+from ..config import ColumnMapping, InputError, one_of
 from ..io.files import read_json, replacing
 from .chat import Message, Unreadable, tools_of
 from .columns import AT_ONCE
-from .conversations import FORMS, Form, Row
+from .conversations import FORMATS, Row
 from .exact_json import has_json
 from .rows import read_rows, told_of
 
-FILES = {"jsonl": "rows.jsonl", "parquet": "rows.parquet", **{form: f"{form}.jsonl" for form in FORMS}}
+FILES = {"jsonl": "rows.jsonl", "parquet": "rows.parquet", **{format: f"{format}.jsonl" for format in FORMATS}}
 INFO = "dataset_info.json"
 ID = "sample_id"
 CONTENT = ("content", "value")  # null in a message that only calls tools
 LINE_ENDS = {end: f"\\u{end:04x}" for end in (0x85, 0x2028, 0x2029)}  # for some readers of lines, not in JSON
-KEEPS_ALL = "The form jsonl holds every row as it is."
+KEEPS_ALL = "The format jsonl holds every row as it is."
 
 
 def export_rows(
     rows: Dataset,
     folder: str | Path,
-    form: str,
+    format: str,
     columns: ColumnMapping | None = None,
     sample_ids: Iterable[int] | None = None,
 ) -> Path:
@@ -50,7 +50,7 @@ def export_rows(
         rows: the rows, such as `selection.apply(dataset)`.
         folder: where to write `rows.jsonl`, `rows.parquet`, `sharegpt.jsonl` or `alpaca.jsonl`. Beside the last two, a
             `dataset_info.json` describes the file to LLaMA-Factory, under the name `kept_sharegpt` or `kept_alpaca`.
-        form: `"jsonl"`, `"parquet"`, `"sharegpt"` or `"alpaca"`.
+        format: `"jsonl"`, `"parquet"`, `"sharegpt"` or `"alpaca"`.
         columns: which column is which, for `sharegpt` and `alpaca`; by default TRL's names.
         sample_ids: (N,) the positions of the rows in the dataset that was scored, such as `selection.sample_ids`, for a
             column `sample_id`.
@@ -59,22 +59,21 @@ def export_rows(
         The file.
 
     Raises:
-        InputError: the form is unknown, or cannot hold a column or a row unchanged.
+        InputError: the format is unknown, or cannot hold a column or a row unchanged.
     """
-    if form not in FILES:
-        raise InputError(f"form={form!r} is not known. Known: {', '.join(FILES)}.")
-    file = Path(folder) / FILES[form]
-    known = _described(file.with_name(INFO)) if form in FORMS else {}
+    one_of("format", format, list(FILES))
+    file = Path(folder) / FILES[format]
+    known = _described(file.with_name(INFO)) if format in FORMATS else {}
     rows = _with_ids(rows, sample_ids)
     with replacing(file) as temporary:
-        if form == "jsonl":
+        if format == "jsonl":
             _write_lines(_plain_rows(rows), temporary)
-        elif form == "parquet":
+        elif format == "parquet":
             _write_parquet(rows, temporary)
         else:
-            _write_lines(_converted(rows, columns or ColumnMapping(), form), temporary)
-    if form in FORMS:
-        _describe(file.with_name(INFO), known, form)
+            _write_lines(_converted(rows, columns or ColumnMapping(), format), temporary)
+    if format in FORMATS:
+        _describe(file.with_name(INFO), known, format)
     return file
 
 
@@ -156,7 +155,7 @@ def _plain_rows(rows: Dataset) -> Iterator[Row]:
                     row[name] = _plain(value, features[name])
                 except TypeError as error:
                     what = f"Row {number}, column '{name}': {error} is no value of JSON."
-                    raise InputError(f"{what} Use the form parquet, or remove the column.") from error
+                    raise InputError(f"{what} Use the format parquet, or remove the column.") from error
             yield row
 
 
@@ -185,36 +184,36 @@ def _write_lines(rows: Iterator[Row], file: Path) -> None:
 # ---- conversations
 
 
-def _converted(rows: Dataset, columns: ColumnMapping, form: str) -> Iterator[Row]:
-    """Each row's messages and tools in a form, with its other columns. Raises InputError for rows that do not fit."""
+def _converted(rows: Dataset, columns: ColumnMapping, format: str) -> Iterator[Row]:
+    """Each row's messages and tools in a format, with its other columns. Raises InputError for rows that do not fit."""
     if columns.prompt_columns:
         columns = dataclasses.replace(columns, conversational=True)
     read = read_rows(rows, columns)
-    taken, refused = _taken(read.dataset, FORMS[form], form), dict(read.refused)
+    taken, refused = _taken(read.dataset, format), dict(read.refused)
     for position, row in zip(read.positions.tolist(), _plain_rows(read.dataset), strict=True):
         try:
-            made = FORMS[form].convert(_messages(row), _parsed(row.get("tools")))
+            made = FORMATS[format].convert(_messages(row), _parsed(row.get("tools")))
             yield made | {name: value for name, value in row.items() if name not in taken}
         except Unreadable as error:
             refused[position] = str(error)
     if ID in rows.column_names:
         refused = {rows[position][ID]: why for position, why in refused.items()}
     if refused:
-        raise InputError(f"{told_of(refused, len(rows), f'do not fit the form {form}')} {KEEPS_ALL}")
+        raise InputError(f"{told_of(refused, len(rows), f'do not fit the format {format}')} {KEEPS_ALL}")
 
 
-def _taken(mapped: Dataset, form: Form, name: str) -> set[str]:
-    """The columns that become the form's. Raises InputError where there are none, or another has the form's name."""
+def _taken(mapped: Dataset, format: str) -> set[str]:
+    """The columns that become those of the format. Raises InputError where there are none, or a name is taken."""
     names = set(mapped.column_names)
     if not ({"prompt", "completion"} <= names or "messages" in names):
         raise InputError(
-            f"The form {name} needs questions and answers, and the columns are {', '.join(mapped.column_names)}. Pass "
-            f"prompt_column and completion_column, or messages_column. {KEEPS_ALL}"
+            f"The format {format} needs questions and answers, and the columns are {', '.join(mapped.column_names)}. "
+            f"Pass prompt_column and completion_column, or messages_column. {KEEPS_ALL}"
         )
     taken = ({"messages"} if "messages" in names else {"prompt", "completion"}) | {"tools"}
-    clash = sorted((names - taken) & set(form.columns.values()))
+    clash = sorted((names - taken) & set(FORMATS[format].columns.values()))
     if clash:
-        raise InputError(f"The dataset's column '{clash[0]}' has the name of one of the form {name}: rename it.")
+        raise InputError(f"The dataset's column '{clash[0]}' has the name of one of the format {format}: rename it.")
     return taken
 
 
@@ -243,8 +242,8 @@ def _described(info: Path) -> dict[str, Any]:
     return known
 
 
-def _describe(info: Path, known: Mapping[str, Any], form: str) -> None:
-    """Add the file to dataset_info.json, in which LLaMA-Factory looks for its name, form and columns."""
-    described = {"file_name": FILES[form], "formatting": form, "columns": dict(FORMS[form].columns)}
+def _describe(info: Path, known: Mapping[str, Any], format: str) -> None:
+    """Add the file to dataset_info.json, in which LLaMA-Factory looks for its name, format and columns."""
+    described = {"file_name": FILES[format], "formatting": format, "columns": dict(FORMATS[format].columns)}
     with replacing(info) as temporary:
-        temporary.write_text(json.dumps({**known, f"kept_{form}": described}, indent=2) + "\n", encoding="utf-8")
+        temporary.write_text(json.dumps({**known, f"kept_{format}": described}, indent=2) + "\n", encoding="utf-8")

@@ -38,7 +38,7 @@ def lines(file: Path) -> list[dict[str, object]]:
     return [json.loads(line) for line in file.read_text().splitlines()]
 
 
-def test_every_form_has_the_kept_rows_with_their_positions(scores, capsys):
+def test_every_format_has_the_kept_rows_with_their_positions(scores, capsys):
     kept = select(scores, "--format", "jsonl", "parquet", "sharegpt", "alpaca")
     exported = kept / "exported"
     named = ["alpaca.jsonl", "dataset_info.json", "rows.jsonl", "rows.parquet", "sharegpt.jsonl"]
@@ -70,15 +70,15 @@ def test_a_row_that_does_not_fit_leaves_everything_as_it_was(scores, capsys):
     source.write_text(source.read_text().replace('"id": "r1"', '"instruction": "r1"').replace('"id"', '"instruction"'))
     with pytest.raises(SystemExit):
         select(scores, "--drop", "smallest", "--format", "alpaca")
-    assert "column 'instruction' has the name of one of the form alpaca: rename it" in capsys.readouterr().err
+    assert "column 'instruction' has the name of one of the format alpaca: rename it" in capsys.readouterr().err
     assert lines(kept / "exported" / "rows.jsonl") == [ROWS[i] | {"sample_id": i} for i in KEPT]
     assert np.flatnonzero(Selection.load(kept).keep).tolist() == KEPT
 
 
-def test_an_unknown_form_and_scores_without_rows(scores, capsys):
+def test_an_unknown_format_and_scores_without_rows(scores, capsys):
     with pytest.raises(SystemExit):
         select(scores, "--format", "csv")
-    assert "--format csv is not known. Known: jsonl, parquet, sharegpt, alpaca." in capsys.readouterr().err
+    assert "--format must be one of 'jsonl', 'parquet', 'sharegpt', 'alpaca', got 'csv'." in capsys.readouterr().err
     make_scores([1.0, 2.0], provenance=make_provenance(rows=2, source={})).save(scores)
     with pytest.raises(SystemExit):
         select(scores, "--format", "jsonl")

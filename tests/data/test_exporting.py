@@ -32,13 +32,13 @@ def as_json(rows: list[dict[str, Any]], *names: str) -> Dataset:
 # ---- rows as they are
 
 
-@pytest.mark.parametrize("form", ["jsonl", "parquet"])
-def test_rows_stay_as_they_are_with_their_positions(form, tmp_path):
+@pytest.mark.parametrize("format", ["jsonl", "parquet"])
+def test_rows_stay_as_they_are_with_their_positions(format, tmp_path):
     rows = [{"a": "007", "b": 1.5, "c": None, "d": [1, 2], "e": {"x": True}, "f": "é\n\u2028\"'"} for _ in range(3)]
-    file = export_rows(Dataset.from_list(rows), tmp_path, form, sample_ids=[4, 5, 9])
-    read = lines(file) if form == "jsonl" else pq.read_table(file).to_pylist()
+    file = export_rows(Dataset.from_list(rows), tmp_path, format, sample_ids=[4, 5, 9])
+    read = lines(file) if format == "jsonl" else pq.read_table(file).to_pylist()
     assert read == [row | {"sample_id": place} for row, place in zip(rows, [4, 5, 9], strict=True)]
-    assert [each.name for each in tmp_path.iterdir()] == [FILES[form]]
+    assert [each.name for each in tmp_path.iterdir()] == [FILES[format]]
 
 
 def test_keys_that_a_message_lacks_are_absent_again(tmp_path):
@@ -71,7 +71,7 @@ def test_json_becomes_arrows_own_types_where_these_hold_it(tmp_path):
 )
 def test_json_that_arrows_types_would_change_is_refused(values, tmp_path):
     dataset = as_json([{"x": value} for value in values], "x")
-    with pytest.raises(InputError, match=r"Parquet cannot hold .* The form jsonl holds every row as it is"):
+    with pytest.raises(InputError, match=r"Parquet cannot hold .* The format jsonl holds every row as it is"):
         export_rows(dataset, tmp_path, "parquet")
     assert list(tmp_path.iterdir()) == []
     assert [row["x"] for row in lines(export_rows(dataset, tmp_path, "jsonl"))] == values
@@ -82,7 +82,7 @@ def test_dates_are_written_as_text_and_what_is_no_json_is_refused(tmp_path):
     dataset = Dataset.from_dict({"day": [day, None]})
     assert [row["day"] for row in lines(export_rows(dataset, tmp_path, "jsonl"))] == ["2026-02-03", None]
     for column, named in (({"x": [1.0, float("nan")]}, "Row 1, column 'x': nan"), ({"x": [b"1"]}, "bytes")):
-        with pytest.raises(InputError, match=rf"{named} is no value of JSON. Use the form parquet"):
+        with pytest.raises(InputError, match=rf"{named} is no value of JSON. Use the format parquet"):
             export_rows(Dataset.from_dict(column), tmp_path, "jsonl")
     assert [each.name for each in tmp_path.iterdir()] == ["rows.jsonl"]  # as it was before
     assert len(lines(tmp_path / "rows.jsonl")) == 2
@@ -104,8 +104,8 @@ def test_positions_never_replace_a_column_of_the_dataset(tmp_path):
     assert [row["sample_id"] for row in lines(export_rows(dataset, tmp_path, "jsonl"))] == [7, 8]
 
 
-def test_an_unknown_form_names_the_known_ones(tmp_path):
-    with pytest.raises(InputError, match=r"form='csv' is not known. Known: jsonl, parquet, sharegpt, alpaca"):
+def test_an_unknown_format_names_the_known_ones(tmp_path):
+    with pytest.raises(InputError, match=r"format must be one of 'jsonl', 'parquet', 'sharegpt', 'alpaca', got 'csv'"):
         export_rows(Dataset.from_dict({"text": ["a"]}), tmp_path, "csv")
 
 
@@ -157,7 +157,7 @@ def test_sharegpt_with_tools(arguments, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("form", "messages", "why"),
+    ("format", "messages", "why"),
     [
         ("sharegpt", [say("user", "a"), say("user", "b"), say("assistant", "c")], "do not take turns"),
         ("sharegpt", [say("user", "a"), say("assistant", "so", tool_calls=[CALL])], "text beside the call of a tool"),
@@ -174,10 +174,10 @@ def test_sharegpt_with_tools(arguments, tmp_path):
         ("alpaca", [say("assistant", "a"), *turns("b", "c")], "not pairs of user and assistant"),
     ],
 )
-def test_a_row_that_a_form_cannot_hold_is_refused_by_its_number(form, messages, why, tmp_path):
+def test_a_row_that_a_format_cannot_hold_is_refused_by_its_number(format, messages, why, tmp_path):
     dataset = as_json([{"messages": turns("a", "b")}, {"messages": messages}], "messages")
-    with pytest.raises(InputError, match=rf"Row 6: .*{why}.*The form jsonl holds every row"):
-        export_rows(dataset, tmp_path, form, sample_ids=[2, 6])
+    with pytest.raises(InputError, match=rf"Row 6: .*{why}.*The format jsonl holds every row"):
+        export_rows(dataset, tmp_path, format, sample_ids=[2, 6])
     assert list(tmp_path.iterdir()) == []
 
 
@@ -185,7 +185,7 @@ def test_text_and_clashing_columns_are_refused(tmp_path):
     with pytest.raises(InputError, match="needs questions and answers, and the columns are text"):
         export_rows(Dataset.from_dict({"text": ["a"]}), tmp_path, "sharegpt")
     dataset = Dataset.from_dict({"prompt": ["a"], "completion": ["b"], "input": ["c"]})
-    with pytest.raises(InputError, match="column 'input' has the name of one of the form alpaca: rename it"):
+    with pytest.raises(InputError, match="column 'input' has the name of one of the format alpaca: rename it"):
         export_rows(dataset, tmp_path, "alpaca")
     assert list(tmp_path.iterdir()) == []
 
