@@ -28,7 +28,7 @@ MAY_KNOW = {
     "selecting": "config io scores",
     "report": "config io scores selecting",
     "model": "config",
-    "data": "config io scores model",
+    "data": "config io scores selecting model",
     "criteria": "config selecting model data",
     "scoring": "config io scores model data criteria",
     "tokens": "config io scores selecting model data scoring",

@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import json
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from datasets import Dataset, LargeList, List, Value
 
 from ..config import ColumnMapping, InputError, one_of
 from ..io.files import read_json, replacing
+from ..selecting.weighted_rows import WEIGHT
 from .chat import Message, Unreadable, tools_of
 from .columns import AT_ONCE
 from .conversations import FORMATS, Row
@@ -44,7 +46,7 @@ def export_rows(
     columns: ColumnMapping | None = None,
     sample_ids: Iterable[int] | None = None,
 ) -> Path:
-    """Write rows as a file that other trainers read.
+    """Write rows as a file that other trainers read. Rows with weights, which no other trainer reads, are warned of.
 
     Args:
         rows: the rows, such as `selection.apply(dataset)`.
@@ -65,6 +67,12 @@ def export_rows(
     file = Path(folder) / FILES[format]
     known = _described(file.with_name(INFO)) if format in FORMATS else {}
     rows = _with_ids(rows, sample_ids)
+    if WEIGHT in rows.column_names:
+        warnings.warn(
+            f"The rows do not count alike, and no other trainer reads their weights (column '{WEIGHT}'): a training on "
+            "the file is biased. Select rows by a policy without weights, or train on them with SampleWeights.",
+            stacklevel=2,
+        )
     with replacing(file) as temporary:
         if format == "jsonl":
             _write_lines(_plain_rows(rows), temporary)

@@ -209,3 +209,10 @@ def test_a_description_that_cannot_be_read_is_refused_before_anything_is_written
 def test_positions_are_compared_whatever_the_format(tmp_path):
     dataset = Dataset.from_dict({"sample_id": [7, 8], "text": ["a", "b"]}).with_format("numpy")
     assert len(lines(export_rows(dataset, tmp_path, "jsonl", sample_ids=[7, 8]))) == 2
+
+
+def test_rows_with_weights_warn_as_no_other_trainer_reads_them(tmp_path):
+    dataset = Dataset.from_dict({"text": ["a", "b"], "resofilter_weight": [1.0, 2.0]})
+    with pytest.warns(UserWarning, match="no other trainer reads their weights.*a training on the file is biased"):
+        file = export_rows(dataset, tmp_path, "jsonl")
+    assert [row["resofilter_weight"] for row in lines(file)] == [1.0, 2.0]
