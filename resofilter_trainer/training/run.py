@@ -213,7 +213,7 @@ class Run:
         self._watch.expect(batches, rows, num_items, weights)
         if weights is not None:
             self._weights.put(batches, rows, weights)
-        return self._patch.filled(batches, count, access.averages(self.trainer, num_items)), num_items
+        return self._patch.completed(batches, count, access.averages(self.trainer, num_items)), num_items
 
     def _enter_step(self, tokens: CleaningRun) -> None:
         """Clean the tokens of the stage that begins with this step, if one does."""

@@ -58,7 +58,7 @@ class TrainerPatch:
     def __init__(self, trainer: Trainer, train_dataloader: Any, sampler: ShrinkingSampler, fetch: Any) -> None:
         self._trainer, self._loader, self._sampler, self._fetch = trainer, train_dataloader, sampler, fetch
         self._rows = LoaderPatch(train_dataloader)
-        self._count, self._fillers = 0, list[Any]()  # of the present step: its micro-batches, and labels of fillers
+        self._count, self._masked = 0, list[Any]()  # of this step: micro-batches, labels of masked ones
 
     def install(self) -> None:
         """Let batches say their rows, and the run fetch them."""
@@ -84,7 +84,7 @@ class TrainerPatch:
         """Whether the trainer's present training reads this loader."""
         return self._trainer.callback_handler.train_dataloader is self._loader
 
-    def filled(self, batches: Sequence[Any], count: int, averaged: bool) -> list[Any]:
+    def completed(self, batches: Sequence[Any], count: int, averaged: bool) -> list[Any]:
         """The micro-batches of a step, with others in addition that change neither its loss nor its gradient.
 
         Where the loss is a sum over the tokens of the step, the others have all labels masked. Where it is the mean of
@@ -97,22 +97,22 @@ class TrainerPatch:
             averaged: whether the loss is the mean of the micro-batches' means.
         """
         missing = count - len(batches) if batches else 0
-        self._count, self._fillers = len(batches), []
+        self._count, self._masked = len(batches), []
         if averaged:
             return [*(_LeftOut(batches[-1]) for _ in range(missing)), *batches]
-        fillers = [_masked_copy(batches[-1]) for _ in range(missing)]
-        self._fillers = [each["labels"] for each in fillers]
-        return [*batches, *fillers]
+        masked = [_masked_copy(batches[-1]) for _ in range(missing)]
+        self._masked = [each["labels"] for each in masked]
+        return [*batches, *masked]
 
     def begin_step(self) -> None:
         """Tell the trainer how many micro-batches count: the divisor of a mean of means, and of a router's loss."""
         self._trainer.current_gradient_accumulation_steps = self._count
 
     def _loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        """The trainer's loss, and zero for a filler, whose auxiliary loss would train, too."""
+        """The trainer's loss, and zero for a masked micro-batch, whose auxiliary loss would train, too."""
         labels = inputs.get("labels")
         found = self._compute_loss(model, inputs, *args, **kwargs)
-        return found * 0 if any(labels is each for each in self._fillers) else found
+        return found * 0 if any(labels is each for each in self._masked) else found
 
     def _step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         """The trainer's step, and none for a micro-batch that is left out."""
