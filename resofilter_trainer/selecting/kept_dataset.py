@@ -30,7 +30,7 @@ def check_place(output: Path, source: str | None) -> None:
     for folder in (output / DATASET, output / EXPORTED):
         is_source = source is not None and folder.resolve() in (Path(source).resolve(), Path(source).resolve().parent)
         if folder.exists() and (not ours or is_source):
-            what = "holds the rows that were scored" if is_source else "exists and is no earlier selection's"
+            what = "holds the rows that were scored" if ours else "exists and is no earlier selection's"
             raise InputError(f"'{folder}' {what}. Choose another output.")
 
 
