@@ -29,6 +29,7 @@ class Decisions:
         self, filtering: FilterConfig, epochs: int, rows: TrainerRows, results: Results, tokens: CleaningRun | None
     ) -> None:
         self._filter, self._epochs, self._rows, self._results, self._tokens = filtering, epochs, rows, results, tokens
+        self._idle: list[int] = []
 
     @property
     def kept(self) -> np.ndarray:
@@ -44,8 +45,8 @@ class Decisions:
     @property
     def trainable(self) -> np.ndarray:
         """The positions in the user's dataset of the rows that have a token to learn, ascending or as shuffled."""
-        ids = self._rows.sample_ids
-        return ids if self._tokens is None else ids[~self._tokens.emptied]
+        ids = self._rows.sample_ids if self._tokens is None else self._rows.sample_ids[~self._tokens.emptied]
+        return ids[~np.isin(ids, self._idle)]
 
     def begin(self, provenance: Provenance) -> None:
         """Keep every row that has a token to learn."""
@@ -56,8 +57,12 @@ class Decisions:
 
     def score(self, measurements: Measurements, provenance: Provenance) -> None:
         """Make the table of scores from the measurements."""
-        reasons = self._left_out()
-        for row in self._rows.sample_ids[~measurements.ever]:
+        reasons, rows = self._left_out(), self._rows
+        if self._tokens is None:  # otherwise a later stage may learn a token of such a row
+            self._idle = rows.sample_ids[measurements.idle].tolist()
+        for row in self._idle:
+            reasons[row] = rows.no_token
+        for row in rows.sample_ids[~measurements.ever]:
             reasons[row] = reasons[row] or "not measured yet"
         self._results.scores = measurements.to_scores(self._rows.sample_ids, reasons, provenance)
 
@@ -67,7 +72,8 @@ class Decisions:
         if self._filter.decides(epoch):
             assert scores is not None, "scores are made before anything is decided"
             share = self._filter.shares(self._epochs)[epoch]
-            last = decide(self._filter, epoch, share, scores, self.trainable, last)
+            idle = dict.fromkeys(self._idle, self._rows.no_token)
+            last = decide(self._filter, epoch, share, scores, self.trainable, last, idle)
         self._results.selections.append(last)
 
     def forget_the_first(self) -> None:

@@ -8,6 +8,7 @@ import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -233,12 +234,19 @@ def _checked_list(keep: Sequence[Any], config: FilterConfig, first: int) -> tupl
 
 
 def decide(
-    config: FilterConfig, epoch: int, share: float, scores: ScoreTable, rows: np.ndarray, last: Selection
+    config: FilterConfig,
+    epoch: int,
+    share: float,
+    scores: ScoreTable,
+    rows: np.ndarray,
+    last: Selection,
+    idle: Mapping[int, str] = MappingProxyType({}),
 ) -> Selection:
     """The rows of an epoch.
 
     From `end_epoch` on, all rows are kept. A row that was not measured is kept. A row whose score is not finite is
-    dropped: always by a policy; by a share before all others, but no more rows than the share says.
+    dropped: always by a policy; by a share before all others, but no more rows than the share says. A row without a
+    token to learn goes with the first that are dropped, and counts in no share.
 
     Args:
         config: which rows are dropped.
@@ -247,6 +255,7 @@ def decide(
         scores: the last scores of all rows of the user's dataset.
         rows: (N,) the rows of the user's dataset that can be trained on.
         last: the selection of the epoch before.
+        idle: other rows, which have no token to learn, each with the reason.
 
     Raises:
         InputError: a policy returned something that is no selection of all rows.
@@ -262,6 +271,9 @@ def decide(
     when = "" if config.when == "before" else f", after epoch {epoch}"
     for row in candidates.tolist():
         reason[row] = f"{why[row]}{when}" if row in why else KEPT
+    if isinstance(config.schedule.decision, ByPolicy) or share < 1:
+        for row, without_token in idle.items():
+            keep[row], reason[row] = False, without_token
     if weight is not None:
         weight = np.where(keep, weight, 0.0)
     return Selection(keep, reason, {**config.to_json(), "epoch": epoch}, scores.provenance.to_json(), weight)

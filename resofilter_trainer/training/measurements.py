@@ -51,6 +51,7 @@ class Measurements:
             until the row's first epoch has ended.
         measured: (N,) the mean over the layers, as it was measured.
         epoch, step: (N,) when it was measured; -1 for a row that was never measured.
+        idle: (N,) bool, the rows that were trained on without a learnt token, and so were never measured.
         loss, num_tokens, length, layers: (N,) each, and (N, L).
     """
 
@@ -63,6 +64,7 @@ class Measurements:
         self.length = np.zeros(rows, dtype=np.int64)
         self.epoch = np.full(rows, -1)
         self.step = np.full(rows, -1)
+        self.idle = np.zeros(rows, dtype=bool)
 
     @property
     def measured(self) -> np.ndarray:
@@ -79,11 +81,13 @@ class Measurements:
 
         A row without a learnt token has no measurement.
         """
+        empty = found.rows[(found.num_tokens == 0) & (found.rows >= 0)]
+        self.idle[empty] = ~self.ever[empty]
         found = found.where(found.num_tokens > 0)
         _, first = np.unique(found.rows, return_index=True)
         first = first[(found.rows[first] >= 0) & (self.epoch[found.rows[first]] != found.epoch)]
         rows = found.rows[first]
-        self.epoch[rows], self.step[rows] = found.epoch, found.step
+        self.epoch[rows], self.step[rows], self.idle[rows] = found.epoch, found.step, False
         for name in ("loss", "num_tokens", "length", "layers"):
             getattr(self, name)[rows] = getattr(found, name)[first]
 
@@ -124,7 +128,7 @@ class Measurements:
 
     def save(self, folder: Path, extra: Mapping[str, np.ndarray]) -> None:
         """Write to a folder, with `extra` columns of a value for each row; whole or not at all."""
-        names = ("score", "loss", "num_tokens", "length", "epoch", "step")
+        names = ("score", "loss", "num_tokens", "length", "epoch", "step", "idle")
         columns = {name: getattr(self, name) for name in names}
         columns |= {f"{LAYER}{layer}": self.layers[:, i] for i, layer in enumerate(self.layer_indices)}
         save_parquet(pa.table({**columns, **extra}), folder / FILE, {KEY: json.dumps(self.layer_indices)})
@@ -140,6 +144,7 @@ class Measurements:
                 measurements.layers[:, i] = columns.pop(f"{LAYER}{layer}")
             for name in ("score", "loss", "num_tokens", "length", "epoch", "step"):
                 setattr(measurements, name, columns.pop(name))
+            measurements.idle = columns.pop("idle", measurements.idle)  # version 0.1.0 has none
             return measurements, columns
         except (TypeError, KeyError, ValueError, RecursionError) as error:
             raise InputError(

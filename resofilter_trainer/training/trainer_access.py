@@ -166,12 +166,12 @@ class TrainerRows:
     Attributes:
         sample_ids: (N,) the position of each of them in the user's dataset.
         total: the number of rows of the user's dataset.
-        dropped: why the trainer leaves out the others.
+        no_token: why a row without a token to learn has none. The trainer leaves out such rows, or trains on them.
     """
 
     sample_ids: np.ndarray
     total: int
-    dropped: str
+    no_token: str
 
     def left_out(self, emptied: np.ndarray | None) -> list[str | None]:
         """Why each of the user's rows is not trained on in any epoch; None where it is.
@@ -179,7 +179,7 @@ class TrainerRows:
         Args:
             emptied: (N,) bool, the trainer's rows of which no token is learnt; None for none.
         """
-        reasons: list[str | None] = [self.dropped] * self.total
+        reasons: list[str | None] = [self.no_token] * self.total
         for row in self.sample_ids:
             reasons[row] = None
         for row in self.sample_ids[:0] if emptied is None else self.sample_ids[emptied]:
@@ -202,7 +202,9 @@ def rows_of(trainer: Trainer) -> TrainerRows:
         rows = rows if listed is None else listed.column(0).to_numpy()
     elif prepared and args.shuffle_dataset:
         rows = np.random.default_rng(args.seed).permutation(total)
-    return TrainerRows(rows, total, f"no token to learn within max_length {getattr(args, 'max_length', None)}")
+    length = getattr(args, "max_length", None)
+    why = "no token to learn" + (": every label is masked" if length is None else f" within max_length {length}")
+    return TrainerRows(rows, total, why)
 
 
 def token_weight(trainer: Trainer, num_items: Any, batch: Any, micro_batches: int) -> Any:

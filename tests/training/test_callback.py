@@ -215,6 +215,37 @@ def test_ids_are_the_users_rows_though_rows_are_dropped_and_shuffled(tmp_path, t
     assert len(last.apply(dataset)) == 8
 
 
+@pytest.mark.parametrize("when", ["training", "before"])
+def test_rows_whose_labels_are_all_masked_count_in_no_share(when, tmp_path, tokenizer):
+    tokens = [tokenizer(f"the quick {'fox ' * i}").input_ids for i in range(14)]
+    masked = np.isin(np.arange(14), [1, 4, 5, 10])
+    labels = [[-100] * len(ids) if mask else ids for ids, mask in zip(tokens, masked, strict=True)]
+    dataset = Dataset.from_dict({"input_ids": tokens, "labels": labels})
+    callback = ResonanceCallback(keep=0.5, when=when, eps=1e-4)
+    skip = {"skip_prepare_dataset": True}  # where it prepares the rows, TRL may drop these itself
+    train(tmp_path, tokenizer, callback, dataset=dataset, dataset_kwargs=skip, max_length=None)
+    assert np.array_equal(callback.scores.scored, ~masked)
+    assert {callback.scores.reasons[row] for row in np.flatnonzero(masked)} == {
+        "no token to learn: every label is masked"
+    }
+    last = callback.selections[-1]
+    assert not last.keep[masked].any()
+    assert last.keep[~masked].sum() == 5
+    plan = json.loads((tmp_path / "resofilter" / "plan.json").read_text())
+    assert [epoch["rows"] for epoch in plan] == ([14, 5, 5] if when == "training" else [5, 5, 5])
+
+
+def test_where_all_rows_are_kept_those_without_a_learnt_token_stay(tmp_path, tokenizer):
+    tokens = [tokenizer(f"the quick {'fox ' * i}").input_ids for i in range(6)]
+    dataset = Dataset.from_dict({"input_ids": tokens, "labels": [[-100] * len(tokens[0]), *tokens[1:]]})
+    callback, skip = ResonanceCallback(keep=1.0), {"skip_prepare_dataset": True}
+    with_callback = train(tmp_path, tokenizer, callback, dataset=dataset, dataset_kwargs=skip, max_length=None)
+    assert callback.selections[-1].keep.all()
+    assert not callback.scores.scored[0]
+    without = train(tmp_path, tokenizer, dataset=dataset, dataset_kwargs=skip, max_length=None)
+    assert_same_weights(with_callback, without)
+
+
 def test_ids_when_nothing_is_mapped_but_shuffled(tmp_path, tokenizer):
     tokens = [tokenizer(f"the quick {'fox ' * i}").input_ids for i in range(12)]
     dataset = Dataset.from_list([{"input_ids": ids, "labels": ids} for ids in tokens])
