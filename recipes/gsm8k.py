@@ -44,7 +44,7 @@ from resofilter_trainer.cli.entry import exit_on_input_error
 from resofilter_trainer.cli.recipe import parse_recipe, recipe_parser
 from resofilter_trainer.cli.score import summary
 from resofilter_trainer.config import Norm
-from resofilter_trainer.config.compatibility import need
+from resofilter_trainer.config.compatibility import settle_warmup
 from resofilter_trainer.data.files import only_split
 from resofilter_trainer.data.row_texts import RowTexts
 from resofilter_trainer.evaluation.generate import exact_match
@@ -112,6 +112,10 @@ class PaperTraining(SFTConfig):
     gradient_accumulation_steps: int = field(default=2, metadata={"help": "batches of one optimizer step"})
     max_length: int | None = field(default=768, metadata={"help": "tokens of a row; longer rows are truncated"})
 
+    def __post_init__(self) -> None:
+        settle_warmup(self)
+        super().__post_init__()
+
 
 @dataclass
 class PaperModel(ModelConfig):
@@ -121,7 +125,6 @@ class PaperModel(ModelConfig):
 
 
 def main(parser: TrlParser) -> None:
-    need("warmup_steps below 1", "This recipe")
     recipe, training, model = parse(parser)
     training.model_init_kwargs = {
         "dtype": model.dtype,
@@ -151,7 +154,7 @@ def main(parser: TrlParser) -> None:
         contents, texts = Contents(scores, selection), RowTexts(train, recipe.columns())
         report = write_report(contents, str(training.output_dir), texts)
         print(f"Report of the dropped rows: {report.path}")
-    trainer.end()
+    trainer.accelerator.end_training()
 
 
 def parse(parser: TrlParser) -> tuple[RecipeArguments, SFTConfig, ModelConfig]:

@@ -40,7 +40,7 @@ from resofilter_trainer import (
 from resofilter_trainer.cli.entry import exit_on_input_error
 from resofilter_trainer.cli.recipe import parse_recipe, recipe_parser
 from resofilter_trainer.config import CLEANING_MODES, Ranking, cleaning_of_mode, whole_number
-from resofilter_trainer.config.compatibility import need
+from resofilter_trainer.config.compatibility import settle_warmup
 from resofilter_trainer.data.loading import load_model, usable_rows
 from resofilter_trainer.data.row_texts import RowTexts, decoder
 from resofilter_trainer.tokens.cleaned_dataset import described, groups_of
@@ -102,6 +102,10 @@ class PaperTraining(SFTConfig):
     max_length: int | None = field(default=2048, metadata={"help": "tokens of a row; longer rows are truncated"})
     save_strategy: str = field(default="no", metadata={"help": "checkpoints within a training"})
 
+    def __post_init__(self) -> None:
+        settle_warmup(self)
+        super().__post_init__()
+
 
 @dataclass
 class PaperModel(ModelConfig):
@@ -118,7 +122,6 @@ class PaperModel(ModelConfig):
 
 
 def main(parser: TrlParser) -> None:
-    need("train_sampling_strategy", "This recipe")  # it trains on the rows in their order
     recipe, training, model = parse(parser)
     training.model_init_kwargs = {
         "dtype": model.dtype if model.dtype not in (None, "auto") else "float32",

@@ -15,6 +15,7 @@ import pytest
 import torch
 from datasets import load_from_disk
 from fixtures import make_fixtures as make
+from helpers.versions import older_than, skip_without
 
 from resofilter_trainer import ScoreTable, Selection, TokenScores, load_rows, read_contents
 from resofilter_trainer.io.digest import same_rows
@@ -35,6 +36,9 @@ def old(request, tmp_path, monkeypatch) -> Iterator[Path]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     shutil.copytree(request.param, tmp_path / "old")
+    if older_than("transformers", "5.0"):  # whose name of the class of these tokenizers is another
+        for path in tmp_path.glob("old/**/tokenizer_config.json"):
+            path.write_text(path.read_text().replace("TokenizersBackend", "PreTrainedTokenizerFast"))
     monkeypatch.chdir(tmp_path / "old")
     yield tmp_path / "old"
     torch.set_num_threads(threads)
@@ -201,7 +205,9 @@ def test_token_scores_are_the_same_numbers(old, exact):
 def test_provenance_is_the_same(old, same_versions):
     made, there = ScoreTable.load(again("score")).provenance, ScoreTable.load("scores").provenance
     differing = there.differences(made)
-    assert [each.split(" ")[0] for each in differing] == ([] if same_versions else differing_packages(made, there))
+    settings = ["model_config"] if older_than("transformers", "5.0") else []  # it has other settings
+    expected = [] if same_versions else settings + differing_packages(made, there)
+    assert [each.split(" ")[0] for each in differing] == expected
     assert {**made.source, "content": ""} == {**there.source, "content": ""}
     assert same_rows(there.source["content"], load_rows("rows.jsonl"))
     assert same_rows(made.source["content"], load_rows("rows.jsonl"))
@@ -265,6 +271,7 @@ def log_of(entries: list[dict[str, Any]]) -> np.ndarray:
 @pytest.mark.filterwarnings("ignore:.*lacks the random state")  # left out of the fixtures: nothing is random
 @pytest.mark.parametrize("run", RUNS)
 def test_a_training_is_resumed_to_the_same_end(run, old, exact):
+    skip_without("activation_checkpointing")  # which the trainings of the files were given
     there = Path(run) / "resofilter"
     scores, stages = ScoreTable.load(there), there / "token_cleaning.json"
     log, tokens = json.loads((there / "log.json").read_text()), stages.read_text() if stages.exists() else ""

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from ..config import CLEANING_MODES, InputError, Ranking, TokenCleaning, cleaning_of_mode, whole_number
-from ..config.compatibility import need
+from ..config.compatibility import set_sequential
 from .inputs import dataset_of, require, row_options, sft_config
 from .parser import CommandParser, process_arguments, row_arguments
 
@@ -83,7 +83,6 @@ def _self_evolve(args: argparse.Namespace, cleaning: TokenCleaning) -> Any:
     from ..training.self_evolving import self_evolve
 
     lora = LoraConfig(r=args.lora_r, lora_alpha=16, lora_dropout=0.1, target_modules="all-linear")
-    need("train_sampling_strategy", f"mode='{SELF_EVOLVING}'")
     training = sft_config(
         args,
         bf16=args.bf16,
@@ -92,8 +91,8 @@ def _self_evolve(args: argparse.Namespace, cleaning: TokenCleaning) -> Any:
         learning_rate=args.learning_rate,
         warmup_steps=0.03,
         num_train_epochs=1,
-        train_sampling_strategy="sequential",
         save_strategy="no",
     )
+    set_sequential(training)
     rows, options = dataset_of(args), row_options(args)
     return self_evolve(args.model, rows, cleaning, training, peft_config=lora if args.lora_r else None, **options)

@@ -45,6 +45,8 @@ def sft_config(args: argparse.Namespace, **training: Any) -> Any:
     import torch
     from trl import SFTConfig
 
+    from ..config.compatibility import training_arguments
+
     return SFTConfig(
         output_dir=args.output,
         max_length=args.max_length,
@@ -55,7 +57,7 @@ def sft_config(args: argparse.Namespace, **training: Any) -> Any:
         use_cpu=not torch.cuda.is_available(),
         ddp_timeout=args.timeout,
         report_to="none",
-        **training,
+        **training_arguments(training),
     )
 
 

@@ -30,6 +30,10 @@ SINCE = {
     "loss_is_scaled_for_ga": ("transformers", "5.19"),
     "activation_checkpointing": ("transformers", "5.23"),  # before: gradient_checkpointing
     "one nll": ("trl", "1.15"),  # before: nll, and chunked_nll by default, which is the same in less memory
+    "no peft_config after an adapter": (
+        "peft",
+        "0.19",
+    ),  # before, it outlives merging
     "null among JSON": ("datasets", "5.0"),  # before, text of JSON beside a null becomes JSON of that text
     "log_probs": ("trl", "1.15"),  # the output of SFTTrainer's model has them; before, it has no losses of tokens
 }
@@ -118,18 +122,27 @@ def training_arguments(settings: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-def set_warmup(args: Any, share: float) -> None:
-    """Let the learning rate of a training warm up for a share of its steps."""
+def set_warmup(args: Any, steps: float) -> None:
+    """Let the learning rate of a training warm up for a number of steps, or below 1 for a share of them."""
     args.warmup_steps = 0
-    for name, value in training_arguments({"warmup_steps": share}).items():
+    for name, value in training_arguments({"warmup_steps": steps if steps < 1 else int(steps)}).items():
         setattr(args, name, value)
+
+
+def settle_warmup(args: Any) -> None:
+    """Give the warm-up of a training, named as in the newest version or as before, the name that is known here."""
+    set_warmup(args, getattr(args, "warmup_ratio", None) or args.warmup_steps)
+
+
+def set_sequential(args: Any) -> None:
+    """Let a training of `fine_tune` take its rows in their order; before transformers 5.2, no other trainer does."""
+    args.train_sampling_strategy = "sequential"
 
 
 def sampling_strategy(args: Any) -> str:
     """The order of the rows in a training, by its name in the newest version."""
-    if has("train_sampling_strategy"):
-        return str(args.train_sampling_strategy)
-    return "group_by_length" if args.group_by_length else "random"
+    before = "group_by_length" if getattr(args, "group_by_length", False) else "random"
+    return str(getattr(args, "train_sampling_strategy", before))
 
 
 def loss_type(args: Any) -> str | None:
@@ -142,6 +155,12 @@ def names_of_mismatched(found: Mapping[str, Any]) -> list[str]:
     """The weights whose shape in the files is another, from the loading info of `from_pretrained`."""
     mismatched = found["mismatched_keys"]
     return [each[0] for each in mismatched] if has("shapes of mismatched_keys") else list(mismatched)
+
+
+def forget_adapter(model: Any) -> None:
+    """Remove what PEFT leaves on a model whose adapter was merged, which the next adapter takes for its own."""
+    if not has("no peft_config after an adapter"):
+        del model.peft_config
 
 
 def loss_is_scaled_for_ga(trainer: Any) -> bool | None:

@@ -14,10 +14,12 @@ from typing import Any
 from accelerate import PartialState
 from datasets import Dataset
 from peft import PeftConfig, PeftModel
+from torch.utils.data import Sampler, SequentialSampler
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from ..config import InputError
+from ..config.compatibility import forget_adapter, sampling_strategy
 from ..io.files import read_json, replacing
 from ..io.made_from import as_json, differences, refuse_differences
 from .log import RunLog
@@ -62,6 +64,7 @@ def training_settings(args: SFTConfig, peft_config: PeftConfig | None) -> dict[s
         for name, value in args.to_dict().items()
         if name not in WITHOUT_EFFECT and not name.startswith(WITHOUT_EFFECT_PREFIXES)
     }
+    training["train_sampling_strategy"] = sampling_strategy(args)
     return {"training": training, "LoRA": None if peft_config is None else peft_config.to_dict()}
 
 
@@ -95,7 +98,7 @@ def fine_tune(
         args.assistant_only_loss = False  # the labels are masked already
     report = _ReportKeptTokens(kept_tokens)
     peft_config = copy.deepcopy(peft_config)  # PEFT fills it in
-    trainer = SFTTrainer(
+    trainer = _InOrder(
         model, args, train_dataset=rows, processing_class=tokenizer, peft_config=peft_config, callbacks=[report]
     )
     report.trainer = trainer
@@ -103,6 +106,7 @@ def fine_tune(
     trained = trainer.accelerator.unwrap_model(trainer.model)
     if isinstance(trained, PeftModel):
         trained = trained.merge_and_unload().requires_grad_(True)
+        forget_adapter(trained)
     return trained.eval()
 
 
@@ -133,6 +137,15 @@ def _as_mapping(value: Any) -> Mapping[str, Any] | None:
         except (ValueError, RecursionError):
             return None
     return value if isinstance(value, dict) else None
+
+
+class _InOrder(SFTTrainer):
+    """SFTTrainer that takes rows in their order where the arguments say so, which before transformers 5.2 it cannot."""
+
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
+        if sampling_strategy(self.args) == "sequential":
+            return SequentialSampler(self.train_dataset if train_dataset is None else train_dataset)
+        return super()._get_train_sampler(train_dataset)
 
 
 class _ReportKeptTokens(TrainerCallback):

@@ -16,6 +16,7 @@ from trl import SFTConfig, SFTTrainer
 
 from helpers.versions import arguments_here
 from resofilter_trainer import ResonanceCallback
+from resofilter_trainer.config.compatibility import set_sequential
 
 UNSTABLE = ("runtime", "per_second", "num_tokens")  # log entries that depend on the clock, or that TRL restarts
 
@@ -56,6 +57,12 @@ def arguments(output: Path, **changes: Any) -> SFTConfig:
         "dataloader_pin_memory": False,
     }
     return SFTConfig(**arguments_here({**settings, **changes}))
+
+
+def in_order(args: SFTConfig) -> SFTConfig:
+    """The same arguments, for a training of the package that takes its rows in their order."""
+    set_sequential(args)
+    return args
 
 
 class OrderSpy(TrainerCallback):

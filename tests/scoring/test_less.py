@@ -16,6 +16,7 @@ from trl import SFTTrainer
 
 from resofilter_trainer import InputError
 from resofilter_trainer.config import ColumnMapping
+from resofilter_trainer.config.compatibility import set_warmup
 from resofilter_trainer.data.loading import usable_rows
 from resofilter_trainer.data.preparation import prepare
 from resofilter_trainer.scoring.less import LessConfig, less_scores, preconditioned, project, projection_flops
@@ -95,7 +96,8 @@ def test_the_influence_is_that_of_a_warm_up_by_the_book(tmp_path, tiny_llama, to
     some = np.sort(np.random.default_rng(0).choice(12, 6, replace=False))
     warm_up = copy.copy(args)
     warm_up.output_dir, warm_up.save_strategy = str(tmp_path), "no"
-    warm_up.num_train_epochs, warm_up.learning_rate, warm_up.warmup_steps, warm_up.seed = 2, 1e-2, 0.03, 0
+    warm_up.num_train_epochs, warm_up.learning_rate, warm_up.seed = 2, 1e-2, 0
+    set_warmup(warm_up, 0.03)
     watch = ByTheBook(train, validation)
     trainer = SFTTrainer(
         tiny_llama(),

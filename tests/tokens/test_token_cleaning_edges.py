@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from helpers.training import arguments, assert_same_weights, llama, rows, train
+from helpers.training import arguments, assert_same_weights, in_order, llama, rows, train
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForLanguageModeling, Trainer
 from trl import SFTTrainer
 
 from resofilter_trainer import InputError, ResonanceCallback, TokenCleaning, TokenSelector, clean_dataset, self_evolve
+from resofilter_trainer.config.compatibility import has
 from resofilter_trainer.scores.token_scores import TOKEN_SCORES_FILE
 from resofilter_trainer.scoring import token_losses as loss_pass
 from resofilter_trainer.tokens import losses as token_losses
@@ -52,8 +53,8 @@ def callback(place, reference="reference", keep=0.5, **settings):
 
 
 def evolve(place, output, **changes):
-    usual = {"num_train_epochs": 1, "train_sampling_strategy": "sequential"}
-    return self_evolve(str(place / "base"), rows(24), TokenCleaning(parts=3), arguments(output, **{**usual, **changes}))
+    args = in_order(arguments(output, **{"num_train_epochs": 1, **changes}))
+    return self_evolve(str(place / "base"), rows(24), TokenCleaning(parts=3), args)
 
 
 def plain_trainer(place, output, dataset, collator, **settings):
@@ -121,7 +122,8 @@ def test_an_adapter_leaves_hooks_attributes_and_randomness_as_they_were(lora, pl
     model = base_of(place)
     if lora:
         model = get_peft_model(model, LoraConfig(r=2, target_modules=["v_proj"]))
-    model.activation_checkpointing_enable()
+    enable = "activation_checkpointing_enable" if has("activation_checkpointing") else "gradient_checkpointing_enable"
+    getattr(model, enable)()
     model.enable_input_require_grads()
     model.train()
 
@@ -286,7 +288,7 @@ def test_damaged_settings_are_refused_in_one_line(content, place, tmp_path):
 
 def test_what_a_stage_keeps_is_in_its_log(place, tmp_path, capsys):
     dataset = rows(24).add_column("source", ["web", "book"] * 12)
-    args = arguments(tmp_path, num_train_epochs=1, train_sampling_strategy="sequential", save_strategy="epoch")
+    args = in_order(arguments(tmp_path, num_train_epochs=1, save_strategy="epoch"))
     evolved = self_evolve(str(place / "base"), dataset, TokenCleaning(parts=3, group_by="source"), args)
     for number, stage in enumerate(evolved.stages):
         state = next((tmp_path / f"stage-{number}").glob("checkpoint-*/trainer_state.json"))

@@ -16,8 +16,9 @@ import torch
 from datasets import Dataset, load_from_disk
 from helpers.cleaning import prepared_by_trl
 from helpers.samples import plain_losses
-from helpers.training import arguments, llama, rows
+from helpers.training import arguments, in_order, llama, rows
 from peft import LoraConfig
+from torch.utils.data import SequentialSampler
 from transformers import AutoModelForCausalLM
 from trl import SFTTrainer
 
@@ -41,8 +42,7 @@ def data() -> Dataset:
 
 
 def settings(output: Path, **changes: Any):
-    usual = {"num_train_epochs": 1, "learning_rate": 1e-2, "train_sampling_strategy": "sequential"}
-    return arguments(output, **{**usual, **changes})
+    return in_order(arguments(output, **{"num_train_epochs": 1, "learning_rate": 1e-2, **changes}))
 
 
 @pytest.fixture(scope="module")
@@ -125,6 +125,7 @@ def test_stages_are_those_of_a_loop_by_hand(evolved, base, tokenizer, tmp_path):
         assert list(stage["labels"]) == list(learnt["labels"]), number
         assert list(stage["input_ids"]) == list(learnt["input_ids"])
         trainer = SFTTrainer(latest, settings(tmp_path), train_dataset=learnt, processing_class=tokenizer)
+        trainer._get_train_sampler = lambda rows, *_: SequentialSampler(rows)
         trainer.train()
         latest = trainer.model
     weights = found.model.state_dict()
