@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
+from helpers.experts import EXPERTS, Separate, Stacked
 from helpers.families import HIDDEN, tiny
 from helpers.samples import collate, error_over_spread, make_samples, record_all
 from helpers.versions import older_than
@@ -30,7 +31,6 @@ from resofilter_trainer.model.training_recorder import TrainingRecorder
 from resofilter_trainer.model.up_projection import find_up_projections
 
 CONFIG = ResonanceConfig(n_layers=2, eps=1e-3, weight_decay=0.1)
-EXPERTS = 6
 SAMPLES = make_samples(4, longest=12)
 Model = nn.Module
 
@@ -352,59 +352,13 @@ def test_a_router_is_no_map(family: str, router: str) -> None:
     refusal(tiny(family).double(), "does not return its input", ResonanceConfig(up_projection=router))
 
 
-class Separate(nn.Module):
-    """Experts as modules of their own, of which those without tokens do not run, as in transformers before 5.0."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        generator = torch.Generator().manual_seed(0)
-        self.gate = nn.Linear(HIDDEN, EXPERTS, bias=False)
-        self.experts = nn.ModuleList()
-        for _ in range(EXPERTS):
-            maps = {"gate_proj": (HIDDEN, 24), "up_proj": (HIDDEN, 24), "down_proj": (24, HIDDEN)}
-            self.experts.append(nn.ModuleDict({name: nn.Linear(*size, bias=False) for name, size in maps.items()}))
-        for parameter in self.parameters():
-            nn.init.normal_(parameter, std=0.1, generator=generator)
-
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        flat = hidden_states.flatten(0, 1)
-        weight, chosen = self.gate(flat).softmax(-1).max(-1)
-        output = torch.zeros_like(flat)
-        for index in range(EXPERTS):
-            tokens = (chosen == index).nonzero()[:, 0]
-            if len(tokens):
-                output = output.index_add(0, tokens, weight[tokens, None] * self.expert(index, flat[tokens]))
-        return output.view_as(hidden_states)
-
-    def expert(self, index: int, x: Tensor) -> Tensor:
-        own = self.experts[index]
-        return own["down_proj"](F.silu(own["gate_proj"](x)) * own["up_proj"](x))
-
-
-class Stacked(Separate):
-    """The same experts in one tensor for each map."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        plain, self.experts = self.experts, nn.Module()
-        for name in ("gate_proj", "up_proj", "down_proj"):
-            stack = torch.stack([each[name].weight.detach() for each in plain])
-            self.experts.register_parameter(name, nn.Parameter(stack))
-
-    def expert(self, index: int, x: Tensor) -> Tensor:
-        own = self.experts
-        return F.linear(
-            F.silu(F.linear(x, own.gate_proj[index])) * F.linear(x, own.up_proj[index]), own.down_proj[index]
-        )
-
-
 @pytest.mark.parametrize("update", ["adamw", "sgd"])
 def test_experts_without_tokens_count_alike_as_modules_and_in_one_tensor(update: UpdateName) -> None:
     config, routed, found = ResonanceConfig(n_layers=2, update=update, weight_decay=0.1), [], []
     for kind in (Separate, Stacked):
         model = tiny("llama")
         for layer in model.model.layers:
-            layer.mlp = kind()
+            layer.mlp = kind(HIDDEN)
             layer.mlp.gate.register_forward_hook(lambda module, args, output: routed.append(output.argmax(-1)))
         model.double()
         assert_right(model, config)
