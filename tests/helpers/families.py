@@ -189,7 +189,7 @@ REFUSED: dict[str, tuple[str, Settings]] = {
 DIFFERENT_BEFORE = {  # a version, and what is different before it; in the first that was tried, not the first that is
     "doge": ("5.23", "depends on padding that is masked"),
     "longcat_flash": ("5.23", "has two numbers of layers"),
-    "recurrent_gemma": ("5.0", "computes with the state that the batch before has left"),
+    "recurrent_gemma": ("5.0", "keeps the state of the last batch"),
 }
 
 
