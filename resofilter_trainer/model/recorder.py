@@ -311,10 +311,8 @@ def _block_sums(
         for sample, (run, factor) in enumerate(zip(runs, factors, strict=True)):
             gradients = block_gradients(block, parameters, call.args, call.kwargs, b, run)
             for each, weight, gradient in zip(call.up_projections, weights, gradients, strict=True):
-                if gradient is None:
-                    sums[sample] += unchanged_sum(each.entries, config)
-                    continue
-                own = at_least_float32(each.up(gradient)).clone()
+                # an expert of its own that no token reaches has none; in a stack of experts it has zeros
+                own = torch.zeros_like(weight) if gradient is None else at_least_float32(each.up(gradient)).clone()
                 sums[sample] += tile_sum(own if factor is None else own.mul_(factor), weight, config)
     return sums
 

@@ -9,6 +9,7 @@ trained in truth, W_up' is what the step on this sample alone would make of it i
     weight decay     is that of W_up itself, so for LoRA of W + scaling * B A
     a shared weight  is a matrix of its own in each layer that uses it, moved by the gradient through that layer alone
     several maps     in one layer, such as experts, are one weight: the mean is over the entries of all
+    an expert        that no token reaches has a gradient of zero, whether the experts are modules or one tensor
 
 `literal` computes this formula directly: one sample, a fresh optimizer, one step, the difference, the weights restored.
 It is slow, and the tests compare everything with it; `recorder.py` computes the same numbers for whole batches.
@@ -82,7 +83,7 @@ def literal(model: nn.Module, samples: Sequence[Mapping[str, Tensor]], config: R
             for sample in samples:
                 model.load_state_dict(start)
                 _restore(weights, before)
-                losses.append(_one_step(model, weights, sample, config))
+                losses.append(_one_step(model, up_projections, weights, sample, config))
                 changes = [old - new.detach() for old, new in zip(before, weights, strict=True)]
                 ups = [each.up(change) for each, change in zip(up_projections, changes, strict=True)]
                 layers.append(layer_values(up_projections, ups, config))
@@ -123,7 +124,11 @@ def _restore(weights: Sequence[nn.Parameter], values: Sequence[Tensor]) -> None:
 
 
 def _one_step(
-    model: nn.Module, weights: Sequence[nn.Parameter], sample: Mapping[str, Tensor], config: ResonanceConfig
+    model: nn.Module,
+    up_projections: Sequence[UpProjection],
+    weights: Sequence[nn.Parameter],
+    sample: Mapping[str, Tensor],
+    config: ResonanceConfig,
 ) -> float:
     """One step of a fresh optimizer on one sample, as a batch of one; returns the loss before the step."""
     parameters = list(dict.fromkeys([*model.parameters(), *weights]))
@@ -133,9 +138,18 @@ def _one_step(
     logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits[0]
     loss = F.cross_entropy(at_least_float32(logits[:-1]), labels[1:], ignore_index=IGNORE)
     loss.backward()
+    _give_unreached_experts_zeros(up_projections, weights)
     optimizer.step()
     optimizer.zero_grad()
     return loss.item()
+
+
+def _give_unreached_experts_zeros(up_projections: Sequence[UpProjection], weights: Sequence[nn.Parameter]) -> None:
+    """A gradient of zero for experts without one, in blocks that the loss depends on: an optimizer skips None."""
+    for each, weight in zip(up_projections, weights, strict=True):
+        used = each.kind == "experts" and any(own.grad is not None for own in each.module.parameters())
+        if used and weight.grad is None:
+            weight.grad = torch.zeros_like(weight)
 
 
 def layer_values(

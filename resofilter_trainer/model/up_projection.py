@@ -49,11 +49,16 @@ NAMES: dict[str, Literal["all", "second half"]] = {
 }
 # Their first map has both branches, the up-projection second; aria's up to transformers 5.17.
 GATED_CLASSES = {"MoshiGatingMLP", "AriaGroupedExpertsMLP", "AriaExperts"}
+# Their weight is (I, O) or (E, I, O); most experts since transformers 5.0 say so themselves, by `is_transposed`.
 TRANSPOSED_CLASSES = {
     "Conv1D",
     "Llama4TextExperts",
     "AriaGroupedExpertsGemm",
-}  # (I, O), (E, I, O); other experts have `is_transposed`
+    "GptOssExperts",
+    "Qwen3VLMoeTextExperts",
+}
+# The gate and the up-projection alternate; the newest say so themselves, by `is_concatenated`.
+INTERLEAVED_CLASSES = {"GptOssExperts"}
 
 OTHER_STACKS = re.compile("attn|attention|vision|visual|image|audio|speech")  # not layers of the text decoder
 OTHER_MODULES = re.compile("attn|attention|norm|router|mamba")  # modules of a layer that are not a feed-forward
@@ -280,7 +285,10 @@ def _outputs(weight: _Weight, size: int) -> slice:
     gated = type(weight.parent).__name__ in GATED_CLASSES or (known is not None and NAMES[known] == "second half")
     if not gated:
         return slice(None)
-    return slice(size // 2, None) if vars(weight.owner).get("is_concatenated", True) else slice(1, None, 2)
+    concatenated = vars(weight.owner).get("is_concatenated", True)
+    if type(weight.owner).__name__ in INTERLEAVED_CLASSES or not concatenated:
+        return slice(1, None, 2)
+    return slice(size // 2, None)
 
 
 def _what_to_hook(block: nn.Module, weight: _Weight, transposed: bool) -> tuple[nn.Module, Kind]:

@@ -113,18 +113,20 @@ class _Changes:
         with torch.enable_grad(), standing_in(self.up_projections) as parameters, requiring_grad(parameters, True):
             loss = token_losses(model, batch).mean()
             gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+        found = list(zip(self.up_projections, gradients, strict=True))
+        used = {each.module for each, gradient in found if gradient is not None}
         changes: dict[int, list[Tensor]] = {}
-        for each, gradient in zip(self.up_projections, gradients, strict=True):
-            changes.setdefault(each.layer, []).append(self._change(each, gradient).flatten())
+        for each, gradient in found:
+            changes.setdefault(each.layer, []).append(self._change(each, gradient, each.module in used).flatten())
         values = [self._values(torch.cat(changes[layer])) for layer in sorted(changes)]
         return torch.cat([loss.detach().double().reshape(1), *values])[None]
 
-    def _change(self, each: UpProjection, gradient: Tensor | None) -> Tensor:
-        """The size of what one step changes, entry by entry; zero where the loss does not depend on the weight."""
+    def _change(self, each: UpProjection, gradient: Tensor | None, used: bool) -> Tensor:
+        """The size of what one step changes, entry by entry; zero where the loss does not depend on the module."""
         weight = at_least_float32(effective_weight(each))
-        if gradient is None:
+        if not used:
             return torch.zeros_like(weight)
-        own = at_least_float32(each.up(gradient)).clone()
+        own = torch.zeros_like(weight) if gradient is None else at_least_float32(each.up(gradient)).clone()
         return closed_form(self.config)(own, weight, self.config).abs_().mul_(self.config.lr)
 
     def _values(self, change: Tensor) -> Tensor:

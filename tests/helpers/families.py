@@ -138,11 +138,12 @@ FAMILIES: dict[str, Settings] = {
     },
     # experts, some of them beside shared ones and above dense layers
     **_all("afmoe aria_text cohere2_moe dots1 ernie4_5_moe exaone_moe flex_olmo flint glm4_moe gpt_oss", MOE),
-    **_all("granitemoe granitemoe_swa hunyuan_v1_moe hy_v3 jamba jetmoe kolibri1 laguna llama4_text mellum", MOE),
+    **_all("granitemoe granitemoe_swa hunyuan_v1_moe hy_v3 jetmoe kolibri1 laguna llama4_text mellum", MOE),
     **_all("mimo_v2_flash minimax minimax_m2 mixtral olmoe phimoe qwen2_moe qwen3_moe solar_open", MOE),
     **_all("axk1 axk2 deepseek_v2 deepseek_v3 deepseek_v32 glm4_moe_lite glm_moe_dsa hy_v4", MOE_LATENT),
     **_all("qwen3_5_moe_text qwen3_next", MOE | LINEAR_ATTENTION),
     "qwen4_exp_text": MOE | LINEAR_ATTENTION | {"layer_types": ["linear_attention"] * LAYERS, "hc_lowrank": 8},
+    "jamba": MOE | {"use_mamba_kernels": False},
     "beam": MOE | {"mlp_layer_types": ["dense", "sparse", "sparse"]},
     "bailing_hybrid": MOE_LATENT | {"layer_group_size": 2},
     "dbrx": TOKENS
@@ -151,7 +152,8 @@ FAMILIES: dict[str, Settings] = {
         "n_heads": 4,
         "n_layers": LAYERS,
         "max_seq_len": 64,
-        "ffn_config": {"hidden_size": HIDDEN, "ffn_hidden_size": 24, "moe_num_experts": 4, "moe_top_k": 2},
+        "ffn_config": {"ffn_hidden_size": 24, "moe_num_experts": 4, "moe_top_k": 2}
+        | ({} if older_than("transformers", "5.0") else {"hidden_size": HIDDEN}),  # before, d_model says it
         "attn_config": {"kv_n_heads": 2, "clip_qkv": 8, "rope_theta": 1e4},
     },
     "deepseek_v4": MOE | {"q_lora_rank": 16, "o_lora_rank": 16, "o_groups": 2, "index_head_dim": 8, "index_n_heads": 2},
@@ -175,8 +177,9 @@ FAMILIES: dict[str, Settings] = {
     "zaya": MOE | {"num_experts_per_tok": 1, "router_hidden_size": 8},
 }
 
+ZAMBA: Settings = DENSE_NO_HEAD_DIM | {"num_hidden_layers": 12, "use_mamba_kernels": False}
 REFUSED: dict[str, tuple[str, Settings]] = {
-    "zamba": ("mamba layers have no feed-forward, the others share one", DENSE_NO_HEAD_DIM | {"num_hidden_layers": 12}),
+    "zamba": ("mamba layers have no feed-forward, the others share one", ZAMBA),
     "mamba": ("has no feed-forward", DENSE),
     "falcon_mamba": ("has no feed-forward", DENSE),
     "mamba2": ("has no feed-forward", DENSE | {"num_heads": 4, "head_dim": 16, "state_size": 8}),
@@ -186,7 +189,14 @@ REFUSED: dict[str, tuple[str, Settings]] = {
 DIFFERENT_BEFORE = {  # a version, and what is different before it; in the first that was tried, not the first that is
     "doge": ("5.23", "depends on padding that is masked"),
     "longcat_flash": ("5.23", "has two numbers of layers"),
+    "recurrent_gemma": ("5.0", "keeps the state of the last batch"),
 }
+
+
+def skip_unknown(family: str) -> None:
+    """Skip the test where the installed version has no such family."""
+    if family not in CONFIG_MAPPING:
+        pytest.skip(f"transformers {transformers.__version__} has no {family}")
 
 
 def tiny(family: str, **overrides: Any) -> PreTrainedModel:
@@ -196,8 +206,7 @@ def tiny(family: str, **overrides: Any) -> PreTrainedModel:
     """
     if family in DIFFERENT_BEFORE and older_than("transformers", DIFFERENT_BEFORE[family][0]):
         pytest.skip(f"{family} {DIFFERENT_BEFORE[family][1]} before transformers {DIFFERENT_BEFORE[family][0]}")
-    if family not in CONFIG_MAPPING:
-        pytest.skip(f"transformers {transformers.__version__} has no {family}")
+    skip_unknown(family)
     settings = FAMILIES[family] if family in FAMILIES else REFUSED[family][1]
     torch.manual_seed(0)
     config = AutoConfig.for_model(family, **({"experts_implementation": "eager"} | settings | overrides))

@@ -33,7 +33,11 @@ NOT_SHARED |= {"hy_v4", "qwen3_5_moe_text", "qwen3_next", "qwen4_exp_text", "bai
 NOT_SHARED |= {"dots3_note_text", "granitemoehybrid", "inkling_text", "inkling2_text", "kimi_linear", "lfm2_moe"}
 NOT_SHARED |= {"zaya"}
 if older_than("transformers", "5.23"):
-    NOT_SHARED |= {"big_bird", "megatron-bert", "roformer", "rembert", "moshi"}
+    NOT_SHARED |= {"moshi"}
+    if older_than("transformers", "5.0"):
+        NOT_SHARED |= {"electra"}  # its mask leaves out what is in the cache
+    else:
+        NOT_SHARED |= {"big_bird", "megatron-bert", "roformer", "rembert"}  # not causal there
 
 
 def build(family: str, **overrides) -> nn.Module:
@@ -160,8 +164,8 @@ def test_the_recorder_narrows_the_last_feed_forward_only(family):
     model, seen, batch = build(family), [], collate(make_samples(5))
     with Recorder(model, CONFIG) as record:
         record(batch)  # tries what can be left out
-        for layer in model.model.layers[1:]:
-            inside = next(layer.mlp.children())
+        for block in {each.block: None for each in find_up_projections(model, 2)}:
+            inside = next(block.children())
             inside.register_forward_pre_hook(lambda module, args: seen.append(args[0].shape[:-1].numel()))
         record(batch)
     learnt = int((batch["labels"][:, 1:] != IGNORE).sum())
@@ -220,8 +224,6 @@ def width(samples: list[Sample]) -> int:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_rows_that_begin_alike_score_as_each_alone(family):
-    if family == "xglm":
-        pytest.skip("the value it masks with overflows in float64")
     samples = prefixed(3)
     with Recorder(build(family), CONFIG) as record:
         alone = [record(collate([sample])) for sample in samples]  # which have nothing in common with anything yet

@@ -9,17 +9,21 @@ import copy
 import re
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from helpers.families import tiny
+from helpers.experts import EXPERTS, Separate, Stacked
+from helpers.families import HIDDEN, tiny
 from helpers.samples import collate, error_over_spread, make_samples, record_all
+from helpers.versions import older_than
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations, parametrize, prune, spectral_norm, weight_norm
 
 from resofilter_trainer import InputError, Resonance, ResonanceConfig, literal, score_dataset
+from resofilter_trainer.config import UpdateName
 from resofilter_trainer.model.gradients import segments_of
 from resofilter_trainer.model.micro_batch import MicroBatch
 from resofilter_trainer.model.modes import own_precision
@@ -341,8 +345,26 @@ def test_a_weight_in_a_block_that_mixes_tokens_is_refused(family: str, pattern: 
     refusal(model, "cannot be measured: it is in a .* which mixes tokens", config, (recorded, in_training))
 
 
-def test_a_router_is_no_map() -> None:
-    refusal(tiny("mixtral").double(), "does not return its input", ResonanceConfig(up_projection=r"mlp\.gate$"))
+@pytest.mark.parametrize(("family", "router"), [("mixtral", r"mlp\.gate$"), ("gpt_oss", r"mlp\.router$")])
+def test_a_router_is_no_map(family: str, router: str) -> None:
+    if family == "mixtral" and older_than("transformers", "5.0"):
+        pytest.skip("the router of mixtral is a plain linear map before transformers 5.0")
+    refusal(tiny(family).double(), "does not return its input", ResonanceConfig(up_projection=router))
+
+
+@pytest.mark.parametrize("update", ["adamw", "sgd"])
+def test_experts_without_tokens_count_alike_as_modules_and_in_one_tensor(update: UpdateName) -> None:
+    config, routed, found = ResonanceConfig(n_layers=2, update=update, weight_decay=0.1), [], []
+    for kind in (Separate, Stacked):
+        model = tiny("llama")
+        for layer in model.model.layers:
+            layer.mlp = kind(HIDDEN)
+            layer.mlp.gate.register_forward_hook(lambda module, args, output: routed.append(output.argmax(-1)))
+        model.double()
+        assert_right(model, config)
+        found.append(recorded(model, config))
+    assert any(1 < len(each.unique()) < EXPERTS for each in routed)
+    np.testing.assert_allclose(found[0].layers, found[1].layers, rtol=1e-12)
 
 
 @pytest.mark.parametrize("family", ["mixtral", "nemotron_h"])

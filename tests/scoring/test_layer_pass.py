@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from helpers.commands import QUESTIONS, refused, write
+from helpers.experts import Separate, Stacked
 from helpers.samples import CLOSED_FORMS
 from helpers.training import llama, rows
 
@@ -60,6 +61,18 @@ def test_the_last_layers_are_those_of_the_scoring_pass(model, tokenizer, update,
     for name in ("layer_1", "layer_2", "layer_3", "loss"):
         np.testing.assert_allclose(every.column(name), last.column(name), rtol=1e-5)  # Llama's norms are float32
     np.testing.assert_allclose(every.column("score"), np.mean([every.column(f"layer_{i}") for i in range(4)], axis=0))
+
+
+@pytest.mark.parametrize("kind", [Separate, Stacked])
+def test_experts_that_no_token_reaches_change_as_in_the_scoring_pass(tokenizer, kind):
+    model = llama(len(tokenizer))
+    for layer in model.model.layers:
+        layer.mlp = kind(model.config.hidden_size)
+    config, dataset = ResonanceConfig(weight_decay=0.1), rows(ROWS)
+    every = score_layers(model.double(), dataset, tokenizer, config=config, limit=ROWS)
+    last = score_dataset(model, dataset, tokenizer, config=config, precision="float32")
+    for name in ("layer_1", "layer_2", "layer_3"):
+        np.testing.assert_allclose(every.column(name), last.column(name), rtol=1e-5)
 
 
 def test_some_rows_are_measured_and_the_others_say_why_not(model, tokenizer, tmp_path):
