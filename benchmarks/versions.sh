@@ -50,7 +50,9 @@ mkdir -p "$folder"
 failed=0
 for name in "${asked[@]}"; do
   build "$name"
-  (cd "$root" && "$folder/$name/bin/python" -m pytest -p no:cacheprovider -rs "$@" >"$folder/$name.log" 2>&1) || failed=1
+  export HF_DATASETS_CACHE="$folder/$name/datasets"  # no version reads what another has cached
+  (cd "$root" && "$folder/$name/bin/python" -m pytest -p no:cacheprovider -rs "$@" >"$folder/$name.log" 2>&1) ||
+    { failed=1 && tail -n 100 "$folder/$name.log"; }
 done
 
 echo "| environment | Python | transformers | TRL | datasets | peft | accelerate | torch | result |"

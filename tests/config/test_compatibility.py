@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tomllib
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from helpers.sources import modules
@@ -172,3 +173,40 @@ def test_the_installed_version_takes_its_names():
     assert compatibility.loss_type(SFTConfig(**PLAIN)) == "nll"
     compatibility.set_warmup(args, 0.25)
     assert args.get_warmup_steps(100) == 25
+
+
+@pytest.mark.parametrize(
+    ("given", "steps"), [({"warmup_steps": 0.25}, 25), ({"warmup_steps": 6.0}, 6), ({"warmup_steps": 0}, 0)]
+)
+def test_a_warm_up_is_settled_in_the_names_of_the_installed_version(given, steps):
+    class Settings(SFTConfig):
+        def __post_init__(self):
+            compatibility.settle_warmup(self)
+            super().__post_init__()
+
+    assert Settings(**PLAIN, **given).get_warmup_steps(100) == steps
+
+
+def test_a_warm_up_under_its_older_name_is_not_lost(versions):
+    versions(transformers="4.57.6")
+    args = SimpleNamespace(warmup_steps=0, warmup_ratio=0.25)
+    compatibility.settle_warmup(args)
+    assert args == SimpleNamespace(warmup_steps=0, warmup_ratio=0.25)
+    versions(transformers="5.23")
+    compatibility.settle_warmup(args)
+    assert args.warmup_steps == 0.25
+
+
+def test_the_order_of_the_rows_is_an_attribute_in_every_version():
+    args = SFTConfig(**PLAIN)
+    compatibility.set_sequential(args)
+    assert compatibility.sampling_strategy(args) == "sequential"
+
+
+def test_what_older_versions_leave_of_a_merged_adapter_is_removed(versions):
+    versions(peft="0.18")
+    merged = SimpleNamespace(peft_config={"default": None})
+    compatibility.forget_adapter(merged)
+    assert merged == SimpleNamespace()
+    versions(peft="0.19")
+    compatibility.forget_adapter(merged)  # which has nothing to remove
