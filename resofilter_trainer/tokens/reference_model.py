@@ -156,11 +156,15 @@ def adapted(model: PreTrainedModel | PeftModel, adapter: str) -> Iterator[PeftMo
 def _add_adapter(model: PreTrainedModel | PeftModel, adapter: str) -> PeftModel:
     device = next(model.parameters()).device
     with torch.random.fork_rng([device] if device.type == "cuda" else []):  # PEFT draws weights, then overwrites them
-        if not isinstance(model, PeftModel):
-            return PeftModel.from_pretrained(model, adapter, ADAPTER)
-        model.load_adapter(adapter, ADAPTER, is_trainable=False)
-        model.set_adapter(ADAPTER)
-        return model
+        found = model if isinstance(model, PeftModel) else PeftModel.from_pretrained(model, adapter, ADAPTER)
+        keys = found.load_adapter(adapter, ADAPTER, is_trainable=False)
+        found.set_adapter(ADAPTER)
+    without_place = [] if found.active_peft_config.is_prompt_learning else keys.unexpected_keys
+    if without_place:
+        raise ValueError(f"the base model has no place for its '{without_place[0]}'")
+    if keys.missing_keys:
+        raise ValueError(f"its files lack '{keys.missing_keys[0]}'")
+    return found
 
 
 def _tokenizer_difference(one: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> str | None:

@@ -20,6 +20,7 @@ from helpers.sft import (
     right_or_refused,
 )
 from helpers.training import llama
+from helpers.versions import older_than
 from helpers.vision import image_rows, make_processor, vision_model
 from helpers.zen import zen
 from peft import (
@@ -102,6 +103,7 @@ BALANCED = {
     "qwen3_moe": ("qwen3_moe", {}),
     "mixtral, accumulation": ("mixtral", {"gradient_accumulation_steps": 2}),
     "olmoe, checkpointing": ("olmoe", {"activation_checkpointing": True}),
+    "qwen3_moe, padding-free": ("qwen3_moe", {"padding_free": True, "max_length": None}),
     "jetmoe, padding-free": ("jetmoe", {"padding_free": True, "max_length": None}),
 }
 
@@ -112,6 +114,8 @@ def balanced(family: str, settings: dict[str, Any]) -> Pattern:
 
 @pytest.mark.parametrize("name", BALANCED)
 def test_an_auxiliary_loss_that_weighs_much_is_no_part_of_a_rows_score(name, tmp_path):
+    if name == "jetmoe, padding-free" and older_than("transformers", "5.0"):
+        pytest.skip("jetmoe keeps the samples of a padding-free row apart since transformers 5.0")
     assert_right_rows(balanced(*BALANCED[name]), tmp_path)
 
 
