@@ -49,17 +49,15 @@ class Batches(TrainerCallback):
 
 
 def rows_of(batch: Mapping[str, Any]) -> list[Tokens]:
-    """The tokens of each row with a token to learn, of a padded or padding-free batch."""
+    """The tokens of each row with a token to learn, of a padded or padding-free batch; of each row without labels."""
+    ids, labels = batch["input_ids"], batch.get("labels", batch["input_ids"])
     if "attention_mask" in batch:
         masks = batch["attention_mask"].bool()
-        rows = [
-            (ids[mask], labels[mask])
-            for ids, labels, mask in zip(batch["input_ids"], batch["labels"], masks, strict=True)
-        ]
+        rows = [(one[mask], other[mask]) for one, other, mask in zip(ids, labels, masks, strict=True)]
     else:
         starts = (batch["position_ids"][0] == 0).nonzero()[:, 0].tolist()
         pieces = [slice(a, b) for a, b in zip(starts, [*starts[1:], None], strict=True)]
-        rows = [(batch["input_ids"][0][piece], batch["labels"][0][piece]) for piece in pieces]
+        rows = [(ids[0][piece], labels[0][piece]) for piece in pieces]
     return [tuple(ids.tolist()) for ids, labels in rows if learns(labels)]
 
 
