@@ -326,9 +326,8 @@ def _check_kind(dataset: Any) -> None:
 
 def _decoding(stream: IterableDataset) -> IterableDataset:
     """A filtered stream whose images and the like are decoded."""
-    from datasets.features.features import require_decoding
-
-    if stream.features is None or not require_decoding(dict(stream.features)):
+    features: Any = sys.modules["datasets.features.features"]  # imported by the stream's user only
+    if stream.features is None or not features.require_decoding(dict(stream.features)):
         return stream
     return stream.map(_same, features=stream.features)
 
