@@ -30,10 +30,9 @@ SINCE = {
     "loss_is_scaled_for_ga": ("transformers", "5.19"),
     "activation_checkpointing": ("transformers", "5.23"),  # before: gradient_checkpointing
     "one nll": ("trl", "1.15"),  # before: nll, and chunked_nll by default, which is the same in less memory
-    "no peft_config after an adapter": (
-        "peft",
-        "0.19",
-    ),  # before, it outlives merging
+    "no peft_config after an adapter": ("peft", "0.19"),  # before, it outlives merging
+    "positions after a prefix": ("peft", "0.19"),  # before, those that are passed are ignored
+    "decoding after a filter": ("datasets", "4.8.3"),  # before, a filtered stream has its images as files
     "null among JSON": ("datasets", "5.0"),  # before, text of JSON beside a null becomes JSON of that text
     "log_probs": ("trl", "1.15"),  # the output of SFTTrainer's model has them; before, it has no losses of tokens
 }

@@ -14,6 +14,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from ..config import InputError
+from ..config.compatibility import need
 
 ADDS_TOKENS = "it adds tokens that are in no row"
 NEEDS_A_TASK = "it needs the task of each row (task_ids), which no batch has"
@@ -45,6 +46,12 @@ def refuse_adapters(model: nn.Module) -> None:
 def keeps_a_prefix(model: nn.Module) -> bool:
     """Whether the model attends to learnt keys and values before each row, as in prefix tuning."""
     return any(config.is_prompt_learning and _kind(config) not in REFUSED for config in _active_configs(model))
+
+
+def check_positions(model: nn.Module) -> None:
+    """Raise VersionError where the positions of a batch that is padded on the left would be ignored."""
+    if keeps_a_prefix(model):
+        need("positions after a prefix", "Padding on the left with a prefix before each row")
 
 
 def _kind(config: PeftConfig) -> str:

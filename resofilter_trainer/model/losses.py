@@ -13,6 +13,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .adapters import check_positions
 from .gradients import segments_of
 from .modes import at_least_float32
 
@@ -84,6 +85,9 @@ def inputs_of(model: nn.Module, batch: TokenBatch, causal: bool) -> Inputs:
         model: a transformers model, wrapped by PEFT or not.
         batch: `input_ids`, `attention_mask` and `labels`, each (B, T), padded on either side.
         causal: whether no position depends on a later one.
+
+    Raises:
+        VersionError: padding on the left with a prefix, of which the installed peft ignores the positions.
     """
     ids, mask, learnt = batch["input_ids"], batch["attention_mask"], learnt_positions(batch["labels"])
     targets = batch["labels"][:, 1:][learnt]
@@ -94,6 +98,7 @@ def inputs_of(model: nn.Module, batch: TokenBatch, causal: bool) -> Inputs:
         arguments["attention_mask"] = mask
     inner = unwrapped(model)
     if not mask[:, 0].all() and "position_ids" in inspect.signature(inner.forward).parameters:
+        check_positions(model)
         arguments["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)
     index = F.pad(learnt, (0, ids.shape[1] - learnt.shape[1])).flatten().nonzero()[:, 0]
     return Inputs(arguments, index, targets)

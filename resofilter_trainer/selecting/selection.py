@@ -17,6 +17,7 @@ import numpy as np
 import pyarrow as pa
 
 from ..config import InputError, check_kind, with_known_keywords
+from ..config.compatibility import has
 from ..io.digest import PIECE, RowsDigest, same_rows, tables_of
 from ..io.files import file_at, load_parquet, save_parquet
 from ..scores.provenance import Provenance
@@ -155,7 +156,8 @@ class Selection:
             if self.has_weights:
                 warnings.warn(OF_A_STREAM, stacklevel=3)
             keeps = functools.partial(self._keeps, shards=dataset.num_shards)
-            return dataset.skip(0).filter(keeps, with_indices=True)  # skip: a later shuffling leaves the shards alone
+            kept = dataset.skip(0).filter(keeps, with_indices=True)  # skip: a later shuffling leaves the shards alone
+            return kept if has("decoding after a filter") else _decoding(kept)
         dataset = cast("Dataset", dataset)
         self._check(dataset, check_rows)
         if self.has_weights:
@@ -320,6 +322,18 @@ def _check_kind(dataset: Any) -> None:
         raise InputError(
             f"A selection applies to a datasets.Dataset or IterableDataset, and this is a {type(dataset).__name__}."
         )
+
+
+def _decoding(stream: IterableDataset) -> IterableDataset:
+    """A filtered stream whose images and the like are decoded."""
+    features: Any = sys.modules["datasets.features.features"]  # imported by the stream's user only
+    if stream.features is None or not features.require_decoding(dict(stream.features)):
+        return stream
+    return stream.map(_same, features=stream.features)
+
+
+def _same(row: Any) -> Any:
+    return row
 
 
 def _in_one_of_several_workers() -> bool:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
+from peft import PeftModel, PeftType
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.peft_utils import find_adapter_config_file
 from trl import SFTConfig
@@ -156,11 +156,22 @@ def adapted(model: PreTrainedModel | PeftModel, adapter: str) -> Iterator[PeftMo
 def _add_adapter(model: PreTrainedModel | PeftModel, adapter: str) -> PeftModel:
     device = next(model.parameters()).device
     with torch.random.fork_rng([device] if device.type == "cuda" else []):  # PEFT draws weights, then overwrites them
-        if not isinstance(model, PeftModel):
-            return PeftModel.from_pretrained(model, adapter, ADAPTER)
-        model.load_adapter(adapter, ADAPTER, is_trainable=False)
-        model.set_adapter(ADAPTER)
-        return model
+        found = model if isinstance(model, PeftModel) else PeftModel.from_pretrained(model, adapter, ADAPTER)
+        keys = found.load_adapter(adapter, ADAPTER, is_trainable=False)
+        found.set_adapter(ADAPTER)
+    if found.active_peft_config.peft_type == PeftType.LORA:  # other kinds have weights that layers share
+        _check_fit(keys)
+    return found
+
+
+def _check_fit(keys: Any) -> None:
+    """Raise ValueError where PEFT left out weights of an adapter, or drew some at random, which it does not refuse."""
+    for names, fault in (
+        (keys.unexpected_keys, "the base model has no place for its"),
+        (keys.missing_keys, "its files lack"),
+    ):
+        if names:
+            raise ValueError(f"{fault} '{names[0].replace(f'.{ADAPTER}', '')}'")
 
 
 def _tokenizer_difference(one: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> str | None:

@@ -94,6 +94,7 @@ class Run:
         self._log = RunLog(trainer, results.log)
         self.nothing_learnt = False  # in this step, in any process
         self._saved_at = (-1, -1)  # step and ended epochs
+        self._checkpoint: Path | None = None  # that the run resumes from
         self._error: InputError | None = None  # raised once everything is saved
 
     # Start or resume
@@ -104,7 +105,9 @@ class Run:
         if starts:
             self._start()
         else:
-            self._resume(checkpoint_folder(checkpoint, self.trainer))
+            folder = checkpoint_folder(checkpoint, self.trainer)
+            self._checkpoint = folder.parent
+            self._resume(folder)
         self._provenance_json = self._provenance.to_json()  # which every step keeps in the Trainer's state
         self._tell_plan()  # before anything is changed in the trainer: the disk may refuse the file
         self._patch.install()
@@ -254,6 +257,7 @@ class Run:
         """End the true epoch with the Trainer's, unless nothing was trained in it, and decide on the next one."""
         if not self._timeline.trains:
             control.should_log = control.should_evaluate = control.should_save = False
+            access.restore_random_state(self.trainer, self._checkpoint)
             return
         if not self._timeline.epoch_is_complete:
             if control.should_training_stop:

@@ -11,6 +11,7 @@ import inspect
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -270,6 +271,15 @@ def set_total(trainer: Trainer, total: int, intervals: bool) -> None:
         if bar is not None:
             bar.total = total
             bar.refresh()
+
+
+def restore_random_state(trainer: Trainer, checkpoint: Path | None) -> None:
+    """Restore the random state of a checkpoint, after an epoch of the Trainer's that only skips.
+
+    Before transformers 5.3, the Trainer does so only with the first batch that it trains on in that epoch.
+    """
+    if checkpoint is not None:
+        trainer._load_rng_state(str(checkpoint))
 
 
 def learnt_anywhere(trainer: Trainer, batches: Sequence[Any]) -> bool:

@@ -12,6 +12,7 @@ from datasets import Dataset
 from helpers.samples import make_samples
 from helpers.scoring import arguments
 from helpers.training import llama, rows
+from helpers.versions import older_than
 from peft import AutoPeftModelForCausalLM, IA3Config, LoraConfig, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import (
@@ -172,6 +173,7 @@ def adapter(folder: Path, config: Any) -> Path:
     return folder.parent / "adapter"
 
 
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning")  # peft 0.18, of any model
 @pytest.mark.parametrize("config", ADAPTERS.values(), ids=list(ADAPTERS))
 def test_an_adapters_folder_is_the_model_with_the_adapter(config, whole):
     found = adapter(whole, config)
@@ -180,22 +182,27 @@ def test_an_adapters_folder_is_the_model_with_the_adapter(config, whole):
     assert not torch.equal(expected, logits(load_weights(str(whole), arguments())))
 
 
-@pytest.mark.parametrize(
-    "config",
-    [LoraConfig(target_modules=["up_proj"], use_dora=True), PromptTuningConfig("CAUSAL_LM", num_virtual_tokens=2)],
-    ids=["its magnitudes get lost", "it is a prompt"],
-)
-def test_an_adapter_that_transformers_cannot_load_has_a_remedy_that_works(config, whole, tokenizer):
-    found = adapter(whole, config)
-    with pytest.raises(InputError, match=r"It is an adapter.*AutoPeftModelForCausalLM.*merge_and_unload"):
-        load_weights(str(found), arguments())
-    if isinstance(config, LoraConfig):
-        adapted = AutoPeftModelForCausalLM.from_pretrained(found)
-        expected = logits(adapted)
-        new = found.parent / "merged"
-        adapted.merge_and_unload().save_pretrained(new)
-        tokenizer.save_pretrained(new)
-        assert torch.allclose(logits(load_model(str(new), None, arguments())[0]), expected, atol=1e-6)
+AN_ADAPTER = r"It is an adapter.*AutoPeftModelForCausalLM.*merge_and_unload"
+
+
+def test_an_adapter_whose_magnitudes_transformers_loses_has_a_remedy_that_works(whole, tokenizer):
+    found = adapter(whole, LoraConfig(target_modules=["up_proj"], use_dora=True))
+    adapted = AutoPeftModelForCausalLM.from_pretrained(found)
+    expected = logits(adapted)
+    if older_than("transformers", "5.0"):  # loses none
+        assert torch.equal(logits(load_weights(str(found), arguments())), expected)
+    else:
+        with pytest.raises(InputError, match=AN_ADAPTER):
+            load_weights(str(found), arguments())
+    new = found.parent / "merged"
+    adapted.merge_and_unload().save_pretrained(new)
+    tokenizer.save_pretrained(new)
+    assert torch.allclose(logits(load_model(str(new), None, arguments())[0]), expected, atol=1e-6)
+
+
+def test_an_adapter_that_is_a_prompt_is_refused(whole):
+    with pytest.raises(InputError, match=AN_ADAPTER):
+        load_weights(str(adapter(whole, PromptTuningConfig("CAUSAL_LM", num_virtual_tokens=2))), arguments())
 
 
 @pytest.mark.parametrize("kind", [AutoModel, AutoModelForSequenceClassification, AutoModelForTokenClassification])

@@ -28,6 +28,7 @@ from .versions import older_than
 
 UP = ["up_proj", "down_proj"]
 CAUSAL = "CAUSAL_LM"
+STACKED = "gpt_oss" if older_than("transformers", "5.0") else "mixtral"  # all experts in one weight
 VOCAB = 512  # at least that of the tests' tokenizer
 Build = Callable[[], nn.Module]
 
@@ -49,6 +50,17 @@ def on_llama(config: str, **settings: Any) -> Build:
         return get_peft_model(tiny("llama", vocab_size=VOCAB), config_here(config, task_type=CAUSAL, **made))
 
     return build
+
+
+def since(version: str, build: Build) -> Build:
+    """A builder of what came with a version of peft; the test is skipped before."""
+
+    def built() -> nn.Module:
+        if older_than("peft", version):
+            pytest.skip(f"it came with peft {version}, and {peft.__version__} is installed")
+        return build()
+
+    return built
 
 
 def lora(**settings: Any) -> Build:
@@ -124,15 +136,15 @@ LORA: dict[str, Build] = {
     "LoRA, init olora": lora(init_lora_weights="olora"),
     "LoRA, init orthogonal": lora(init_lora_weights="orthogonal"),
     "LoRA, init gaussian": lora(init_lora_weights="gaussian"),
-    "LoRA, init mica": lora(init_lora_weights="mica"),
+    "LoRA, init mica": since("0.20", lora(init_lora_weights="mica")),
     "LoRA, init eva": lora(init_lora_weights="eva", eva_config=partial(config_here, "EvaConfig")),
-    "LoRA, init lora_ga": lora(init_lora_weights="lora_ga"),
+    "LoRA, init lora_ga": since("0.19", lora(init_lora_weights="lora_ga")),
     "LoRA, use_bdlora": lora(use_bdlora=partial(config_here, "BdLoraConfig", nblocks=2, target_modules_bd_a=UP)),
     "LoRA, kasa": lora(kasa_config=partial(config_here, "KasaConfig")),
     "LoRA, monteclora": lora(monteclora_config=partial(config_here, "MontecloraConfig")),
     "LoRA, velora": lora(velora_config=partial(config_here, "VeloraConfig")),
     "LoRA, use_qalora": lora(use_qalora=True, qalora_group_size=4),
-    "LoRA, target_parameters": lora_on("mixtral", target_modules=[], target_parameters=["mlp.experts.gate_up_proj"]),
+    "LoRA, target_parameters": lora_on(STACKED, target_modules=[], target_parameters=["mlp.experts.gate_up_proj"]),
     "LoRA on GPT-2's Conv1D": lora_on("gpt2", target_modules=["c_fc"], fan_in_fan_out=True),
     "LoRA, two adapters active": two_adapters,
     "LoRA by add_adapter of transformers": in_transformers,
@@ -144,6 +156,8 @@ BUILDERS: dict[str, Build] = LORA | {
     "ADAMSS": on_llama("AdamssConfig", target_modules=UP, r=4, num_subspaces=2),
     "adaption prompt": on_llama("AdaptionPromptConfig", adapter_len=3, adapter_layers=2),
     "BEFT": on_llama("BeftConfig", target_modules=UP),
+    "Bone": on_llama("BoneConfig", target_modules=UP, r=4),
+    "Bone, bat": on_llama("BoneConfig", target_modules=UP, r=4, init_weights="bat"),
     "BOFT": on_llama("BOFTConfig", target_modules=UP, boft_block_size=4),
     "C3A": on_llama("C3AConfig", target_modules=UP, block_size=16),
     "Cartridge": prompts("CartridgeConfig"),

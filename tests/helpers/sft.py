@@ -28,7 +28,7 @@ Tokens = tuple[int, ...]
 
 
 class Batches(TrainerCallback):
-    """The tokens of every row of every forward in training, epoch by epoch, read off the inputs of the model."""
+    """The tokens of every row that is learnt, of every forward in training, epoch by epoch, from the model's inputs."""
 
     def __init__(self) -> None:
         self.epochs: list[list[Tokens]] = []
@@ -49,13 +49,31 @@ class Batches(TrainerCallback):
 
 
 def rows_of(batch: Mapping[str, Any]) -> list[Tokens]:
-    """The tokens of each row of a padded or padding-free batch."""
+    """The tokens of each row with a token to learn, of a padded or padding-free batch; of each row without labels."""
+    ids, labels = batch["input_ids"], batch.get("labels", batch["input_ids"])
     if "attention_mask" in batch:
-        pairs = zip(batch["input_ids"], batch["attention_mask"].bool(), strict=True)
-        return [tuple(ids[mask].tolist()) for ids, mask in pairs]
-    starts = (batch["position_ids"][0] == 0).nonzero()[:, 0].tolist()
-    ids = batch["input_ids"][0].tolist()
-    return [tuple(ids[a:b]) for a, b in zip(starts, [*starts[1:], len(ids)], strict=True)]
+        masks = batch["attention_mask"].bool()
+        rows = [(one[mask], other[mask]) for one, other, mask in zip(ids, labels, masks, strict=True)]
+    else:
+        starts = (batch["position_ids"][0] == 0).nonzero()[:, 0].tolist()
+        pieces = [slice(a, b) for a, b in zip(starts, [*starts[1:], None], strict=True)]
+        rows = [(ids[0][piece], labels[0][piece]) for piece in pieces]
+    return [tuple(ids.tolist()) for ids, labels in rows if learns(labels)]
+
+
+def learns(labels: Tensor) -> bool:
+    """Whether a row has a token to learn. TRL before 1.9 keeps rows that have none."""
+    return bool((labels[1:] != -100).any())
+
+
+def learnt_rows(trainer: SFTTrainer) -> dict[int, dict[str, Tensor]]:
+    """The tokens and labels of every row that a trainer learns from, by the number of the row."""
+    rows = trainer.train_dataset.with_format("torch")
+    return {
+        int(row["number"]): {name: row[name] for name in ("input_ids", "labels")}
+        for row in rows
+        if learns(row["labels"])
+    }
 
 
 @dataclass
@@ -153,7 +171,7 @@ def assert_right_rows(pattern: Pattern, folder: Path) -> None:
     trainer = pattern.build(folder / "run", batches, callback, learning_rate=0.0)
     truth = pattern.scores(trainer.model, folder) if pattern.scorable else None
     trainer.train()
-    tokens = {row["number"]: tuple(row["input_ids"]) for row in trainer.train_dataset}
+    tokens = {number: tuple(row["input_ids"].tolist()) for number, row in learnt_rows(trainer).items()}
     scores, selection = callback.scores, callback.selections[1]
     assert scores is not None
     assert np.array_equal(np.flatnonzero(scores.scored), sorted(tokens))

@@ -11,6 +11,7 @@ from datasets import Dataset
 from PIL import Image
 from transformers import AutoConfig, AutoModelForImageTextToText, LlavaProcessor
 
+from helpers.versions import older_than
 from helpers.zen import TEMPLATE, zen, zen_tokenizer
 
 IMAGE = "<image>"
@@ -29,7 +30,14 @@ TEXT = {
 }
 EYE = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
 QWEN_EYE = {"depth": 2, "embed_dim": 16, "hidden_size": 16, "num_heads": 2, "mlp_ratio": 2, "patch_size": 4}
-ROPE = {"rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 1e4}}
+ROPE = {
+    "rope_scaling" if older_than("transformers", "5.0") else "rope_parameters": {
+        "rope_type": "default",
+        "mrope_section": [1, 1, 2],
+        "rope_theta": 1e4,
+    }
+}
+CLIP = "CLIPImageProcessor" if older_than("transformers", "5.4") else "CLIPImageProcessorPil"  # the one without torch
 
 VISION: dict[str, dict[str, Any]] = {
     "qwen2_vl": {"text_config": {**TEXT, **ROPE}, "vision_config": QWEN_EYE, "image_token_id": 3},
@@ -62,7 +70,7 @@ def make_processor() -> LlavaProcessor:
     template = template.replace("{{ m['content'] + '<|end|>' }}", content + "{{ '<|end|>' }}")
     size = {"height": SIDE, "width": SIDE}
     return LlavaProcessor(
-        image_processor=transformers.CLIPImageProcessorPil(size=size, crop_size=size),
+        image_processor=getattr(transformers, CLIP)(size=size, crop_size=size),
         tokenizer=tokenizer,
         patch_size=PATCH,
         vision_feature_select_strategy="default",

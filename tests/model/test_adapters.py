@@ -20,6 +20,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from resofilter_trainer import InputError, Recorder, Resonance, ResonanceConfig, literal
+from resofilter_trainer.config import VersionError
+from resofilter_trainer.config.compatibility import has
 from resofilter_trainer.model import adapters
 from resofilter_trainer.model.effective import effective_weight
 from resofilter_trainer.model.gradients import segments_of
@@ -31,6 +33,7 @@ from resofilter_trainer.model.up_projection import find_up_projections
 
 pytestmark = pytest.mark.filterwarnings("ignore:Sparse invariant checks")  # of torch, in FRoD
 ADAMW = ResonanceConfig(n_layers=2, eps=1e-3, weight_decay=0.1)
+PREFIX = {"Cartridge", "prefix tuning", "prefix tuning, prefix_projection"}
 SGD = ResonanceConfig(n_layers=2, update="sgd", lr=1.0)
 TABLE = Path(__file__).parents[2] / "docs" / "adapters.md"
 
@@ -72,7 +75,11 @@ def test_the_recorder_and_the_literal_procedure_agree(kind: str) -> None:
             continue  # the literal step of a float32 weight is lost in its rounding
         truth = literal(model, samples, config)
         for size, side in ((1, "right"), (4, "right"), (3, "left")):
-            assert error_over_spread(record_all(model, samples, config, size, side), truth) < close
+            if side == "left" and kind in PREFIX and not has("positions after a prefix"):
+                with pytest.raises(VersionError, match=r"Padding on the left with a prefix .* needs peft 0\.19"):
+                    record_all(model, samples, config, size, side)
+            else:
+                assert error_over_spread(record_all(model, samples, config, size, side), truth) < close
     assert state_of(model) == before
     assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
 
@@ -329,7 +336,7 @@ def rows_of_table() -> list[list[str]]:
 def test_the_table_has_every_kind_that_peft_has() -> None:
     types = {name for row in rows_of_table() for name in re.findall(r"`([A-Z0-9_]+)`", row[1])}
     there = {str(kind.value) for kind in PEFT_TYPE_TO_CONFIG_MAPPING}
-    assert there <= types if older_than("peft", "0.21") else there == types
+    assert there <= types if older_than("peft", "0.21") else there == types - {"BONE"}
 
 
 def test_the_table_says_what_the_tests_find() -> None:

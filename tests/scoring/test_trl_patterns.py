@@ -9,12 +9,11 @@ import numpy as np
 import pytest
 import torch
 from datasets import DatasetDict
-from helpers.sft import EPS, Pattern, plain_scores, right_or_refused, sft_config
+from helpers.sft import EPS, Pattern, learnt_rows, plain_scores, right_or_refused, sft_config
 from helpers.training import llama
 from helpers.vision import image_rows, make_processor, vision_model
 from helpers.zen import OTHERS, SFT, TEMPLATE, zen, zen_tokenizer
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
-from trl import SFTTrainer
 
 from resofilter_trainer import InputError, ResonanceConfig, ScoreTable, literal, score_dataset
 
@@ -24,12 +23,6 @@ CHECKED = [0, 7, 16]  # rows whose scores are also measured literally
 
 def model() -> Any:
     return llama(len(zen_tokenizer()), max_position_embeddings=256)
-
-
-def prepared(trainer: SFTTrainer) -> dict[int, dict[str, torch.Tensor]]:
-    """The tokens and labels that a trainer trains on, by the number of the row."""
-    rows = trainer.train_dataset.with_format("torch")
-    return {int(row["number"]): {name: row[name] for name in ("input_ids", "labels")} for row in rows}
 
 
 def assert_scored(scores: ScoreTable, rows: dict[int, dict[str, torch.Tensor]], measured: Any) -> None:
@@ -48,7 +41,7 @@ def assert_scored(scores: ScoreTable, rows: dict[int, dict[str, torch.Tensor]], 
 @pytest.mark.parametrize("kind", SFT)
 def test_the_tokens_are_sfttrainers_and_the_scores_the_literal_ones(kind, tmp_path):
     pattern = Pattern(kind, model=lambda size: model())
-    assert_scored(pattern.scores(model(), tmp_path), prepared(pattern.build(tmp_path)), model())
+    assert_scored(pattern.scores(model(), tmp_path), learnt_rows(pattern.build(tmp_path)), model())
 
 
 SETTINGS = {
@@ -68,13 +61,13 @@ SETTINGS = {
 @pytest.mark.parametrize("name", SETTINGS)
 def test_settings_that_change_the_tokens_or_what_is_learnt(name, tmp_path):
     pattern = SETTINGS[name]
-    assert_scored(pattern.scores(model(), tmp_path), prepared(pattern.build(tmp_path)), model())
+    assert_scored(pattern.scores(model(), tmp_path), learnt_rows(pattern.build(tmp_path)), model())
 
 
 def test_a_template_from_a_file(tmp_path):
     (tmp_path / "own.jinja").write_text(TEMPLATE.replace("<|end|>", "<|end|> ."))
     pattern = Pattern("messages", {"chat_template_path": str(tmp_path / "own.jinja")})
-    assert_scored(pattern.scores(model(), tmp_path), prepared(pattern.build(tmp_path)), model())
+    assert_scored(pattern.scores(model(), tmp_path), learnt_rows(pattern.build(tmp_path)), model())
 
 
 CHANGES_NO_SCORE = {
@@ -120,7 +113,7 @@ def smoothed(measured: Any, row: Any) -> torch.Tensor:
 )
 def test_a_loss_of_the_arguments_is_measured_or_refused(name, value, loss, tmp_path):
     pattern = Pattern("messages", {name: value})
-    rows = prepared(pattern.build(tmp_path))
+    rows = learnt_rows(pattern.build(tmp_path))
 
     def measured() -> None:
         scores = pattern.scores(model(), tmp_path)
@@ -200,7 +193,7 @@ def refused(folder: Any, dataset: Any, measured: Any = None, processing_class: A
 def test_a_vision_model_is_scored_on_text_as_an_instance(family, tmp_path):
     pattern = Pattern("messages", model=vision_model(family))
     trainer = pattern.build(tmp_path)
-    assert_scored(pattern.scores(trainer.model, tmp_path), prepared(trainer), trainer.model)
+    assert_scored(pattern.scores(trainer.model, tmp_path), learnt_rows(trainer), trainer.model)
 
 
 @pytest.mark.parametrize("family", ["gemma3", "llava", "qwen2_vl"])
@@ -216,7 +209,7 @@ def test_a_vision_model_is_scored_on_text_by_its_folder(family, tmp_path):
 def test_a_processor_scores_text_as_its_tokenizer_or_is_refused(kind, tmp_path):
     measured, processor = vision_model("llava")(len(zen_tokenizer())), make_processor()
     extra = {"processing_class": processor}
-    rows = prepared(Pattern(kind, model=vision_model("llava"), trainer=lambda: extra).build(tmp_path))
+    rows = learnt_rows(Pattern(kind, model=vision_model("llava"), trainer=lambda: extra).build(tmp_path))
 
     def scored() -> None:
         with warnings.catch_warnings(action="ignore"):

@@ -117,8 +117,13 @@ def images() -> Dataset:
 def test_a_stream_is_the_rows_that_were_scored(make, shards):
     dataset = make()
     selection, stream = select(dataset), dataset.to_iterable_dataset(num_shards=shards)
+    expected = list(dataset.select(selection.sample_ids))
     for same in (stream, stream.with_format("numpy"), stream.take(12)):
-        assert len(list(selection.apply(same))) == 6
+        found = list(selection.apply(same))
+        assert len(found) == 6
+        for row, truth in zip(found, expected, strict=True):
+            for name, value in truth.items():
+                assert np.array_equal(np.asarray(row[name]), np.asarray(value)), name
     name = dataset.column_names[-1]
     assert [row[name] for row in selection.apply(stream)] == dataset.select(selection.sample_ids)[name][:]
     for other, said in (

@@ -550,7 +550,9 @@ def test_a_model_is_left_as_it_was_when_its_use_with_an_adapter_fails(kind, base
 
 
 @pytest.mark.parametrize("kind", ["plain", "with an adapter"])
-@pytest.mark.parametrize("damage", ["cut off", "no weights", "other shape", "other modules"])
+@pytest.mark.parametrize(
+    "damage", ["cut off", "no weights", "other shape", "other modules", "a module more", "more layers", "fewer layers"]
+)
 def test_an_adapter_that_does_not_fit_is_refused_and_the_model_is_left_as_it_was(
     damage, kind, base, adapter, tokenizer, tmp_path
 ):
@@ -563,10 +565,11 @@ def test_an_adapter_that_does_not_fit_is_refused_and_the_model_is_left_as_it_was
         if damage == "cut off":
             weights.write_bytes(content[:-100])
     else:
-        other = llama(len(tokenizer), hidden_size=32)
-        if damage == "other modules":
-            other.model.layers[0].mlp.extra = torch.nn.Linear(4, 4)
-        target = ["q_proj"] if damage == "other shape" else ["extra"]
+        shapes = {"other shape": {"hidden_size": 32}}
+        shapes |= {"more layers": {"num_hidden_layers": 5}, "fewer layers": {"num_hidden_layers": 3}}
+        other = llama(len(tokenizer), **shapes.get(damage, {}))
+        other.model.layers[0].mlp.extra = torch.nn.Linear(4, 4)
+        target = {"other modules": ["extra"], "a module more": ["q_proj", "extra"]}.get(damage, ["q_proj"])
         get_peft_model(other, LoraConfig(r=2, target_modules=target)).save_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(base)
     if kind != "plain":

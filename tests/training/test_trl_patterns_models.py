@@ -20,6 +20,7 @@ from helpers.sft import (
     right_or_refused,
 )
 from helpers.training import llama
+from helpers.versions import older_than
 from helpers.vision import image_rows, make_processor, vision_model
 from helpers.zen import zen
 from peft import (
@@ -54,11 +55,12 @@ def processor() -> dict[str, Any]:
     return {"processing_class": make_processor()}
 
 
+NLL = {"loss_type": "nll"}  # TRL before 1.15 has another default, which fails with these models of transformers 4
 ROUTED = {"router_aux_loss_coef": 0.0}
 PATTERNS = {
     # dense
     "qwen3": Pattern("messages", model=of_family("qwen3")),
-    "gemma3": Pattern("prompt-completion", model=of_family("gemma3_text"), slow=True),
+    "gemma3": Pattern("prompt-completion", NLL, model=of_family("gemma3_text"), slow=True),
     "tied embeddings": Pattern("text", model=tied),
     # experts, with the auxiliary loss that their configuration asks for, and without
     "qwen3_moe": Pattern("messages", model=of_family("qwen3_moe")),
@@ -68,8 +70,8 @@ PATTERNS = {
     "gpt_oss": Pattern("messages and tools", model=of_family("gpt_oss"), slow=True),
     # vision-language models on text
     "qwen2_vl": Pattern("messages", model=vision_model("qwen2_vl")),
-    "gemma3 with vision": Pattern("prompt-completion", model=vision_model("gemma3"), slow=True),
-    "llava": Pattern("messages and tools", model=vision_model("llava"), slow=True),
+    "gemma3 with vision": Pattern("prompt-completion", NLL, model=vision_model("gemma3"), slow=True),
+    "llava": Pattern("messages and tools", NLL, model=vision_model("llava"), slow=True),
     "llava and its processor": Pattern("messages", model=vision_model("llava"), trainer=processor, scorable=False),
     "llava and its processor, text": Pattern(
         "prompt-completion", model=vision_model("llava"), trainer=processor, scorable=False, slow=True
@@ -87,11 +89,16 @@ PATTERNS = {
 }
 
 
+TIED = "ignore:Model has `tie_word_embeddings=True`:UserWarning"  # peft 0.18, of any model with a whole lm_head
+
+
+@pytest.mark.filterwarnings(TIED)
 @pytest.mark.parametrize("pattern", patterns(PATTERNS))
 def test_where_every_row_is_kept_nothing_changes(pattern, tmp_path):
     assert_untouched(pattern, tmp_path)
 
 
+@pytest.mark.filterwarnings(TIED)
 @pytest.mark.parametrize("pattern", patterns(PATTERNS))
 def test_where_half_is_kept_it_is_the_half_with_the_lower_scores(pattern, tmp_path):
     assert_right_rows(pattern, tmp_path)
@@ -102,6 +109,7 @@ BALANCED = {
     "qwen3_moe": ("qwen3_moe", {}),
     "mixtral, accumulation": ("mixtral", {"gradient_accumulation_steps": 2}),
     "olmoe, checkpointing": ("olmoe", {"activation_checkpointing": True}),
+    "qwen3_moe, padding-free": ("qwen3_moe", {"padding_free": True, "max_length": None}),
     "jetmoe, padding-free": ("jetmoe", {"padding_free": True, "max_length": None}),
 }
 
@@ -112,6 +120,8 @@ def balanced(family: str, settings: dict[str, Any]) -> Pattern:
 
 @pytest.mark.parametrize("name", BALANCED)
 def test_an_auxiliary_loss_that_weighs_much_is_no_part_of_a_rows_score(name, tmp_path):
+    if name == "jetmoe, padding-free" and older_than("transformers", "5.0"):
+        pytest.skip("jetmoe keeps the samples of a padding-free row apart since transformers 5.0")
     assert_right_rows(balanced(*BALANCED[name]), tmp_path)
 
 
