@@ -51,10 +51,13 @@ def needed(names: list[str]) -> set[str]:
 
 def megabytes(name: str) -> float:
     if name == OWN.replace("_", "-"):  # installed in place, it lists no files
-        files = (Path(__file__).parents[1] / OWN).rglob("*")
-        return sum(each.stat().st_size for each in files if each.is_file() and each.suffix != ".pyc") / 1e6
-    files = importlib.metadata.files(name) or []
-    return sum(Path(each.locate()).stat().st_size for each in files if Path(each.locate()).is_file()) / 1e6
+        own = (Path(__file__).parents[1] / OWN).rglob("*")
+        return size_of([each for each in own if each.suffix != ".pyc"])
+    return size_of([Path(str(each.locate())) for each in importlib.metadata.files(name) or []])
+
+
+def size_of(files: list[Path]) -> float:
+    return sum(each.stat().st_size for each in files if each.is_file()) / 1e6
 
 
 def seconds(code: str) -> float:
