@@ -184,6 +184,27 @@ def test_from_the_end_epoch_on_all_rows_are_back(settings):
     assert found.weight is None
 
 
+@pytest.mark.parametrize("settings", [{}, {"selector": SoftPruning(keep=0.5)}, {"threshold": 2.5}])
+def test_rows_without_a_token_to_learn_stay_only_while_no_row_is_to_be_dropped(settings):
+    config = FilterConfig(readmit=True, start_epoch=1, end_epoch=2, **settings)
+    scores, idle = measured([1.0, 4.0, 2.0, 3.0, None], [1.0, 2.0, 3.0, 4.0, 0.0]), {4: "no token to learn"}
+    rows, last, found = np.arange(4), start(5), []
+    for epoch in (1, 2):
+        share = config.shares(4)[epoch] if config.has_shares else 1.0
+        last = decide(config, epoch, share, scores, rows, last, idle)
+        found.append((last.keep[4], last.reason[4], last.keep.sum()))
+    assert found[0][:2] == (False, "no token to learn")
+    assert found[0][2] < 4
+    assert found[1] == (True, "kept", 5)
+
+
+def test_rows_without_a_token_to_learn_stay_where_all_rows_do():
+    scores = measured([1.0, 4.0, 2.0], [1.0, 2.0, 3.0])
+    found = decide(FilterConfig(keep=1.0), 1, 1.0, scores, np.arange(2), start(3), {2: "no token to learn"})
+    assert found.keep.all()
+    assert set(found.reason) == {"kept"}
+
+
 def test_a_policy_that_is_asked_before_training_is_asked_once_and_ended():
     config = FilterConfig(selector=DataSelector(), when="before", readmit=True, end_epoch=3)
     assert [config.decides(epoch) for epoch in range(5)] == [True, False, False, True, False]
