@@ -20,7 +20,8 @@ done
 torch=${TORCH:-$(grep '^torch==' "$root/constraints.txt")}
 
 declare -A pins=(
-  [oldest]="transformers==4.57.6 trl==1.8.0 datasets==4.7.0 peft==0.18.0 accelerate==1.12.0 huggingface_hub==0.36.2"
+  [oldest]="transformers==4.57.6 trl==1.8.0 datasets==4.7.0 peft==0.18.0 accelerate==1.12.0 huggingface_hub==0.34.0
+    pyarrow==21.0.0 numpy==1.26.4 pandas==2.1.4 filelock==3.16.0"
   [axolotl]="transformers==5.16.1 trl==1.9.0 datasets==4.8.4 peft==0.20.0 accelerate==1.13.0 huggingface_hub==1.17.0"
   [today]="-c $root/constraints.txt"
   [newest]=""
