@@ -173,16 +173,20 @@ def adapter(folder: Path, config: Any) -> Path:
     return folder.parent / "adapter"
 
 
+AN_ADAPTER = r"It is an adapter.*AutoPeftModelForCausalLM.*merge_and_unload"
+
+
 @pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning")  # peft 0.18, of any model
 @pytest.mark.parametrize("config", ADAPTERS.values(), ids=list(ADAPTERS))
 def test_an_adapters_folder_is_the_model_with_the_adapter(config, whole):
     found = adapter(whole, config)
     expected = logits(AutoPeftModelForCausalLM.from_pretrained(found))
-    assert torch.equal(logits(load_weights(str(found), arguments())), expected)
+    if torch.equal(logits(AutoModelForCausalLM.from_pretrained(found)), expected):
+        assert torch.equal(logits(load_weights(str(found), arguments())), expected)
+    else:  # transformers 5.16 loses the copy of a head
+        with pytest.raises(InputError, match=AN_ADAPTER):
+            load_weights(str(found), arguments())
     assert not torch.equal(expected, logits(load_weights(str(whole), arguments())))
-
-
-AN_ADAPTER = r"It is an adapter.*AutoPeftModelForCausalLM.*merge_and_unload"
 
 
 def test_an_adapter_whose_magnitudes_transformers_loses_has_a_remedy_that_works(whole, tokenizer):
