@@ -2,7 +2,8 @@
 
     python benchmarks/installed.py
 
-Sizes are those of the files that each distribution lists, with all that it needs; times are medians of fresh processes.
+Sizes are those of the files that each distribution lists, without bytecode, with all that it needs. Times are medians
+of fresh processes.
 """
 
 from __future__ import annotations
@@ -51,13 +52,12 @@ def needed(names: list[str]) -> set[str]:
 
 def megabytes(name: str) -> float:
     if name == OWN.replace("_", "-"):  # installed in place, it lists no files
-        own = (Path(__file__).parents[1] / OWN).rglob("*")
-        return size_of([each for each in own if each.suffix != ".pyc"])
+        return size_of(list((Path(__file__).parents[1] / OWN).rglob("*")))
     return size_of([Path(str(each.locate())) for each in importlib.metadata.files(name) or []])
 
 
 def size_of(files: list[Path]) -> float:
-    return sum(each.stat().st_size for each in files if each.is_file()) / 1e6
+    return sum(each.stat().st_size for each in files if each.is_file() and each.suffix != ".pyc") / 1e6
 
 
 def seconds(code: str) -> float:

@@ -44,7 +44,7 @@ from resofilter_trainer.cli.entry import exit_on_input_error
 from resofilter_trainer.cli.recipe import parse_recipe, recipe_parser
 from resofilter_trainer.cli.score import summary
 from resofilter_trainer.config import Norm
-from resofilter_trainer.config.compatibility import settle_warmup
+from resofilter_trainer.config.compatibility import settle_arguments
 from resofilter_trainer.data.files import only_split
 from resofilter_trainer.data.row_texts import RowTexts
 from resofilter_trainer.evaluation.generate import exact_match
@@ -113,7 +113,7 @@ class PaperTraining(SFTConfig):
     max_length: int | None = field(default=768, metadata={"help": "tokens of a row; longer rows are truncated"})
 
     def __post_init__(self) -> None:
-        settle_warmup(self)
+        settle_arguments(self)
         super().__post_init__()
 
 

@@ -40,7 +40,7 @@ from resofilter_trainer import (
 from resofilter_trainer.cli.entry import exit_on_input_error
 from resofilter_trainer.cli.recipe import parse_recipe, recipe_parser
 from resofilter_trainer.config import CLEANING_MODES, Ranking, cleaning_of_mode, whole_number
-from resofilter_trainer.config.compatibility import settle_warmup
+from resofilter_trainer.config.compatibility import settle_arguments
 from resofilter_trainer.data.loading import load_model, usable_rows
 from resofilter_trainer.data.row_texts import RowTexts, decoder
 from resofilter_trainer.tokens.cleaned_dataset import described, groups_of
@@ -103,7 +103,7 @@ class PaperTraining(SFTConfig):
     save_strategy: str = field(default="no", metadata={"help": "checkpoints within a training"})
 
     def __post_init__(self) -> None:
-        settle_warmup(self)
+        settle_arguments(self)
         super().__post_init__()
 
 

@@ -122,6 +122,7 @@ def test_measurements_are_opened(run, old):
     measurements, extra = Measurements.load(Path(run) / CHECKPOINT / "resofilter")
     assert measurements.layers.shape == (10, 2)
     assert set(measurements.epoch) == {0, 1}
+    assert not measurements.idle.any()
     assert (
         sorted(extra["order"][extra["order"] >= 0])
         == np.flatnonzero(

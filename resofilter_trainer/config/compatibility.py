@@ -124,13 +124,27 @@ def training_arguments(settings: Mapping[str, Any]) -> dict[str, Any]:
 def set_warmup(args: Any, steps: float) -> None:
     """Let the learning rate of a training warm up for a number of steps, or below 1 for a share of them."""
     args.warmup_steps = 0
-    for name, value in training_arguments({"warmup_steps": steps if steps < 1 else int(steps)}).items():
+    for name, value in training_arguments({"warmup_steps": steps if 0 < steps < 1 else int(steps)}).items():
         setattr(args, name, value)
 
 
-def settle_warmup(args: Any) -> None:
-    """Give the warm-up of a training, named as in the newest version or as before, the name that is known here."""
+def settle_arguments(args: Any) -> None:
+    """Rename a training's warm-up and order of rows, named as in the newest version, to what the installed one knows.
+
+    A warm-up that is given as a ratio comes before one that is given as steps, as in the newest version.
+
+    Raises:
+        VersionError: the installed version has no such order of rows.
+        InputError: the order of rows is given by both names.
+    """
     set_warmup(args, getattr(args, "warmup_ratio", None) or args.warmup_steps)
+    strategy = getattr(args, "train_sampling_strategy", None)
+    if getattr(args, "group_by_length", False) and strategy not in (None, "group_by_length"):
+        raise InputError("group_by_length=True is train_sampling_strategy='group_by_length' here: pass that.")
+    if strategy in (None, "sequential") or has("train_sampling_strategy"):
+        return
+    for name, value in training_arguments({"train_sampling_strategy": strategy}).items():
+        setattr(args, name, value)
 
 
 def set_sequential(args: Any) -> None:

@@ -61,7 +61,7 @@ class _Float32MeansFloat64(TorchFunctionMode):
         args = tuple(torch.float64 if argument is torch.float32 else argument for argument in args)
         kwargs = {name: torch.float64 if value is torch.float32 else value for name, value in (kwargs or {}).items()}
         if function is torch.full and any(type(value) is float for value in (*args, *kwargs.values())):
-            kwargs.setdefault("dtype", torch.float64)  # else its own is float32, in which a mask's value overflows
+            kwargs.setdefault("dtype", torch.float64)  # its default is float32, in which a mask overflows
         return function(*args, **kwargs)
 
 

@@ -285,10 +285,8 @@ def _outputs(weight: _Weight, size: int) -> slice:
     gated = type(weight.parent).__name__ in GATED_CLASSES or (known is not None and NAMES[known] == "second half")
     if not gated:
         return slice(None)
-    concatenated = vars(weight.owner).get("is_concatenated", True)
-    if type(weight.owner).__name__ in INTERLEAVED_CLASSES or not concatenated:
-        return slice(1, None, 2)
-    return slice(size // 2, None)
+    concatenated = vars(weight.owner).get("is_concatenated", type(weight.owner).__name__ not in INTERLEAVED_CLASSES)
+    return slice(size // 2, None) if concatenated else slice(1, None, 2)
 
 
 def _what_to_hook(block: nn.Module, weight: _Weight, transposed: bool) -> tuple[nn.Module, Kind]:

@@ -48,6 +48,13 @@ class Decisions:
         ids = self._rows.sample_ids if self._tokens is None else self._rows.sample_ids[~self._tokens.emptied]
         return ids[~np.isin(ids, self._idle)]
 
+    @property
+    def sizes(self) -> list[int]:
+        """The number of rows of each epoch, as far as shares decide on it; all rows where a policy will."""
+        shares = self._filter.shares(self._epochs)
+        sizes = self._filter.sizes(self._epochs, len(self.trainable))
+        return [size + (share == 1) * len(self._idle) for size, share in zip(sizes, shares, strict=True)]
+
     def begin(self, provenance: Provenance) -> None:
         """Keep every row that has a token to learn."""
         reason = [why or KEPT for why in self._left_out()]

@@ -246,7 +246,7 @@ def decide(
 
     From `end_epoch` on, all rows are kept. A row that was not measured is kept. A row whose score is not finite is
     dropped: always by a policy; by a share before all others, but no more rows than the share says. A row without a
-    token to learn stays only as long as no row is to be dropped, and counts in no share.
+    token to learn counts in no share; it is kept where all rows are to stay, by a share of 1 or from `end_epoch` on.
 
     Args:
         config: which rows are dropped.
@@ -271,9 +271,9 @@ def decide(
     when = "" if config.when == "before" else f", after epoch {epoch}"
     for row in candidates.tolist():
         reason[row] = f"{why[row]}{when}" if row in why else KEPT
-    some_go = not config.ended(epoch) and (share < 1 or isinstance(config.schedule.decision, ByPolicy))
+    all_stay = config.ended(epoch) or (share == 1 and isinstance(config.schedule.decision, ByShare))
     for row, without_token in idle.items():
-        keep[row], reason[row] = (False, without_token) if some_go else (True, KEPT)
+        keep[row], reason[row] = (True, KEPT) if all_stay else (False, without_token)
     if weight is not None:
         weight = np.where(keep, weight, 0.0)
     return Selection(keep, reason, {**config.to_json(), "epoch": epoch}, scores.provenance.to_json(), weight)

@@ -128,7 +128,7 @@ class Run:
             self._decisions.select(0)
             self._check_rows(0)
             self._decisions.forget_the_first()
-            self._timeline.plan_start(self._decisions.kept)
+            self._timeline.plan_start(self._decisions.kept, self._decisions.sizes)
             self._tell_results(0, "at the starting weights")
         elif self._filter.first >= self._timeline.epochs and self._filter.keep != 1:
             _warn_that_nothing_is_filtered(self.trainer, self._filter.first, self._timeline.epochs)
@@ -142,8 +142,7 @@ class Run:
         if tokens.emptied.any():
             self._decisions.begin(self._provenance)
             self._check_rows(0)
-            sizes = self._filter.sizes(epochs, len(self._decisions.trainable))
-            self._timeline.plan_start(self._decisions.kept, sizes)
+            self._timeline.plan_start(self._decisions.kept, self._decisions.sizes)
 
     def _measure_before(self) -> None:
         """The paper's definition: one pass at the starting weights (ResoFilter, 3.1)."""
@@ -284,7 +283,8 @@ class Run:
         if ended < epochs:
             self._decisions.select(ended)
             self._error = self._refusal(ended)
-        self._timeline.next_epoch(self._decisions.kept, replan=ended < epochs and self._error is None)
+        replan = ended < epochs and self._error is None
+        self._timeline.next_epoch(self._decisions.kept, self._decisions.sizes if replan else None)
         self._tell_results(ended, f"after epoch {ended} of {epochs}")
 
     def _score(self) -> None:

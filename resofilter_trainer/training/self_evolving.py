@@ -89,8 +89,8 @@ def self_evolve(
         cleaning: the number of stages (`parts`), the share of tokens to keep and their ranking.
         args: SFTTrainer's arguments for every stage. `output_dir` receives everything: `stage-t/` with token scores
             and model, the cleaned dataset (`datasets.load_from_disk`) and `summary.json`. The paper trains one epoch
-            per stage, unshuffled: `train_sampling_strategy="sequential"`, before transformers 5.2 as an attribute:
-            `args.train_sampling_strategy = "sequential"`.
+            per stage, unshuffled: `train_sampling_strategy="sequential"`. Before transformers 5.2, set the attribute
+            instead: `args.train_sampling_strategy = "sequential"`.
         processing_class: the tokenizer; by default the model's own.
         peft_config: an adapter to train anew in every stage and to merge at its end; by default all weights are
             trained.

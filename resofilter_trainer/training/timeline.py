@@ -75,17 +75,15 @@ class Timeline:
         access.set_total(self._trainer, self.plan.total, intervals=starts)
         self._follow_progress(begin=starts)
 
-    def plan_start(self, kept: np.ndarray, sizes: Sequence[int] | None = None) -> None:
+    def plan_start(self, kept: np.ndarray, sizes: Sequence[int]) -> None:
         """Plan the run anew before its first step, on fewer rows.
 
         Args:
             kept: (N,) bool, the rows of the first epoch.
-            sizes: the number of rows of each epoch; None for what was planned.
+            sizes: the number of rows of each epoch, as far as it is known.
         """
-        if sizes is not None:
-            self.plan = dataclasses.replace(self.plan, sizes=sizes)
         self.sampler.begin(0, kept)
-        self.replan(kept)
+        self.replan(kept, sizes)
         self._progress = Progress.of(self.plan.total)
 
     def begin_epoch(self) -> None:
@@ -117,21 +115,26 @@ class Timeline:
         done = min(self.steps_done * accumulation, planned)
         self._trainer.state.epoch = self.ended_epochs + done / planned
 
-    def next_epoch(self, kept: np.ndarray, replan: bool) -> None:
-        """End the present true epoch; the next one trains on the rows `kept`, (N,) bool."""
+    def next_epoch(self, kept: np.ndarray, sizes: Sequence[int] | None) -> None:
+        """End the present true epoch; the next one trains on the rows `kept`, (N,) bool.
+
+        Args:
+            kept: (N,) bool, the rows of the next epoch.
+            sizes: the number of rows of each epoch, as far as it is known; None to leave the plan as it is.
+        """
         self.ended_epochs += 1
         self.sampler.begin(self.ended_epochs, kept)
-        if replan:
-            self.replan(kept)
+        if sizes is not None:
+            self.replan(kept, sizes)
 
-    def replan(self, kept: np.ndarray) -> None:
+    def replan(self, kept: np.ndarray, sizes: Sequence[int]) -> None:
         """Set steps and learning rate to the number of rows that there are now, from the present epoch on."""
-        rows, sizes, share_known = int(kept.sum()), list(self.plan.sizes), self._filter.has_shares
+        rows, planned, share_known = int(kept.sum()), list(self.plan.sizes), self._filter.has_shares
         most = self.plan.batching.rows if self._filter.readmit else rows
         for epoch in range(self.ended_epochs, self.epochs):
             known = share_known and epoch > self.ended_epochs
-            sizes[epoch] = min(sizes[epoch], most) if known or self._filter.ended(epoch) else rows
-        before, self.plan = self.plan.total, dataclasses.replace(self.plan, sizes=sizes)
+            planned[epoch] = min(sizes[epoch], most) if known or self._filter.ended(epoch) else rows
+        before, self.plan = self.plan.total, dataclasses.replace(self.plan, sizes=planned)
         if self.plan.total != before:
             self._progress = self._progress.replanned(self._trainer.state.global_step, self.plan.total)
             access.set_total(self._trainer, self.plan.total, intervals=True)

@@ -24,7 +24,7 @@ from transformers.trainer_callback import ProgressCallback
 from trl import SFTConfig
 
 from ..config import InputError
-from ..config.compatibility import loss_is_scaled_for_ga, loss_type, need, sampling_strategy
+from ..config.compatibility import has, loss_is_scaled_for_ga, loss_type, need, sampling_strategy
 from ..model.adapters import keeps_a_prefix, refuse_adapters
 from ..model.float32 import main_dtype
 from ..model.head import mixes_samples
@@ -67,10 +67,12 @@ def check_trainer(trainer: Trainer, train_dataloader: Any) -> None:
     half = main_dtype(cast(Any, trainer.model)) == torch.float16
     by_fsdp = accelerator.distributed_type == DistributedType.FSDP or is_sharded(cast(Any, trainer.model))
     balanced = sampling_strategy(args) == "batch_rebalance"
+    in_order = sampling_strategy(args) == "sequential" and not has("train_sampling_strategy")
     weighted = WEIGHT in (getattr(trainer.train_dataset, "column_names", None) or [])
     refusals = [
         *_common_refusals(trainer, train_dataloader.dataset),
         (balanced, "train_sampling_strategy='batch_rebalance'", "Use 'random'"),
+        (in_order, "train_sampling_strategy='sequential', which transformers ignores before 5.2", "Leave it out"),
         (weighted, f"rows that have weights ('{WEIGHT}')", "Train on them with SampleWeights, or remove the column"),
         (args.accelerator_config.dispatch_batches is True, "dispatch_batches=True", "Leave it unset"),
         (args.fp16, "fp16, in which gradients near eps vanish", "Use bf16=True or float32"),
@@ -204,8 +206,7 @@ def rows_of(trainer: Trainer) -> TrainerRows:
     elif prepared and args.shuffle_dataset:
         rows = np.random.default_rng(args.seed).permutation(total)
     length = getattr(args, "max_length", None)
-    why = "no token to learn" + (": every label is masked" if length is None else f" within max_length {length}")
-    return TrainerRows(rows, total, why)
+    return TrainerRows(rows, total, "no token to learn" + ("" if length is None else f" within max_length {length}"))
 
 
 def token_weight(trainer: Trainer, num_items: Any, batch: Any, micro_batches: int) -> Any:

@@ -176,12 +176,13 @@ def test_the_installed_version_takes_its_names():
 
 
 @pytest.mark.parametrize(
-    ("given", "steps"), [({"warmup_steps": 0.25}, 25), ({"warmup_steps": 6.0}, 6), ({"warmup_steps": 0}, 0)]
+    ("given", "steps"),
+    [({"warmup_steps": 0.25}, 25), ({"warmup_steps": 6.0}, 6), ({"warmup_steps": 0.0}, 0), ({"warmup_steps": 0}, 0)],
 )
 def test_a_warm_up_is_settled_in_the_names_of_the_installed_version(given, steps):
     class Settings(SFTConfig):
         def __post_init__(self):
-            compatibility.settle_warmup(self)
+            compatibility.settle_arguments(self)
             super().__post_init__()
 
     assert Settings(**PLAIN, **given).get_warmup_steps(100) == steps
@@ -189,12 +190,35 @@ def test_a_warm_up_is_settled_in_the_names_of_the_installed_version(given, steps
 
 def test_a_warm_up_under_its_older_name_is_not_lost(versions):
     versions(transformers="4.57.6")
-    args = SimpleNamespace(warmup_steps=0, warmup_ratio=0.25)
-    compatibility.settle_warmup(args)
+    args = SimpleNamespace(warmup_steps=7, warmup_ratio=0.25)
+    compatibility.settle_arguments(args)
     assert args == SimpleNamespace(warmup_steps=0, warmup_ratio=0.25)
     versions(transformers="5.23")
-    compatibility.settle_warmup(args)
+    compatibility.settle_arguments(args)
     assert args.warmup_steps == 0.25
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({"train_sampling_strategy": "group_by_length"}, True),
+        ({"train_sampling_strategy": "random"}, False),
+        ({"train_sampling_strategy": "sequential"}, False),
+        ({"group_by_length": True}, True),
+        ({"group_by_length": True, "train_sampling_strategy": "sequential"}, InputError),
+        ({"group_by_length": True, "train_sampling_strategy": "random"}, InputError),
+        ({"train_sampling_strategy": "sequental"}, VersionError),
+    ],
+)
+def test_an_order_of_rows_is_settled_in_the_names_of_older_versions(given, expected, versions):
+    versions(transformers="4.57.6")
+    args = SimpleNamespace(**{"warmup_steps": 0, "group_by_length": False, **given})
+    if isinstance(expected, bool):
+        compatibility.settle_arguments(args)
+        assert args.group_by_length is expected
+    else:
+        with pytest.raises(expected):
+            compatibility.settle_arguments(args)
 
 
 def test_the_order_of_the_rows_is_an_attribute_in_every_version():

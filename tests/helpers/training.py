@@ -116,6 +116,7 @@ def train(
     collator: Callable | None = None,
     peft: Any = None,
     evaluate: bool = False,
+    callbacks: Sequence[TrainerCallback] = (),
     **changes: Any,
 ) -> Outcome:
     """Train with SFTTrainer."""
@@ -128,7 +129,7 @@ def train(
         processing_class=tokenizer,
         data_collator=collator,
         peft_config=peft,
-        callbacks=[spy, *([callback] if callback else [])],
+        callbacks=[spy, *([callback] if callback else []), *callbacks],
     )
     trainer.train(resume_from_checkpoint=resume)
     return Outcome(trainer, callback, spy.seen)

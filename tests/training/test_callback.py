@@ -215,24 +215,61 @@ def test_ids_are_the_users_rows_though_rows_are_dropped_and_shuffled(tmp_path, t
     assert len(last.apply(dataset)) == 8
 
 
-@pytest.mark.parametrize("when", ["training", "before"])
-def test_rows_whose_labels_are_all_masked_count_in_no_share(when, tmp_path, tokenizer):
+MASKED = np.isin(np.arange(14), [1, 4, 5, 10])
+
+
+def some_masked(tokenizer) -> dict:
+    """14 rows, of which 4 have no label, and what makes SFTTrainer leave them in."""
     tokens = [tokenizer(f"the quick {'fox ' * i}").input_ids for i in range(14)]
-    masked = np.isin(np.arange(14), [1, 4, 5, 10])
-    labels = [[-100] * len(ids) if mask else ids for ids, mask in zip(tokens, masked, strict=True)]
+    labels = [[-100] * len(ids) if mask else ids for ids, mask in zip(tokens, MASKED, strict=True)]
     dataset = Dataset.from_dict({"input_ids": tokens, "labels": labels})
-    callback = ResonanceCallback(keep=0.5, when=when, eps=1e-4)
-    skip = {"skip_prepare_dataset": True}  # where it prepares the rows, TRL may drop these itself
-    train(tmp_path, tokenizer, callback, dataset=dataset, dataset_kwargs=skip, max_length=None)
-    assert np.array_equal(callback.scores.scored, ~masked)
-    assert {callback.scores.reasons[row] for row in np.flatnonzero(masked)} == {
-        "no token to learn: every label is masked"
-    }
-    last = callback.selections[-1]
-    assert not last.keep[masked].any()
-    assert last.keep[~masked].sum() == 5
-    plan = json.loads((tmp_path / "resofilter" / "plan.json").read_text())
-    assert [epoch["rows"] for epoch in plan] == ([14, 5, 5] if when == "training" else [5, 5, 5])
+    return {"dataset": dataset, "dataset_kwargs": {"skip_prepare_dataset": True}, "max_length": None}
+
+
+@pytest.mark.parametrize(
+    ("settings", "rows_of_epochs"),
+    [
+        ({}, [14, 5, 5]),
+        ({"when": "before"}, [5, 5, 5]),
+        ({"keep": [1.0, 0.8, 0.5]}, [14, 8, 5]),
+        ({"readmit": True}, [14, 5, 5]),
+        ({"readmit": True, "when": "before"}, [5, 5, 5]),
+        ({"readmit": True, "when": "before", "end_epoch": 2}, [5, 5, 14]),
+        ({"keep": [1.0, 0.5, 1.0], "readmit": True}, [14, 5, 14]),
+    ],
+    ids=str,
+)
+def test_rows_whose_labels_are_all_masked_count_in_no_share(settings, rows_of_epochs, tmp_path, tokenizer):
+    """Once they are known, which is after the first epoch or the pass before it, the plan of all epochs is right."""
+    plans = []
+
+    class Plans(TrainerCallback):
+        def on_epoch_begin(self, *args, **kwargs):
+            plans.append(json.loads((tmp_path / "resofilter" / "plan.json").read_text()))
+
+    callback = ResonanceCallback(**{"keep": 0.5, "eps": 1e-4, **settings})
+    outcome = train(tmp_path, tokenizer, callback, callbacks=[Plans()], **some_masked(tokenizer))
+    for plan in plans[settings.get("when") != "before" :]:
+        assert [epoch["rows"] for epoch in plan] == rows_of_epochs
+    assert outcome.trainer.state.global_step == sum(math.ceil(count / 2) for count in rows_of_epochs)
+    assert np.array_equal(callback.scores.scored, ~MASKED)
+    assert {callback.scores.reasons[row] for row in np.flatnonzero(MASKED)} == {"no token to learn"}
+    for selection, count in zip(callback.selections, rows_of_epochs, strict=True):
+        assert selection.keep.sum() == count
+        assert selection.keep[MASKED].all() == (count == 14)
+
+
+def test_rows_whose_labels_are_all_masked_are_known_again_after_resuming(tmp_path, tokenizer):
+    settings = {"save_strategy": "steps", "save_steps": 1, **some_masked(tokenizer)}
+    whole = train(tmp_path, tokenizer, ResonanceCallback(keep=[1.0, 0.8, 0.5], eps=1e-4), **settings)
+    for step in (3, 6, 7, 9, 11):
+        callback = ResonanceCallback(keep=[1.0, 0.8, 0.5], eps=1e-4)
+        checkpoint = str(tmp_path / f"checkpoint-{step}")
+        resumed = train(tmp_path, tokenizer, callback, resume=checkpoint, **settings)
+        assert_same_weights(resumed, whole)
+        assert callback.scores.table.equals(whole.callback.scores.table)
+        for mine, other in zip(callback.selections, whole.callback.selections, strict=True):
+            assert np.array_equal(mine.keep, other.keep)
 
 
 def test_where_all_rows_are_kept_those_without_a_learnt_token_stay(tmp_path, tokenizer):

@@ -220,3 +220,24 @@ def test_scores_are_no_measurements(tmp_path):
     make_scores([1.0]).save(tmp_path / FILE)
     with pytest.raises(InputError, match="holds no measurements"):
         Measurements.load(tmp_path)
+
+
+# ---- rows without a learnt token
+
+
+def empty(rows: Sequence[int], epoch: int = 0) -> Measured:
+    """Rows that were trained on without a learnt token; -1 is a filler."""
+    zeros, none = np.zeros(len(rows)), np.zeros(len(rows), dtype=int)
+    return Measured(epoch, 1, np.asarray(rows), zeros, none, none + 5, np.zeros((len(rows), 2)))
+
+
+def test_a_row_is_idle_until_it_is_measured():
+    made = measurements(4, empty([2, -1, 3]), found([0, 3], [0.5, 0.25]), empty([0], epoch=1))
+    assert made.idle.tolist() == [False, False, True, False]
+    assert made.ever.tolist() == [True, False, False, True]
+
+
+def test_idle_rows_are_known_again_from_a_file(tmp_path):
+    made = measurements(3, empty([2]), found([0], [0.5]))
+    made.save(tmp_path, {})
+    assert Measurements.load(tmp_path)[0].idle.tolist() == [False, False, True]
