@@ -5,7 +5,7 @@
 #     benchmarks/versions.sh FOLDER [ENVIRONMENT...] [-- PYTEST-ARGUMENTS]
 #
 # Environments: oldest, axolotl, today, newest. FOLDER keeps them, and the output of the tests as ENVIRONMENT.log.
-# PYTHON and PYTHON_NEWEST name the interpreters (3.11 and the newest there is), TORCH the build to install: an
+# PYTHON (3.11 or 3.12) and PYTHON_NEWEST (the newest there is) name the interpreters, TORCH the build to install: an
 # unpinned torch brings gigabytes of CUDA.
 set -euo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
