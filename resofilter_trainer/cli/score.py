@@ -125,7 +125,7 @@ def _score_by_resonance(args: argparse.Namespace, common: dict[str, Any]) -> Any
     from ..scoring.stream import score_stream
 
     measure = {"config": settings_of(args, ResonanceConfig), "precision": args.precision, "sharded": args.sharded}
-    measure["signals"] = ",".join(args.signals) if args.signals else None
+    measure["signals"] = ",".join(each.strip(",") for each in args.signals) if args.signals else None
     training = sft_config(args, bf16=False)
     if args.streaming:
         stream = load_stream(args.dataset, args.split, args.dataset_config)
