@@ -3,9 +3,10 @@
     python benchmarks/signals.py --json signals.json
 
 The model has random weights and the samples have GSM8K's lengths, as in `scoring.py`. In each round every method runs
-over the same batches, one after the other and in another order each time; the cost is the median over the rounds of a
-method's seconds divided by those of the recorder alone in that round. `forward` is the plain forward with the head at
-learnt positions only. The largest resident set is that of the process until then, so methods run alone for it first.
+over the same batches, one after the other and in another order each time; the ratio is the median over the rounds of a
+method's seconds divided by those of the recorder alone in that round, of the clock and of the processors' time, which
+other programs disturb less. `forward` is the plain forward with the head at learnt positions only. The largest resident
+set is that of the process until a method has run for the first time.
 """
 
 from __future__ import annotations
@@ -13,12 +14,12 @@ from __future__ import annotations
 import argparse
 import json
 import random
-import statistics
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 from scoring import GSM8K, SHAPES
 from scoring_samples import build_model, make_samples, peak_memory, prepared_rows
@@ -61,19 +62,22 @@ def main() -> None:
     for name in chosen:  # also warms up
         runs[name]()
         memory[name] = peak_memory()
-    seconds: dict[str, list[float]] = {name: [] for name in chosen}
+    seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in chosen}
     for number in range(args.rounds):
         for name in random.Random(number).sample(chosen, len(chosen)):
-            start = time.perf_counter()
+            start = time.perf_counter(), time.process_time()
             runs[name]()
-            seconds[name].append(time.perf_counter() - start)
+            seconds[name].append((time.perf_counter() - start[0], time.process_time() - start[1]))
     found = {}
-    print(f"{'':14} {'seconds':>8} {'ratio':>6} {'lowest':>7} {'highest':>8} {'peak MB':>8}")
+    print(f"{'':14} {'seconds':>8} {'ratio':>6} {'of CPU':>7} {'lowest':>7} {'highest':>8} {'peak MB':>8}")
     for name in chosen:
-        ratios = [one / alone for one, alone in zip(seconds[name], seconds[ALONE], strict=True)]
-        median, ratio = statistics.median(seconds[name]), statistics.median(ratios)
-        found[name] = {"seconds": seconds[name], "ratio": ratio, "ratios": ratios, "peak_memory": memory[name]}
-        print(f"{name:14} {median:8.3f} {ratio:6.3f} {min(ratios):7.3f} {max(ratios):8.3f} {memory[name] / 1e6:8.0f}")
+        by_clock, by_cpu = np.array(seconds[name]).T / np.array(seconds[ALONE]).T
+        ratios = float(np.median(by_clock)), float(np.median(by_cpu))
+        found[name] = {"seconds": seconds[name], "ratios": ratios, "peak_memory": memory[name]}
+        print(
+            f"{name:14} {np.median(seconds[name], axis=0)[0]:8.3f} {ratios[0]:6.3f} {ratios[1]:7.3f} "
+            f"{by_cpu.min():7.3f} {by_cpu.max():8.3f} {memory[name] / 1e6:8.0f}"
+        )
     if args.json:
         args.json.write_text(json.dumps(found, indent=2) + "\n")
 

@@ -303,10 +303,7 @@ def _linear_sums(
         cheaper = gram_is_cheaper(len(own_a), a.shape[-1], b.shape[-1])
         by_gram = [cheaper and UPDATES[form.update].is_gradient and form.norm == "l2" for form in forms]
         in_tiles = [form for form, gram in zip(forms, by_gram, strict=True) if not gram]
-        of_tiles = (
-            [_tile_sums(gradient, weight[rows], in_tiles) for rows, gradient in tiles(own_a, own_b)] if in_tiles else []
-        )
-        found = [torch.stack(of_form).sum() for of_form in zip(*of_tiles, strict=True)]
+        found = _sums_in_tiles(own_a, own_b, weight, in_tiles) if in_tiles else []
         sums.append(torch.stack([squared_norm(own_a, own_b) if gram else found.pop(0) for gram in by_gram]))
     return torch.stack(sums, dim=1)
 

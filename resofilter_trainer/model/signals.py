@@ -1,6 +1,6 @@
 """The signals of a row that cost no further forward: each is an entry of `SIGNALS`. Knows arrays, no model or batch.
 
-A signal is a number a row, from its learnt tokens (`of_tokens`) or from its gradient of W_up (`form`). In the formulas,
+A signal is one number for each row, from its learnt tokens (`of_tokens`) or its gradient of W_up (`form`). In formulas,
 p_t is the probability of learnt token t, H_t the entropy of the model's distribution there, V the size of the
 vocabulary, and T the number of the row's learnt tokens.
 """
@@ -8,7 +8,7 @@ vocabulary, and T the number of the row's learnt tokens.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -83,9 +83,9 @@ class Signal:
     source: str
     unit: str = "nats"
     drop: Literal["largest", "smallest"] = "largest"
-    needs: frozenset[str] = frozenset()
+    needs: tuple[str, ...] = ()
     of_tokens: Callable[[Tokens], np.ndarray] | None = None
-    form: Mapping[str, Any] | None = field(default=None, hash=False)
+    form: Mapping[str, Any] | None = None
 
     @property
     def metadata(self) -> dict[str, str]:
@@ -132,33 +132,33 @@ SIGNALS: dict[str, Signal] = {
     "entropy": Signal(
         "mean_t H_t",
         "predictive entropy",
-        needs=frozenset({ENTROPY}),
+        needs=(ENTROPY,),
         of_tokens=lambda row: row.mean(row.entropy),
     ),
     "conflict": Signal(
         "mean_t -ln p_t (1 - H_t / ln V)",
         "confident conflict, after EAFT, arXiv 2601.02151",
-        needs=frozenset({ENTROPY}),
+        needs=(ENTROPY,),
         of_tokens=lambda row: row.mean(row.losses * row.certainty),
     ),
     "surprise": Signal(
         "mean_t (-ln p_t - H_t)",
         "surprise beyond entropy",
-        needs=frozenset({ENTROPY}),
+        needs=(ENTROPY,),
         of_tokens=lambda row: row.mean(row.losses - row.entropy),
     ),
     "rank": Signal(
         "mean_t rank_t, rank_t = 1 + the number of more probable tokens",
         "token rank",
         unit="rank",
-        needs=frozenset({RANK}),
+        needs=(RANK,),
         of_tokens=lambda row: row.mean(row.rank),
     ),
     "rsr": Signal(
         f"sum_t min(rank_t, {MOST_RANK}) / sum_t -ln p_t",
         "rank-surprisal ratio, UmeanNever/RankSurprisalRatio, ACL 2026",
         unit="ranks per nat",
-        needs=frozenset({RANK}),
+        needs=(RANK,),
         of_tokens=rank_surprisal_ratio,
     ),
     "el2n": Signal(
@@ -166,7 +166,7 @@ SIGNALS: dict[str, Signal] = {
         "EL2N, arXiv 2107.07075",
         unit="norm of an error in probability",
         drop="smallest",
-        needs=frozenset({ERROR}),
+        needs=(ERROR,),
         of_tokens=lambda row: row.mean(row.error),
     ),
 }
@@ -210,7 +210,7 @@ class Measures:
     def statistics(self) -> TokenStatistics | None:
         """A new collection of the statistics of tokens that the signals need; None if they need none."""
         wanted = [SIGNALS[name].needs for name in self.names if SIGNALS[name].of_tokens is not None]
-        return TokenStatistics(frozenset().union(*wanted)) if wanted else None
+        return TokenStatistics(sum(wanted, ())) if wanted else None
 
     def of_rows(self, loss: np.ndarray, resonances: np.ndarray, tokens: Tokens | None) -> dict[str, np.ndarray]:
         """Each signal of the B rows, (B,) float64.
@@ -220,9 +220,8 @@ class Measures:
             resonances: (F, B) the resonance in each of the `forms`.
             tokens: the learnt tokens, if the signals need them.
         """
-        found = {"loss": loss} | {
-            name: resonances[self.forms.index(settings)] for name, settings in self._forms.items()
-        }
+        found = {name: resonances[self.forms.index(settings)] for name, settings in self._forms.items()}
+        found["loss"] = loss
         if tokens is not None:
             found |= {name: of(tokens) for name in self.names if (of := SIGNALS[name].of_tokens) is not None}
         return {name: found[name] for name in self.names}
