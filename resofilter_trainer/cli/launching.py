@@ -47,5 +47,6 @@ def run_in_processes(arguments: Sequence[str], processes: int) -> None:
     whole_number("--num_processes", processes, least=1)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     environment = {"OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR", **os.environ}
-    command = [*torchrun, "-m", "resofilter_trainer.cli", *arguments]
+    # after "--", torchrun does not take `--signals` for an abbreviation of an option of its own
+    command = [*torchrun, "-m", "--", "resofilter_trainer.cli", *arguments]
     os.execve(sys.executable, command, environment)  # so that a signal to this process reaches the launcher

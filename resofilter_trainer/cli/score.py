@@ -33,6 +33,10 @@ CRITERIA = (  # the names of those in `criteria`, which needs torch
     *("loss", "perplexity", "entropy", "el2n", "grand", "ifd", "length", "response_ratio", "repetition", "rarity"),
     *("k_center", "donod"),
 )
+SIGNALS = (  # the names of those in `model.signals`
+    *("resonance", "resonance_sgd", "resonance_l2", "loss", "loss_sum", "loss_median", "loss_max", "loss_top"),
+    *("entropy", "conflict", "surprise", "rank", "rsr", "el2n"),
+)
 EXAMPLE = "resofilter score --model google/gemma-2-2b --dataset rows.jsonl --output scores/"
 UPDATES = [name for name in get_args(UpdateName) if name != OPTIMIZER]  # without a run's own optimizer
 
@@ -46,6 +50,8 @@ def add_arguments(parser: CommandParser) -> None:
     parser.add_argument("--streaming", action="store_true", help="read the dataset as a stream")
     measures = f"resonance, or another criterion: {', '.join(CRITERIA)}"
     parser.add_argument("--criterion", default=RESONANCE, help=measures)
+    signals = f"with resonance: all, or some of {', '.join(SIGNALS)}; each is a column to select by"
+    parser.add_argument("--signals", nargs="+", metavar="NAME", help=signals)
     parser.add_argument("--tokens_per_batch", type=int, help="batch size in tokens; by default what suits the device")
     parser.add_argument(
         "--precision",
@@ -105,6 +111,8 @@ def _check(args: argparse.Namespace) -> None:
         raise InputError("--layers all measures resonance, row by row: leave --criterion and --tokens_per_batch out.")
     if (args.streaming or args.sharded) and (args.criterion != RESONANCE or args.layers):
         raise InputError("--streaming and --sharded are for resonance: leave --criterion and --layers out.")
+    if args.signals and (args.criterion != RESONANCE or args.layers):
+        raise InputError("--signals are measured beside resonance: leave --criterion and --layers out.")
     if args.sharded and args.num_processes is None and not is_launched():
         raise InputError("--sharded is for several processes: pass --num_processes, or use accelerate launch.")
     if args.limit is not None and not args.layers:
@@ -117,6 +125,7 @@ def _score_by_resonance(args: argparse.Namespace, common: dict[str, Any]) -> Any
     from ..scoring.stream import score_stream
 
     measure = {"config": settings_of(args, ResonanceConfig), "precision": args.precision, "sharded": args.sharded}
+    measure["signals"] = ",".join(each.strip(",") for each in args.signals) if args.signals else None
     training = sft_config(args, bf16=False)
     if args.streaming:
         stream = load_stream(args.dataset, args.split, args.dataset_config)

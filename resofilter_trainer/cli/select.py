@@ -27,7 +27,8 @@ def add_arguments(parser: CommandParser) -> None:
     parser.add_argument("--output", help="a folder for the selection and the kept rows")
     parser.add_argument("--keep", type=float, help="the share of the rows to keep; a half, without a threshold")
     parser.add_argument(
-        "--drop", help="the end to drop: largest, smallest or both; by default the criterion's own, or largest"
+        "--drop",
+        help="the end to drop: largest, smallest or both; by default the signal's or criterion's own, or largest",
     )
     parser.add_argument(
         "--threshold",
@@ -37,8 +38,8 @@ def add_arguments(parser: CommandParser) -> None:
     parser.add_argument(
         "--by",
         default="score",
-        help="the column to rank: score, loss, num_tokens, layer_<i>; several with commas, with a minus before one "
-        "whose other end is dropped: score,-num_tokens or --by=-num_tokens",
+        help="the column to rank: score, loss, num_tokens, layer_<i>, a signal; several with commas, with a minus "
+        "before one whose other end is dropped: score,-num_tokens or --by=-num_tokens",
     )
     parser.add_argument(
         "--combine", default="ranks", help="how several columns become one: ranks, topsis, pareto or residual"

@@ -139,7 +139,7 @@ def _scored_rows(scores: ScoreTable, rows: Dataset) -> Dataset:
 
 def row_values(scores: ScoreTable, policy: DataSelector) -> np.ndarray:
     """(N,) a value for each row: rows with larger values are dropped first; NaN where a row has no score."""
-    return policy.values(scores) * (-1 if policy.end(scores.provenance) == "smallest" else 1)
+    return policy.values(scores) * (-1 if policy.end(scores) == "smallest" else 1)
 
 
 def token_row_values(scores: TokenScores) -> np.ndarray:

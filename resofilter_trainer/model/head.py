@@ -26,6 +26,7 @@ from torch.nn import functional as F
 
 from .losses import Inputs, at_positions, head_only_at, learnt_logits, unwrapped
 from .modes import at_least_float32, evaluating, forward_replaced, same_but_for
+from .token_statistics import RunningSums, TokenStatistics, bound_of
 
 TILE_LOGITS = {"cpu": 1 << 20}  # 4 MB of float32, which stay in the cache
 TILE_LOGITS_ELSEWHERE = 1 << 26  # 256 MB, for few kernel launches
@@ -54,23 +55,32 @@ class Decoded:
         """(N,) in nats, at least float32."""
         return self._measure(None)[0]
 
-    def losses_and_gradient(self, weights: Tensor) -> tuple[Tensor, Tensor]:
-        """The losses, (N,), and the gradient at `hidden` of their sum weighted by (N,) `weights`, (N, H)."""
-        losses, gradient = self._measure(weights)
+    def losses_and_gradient(self, weights: Tensor, statistics: TokenStatistics | None = None) -> tuple[Tensor, Tensor]:
+        """The losses, (N,), and the gradient at `hidden` of their sum weighted by (N,) `weights`, (N, H).
+
+        The statistics are collected on the way.
+        """
+        losses, gradient = self._measure(weights, statistics)
         return losses, gradient.to(self.hidden.dtype)
 
     @torch.no_grad()
-    def _measure(self, weights: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _measure(self, weights: Tensor | None, statistics: TokenStatistics | None = None) -> tuple[Tensor, Tensor]:
         hidden, targets = self.hidden.detach(), self.targets.to(self.hidden.device)
         weights = None if weights is None else weights.to(hidden.device)
         if isinstance(self.head, nn.Linear):
             most = TILE_LOGITS.get(hidden.device.type, TILE_LOGITS_ELSEWHERE)
-            return linear_losses(hidden, self.head, targets, weights, most)
-        return losses_in_pieces(hidden, self.head, targets, weights, max(PIECE_LOGITS // self.vocabulary, 1))
+            return linear_losses(hidden, self.head, targets, weights, most, statistics)
+        size = max(PIECE_LOGITS // self.vocabulary, 1)
+        return losses_in_pieces(hidden, self.head, targets, weights, size, statistics)
 
 
 def linear_losses(
-    hidden: Tensor, head: nn.Linear, targets: Tensor, weights: Tensor | None, most_logits: int
+    hidden: Tensor,
+    head: nn.Linear,
+    targets: Tensor,
+    weights: Tensor | None,
+    most_logits: int,
+    statistics: TokenStatistics | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The cross-entropy after a linear map and its gradient before the map, a tile of the vocabulary at a time.
 
@@ -80,6 +90,7 @@ def linear_losses(
         targets: (N,), the target tokens.
         weights: (N,), the weight of each loss in the gradient; None for the losses alone.
         most_logits: about how many logits to hold in memory at once.
+        statistics: what to collect on the way, for which twice as many are held.
 
     Returns:
         The losses in nats, (N,), and the gradient, (N, H), or an empty tensor; both at least float32.
@@ -95,6 +106,7 @@ def linear_losses(
         summed = largest.new_zeros(rows, 0 if weights is None else width)
         size = min(max(SMALLEST_TILE, most_logits // max(rows, 1)), head.out_features)
         buffer = hidden.new_empty(rows * size)
+        sums = None if statistics is None else RunningSums(statistics.wanted, bound_of(hidden, head, targets))
         for start in range(0, head.out_features, size):
             weight = head.weight.detach()[start : start + size].to(dtype)
             logits = torch.mm(hidden, weight.T, out=buffer[: rows * len(weight)].view(rows, len(weight)))
@@ -105,13 +117,21 @@ def linear_losses(
             inside, place = (place >= 0) & (place < len(weight)), place.clamp(0, len(weight) - 1)
             of_target = torch.where(inside, logits.gather(1, place), of_target)
             larger = torch.maximum(largest, logits.amax(1, keepdim=True))
+            if sums is not None:
+                sums.count(logits, place, inside)
+                sums.shrink(larger - largest, total)
             shrunk = largest.sub_(larger).exp_()
-            terms, largest = logits.sub_(larger).exp_(), larger
+            below, largest = logits.sub_(larger), larger
+            terms = below.exp_() if sums is None else below.exp()
             terms.scatter_(1, place, terms.gather(1, place).masked_fill(inside, 0))
+            if sums is not None:
+                sums.add(below, terms)
             total.mul_(shrunk).add_(terms.sum(1, keepdim=True))
             if weights is not None:
                 summed.mul_(shrunk)
                 summed = summed.addmm_(terms, weight) if terms.dtype == dtype else summed.add_(terms.to(dtype) @ weight)
+        if statistics is not None and sums is not None:
+            statistics.add(sums.finish(total, of_target - largest))
         whole = total + (of_target - largest).exp()
         losses = (whole.log() + largest - of_target)[:, 0]
         if weights is None:
@@ -121,7 +141,12 @@ def linear_losses(
 
 
 def losses_in_pieces(
-    hidden: Tensor, head: Callable[[Tensor], Tensor], targets: Tensor, weights: Tensor | None, size: int
+    hidden: Tensor,
+    head: Callable[[Tensor], Tensor],
+    targets: Tensor,
+    weights: Tensor | None,
+    size: int,
+    statistics: TokenStatistics | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Like `linear_losses`, for any `head`, `size` positions at a time."""
     losses, gradients = [at_least_float32(hidden.new_empty(0))], [hidden.new_empty(0, hidden.shape[1])]
@@ -129,7 +154,10 @@ def losses_in_pieces(
         piece = slice(start, start + size)
         with torch.set_grad_enabled(weights is not None):
             own = hidden[piece].requires_grad_(weights is not None)
-            loss = F.cross_entropy(at_least_float32(head(own)), targets[piece], reduction="none")
+            logits = at_least_float32(head(own))
+            loss = F.cross_entropy(logits, targets[piece], reduction="none")
+            if statistics is not None:
+                statistics.add_logits(logits.detach(), targets[piece])
             if weights is not None:
                 gradients += torch.autograd.grad(loss, own, weights[piece].to(loss.dtype))
         losses.append(loss.detach())

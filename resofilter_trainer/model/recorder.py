@@ -11,7 +11,7 @@ leaves the model unchanged.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from functools import partial
 from types import TracebackType
@@ -42,6 +42,7 @@ from .lean_forward import LeanForward
 from .losses import Inputs, learnt_positions, sample_means, unpacked
 from .modes import at_least_float32, evaluating, own_precision, requiring_grad
 from .resonance import Resonance
+from .signals import Measures, Tokens, chosen_signals
 from .unreached import DETACHED, is_used, not_called, not_token_by_token, used_twice
 from .up_projection import UpProjection, decoder_layers, find_up_projections
 from .updates import UPDATES, closed_form, size_of_change, tile_sum, unchanged_sum
@@ -60,14 +61,16 @@ class Recorder:
             float64 model; a bfloat16 forward, by weights or by autocast, adds no noise but its own. All processes of a
             sharded model must measure at the same time, see `in_step`.
         config: the step to measure, and how.
+        signals: further signals to measure on the way: their names, or `"all"` (see `signals.py`).
 
     Raises:
         InputError: the model has no known up-projection, or one that is offloaded or sharded by other means than
-            `shard`; or the update is `"optimizer"`.
+            `shard`; or the update is `"optimizer"`; or a signal is not known.
     """
 
-    def __init__(self, model: nn.Module, config: ResonanceConfig) -> None:
+    def __init__(self, model: nn.Module, config: ResonanceConfig, signals: str | Iterable[str] | None = None) -> None:
         closed_form(config)  # refuses an update that has none
+        self._measures = Measures(chosen_signals(signals), config)
         self.model = model
         self.config = config
         up_projections = find_up_projections(model, config.n_layers, config.up_projection)
@@ -121,6 +124,11 @@ class Recorder:
         return [*(each.parameter for each in measured), *adapters]
 
     @property
+    def signals(self) -> tuple[str, ...]:
+        """The names of the signals that are measured."""
+        return self._measures.names
+
+    @property
     def may_share(self) -> bool:
         """False once it is known that rows cannot share the work of a common prefix."""
         return self._forward.may_share
@@ -161,24 +169,25 @@ class Recorder:
             inputs = self._forward.inputs(batch)
             decoded, calls = self._run(inputs, batch["attention_mask"].sum(1), shared)
             shares = (1 / num_tokens.clamp(min=1).double())[learnt.nonzero()[:, 0]]
-            token_losses, gradient = decoded.losses_and_gradient(shares)
+            statistics, forms = self._measures.statistics(), self._measures.forms
+            token_losses, gradient = decoded.losses_and_gradient(shares, statistics)
             if not decoded.hidden.requires_grad:
                 raise InputError(DETACHED)
             outputs = [call.output for call in calls.values() if call.output is not None]
             gradients = torch.autograd.grad(decoded.hidden, outputs, gradient, allow_unused=True)
             whole = inputs.shape, segments_of({"attention_mask": batch["attention_mask"][:, : inputs.shape[1]]})
             learnt_only = torch.Size([1, len(inputs.index)]), runs_of(num_tokens)
-            sums = np.zeros((len(learnt), len(self._entries)))
+            sums = np.zeros((len(forms), len(learnt), len(self._entries)))
             for call, b in zip(calls.values(), gradients, strict=True):
                 places = learnt_only if call.up_projections[0].block in self._forward.narrowed else whole
-                sums[:, self._column(call.up_projections[0])] += self._call_sums(call, b, *places)
+                sums[..., self._column(call.up_projections[0])] += self._call_sums(call, b, *places)
             for module in self._modules.keys() - calls.keys():
-                sums[:, self._column(self._modules[module][0])] += self._unchanged(self._modules[module])
-        return Resonance(
-            loss=sample_means(token_losses.to(learnt.device), learnt).cpu().numpy(),
-            num_tokens=num_tokens.cpu().numpy(),
-            layers=size_of_change(sums, self._entries, self.config),
-        )
+                sums[..., self._column(self._modules[module][0])] += self._unchanged(self._modules[module])
+        loss, counts = sample_means(token_losses.to(learnt.device), learnt).cpu().numpy(), num_tokens.cpu().numpy()
+        layers = [size_of_change(own, self._entries, form) for own, form in zip(sums, forms, strict=True)]
+        tokens = None if statistics is None else Tokens.of(statistics, counts, decoded.vocabulary)
+        signals = self._measures.of_rows(loss, np.stack(layers).mean(2), tokens)
+        return Resonance(loss, counts, layers[0], signals)
 
     def _run(self, inputs: Inputs, lengths: Tensor, shared: int | None) -> tuple[Decoded, dict[nn.Module, Call]]:
         """Run the model and record the calls of the up-projections."""
@@ -208,11 +217,12 @@ class Recorder:
     def _call_sums(self, call: Call, b: Tensor | None, shape: torch.Size, segments: Sequence[Segment]) -> np.ndarray:
         if b is None:  # the loss does not depend on it
             return self._unchanged(call.up_projections)
-        return call_sums(call, b, shape, segments, self.config).cpu().numpy()
+        return call_sums(call, b, shape, segments, self._measures.forms).cpu().numpy()
 
     def _unchanged(self, up_projections: Sequence[UpProjection]) -> np.ndarray:
-        """Without a gradient, an optimizer skips the weight."""
-        return np.array(sum(unchanged_sum(each.entries, self.config) for each in up_projections))
+        """(F, 1): without a gradient, an optimizer skips the weight."""
+        entries = [each.entries for each in up_projections]
+        return np.array([[sum(unchanged_sum(each, form) for each in entries)] for form in self._measures.forms])
 
     def _catch(
         self, up_projections: list[UpProjection], module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any
@@ -247,17 +257,17 @@ def call_sums(
     b: Tensor,
     shape: torch.Size,
     segments: Sequence[Segment],
-    config: ResonanceConfig,
+    forms: Sequence[ResonanceConfig],
     scales: Tensor | None = None,
 ) -> Tensor:
-    """What one call adds to each sample's sum, (N,) float64 for `size_of_change`.
+    """What one call adds to each sample's sum, (F, N) float64 for `size_of_change`.
 
     Args:
         call: the call of the hooked module.
         b: the loss gradient at its output, (B, T, O) or flattened.
         shape: the shape (B, T) of the batch.
         segments: the N samples.
-        config: the step to measure, and how.
+        forms: the F steps to measure, and how; of all but the first, the change is the gradient.
         scales: (N,), a factor for each sample's gradient if the loss is not the sum of the samples' mean losses.
     """
     if b.shape[:-1] not in (shape, (shape.numel(),)):
@@ -267,10 +277,10 @@ def call_sums(
     runs = spans(b, segments)
     factors = [None] * len(runs) if scales is None else list(scales)
     if call.up_projections[0].kind == "experts":
-        return _block_sums(call, b, runs, factors, config)
+        return _block_sums(call, b, runs, factors, forms)
     a = input_of(call.args, call.kwargs).detach().reshape(*shape, -1)
     with torch.autocast(b.device.type, enabled=False):
-        return _linear_sums(call.up_projections[0], a, b, runs, factors, config)
+        return _linear_sums(call.up_projections[0], a, b, runs, factors, forms)
 
 
 def _linear_sums(
@@ -279,11 +289,10 @@ def _linear_sums(
     b: Tensor,
     runs: Sequence[Segment],
     factors: Sequence[Tensor | None],
-    config: ResonanceConfig,
+    forms: Sequence[ResonanceConfig],
 ) -> Tensor:
     a, b = at_least_float32(a), at_least_float32(b[..., each.outputs])
-    weight = _weight_to_decay(each, config)
-    needs_norm_only = UPDATES[config.update].is_gradient and config.norm == "l2"
+    weight = _weight_to_decay(each, forms[0])
     sums = []
     for run, factor in zip(runs, factors, strict=True):
         own_a, own_b = a[run.row, run.tokens], b[run.row, run.tokens]
@@ -291,30 +300,43 @@ def _linear_sums(
             own_b = own_b * factor
         if each.kind == "conv1d":
             own_a, own_b = own_b, own_a  # its weight is (I, O)
-        if needs_norm_only and gram_is_cheaper(len(own_a), a.shape[-1], b.shape[-1]):
-            sums.append(squared_norm(own_a, own_b))
-        else:
-            of_tiles = [tile_sum(gradient, weight[rows], config) for rows, gradient in tiles(own_a, own_b)]
-            sums.append(torch.stack(of_tiles).sum())
-    return torch.stack(sums)
+        cheaper = gram_is_cheaper(len(own_a), a.shape[-1], b.shape[-1])
+        by_gram = [cheaper and UPDATES[form.update].is_gradient and form.norm == "l2" for form in forms]
+        in_tiles = [form for form, gram in zip(forms, by_gram, strict=True) if not gram]
+        found = _sums_in_tiles(own_a, own_b, weight, in_tiles) if in_tiles else []
+        sums.append(torch.stack([squared_norm(own_a, own_b) if gram else found.pop(0) for gram in by_gram]))
+    return torch.stack(sums, dim=1)
+
+
+def _sums_in_tiles(a: Tensor, b: Tensor, weight: Tensor, forms: Sequence[ResonanceConfig]) -> list[Tensor]:
+    """One sample's sum in each form, from `b^T a` a tile at a time."""
+    of_tiles = [_tile_sums(gradient, weight[rows], forms) for rows, gradient in tiles(a, b)]
+    return [torch.stack(of_form).sum() for of_form in zip(*of_tiles, strict=True)]
 
 
 def _block_sums(
-    call: Call, b: Tensor, runs: Sequence[Segment], factors: Sequence[Tensor | None], config: ResonanceConfig
+    call: Call, b: Tensor, runs: Sequence[Segment], factors: Sequence[Tensor | None], forms: Sequence[ResonanceConfig]
 ) -> Tensor:
     block = call.up_projections[0].module
-    if config.up_projection is not None and not is_token_by_token(block, call.args, call.kwargs, b.shape[:2]):
+    if forms[0].up_projection is not None and not is_token_by_token(block, call.args, call.kwargs, b.shape[:2]):
         raise not_token_by_token(call.up_projections[0], f"it is in a {type(block).__name__}, which mixes tokens")
-    weights = [_weight_to_decay(each, config) for each in call.up_projections]
-    sums = torch.zeros(len(runs), dtype=torch.float64, device=b.device)
+    weights = [_weight_to_decay(each, forms[0]) for each in call.up_projections]
+    sums = torch.zeros(len(forms), len(runs), dtype=torch.float64, device=b.device)
     with standing_in(call.up_projections) as parameters:
         for sample, (run, factor) in enumerate(zip(runs, factors, strict=True)):
             gradients = block_gradients(block, parameters, call.args, call.kwargs, b, run)
             for each, weight, gradient in zip(call.up_projections, weights, gradients, strict=True):
                 # an expert of its own that no token reaches has none; in a stack of experts it has zeros
                 own = torch.zeros_like(weight) if gradient is None else at_least_float32(each.up(gradient)).clone()
-                sums[sample] += tile_sum(own if factor is None else own.mul_(factor), weight, config)
+                own = own if factor is None else own.mul_(factor)
+                sums[:, sample] += torch.stack(_tile_sums(own, weight, forms))
     return sums
+
+
+def _tile_sums(gradient: Tensor, weight: Tensor, forms: Sequence[ResonanceConfig]) -> list[Tensor]:
+    """`tile_sum` in each form; the first overwrites the gradient and comes last."""
+    others = [tile_sum(gradient.clone(), weight, form) for form in forms[1:]]
+    return [tile_sum(gradient, weight, forms[0]), *others]
 
 
 def _weight_to_decay(each: UpProjection, config: ResonanceConfig) -> Tensor:

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -46,11 +46,13 @@ class Resonance:
         num_tokens: (B,) int64, the number of learnt tokens.
         layers: (B, n_layers) float64, the change of each layer's up-projection in the unit of the weights, lowest layer
             first.
+        signals: (B,) float64 by name, the signals that the recorder was asked for (see `signals.py`).
     """
 
     loss: np.ndarray
     num_tokens: np.ndarray
     layers: np.ndarray
+    signals: Mapping[str, np.ndarray] = field(default_factory=dict)
 
     @property
     def score(self) -> np.ndarray:

@@ -232,7 +232,7 @@ class TrainingRecorder:
             ):
                 shape = batch.input_ids.shape
                 b = batch.of_tokens(module, b.detach())
-                batch.sums[module] = call_sums(call, b, shape, batch.segments, config, batch.scales)
+                batch.sums[module] = call_sums(call, b, shape, batch.segments, [config], batch.scales)[0]
         finally:
             self._replaying = False
 

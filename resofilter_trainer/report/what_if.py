@@ -51,7 +51,7 @@ def what_if(selector: DataSelector, scores: ScoreTable, groups: Sequence[str] | 
     """
     values = selector.values(scores)
     rows = np.flatnonzero(scores.scored & np.isfinite(values))
-    end = selector.end(scores.provenance)
+    end = selector.end(scores)
     order = rows[drop_order(values[rows], end)]  # the first to be dropped comes first
     dropped = [number_dropped(len(rows), share) for share in SHARES]
     tokens = np.nan_to_num(column_or_nan(scores, "num_tokens")).astype(np.int64)

@@ -39,6 +39,8 @@ class ScoreTable:
         num_tokens: int64, the number of learnt tokens.
         length: int64, the number of all tokens.
         layer_<i>: float64, the score of each measured layer.
+        <signal>: float64, each signal that was asked for. The metadata of its Arrow field has its `direction`, the end
+            to drop by default (`largest` or `smallest`), its `unit`, `formula` and `source`.
         reason: text, why the row has no score.
 
     Attributes:
@@ -63,6 +65,12 @@ class ScoreTable:
         if name not in numeric:
             raise InputError(f"The scores have no column '{name}' of numbers. They have: {', '.join(numeric)}.")
         return self.table[name].to_numpy()
+
+    def direction(self, name: str) -> str | None:
+        """The end of a column to drop by default, as its metadata has it; None for a column that says nothing."""
+        place = self.table.schema.get_field_index(name)
+        said = None if place < 0 else (self.table.schema.field(place).metadata or {}).get(b"direction")
+        return None if said is None else said.decode("utf-8", "replace")
 
     @property
     def reasons(self) -> list[str | None]:

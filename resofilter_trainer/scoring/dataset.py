@@ -34,6 +34,7 @@ from ..model.modes import bfloat16_forward
 from ..model.recorder import Recorder
 from ..model.resonance import Resonance
 from ..model.sharding import is_sharded, shard
+from ..model.signals import SIGNALS, chosen_signals
 from ..model.updates import closed_form
 from ..scores.full_step import full_step_of, is_saturated
 from ..scores.provenance import Trust
@@ -63,6 +64,7 @@ def score_dataset(
     precision: Precision | None = None,
     tokens_per_batch: int | None = None,
     sharded: bool = False,
+    signals: str | Sequence[str] | None = None,
     **row_options: Any,
 ) -> ScoreTable:
     """Score every row of a dataset by how far training on it would move W_up (ResoFilter).
@@ -82,6 +84,8 @@ def score_dataset(
         tokens_per_batch: the tokens of a batch, padding included; by default what suits the device.
         sharded: shard the layers' weights over all processes (FSDP2), for a model that does not fit on one device.
             Each process still loads the whole model into host memory first. The passed model stays sharded.
+        signals: further signals to measure in the same pass, such as `["entropy", "rank"]`, or `"all"`: the names in
+            `model.signals.SIGNALS`. Each is a column of that name, by which `DataSelector(by=...)` can select.
         **row_options: `drop_duplicates`, to skip rows whose prompt repeats an earlier one, as the paper does;
             `drop_empty`, to skip rows with an empty completion, which are an error otherwise; `source`, where the
             dataset comes from, for the provenance: `dataset`, `split` and `name` as for `load_rows`; and
@@ -92,7 +96,7 @@ def score_dataset(
 
     Raises:
         InputError: no row can be scored, a row's loss is not finite, `output` holds scores of something else or
-            another run writes to it, or one of several processes is lost.
+            another run writes to it, one of several processes is lost, or a signal is not known.
 
     As in SFTTrainer, the model moves to the device of `args`, and the random numbers of Python, numpy and torch are
     seeded with `args.seed`.
@@ -106,7 +110,8 @@ def score_dataset(
     forward = _checked_precision(precision, args)
     if tokens_per_batch is not None:
         tokens_per_batch = whole_number("tokens_per_batch", tokens_per_batch, least=1)
-    settings = config.to_json()
+    names = chosen_signals(signals)
+    settings = measured_settings(config, names)
     if not isinstance(model, str) and is_sharded(model):
         raise InputError("The model is sharded already: pass it whole, as it was loaded.")
 
@@ -120,9 +125,11 @@ def score_dataset(
         budget = tokens_per_batch or default_budget(args.device)
         parts = target.parts(budget)
         prepared = opened.prepared
-        found, layers, trust = score_prepared(model, prepared, args, config, forward, budget, parts)
+        found, layers, trust = score_prepared(model, prepared, args, config, forward, budget, parts, names)
         columns = {"score": found.score, "loss": found.loss}
-        return Measured(columns | {f"{LAYER}{layer}": found.layers[:, i] for i, layer in enumerate(layers)}, trust)
+        of_layers = {f"{LAYER}{layer}": found.layers[:, i] for i, layer in enumerate(layers)}
+        fields = {name: SIGNALS[name].metadata for name in names}
+        return Measured({**columns, **of_layers, **found.signals}, trust, fields=fields)
 
     scores = run_pass(
         model, dataset, processing_class, args, settings, output, measure,
@@ -130,6 +137,11 @@ def score_dataset(
     )  # fmt: skip
     warn_of_doubts(scores, stacklevel=3)
     return scores
+
+
+def measured_settings(config: ResonanceConfig, signals: Sequence[str] = ()) -> dict[str, Any]:
+    """What a pass measures, for its provenance; without signals as if there were none."""
+    return {**config.to_json(), "signals": list(signals)} if signals else config.to_json()
 
 
 def _checked_precision(precision: Precision | None, args: TrainingArguments) -> Precision:
@@ -148,11 +160,12 @@ def score_prepared(
     precision: Precision | None = None,
     tokens_per_batch: int | None = None,
     parts: Parts | None = None,
+    signals: Sequence[str] = (),
 ) -> tuple[Resonance, list[int], Trust]:
     """Score rows that are already tokens, on the model's device.
 
     Args:
-        model, args, config, precision, tokens_per_batch: as for `score_dataset`.
+        model, args, config, precision, tokens_per_batch, signals: as for `score_dataset`.
         prepared: the rows.
         parts: where to save results, and to resume from.
 
@@ -161,7 +174,7 @@ def score_prepared(
     """
     precision = _checked_precision(precision, args)
     budget = tokens_per_batch or default_budget(next(model.parameters()).device)
-    with Recorder(model, config) as record:
+    with Recorder(model, config, signals) as record:
         scoring = Pass(record, prepared, args, budget, parts)
         scoring.try_sharing()
         count = min(TRUST_ROWS, max(len(prepared.lengths) // TRUST_SHARE, LEAST_TRIED))
@@ -276,13 +289,14 @@ class Pass:
         def of_batch(number: int) -> dict[str, Any]:
             found = self._measure_batch(*batches[number][:2])
             layers = dict(zip(self._layer_names, found.layers.T, strict=True))
-            return {"loss": found.loss, "num_tokens": found.num_tokens, **layers}
+            return {"loss": found.loss, "num_tokens": found.num_tokens, **layers, **found.signals}
 
         with bfloat16_forward(self.record.model, autocast, aside=self.record.parameters):
             found = measure_batches(rows, costs, of_batch, self.args, label, store, self.record.in_step)
         self.record.forget()  # what it cached is of this precision
         layers = np.stack([found[name].to_numpy() for name in self._layer_names], axis=1)
-        return Resonance(found["loss"].to_numpy(), found["num_tokens"].to_numpy(), layers)
+        signals = {name: found[name].to_numpy() for name in self.record.signals}
+        return Resonance(found["loss"].to_numpy(), found["num_tokens"].to_numpy(), layers, signals)
 
     @property
     def _device(self) -> torch.device:
@@ -337,8 +351,10 @@ def _joined(measured: Sequence[Resonance]) -> Resonance:
         loss=np.concatenate([each.loss for each in measured]),
         num_tokens=np.concatenate([each.num_tokens for each in measured]),
         layers=np.concatenate([each.layers for each in measured]),
+        signals={name: np.concatenate([each.signals[name] for each in measured]) for name in measured[0].signals},
     )
 
 
 def _reordered(measured: Resonance, order: np.ndarray) -> Resonance:
-    return Resonance(measured.loss[order], measured.num_tokens[order], measured.layers[order])
+    signals = {name: values[order] for name, values in measured.signals.items()}
+    return Resonance(measured.loss[order], measured.num_tokens[order], measured.layers[order], signals)

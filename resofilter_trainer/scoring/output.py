@@ -8,7 +8,7 @@ import os
 import re
 import warnings
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -35,12 +35,14 @@ class Measured:
         trust: see `Trust`.
         rows: (N,) which of the prepared rows were measured, ascending; by default all of them.
         others: the reason why the other prepared rows have no score.
+        fields: what to say of a column in its metadata, by its name: `direction`, `unit`, `formula`, `source`.
     """
 
     columns: Mapping[str, np.ndarray]
     trust: Trust | None = None
     rows: np.ndarray | None = None
     others: str = "not measured"
+    fields: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -105,7 +107,8 @@ class PassOutput:
                 spread[ids] = columns[name]
                 found[name] = pa.array(spread, mask=missing)
         found["reason"] = pa.array([reasons.get(row) if missing[row] else None for row in range(rows)], pa.string())
-        return pa.table(found)
+        schema = pa.schema([each.with_metadata(measured.fields.get(each.name)) for each in pa.table(found).schema])
+        return pa.table(found, schema=schema)
 
     @property
     def _parts_folder(self) -> Path | None:

@@ -30,10 +30,11 @@ from ..data.arguments import check_call
 from ..data.loading import default_arguments, load_model, open_pass
 from ..io.digest import PIECE, RowsDigest, columns_of, tables_of
 from ..io.files import remove_folder
+from ..model.signals import chosen_signals
 from ..scores.full_step import is_saturated
 from ..scores.provenance import Provenance, Trust
 from ..scores.score_table import SAME_PROMPT, SCORES_FILE, ScoreTable
-from .dataset import score_dataset
+from .dataset import measured_settings, score_dataset
 from .output import warn_of_doubts
 from .passes import locked
 
@@ -71,12 +72,13 @@ def score_stream(
     """
     if not isinstance(stream, IterableDataset):
         raise InputError(f"A stream is needed, got {type(stream).__name__}: use score_dataset, or streaming=True.")
-    more = ("precision", "tokens_per_batch", "sharded")
+    more = ("precision", "tokens_per_batch", "sharded", "signals")
     check_call(score_stream, options, model, processing_class, args, config, more)
     if whole_number("rows_per_piece", rows_per_piece, least=1) % 1000:
         raise InputError(f"rows_per_piece must be a multiple of 1000, got {rows_per_piece}.")
     if options.get("sharded"):
         raise InputError("A stream is scored in pieces, and a model that is sharded stays so: leave sharded out.")
+    options["signals"] = chosen_signals(options.get("signals"))
     if args is None:
         options.setdefault("precision", "auto")
     args, config = args or default_arguments(), config or ResonanceConfig()
@@ -148,9 +150,10 @@ class _Pieces:
         return earlier
 
     def _open(self, piece: Dataset) -> Provenance:
-        options = {name: value for name, value in self.options.items() if name not in ("tokens_per_batch", "sharded")}
+        measuring = ("tokens_per_batch", "sharded", "signals")
+        options = {name: value for name, value in self.options.items() if name not in measuring}
         precision: Precision = options.pop("precision", None) or ("bfloat16" if self.args.bf16 else "float32")
-        settings = self.config.to_json()
+        settings = measured_settings(self.config, self.options["signals"])
         _, opened = open_pass(self.model, piece, self.tokenizer, self.args, settings, precision=precision, **options)
         return opened.provenance
 
@@ -203,7 +206,7 @@ def _trust(scored: Sequence[ScoreTable], whole: ScoreTable, config: ResonanceCon
 
 def _empty(schema: pa.Schema, reasons: list[str]) -> pa.Table:
     columns = {each.name: pa.nulls(len(reasons), each.type) for each in schema}
-    return pa.table({**columns, "reason": pa.array(reasons, pa.string())})
+    return pa.table({**columns, "reason": pa.array(reasons, pa.string())}, schema=schema)
 
 
 def _moved(reason: str | None, start: int) -> str | None:

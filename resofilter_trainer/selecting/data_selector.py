@@ -13,7 +13,6 @@ from typing import Any, get_args
 import numpy as np
 
 from ..config import InputError, at_most_one, number, one_of, share, whole_number, with_known_keywords
-from ..scores.provenance import Provenance
 from ..scores.score_table import OF_GROUP, ScoreTable
 from .combining import COMBINATIONS
 from .selection import Selection, check_complete
@@ -30,12 +29,13 @@ class DataSelector:
         keep: the share of the scored rows to keep, above 0 and at most 1; 0.5 if there is no threshold. With groups,
             the share of each group, or a mapping from group to share.
         drop: the end to drop: the `"largest"`, the `"smallest"`, or `"both"` in equal numbers. By default the largest;
-            for scores by another criterion, the end that the criterion's authors drop.
+            for a signal, or scores by another criterion, its own (the end that its authors drop).
         threshold: instead of a share, the score beyond which rows are dropped. Or how to find it in the values (see
             `thresholds`): `"otsu"`, between the two groups that differ most; `"iqr"`, beyond which values are outliers;
             `"knee"`, where the sorted values bend.
-        by: the column to rank by: `"score"`, or for a baseline `"loss"`, `"num_tokens"` or the column of a layer. Or
-            several columns to combine; a minus in front ranks a column the other way: `("score", "-num_tokens")`.
+        by: the column to rank by: `"score"`, a signal such as `"entropy"`, or for a baseline `"loss"`, `"num_tokens"`
+            or the column of a layer. Or several columns to combine, the largest of each to be dropped; a minus in front
+            ranks a column the other way: `("score", "-num_tokens")`.
         combine: how to combine several columns into one number (see `combining`): `"ranks"`, `"topsis"`, `"pareto"`,
             or `"residual"`, what the first column says beyond the others.
         stratify_by: a column, such as `"num_tokens"`, whose values are divided into `strata`; the share applies within
@@ -89,7 +89,7 @@ class DataSelector:
         scores = ScoreTable.join(tables)
         check_complete(scores)
         if self.drop is None:
-            return dataclasses.replace(self, drop=self.end(scores.provenance)).select(scores, groups=groups)
+            return dataclasses.replace(self, drop=self.end(scores)).select(scores, groups=groups)
         self._check_groups(groups, len(scores))
         values = self.values(scores)
         why = self.unranked(scores, values)
@@ -119,11 +119,15 @@ class DataSelector:
             why[row] = f"{self.what} is {values[row]}"
         return why
 
-    def end(self, provenance: Provenance | None = None) -> Drop:
-        """The end to drop; if the settings leave it open, that of the criterion that the provenance names."""
+    def end(self, scores: ScoreTable | None = None) -> Drop:
+        """The end to drop; if the settings leave it open, that of the signal or the criterion of the scores."""
         if self.drop is not None:
             return self.drop
-        own = None if provenance is None or self._columns != ("score",) else provenance.config.get("drop")
+        if scores is None or len(self._columns) > 1:
+            return "largest"
+        name = self._columns[0]
+        of_criterion = scores.provenance.config.get("drop") if name == "score" else None
+        own = scores.direction(name.removeprefix("-")) or of_criterion
         return "smallest" if own == "smallest" else "largest"
 
     @property

@@ -69,7 +69,7 @@ class DiverseSelector:
         if len(self.features) != len(scores):
             raise InputError(f"There are {len(scores)} rows and features of {len(self.features)}: pass as many.")
         ranking = DataSelector(by=self.by, drop=self.drop)
-        end, values = ranking.end(scores.provenance), ranking.values(scores)
+        end, values = ranking.end(scores), ranking.values(scores)
         rows = np.flatnonzero(scores.scored & np.isfinite(values))
         best = rows[np.argsort(values[rows] if end == "largest" else -values[rows], kind="stable")]
         taken, alike = self._take(best, len(rows) - number_dropped(len(rows), self.keep))

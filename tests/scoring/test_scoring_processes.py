@@ -43,6 +43,7 @@ def scores_of(command: list[object], output: Path, *options: object) -> ScoreTab
     "processes", [pytest.param(1, marks=pytest.mark.slow), 2, pytest.param(3, marks=pytest.mark.slow)]
 )
 def test_any_number_of_processes_gives_the_same_scores(processes, command, tmp_path):
+    command += ["--signals", "all"]
     done = resofilter(*command, "--output", tmp_path / "several", "--num_processes", processes)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("Scores: ") == 1
@@ -53,6 +54,7 @@ def test_any_number_of_processes_gives_the_same_scores(processes, command, tmp_p
 
 @pytest.mark.slow
 def test_a_sharded_model_gives_the_scores_of_a_whole_one(command, tmp_path):
+    command += ["--signals", "all"]
     options = ["--output", tmp_path / "sharded", "--num_processes", 2, "--eps", 1e-4, "--sharded"]
     done = resofilter(*command, *options)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -60,6 +62,8 @@ def test_a_sharded_model_gives_the_scores_of_a_whole_one(command, tmp_path):
     score = whole.column("score")  # up to rounding: a sharded model does not share what rows begin with
     assert np.abs(sharded.column("score") - score).max() < 1e-5 * np.ptp(score)
     assert np.array_equal(DataSelector().select(sharded).keep, DataSelector().select(whole).keep)
+    for name in ("resonance_l2", "entropy", "conflict", "rank", "el2n"):
+        np.testing.assert_allclose(sharded.column(name), whole.column(name), rtol=1e-4)
 
 
 def test_one_process_has_nothing_to_share_a_model_with(command, tmp_path, capsys):

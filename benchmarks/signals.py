@@ -1,0 +1,115 @@
+"""What the signals of one pass cost beside the recorder alone, in one process: seconds, ratio and memory.
+
+    python benchmarks/signals.py --json signals.json
+
+The model has random weights and the samples have GSM8K's lengths, as in `scoring.py`. In each round every method runs
+over the same batches, one after the other and in another order each time; the ratio is the median over the rounds of a
+method's seconds divided by those of the recorder alone in that round, of the clock and of the processors' time, which
+other programs disturb less. `forward` is the plain forward with the head at learnt positions only. The largest resident
+set is that of the process until a method has run for the first time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from scoring import GSM8K, SHAPES
+from scoring_samples import build_model, make_samples, peak_memory, prepared_rows
+from scoring_worker import forward_labelled
+from transformers import LlamaForCausalLM, PreTrainedModel
+
+from resofilter_trainer import Recorder, ResonanceConfig
+from resofilter_trainer.data.loading import default_arguments
+from resofilter_trainer.data.preparation import PreparedRows
+from resofilter_trainer.model.signals import SIGNALS
+from resofilter_trainer.scoring.batches import default_budget
+from resofilter_trainer.scoring.dataset import Pass
+
+ALONE = "recorder"
+METHODS: dict[str, Sequence[str]] = {  # by name, the signals
+    ALONE: (),
+    "losses": [name for name in SIGNALS if name.startswith("loss")],
+    "entropy": ["entropy", "conflict", "surprise"],
+    "rank": ["rank", "rsr"],
+    "el2n": ["el2n"],
+    "resonance_sgd": ["resonance_sgd"],
+    "resonance_l2": ["resonance_l2"],
+    "all": [*SIGNALS],
+}
+FORWARD = "forward"
+
+
+def main() -> None:
+    args = _arguments()
+    torch.set_num_threads(args.threads)
+    model = build_model(args.shape) if args.model is None else _loaded(args.model)
+    samples = make_samples(args.gsm8k, args.samples, model.config.vocab_size)
+    rows = prepared_rows(samples)
+    runs: dict[str, Callable[[], object]] = {
+        name: partial(measure, model, rows, signals, args.bf16) for name, signals in METHODS.items()
+    }
+    runs[FORWARD] = partial(forward_labelled, model, samples, ResonanceConfig())
+    chosen = args.methods or [*runs]
+    memory = {}
+    for name in chosen:  # also warms up
+        runs[name]()
+        memory[name] = peak_memory()
+    seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in chosen}
+    for number in range(args.rounds):
+        for name in random.Random(number).sample(chosen, len(chosen)):
+            start = time.perf_counter(), time.process_time()
+            runs[name]()
+            seconds[name].append((time.perf_counter() - start[0], time.process_time() - start[1]))
+    found = {}
+    print(f"{'':14} {'seconds':>8} {'ratio':>6} {'of CPU':>7} {'lowest':>7} {'highest':>8} {'peak MB':>8}")
+    for name in chosen:
+        by_clock, by_cpu = np.array(seconds[name]).T / np.array(seconds[ALONE]).T
+        ratios = float(np.median(by_clock)), float(np.median(by_cpu))
+        found[name] = {"seconds": seconds[name], "ratios": ratios, "peak_memory": memory[name]}
+        print(
+            f"{name:14} {np.median(seconds[name], axis=0)[0]:8.3f} {ratios[0]:6.3f} {ratios[1]:7.3f} "
+            f"{by_cpu.min():7.3f} {by_cpu.max():8.3f} {memory[name] / 1e6:8.0f}"
+        )
+    if args.json:
+        args.json.write_text(json.dumps(found, indent=2) + "\n")
+
+
+def measure(model: PreTrainedModel, rows: PreparedRows, signals: Sequence[str], autocast: bool) -> object:
+    """The library's own pass, in its own batches, without the rows that are measured again for `Trust`."""
+    arguments = default_arguments()
+    arguments.disable_tqdm = True
+    with Recorder(model, ResonanceConfig(), signals) as record:
+        return Pass(record, rows, arguments, default_budget(model.device)).measure_all(autocast)
+
+
+def _loaded(folder: str) -> PreTrainedModel:
+    return LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--shape", choices=SHAPES, default="135m")
+    parser.add_argument("--model", help="a folder of a Llama, instead of a shape")
+    parser.add_argument("--samples", type=int, default=16)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--bf16", action="store_true", help="a bfloat16 forward")
+    parser.add_argument("--methods", nargs="+", choices=[*METHODS, FORWARD], help="with recorder; by default all")
+    parser.add_argument("--gsm8k", type=Path, default=GSM8K, help="GSM8K's train.jsonl, for the lengths")
+    parser.add_argument("--json", type=Path, help="write every round")
+    args = parser.parse_args()
+    if args.methods and ALONE not in args.methods:
+        parser.error(f"--methods needs {ALONE}, which the others are compared with")
+    return args
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,154 @@
+"""What a model's distribution at every learnt token says beyond the loss, from the vocabulary's tiles.
+
+Knows logits, not models, samples or files. With m the largest logit so far and d = l - m, these sums leave the target y
+out, as those of `head.py` do, and shrink when m rises by s:
+
+    r = sum e^d           the loss's own
+    u = sum e^d d         becomes e^-s (u - s r)
+    q = sqrt(sum e^2d)    becomes e^-s q
+
+In the end, with z = r + e^d_y: entropy log z - (u + e^d_y d_y) / z, and ||p - y|| = sqrt(r^2 + q^2) / z. Nothing is
+subtracted from 1, so these are accurate for a target that is almost certain.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+import torch
+from torch import Tensor, nn
+
+from .modes import at_least_float32
+
+ENTROPY, ERROR, RANK = "entropy", "error", "rank"
+LOWEST = -1e4  # stands for a logit of -inf below the largest: its exponential is 0 in every precision
+ROUNDINGS = 2  # of a product, in units of eps times the norms of its factors
+
+
+class TokenStatistics:
+    """Collects statistics of N learnt tokens while `Decoded` computes their losses.
+
+    Args:
+        wanted: the statistics to compute: `"entropy"`, `"error"`, `"rank"`.
+
+    They are, (N,) each:
+        losses: as the loss, but with all digits of a small one; always there.
+        entropy: in nats.
+        error: the L2 norm of `p - y`, with y one-hot.
+        rank: 1 plus the number of more probable tokens; equally probable ones do not count.
+    """
+
+    def __init__(self, wanted: Collection[str]) -> None:
+        self.wanted = frozenset(wanted)
+        self._found: dict[str, list[Tensor]] = {}
+
+    def of(self, name: str) -> Tensor:
+        """The statistic of this name, (N,); empty if it is not wanted."""
+        return torch.cat(self._found.get(name, [torch.empty(0)]))
+
+    def add(self, found: dict[str, Tensor]) -> None:
+        """Add further tokens: each statistic, (n,)."""
+        for name, values in found.items():
+            self._found.setdefault(name, []).append(values)
+
+    @torch.no_grad()
+    def add_logits(self, logits: Tensor, targets: Tensor) -> None:
+        """Add tokens whose logits are all there.
+
+        Args:
+            logits: (n, V), at least float32.
+            targets: (n,), the target tokens.
+        """
+        place = targets[:, None]
+        of_target, largest = logits.gather(1, place), logits.amax(1, keepdim=True)
+        sums = RunningSums(self.wanted, of_target)
+        sums.count(logits, place, torch.ones_like(place, dtype=torch.bool))
+        below = (logits - largest).clamp_(min=LOWEST)
+        terms = below.exp().scatter_(1, place, 0)
+        total = terms.sum(1, keepdim=True)
+        sums.add(below, terms)
+        self.add(sums.finish(total, of_target - largest))
+
+
+class RunningSums:
+    """The sums over the vocabulary, a tile at a time.
+
+    Args:
+        wanted: as for `TokenStatistics`.
+        bound: (n, 1), the logit above which a token is more probable than the target.
+    """
+
+    def __init__(self, wanted: Collection[str], bound: Tensor) -> None:
+        self._wanted, self._bound = wanted, bound
+        self._above, self._weighted, self._norm = (torch.zeros_like(bound) for _ in range(3))
+
+    def count(self, logits: Tensor, place: Tensor, inside: Tensor) -> None:
+        """Count the tokens above the bound, without the target.
+
+        Args:
+            logits: (n, v), those of a tile.
+            place: (n, 1), the position of the target in the tile.
+            inside: (n, 1) bool, whether it is there.
+        """
+        if RANK in self._wanted:
+            above = torch.gt(logits, self._bound, out=torch.empty_like(logits))  # numbers add up faster than bools
+            above.scatter_(1, place, above.gather(1, place).masked_fill(inside, 0))
+            self._above += above.sum(1, keepdim=True)
+
+    def shrink(self, risen: Tensor, total: Tensor) -> None:
+        """Let the largest logit rise.
+
+        Args:
+            risen: (n, 1), how far; infinite before the first tile.
+            total: (n, 1), the sum of the terms until then.
+        """
+        shrunk = (-risen).exp()
+        if ENTROPY in self._wanted:
+            moved = torch.where(total > 0, risen * total, torch.zeros_like(total))
+            self._weighted = (self._weighted - moved).mul_(shrunk)
+        self._norm.mul_(shrunk)
+
+    def add(self, below: Tensor, terms: Tensor) -> None:
+        """Add a tile: its logits below the largest, and their exponentials with 0 for the target, (n, v) each."""
+        if ENTROPY in self._wanted:
+            self._weighted += torch.linalg.vecdot(terms, below)[:, None]
+        if ERROR in self._wanted:
+            self._norm = torch.hypot(self._norm, torch.linalg.vector_norm(terms, dim=1, keepdim=True))
+
+    def finish(self, total: Tensor, target_below: Tensor) -> dict[str, Tensor]:
+        """Each statistic, (n,).
+
+        Args:
+            total: (n, 1), the sum of all terms without the target's.
+            target_below: (n, 1), the target's logit below the largest.
+        """
+        of_target = target_below.exp()
+        whole = total + of_target
+        log_whole = torch.where(target_below == 0, total.log1p(), whole.log())
+        found = {"losses": log_whole - target_below}
+        if ENTROPY in self._wanted:
+            found[ENTROPY] = log_whole - (self._weighted + of_target * target_below) / whole
+        if ERROR in self._wanted:
+            found[ERROR] = torch.hypot(total, self._norm) / whole
+        if RANK in self._wanted:
+            found[RANK] = 1 + self._above
+        return {name: values[:, 0] for name, values in found.items()}
+
+
+def bound_of(hidden: Tensor, head: nn.Linear, targets: Tensor) -> Tensor:
+    """The target's logit, (N, 1), as a tile of the vocabulary has it, and a rounding above that.
+
+    Tokens that only the rounding of different tiles tells from the target are not above it.
+
+    Args:
+        hidden: (N, H), the input of the head, in the precision of the product.
+        head: the linear map to the logits.
+        targets: (N,), the target tokens.
+    """
+    own, weight = hidden.double(), head.weight.detach()[targets].to(hidden.dtype).double()
+    logit = torch.linalg.vecdot(own, weight).to(hidden.dtype)
+    if head.bias is not None:
+        logit += head.bias.detach()[targets]
+    logit = at_least_float32(logit)
+    sizes = torch.linalg.vector_norm(own, dim=1) * torch.linalg.vector_norm(weight, dim=1)
+    return (logit + ROUNDINGS * torch.finfo(logit.dtype).eps * sizes.to(logit.dtype))[:, None]
