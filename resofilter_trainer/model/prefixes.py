@@ -10,6 +10,7 @@ because above it every row has its own gradients. Knows models and tokens, not w
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
+from .losses import unwrapped
 from .modes import forward_replaced
 
 WORTH = 0.1  # the least share of a batch's tokens to save, as it takes a second run
@@ -33,6 +35,8 @@ class SharedPrefix:
 
     def __init__(self, model: nn.Module, lower: Sequence[nn.Module], layer: nn.Module) -> None:
         self._model, self._lower, self._layer = model, lower, layer
+        renamed = "cache" in inspect.signature(unwrapped(model).forward).parameters  # in most since transformers 5.24
+        self._cache_name = "cache" if renamed else "past_key_values"
         self._known: tuple[Tensor, Tensor, _Beginning] | None = None
 
     def forget(self) -> None:
@@ -89,7 +93,7 @@ class SharedPrefix:
 
         handle = self._layer.register_forward_pre_hook(stop, with_kwargs=True)
         try:
-            self._model(input_ids=ids, past_key_values=cache, use_cache=True)
+            self._model(input_ids=ids, use_cache=True, **{self._cache_name: cache})
         except _Reached as reached:
             return reached.hidden
         finally:
