@@ -475,7 +475,7 @@ def test_env_prints_the_versions(capsys):
     main(["env"])
     printed = capsys.readouterr().out
     assert f"python {sys.version.split()[0]}" in printed
-    assert f"torch {torch.__version__}" in printed
+    assert f"torch {torch.__version__.split('+')[0]}" in printed  # not every build has its name in the metadata
     for package in ("resofilter_trainer", "transformers", "trl", "peft", "datasets", "accelerate", "evaluate"):
         assert f"\n{package} " in printed
 

@@ -86,10 +86,12 @@ def two_adapters() -> PeftModel:
     return model
 
 
-def in_transformers() -> nn.Module:
+def in_transformers(**settings: Any) -> nn.Module:
     """LoRA by transformers' `add_adapter`, without PEFT's own model around it."""
+    if not older_than("transformers", "5.24") and older_than("peft", "0.22"):
+        pytest.skip("transformers 5.24 adds adapters with peft 0.22 or later only")
     model = tiny("llama", vocab_size=VOCAB)
-    model.add_adapter(peft.LoraConfig(r=4, target_modules=UP))
+    model.add_adapter(peft.LoraConfig(r=4, target_modules=UP, **settings))
     return model
 
 

@@ -11,7 +11,19 @@ import numpy as np
 import peft
 import pytest
 import torch
-from helpers.adapters import BUILDERS, CAUSAL, NOT_BUILT, NOT_MERGED, ONLY_FLOAT32, REFUSED, SCORED, UP, VOCAB, adapted
+from helpers.adapters import (
+    BUILDERS,
+    CAUSAL,
+    NOT_BUILT,
+    NOT_MERGED,
+    ONLY_FLOAT32,
+    REFUSED,
+    SCORED,
+    UP,
+    VOCAB,
+    adapted,
+    in_transformers,
+)
 from helpers.families import HIDDEN, tiny
 from helpers.samples import collate, error_over_spread, make_samples, record_all, state_of
 from helpers.versions import older_than
@@ -196,9 +208,8 @@ def test_target_parameters_of_a_dense_map() -> None:
 
 
 def test_the_remedy_for_an_adapter_that_transformers_added() -> None:
-    model, samples = tiny("llama", vocab_size=VOCAB), make_samples(3)
-    config = peft.LoraConfig(r=4, target_modules=UP, alora_invocation_tokens=[5], task_type=CAUSAL)
-    model.add_adapter(config)
+    samples = make_samples(3)
+    model = in_transformers(alora_invocation_tokens=[5], task_type=CAUSAL)
     with pytest.raises(InputError, match=r"after `model.disable_adapters\(\)`") as error:
         Recorder(model, ADAMW)
     exec(str(error.value).split("`")[3], {"model": model})
