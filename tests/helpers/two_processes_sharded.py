@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import sys
 from datetime import timedelta
@@ -81,8 +80,8 @@ def compare(family: str, name: str, adapter: bool, autocast: bool, rank: int) ->
         assert torch.equal(now, weights[key]), key
     both = {"truth": truth + truth, "found": found, "share": held(model) / total}
     return {
-        f"{field.name} {side}": np.concatenate([np.ravel(getattr(each, field.name)) for each in both[side]])
-        for field in dataclasses.fields(Resonance)
+        f"{name} {side}": np.concatenate([np.ravel(getattr(each, name)) for each in both[side]])
+        for name in ("loss", "num_tokens", "layers")
         for side in ("truth", "found")
     } | {"share": np.array(both["share"])}
 
