@@ -11,6 +11,9 @@ import pytest
 
 from resofilter_trainer.cli.interrupts import interruptible
 
+pytestmark = pytest.mark.skipif(
+    signal.getsignal(signal.SIGINT) is signal.SIG_IGN, reason="Ctrl-C is ignored here, as in a shell's background jobs"
+)
 CODE = """
 import builtins, os, signal, sys
 imported = builtins.__import__
