@@ -26,7 +26,7 @@ from torch.nn import functional as F
 
 from .losses import Inputs, at_positions, head_only_at, learnt_logits, unwrapped
 from .modes import at_least_float32, evaluating, forward_replaced, same_but_for
-from .token_statistics import RunningSums, TokenStatistics, bound_of
+from .token_statistics import RANK, RunningSums, TokenStatistics, bound_of
 
 TILE_LOGITS = {"cpu": 1 << 20}  # 4 MB of float32, which stay in the cache
 TILE_LOGITS_ELSEWHERE = 1 << 26  # 256 MB, for few kernel launches
@@ -106,7 +106,10 @@ def linear_losses(
         summed = largest.new_zeros(rows, 0 if weights is None else width)
         size = min(max(SMALLEST_TILE, most_logits // max(rows, 1)), head.out_features)
         buffer = hidden.new_empty(rows * size)
-        sums = None if statistics is None else RunningSums(statistics.wanted, bound_of(hidden, head, targets))
+        sums = None
+        if statistics is not None:
+            bound = bound_of(hidden, head, targets) if RANK in statistics.wanted else torch.zeros_like(largest)
+            sums = RunningSums(statistics.wanted, bound)
         for start in range(0, head.out_features, size):
             weight = head.weight.detach()[start : start + size].to(dtype)
             logits = torch.mm(hidden, weight.T, out=buffer[: rows * len(weight)].view(rows, len(weight)))

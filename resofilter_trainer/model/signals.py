@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
@@ -202,7 +203,7 @@ class Measures:
     names: tuple[str, ...]
     config: ResonanceConfig
 
-    @property
+    @cached_property  # read for every call of an up-projection
     def forms(self) -> tuple[ResonanceConfig, ...]:
         """The settings under which to measure the resonance, each once; the recorder's own come first."""
         return tuple(dict.fromkeys([self.config, *self._forms.values()]))
@@ -226,7 +227,7 @@ class Measures:
             found |= {name: of(tokens) for name in self.names if (of := SIGNALS[name].of_tokens) is not None}
         return {name: found[name] for name in self.names}
 
-    @property
+    @cached_property
     def _forms(self) -> dict[str, ResonanceConfig]:
         wanted = {name: SIGNALS[name].form for name in self.names}
         return {name: replace(self.config, **form) for name, form in wanted.items() if form is not None}

@@ -63,7 +63,7 @@ class TokenStatistics:
         of_target, largest = logits.gather(1, place), logits.amax(1, keepdim=True)
         sums = RunningSums(self.wanted, of_target)
         sums.count(logits, place, torch.ones_like(place, dtype=torch.bool))
-        below = (logits - largest).clamp_(min=LOWEST)
+        below = logits - largest
         terms = below.exp().scatter_(1, place, 0)
         total = terms.sum(1, keepdim=True)
         sums.add(below, terms)
@@ -109,9 +109,12 @@ class RunningSums:
         self._norm.mul_(shrunk)
 
     def add(self, below: Tensor, terms: Tensor) -> None:
-        """Add a tile: its logits below the largest, and their exponentials with 0 for the target, (n, v) each."""
+        """Add a tile: its logits below the largest, which are overwritten, and their exponentials, (n, v) each.
+
+        The exponential of the target is 0.
+        """
         if ENTROPY in self._wanted:
-            self._weighted += torch.linalg.vecdot(terms, below)[:, None]
+            self._weighted += torch.linalg.vecdot(terms, below.clamp_(min=LOWEST))[:, None]
         if ERROR in self._wanted:
             self._norm = torch.hypot(self._norm, torch.linalg.vector_norm(terms, dim=1, keepdim=True))
 

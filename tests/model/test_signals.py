@@ -187,6 +187,19 @@ def test_tokens_that_a_model_masks_out_have_no_part_in_it():
         torch.testing.assert_close(statistics.of(name).double(), values, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("width", [4, 10])
+def test_tokens_that_a_bias_masks_out_have_no_part_in_it(width, narrow_tiles):
+    torch.manual_seed(0)
+    linear, hidden, targets = nn.Linear(6, 10), torch.randn(8, 6), torch.arange(8) % 5
+    linear.bias.data[[6, 7, 8, 9]] = -torch.inf
+    statistics = TokenStatistics(ALL)
+    losses, _ = linear_losses(hidden, linear, targets, torch.ones(8), width * 8, statistics)
+    truth = plain_tokens(linear(hidden).detach()[:, :6], targets)
+    torch.testing.assert_close(statistics.of("losses"), losses)
+    for name in ALL:
+        torch.testing.assert_close(statistics.of(name).double(), truth[name], rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("sign", [-1, 1])
 @pytest.mark.parametrize("width", [3, 10])
 def test_huge_logits_do_not_overflow(width, sign, narrow_tiles):
