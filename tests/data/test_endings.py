@@ -1,0 +1,43 @@
+"""What answers end with."""
+
+import pytest
+
+from resofilter_trainer.data.endings import ending_of
+
+
+@pytest.mark.parametrize(
+    ("answer", "ending"),
+    [
+        ("so 2 * 9 = $<<2*9=18>>18.\n#### 18", "18"),
+        ("#### 1,050", "1050"),
+        ("#### -3", "-3"),
+        ("#### $-3.50", "-3.5"),
+        ("She makes 3.\nA: 26", "26"),
+        ("The answer is 4.", "4"),
+        ("The answer is: 4.0", "4"),
+        ("That is 7. The answer is (B).", "b"),
+        ("answer = 12 apples", "12"),
+        (r"It is \boxed{x + 1}, as 3 was given.", "x+1"),
+        (r"First \boxed{1}, then \boxed{\frac{1}{2}}.", r"\frac{1}{2}"),
+        (r"\boxed{1,000}", "1000"),
+        ("She pays 1,050.00 dollars", "1050"),
+        ("He has 5, then 3, so 8 in the end", "8"),
+        ("In 2 steps: about .5", "0.5"),
+        ("50%", "50"),
+        ("The answer is 9/2.", "9/2"),
+        ("in a ratio of 2 : 3", "2:3"),
+        ("**Final answer:** 18", "18"),
+        ("**Answer: (C)**", "c"),
+        ("Paris.", "paris"),
+        ("New  York", "newyork"),
+        ("0", "0"),
+        ("-0", "0"),
+        ("100", "100"),
+        ("", None),
+        ("   ", None),
+        ("This is a long text in words alone, and it ends with nothing to compare.", None),
+        ("A long text with a mark. The answer is", None),
+    ],
+)
+def test_ending(answer, ending):
+    assert ending_of(answer) == ending
