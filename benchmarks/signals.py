@@ -1,19 +1,25 @@
 """What the signals of one pass cost beside the recorder alone, in one process: seconds, ratio and memory.
 
     python benchmarks/signals.py --json signals.json
+    python benchmarks/signals.py --model path/to/a/model --bf16
 
-The model has random weights and the samples have GSM8K's lengths, as in `scoring.py`. In each round every method runs
-over the same batches, one after the other and in another order each time; the ratio is the median over the rounds of a
-method's seconds divided by those of the recorder alone in that round, of the clock and of the processors' time, which
-other programs disturb less. `forward` is the plain forward with the head at learnt positions only. The largest resident
-set is that of the process until a method has run for the first time.
+The samples have GSM8K's lengths and random tokens, as in `scoring.py`. In each round every method runs over the same
+batches, one after the other and in another order each time; the ratio is the median over the rounds of a method's
+seconds divided by those of the recorder alone in that round, of the clock and of the processors' time, which other
+programs disturb less. `forward` is the plain forward with the head at learnt positions only.
+
+The memory is the largest resident set during a method's first run, and how much more that is than during the recorder's
+alone. Linux counts it anew for each method, once freed memory is given back; elsewhere it is that of all so far.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
+import gc
 import json
 import random
+import sys
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -24,7 +30,7 @@ import torch
 from scoring import GSM8K, SHAPES
 from scoring_samples import build_model, make_samples, peak_memory, prepared_rows
 from scoring_worker import forward_labelled
-from transformers import LlamaForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from resofilter_trainer import Recorder, ResonanceConfig
 from resofilter_trainer.data.loading import default_arguments
@@ -34,14 +40,10 @@ from resofilter_trainer.scoring.batches import default_budget
 from resofilter_trainer.scoring.dataset import Pass
 
 ALONE = "recorder"
+FREE = ("loss", "resonance")  # what the recorder measures anyway
 METHODS: dict[str, Sequence[str]] = {  # by name, the signals
     ALONE: (),
-    "losses": [name for name in SIGNALS if name.startswith("loss")],
-    "entropy": ["entropy", "conflict", "surprise"],
-    "rank": ["rank", "rsr"],
-    "el2n": ["el2n"],
-    "resonance_sgd": ["resonance_sgd"],
-    "resonance_l2": ["resonance_l2"],
+    **{name: [name] for name, signal in SIGNALS.items() if not signal.of_layers and name not in FREE},
     "all": [*SIGNALS],
 }
 FORWARD = "forward"
@@ -59,9 +61,11 @@ def main() -> None:
     runs[FORWARD] = partial(forward_labelled, model, samples, ResonanceConfig())
     chosen = args.methods or [*runs]
     memory = {}
-    for name in chosen:  # also warms up
+    runs[ALONE]()  # warms up
+    for name in chosen:
+        start_counting()
         runs[name]()
-        memory[name] = peak_memory()
+        memory[name] = peak_since()
     seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in chosen}
     for number in range(args.rounds):
         for name in random.Random(number).sample(chosen, len(chosen)):
@@ -69,14 +73,17 @@ def main() -> None:
             runs[name]()
             seconds[name].append((time.perf_counter() - start[0], time.process_time() - start[1]))
     found = {}
-    print(f"{'':14} {'seconds':>8} {'ratio':>6} {'of CPU':>7} {'lowest':>7} {'highest':>8} {'peak MB':>8}")
+    print(
+        f"{'':15} {'seconds':>8} {'ratio':>6} {'of CPU':>7} {'lowest':>7} {'highest':>8} {'peak MB':>8} {'beyond':>7}"
+    )
     for name in chosen:
         by_clock, by_cpu = np.array(seconds[name]).T / np.array(seconds[ALONE]).T
         ratios = float(np.median(by_clock)), float(np.median(by_cpu))
-        found[name] = {"seconds": seconds[name], "ratios": ratios, "peak_memory": memory[name]}
+        beyond = memory[name] - memory[ALONE]
+        found[name] = {"seconds": seconds[name], "ratios": ratios, "peak_memory": memory[name], "beyond": beyond}
         print(
-            f"{name:14} {np.median(seconds[name], axis=0)[0]:8.3f} {ratios[0]:6.3f} {ratios[1]:7.3f} "
-            f"{by_cpu.min():7.3f} {by_cpu.max():8.3f} {memory[name] / 1e6:8.0f}"
+            f"{name:15} {np.median(seconds[name], axis=0)[0]:8.3f} {ratios[0]:6.3f} {ratios[1]:7.3f} "
+            f"{by_cpu.min():7.3f} {by_cpu.max():8.3f} {memory[name] / 1e6:8.0f} {beyond / 1e6:7.0f}"
         )
     if args.json:
         args.json.write_text(json.dumps(found, indent=2) + "\n")
@@ -90,14 +97,31 @@ def measure(model: PreTrainedModel, rows: PreparedRows, signals: Sequence[str], 
         return Pass(record, rows, arguments, default_budget(model.device)).measure_all(autocast)
 
 
+def start_counting() -> None:
+    """Give freed memory back and count the largest resident set anew, on Linux."""
+    gc.collect()
+    if sys.platform == "linux":
+        ctypes.CDLL(None).malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_since() -> int:
+    """The largest resident set since `start_counting`, in bytes; elsewhere than on Linux that of the whole run."""
+    if sys.platform != "linux":
+        return peak_memory()
+    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(lines["VmHWM"].split()[0]) * 1024
+
+
 def _loaded(folder: str) -> PreTrainedModel:
-    return LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    return model
 
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shape", choices=SHAPES, default="135m")
-    parser.add_argument("--model", help="a folder of a Llama, instead of a shape")
+    parser.add_argument("--model", help="a model's name or folder, instead of a shape")
     parser.add_argument("--samples", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=2)

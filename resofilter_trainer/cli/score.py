@@ -35,7 +35,7 @@ CRITERIA = (  # the names of those in `criteria`, which needs torch
 )
 SIGNALS = (  # the names of those in `model.signals`
     *("resonance", "resonance_sgd", "resonance_l2", "loss", "loss_sum", "loss_median", "loss_max", "loss_top"),
-    *("entropy", "conflict", "surprise", "rank", "rsr", "el2n"),
+    *("entropy", "conflict", "surprise", "rank", "rsr", "el2n", "grand_head", "embedding_chain", "layer_vote"),
 )
 EXAMPLE = "resofilter score --model google/gemma-2-2b --dataset rows.jsonl --output scores/"
 UPDATES = [name for name in get_args(UpdateName) if name != OPTIMIZER]  # without a run's own optimizer

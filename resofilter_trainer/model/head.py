@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .head_gradient import Tile, inner_tile, linear_tile
 from .losses import Inputs, at_positions, head_only_at, learnt_logits, unwrapped
 from .modes import at_least_float32, evaluating, forward_replaced, same_but_for
 from .token_statistics import RANK, RunningSums, TokenStatistics, bound_of
@@ -44,12 +45,14 @@ class Decoded:
         targets: (N,) the tokens that follow.
         head: the linear map to the logits, or another function from (n, H) to (n, V).
         vocabulary: the size V of the vocabulary.
+        linear: the linear map that `head` calls, if it is another function and calls one.
     """
 
     hidden: Tensor
     targets: Tensor
     head: nn.Linear | Callable[[Tensor], Tensor]
     vocabulary: int
+    linear: nn.Linear | None = None
 
     def losses(self) -> Tensor:
         """(N,) in nats, at least float32."""
@@ -67,11 +70,23 @@ class Decoded:
     def _measure(self, weights: Tensor | None, statistics: TokenStatistics | None = None) -> tuple[Tensor, Tensor]:
         hidden, targets = self.hidden.detach(), self.targets.to(self.hidden.device)
         weights = None if weights is None else weights.to(hidden.device)
+        most = TILE_LOGITS.get(hidden.device.type, TILE_LOGITS_ELSEWHERE)
         if isinstance(self.head, nn.Linear):
-            most = TILE_LOGITS.get(hidden.device.type, TILE_LOGITS_ELSEWHERE)
-            return linear_losses(hidden, self.head, targets, weights, most, statistics)
-        size = max(PIECE_LOGITS // self.vocabulary, 1)
-        return losses_in_pieces(hidden, self.head, targets, weights, size, statistics)
+            found = linear_losses(hidden, self.head, targets, weights, most, statistics)
+        else:
+            size = max(PIECE_LOGITS // self.vocabulary, 1)
+            found = losses_in_pieces(hidden, self.head, targets, weights, size, statistics)
+        if statistics is not None and self.tile is not None:
+            size = min(max(SMALLEST_TILE, most // max(len(hidden), 1)), self.vocabulary)
+            statistics.second_run(hidden, self.tile, (self.vocabulary, size), targets)
+        return found
+
+    @property
+    def tile(self) -> Tile | None:
+        """How to compute the logits of a tile of the vocabulary; None if they are not those of a linear map."""
+        if isinstance(self.head, nn.Linear):
+            return partial(linear_tile, self.head)
+        return None if self.linear is None else partial(inner_tile, self.linear, self.head)
 
 
 def linear_losses(
@@ -109,7 +124,7 @@ def linear_losses(
         sums = None
         if statistics is not None:
             bound = bound_of(hidden, head, targets) if RANK in statistics.wanted else torch.zeros_like(largest)
-            sums = RunningSums(statistics.wanted, bound)
+            sums = RunningSums(statistics.wanted, bound, statistics.grams(largest, width, dtype))
         for start in range(0, head.out_features, size):
             weight = head.weight.detach()[start : start + size].to(dtype)
             logits = torch.mm(hidden, weight.T, out=buffer[: rows * len(weight)].view(rows, len(weight)))
@@ -134,7 +149,10 @@ def linear_losses(
                 summed.mul_(shrunk)
                 summed = summed.addmm_(terms, weight) if terms.dtype == dtype else summed.add_(terms.to(dtype) @ weight)
         if statistics is not None and sums is not None:
-            statistics.add(sums.finish(total, of_target - largest))
+            statistics.add(sums.finish(total, largest, of_target))
+            if sums.grams is not None:
+                rest = statistics.rest[:, None]
+                statistics.add_norms(sums.grams.norms(hidden, head, targets, largest, total, rest))
         whole = total + (of_target - largest).exp()
         losses = (whole.log() + largest - of_target)[:, 0]
         if weights is None:
@@ -219,7 +237,9 @@ def to_body(body: nn.Module, model: nn.Module, inputs: Inputs) -> Decoded:
         logits = model(**inputs.arguments).logits
     hidden, kind = at_positions(found[0][0].flatten(0, 1), inputs.index), type(found[0])
     logits_of = partial(_logits_of, model, body, kind, inputs.arguments["input_ids"][:1, :1])
-    return Decoded(hidden, inputs.targets, logits_of, logits.shape[-1])
+    head = unwrapped(model).get_output_embeddings()
+    linear = head if type(head) is nn.Linear and len(head.weight) == logits.shape[-1] else None
+    return Decoded(hidden, inputs.targets, logits_of, logits.shape[-1], linear)
 
 
 def to_logits(model: nn.Module, inputs: Inputs) -> Decoded:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from .head import PROBE, Decoded, Way, find_way, is_causal
+from .hidden_means import HiddenMeans
 from .losses import Inputs, inputs_of
 from .modes import same_but_for
 from .narrowing import Narrowing, position_by_position
@@ -78,18 +79,23 @@ class LeanForward:
         inputs = self.inputs(batch)
         self._shared_length(inputs, batch["attention_mask"].sum(1), batch["input_ids"].shape[1] // 2)
 
-    def prepare(self, inputs: Inputs, lengths: Tensor, shared: int | None = None) -> contextlib.ExitStack:
+    def prepare(
+        self, inputs: Inputs, lengths: Tensor, shared: int | None = None, means: HiddenMeans | None = None
+    ) -> contextlib.ExitStack:
         """A context in which `run` skips what it can. The lower layers may run on entry.
 
         Args:
             inputs: the model's inputs, from `inputs`.
             lengths: (B,) the number of tokens of each row.
             shared: the length of the prefix that this batch shares with others, if known.
+            means: what is to have the inputs of all layers.
         """
         length = self._shared_length(inputs, lengths, shared)
         with contextlib.ExitStack() as stack:
             if length:
-                stack.enter_context(self._prefix.of(inputs.arguments["input_ids"], length))
+                stack.enter_context(self._prefix.of(inputs.arguments["input_ids"], length, means))
+            if means is not None:  # after the prefix, which replaces the input of a layer
+                stack.enter_context(means.watching(self._prefix.layers_below if length else 0))
             stack.enter_context(self._narrowing.to(inputs.index, inputs.shape.numel()))
             return stack.pop_all()
 

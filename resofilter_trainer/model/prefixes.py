@@ -11,13 +11,16 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
+from .hidden_means import HiddenMeans, hidden_of
 from .losses import unwrapped
 from .modes import forward_replaced
 
@@ -37,7 +40,12 @@ class SharedPrefix:
         self._model, self._lower, self._layer = model, lower, layer
         renamed = "cache" in inspect.signature(unwrapped(model).forward).parameters  # in most since transformers 5.24
         self._cache_name = "cache" if renamed else "past_key_values"
-        self._known: tuple[Tensor, Tensor, _Beginning] | None = None
+        self._known: _Known | None = None
+
+    @property
+    def layers_below(self) -> int:
+        """The number of lower layers."""
+        return len(self._lower)
 
     def forget(self) -> None:
         """Free the cached prefix, before the weights or the precision change."""
@@ -64,9 +72,15 @@ class SharedPrefix:
         return common if common * rows_saved >= WORTH * ids.numel() else 0
 
     @contextlib.contextmanager
-    def of(self, ids: Tensor, length: int) -> Iterator[None]:
-        """A context in which the model, called with `ids`, skips the lower layers, which run on entry."""
-        hidden = self._hidden(ids, length)
+    def of(self, ids: Tensor, length: int, means: HiddenMeans | None = None) -> Iterator[None]:
+        """A context in which the model, called with `ids`, skips the lower layers, which run on entry.
+
+        Args:
+            ids: (B, T), the tokens.
+            length: the length of the prefix.
+            means: what is to have the inputs of the lower layers.
+        """
+        hidden = self._hidden(ids, length, means)
 
         def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
             return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
@@ -78,26 +92,41 @@ class SharedPrefix:
             yield
 
     @torch.no_grad()
-    def _hidden(self, ids: Tensor, length: int) -> Tensor:
+    def _hidden(self, ids: Tensor, length: int, means: HiddenMeans | None) -> Tensor:
         """(B, T, H), the layer's input."""
-        if self._known is None or not torch.equal(self._known[0], ids[:1, :length]):
-            cache = _Beginning()
-            self._known = ids[:1, :length].clone(), self._up_to_the_layer(ids[:1, :length], cache), cache
-            cache.is_whole = True
-        _, prefix, cache = self._known
-        return torch.cat([prefix.expand(len(ids), -1, -1), self._up_to_the_layer(ids[:, length:], cache)], 1)
+        prefix, first = ids[:1, :length], length if means is None else means.first_before(length)
+        known = self._known
+        if known is None or not torch.equal(known.ids, prefix) or known.first > first:
+            known = self._known = _Known(prefix.clone(), _Beginning(), first)
+            known.hidden = self._up_to_the_layer(prefix, known.cache, known.keep)
+            known.cache.is_whole = True
+        see = None
+        if means is not None:
+            for number, kept in known.inputs.items():
+                means.add(number, kept, known.first)
+            see = partial(means.add, start=length)
+        return torch.cat(
+            [known.hidden.expand(len(ids), -1, -1), self._up_to_the_layer(ids[:, length:], known.cache, see)], 1
+        )
 
-    def _up_to_the_layer(self, ids: Tensor, cache: DynamicCache) -> Tensor:
+    def _up_to_the_layer(self, ids: Tensor, cache: DynamicCache, see: Callable[[int, Tensor], None] | None) -> Tensor:
+        """The layer's input; `see` is called with the number of each lower layer and its input."""
+
         def stop(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            raise _Reached(args[0] if args else kwargs["hidden_states"])
+            raise _Reached(hidden_of(args, kwargs))
 
-        handle = self._layer.register_forward_pre_hook(stop, with_kwargs=True)
-        try:
-            self._model(input_ids=ids, use_cache=True, **{self._cache_name: cache})
-        except _Reached as reached:
-            return reached.hidden
-        finally:
-            handle.remove()
+        def show(number: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            assert see is not None
+            see(number, hidden_of(args, kwargs))
+
+        with contextlib.ExitStack() as stack:
+            for number, layer in enumerate(self._lower if see is not None else ()):
+                stack.callback(layer.register_forward_pre_hook(partial(show, number), with_kwargs=True).remove)
+            stack.callback(self._layer.register_forward_pre_hook(stop, with_kwargs=True).remove)
+            try:
+                self._model(input_ids=ids, use_cache=True, **{self._cache_name: cache})
+            except _Reached as reached:
+                return reached.hidden
         raise RuntimeError("The forward pass did not reach the first measured layer.")
 
 
@@ -113,6 +142,30 @@ class _Beginning(DynamicCache):
         layer, rows = self.layers[layer_idx], len(key_states)
         given = ((layer.keys, key_states), (layer.values, value_states))
         return tuple(torch.cat([own.expand(rows, -1, -1, -1), new], -2) for own, new in given)
+
+
+@dataclass
+class _Known:
+    """A prefix that has run through the lower layers.
+
+    Attributes:
+        ids: (1, P), its tokens.
+        cache: its keys and values.
+        first: the first position at which the inputs of the lower layers are kept, for `HiddenMeans`.
+        hidden: (1, P, H), the first measured layer's input.
+        inputs: (1, P - first, H) for each lower layer, by its number; none if no position is kept.
+    """
+
+    ids: Tensor
+    cache: _Beginning
+    first: int
+    hidden: Tensor = field(init=False)
+    inputs: dict[int, Tensor] = field(default_factory=dict)
+
+    def keep(self, number: int, hidden: Tensor) -> None:
+        """Keep the input of a lower layer."""
+        if self.first < hidden.shape[1]:
+            self.inputs[number] = hidden[:, self.first :].clone()
 
 
 class _Reached(Exception):

@@ -38,13 +38,15 @@ from .gradients import (
     tiles,
 )
 from .head import Decoded
+from .hidden_means import Decoder, HiddenMeans
 from .lean_forward import LeanForward
 from .losses import Inputs, learnt_positions, sample_means, unpacked
 from .modes import at_least_float32, evaluating, own_precision, requiring_grad
 from .resonance import Resonance
-from .signals import Measures, Tokens, chosen_signals
+from .signal_trial import why_not
+from .signals import HIDDEN, LAYERS, SIGNALS, Measures, Tokens, chosen_signals, impossible_signals
 from .unreached import DETACHED, is_used, not_called, not_token_by_token, used_twice
-from .up_projection import UpProjection, decoder_layers, find_up_projections
+from .up_projection import UpProjection, find_up_projections
 from .updates import UPDATES, closed_form, size_of_change, tile_sum, unchanged_sum
 
 
@@ -61,16 +63,22 @@ class Recorder:
             float64 model; a bfloat16 forward, by weights or by autocast, adds no noise but its own. All processes of a
             sharded model must measure at the same time, see `in_step`.
         config: the step to measure, and how.
-        signals: further signals to measure on the way: their names, or `"all"` (see `signals.py`).
+        signals: further signals to measure on the way: their names, or `"all"` (see `signals.py`). Those that are made
+            from the scores of all rows are left to the pass.
+
+    Attributes:
+        left_out: on entry, the signals of `"all"` that this model cannot give, by name, with the reason.
 
     Raises:
         InputError: the model has no known up-projection, or one that is offloaded or sharded by other means than
-            `shard`; or the update is `"optimizer"`; or a signal is not known.
+            `shard`; or the update is `"optimizer"`; or a signal is not known, or, on entry, this model cannot give it.
     """
 
     def __init__(self, model: nn.Module, config: ResonanceConfig, signals: str | Iterable[str] | None = None) -> None:
         closed_form(config)  # refuses an update that has none
-        self._measures = Measures(chosen_signals(signals), config)
+        self._asked = chosen_signals(signals)
+        self._measures = Measures((), config)
+        self.left_out: dict[str, str] = {}
         self.model = model
         self.config = config
         up_projections = find_up_projections(model, config.n_layers, config.up_projection)
@@ -95,7 +103,8 @@ class Recorder:
         self._calls: dict[nn.Module, Call] | None = None
         self._skipped: set[nn.Module] = set()  # that the forward is known not to use
         lowest, last = self.layer_indices[0], self.layer_indices[-1]
-        layers = list(decoder_layers(model)[1])
+        self._decoder = Decoder.of(model)
+        layers = self._decoder.layers
         blocks = {each.block: None for each in up_projections if each.layer == last}
         self._forward = LeanForward(model, layers[:lowest], layers[lowest], list(blocks))
         self._stack = contextlib.ExitStack()
@@ -107,6 +116,7 @@ class Recorder:
             for module, up_projections in self._modules.items():
                 hook = partial(self._catch, up_projections)
                 stack.callback(module.register_forward_hook(hook, with_kwargs=True).remove)
+            self._choose_signals()
             self._stack = stack.pop_all()
         return self
 
@@ -115,6 +125,16 @@ class Recorder:
     ) -> None:
         self._stack.close()
         self.forget()
+
+    def _choose_signals(self) -> None:
+        """Leave out of all signals those that this model cannot give."""
+        needs = Measures(self._asked, self.config).needs
+        reasons = why_not(self.model, self._decoder, needs)
+        if len(self.layer_indices) == 1:
+            reasons[LAYERS] = "only one layer is measured (n_layers=1)"
+        self.left_out = impossible_signals(self._asked, reasons)
+        measured = (name for name in self._asked if name not in self.left_out and not SIGNALS[name].of_layers)
+        self._measures = Measures(tuple(measured), self.config)
 
     @property
     def parameters(self) -> list[nn.Parameter]:
@@ -167,9 +187,13 @@ class Recorder:
         num_tokens = learnt.sum(1)
         with torch.enable_grad(), own_precision(self.model):
             inputs = self._forward.inputs(batch)
-            decoded, calls = self._run(inputs, batch["attention_mask"].sum(1), shared)
+            counts = num_tokens.cpu().numpy()
+            means = None
+            if HIDDEN in self._measures.needs:
+                means = HiddenMeans(self._decoder, inputs, counts.tolist())
+            decoded, calls = self._run(inputs, batch["attention_mask"].sum(1), shared, means)
             shares = (1 / num_tokens.clamp(min=1).double())[learnt.nonzero()[:, 0]]
-            statistics, forms = self._measures.statistics(), self._measures.forms
+            statistics, forms = self._measures.statistics(counts.tolist()), self._measures.forms
             token_losses, gradient = decoded.losses_and_gradient(shares, statistics)
             if not decoded.hidden.requires_grad:
                 raise InputError(DETACHED)
@@ -183,16 +207,19 @@ class Recorder:
                 sums[..., self._column(call.up_projections[0])] += self._call_sums(call, b, *places)
             for module in self._modules.keys() - calls.keys():
                 sums[..., self._column(self._modules[module][0])] += self._unchanged(self._modules[module])
-        loss, counts = sample_means(token_losses.to(learnt.device), learnt).cpu().numpy(), num_tokens.cpu().numpy()
+        loss = sample_means(token_losses.to(learnt.device), learnt).cpu().numpy()
         layers = [size_of_change(own, self._entries, form) for own, form in zip(sums, forms, strict=True)]
-        tokens = None if statistics is None else Tokens.of(statistics, counts, decoded.vocabulary)
+        hidden = np.empty(0) if means is None else means.means()
+        tokens = None if statistics is None else Tokens.of(statistics, counts, decoded.vocabulary, hidden)
         signals = self._measures.of_rows(loss, np.stack(layers).mean(2), tokens)
         return Resonance(loss, counts, layers[0], signals)
 
-    def _run(self, inputs: Inputs, lengths: Tensor, shared: int | None) -> tuple[Decoded, dict[nn.Module, Call]]:
+    def _run(
+        self, inputs: Inputs, lengths: Tensor, shared: int | None, means: HiddenMeans | None
+    ) -> tuple[Decoded, dict[nn.Module, Call]]:
         """Run the model and record the calls of the up-projections."""
         calls: dict[nn.Module, Call] = {}
-        with self._forward.prepare(inputs, lengths, shared):
+        with self._forward.prepare(inputs, lengths, shared, means):
             self._calls = calls
             try:
                 decoded = self._forward.run(inputs)

@@ -1,50 +1,56 @@
 """The signals of a row that cost no further forward: each is an entry of `SIGNALS`. Knows arrays, no model or batch.
 
-A signal is one number for each row, from its learnt tokens (`of_tokens`) or its gradient of W_up (`form`). In formulas,
-p_t is the probability of learnt token t, H_t the entropy of the model's distribution there, V the size of the
-vocabulary, and T the number of the row's learnt tokens.
+A signal is one number for each row, from its learnt tokens (`of_tokens`) or its gradient of W_up (`form`), or from the
+scores of all rows, in the end (`of_layers`). In formulas, p_t is the probability of learnt token t, H_t the entropy of
+the model's distribution there, V the size of the vocabulary, and T the number of the row's learnt tokens.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
 
-from ..config import ResonanceConfig, check_kind, one_of
-from .token_statistics import ENTROPY, ERROR, RANK, TokenStatistics
+from ..config import InputError, ResonanceConfig, check_kind, one_of
+from .token_statistics import ENTROPY, ERROR, HEAD_GRADIENT, RANK, TokenStatistics
 
 ALL = "all"
 MOST_RANK = 100  # of a token in RSR
+OF_TOKENS = (ENTROPY, ERROR, RANK, HEAD_GRADIENT)
 TOP = 10  # of so many tokens, the one with the largest loss counts as top
 RESOFILTER = "ResoFilter, arXiv 2412.14809"
+HIDDEN, LAYERS = "hidden", "layers"  # what a signal needs: the mean hidden states; several measured layers
 
 
 @dataclass(frozen=True)
 class Tokens:
-    """The statistics of the N learnt tokens of B rows, row after row, as float64.
+    """What is known of the N learnt tokens of B rows, row after row, as float64.
 
     Attributes:
         counts: (B,) the number of learnt tokens of each row.
         vocabulary: the size of the vocabulary.
+        hidden: (B, L + 1, H), see `HiddenMeans`; empty where not asked for.
         losses, entropy, error, rank: (N,) each, see `TokenStatistics`; empty where not asked for.
+        head_gradient: (B,), likewise.
     """
 
     counts: np.ndarray
     vocabulary: int
+    hidden: np.ndarray
     losses: np.ndarray
     entropy: np.ndarray
     error: np.ndarray
     rank: np.ndarray
+    head_gradient: np.ndarray
 
     @classmethod
-    def of(cls, found: TokenStatistics, counts: np.ndarray, vocabulary: int) -> Tokens:
+    def of(cls, found: TokenStatistics, counts: np.ndarray, vocabulary: int, hidden: np.ndarray) -> Tokens:
         """What a forward has collected, for rows with so many learnt tokens."""
-        each = (found.of(name).double().cpu().numpy() for name in ("losses", ENTROPY, ERROR, RANK))
-        return cls(counts, vocabulary, *each)
+        each = (found.of(name).double().cpu().numpy() for name in ("losses", *OF_TOKENS))
+        return cls(counts, vocabulary, hidden, *each)
 
     @property
     def certainty(self) -> np.ndarray:
@@ -75,9 +81,10 @@ class Signal:
         source: where it comes from.
         unit: the unit of its values.
         drop: the end of its values to drop by default.
-        needs: the statistics of tokens that `of_tokens` takes, beside the losses.
+        needs: what it takes beside the losses: statistics of tokens, `HIDDEN` or `LAYERS`.
         of_tokens: a function from the learnt tokens to a number for each row, (B,).
         form: settings of `ResonanceConfig` other than the pass's own under which it is the resonance.
+        of_layers: whether it is made from the layers' scores of all rows, after the pass; not by the recorder.
     """
 
     formula: str
@@ -87,6 +94,7 @@ class Signal:
     needs: tuple[str, ...] = ()
     of_tokens: Callable[[Tokens], np.ndarray] | None = None
     form: Mapping[str, Any] | None = None
+    of_layers: bool = False
 
     @property
     def metadata(self) -> dict[str, str]:
@@ -98,6 +106,25 @@ def rank_surprisal_ratio(tokens: Tokens) -> np.ndarray:
     """RSR, (B,); infinite where no token surprises at all."""
     ranks, losses = tokens.total(np.minimum(tokens.rank, MOST_RANK)), tokens.total(tokens.losses)
     return np.divide(ranks, losses, out=np.full_like(ranks, np.inf), where=losses > 0)
+
+
+def chain_of_embedding(hidden: np.ndarray) -> np.ndarray:
+    """CoE-C, (B,), of mean hidden states, (B, L + 1, H); 0 for a row whose first and last have no distance or angle."""
+    before, after, first, last = hidden[:, :-1], hidden[:, 1:], hidden[:, :1], hidden[:, -1:]
+    lengths = _over(np.linalg.norm(after - before, axis=2), np.linalg.norm(last - first, axis=2))
+    turns = _over(_angles(before, after), _angles(first, last))
+    return np.abs((lengths * np.exp(1j * turns)).mean(1))
+
+
+def _angles(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """The angles between vectors along the last axis, accurate for small ones, too (Kahan)."""
+    a, b = (_over(each, np.linalg.norm(each, axis=-1, keepdims=True)) for each in (a, b))
+    return 2 * np.arctan2(np.linalg.norm(a - b, axis=-1), np.linalg.norm(a + b, axis=-1))
+
+
+def _over(values: np.ndarray, whole: np.ndarray) -> np.ndarray:
+    """Quotients; 0 where it is divided by 0."""
+    return np.divide(values, whole, out=np.zeros_like(values), where=whole != 0)
 
 
 def top_mean(losses: np.ndarray) -> float:
@@ -170,6 +197,30 @@ SIGNALS: dict[str, Signal] = {
         needs=(ERROR,),
         of_tokens=lambda row: row.mean(row.error),
     ),
+    "grand_head": Signal(
+        "||mean_t (p_t - y_t) h_t^T||_F, h_t the input of the head, y_t one-hot (the head's own part of a tied weight)",
+        "GraNd of the head, arXiv 2107.07075",
+        unit="norm of a gradient",
+        drop="smallest",
+        needs=(HEAD_GRADIENT,),
+        of_tokens=lambda row: row.head_gradient,
+    ),
+    "embedding_chain": Signal(
+        "|mean_l M_l / Z_M exp(i A_l / Z_A)|, M_l the distance and A_l the angle between the row's mean hidden states "
+        "before and after layer l, Z_M and Z_A those between the first and the last",
+        "chain of embedding, CoE-C, arXiv 2410.13640",
+        unit="share of the way",
+        drop="smallest",
+        needs=(HIDDEN,),
+        of_tokens=lambda row: chain_of_embedding(row.hidden),
+    ),
+    "layer_vote": Signal(
+        "mean over layers of the rank of the layer's resonance among all rows / the number of rows",
+        "layer votes, arXiv 2511.04715",
+        unit="share of the rows",
+        needs=(LAYERS,),
+        of_layers=True,
+    ),
 }
 
 
@@ -191,6 +242,24 @@ def chosen_signals(asked: str | Iterable[str] | None) -> tuple[str, ...]:
     return tuple(name for name in SIGNALS if name in names or ALL in names)
 
 
+def impossible_signals(asked: Iterable[str], reasons: Mapping[str, str]) -> dict[str, str]:
+    """The signals that cannot be measured, by name, with the reason.
+
+    Args:
+        asked: the names of the signals.
+        reasons: why what a signal needs is not there, by the need (see `Signal`).
+
+    Raises:
+        InputError: there is such a signal, unless all signals are asked for.
+    """
+    asked = list(asked)
+    missing = {name: reasons[need] for name in asked for need in SIGNALS[name].needs if need in reasons}
+    if missing and not {*SIGNALS} <= {*asked}:
+        name, reason = next(iter(missing.items()))
+        raise InputError(f"The signal {name!r} cannot be measured: {reason}. Leave it out of signals.")
+    return missing
+
+
 @dataclass(frozen=True)
 class Measures:
     """What a recorder measures for its signals.
@@ -203,15 +272,24 @@ class Measures:
     names: tuple[str, ...]
     config: ResonanceConfig
 
+    @cached_property
+    def needs(self) -> frozenset[str]:
+        """What the signals need (see `Signal`)."""
+        return frozenset(need for name in self.names for need in SIGNALS[name].needs)
+
     @cached_property  # read for every call of an up-projection
     def forms(self) -> tuple[ResonanceConfig, ...]:
         """The settings under which to measure the resonance, each once; the recorder's own come first."""
         return tuple(dict.fromkeys([self.config, *self._forms.values()]))
 
-    def statistics(self) -> TokenStatistics | None:
-        """A new collection of the statistics of tokens that the signals need; None if they need none."""
-        wanted = [SIGNALS[name].needs for name in self.names if SIGNALS[name].of_tokens is not None]
-        return TokenStatistics(sum(wanted, ())) if wanted else None
+    def statistics(self, counts: Sequence[int]) -> TokenStatistics | None:
+        """A new collection of the statistics of tokens that the signals need; None if they need none.
+
+        Args:
+            counts: the number of learnt tokens of each row.
+        """
+        of_tokens = any(SIGNALS[name].of_tokens is not None for name in self.names)
+        return TokenStatistics(self.needs, counts) if of_tokens else None
 
     def of_rows(self, loss: np.ndarray, resonances: np.ndarray, tokens: Tokens | None) -> dict[str, np.ndarray]:
         """Each signal of the B rows, (B,) float64.

@@ -8,19 +8,23 @@ out, as those of `head.py` do, and shrink when m rises by s:
     q = sqrt(sum e^2d)    becomes e^-s q
 
 In the end, with z = r + e^d_y: entropy log z - (u + e^d_y d_y) / z, and ||p - y|| = sqrt(r^2 + q^2) / z. Nothing is
-subtracted from 1, so these are accurate for a target that is almost certain.
+subtracted from 1, so these are accurate for a target that is almost certain. The gradient of the head's weight, of
+which a row has one, is in `head_gradient.py`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import Tensor, nn
 
+from .head_gradient import SECOND_RUN, RowGrams, Tile, norms_in_tiles, runs_of_rows
 from .modes import at_least_float32
 
 ENTROPY, ERROR, RANK = "entropy", "error", "rank"
+HEAD_GRADIENT = "head_gradient"
+OTHERS = "others"  # the logarithm of the sum of e^l without the target, where HEAD_GRADIENT is wanted
 LOWEST = -1e4  # stands for a logit of -inf below the largest: its exponential is 0 in every precision
 ROUNDINGS = 2  # of a product, in units of eps times the norms of its factors
 
@@ -29,21 +33,28 @@ class TokenStatistics:
     """Collects statistics of N learnt tokens while `Decoded` computes their losses.
 
     Args:
-        wanted: the statistics to compute: `"entropy"`, `"error"`, `"rank"`.
+        wanted: the statistics to compute: `"entropy"`, `"error"`, `"rank"`, `"head_gradient"`.
+        counts: the number of learnt tokens of each of the B rows, for `"head_gradient"`.
 
-    They are, (N,) each:
+    They are, (N,) each but the last:
         losses: as the loss, but with all digits of a small one; always there.
         entropy: in nats.
         error: the L2 norm of `p - y`, with y one-hot.
         rank: 1 plus the number of more probable tokens; equally probable ones do not count.
+        head_gradient: (B,), the norm of the gradient of a row's mean loss with respect to the head's weight.
     """
 
-    def __init__(self, wanted: Collection[str]) -> None:
+    def __init__(self, wanted: Collection[str], counts: Sequence[int] = ()) -> None:
         self.wanted = frozenset(wanted)
         self._found: dict[str, list[Tensor]] = {}
+        self._counts = counts
+        self._norms: dict[int, Tensor] = {}
 
     def of(self, name: str) -> Tensor:
-        """The statistic of this name, (N,); empty if it is not wanted."""
+        """The statistic of this name; empty if it is not wanted."""
+        if name == HEAD_GRADIENT in self.wanted:
+            zero = torch.zeros((), dtype=torch.float64)
+            return torch.stack([self._norms.get(row, zero).cpu() for row in range(len(self._counts))])
         return torch.cat(self._found.get(name, [torch.empty(0)]))
 
     def add(self, found: dict[str, Tensor]) -> None:
@@ -67,7 +78,46 @@ class TokenStatistics:
         terms = below.exp().scatter_(1, place, 0)
         total = terms.sum(1, keepdim=True)
         sums.add(below, terms)
-        self.add(sums.finish(total, of_target - largest))
+        self.add(sums.finish(total, largest, of_target))
+
+    def grams(self, like: Tensor, width: int, dtype: torch.dtype) -> RowGrams | None:
+        """What sums up the products of a row's tokens along the tiles; None if it is not needed.
+
+        Args:
+            like: (N, 1), a tensor of the kind to compute with.
+            width: H; a row of far more tokens is left to `second_run`.
+            dtype: the precision of the products.
+        """
+        runs = runs_of_rows(self._counts) if HEAD_GRADIENT in self.wanted else {}
+        short = {row: run for row, run in runs.items() if run.stop - run.start <= SECOND_RUN * width}
+        return RowGrams(short, like, dtype) if short else None
+
+    @torch.no_grad()
+    def second_run(self, hidden: Tensor, tile: Tile, sizes: tuple[int, int], targets: Tensor) -> None:
+        """Run over the tiles again for the norms of the rows that have none yet, if any.
+
+        Args:
+            hidden: (N, H), the input of the head, in whose losses the others were collected.
+            tile, sizes, targets: as for `norms_in_tiles`, for all N tokens.
+        """
+        runs = runs_of_rows(self._counts) if HEAD_GRADIENT in self.wanted else {}
+        runs = {row: run for row, run in runs.items() if row not in self._norms}
+        if not runs:
+            return
+        index = torch.cat([torch.arange(run.start, run.stop) for run in runs.values()]).to(hidden.device)
+        counts = [run.stop - run.start for run in runs.values()]
+        others, rest = self.of(OTHERS)[index, None], self.rest[index, None]
+        norms = norms_in_tiles(hidden[index], tile, sizes, targets[index], others, rest, counts)
+        self.add_norms(dict(zip(runs, norms, strict=True)))
+
+    def add_norms(self, norms: dict[int, Tensor]) -> None:
+        """Add the norms of some rows, by their numbers."""
+        self._norms |= norms
+
+    @property
+    def rest(self) -> Tensor:
+        """1 minus the probability of each token, (N,), with all digits of a small one."""
+        return -torch.expm1(-self.of("losses"))
 
 
 class RunningSums:
@@ -76,10 +126,11 @@ class RunningSums:
     Args:
         wanted: as for `TokenStatistics`.
         bound: (n, 1), the logit above which a token is more probable than the target.
+        grams: what sums up the products of a row's tokens, if that is needed.
     """
 
-    def __init__(self, wanted: Collection[str], bound: Tensor) -> None:
-        self._wanted, self._bound = wanted, bound
+    def __init__(self, wanted: Collection[str], bound: Tensor, grams: RowGrams | None = None) -> None:
+        self._wanted, self._bound, self.grams = wanted, bound, grams
         self._above, self._weighted, self._norm = (torch.zeros_like(bound) for _ in range(3))
 
     def count(self, logits: Tensor, place: Tensor, inside: Tensor) -> None:
@@ -107,6 +158,8 @@ class RunningSums:
             moved = torch.where(total > 0, risen * total, torch.zeros_like(total))
             self._weighted = (self._weighted - moved).mul_(shrunk)
         self._norm.mul_(shrunk)
+        if self.grams is not None:
+            self.grams.shrink(shrunk)
 
     def add(self, below: Tensor, terms: Tensor) -> None:
         """Add a tile: its logits below the largest, which are overwritten, and their exponentials, (n, v) each.
@@ -117,14 +170,18 @@ class RunningSums:
             self._weighted += torch.linalg.vecdot(terms, below.clamp_(min=LOWEST))[:, None]
         if ERROR in self._wanted:
             self._norm = torch.hypot(self._norm, torch.linalg.vector_norm(terms, dim=1, keepdim=True))
+        if self.grams is not None:
+            self.grams.add(terms)
 
-    def finish(self, total: Tensor, target_below: Tensor) -> dict[str, Tensor]:
+    def finish(self, total: Tensor, largest: Tensor, logit: Tensor) -> dict[str, Tensor]:
         """Each statistic, (n,).
 
         Args:
             total: (n, 1), the sum of all terms without the target's.
-            target_below: (n, 1), the target's logit below the largest.
+            largest: (n, 1), the largest logit.
+            logit: (n, 1), the target's.
         """
+        target_below = logit - largest
         of_target = target_below.exp()
         whole = total + of_target
         log_whole = torch.where(target_below == 0, total.log1p(), whole.log())
@@ -135,6 +192,8 @@ class RunningSums:
             found[ERROR] = torch.hypot(total, self._norm) / whole
         if RANK in self._wanted:
             found[RANK] = 1 + self._above
+        if HEAD_GRADIENT in self._wanted:
+            found[OTHERS] = total.clamp(min=torch.finfo(total.dtype).tiny).log() + largest
         return {name: values[:, 0] for name, values in found.items()}
 
 

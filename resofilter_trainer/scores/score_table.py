@@ -16,6 +16,7 @@ from ..config import InputError, check_kind
 from ..io.files import file_at, load_parquet, save_parquet
 from .full_step import full_step_of, span_of
 from .provenance import Provenance
+from .statistics import layer_vote
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -26,6 +27,7 @@ LAYERS_FOLDER = "layers"  # beside the scores: scores of every layer, for some r
 SAME_PROMPT, EMPTY = "same prompt as row", "empty completion"  # reasons, or their beginnings
 OF_GROUP = " of group "  # in the reason of a row that was dropped within its group
 LAYER = "layer_"  # layer_27, layer_28, ...: a column for each measured layer
+LAYER_VOTE = "layer_vote"  # a signal that is made from those of all rows
 
 
 @dataclass(frozen=True)
@@ -145,7 +147,19 @@ class ScoreTable:
         repeated = ids[1:][ids[1:] == ids[:-1]]
         if len(repeated):
             raise InputError(f"Row {repeated[0]} is scored twice: the same shard was passed more than once.")
-        return cls(table, first.provenance)
+        return cls(with_votes_of_all(table) if len(tables) > 1 else table, first.provenance)
+
+
+def with_votes_of_all(table: pa.Table) -> pa.Table:
+    """The table with its `layer_vote`, if it has one, made from all its rows: for tables that were put together."""
+    place = table.schema.get_field_index(LAYER_VOTE)
+    if place < 0:
+        return table
+    of_layers = [name for name in table.column_names if name.removeprefix(LAYER).isdigit()]
+    layers = np.stack([table[name].to_numpy() for name in of_layers], axis=1)
+    votes, scored = np.zeros(len(layers)), np.isfinite(layers).all(axis=1)
+    votes[scored] = layer_vote(layers[scored])
+    return table.set_column(place, table.schema.field(place), pa.array(votes, mask=~scored))
 
 
 def count_reasons(reasons: Iterable[str], listed: int) -> list[tuple[str, int]]:

@@ -21,6 +21,11 @@ def ranks(values: np.ndarray) -> np.ndarray:
     return pd.Series(values).rank().to_numpy()
 
 
+def layer_vote(layers: np.ndarray) -> np.ndarray:
+    """The mean over the layers of a row's rank among all rows, over their number, (N,); `layers` are scores, (N, L)."""
+    return np.mean([ranks(scores) for scores in layers.T], axis=0) / max(len(layers), 1)
+
+
 def rank_correlation(a: np.ndarray, b: np.ndarray) -> float:
     """Spearman's rank correlation; 0 if all values of one side are equal."""
     if np.ptp(a) == 0 or np.ptp(b) == 0:

@@ -38,10 +38,10 @@ from ..model.signals import SIGNALS, chosen_signals
 from ..model.updates import closed_form
 from ..scores.full_step import full_step_of, is_saturated
 from ..scores.provenance import Trust
-from ..scores.score_table import LAYER, ScoreTable
-from ..scores.statistics import rank_correlation
+from ..scores.score_table import LAYER, LAYER_VOTE, ScoreTable
+from ..scores.statistics import layer_vote, rank_correlation
 from .batches import Batch, arrange, collate, default_budget, padded_tokens
-from .output import Measured, PassOutput, warn_of_doubts
+from .output import Measured, PassOutput, say_left_out, warn_of_doubts
 from .passes import Parts, from_main, measure_batches
 from .run_pass import run_pass
 
@@ -128,8 +128,10 @@ def score_dataset(
         found, layers, trust = score_prepared(model, prepared, args, config, forward, budget, parts, names)
         columns = {"score": found.score, "loss": found.loss}
         of_layers = {f"{LAYER}{layer}": found.layers[:, i] for i, layer in enumerate(layers)}
+        voted = LAYER_VOTE in names and len(layers) > 1
+        of_all_rows = {LAYER_VOTE: layer_vote(found.layers)} if voted else {}
         fields = {name: SIGNALS[name].metadata for name in names}
-        return Measured({**columns, **of_layers, **found.signals}, trust, fields=fields)
+        return Measured({**columns, **of_layers, **found.signals, **of_all_rows}, trust, fields=fields)
 
     scores = run_pass(
         model, dataset, processing_class, args, settings, output, measure,
@@ -175,6 +177,7 @@ def score_prepared(
     precision = _checked_precision(precision, args)
     budget = tokens_per_batch or default_budget(next(model.parameters()).device)
     with Recorder(model, config, signals) as record:
+        say_left_out(record.left_out)
         scoring = Pass(record, prepared, args, budget, parts)
         scoring.try_sharing()
         count = min(TRUST_ROWS, max(len(prepared.lengths) // TRUST_SHARE, LEAST_TRIED))

@@ -133,6 +133,17 @@ def warn_of_doubts(scores: ScoreTable, stacklevel: int) -> None:
             warnings.warn(remark, ScoreWarning, stacklevel=stacklevel)
 
 
+def say_left_out(signals: Mapping[str, str]) -> None:
+    """Print which of all signals have no column, in the main process.
+
+    Args:
+        signals: the reason of each, by its name.
+    """
+    if signals and PartialState().is_main_process:
+        named = "; ".join(f"{name}, because {reason}" for name, reason in signals.items())
+        print(f"Signals left out: {named}.")
+
+
 def folder_of(path: str | os.PathLike[str] | None) -> Path | None:
     """The folder of the scores' file, whether the file exists or not."""
     return None if path is None else file_at(path, SCORES_FILE).parent

@@ -33,7 +33,7 @@ from ..io.files import remove_folder
 from ..model.signals import chosen_signals
 from ..scores.full_step import is_saturated
 from ..scores.provenance import Provenance, Trust
-from ..scores.score_table import SAME_PROMPT, SCORES_FILE, ScoreTable
+from ..scores.score_table import SAME_PROMPT, SCORES_FILE, ScoreTable, with_votes_of_all
 from .dataset import measured_settings, score_dataset
 from .output import warn_of_doubts
 from .passes import locked
@@ -179,7 +179,7 @@ def together(
         column = table.column_names.index("reason")
         moved.append(table.set_column(column, "reason", pa.array(reasons, pa.string())))
         start += rows
-    whole = ScoreTable(pa.concat_tables(moved), scored[0].provenance)
+    whole = ScoreTable(with_votes_of_all(pa.concat_tables(moved)), scored[0].provenance)
     content = xxhash.xxh3_128("".join(each.provenance.dataset for each in scored).encode()).hexdigest()
     provenance = dataclasses.replace(
         scored[0].provenance, dataset=content, rows=start, source=dict(source), trust=_trust(scored, whole, config)

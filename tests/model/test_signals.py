@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import math
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -28,6 +31,7 @@ FORMS = {
 }
 # Families whose logits are one linear map, with a bias, capped or scaled; experts; weights the other way round.
 HEADS = ["llama", "phi", "gemma2", "cohere", "mixtral", "gpt2"]
+RECORDED = [name for name, signal in SIGNALS.items() if not signal.of_layers]
 
 
 def plain_tokens(logits: Tensor, targets: Tensor) -> dict[str, Tensor]:
@@ -41,6 +45,43 @@ def plain_tokens(logits: Tensor, targets: Tensor) -> dict[str, Tensor]:
         "error": error.square().sum(1).sqrt(),
         "rank": 1 + (logits > logits.gather(1, targets[:, None])).sum(1).double(),
     }
+
+
+@contextlib.contextmanager
+def untied_head(model: nn.Module) -> Iterator[nn.Parameter]:
+    """The weight of the head as a parameter of its own."""
+    module = model.get_output_embeddings()
+    tied = module.weight
+    module.weight = nn.Parameter(tied.detach().clone())
+    yield module.weight
+    module.weight = tied
+
+
+def plain_head_gradient(model: nn.Module, sample: Sample) -> float:
+    """The norm of the gradient of the mean loss with respect to the head's weight, by autograd."""
+    learnt = sample["labels"][1:] != -100
+    with own_precision(model), untied_head(model) as weight:
+        logits = model(input_ids=sample["input_ids"][None], use_cache=False).logits[0, :-1]
+        loss = nn.functional.cross_entropy(logits[learnt], sample["labels"][1:][learnt])
+        return float(torch.autograd.grad(loss, weight)[0].norm())
+
+
+def plain_chain(model: nn.Module, sample: Sample) -> float:
+    """CoE-C of all hidden states that the model returns, layer after layer."""
+    learnt = sample["labels"][1:] != -100
+    with torch.no_grad(), own_precision(model):
+        found = model(input_ids=sample["input_ids"][None], use_cache=False, output_hidden_states=True).hidden_states
+    states = [each[0, :-1][learnt].double().mean(0) for each in found]
+
+    def angle(a: Tensor, b: Tensor) -> float:
+        return math.acos(float(a @ b / a.norm() / b.norm()))
+
+    whole, turn = float((states[-1] - states[0]).norm()), angle(states[0], states[-1])
+    steps = [float((b - a).norm()) / whole for a, b in itertools.pairwise(states)]
+    turns = [angle(a, b) / turn for a, b in itertools.pairwise(states)]
+    real = sum(step * math.cos(each) for step, each in zip(steps, turns, strict=True)) / len(steps)
+    imaginary = sum(step * math.sin(each) for step, each in zip(steps, turns, strict=True)) / len(steps)
+    return math.hypot(real, imaginary)
 
 
 def plain_signals(model: nn.Module, sample: Sample) -> dict[str, float]:
@@ -63,6 +104,8 @@ def plain_signals(model: nn.Module, sample: Sample) -> dict[str, float]:
         "rank": sum(rank) / count,
         "rsr": sum(min(each, 100) for each in rank) / sum(loss),
         "el2n": sum(error) / count,
+        "grand_head": plain_head_gradient(model, sample),
+        "embedding_chain": plain_chain(model, sample),
     }
 
 
@@ -78,7 +121,7 @@ def double(family: str) -> nn.Module:
 def measured(model: nn.Module, samples: list[Sample], size: int, side: str = "right", config=None) -> dict:
     with Recorder(model, config or ResonanceConfig(), "all") as record:
         found = [record(collate(samples[i : i + size], side)) for i in range(0, len(samples), size)]
-    return {name: np.concatenate([each.signals[name] for each in found]) for name in SIGNALS}
+    return {name: np.concatenate([each.signals[name] for each in found]) for name in found[0].signals}
 
 
 @pytest.fixture
@@ -239,7 +282,7 @@ def test_a_bfloat16_forward_brings_its_rounding_and_no_more(narrow_tiles):
 def test_every_signal_is_its_plain_formula_in_every_batch(family, narrow_tiles):
     model, samples = double(family), make_samples(7, longest=40)
     truth = [plain_signals(model, sample) for sample in samples]
-    assert {*truth[0], *FORMS} == {*SIGNALS}
+    assert {*truth[0], *FORMS} == {*RECORDED}
     for size in (1, 3, 7):
         for side in ("right", "left"):
             found = measured(model, samples, size, side)
@@ -274,7 +317,7 @@ def test_resonance_and_loss_are_the_same_to_the_last_bit(family, own, dtype):
     with Recorder(model, config, "all") as record:
         found = record(batch)
     assert without.signals == {}
-    assert [*found.signals] == [*SIGNALS]
+    assert [*found.signals] == RECORDED
     for name in ("loss", "num_tokens", "layers"):
         assert np.array_equal(getattr(found, name), getattr(without, name))
     assert np.array_equal(found.signals["resonance"], without.score)
@@ -310,7 +353,7 @@ def test_a_sample_without_a_learnt_token_spoils_nothing():
     found = measured(model, [samples[0], nothing, *samples[1:]], 4)
     for name, values in found.items():
         np.testing.assert_allclose(values[[0, 2, 3]], alone[name], rtol=1e-12)
-        assert values[1] == (math.inf if name == "rsr" else pytest.approx(0, abs=1e-4))
+        assert values[1] == (math.inf if name == "rsr" else pytest.approx(0, abs=1e-4)), name
     assert np.isfinite(measured(model, [nothing], 1)["entropy"]).all()
 
 
@@ -318,11 +361,11 @@ def test_no_more_is_measured_than_asked():
     model, batch = double("llama"), collate(make_samples(3))
     with Recorder(model, ResonanceConfig(), "loss_max") as record:
         assert record.signals == ("loss_max",)
-        assert record._measures.statistics().wanted == frozenset()
+        assert record._measures.statistics([]).wanted == frozenset()
         assert record._measures.forms == (ResonanceConfig(),)
         assert [*record(batch).signals] == ["loss_max"]
     with Recorder(model, ResonanceConfig(), ["resonance_l2", "loss"]) as record:
-        assert record._measures.statistics() is None
+        assert record._measures.statistics([]) is None
     assert Resonance(np.ones(1), np.ones(1), np.ones((1, 1))).signals == {}
 
 
@@ -331,7 +374,8 @@ def test_no_more_is_measured_than_asked():
 
 def tokens_of(rows: list[list[float]]) -> Tokens:
     losses, empty = np.concatenate([np.array(row, dtype=float) for row in rows]), np.empty(0)
-    return Tokens(np.array([len(row) for row in rows]), 50, losses, empty, empty, np.arange(len(losses)) * 60.0 + 1)
+    counts, ranks = np.array([len(row) for row in rows]), np.arange(len(losses)) * 60.0 + 1
+    return Tokens(counts, 50, empty, losses, empty, empty, ranks, empty)
 
 
 @pytest.mark.parametrize(
@@ -396,5 +440,9 @@ def test_every_signal_says_what_it_is():
     for name, signal in SIGNALS.items():
         assert {*signal.metadata} == {"direction", "unit", "formula", "source"}
         assert all(signal.metadata.values()), name
-        assert (signal.of_tokens is None) == (name in ("loss", *FORMS))
-    assert [name for name, signal in SIGNALS.items() if signal.drop == "smallest"] == ["el2n"]
+        assert (signal.of_tokens is None) == (name in ("loss", "layer_vote", *FORMS))
+    assert [name for name, signal in SIGNALS.items() if signal.drop == "smallest"] == [
+        "el2n",
+        "grand_head",
+        "embedding_chain",
+    ]

@@ -57,6 +57,58 @@ def test_a_pass_has_a_column_for_every_signal_and_the_rest_as_without(whole, mod
     assert np.array_equal(whole.column("resonance"), whole.column("score"))
 
 
+def plain_votes(table: ScoreTable) -> np.ndarray:
+    """Counted pair by pair; NaN for a row without a score."""
+    layers = np.stack([table.column(f"layer_{layer}") for layer in (1, 2, 3)], axis=1)
+    found, scored = np.full(len(layers), np.nan), np.flatnonzero(table.scored)
+    for row in scored:
+        below = [(layers[scored, i] < layers[row, i]).sum() for i in range(3)]
+        equal = [(layers[scored, i] == layers[row, i]).sum() for i in range(3)]
+        found[row] = np.mean([a + (b + 1) / 2 for a, b in zip(below, equal, strict=True)]) / len(scored)
+    return found
+
+
+def test_the_layers_vote_among_all_rows_of_the_table(whole, tiny_llama, tokenizer):
+    np.testing.assert_allclose(whole.column("layer_vote"), plain_votes(whole), rtol=1e-12)
+    rows = [*ROWS[:6], {**ROWS[6], "answer": ""}, ROWS[0], *ROWS[7:9]]
+    found = score_dataset(
+        tiny_llama(), Dataset.from_list(rows), tokenizer, arguments(),
+        signals=["layer_vote"], drop_empty=True, drop_duplicates=True, **COLUMNS,
+    )  # fmt: skip
+    np.testing.assert_allclose(found.column("layer_vote"), plain_votes(found), rtol=1e-12)
+    assert np.isnan(found.column("layer_vote")).tolist() == [False] * 6 + [True] * 2 + [False] * 2
+
+
+def test_shards_vote_together(whole):
+    """In the table of all rows, a row's place is among all."""
+    apart = []
+    for rows in (range(3), range(3, len(whole))):
+        table = whole.table.take([*rows])
+        votes = np.linspace(0, 1, len(rows))  # as if each shard had been scored alone
+        place = table.schema.get_field_index("layer_vote")
+        apart.append(ScoreTable(table.set_column(place, table.schema.field(place), [votes]), whole.provenance))
+    for tables in (apart, apart[::-1]):
+        joined = ScoreTable.join(tables)
+        np.testing.assert_array_equal(joined.column("layer_vote"), whole.column("layer_vote"))
+        assert joined.table.schema.equals(whole.table.schema, check_metadata=True)
+
+
+def test_signals_that_cannot_be_measured_are_said_or_refused(tiny_llama, dataset, tokenizer, capsys):
+    config, reason = ResonanceConfig(n_layers=1), "only one layer is measured (n_layers=1)"
+
+    def score(signals) -> ScoreTable:
+        return score_dataset(tiny_llama(), dataset, tokenizer, arguments(), config, signals=signals, **COLUMNS)
+
+    found = score("all")
+    assert f"Signals left out: layer_vote, because {reason}.\n" in capsys.readouterr().out
+    assert "layer_vote" not in found.table.column_names
+    assert {*SIGNALS} - {*found.table.column_names} == {"layer_vote"}
+    with pytest.raises(InputError, match=r"The signal 'layer_vote' cannot be measured: only one layer is measured \("):
+        score(["rank", "layer_vote"])
+    score("rank")
+    assert "left out" not in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("tokens", [1, 70])
 def test_the_batch_size_changes_no_signal(tokens, whole, model, dataset, tokenizer):
     options = {"signals": [*SIGNALS], "tokens_per_batch": tokens, **COLUMNS}
@@ -194,12 +246,13 @@ def test_a_stream_has_the_signals_of_its_rows(tiny_llama, tokenizer, tmp_path, m
         options = {"rows_per_piece": 1000, "drop_empty": True, "signals": signals, "args": arguments()}
         return score_stream(model, dataset.to_iterable_dataset(), tmp_path / "out", tokenizer, **options)
 
-    found = score(["rank", "el2n"])
-    together = score_dataset(model, dataset, tokenizer, arguments(), signals=["el2n", "rank"], drop_empty=True)
-    for table in (found, score("rank,el2n")):
-        assert table.provenance.config["signals"] == ["rank", "el2n"]
+    names = ["rank", "el2n", "grand_head", "embedding_chain", "layer_vote"]
+    found = score(names)
+    together = score_dataset(model, dataset, tokenizer, arguments(), signals=names[::-1], drop_empty=True)
+    for table in (found, score(",".join(names))):
+        assert table.provenance.config["signals"] == names
         assert table.direction("el2n") == "smallest"
-        for name in ("rank", "el2n"):
+        for name in names:
             np.testing.assert_allclose(table.column(name), together.column(name), rtol=1e-9)
     with pytest.raises(InputError, match=r"made from something else: they differ in signals"):
         score("rank")
