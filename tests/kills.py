@@ -67,7 +67,8 @@ def prepare(inputs: Path) -> None:
 
 def score(inputs: Path, output: Path) -> None:
     args = arguments(output, ddp_timeout=SILENCE)
-    score_dataset(str(inputs / "base"), load_from_disk(inputs / "rows"), args=args, output=output, tokens_per_batch=48)
+    options = {"output": output, "tokens_per_batch": 48, "signals": ["ifd", "jitter"]}
+    score_dataset(str(inputs / "base"), load_from_disk(inputs / "rows"), args=args, **options)
 
 
 def select(inputs: Path, output: Path) -> None:

@@ -33,9 +33,10 @@ CRITERIA = (  # the names of those in `criteria`, which needs torch
     *("loss", "perplexity", "entropy", "el2n", "grand", "ifd", "length", "response_ratio", "repetition", "rarity"),
     *("k_center", "donod"),
 )
-SIGNALS = (  # the names of those in `model.signals`
+SIGNALS = (  # the names of those in `model.signals`, and below of those in `scoring.further_signals`
     *("resonance", "resonance_sgd", "resonance_l2", "loss", "loss_sum", "loss_median", "loss_max", "loss_top"),
     *("entropy", "conflict", "surprise", "rank", "rsr", "el2n", "grand_head", "embedding_chain", "layer_vote"),
+    *("ifd", "verdict", "loss_alone", "jitter", "excess", "superfiltering"),
 )
 EXAMPLE = "resofilter score --model google/gemma-2-2b --dataset rows.jsonl --output scores/"
 UPDATES = [name for name in get_args(UpdateName) if name != OPTIMIZER]  # without a run's own optimizer
@@ -52,6 +53,9 @@ def add_arguments(parser: CommandParser) -> None:
     parser.add_argument("--criterion", default=RESONANCE, help=measures)
     signals = f"with resonance: all, or some of {', '.join(SIGNALS)}; each is a column to select by"
     parser.add_argument("--signals", nargs="+", metavar="NAME", help=signals)
+    parser.add_argument(
+        "--reference", help="the second model of the signals excess and superfiltering, or a LoRA adapter"
+    )
     parser.add_argument("--tokens_per_batch", type=int, help="batch size in tokens; by default what suits the device")
     parser.add_argument(
         "--precision",
@@ -113,6 +117,10 @@ def _check(args: argparse.Namespace) -> None:
         raise InputError("--streaming and --sharded are for resonance: leave --criterion and --layers out.")
     if args.signals and (args.criterion != RESONANCE or args.layers):
         raise InputError("--signals are measured beside resonance: leave --criterion and --layers out.")
+    if args.reference and not args.signals:
+        raise InputError("--reference is for signals: pass --signals excess, superfiltering or all.")
+    if args.streaming and args.reference:
+        raise InputError("--reference is for signals that a stream has not: leave --streaming or --reference out.")
     if args.sharded and args.num_processes is None and not is_launched():
         raise InputError("--sharded is for several processes: pass --num_processes, or use accelerate launch.")
     if args.limit is not None and not args.layers:
@@ -130,7 +138,7 @@ def _score_by_resonance(args: argparse.Namespace, common: dict[str, Any]) -> Any
     if args.streaming:
         stream = load_stream(args.dataset, args.split, args.dataset_config)
         return score_stream(args.model, stream, args=training, **measure, **common)
-    return score_dataset(args.model, dataset_of(args), args=training, **measure, **common)
+    return score_dataset(args.model, dataset_of(args), args=training, reference=args.reference, **measure, **common)
 
 
 def _score_by(args: argparse.Namespace, common: dict[str, Any]) -> Any:

@@ -44,6 +44,7 @@ class PreparedRows:
         fingerprint: hash of all token ids, labels and positions.
         reasons: why the user's other rows cannot be scored, by position.
         template: the chat template, or an empty string.
+        rendered: whether the chat template rendered the rows.
     """
 
     dataset: Dataset
@@ -53,6 +54,7 @@ class PreparedRows:
     fingerprint: str
     reasons: dict[int, str]
     template: str
+    rendered: bool = False
 
     @property
     def sample_ids(self) -> np.ndarray:
@@ -98,7 +100,8 @@ def prepare(
         )
     if not usable.all():
         tokens, lengths, learnt = tokens.select(np.flatnonzero(usable)), lengths[usable], learnt[usable]
-    return PreparedRows(tokens, lengths, learnt, largest, fingerprint, reasons, template)
+    rendered = bool(message_columns(dataset))
+    return PreparedRows(tokens, lengths, learnt, largest, fingerprint, reasons, template, rendered)
 
 
 def prepared_already(dataset: Dataset, collate: Callable[[list[Any]], Any]) -> PreparedRows:

@@ -44,7 +44,7 @@ from .losses import Inputs, learnt_positions, sample_means, unpacked
 from .modes import at_least_float32, evaluating, own_precision, requiring_grad
 from .resonance import Resonance
 from .signal_trial import why_not
-from .signals import HIDDEN, LAYERS, SIGNALS, Measures, Tokens, chosen_signals, impossible_signals
+from .signals import HIDDEN, LAYERS, MEASURED, PARTS, Measures, Tokens, chosen_signals, impossible_signals
 from .unreached import DETACHED, is_used, not_called, not_token_by_token, used_twice
 from .up_projection import UpProjection, find_up_projections
 from .updates import UPDATES, closed_form, size_of_change, tile_sum, unchanged_sum
@@ -76,7 +76,7 @@ class Recorder:
 
     def __init__(self, model: nn.Module, config: ResonanceConfig, signals: str | Iterable[str] | None = None) -> None:
         closed_form(config)  # refuses an update that has none
-        self._asked = chosen_signals(signals)
+        self._asked = chosen_signals(signals, parts=PARTS)
         self._measures = Measures((), config)
         self.left_out: dict[str, str] = {}
         self.model = model
@@ -133,7 +133,7 @@ class Recorder:
         if len(self.layer_indices) == 1:
             reasons[LAYERS] = "only one layer is measured (n_layers=1)"
         self.left_out = impossible_signals(self._asked, reasons)
-        measured = (name for name in self._asked if name not in self.left_out and not SIGNALS[name].of_layers)
+        measured = (name for name in self._asked if name not in self.left_out and not MEASURED[name].of_layers)
         self._measures = Measures(tuple(measured), self.config)
 
     @property

@@ -224,22 +224,40 @@ SIGNALS: dict[str, Signal] = {
 }
 
 
-def chosen_signals(asked: str | Iterable[str] | None) -> tuple[str, ...]:
-    """The names of signals in the order of `SIGNALS`, each once.
+# Numbers of the one forward that signals with further forwards are made of (`scoring.further_signals`); no columns.
+PARTS: dict[str, Signal] = {
+    "loss_first": Signal(
+        "-ln p_1", "negative log-likelihood", of_tokens=lambda row: row.each(lambda own: own[0], row.losses)
+    ),
+}
+MEASURED = SIGNALS | PARTS  # all that a recorder can measure
+
+
+def chosen_signals(
+    asked: str | Iterable[str] | None, known: Iterable[str] = SIGNALS, parts: Iterable[str] = ()
+) -> tuple[str, ...]:
+    """The names of signals in the order of `known`, each once.
 
     Args:
         asked: a name, several (as a list, or as text with commas), or `"all"`; None for none.
+        known: the names to choose from.
+        parts: further names, which `"all"` leaves out.
 
     Raises:
         InputError: a name is not known.
     """
-    if asked is None:
-        return ()
-    check_kind("signals", asked, Iterable, f"names of signals, or {ALL!r}")
-    names = [each.strip() for each in asked.split(",")] if isinstance(asked, str) else list(asked)
+    names = [] if asked is None else names_in(asked)
     for name in names:
-        one_of("signals", name, (*SIGNALS, ALL))
-    return tuple(name for name in SIGNALS if name in names or ALL in names)
+        if name not in [*parts]:
+            one_of("signals", name, (*known, ALL))
+    every = known if ALL in names else ()
+    return tuple(name for name in (*known, *parts) if name in names or name in every)
+
+
+def names_in(asked: str | Iterable[str]) -> list[str]:
+    """The names in a list, or in text with commas. Raises InputError for anything else."""
+    check_kind("signals", asked, Iterable, f"names of signals, or {ALL!r}")
+    return [each.strip() for each in asked.split(",")] if isinstance(asked, str) else list(asked)
 
 
 def impossible_signals(asked: Iterable[str], reasons: Mapping[str, str]) -> dict[str, str]:
@@ -253,7 +271,7 @@ def impossible_signals(asked: Iterable[str], reasons: Mapping[str, str]) -> dict
         InputError: there is such a signal, unless all signals are asked for.
     """
     asked = list(asked)
-    missing = {name: reasons[need] for name in asked for need in SIGNALS[name].needs if need in reasons}
+    missing = {name: reasons[need] for name in asked for need in MEASURED[name].needs if need in reasons}
     if missing and not {*SIGNALS} <= {*asked}:
         name, reason = next(iter(missing.items()))
         raise InputError(f"The signal {name!r} cannot be measured: {reason}. Leave it out of signals.")
@@ -265,7 +283,7 @@ class Measures:
     """What a recorder measures for its signals.
 
     Attributes:
-        names: the signals, in the order of `SIGNALS`.
+        names: the signals, in the order of `MEASURED`.
         config: the recorder's own settings.
     """
 
@@ -275,7 +293,7 @@ class Measures:
     @cached_property
     def needs(self) -> frozenset[str]:
         """What the signals need (see `Signal`)."""
-        return frozenset(need for name in self.names for need in SIGNALS[name].needs)
+        return frozenset(need for name in self.names for need in MEASURED[name].needs)
 
     @cached_property  # read for every call of an up-projection
     def forms(self) -> tuple[ResonanceConfig, ...]:
@@ -288,7 +306,7 @@ class Measures:
         Args:
             counts: the number of learnt tokens of each row.
         """
-        of_tokens = any(SIGNALS[name].of_tokens is not None for name in self.names)
+        of_tokens = any(MEASURED[name].of_tokens is not None for name in self.names)
         return TokenStatistics(self.needs, counts) if of_tokens else None
 
     def of_rows(self, loss: np.ndarray, resonances: np.ndarray, tokens: Tokens | None) -> dict[str, np.ndarray]:
@@ -302,10 +320,10 @@ class Measures:
         found = {name: resonances[self.forms.index(settings)] for name, settings in self._forms.items()}
         found["loss"] = loss
         if tokens is not None:
-            found |= {name: of(tokens) for name in self.names if (of := SIGNALS[name].of_tokens) is not None}
+            found |= {name: of(tokens) for name in self.names if (of := MEASURED[name].of_tokens) is not None}
         return {name: found[name] for name in self.names}
 
     @cached_property
     def _forms(self) -> dict[str, ResonanceConfig]:
-        wanted = {name: SIGNALS[name].form for name in self.names}
+        wanted = {name: MEASURED[name].form for name in self.names}
         return {name: replace(self.config, **form) for name, form in wanted.items() if form is not None}

@@ -34,13 +34,14 @@ from ..model.modes import bfloat16_forward
 from ..model.recorder import Recorder
 from ..model.resonance import Resonance
 from ..model.sharding import is_sharded, shard
-from ..model.signals import SIGNALS, chosen_signals
 from ..model.updates import closed_form
 from ..scores.full_step import full_step_of, is_saturated
 from ..scores.provenance import Trust
 from ..scores.score_table import LAYER, LAYER_VOTE, ScoreTable
 from ..scores.statistics import layer_vote, rank_correlation
 from .batches import Batch, arrange, collate, default_budget, padded_tokens
+from .further_passes import FurtherPass
+from .further_signals import ALL_SIGNALS, Wanted, measure_further, measured_in_the_pass
 from .output import Measured, PassOutput, say_left_out, warn_of_doubts
 from .passes import Parts, from_main, measure_batches
 from .run_pass import run_pass
@@ -65,6 +66,7 @@ def score_dataset(
     tokens_per_batch: int | None = None,
     sharded: bool = False,
     signals: str | Sequence[str] | None = None,
+    reference: str | None = None,
     **row_options: Any,
 ) -> ScoreTable:
     """Score every row of a dataset by how far training on it would move W_up (ResoFilter).
@@ -84,8 +86,12 @@ def score_dataset(
         tokens_per_batch: the tokens of a batch, padding included; by default what suits the device.
         sharded: shard the layers' weights over all processes (FSDP2), for a model that does not fit on one device.
             Each process still loads the whole model into host memory first. The passed model stays sharded.
-        signals: further signals to measure in the same pass, such as `["entropy", "rank"]`, or `"all"`: the names in
-            `model.signals.SIGNALS`. Each is a column of that name, by which `DataSelector(by=...)` can select.
+        signals: further signals to measure, such as `["entropy", "rank"]`, or `"all"` that can be measured here. Each
+            is a column of that name, by which `DataSelector(by=...)` can select. Those in `model.signals.SIGNALS` are
+            measured in the same pass; those in `scoring.further_signals.FURTHER` take a forward or two more (`ifd` and
+            `loss_alone` together one), in the same precision.
+        reference: the reference model of the signals `excess` and `superfiltering`: the name or folder of a model with
+            the same vocabulary, or of a LoRA adapter on `model`.
         **row_options: `drop_duplicates`, to skip rows whose prompt repeats an earlier one, as the paper does;
             `drop_empty`, to skip rows with an empty completion, which are an error otherwise; `source`, where the
             dataset comes from, for the provenance: `dataset`, `split` and `name` as for `load_rows`; and
@@ -96,7 +102,8 @@ def score_dataset(
 
     Raises:
         InputError: no row can be scored, a row's loss is not finite, `output` holds scores of something else or
-            another run writes to it, one of several processes is lost, or a signal is not known.
+            another run writes to it, one of several processes is lost, a signal is not known or cannot be measured,
+            or the reference has another vocabulary.
 
     As in SFTTrainer, the model moves to the device of `args`, and the random numbers of Python, numpy and torch are
     seeded with `args.seed`.
@@ -110,8 +117,7 @@ def score_dataset(
     forward = _checked_precision(precision, args)
     if tokens_per_batch is not None:
         tokens_per_batch = whole_number("tokens_per_batch", tokens_per_batch, least=1)
-    names = chosen_signals(signals)
-    settings = measured_settings(config, names)
+    wanted = Wanted.of(signals, reference, args, sharded)
     if not isinstance(model, str) and is_sharded(model):
         raise InputError("The model is sharded already: pass it whole, as it was loaded.")
 
@@ -124,18 +130,21 @@ def score_dataset(
     def measure(model: PreTrainedModel, opened: Opened, target: PassOutput) -> Measured:
         budget = tokens_per_batch or default_budget(args.device)
         parts = target.parts(budget)
-        prepared = opened.prepared
-        found, layers, trust = score_prepared(model, prepared, args, config, forward, budget, parts, names)
+        names, prepared = opened.provenance.config.get("signals", []), opened.prepared
+        in_pass = measured_in_the_pass(names)
+        found, layers, trust = score_prepared(model, prepared, args, config, forward, budget, parts, in_pass)
         columns = {"score": found.score, "loss": found.loss}
         of_layers = {f"{LAYER}{layer}": found.layers[:, i] for i, layer in enumerate(layers)}
-        voted = LAYER_VOTE in names and len(layers) > 1
-        of_all_rows = {LAYER_VOTE: layer_vote(found.layers)} if voted else {}
-        fields = {name: SIGNALS[name].metadata for name in names}
-        return Measured({**columns, **of_layers, **found.signals, **of_all_rows}, trust, fields=fields)
+        further = FurtherPass(prepared, args, budget, trust.forward == "bfloat16", parts)
+        measured = {**found.signals, **measure_further(names, model, opened, found, further, wanted.reference)}
+        if LAYER_VOTE in names and len(layers) > 1:
+            measured[LAYER_VOTE] = layer_vote(found.layers)
+        fields = {name: ALL_SIGNALS[name].metadata for name in names if name in measured}
+        return Measured({**columns, **of_layers, **{name: measured[name] for name in fields}}, trust, fields=fields)
 
     scores = run_pass(
-        model, dataset, processing_class, args, settings, output, measure,
-        place=place, gradients=True, precision=forward, **row_options,
+        model, dataset, processing_class, args, config.to_json(), output, measure,
+        place=place, settle=wanted.settled, gradients=True, precision=forward, **row_options,
     )  # fmt: skip
     warn_of_doubts(scores, stacklevel=3)
     return scores
@@ -167,9 +176,10 @@ def score_prepared(
     """Score rows that are already tokens, on the model's device.
 
     Args:
-        model, args, config, precision, tokens_per_batch, signals: as for `score_dataset`.
+        model, args, config, precision, tokens_per_batch: as for `score_dataset`.
         prepared: the rows.
         parts: where to save results, and to resume from.
+        signals: the signals of the pass, as for a `Recorder`.
 
     Returns:
         What was measured, in the order of the rows; the indices of the measured layers; and how far to trust it.

@@ -22,6 +22,7 @@ from .output import Measured, PassOutput, folder_of
 
 Measure = Callable[[PreTrainedModel, Opened, PassOutput], Measured]
 Place = Callable[[PreTrainedModel, SFTConfig], PreTrainedModel]
+Settle = Callable[[PreTrainedModel, Opened], Opened]
 
 
 def run_pass(
@@ -34,6 +35,7 @@ def run_pass(
     measure: Measure,
     *,
     place: Place | None = placed,
+    settle: Settle | None = None,
     gradients: bool = False,
     **options: Any,
 ) -> ScoreTable:
@@ -45,6 +47,7 @@ def run_pass(
         measure: a function that measures the rows of the opened pass with the placed model; its third argument knows
             where to save results on the way (`PassOutput.parts`).
         place: a function that moves the model to its device; None if the pass does not run the model.
+        settle: a function that decides what can be measured of these rows, and says so in their provenance.
         gradients: whether the pass takes gradients, which vanish in float16.
         **options: as for `open_pass`.
 
@@ -60,6 +63,8 @@ def run_pass(
     _check_float16(gradients and args.fp16)
     model, opened = open_pass(model, dataset, processing_class, args, config, **options)
     _check_float16(gradients and main_dtype(model) == torch.float16)
+    if settle is not None:
+        opened = settle(model, opened)
     target = PassOutput(output, opened)
     with target.locked():
         earlier = target.earlier()

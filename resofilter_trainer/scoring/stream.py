@@ -30,11 +30,11 @@ from ..data.arguments import check_call
 from ..data.loading import default_arguments, load_model, open_pass
 from ..io.digest import PIECE, RowsDigest, columns_of, tables_of
 from ..io.files import remove_folder
-from ..model.signals import chosen_signals
 from ..scores.full_step import is_saturated
 from ..scores.provenance import Provenance, Trust
 from ..scores.score_table import SAME_PROMPT, SCORES_FILE, ScoreTable, with_votes_of_all
 from .dataset import measured_settings, score_dataset
+from .further_signals import of_one_pass
 from .output import warn_of_doubts
 from .passes import locked
 
@@ -61,8 +61,8 @@ def score_stream(
         output: a folder for `scores.parquet`, and until then for the pieces. An interrupted pass resumes.
         rows_per_piece: the number of rows in memory at a time, a multiple of 1,000. Repeated prompts are found within
             a piece only.
-        model, processing_class, args, config, source, **options: as for `score_dataset`. With `precision="auto"`, the
-            first piece decides for all.
+        model, processing_class, args, config, source, **options: as for `score_dataset`; `signals` of the one pass
+            only. With `precision="auto"`, the first piece decides for all.
 
     Returns:
         A table with every row, in the stream's order.
@@ -78,7 +78,7 @@ def score_stream(
         raise InputError(f"rows_per_piece must be a multiple of 1000, got {rows_per_piece}.")
     if options.get("sharded"):
         raise InputError("A stream is scored in pieces, and a model that is sharded stays so: leave sharded out.")
-    options["signals"] = chosen_signals(options.get("signals"))
+    options["signals"] = of_one_pass(options.get("signals"))
     if args is None:
         options.setdefault("precision", "auto")
     args, config = args or default_arguments(), config or ResonanceConfig()

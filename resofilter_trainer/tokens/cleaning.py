@@ -24,13 +24,13 @@ from ..config import SELF, InputError, TokenCleaning, check_kind
 from ..data.arguments import check_call
 from ..data.loading import Opened, check_arguments, check_model, default_arguments, open_pass, placed
 from ..data.preparation import PreparedRows
+from ..data.reference_model import Reference
 from ..scores.provenance import Provenance
 from ..scores.token_scores import TOKEN_SCORES_FILE, TokenScores
 from ..scoring.passes import locked
 from ..selecting.token_selection import EMPTIED, TokenSelector
 from .cleaned_dataset import CleanedDataset, check_output, groups_of, mask_labels, save_dataset, summarise
 from .losses import against, losses_under, remove_loss_parts, score_tokens
-from .reference_model import Reference
 
 REFERENCE_NAMES = ("reference_weights", "reference_settings")  # in the provenance's config
 

@@ -25,6 +25,7 @@ from transformers import Trainer
 from ..config import SELF, InputError, TokenCleaning
 from ..data.loading import check_model
 from ..data.preparation import PreparedRows, prepared_already
+from ..data.reference_model import Reference
 from ..io.files import load_arrow, save_arrow
 from ..io.made_from import check_made_from
 from ..model.gradients import segments_of
@@ -33,7 +34,6 @@ from ..scores.token_scores import TokenScores
 from ..selecting.token_selection import TokenSelection, TokenSelector
 from ..tokens.cleaned_dataset import groups_of
 from ..tokens.losses import against, losses_under, remove_loss_parts, score_tokens
-from ..tokens.reference_model import Reference
 from .sampler import ROW
 from .token_masks import LearntTokens, load_masks, save_masks
 

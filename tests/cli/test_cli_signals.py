@@ -8,8 +8,8 @@ from helpers.commands import ROWS, files_in, refused, write
 
 from resofilter_trainer.cli import score
 from resofilter_trainer.cli.entry import main
-from resofilter_trainer.model.signals import SIGNALS
 from resofilter_trainer.scores.score_table import ScoreTable
+from resofilter_trainer.scoring.further_signals import ALL_SIGNALS
 from resofilter_trainer.selecting.selection import Selection
 
 
@@ -27,10 +27,10 @@ def scored(usual, tmp_path_factory):
 
 
 def test_the_help_names_every_signal(capsys):
-    assert [*SIGNALS] == [*score.SIGNALS]
+    assert [*ALL_SIGNALS] == [*score.SIGNALS]
     with pytest.raises(SystemExit):
         main(["score", "--help"])
-    assert f"all, or some of {', '.join(SIGNALS)}" in " ".join(capsys.readouterr().out.split())
+    assert f"all, or some of {', '.join(ALL_SIGNALS)}" in " ".join(capsys.readouterr().out.split())
 
 
 @pytest.mark.parametrize("given", [["entropy", "el2n"], ["el2n,entropy"], ["el2n,", "entropy"]])
@@ -44,6 +44,15 @@ def test_signals_of_a_settings_file(usual, tmp_path):
     settings.write_text("signals: [entropy, rank]\n")
     main(["score", *usual, "--config", str(settings), "--output", str(tmp_path / "out")])
     assert ScoreTable.load(tmp_path / "out").provenance.config["signals"] == ["entropy", "rank"]
+
+
+def test_a_second_model_is_the_reference_of_signals(usual, tiny_model_dir, tmp_path):
+    options = ["--signals", "excess", "ifd", "--reference", str(tiny_model_dir)]
+    main(["score", *usual, "--output", str(tmp_path), *options])
+    scores = ScoreTable.load(tmp_path)
+    assert scores.provenance.config["signals"] == ["ifd", "excess"]
+    assert np.abs(scores.column("excess")).max() < 1e-5  # it is the same model
+    assert scores.direction("excess") == "smallest"
 
 
 @pytest.mark.parametrize(("by", "largest"), [("entropy", True), ("el2n", False), ("-el2n", True)])
@@ -68,6 +77,13 @@ def test_a_report_of_scores_with_signals_is_written(scored, tmp_path, capsys):
         (["--signals", "all", "--criterion", "loss"], "--signals are measured beside resonance: leave --criterion"),
         (["--signals", "rank", "--layers", "all"], "--signals are measured beside resonance: leave --criterion"),
         (["--signal", "rank"], "Did you mean --signals?"),
+        (["--signals", "excess"], "excess needs a second model: pass --reference"),
+        (["--signals", "ifd", "--reference", "/nowhere"], "--reference is for the signals excess and superfiltering"),
+        (["--reference", "/nowhere"], "--reference is for signals: pass --signals excess, superfiltering or all."),
+        (["--signals", "excess", "--reference", "/nowhere"], "There is no reference model at '/nowhere'"),
+        (["--signals", "verdict"], "verdict cannot be measured: the tokenizer has no token for the answer 'No'"),
+        (["--signals", "ifd", "--streaming"], "ifd takes a forward of its own, and a stream is read once: leave it"),
+        (["--signals", "all", "--streaming", "--reference", "/nowhere"], "leave --streaming or --reference out"),
     ],
 )
 def test_signals_that_cannot_be_measured_are_refused_in_one_line(options, expected, usual, tmp_path, capsys):

@@ -62,7 +62,7 @@ def test_a_sharded_model_gives_the_scores_of_a_whole_one(command, tmp_path):
     score = whole.column("score")  # up to rounding: a sharded model does not share what rows begin with
     assert np.abs(sharded.column("score") - score).max() < 1e-5 * np.ptp(score)
     assert np.array_equal(DataSelector().select(sharded).keep, DataSelector().select(whole).keep)
-    for name in ("resonance_l2", "entropy", "conflict", "rank", "el2n"):
+    for name in ("resonance_l2", "entropy", "conflict", "rank", "el2n", "ifd", "loss_alone", "jitter"):
         np.testing.assert_allclose(sharded.column(name), whole.column(name), rtol=1e-4)
 
 

@@ -26,7 +26,9 @@ from resofilter_trainer.report.what_if import what_if
 from resofilter_trainer.scoring import dataset as scoring
 from resofilter_trainer.scoring import passes
 from resofilter_trainer.scoring import stream as streaming
+from resofilter_trainer.scoring.further_signals import ALL_SIGNALS
 
+HERE = [*SIGNALS, "ifd", "loss_alone", "jitter"]  # without a reference, or tokens for a verdict
 USUAL = ["sample_id", "score", "loss", "num_tokens", "length", "layer_1", "layer_2", "layer_3"]
 
 
@@ -47,13 +49,13 @@ def whole(model, dataset, tokenizer) -> ScoreTable:
 
 def test_a_pass_has_a_column_for_every_signal_and_the_rest_as_without(whole, model, dataset, tokenizer, tmp_path):
     without = score_dataset(model, dataset, tokenizer, arguments(), output=tmp_path, **COLUMNS)
-    signals = [name for name in SIGNALS if name != "loss"]
+    signals = [name for name in HERE if name != "loss"]
     assert without.table.column_names == [*USUAL, "reason"]
     assert whole.table.column_names == [*USUAL, *signals, "reason"]
     assert whole.table.select(without.table.column_names).equals(without.table)
     assert "signals" not in without.provenance.config
     assert all(each.metadata is None for each in pq.read_schema(tmp_path / "scores.parquet"))
-    assert whole.provenance.config["signals"] == [*SIGNALS]
+    assert whole.provenance.config["signals"] == HERE
     assert np.array_equal(whole.column("resonance"), whole.column("score"))
 
 
@@ -111,9 +113,9 @@ def test_signals_that_cannot_be_measured_are_said_or_refused(tiny_llama, dataset
 
 @pytest.mark.parametrize("tokens", [1, 70])
 def test_the_batch_size_changes_no_signal(tokens, whole, model, dataset, tokenizer):
-    options = {"signals": [*SIGNALS], "tokens_per_batch": tokens, **COLUMNS}
+    options = {"signals": HERE, "tokens_per_batch": tokens, **COLUMNS}
     found = score_dataset(model, dataset, tokenizer, arguments(), **options)
-    for name in SIGNALS:
+    for name in HERE:
         np.testing.assert_allclose(found.column(name), whole.column(name), rtol=1e-9, err_msg=name)
 
 
@@ -136,8 +138,8 @@ def test_every_column_says_what_it_is_in_the_file_too(whole, tmp_path):
     whole.save(tmp_path)
     loaded = ScoreTable.load(tmp_path)
     for table in (whole, loaded, ScoreTable.join([loaded])):
-        for name, signal in SIGNALS.items():
-            found = table.table.schema.field(name).metadata
+        for name in HERE:
+            signal, found = ALL_SIGNALS[name], table.table.schema.field(name).metadata
             assert {key.decode(): value.decode() for key, value in found.items()} == signal.metadata
             assert table.direction(name) == signal.drop
         assert table.direction("score") is table.direction("length") is table.direction("nothing") is None

@@ -20,13 +20,13 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from resofilter_trainer.config import InputError, TokenCleaning
+from resofilter_trainer.data.reference_model import adapted
 from resofilter_trainer.scores.token_scores import TokenScores
 from resofilter_trainer.scoring import token_losses as loss_pass
 from resofilter_trainer.selecting.token_selection import EMPTIED
 from resofilter_trainer.tokens import losses as token_losses
 from resofilter_trainer.tokens.cleaned_dataset import described, save_dataset
 from resofilter_trainer.tokens.cleaning import clean_dataset
-from resofilter_trainer.tokens.reference_model import adapted
 
 TARGETS = ["q_proj", "up_proj", "down_proj"]
 

@@ -17,11 +17,11 @@ from trl import SFTTrainer
 
 from resofilter_trainer import InputError, ResonanceCallback, TokenCleaning, TokenSelector, clean_dataset, self_evolve
 from resofilter_trainer.config.compatibility import has
+from resofilter_trainer.data.reference_model import adapted
 from resofilter_trainer.scores.token_scores import TOKEN_SCORES_FILE
 from resofilter_trainer.scoring import token_losses as loss_pass
 from resofilter_trainer.tokens import losses as token_losses
 from resofilter_trainer.tokens.cleaned_dataset import SUMMARY_FILE
-from resofilter_trainer.tokens.reference_model import adapted
 
 ARGS = arguments(Path("unused"))
 

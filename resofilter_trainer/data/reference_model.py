@@ -1,4 +1,4 @@
-"""The model that tokens are cleaned against: a whole model, or a LoRA adapter on the base model.
+"""A model that the scored model's losses are compared with: a whole model, or a LoRA adapter on the base model.
 
 Knows transformers and PEFT. Does not know what is measured.
 """
@@ -19,9 +19,9 @@ from transformers.utils.peft_utils import find_adapter_config_file
 from trl import SFTConfig
 
 from ..config import InputError
-from ..data.files import first_line, looks_local
-from ..data.loading import load_weights, placed
-from ..data.models import check_path
+from .files import first_line, looks_local
+from .loading import load_weights, placed
+from .models import check_path
 
 ADAPTER = "resofilter_reference"
 
