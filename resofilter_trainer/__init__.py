@@ -10,7 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .config import ColumnMapping, InputError, ResonanceConfig, TokenCleaning
+    from .config import ColumnMapping, InputError, ResonanceConfig, TokenCleaning, Warmup
     from .criteria.criterion import Criterion
     from .data.exporting import export_rows
     from .data.files import load_rows
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _NAMES = {  # the public names of each module, as above
-    "config": ("ColumnMapping", "InputError", "ResonanceConfig", "TokenCleaning"),
+    "config": ("ColumnMapping", "InputError", "ResonanceConfig", "TokenCleaning", "Warmup"),
     "criteria.criterion": ("Criterion",),
     "data.exporting": ("export_rows",),
     "data.files": ("load_rows",),

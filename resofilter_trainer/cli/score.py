@@ -19,11 +19,14 @@ from ..config import (
     ResonanceConfig,
     ScoreWarning,
     UpdateName,
+    Warmup,
+    WarmupMethod,
     one_of,
+    whole_number,
 )
 from ..scores.doubts import trust_lines
 from ..scores.full_step import full_step_of, percent, span_of
-from ..scores.score_table import count_reasons
+from ..scores.score_table import WARMED_UP, count_reasons
 from .inputs import dataset_of, require, row_options, settings_of, sft_config
 from .launching import is_launched
 from .naming import told
@@ -74,6 +77,18 @@ def add_arguments(parser: CommandParser) -> None:
     measure.add_argument("--eps", type=float, default=defaults.eps, help="AdamW's; a larger one spreads scores")
     measure.add_argument("--weight_decay", type=float, default=defaults.weight_decay, help="AdamW's")
     measure.add_argument("--up_projection", help="a regex over module names, for an unknown model family")
+    warm = parser.add_argument_group("warm-up, of a copy of the model that then scores")
+    warm.add_argument("--warmup", type=int, metavar="ROWS", help="tune on so many rows first, such as 640")
+    warm.add_argument("--warmup_dataset", help="tune on these rows, by default all; else on rows of --dataset")
+    warm.add_argument("--warmup_split", default="train", help="its split")
+    own = Warmup()
+    warm.add_argument("--warmup_method", default=own.method, help="full: all weights; or lora")
+    warm.add_argument("--warmup_lr", type=float, help="the first step's; by default 1e-4, for lora 2e-4")
+    warm.add_argument("--warmup_epochs", type=int, default=own.epochs, help="how often each row is learnt")
+    warm.add_argument("--warmup_batch_size", type=int, default=own.batch_size, help="the rows of an optimizer step")
+    warm.add_argument("--warmup_lora_rank", type=int, default=own.lora_rank, help="the rank of the LoRA adapter")
+    warm.add_argument("--warmup_seed", type=int, default=own.seed, help="draws the rows and their order")
+    warm.add_argument("--warmup_cache", help="a folder for the tuned weights; by default OUTPUT/warmup")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -83,6 +98,7 @@ def run(args: argparse.Namespace) -> None:
     _check(args)
     one_of("--update", args.update, UPDATES)
     common: dict[str, Any] = {"output": args.output, **row_options(args)}
+    common |= _warmup(args)
     if args.tokens_per_batch is not None:
         common["tokens_per_batch"] = args.tokens_per_batch
     measure = _score_layers if args.layers else _score_by_resonance if args.criterion == RESONANCE else _score_by
@@ -97,7 +113,8 @@ def run(args: argparse.Namespace) -> None:
     if not PartialState().is_main_process:
         return
     if args.layers:
-        lines = [f"{int(scores.scored.sum())} of {len(scores)} rows, every layer.", *trust_lines(scores)]
+        lines = [f"{int(scores.scored.sum())} of {len(scores)} rows, every layer."]
+        lines += [*_warmup_line(scores), *trust_lines(scores)]
         print(told("\n".join([*lines, f"Next: resofilter report {quote(args.output)}"])))
     else:
         print(summary(scores))
@@ -125,6 +142,28 @@ def _check(args: argparse.Namespace) -> None:
         raise InputError("--sharded is for several processes: pass --num_processes, or use accelerate launch.")
     if args.limit is not None and not args.layers:
         raise InputError("--limit goes with --layers all: without it, every row is scored.")
+
+
+def _warmup(args: argparse.Namespace) -> dict[str, Any]:
+    """The warm-up that the arguments ask for; empty for none."""
+    if args.warmup is None and args.warmup_dataset is None:
+        own = [name for name in vars(args) if name.startswith("warmup_")]
+        changed = [name for name in own if getattr(args, name) != args.parser.get_default(name)]
+        if changed:
+            raise InputError(f"--{changed[0]} is a setting of the warm-up: pass --warmup, the number of its rows.")
+        return {}
+    if args.warmup is not None:
+        whole_number("--warmup", args.warmup, least=1)
+    one_of("--warmup_method", args.warmup_method, get_args(WarmupMethod))
+    if args.sharded:
+        raise InputError("A warm-up trains a whole copy of the model in every process: leave --sharded out.")
+    others = [each.name for each in dataclasses.fields(Warmup) if each.name != "rows"]
+    settings = Warmup(rows=args.warmup, **{name: getattr(args, f"warmup_{name}") for name in others})
+    if args.warmup_dataset is None:
+        return {"warmup": settings}
+    from ..data.files import load_rows
+
+    return {"warmup": settings, "warmup_dataset": load_rows(args.warmup_dataset, args.warmup_split)}
 
 
 def _score_by_resonance(args: argparse.Namespace, common: dict[str, Any]) -> Any:
@@ -169,7 +208,19 @@ def summary(scores: Any) -> str:
     lines = [f"{len(scores)} rows, {len(values)} scored: {span_of(values, full)}, mean {mean}"]
     for reason, count in count_reasons((why for why in scores.reasons if why is not None), 5):
         lines.append(f"  {count} not scored: {reason}")
+    lines += _warmup_line(scores)
     limit = scores.provenance.preparation["max_length"]
     if limit is not None and (full := int((scores.column("length") == limit).sum())):
         lines.append(f"  {full} have max_length {limit} tokens: they were truncated, or are exactly that long")
     return told("\n".join([*lines, *trust_lines(scores)]))
+
+
+def _warmup_line(scores: Any) -> list[str]:
+    """What the warm-up has cost, if there was one, and how many of the scored rows it has learnt."""
+    cost = scores.provenance.warmup
+    if not cost:
+        return []
+    learnt = int((scores.column(WARMED_UP) == 1).sum())
+    end = f"; {learnt} scored rows were learnt there, which biases their scores ({WARMED_UP})" if learnt else ""
+    size = f"{cost['rows']} rows, {cost['tokens']} tokens, {cost['steps']} steps, {cost['seconds']:g} s"
+    return [f"  scored by a copy of the model after a warm-up ({size}){end}"]

@@ -26,7 +26,10 @@ from .settings import (
     ResonanceConfig,
     TokenCleaning,
     UpdateName,
+    Warmup,
+    WarmupMethod,
     cleaning_of_mode,
+    warmup_settings,
 )
 
 __all__ = [
@@ -48,6 +51,8 @@ __all__ = [
     "TokenCleaning",
     "UpdateName",
     "VersionError",
+    "Warmup",
+    "WarmupMethod",
     "at_most_one",
     "check_keywords",
     "check_kind",
@@ -56,6 +61,7 @@ __all__ = [
     "number",
     "one_of",
     "share",
+    "warmup_settings",
     "whole_number",
     "with_known_keywords",
 ]

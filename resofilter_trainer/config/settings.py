@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, get_args
 
-from .checks import at_most_one, number, one_of, share, whole_number, with_known_keywords
+from .checks import at_most_one, check_kind, number, one_of, share, whole_number, with_known_keywords
 from .errors import InputError
 
 UpdateName = Literal["adamw", "sgd", "optimizer"]  # model.updates has a record of each
@@ -26,6 +27,8 @@ SATURATING: frozenset[UpdateName] = frozenset({"adamw"})  # for what needs no to
 SELF = "self"
 RESONANCE = "resonance"
 CLEANING_MODES = ("fixed", "self-evolving", "rho")
+WarmupMethod = Literal["full", "lora"]
+WARMUP_LR: dict[WarmupMethod, float] = {"full": 1e-4, "lora": 2e-4}
 
 
 @with_known_keywords
@@ -195,3 +198,64 @@ def cleaning_of_mode(mode: str, reference: str | None, ranking: str | None, **se
         raise InputError("mode='self-evolving' trains its own reference: leave reference= out, or use mode='fixed'.")
     chosen: Any = ranking or ("sample" if mode == "rho" else "global")
     return TokenCleaning(reference=reference or SELF, ranking=chosen, **settings)
+
+
+@with_known_keywords
+@dataclass(frozen=True)
+class Warmup:
+    """A short training before a pass: a copy of the model is tuned on some rows, and measures all rows.
+
+    The learning rate falls linearly to 0, with AdamW and without weight decay.
+
+    Attributes:
+        rows: the number of rows to tune on, drawn at random; None for all.
+        method: `"full"` tunes all weights; `"lora"` a LoRA adapter on all linear layers, which is merged afterwards. A
+            quantised model needs `"lora"`, and so does a `PeftModel`, whose own adapter is then tuned.
+        lr: the first step's learning rate; by default 1e-4, and 2e-4 for LoRA.
+        epochs: how often each row is learnt.
+        batch_size: the rows of an optimizer step, in all processes together. `args.per_device_train_batch_size` is the
+            most that a process learns at a time.
+        lora_rank: the rank of a new adapter; its alpha is twice that.
+        seed: the seed that draws the rows, their order, and a new adapter.
+        cache: a folder for the tuned weights, which passes of the same model, rows and settings share; by default
+            `warmup` in the folder of the scores.
+
+    Raises:
+        InputError: a value is out of range or unknown.
+    """
+
+    rows: int | None = 640
+    method: WarmupMethod = "full"
+    lr: float | None = None
+    epochs: int = 1
+    batch_size: int = 8
+    lora_rank: int = 16
+    seed: int = 0
+    cache: str | os.PathLike[str] | None = None
+
+    def __post_init__(self) -> None:
+        one_of("The warm-up's method", self.method, get_args(WarmupMethod))
+        for name, least in (("rows", 1), ("epochs", 1), ("batch_size", 1), ("lora_rank", 1), ("seed", 0)):
+            value = getattr(self, name)
+            if name != "rows" or value is not None:
+                object.__setattr__(self, name, whole_number(f"The warm-up's {name}", value, least))
+        lr = WARMUP_LR[self.method] if self.lr is None else self.lr
+        object.__setattr__(self, "lr", number("The warm-up's lr", lr, above=0))
+        check_kind("The warm-up's cache", self.cache, (str, os.PathLike, type(None)), "a folder")
+
+    def to_json(self) -> dict[str, Any]:
+        """What the tuned weights depend on, by name; the rank of a new adapter only where there is one."""
+        without = {"cache"} if self.method == "lora" else {"cache", "lora_rank"}
+        return {each.name: getattr(self, each.name) for each in fields(self) if each.name not in without}
+
+
+def warmup_settings(warmup: int | Warmup | None, from_dataset: bool = False) -> Warmup | None:
+    """The settings of a warm-up, of which the number of rows is short for the others' defaults; None for none.
+
+    Args:
+        warmup: the argument of that name.
+        from_dataset: whether there is a dataset to tune on, all of whose rows are taken by default.
+    """
+    if warmup is None:
+        return Warmup(rows=None) if from_dataset else None
+    return warmup if isinstance(warmup, Warmup) else Warmup(rows=whole_number("warmup", warmup, least=1))

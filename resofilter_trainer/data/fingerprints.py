@@ -170,15 +170,16 @@ def hash_weights(model: nn.Module) -> str:
     digest = xxhash.xxh3_128()
     for name, parameter in model.named_parameters():
         if bits_of(parameter) is None:
-            _add(digest, name, parameter)
+            add_tensor(digest, name, parameter)
             continue
         owner = name.rpartition(".")[0]
         for key, value in stored_tensors(model.get_submodule(owner)).items():
-            _add(digest, f"{owner}.{key}", value)
+            add_tensor(digest, f"{owner}.{key}", value)
     return digest.hexdigest()
 
 
-def _add(digest: xxhash.xxh3_128, name: str, tensor: Tensor) -> None:
+def add_tensor(digest: xxhash.xxh3_128, name: str, tensor: Tensor) -> None:
+    """Add a tensor's name, shape, dtype and bytes to a hash."""
     digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
     digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
 

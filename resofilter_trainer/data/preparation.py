@@ -323,6 +323,17 @@ def beginnings(tokens: Dataset) -> tuple[np.ndarray, np.ndarray, int]:
     return np.array(hashes, dtype=np.uint64), np.array(lengths), common
 
 
+def row_hashes(tokens: Dataset) -> np.ndarray:
+    """A hash of each row's `input_ids` and `labels`, (N,) uint64."""
+    hashes = list[int]()
+    for table in _arrow_batches(tokens):
+        ids, labels = (_flat(table[name]).astype(np.int64) for name in ("input_ids", "labels"))
+        ends = np.cumsum(pc.list_value_length(table["input_ids"].combine_chunks()).to_numpy())
+        for start, end in zip([0, *ends[:-1]], ends, strict=True):
+            hashes.append(xxhash.xxh3_64_intdigest(np.concatenate([ids[start:end], labels[start:end]]).data))
+    return np.array(hashes, dtype=np.uint64)
+
+
 def _learnt(table: pa.Table) -> tuple[np.ndarray, np.ndarray]:
     """Each row's length, and for every token whether it is learnt; a row's first never is: nothing predicts it."""
     labels = table["labels"].combine_chunks()

@@ -87,6 +87,9 @@ class Provenance:
         versions: the versions of this package and of the packages that compute.
         source: the dataset's name as the user passed it, and a hash of its rows. Not compared.
         trust: see `Trust`. Not compared, except for its `forward`.
+        warmup: what a warm-up has cost (`rows`, `tokens`, `steps`, `seconds`, `processes`), and a hash of the tuned
+            `weights`; empty without one. Not compared: `weights` are those of the model before it, and what it depends
+            on is in `config`.
     """
 
     model: str
@@ -100,15 +103,16 @@ class Provenance:
     versions: Mapping[str, str]
     source: Mapping[str, Any] = field(default_factory=dict)
     trust: Trust | None = None
+    warmup: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for name in ("config", "preparation", "versions", "source"):  # as read from JSON: lists for tuples
+        for name in ("config", "preparation", "versions", "source", "warmup"):  # as read from JSON: lists for tuples
             object.__setattr__(self, name, json.loads(json.dumps(getattr(self, name))))
 
     @property
     def key(self) -> str:
         """Everything that is compared except `trust.forward`, as JSON text."""
-        ignored = ("model", "source", "trust")
+        ignored = ("model", "source", "trust", "warmup")
         return json.dumps({name: value for name, value in dataclasses.asdict(self).items() if name not in ignored})
 
     @property

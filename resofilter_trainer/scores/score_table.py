@@ -26,6 +26,7 @@ KEY = "resofilter_scores"  # the metadata key of the provenance
 LAYERS_FOLDER = "layers"  # beside the scores: scores of every layer, for some rows
 SAME_PROMPT, EMPTY = "same prompt as row", "empty completion"  # reasons, or their beginnings
 OF_GROUP = " of group "  # in the reason of a row that was dropped within its group
+WARMED_UP = "warmed_up"  # a column: 1 for the rows that a warm-up has learnt, else 0
 LAYER = "layer_"  # layer_27, layer_28, ...: a column for each measured layer
 LAYER_VOTE = "layer_vote"  # a signal that is made from those of all rows
 
@@ -43,6 +44,7 @@ class ScoreTable:
         layer_<i>: float64, the score of each measured layer.
         <signal>: float64, each signal that was asked for. The metadata of its Arrow field has its `direction`, the end
             to drop by default (`largest` or `smallest`), its `unit`, `formula` and `source`.
+        warmed_up: int64, with a warm-up: 1 for a row that it has learnt, whose loss and scores are smaller for that.
         reason: text, why the row has no score.
 
     Attributes:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import SFTConfig
 
-from ..config import InputError, NotFiniteError, whole_number
+from ..config import InputError, NotFiniteError, Warmup, whole_number
 from ..criteria.criterion import CRITERIA, Criterion, source_of
 from ..criteria.text import without_prompt
 from ..data.arguments import check_call
@@ -51,6 +51,8 @@ def score_by(
     output: str | os.PathLike[str] | None = None,
     *,
     tokens_per_batch: int = TOKENS_PER_BATCH,
+    warmup: int | Warmup | None = None,
+    warmup_dataset: Dataset | None = None,
     **row_options: Any,
 ) -> ScoreTable:
     """Score every row by a criterion of another selector.
@@ -58,7 +60,7 @@ def score_by(
     Args:
         criterion: one of `CRITERIA`; a function of your own, `(model, batch)` to (B,); or a `Criterion`. Scores in a
             folder belong to the function's name and its source: after a change of either, they are not returned.
-        model, dataset, processing_class, args, output, **row_options: as for `score_dataset`.
+        model, dataset, processing_class, args, output, warmup, warmup_dataset, **row_options: as for `score_dataset`.
         tokens_per_batch: the tokens of a batch, padding included.
 
     Returns:
@@ -87,7 +89,10 @@ def score_by(
         values = measure_rows(function, model, opened.prepared, args, tokens, label, parts)
         return Measured(_columns_of(values, name, chosen))
 
-    return run_pass(model, dataset, processing_class, args, config, output, measure, **row_options)
+    return run_pass(
+        model, dataset, processing_class, args, config, output, measure,
+        warmup=warmup, warmup_dataset=warmup_dataset, **row_options,
+    )  # fmt: skip
 
 
 def _is_of_prompt(criterion: Criterion) -> bool:

@@ -24,7 +24,7 @@ from transformers import (
 )
 from trl import SFTConfig
 
-from ..config import InputError, NotFiniteError, Precision, ResonanceConfig, one_of, whole_number
+from ..config import InputError, NotFiniteError, Precision, ResonanceConfig, Warmup, one_of, whole_number
 from ..data.arguments import check_call
 from ..data.loading import Opened, default_arguments, placed
 from ..data.preparation import PreparedRows
@@ -67,6 +67,8 @@ def score_dataset(
     sharded: bool = False,
     signals: str | Sequence[str] | None = None,
     reference: str | None = None,
+    warmup: int | Warmup | None = None,
+    warmup_dataset: Dataset | None = None,
     **row_options: Any,
 ) -> ScoreTable:
     """Score every row of a dataset by how far training on it would move W_up (ResoFilter).
@@ -92,6 +94,13 @@ def score_dataset(
             `loss_alone` together one), in the same precision.
         reference: the reference model of the signals `excess` and `superfiltering`: the name or folder of a model with
             the same vocabulary, or of a LoRA adapter on `model`.
+        warmup: a short training first, of a copy of the model, which then scores; the passed model stays as it is. The
+            number of rows, or a `Warmup` with all settings. The tuned weights are kept in `output/warmup`, and an
+            interrupted warm-up resumes. It needs memory for the copy and, with `method="full"`, for a gradient and
+            AdamW's two moments of each weight. The column `warmed_up` is 1 for rows that the copy has learnt, whose
+            losses and scores are smaller for that.
+        warmup_dataset: the rows to tune on, read like the rows to score; by default some of these, drawn at random.
+            Without `warmup`, all of them.
         **row_options: `drop_duplicates`, to skip rows whose prompt repeats an earlier one, as the paper does;
             `drop_empty`, to skip rows with an empty completion, which are an error otherwise; `source`, where the
             dataset comes from, for the provenance: `dataset`, `split` and `name` as for `load_rows`; and
@@ -120,6 +129,14 @@ def score_dataset(
     wanted = Wanted.of(signals, reference, args, sharded)
     if not isinstance(model, str) and is_sharded(model):
         raise InputError("The model is sharded already: pass it whole, as it was loaded.")
+    warms_up = not (warmup is None and warmup_dataset is None)
+    if warms_up and wanted.reference is not None and wanted.reference.is_adapter:
+        raise InputError(
+            f"The reference '{reference}' is an adapter on the model as it is, not on its tuned copy: pass a whole "
+            "model as the reference, or leave the warm-up out."
+        )
+    if sharded and warms_up:
+        raise InputError("A warm-up trains a whole copy of the model in every process: leave sharded=True out.")
 
     def place(model: PreTrainedModel, args: SFTConfig) -> PreTrainedModel:
         if not sharded:
@@ -144,7 +161,8 @@ def score_dataset(
 
     scores = run_pass(
         model, dataset, processing_class, args, config.to_json(), output, measure,
-        place=place, settle=wanted.settled, gradients=True, precision=forward, **row_options,
+        place=place, settle=wanted.settled, gradients=True, precision=forward,
+        warmup=warmup, warmup_dataset=warmup_dataset, **row_options,
     )  # fmt: skip
     warn_of_doubts(scores, stacklevel=3)
     return scores

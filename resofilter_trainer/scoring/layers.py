@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import SFTConfig
 
-from ..config import ResonanceConfig, whole_number
+from ..config import ResonanceConfig, Warmup, whole_number
 from ..data.arguments import check_call
 from ..data.loading import Opened, default_arguments, placed
 from ..model.effective import check_maps, effective_weight, standing_in, unshared
@@ -32,6 +32,7 @@ from ..scores.score_table import LAYER, LAYERS_FOLDER, ScoreTable
 from .criterion import measure_rows
 from .output import Measured, PassOutput, warn_of_doubts
 from .run_pass import run_pass
+from .warmup import kept_at
 
 LIMIT = 500
 QUANTILES = {"q25": 0.25, "q75": 0.75}
@@ -47,13 +48,15 @@ def score_layers(
     output: str | os.PathLike[str] | None = None,
     *,
     limit: int = LIMIT,
+    warmup: int | Warmup | None = None,
+    warmup_dataset: Dataset | None = None,
     **row_options: Any,
 ) -> ScoreTable:
     """Measure every layer on a random subset of the rows.
 
     Args:
-        model, dataset, processing_class, args, **row_options: as for `score_dataset`; the forward runs in float32, or
-            in the weights' own dtype.
+        model, dataset, processing_class, args, warmup, warmup_dataset, **row_options: as for `score_dataset`; the
+            forward runs in float32, or in the weights' own dtype.
         config: the step to measure, and how; `n_layers` has no effect here.
         output: a folder; the table is written to `layers/scores.parquet` in it.
         limit: the number of rows to measure.
@@ -94,7 +97,8 @@ def score_layers(
 
     scores = run_pass(
         model, dataset, processing_class, args, settings, folder, measure,
-        place=place, gradients=True, precision="float32", **row_options,
+        place=place, gradients=True, precision="float32",
+        warmup=kept_at(warmup, warmup_dataset, output), warmup_dataset=warmup_dataset, **row_options,
     )  # fmt: skip
     warn_of_doubts(scores, stacklevel=3)
     return scores

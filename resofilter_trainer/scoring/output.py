@@ -81,6 +81,8 @@ class PassOutput:
         if self._parts_folder is None:
             return None
         made_of = {**self.opened.provenance.compared, "tokens_per_batch": tokens_per_batch}
+        if self.opened.provenance.warmup:  # tuning again may differ in the last digits
+            made_of["warmup_weights"] = self.opened.provenance.warmup["weights"]
         return Parts(self._parts_folder, "scores", made_of)
 
     def finish(self, measured: Measured) -> ScoreTable:

@@ -37,6 +37,7 @@ from .dataset import measured_settings, score_dataset
 from .further_signals import of_one_pass
 from .output import warn_of_doubts
 from .passes import locked
+from .warmup import kept_at, plan_warmup
 
 PIECES = "pieces"
 UNKNOWN = "nothing in its piece can be scored"
@@ -62,7 +63,7 @@ def score_stream(
         rows_per_piece: the number of rows in memory at a time, a multiple of 1,000. Repeated prompts are found within
             a piece only.
         model, processing_class, args, config, source, **options: as for `score_dataset`; `signals` of the one pass
-            only. With `precision="auto"`, the first piece decides for all.
+            only. With `precision="auto"`, the first piece decides for all. A warm-up needs `warmup_dataset`.
 
     Returns:
         A table with every row, in the stream's order.
@@ -72,12 +73,15 @@ def score_stream(
     """
     if not isinstance(stream, IterableDataset):
         raise InputError(f"A stream is needed, got {type(stream).__name__}: use score_dataset, or streaming=True.")
-    more = ("precision", "tokens_per_batch", "sharded", "signals")
+    more = ("precision", "tokens_per_batch", "sharded", "signals", "warmup", "warmup_dataset")
     check_call(score_stream, options, model, processing_class, args, config, more)
     if whole_number("rows_per_piece", rows_per_piece, least=1) % 1000:
         raise InputError(f"rows_per_piece must be a multiple of 1000, got {rows_per_piece}.")
     if options.get("sharded"):
         raise InputError("A stream is scored in pieces, and a model that is sharded stays so: leave sharded out.")
+    if options.get("warmup") is not None and options.get("warmup_dataset") is None:
+        raise InputError("A stream has no rows to draw for a warm-up before it is read: pass a warmup_dataset.")
+    options["warmup"] = kept_at(options.get("warmup"), options.get("warmup_dataset"), output)
     options["signals"] = of_one_pass(options.get("signals"))
     if args is None:
         options.setdefault("precision", "auto")
@@ -150,12 +154,14 @@ class _Pieces:
         return earlier
 
     def _open(self, piece: Dataset) -> Provenance:
-        measuring = ("tokens_per_batch", "sharded", "signals")
+        measuring = ("tokens_per_batch", "sharded", "signals", "warmup", "warmup_dataset")
         options = {name: value for name, value in self.options.items() if name not in measuring}
         precision: Precision = options.pop("precision", None) or ("bfloat16" if self.args.bf16 else "float32")
         settings = measured_settings(self.config, self.options["signals"])
         _, opened = open_pass(self.model, piece, self.tokenizer, self.args, settings, precision=precision, **options)
-        return opened.provenance
+        warmup = self.options.get("warmup"), self.options.get("warmup_dataset")
+        plan = plan_warmup(*warmup, self.model, opened, self.args, options)
+        return opened.provenance if plan is None else plan.described(opened).provenance
 
 
 def together(

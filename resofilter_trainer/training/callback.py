@@ -18,7 +18,7 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ..config import OPTIMIZER, InputError, ResonanceConfig, TokenCleaning, UpdateName, check_keywords
+from ..config import OPTIMIZER, InputError, ResonanceConfig, TokenCleaning, UpdateName, Warmup, check_keywords
 from ..config.compatibility import need_extra
 from ..scores.score_table import ScoreTable
 from ..scoring.passes import locked
@@ -39,8 +39,8 @@ class ResonanceCallback(TrainerCallback):
     >>> callback.scores, callback.selections    # and in output_dir/resofilter/
 
     Args:
-        keep, threshold, selector, when, start_epoch, end_epoch, readmit, correct_drift: what is dropped and when, see
-            `FilterConfig`. By default, the half with the larger scores after the first epoch.
+        keep, threshold, selector, when, start_epoch, end_epoch, readmit, correct_drift, warmup: what is dropped, when
+            and by which scores, see `FilterConfig`. By default, the half with the larger scores after the first epoch.
         token_cleaning: which tokens of the rows are learnt, see `TokenCleaning`. On its own, it drops only the rows
             that keep no token; together with `keep` and the like, rows are scored by the tokens that are learnt.
         update: the step that is measured: the first step of a fresh optimizer, `"adamw"` or `"sgd"`, in closed form
@@ -67,6 +67,7 @@ class ResonanceCallback(TrainerCallback):
         end_epoch: int | None = None,
         readmit: bool = False,
         correct_drift: bool | None = None,
+        warmup: int | Warmup | None = None,
         token_cleaning: TokenCleaning | None = None,
         update: UpdateName = "adamw",
         report: bool = False,
@@ -79,7 +80,9 @@ class ResonanceCallback(TrainerCallback):
         if token_cleaning is not None and keep is None and threshold is None and selector is None:
             keep = 1.0
         self.token_cleaning = token_cleaning
-        self.filter = FilterConfig(keep, threshold, selector, when, start_epoch, readmit, correct_drift, end_epoch)
+        self.filter = FilterConfig(
+            keep, threshold, selector, when, start_epoch, readmit, correct_drift, end_epoch, warmup
+        )
         if report:
             need_extra("report", "report=True")
         self.report = report

@@ -9,13 +9,13 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import numpy as np
 import pyarrow as pa
 import xxhash
 
-from ..config import InputError, at_most_one, number, one_of, whole_number
+from ..config import InputError, Warmup, at_most_one, number, one_of, warmup_settings, whole_number
 from ..config import share as checked_share
 from ..scores.score_table import ScoreTable
 from ..selecting.data_selector import DataSelector
@@ -87,6 +87,9 @@ class FilterConfig:
         correct_drift: whether the drift of the scores during an epoch is removed (see `drift`); by default if the
             order of the rows is random, as the correction requires. Only the score is corrected:
             `DataSelector(by="loss")` ranks losses as they were measured.
+        warmup: with `when="before"`, a short training of a copy of the model, which then scores the rows: the number
+            of rows, or a `Warmup`. The run itself starts from the untouched weights. Nothing is kept of the copy,
+            unless the `Warmup` names a folder.
 
     Raises:
         InputError: a setting is not allowed, or two exclude each other.
@@ -100,11 +103,15 @@ class FilterConfig:
     readmit: bool = False
     correct_drift: bool | None = None
     end_epoch: int | None = None
+    warmup: int | Warmup | None = None
     schedule: Schedule = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         one_of("when", self.when, get_args(When))
         at_most_one(keep=self.keep, threshold=self.threshold, selector=self.selector)
+        object.__setattr__(self, "warmup", warmup_settings(self.warmup))
+        if self.warmup is not None and self.when != "before":
+            raise InputError("A warm-up tunes a copy that scores the rows before training: pass when='before' with it.")
         first = _first_epoch(self)
         object.__setattr__(self, "schedule", Schedule(_decision(self, first), first, _end_epoch(self, first)))
 
@@ -153,6 +160,7 @@ class FilterConfig:
         found = {each.name: getattr(self, each.name) for each in dataclasses.fields(self) if each.init}
         found["keep"] = dataclasses.asdict(self.keep) if isinstance(self.keep, DataSelector) else self.keep
         found["selector"] = None if self.selector is None else _described(self.selector)
+        found |= {} if found.pop("warmup") is None else {"warmup": cast(Warmup, self.warmup).to_json()}
         plain: dict[str, Any] = json.loads(json.dumps(found, default=float))  # numbers and lists of Python's own
         return plain
 

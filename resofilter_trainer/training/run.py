@@ -129,7 +129,8 @@ class Run:
             self._check_rows(0)
             self._decisions.forget_the_first()
             self._timeline.plan_start(self._decisions.kept, self._decisions.sizes)
-            self._tell_results(0, "at the starting weights")
+            warm = self._filter.warmup is not None
+            self._tell_results(0, "after the warm-up" if warm else "at the starting weights")
         elif self._filter.first >= self._timeline.epochs and self._filter.keep != 1:
             _warn_that_nothing_is_filtered(self.trainer, self._filter.first, self._timeline.epochs)
 
@@ -145,7 +146,7 @@ class Run:
             self._timeline.plan_start(self._decisions.kept, self._decisions.sizes)
 
     def _measure_before(self) -> None:
-        """The paper's definition: one pass at the starting weights (ResoFilter, 3.1)."""
+        """The paper's definition: one pass at the starting weights (ResoFilter, 3.1), or at those of a tuned copy."""
         dataset, model = self.trainer.train_dataset, cast(Any, self.trainer.model)
         if not isinstance(dataset, Dataset):
             raise InputError(f"when='before' needs a datasets.Dataset, got {type(dataset).__name__}.")
@@ -154,6 +155,10 @@ class Run:
             prepared = prepared_already(dataset, self.trainer.data_collator)
         else:
             prepared = self._tokens.cleaned()
+        plan = access.warmup_of(self.trainer, prepared, self._filter.warmup)
+        if plan is not None:
+            self._provenance = plan.told(self._provenance)
+            model, self._provenance = plan.warmed(model, self._provenance, None)
         found, _, trust = score_prepared(model, prepared, self.trainer.args, self._config)
         self._provenance = dataclasses.replace(self._provenance, trust=trust)
         numbers = (found.loss, found.num_tokens, prepared.lengths, found.layers)

@@ -19,18 +19,20 @@ import torch
 from accelerate.utils import DistributedType
 from datasets import Dataset
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import Trainer, get_scheduler
+from transformers import PreTrainedTokenizerBase, Trainer, get_scheduler
 from transformers.trainer_callback import ProgressCallback
 from trl import SFTConfig
 
-from ..config import InputError
+from ..config import InputError, Warmup, warmup_settings
 from ..config.compatibility import has, loss_is_scaled_for_ga, loss_type, need, sampling_strategy
+from ..data.preparation import PreparedRows
 from ..model.adapters import keeps_a_prefix, refuse_adapters
 from ..model.float32 import main_dtype
 from ..model.head import mixes_samples
 from ..model.loss_check import TokenLoss
 from ..model.losses import IGNORE, unwrapped
 from ..model.sharding import is_sharded
+from ..scoring.warmup import WarmupPlan
 from ..selecting.token_selection import EMPTIED
 from ..selecting.weighted_rows import WEIGHT
 from .plan import Batching, Progress
@@ -55,6 +57,27 @@ def calling_trainer() -> tuple[Trainer, str | None]:
 def is_sft(trainer: Trainer) -> bool:
     """Whether a trainer prepares its rows as SFTTrainer does: TRL's own, or unsloth's copy of its source."""
     return any(each.__name__ in ("SFTTrainer", "_UnslothSFTTrainer") for each in type(trainer).__mro__)
+
+
+def warmup_of(trainer: Trainer, prepared: PreparedRows, warmup: int | Warmup | None) -> WarmupPlan | None:
+    """The warm-up of a copy of a trainer's model; None for none.
+
+    Args:
+        trainer: the trainer.
+        prepared: its rows, from which those of the warm-up are drawn.
+        warmup: the settings.
+
+    Raises:
+        InputError: the trainer is no SFTTrainer with a tokenizer, its model cannot be tuned, or it has too few rows.
+    """
+    settings = warmup_settings(warmup)
+    if settings is None:
+        return None
+    tokenizer, model = trainer.processing_class, cast(Any, trainer.model)
+    if not is_sft(trainer) or not isinstance(tokenizer, PreTrainedTokenizerBase):
+        raise InputError("A warm-up needs SFTTrainer, with a tokenizer as its processing_class.")
+    args = cast(SFTConfig, trainer.args)
+    return WarmupPlan.of(settings, model, tokenizer, args, prepared, "the rows to train on")
 
 
 def check_trainer(trainer: Trainer, train_dataloader: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft
 from torch import Tensor, nn
 from torch.testing._internal.two_tensor import TwoTensor
 
-from resofilter_trainer import InputError, ResonanceConfig, literal, score_dataset, score_layers
+from resofilter_trainer import InputError, ResonanceConfig, ScoreTable, Warmup, literal, score_dataset, score_layers
 from resofilter_trainer.data.fingerprints import hash_weights
 from resofilter_trainer.data.loading import load_weights, placed
 from resofilter_trainer.model.gradients import segments_of
@@ -235,6 +236,30 @@ def test_a_model_that_was_saved_quantised_is_scored_from_its_folder(
         assert each.provenance.weights == found[0].provenance.weights
     assert placed(model, args) is model
     score_dataset(model, dataset, tokenizer, args, precision="bfloat16")
+
+
+@pytest.mark.filterwarnings("ignore::resofilter_trainer.config.ScoreWarning")
+@pytest.mark.parametrize("kind", ["4 bits twice", "8 bits"])
+def test_a_warm_up_tunes_an_adapter_on_a_copy_of_a_quantised_model(
+    kind: str, tiny_model_dir: Path, tokenizer, tmp_path: Path
+) -> None:
+    model, dataset = load(tiny_model_dir, kind), Dataset.from_list(ROWS)
+    settings = Warmup(rows=8, batch_size=2, lr=1e-2, method="lora")
+
+    def score(name: str, warmup: Warmup | None) -> ScoreTable:
+        args = arguments(tmp_path)
+        return score_dataset(
+            model, dataset, tokenizer, args, output=tmp_path / name, precision="float32", warmup=warmup
+        )
+
+    before, cold = hash_weights(model), score("cold", None)
+    warm = score("warm", settings)
+    assert hash_weights(model) == before
+    assert (warm.column("loss") < cold.column("loss")).all()
+    kept = score("kept", replace(settings, cache=tmp_path / "warm" / "warmup"))
+    assert kept.table.equals(warm.table)
+    with pytest.raises(InputError, match=r"is quantised, and a warm-up can tune an adapter on it only: choose 'lora'"):
+        score("full", Warmup(rows=8))
 
 
 def test_hashes_tell_quantised_models_apart(folders: dict[str, Path]) -> None:
