@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from .data.exporting import export_rows
     from .data.files import load_rows
     from .data.rows import map_columns, unpack
+    from .data.text_checks import TextChecks, check_texts
     from .model.recorder import Recorder
     from .model.resonance import Resonance, literal
     from .report import Report, read_contents, write_report
@@ -26,9 +27,11 @@ if TYPE_CHECKING:
     from .scoring.layers import score_layers
     from .scoring.stream import score_stream
     from .selecting.data_selector import DataSelector
+    from .selecting.per_prompt import OnePerPrompt
     from .selecting.policies import DiverseSelector, RandomSelector, SoftPruning
     from .selecting.selection import Selection
     from .selecting.token_selection import TokenSelection, TokenSelector
+    from .selecting.votes import votes_of
     from .tokens.cleaned_dataset import CleanedDataset
     from .tokens.cleaning import clean_dataset
     from .training.callback import ResonanceCallback
@@ -43,6 +46,7 @@ _NAMES = {  # the public names of each module, as above
     "data.exporting": ("export_rows",),
     "data.files": ("load_rows",),
     "data.rows": ("map_columns", "unpack"),
+    "data.text_checks": ("TextChecks", "check_texts"),
     "model.recorder": ("Recorder",),
     "model.resonance": ("Resonance", "literal"),
     "report": ("Report", "read_contents", "write_report"),
@@ -54,9 +58,11 @@ _NAMES = {  # the public names of each module, as above
     "scoring.layers": ("score_layers",),
     "scoring.stream": ("score_stream",),
     "selecting.data_selector": ("DataSelector",),
+    "selecting.per_prompt": ("OnePerPrompt",),
     "selecting.policies": ("DiverseSelector", "RandomSelector", "SoftPruning"),
     "selecting.selection": ("Selection",),
     "selecting.token_selection": ("TokenSelection", "TokenSelector"),
+    "selecting.votes": ("votes_of",),
     "tokens.cleaned_dataset": ("CleanedDataset",),
     "tokens.cleaning": ("clean_dataset",),
     "training.callback": ("ResonanceCallback",),

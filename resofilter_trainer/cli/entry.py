@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from .. import __version__
 from ..config import InputError, nearest
-from . import clean, compare, demo, env, report, score, select
+from . import check, clean, compare, demo, env, report, score, select
 from .interrupts import interruptible
 from .launching import check_environment, is_launched, run_in_processes
 from .naming import options_of, speaking, told
@@ -24,6 +24,7 @@ COMMANDS = {  # each module has `EXAMPLE`, `add_arguments` and `run`, which impo
     "score": (score, "measure how far a step on each row of a dataset moves W_up"),
     "select": (select, "decide from scores which rows to keep"),
     "clean": (clean, "mask the tokens that a reference model has little to teach about"),
+    "check": (check, "look for repeats, cut answers and the like in a dataset's texts; needs no model"),
     "compare": (compare, "compare selectors on your model and data"),
     "report": (report, "one page that shows why a row was dropped"),
     "env": (env, "print the versions, for a bug report"),
@@ -38,7 +39,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = _parsed(parser, argv)
     with exit_on_input_error(f"resofilter {args.command}", args.parser):
         if args.config:  # its values come before those of the command line, which therefore win
-            args = _parsed(parser, [args.command, *yaml_arguments(args), *argv[argv.index(args.command) + 1 :]])
+            own = argv[argv.index(args.command) + 1 :]
+            ending = f"--config={args.config}"  # of a list of values, which would take the command's argument
+            args = _parsed(parser, [args.command, *yaml_arguments(args), ending, *own])
         _refuse_empty(args)
         if args.command in MEASURING:
             check_environment()

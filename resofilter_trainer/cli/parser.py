@@ -115,11 +115,27 @@ class CommandParser(argparse.ArgumentParser):
 def row_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments for the rows, their columns, and how rows become tokens."""
     parser.add_argument("--model", help="a name on the hub, or a folder")
+    dataset_arguments(parser)
+    parser.add_argument("--drop_duplicates", action="store_true", help="drop rows whose prompt repeats another row's")
+    parser.add_argument("--drop_empty", action="store_true", help="drop rows with an empty completion")
+    column_arguments(parser)
+    tokens = parser.add_argument_group("tokens, as in SFTConfig")
+    tokens.add_argument("--max_length", type=_length, default=1024, help="the maximum tokens of a row, or none")
+    tokens.add_argument("--assistant_only_loss", action="store_true", help="learn what the assistant says only")
+    tokens.add_argument("--completion_only_loss", type=_true_or_false, help="false to learn the prompt, too")
+    tokens.add_argument("--chat_template_path", help="a file with a chat template, or a model to take it from")
+    tokens.add_argument("--trust_remote_code", action="store_true", help="run code of the model's own")
+
+
+def dataset_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments that name a dataset."""
     parser.add_argument("--dataset", help="a name on the hub, a JSON, JSONL, CSV or Parquet file, or a folder")
     parser.add_argument("--split", default="train", help="the split, or a part of it: train[:1000]")
     parser.add_argument("--dataset_config", help="the configuration of a dataset on the hub")
-    parser.add_argument("--drop_duplicates", action="store_true", help="drop rows whose prompt repeats another row's")
-    parser.add_argument("--drop_empty", action="store_true", help="drop rows with an empty completion")
+
+
+def column_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments that say which columns are what."""
     columns = parser.add_argument_group("columns")
     columns.add_argument("--prompt_column", nargs="+", help="one column, or several to join: instruction input")
     columns.add_argument("--completion_column", help="the answer, which is learnt")
@@ -127,12 +143,6 @@ def row_arguments(parser: argparse.ArgumentParser) -> None:
     columns.add_argument("--text_column", help="plain text, all of which is learnt")
     columns.add_argument("--separator", default="\n", help="between prompt and completion; by default a line break")
     columns.add_argument("--conversational", action="store_true", help="make messages of prompt and completion")
-    tokens = parser.add_argument_group("tokens, as in SFTConfig")
-    tokens.add_argument("--max_length", type=_length, default=1024, help="the maximum tokens of a row, or none")
-    tokens.add_argument("--assistant_only_loss", action="store_true", help="learn what the assistant says only")
-    tokens.add_argument("--completion_only_loss", type=_true_or_false, help="false to learn the prompt, too")
-    tokens.add_argument("--chat_template_path", help="a file with a chat template, or a model to take it from")
-    tokens.add_argument("--trust_remote_code", action="store_true", help="run code of the model's own")
 
 
 def process_arguments(parser: argparse.ArgumentParser) -> None:

@@ -16,6 +16,7 @@ from .parser import CommandParser, scored_dataset_arguments
 if TYPE_CHECKING:
     from datasets import Dataset
 
+    from ..scores.score_table import ScoreTable
     from ..selecting.selection import Selection
 
 EXAMPLE = "resofilter select scores/ --keep 0.5 --output kept/"
@@ -37,16 +38,38 @@ def add_arguments(parser: CommandParser) -> None:
     )
     parser.add_argument(
         "--by",
-        default="score",
-        help="the column to rank: score, loss, num_tokens, layer_<i>, a signal; several with commas, with a minus "
-        "before one whose other end is dropped: score,-num_tokens or --by=-num_tokens",
+        help="the column to rank, by default score: loss, num_tokens, layer_<i>, a signal; several with commas, with a "
+        "minus before one whose other end is dropped: score,-num_tokens or --by=-num_tokens",
     )
     parser.add_argument(
         "--combine", default="ranks", help="how several columns become one: ranks, topsis, pareto or residual"
     )
+    parser.add_argument("--length_out", action="store_true", help="rank by what the values say beyond num_tokens")
+    parser.add_argument(
+        "--weights", nargs="+", type=float, metavar="WEIGHT", help="the weights of the columns in --by, which then vote"
+    )
+    parser.add_argument("--votes", metavar="PROBE", help="a probe's folder: its signals vote, by their AUROC")
+    parser.add_argument(
+        "--band", nargs=2, type=float, metavar=("LOW", "HIGH"), help="the ranks to keep, as shares of the rows: 0.1 0.7"
+    )
+    parser.add_argument(
+        "--per_prompt", type=int, metavar="N", help="keep N rows of each prompt, of the lowest loss or of --by"
+    )
     parser.add_argument("--stratify_by", help="a column of the scores: the share is kept in each stratum of its values")
     parser.add_argument("--strata", type=int, default=10, help="the number of strata")
-    parser.add_argument("--group_column", help="a column of the dataset: the share is kept in each of its groups")
+    parser.add_argument(
+        "--group_column",
+        help="a column of the dataset: the share is kept in each of its groups; with --per_prompt, the prompt",
+    )
+    parser.add_argument(
+        "--checks", help="the folder of resofilter check, whose rows are dropped before the score decides"
+    )
+    parser.add_argument(
+        "--checked",
+        nargs="+",
+        metavar="CHECK",
+        help="the checks whose rows are dropped; by default all but endings_differ and odd_script",
+    )
     parser.add_argument(
         "--format",
         nargs="+",
@@ -70,7 +93,7 @@ def run(args: argparse.Namespace) -> None:
         raise InputError(f"--output {args.output} must be a folder, for the selection and the kept rows.")
     check_folder(output)
     policy = _policy(args)
-    scores = ScoreTable.join([ScoreTable.load(path) for path in args.scores])
+    scores = _without_faults(args, ScoreTable.join([ScoreTable.load(path) for path in args.scores]))
     dataset = scored_dataset(args, scores.provenance.source)
     _check_formats(args.format, dataset)
     check_place(output, args.dataset or scores.provenance.source.get("dataset"))
@@ -94,24 +117,63 @@ def run(args: argparse.Namespace) -> None:
         print(f"Next: resofilter report {quote(args.scores[0])} --selection {quote(args.output)}")
 
 
+def _without_faults(args: argparse.Namespace, scores: ScoreTable) -> ScoreTable:
+    """The scores without those of rows in which the checks have found something."""
+    if args.checks is None:
+        if args.checked is not None:
+            raise InputError("--checked goes with --checks: the folder that resofilter check wrote.")
+        return scores
+    from ..data.text_checks import TextChecks
+
+    names = None if args.checked is None else [name for each in args.checked for name in each.split(",") if name]
+    return TextChecks.load(args.checks).drop(scores, names)
+
+
 def _policy(args: argparse.Namespace) -> Any:
     from ..selecting.data_selector import DataSelector
+    from ..selecting.policies import OnePerPrompt
 
-    by = args.by.split(",")
+    if args.per_prompt is not None:
+        for name in ("keep", "threshold", "band", "stratify_by", "strata", "combine", "length_out", "weights", "votes"):
+            if getattr(args, name) != args.parser.get_default(name):
+                raise InputError(f"--per_prompt says which rows are kept: leave --{name} out.")
+        return OnePerPrompt(by=_by(args, "loss"), drop=args.drop, keep=args.per_prompt)
+    by = _by(args, "score")
     policy = DataSelector(
         keep=args.keep,
         drop=args.drop,
         threshold=args.threshold,
-        by=by[0] if len(by) == 1 else by,
+        by=by,
         combine=args.combine,
         stratify_by=args.stratify_by,
         strata=args.strata,
+        length_out=args.length_out,
+        band=args.band,
     )
-    for name, used in (("strata", args.stratify_by is not None), ("combine", len(by) > 1)):
+    for name, used in (("strata", args.stratify_by is not None), ("combine", not isinstance(by, str))):
         if not used and getattr(args, name) != args.parser.get_default(name):
             needed = "--stratify_by" if name == "strata" else "several columns in --by"
             raise InputError(f"--{name} goes with {needed}.")
     return policy
+
+
+def _by(args: argparse.Namespace, default: str) -> Any:
+    """The column to rank by, several, or their votes."""
+    if args.votes is not None:
+        from ..selecting.votes import votes_of
+
+        if args.by is not None or args.weights is not None:
+            raise InputError("--votes has the columns and their weights: leave --by and --weights out.")
+        return votes_of(args.votes)
+    names = (default if args.by is None else args.by).split(",")
+    if args.weights is None:
+        return names[0] if len(names) == 1 else names
+    if args.by is None or len(args.weights) != len(names) or len(set(names)) < len(names):
+        raise InputError(
+            f"--weights has {len(args.weights)} weights for {len(names)} columns: pass one for each in --by, such as "
+            "--by loss,-rsr --weights 0.7 0.6."
+        )
+    return dict(zip(names, args.weights, strict=True))
 
 
 def _how_to_open(dataset: Dataset) -> str:

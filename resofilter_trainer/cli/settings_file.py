@@ -43,7 +43,7 @@ def _wrong_kind(action: argparse.Action, value: Any) -> str | None:
     if action.nargs == 0:
         return None if isinstance(value, bool) else "is true or false"
     if isinstance(value, list):
-        if action.nargs not in ("+", "*") and action.dest != "by":
+        if action.nargs is None and action.dest != "by":
             return "is one value"
         odd = any(isinstance(each, dict | list | bool | None) for each in value)
         return "is a name or a list of names" if odd or not value else None

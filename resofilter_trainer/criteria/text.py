@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..data.preparation import PreparedRows, beginnings, learnt_tokens
+from ..data.preparation import PreparedRows, learnt_tokens, prompts_of
 from ..model.losses import TokenBatch, learnt_positions
 
 NGRAM = 3
@@ -67,11 +67,7 @@ def without_prompt(rows: PreparedRows, start: int | None) -> np.ndarray:
         rows: the rows; of text and of messages, every token is learnt, unless `assistant_only_loss` is set.
         start: the beginning-of-sequence token, if there is one.
     """
-    _, lengths, _ = beginnings(rows.dataset)
-    none = lengths == 0
-    for row in np.flatnonzero(lengths == 1):
-        none[row] = rows.dataset[int(row)]["input_ids"][0] == start
-    return none
+    return prompts_of(rows.dataset, start).is_null().to_numpy(zero_copy_only=False)
 
 
 def _learnt(batch: TokenBatch) -> list[list[int]]:

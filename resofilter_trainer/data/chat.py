@@ -273,3 +273,22 @@ def _flag(message: Message, number: int) -> bool | None:
 
 def _listed(numbers: set[int]) -> str:
     return ", ".join(map(str, sorted(numbers)))
+
+
+# ---- as text
+
+
+def said(value: Any) -> str:
+    """A text as it is, or messages one after another, each with its role; a single message has none."""
+    if not isinstance(value, list):
+        return "" if value is None else str(value)
+    messages = [(str(each.get("role", each.get("from", ""))), content_of(each)) for each in value]
+    return messages[0][1] if len(messages) == 1 else "\n\n".join(f"{role}: {content}" for role, content in messages)
+
+
+def content_of(message: Mapping[str, Any]) -> str:
+    """The text of a message, whose content may be a list with text among images and the like."""
+    value = message.get("content", message.get("value"))
+    if isinstance(value, list):
+        return "\n".join(str(each["text"]) for each in value if isinstance(each, Mapping) and "text" in each)
+    return "" if value is None else str(value)

@@ -308,19 +308,39 @@ def beginnings(tokens: Dataset) -> tuple[np.ndarray, np.ndarray, int]:
     A row has `input_ids` and `labels`; its prompt is everything before its first learnt token.
     """
     hashes, lengths, first, common = list[int](), list[int](), np.empty(0), 0
+    for own, length in _with_prompts(tokens):
+        if not hashes:
+            first, common = own, len(own)
+        differs = own[:common] != first[: len(own)][:common]
+        common = int(differs.argmax()) if differs.any() else min(common, len(own))
+        hashes.append(xxhash.xxh3_64_intdigest(np.ascontiguousarray(own[:length]).data))
+        lengths.append(length)
+    return np.array(hashes, dtype=np.uint64), np.array(lengths), common
+
+
+def prompts_of(tokens: Dataset, start: int | None) -> pa.Array:
+    """A hash of each row's prompt, (N,) int64, the same wherever the row stands; null for a row without a prompt.
+
+    Args:
+        tokens: rows with `input_ids` and `labels`; a prompt is everything before the first learnt token.
+        start: the beginning-of-sequence token, if there is one; alone it is no prompt.
+    """
+    found: list[int | None] = []
+    for own, length in _with_prompts(tokens):
+        none = length == 0 or (length == 1 and own[0] == start)
+        found.append(None if none else xxhash.xxh3_64_intdigest(own[:length].astype(np.int64).tobytes()))
+    missing = np.array([each is None for each in found], dtype=bool)
+    return pa.array(np.array([each or 0 for each in found], dtype=np.uint64).view(np.int64), mask=missing)
+
+
+def _with_prompts(tokens: Dataset) -> Iterator[tuple[np.ndarray, int]]:
+    """All tokens of each row, and how many of them come before the first learnt one."""
     for table in _arrow_batches(tokens):
         ids, labels = (table[name].combine_chunks() for name in ("input_ids", "labels"))
         ends = np.cumsum(pc.list_value_length(ids).to_numpy())
         flat, learnt = ids.flatten().to_numpy(), labels.flatten().to_numpy() != IGNORE
         for start, end in zip([0, *ends[:-1]], ends, strict=True):
-            own, length = flat[start:end], int(learnt[start:end].argmax()) if end > start else 0
-            if not hashes:
-                first, common = own, len(own)
-            differs = own[:common] != first[: len(own)][:common]
-            common = int(differs.argmax()) if differs.any() else min(common, len(own))
-            hashes.append(xxhash.xxh3_64_intdigest(np.ascontiguousarray(own[:length]).data))
-            lengths.append(length)
-    return np.array(hashes, dtype=np.uint64), np.array(lengths), common
+            yield flat[start:end], int(learnt[start:end].argmax()) if end > start else 0
 
 
 def row_hashes(tokens: Dataset) -> np.ndarray:

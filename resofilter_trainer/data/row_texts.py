@@ -15,6 +15,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from ..config import ColumnMapping, InputError
 from ..model.losses import IGNORE
 from .chat import Learning, Unreadable
+from .chat import said as said
 from .layout import Layout, read_row
 
 TOKENS = "input_ids"
@@ -123,22 +124,6 @@ def pieces(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[str]:
     return found
 
 
-def said(value: Any) -> str:
-    """A text as it is, or messages one after another, each with its role; a single message has none."""
-    if not isinstance(value, list):
-        return "" if value is None else str(value)
-    messages = [(str(each.get("role", each.get("from", ""))), _content(each)) for each in value]
-    return messages[0][1] if len(messages) == 1 else "\n\n".join(f"{role}: {content}" for role, content in messages)
-
-
 def _plain(value: Any) -> str:
     """A value that is no text or messages, as text."""
     return "" if value is None else value if isinstance(value, str) else json.dumps(value, default=str)
-
-
-def _content(message: Mapping[str, Any]) -> str:
-    """The text of a message, whose content may be a list with text among images and the like."""
-    value = message.get("content", message.get("value"))
-    if isinstance(value, list):
-        return "\n".join(str(each["text"]) for each in value if isinstance(each, Mapping) and "text" in each)
-    return "" if value is None else str(value)

@@ -72,8 +72,8 @@ def selector_of(selection: Selection) -> DataSelector:
     policies = (selection.policy, selection.policy.get("selector"), selection.policy.get("keep"))
     for policy in policies:  # the settings of a training run contain those of its policy
         if isinstance(policy, Mapping) and {"by", "drop", "combine"} <= policy.keys():
-            by = policy["by"] if isinstance(policy["by"], str) else tuple(policy["by"])
-            return DataSelector(drop=policy["drop"], by=by, combine=policy["combine"])
+            ranking = {name: policy[name] for name in ("drop", "by", "combine", "length_out") if name in policy}
+            return DataSelector(**ranking)
     return DataSelector()
 
 

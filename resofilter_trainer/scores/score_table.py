@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -25,8 +26,11 @@ SCORES_FILE = "scores.parquet"
 KEY = "resofilter_scores"  # the metadata key of the provenance
 LAYERS_FOLDER = "layers"  # beside the scores: scores of every layer, for some rows
 SAME_PROMPT, EMPTY = "same prompt as row", "empty completion"  # reasons, or their beginnings
+NAMED_ROW = re.compile(r"\brow \d+")  # in a reason: another row
 OF_GROUP = " of group "  # in the reason of a row that was dropped within its group
 WARMED_UP = "warmed_up"  # a column: 1 for the rows that a warm-up has learnt, else 0
+PROMPT = "prompt"  # the column with a hash of each row's prompt
+OF_PROMPT = " has the same prompt and "  # in the reason of a row that was dropped among those with its prompt
 LAYER = "layer_"  # layer_27, layer_28, ...: a column for each measured layer
 LAYER_VOTE = "layer_vote"  # a signal that is made from those of all rows
 
@@ -41,6 +45,8 @@ class ScoreTable:
         loss: float64, the mean over the sample's learnt tokens, in nats.
         num_tokens: int64, the number of learnt tokens.
         length: int64, the number of all tokens.
+        prompt: int64, a hash of the tokens before the first learnt one: the same for rows with the same prompt; null
+            for a row without one. No number to rank by. Scores of version 0.1.0 and of training runs have none.
         layer_<i>: float64, the score of each measured layer.
         <signal>: float64, each signal that was asked for. The metadata of its Arrow field has its `direction`, the end
             to drop by default (`largest` or `smallest`), its `unit`, `formula` and `source`.
@@ -65,7 +71,7 @@ class ScoreTable:
 
     def column(self, name: str) -> np.ndarray:
         """A numeric column, with NaN for a missing value. Raises InputError for an unknown column."""
-        numeric = [column for column in self.table.column_names if column != "reason"]
+        numeric = [column for column in self.table.column_names if column not in (PROMPT, "reason")]
         if name not in numeric:
             raise InputError(f"The scores have no column '{name}' of numbers. They have: {', '.join(numeric)}.")
         return self.table[name].to_numpy()
@@ -141,6 +147,12 @@ class ScoreTable:
             differences = first.provenance.differences(other.provenance)
             if differences:
                 raise InputError(f"These scores do not belong together, they differ in {'; '.join(differences)}.")
+            columns = {*first.table.column_names} ^ {*other.table.column_names}
+            if columns:
+                raise InputError(
+                    f"These scores do not belong together: not all have the columns {', '.join(sorted(columns))}. "
+                    "Make the older ones again."
+                )
         table = pa.concat_tables([each.table for each in tables])
         ids = table["sample_id"].to_numpy()
         if (ids[1:] < ids[:-1]).any():
@@ -165,13 +177,13 @@ def with_votes_of_all(table: pa.Table) -> pa.Table:
 
 
 def count_reasons(reasons: Iterable[str], listed: int) -> list[tuple[str, int]]:
-    """The most frequent reasons and their counts, in descending order. Repeated prompts count as one reason.
+    """The most frequent reasons and their counts, in descending order, without the other rows that they name.
 
     Args:
         reasons: one reason for each row.
         listed: the number of reasons to list; the others are summed up in a last entry.
     """
-    counts = Counter("same prompt as another row" if each.startswith(SAME_PROMPT) else each for each in reasons)
+    counts = Counter(NAMED_ROW.sub("another row", each) for each in reasons)
     found = counts.most_common(listed)
     left = len(counts) - len(found)
     return [*found, (f"{left:,} other reasons", counts.total() - sum(count for _, count in found))] if left else found

@@ -18,11 +18,12 @@ from accelerate import PartialState
 
 from ..config import RESONANCE, NotFiniteError, ScoreWarning
 from ..data.loading import Opened
+from ..data.preparation import prompts_of
 from ..io.files import file_at
 from ..io.store import PARTS, remove_parts
 from ..scores.doubts import remarks_of
 from ..scores.provenance import Trust
-from ..scores.score_table import SCORES_FILE, ScoreTable
+from ..scores.score_table import PROMPT, SCORES_FILE, ScoreTable
 from .passes import Parts, locked
 
 
@@ -102,12 +103,17 @@ class PassOutput:
         ids, missing = prepared.sample_ids, np.ones(rows, dtype=bool)
         missing[ids] = False
         columns = {**measured.columns, "num_tokens": prepared.num_tokens, "length": prepared.lengths}
+        prompts = prompts_of(prepared.dataset, self.opened.tokenizer.bos_token_id)
         found: dict[str, Any] = {"sample_id": np.arange(rows)}
         for name in dict.fromkeys(("score", "loss", "num_tokens", "length", *measured.columns)):
             if name in columns:
                 spread = np.zeros(rows, dtype=columns[name].dtype)
                 spread[ids] = columns[name]
                 found[name] = pa.array(spread, mask=missing)
+            if name == "length":
+                index = np.zeros(rows, dtype=np.int64)
+                index[ids] = np.arange(len(ids))
+                found[PROMPT] = prompts.take(pa.array(index, mask=missing))
         found["reason"] = pa.array([reasons.get(row) if missing[row] else None for row in range(rows)], pa.string())
         schema = pa.schema([each.with_metadata(measured.fields.get(each.name)) for each in pa.table(found).schema])
         return pa.table(found, schema=schema)

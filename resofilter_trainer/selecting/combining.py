@@ -13,12 +13,18 @@ import numpy as np
 
 from ..scores.statistics import ranks
 
-ROUNDING = 9  # decimals of a residual: smaller differences are numerical noise, and must not order rows
+ROUNDING = 9  # decimals of residuals and weighted ranks: smaller differences are noise, and must not order rows
 
 
 def mean_rank(values: np.ndarray) -> np.ndarray:
     """The mean of a row's ranks, from 1 to N (Borda count)."""
     return np.stack([ranks(column) for column in values.T], axis=1).mean(1)
+
+
+def weighted_rank(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """The weighted mean of a row's ranks: `sum_k w_k rank_k / sum_k w_k`, with (K,) weights, not all zero."""
+    ranked = np.stack([ranks(column) for column in values.T], axis=1)
+    return ((ranked * weights).sum(1) / weights.sum()).round(ROUNDING)
 
 
 def topsis(values: np.ndarray) -> np.ndarray:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..config import FILE_FORMATS, RESONANCE, ColumnMapping, ResonanceConfig
 from ..scores.provenance import Provenance
-from ..scores.score_table import EMPTY, OF_GROUP, SAME_PROMPT, count_reasons
+from ..scores.score_table import EMPTY, OF_GROUP, OF_PROMPT, SAME_PROMPT, count_reasons
 
 if TYPE_CHECKING:
     from huggingface_hub import DatasetCard
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 LISTED = 10  # reasons to drop rows
 PATIENCE = 3  # seconds to wait for the Hub, which is only asked for a licence
 SELECTS = {"keep", "drop", "threshold", "by", "combine", "stratify_by", "strata"}  # the settings of DataSelector
+LATER_SELECTS = {"length_out", "band"}  # and those that it has only where they say something
+PER_PROMPT = {"by", "drop", "keep"}  # the settings of OnePerPrompt
 
 
 def make_card(
@@ -127,11 +129,12 @@ def licence_of(source: Any) -> str | None:
 def commands_of(
     provenance: Provenance, policy: Mapping[str, Any], reasons: Iterable[str], group_column: str | None
 ) -> list[str]:
-    """The two commands that repeat the selection; none if it was not made by the settings of `resofilter select`."""
+    """The commands that repeat the selection; none if it was not made by the settings of `resofilter select`."""
     unique, by = set(reasons), policy.get("by")
-    if policy.keys() != SELECTS or isinstance(policy["keep"], Mapping):
+    per_prompt = policy.keys() == PER_PROMPT and any(OF_PROMPT in reason for reason in unique)
+    if not per_prompt and (policy.keys() - LATER_SELECTS != SELECTS or isinstance(policy["keep"], Mapping)):
         return []
-    if group_column is None and not policy["stratify_by"] and any(OF_GROUP in reason for reason in unique):
+    if group_column is None and not policy.get("stratify_by") and any(OF_GROUP in reason for reason in unique):
         return []
     score = {"model": provenance.model, **_source(provenance.source), **_measure(provenance), **_rows(provenance)}
     score |= {
@@ -139,16 +142,24 @@ def commands_of(
         "drop_empty": EMPTY in unique,
         "output": "scores",
     }
-    several = by if isinstance(by, Sequence) and not isinstance(by, str) else None
+    several = None if isinstance(by, str) or by is None else list(by)
     select = {
-        **{name: policy[name] for name in ("keep", "drop", "threshold", "stratify_by")},
+        **{name: policy.get(name) for name in ("keep", "drop", "threshold", "stratify_by", "length_out")},
+        **({"keep": None, "per_prompt": policy["keep"]} if per_prompt else {}),
+        "band": list(policy["band"]) if policy.get("band") else None,
         "by": ",".join(several) if several else by,
-        "combine": policy["combine"] if several else None,
-        "strata": policy["strata"] if policy["stratify_by"] else None,
+        "weights": list(by.values()) if isinstance(by, Mapping) else None,
+        "combine": policy.get("combine") if several and not isinstance(by, Mapping) else None,
+        "strata": policy["strata"] if policy.get("stratify_by") else None,
         "group_column": group_column,
+        **({"checks": "checks", "checked": provenance.source["checks"]} if "checks" in provenance.source else {}),
         "output": "kept",
     }
     found = [f"resofilter score{_flags(score)}", f"resofilter select scores{_flags(select)}"]
+    if "checks" in provenance.source:
+        names = dataclasses.fields(ColumnMapping)
+        columns = {each.name: score[each.name] for each in names if each.name in score}
+        found.insert(0, f"resofilter check{_flags({**_source(provenance.source), **columns, 'output': 'checks'})}")
     return [] if any("\n" in command for command in found) else found
 
 

@@ -7,7 +7,7 @@ says why each row is dropped, and `Selection.of` does the rest. Its public name 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal, Protocol, get_args
+from typing import Protocol, get_args
 
 import numpy as np
 import xxhash
@@ -15,10 +15,9 @@ import xxhash
 from ..config import InputError, check_kind, number, one_of, share, whole_number, with_known_keywords
 from ..scores.score_table import ScoreTable
 from .data_selector import DataSelector
+from .per_prompt import OnePerPrompt
 from .selection import Selection
-from .shares import number_dropped, percent_dropped, share_reason
-
-Side = Literal["largest", "smallest"]
+from .shares import Side, number_dropped, percent_dropped, share_reason
 
 
 class Policy(Protocol):
@@ -185,6 +184,7 @@ class SoftPruning:
 POLICIES: dict[str, type[Policy]] = {
     "DataSelector": DataSelector,
     "DiverseSelector": DiverseSelector,
+    "OnePerPrompt": OnePerPrompt,
     "RandomSelector": RandomSelector,
     "SoftPruning": SoftPruning,
 }

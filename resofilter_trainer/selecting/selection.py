@@ -21,7 +21,7 @@ from ..config.compatibility import has
 from ..io.digest import PIECE, RowsDigest, same_rows, tables_of
 from ..io.files import file_at, load_parquet, save_parquet
 from ..scores.provenance import Provenance
-from ..scores.score_table import ScoreTable, count_reasons
+from ..scores.score_table import PROMPT, ScoreTable, count_reasons
 from .dataset_card import make_card, push_card
 from .weighted_rows import OF_A_STREAM, WEIGHT, Reminder, keep_weighted, weighted, with_columns
 
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 SELECTION_FILE = "selection.parquet"
 KEY = "resofilter_selection"  # the Parquet metadata that holds policy and provenance
 KEPT = "kept"
+LATER = "later"  # in the metadata of a policy's field: a setting that version 0.1.0 lacks
 OTHER_ROWS = (
     "The dataset is not what was scored: its values, its columns or the order of its rows differ. Apply the selection "
     "to the dataset as it was scored, before shuffling or changing it. If only columns differ, and row i is still row "
@@ -230,7 +231,7 @@ class Selection:
             InputError: as for `apply`.
         """
         check_kind("scores", scores, ScoreTable, "a ScoreTable, as score_dataset returns")
-        names = [name for name in scores.table.column_names if name not in ("sample_id", "reason")]
+        names = [name for name in scores.table.column_names if name not in ("sample_id", PROMPT, "reason")]
         columns = {f"{COLUMN}{name}": scores.table[name].take(self.sample_ids).to_pylist() for name in names}
         return with_columns(self.apply(dataset, check_rows=check_rows), columns)
 
@@ -353,9 +354,15 @@ def content_of(provenance: str) -> str | None:
 
 
 def settings_of(policy: object) -> dict[str, Any]:
-    """The settings of a policy: the fields of a dataclass, except for those with `compare=False`; else none."""
+    """The settings of a policy: the fields of a dataclass, except for those with `compare=False`; else none.
+
+    A field that a later version has added (`LATER` in its metadata) is left out while it has its default, so that the
+    same policy has the settings that an earlier version has written.
+    """
     fields: tuple[Any, ...] = dataclasses.fields(policy) if dataclasses.is_dataclass(policy) else ()
-    return {each.name: getattr(policy, each.name) for each in fields if each.compare}
+    settings = {each.name: getattr(policy, each.name) for each in fields if each.compare}
+    added = {each.name: each.default for each in fields if LATER in each.metadata}
+    return {name: value for name, value in settings.items() if name not in added or value != added[name]}
 
 
 def _says_why(reason: object) -> bool:

@@ -8,6 +8,7 @@ from typing import Literal
 
 import numpy as np
 
+Side = Literal["largest", "smallest"]
 Drop = Literal["largest", "smallest", "both"]
 
 
@@ -36,6 +37,23 @@ def drop_count(values: np.ndarray, count: int, drop: Drop) -> np.ndarray:
     ties = np.flatnonzero(values == bound)
     keep[ties[: count - np.count_nonzero(~keep)]] = False
     return keep
+
+
+def outside(values: np.ndarray, band: tuple[float, float]) -> tuple[np.ndarray, np.ndarray]:
+    """Which of `values` have a rank below and above a band, (N,) bool each.
+
+    `floor(N * low)` values are below and `floor(N * (1 - high))` above; of equal values, as for `drop_share`.
+    """
+    above = ~drop_share(values, band[1], "largest")
+    rest, below = np.flatnonzero(~above), np.zeros(len(values), dtype=bool)
+    count = number_dropped(len(values), complement(band[0]))
+    below[rest[~drop_count(values[rest], count, "smallest")]] = True
+    return below, above
+
+
+def complement(share: float) -> float:
+    """One minus the share as it was written."""
+    return float(1 - _exact(share))
 
 
 def drop_order(values: np.ndarray, drop: Drop) -> np.ndarray:

@@ -19,8 +19,9 @@ from ..config import InputError, Warmup, at_most_one, number, one_of, warmup_set
 from ..config import share as checked_share
 from ..scores.score_table import ScoreTable
 from ..selecting.data_selector import DataSelector
+from ..selecting.per_prompt import OnePerPrompt
 from ..selecting.policies import Policy, SoftPruning, ask
-from ..selecting.selection import KEPT, Selection, check_weights
+from ..selecting.selection import KEPT, Selection, check_weights, settings_of
 from ..selecting.shares import drop_count, number_dropped, share_reason
 
 When = Literal["training", "before"]
@@ -158,7 +159,7 @@ class FilterConfig:
     def to_json(self) -> dict[str, Any]:
         """The arguments as plain values, to show them and to check that a run is resumed with the same ones."""
         found = {each.name: getattr(self, each.name) for each in dataclasses.fields(self) if each.init}
-        found["keep"] = dataclasses.asdict(self.keep) if isinstance(self.keep, DataSelector) else self.keep
+        found["keep"] = settings_of(self.keep) if isinstance(self.keep, DataSelector) else self.keep
         found["selector"] = None if self.selector is None else _described(self.selector)
         found |= {} if found.pop("warmup") is None else {"warmup": cast(Warmup, self.warmup).to_json()}
         plain: dict[str, Any] = json.loads(json.dumps(found, default=float))  # numbers and lists of Python's own
@@ -205,10 +206,10 @@ def _decision(config: FilterConfig, first: int) -> ByShare | ByPolicy:
     keep: Any = config.keep.keep if isinstance(config.keep, DataSelector) else config.keep
     if isinstance(keep, Mapping):
         raise InputError("keep has a share for each group: in training, pass a policy of your own as selector=.")
-    if ranking.stratify_by is not None:
+    if ranking.stratify_by is not None or ranking.band is not None:
+        what = "A band of ranks" if ranking.stratify_by is None else "The share of each stratum"
         raise InputError(
-            "The share of each stratum is not a share of the whole dataset: pass the DataSelector as selector=, and "
-            "readmit=True."
+            f"{what} is not a share of the whole dataset: pass the DataSelector as selector=, and readmit=True."
         )
     if ranking.threshold is not None:
         return ByPolicy(ranking)
@@ -221,6 +222,11 @@ def _checked_policy(selector: Policy, config: FilterConfig) -> Policy:
     """The user's policy. Raises InputError where it cannot decide in this run."""
     if isinstance(selector, type) or not callable(getattr(selector, "select", None)):
         raise InputError(f"selector must be an object with a method select(scores), got {selector!r}.")
+    if isinstance(selector, OnePerPrompt):
+        raise InputError(
+            "OnePerPrompt needs to know which rows have the same prompt, and a run does not: choose before it, "
+            "with OnePerPrompt().select(scores).apply(dataset)."
+        )
     if isinstance(selector, SoftPruning) and config.when == "training" and not config.readmit:
         raise InputError("SoftPruning draws among all rows after every epoch: pass readmit=True.")
     return selector
@@ -339,8 +345,8 @@ def _by_policy(policy: Policy, scores: ScoreTable, rows: np.ndarray) -> tuple[di
 def _described(policy: Policy) -> dict[str, Any]:
     """What can be compared between two runs: the class of a policy, and its settings if it is a dataclass."""
     fields: tuple[Any, ...] = dataclasses.fields(policy) if dataclasses.is_dataclass(policy) else ()
-    settings = {each.name: _plain(getattr(policy, each.name)) for each in fields}
-    return {"policy": type(policy).__qualname__, **settings}
+    arrays = {each.name: _plain(getattr(policy, each.name)) for each in fields if not each.compare}
+    return {"policy": type(policy).__qualname__, **settings_of(policy), **arrays}
 
 
 def _plain(value: Any) -> Any:

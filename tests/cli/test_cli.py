@@ -372,7 +372,7 @@ def test_dataset_that_moved_can_be_named(place, tmp_path):
         (["--keep", "-0.5"], "above 0 and at most 1"),
         (["--keep", "1.01"], "above 0 and at most 1"),
         (["--keep", "nan"], "above 0 and at most 1"),
-        (["--keep", "0.5", "--threshold", "1e-5"], "one of --keep and --threshold, got --keep and --threshold"),
+        (["--keep", "0.5", "--threshold", "1e-5"], "one of --keep, --threshold and --band, got --keep and --threshold"),
         (["--threshold", "nan"], "must be a finite number"),
         (["--threshold", "0"], "no row"),  # an empty dataset cannot be loaded again
         (["--by", "bogus"], "no column 'bogus'"),

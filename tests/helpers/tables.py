@@ -37,7 +37,7 @@ def make_provenance(**changes: Any) -> Provenance:
 def make_scores(
     values: Sequence[float | None], ids: Sequence[int] | None = None, provenance: Provenance | None = None
 ) -> ScoreTable:
-    """Row i has the score `values[i]`; a row with None has a reason instead."""
+    """Row i has the score `values[i]`, and the prompt of row j if `i // 3 == j // 3`; a row with None has a reason."""
     ids = range(len(values)) if ids is None else ids
     half = [None if value is None else value / 2 for value in values]
     table = pa.table(
@@ -46,6 +46,9 @@ def make_scores(
             "score": pa.array(values, pa.float64()),
             "loss": pa.array(half, pa.float64()),
             "num_tokens": pa.array([None if value is None else 3 + i for i, value in enumerate(values)], pa.int64()),
+            "prompt": pa.array(
+                [None if value is None else 2**62 + i // 3 for i, value in enumerate(values)], pa.int64()
+            ),
             "layer_2": pa.array(values, pa.float64()),
             "layer_3": pa.array(half, pa.float64()),
             "reason": pa.array([WHY if value is None else None for value in values], pa.string()),

@@ -131,7 +131,7 @@ def test_missing_file_is_named(tmp_path, name):
 def test_to_pandas_has_the_documented_columns():
     frame = make_scores([1e-5, None, 2e-5]).to_pandas()
 
-    assert list(frame.columns) == ["sample_id", "score", "loss", "num_tokens", "layer_2", "layer_3", "reason"]
+    assert list(frame.columns) == ["sample_id", "score", "loss", "num_tokens", "prompt", "layer_2", "layer_3", "reason"]
     assert frame["score"].dtype == np.float64
     assert frame["sample_id"].tolist() == [0, 1, 2]
     assert frame["score"].isna().tolist() == [False, True, False]
@@ -150,8 +150,8 @@ def test_an_unknown_column_is_refused_with_the_known_ones():
     scores = make_scores([1e-5])
     with pytest.raises(InputError, match="no column 'scores'") as refused:
         scores.column("scores")
-    for column in scores.table.column_names[:-1]:
-        assert column in str(refused.value)
+    known = [name for name in scores.table.column_names if name not in ("prompt", "reason")]
+    assert str(refused.value).endswith(f"They have: {', '.join(known)}.")
 
 
 def test_a_text_column_is_refused():

@@ -29,7 +29,7 @@ from resofilter_trainer.scoring import stream as streaming
 from resofilter_trainer.scoring.further_signals import ALL_SIGNALS
 
 HERE = [*SIGNALS, "ifd", "loss_alone", "jitter"]  # without a reference, or tokens for a verdict
-USUAL = ["sample_id", "score", "loss", "num_tokens", "length", "layer_1", "layer_2", "layer_3"]
+USUAL = ["sample_id", "score", "loss", "num_tokens", "length", "prompt", "layer_1", "layer_2", "layer_3"]
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
 import json
 import math
 from collections.abc import Callable, Sequence
@@ -23,7 +22,7 @@ from resofilter_trainer.scores.score_table import ScoreTable
 from resofilter_trainer.selecting import policies
 from resofilter_trainer.selecting.combining import COMBINATIONS
 from resofilter_trainer.selecting.data_selector import DataSelector
-from resofilter_trainer.selecting.policies import POLICIES, DiverseSelector, RandomSelector, SoftPruning
+from resofilter_trainer.selecting.policies import POLICIES, DiverseSelector, OnePerPrompt, RandomSelector, SoftPruning
 from resofilter_trainer.selecting.selection import Selection
 from resofilter_trainer.selecting.thresholds import RULES
 
@@ -52,6 +51,16 @@ VARIANTS: dict[str, Make] = {
     "residual": lambda features: DataSelector(by=("score", "num_tokens"), combine="residual"),
     "soft from above": lambda features: SoftPruning(keep=0.2, drop="largest", by="score", seed=7),
     "soft by two": lambda features: SoftPruning(by=BOTH),
+    "one of several": lambda features: OnePerPrompt(by=("score", "-num_tokens"), drop="smallest", keep=2),
+    "length out": lambda features: DataSelector(by="loss", length_out=True),
+    "length out of two, stratified": lambda features: DataSelector(
+        by=BOTH, combine="topsis", length_out=True, stratify_by="num_tokens", strata=2
+    ),
+    "length out otsu": lambda features: DataSelector(by="-loss", length_out=True, threshold="otsu"),
+    "band": lambda features: DataSelector(band=(0.1, 0.7)),
+    "band of votes": lambda features: DataSelector(by={"loss": 0.7, "-num_tokens": 0.2}, band=[0.25, 1]),
+    "votes": lambda features: DataSelector(by={"loss": 1, "+layer_2": 0.5, "-num_tokens": 0.25}),
+    "votes, length out": lambda features: DataSelector(by={"loss": 1, "+layer_2": 2}, length_out=True),
 }
 
 
@@ -70,6 +79,7 @@ def example(name: str) -> Make:
 CASES = {**{name: example(name) for name in POLICIES}, **VARIANTS}
 AT_RANDOM = {"RandomSelector", "SoftPruning", "soft from above", "soft by two"}
 SHARE_OF_A_SIDE = {"SoftPruning"}  # keep is the share of the rows beyond the mean
+WITH_SHARE = ["DataSelector", "DiverseSelector", "RandomSelector", "SoftPruning"]  # keep is a share of the rows
 SCORES = [None if row % 7 == 3 else (row * 5 % 11) / 8 for row in range(24)]  # ties, and rows without a score
 DIFFERENT = [None if row % 7 == 3 else (row * 5 % 24) / 8 + (row % 5 == 0) * 30 for row in range(24)]
 NOT_FINITE = [{4: math.nan, 8: math.inf, 9: -math.inf}.get(row, score) for row, score in enumerate(SCORES)]
@@ -148,7 +158,7 @@ def test_the_same_again_is_the_same(make, values):
 
 
 @pytest.mark.parametrize("keep", [0.1, 0.3, 0.5, 0.9, 1.0])
-@pytest.mark.parametrize("name", [name for name in POLICIES if "keep" in inspect.signature(POLICIES[name]).parameters])
+@pytest.mark.parametrize("name", WITH_SHARE)
 def test_the_share_to_keep_is_that_of_the_rows_with_a_score(name, keep):
     policy = dataclasses.replace(example(name)(features_of(24)), keep=keep)
     kept, expected = policy.select(make_scores(SCORES)).keep.sum(), 21 - number_dropped(21, keep)
@@ -223,7 +233,11 @@ def test_scores_and_features_are_left_as_they_were(make):
             "other than otsu, iqr, knee must be a finite number, got nan",
         ),
         (DataSelector, {"threshold": "otsu", "drop": "both"}, "threshold has one side"),
-        (DataSelector, {"threshold": "otsu", "keep": 0.5}, "one of keep= and threshold=, got keep= and threshold="),
+        (
+            DataSelector,
+            {"threshold": "otsu", "keep": 0.5},
+            "one of keep=, threshold= and band=, got keep= and threshold=",
+        ),
         (DataSelector, {"by": ()}, "by is the name"),
         (DataSelector, {"by": ""}, "by is the name"),
         (DataSelector, {"by": "-"}, "by is the name"),

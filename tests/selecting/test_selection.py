@@ -178,7 +178,7 @@ def test_keep_outside_0_to_1_is_refused(keep):
 
 
 def test_a_share_and_a_threshold_are_too_much():
-    with pytest.raises(InputError, match="one of keep= and threshold=, got keep= and threshold="):
+    with pytest.raises(InputError, match="one of keep=, threshold= and band=, got keep= and threshold="):
         DataSelector(keep=0.5, threshold=1e-5)
 
 
