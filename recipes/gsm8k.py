@@ -44,13 +44,16 @@ from resofilter_trainer.cli.entry import exit_on_input_error
 from resofilter_trainer.cli.recipe import parse_recipe, recipe_parser
 from resofilter_trainer.cli.score import summary
 from resofilter_trainer.config import Norm
-from resofilter_trainer.config.compatibility import settle_arguments
+from resofilter_trainer.config.compatibility import need_extra, settle_arguments
 from resofilter_trainer.data.files import only_split
 from resofilter_trainer.data.row_texts import RowTexts
 from resofilter_trainer.evaluation.generate import exact_match
 from resofilter_trainer.evaluation.metrics.final_answer import final_answer
+from resofilter_trainer.model.signals import chosen_signals
 from resofilter_trainer.report import Contents
+from resofilter_trainer.scores.score_table import LAYER
 
+COLUMNS = ("score", "loss", "num_tokens", "length")  # of every table of scores
 # The options of the measured step: those without `score_` are the training's.
 SCORE_OPTIONS = {"lr": "score_lr", "eps": "score_eps", "weight_decay": "score_weight_decay"}
 
@@ -72,6 +75,12 @@ class RecipeArguments:
     keep: float = field(
         default=0.5, metadata={"help": "the share of the rows to keep; those with the largest changes are dropped"}
     )
+    by: list[str] = field(
+        default_factory=lambda: ["score"], metadata={"help": "the columns to rank by, as in resofilter select"}
+    )
+    drop: str | None = field(default=None, metadata={"help": "the end to drop; by default the signal's own"})
+    combine: str = field(default="ranks", metadata={"help": "how several columns become one"})
+    signals: list[str] = field(default_factory=list, metadata={"help": "further signals to measure"})
     n_layers: int = field(default=3, metadata={"help": "the number of last layers that are measured"})
     update: Literal["adamw", "sgd"] = field(default="adamw", metadata={"help": "the optimizer step that is measured"})
     norm: Norm = field(default="mean_abs", metadata={"help": "the norm that turns a matrix of changes into one number"})
@@ -84,6 +93,22 @@ class RecipeArguments:
     def columns(self) -> ColumnMapping:
         """The column mapping of the training rows."""
         return ColumnMapping(prompt_column=self.prompt_column, completion_column=self.completion_column)
+
+    def __post_init__(self) -> None:
+        for name in ("by", "signals"):  # a settings file may have one as text
+            value = getattr(self, name)
+            setattr(self, name, value.split(",") if isinstance(value, str) else value)
+
+    def selector(self) -> DataSelector:
+        """The policy that drops rows."""
+        by = self.by[0] if len(self.by) == 1 else self.by
+        return DataSelector(keep=self.keep, by=by, drop=self.drop, combine=self.combine)  # type: ignore[arg-type]
+
+    def measured(self) -> tuple[str, ...]:
+        """The signals to measure: those asked for, and those to rank by."""
+        ranked = [name.removeprefix("-") for name in self.by]
+        others = [name for name in ranked if name not in COLUMNS and not name.startswith(LAYER)]
+        return chosen_signals([*self.signals, *others])
 
     def resonance(self) -> ResonanceConfig:
         """The settings of the scoring pass."""
@@ -132,7 +157,8 @@ def main(parser: TrlParser) -> None:
         "attn_implementation": model.attn_implementation,
         **(training.model_init_kwargs or {}),
     }
-    selector = DataSelector(keep=recipe.keep)
+    selector = recipe.selector()
+    recipe.measured()  # refuses unknown ones before any work
     train = load_rows(recipe.dataset_name, "train", configuration(recipe.dataset_name, recipe))
     test = test_rows(recipe)
 
@@ -160,6 +186,7 @@ def main(parser: TrlParser) -> None:
 def parse(parser: TrlParser) -> tuple[RecipeArguments, SFTConfig, ModelConfig]:
     """The command line and the YAML file, parsed by TRL."""
     recipe, training, model = parse_recipe(parser)
+    need_extra("compare", "The recipe")  # for the evaluation at its end
     if model.load_in_4bit or model.load_in_8bit:
         raise InputError("This recipe loads no quantised models: leave out --load_in_4bit and --load_in_8bit.")
     return recipe, training, model
@@ -192,6 +219,7 @@ def score_rows(train: Dataset, recipe: RecipeArguments, training: SFTConfig, mod
         train,
         args=training,
         config=recipe.resonance(),
+        signals=recipe.measured(),
         output=Path(str(training.output_dir)) / "scores",
         drop_duplicates=True,
         prompt_column=recipe.prompt_column,

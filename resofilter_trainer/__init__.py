@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from .data.text_checks import TextChecks, check_texts
     from .model.recorder import Recorder
     from .model.resonance import Resonance, literal
+    from .probe.results import ProbeResult
+    from .probe.run import probe_dataset
     from .report import Report, read_contents, write_report
     from .scores.provenance import Provenance, Trust
     from .scores.score_table import ScoreTable
@@ -49,6 +51,8 @@ _NAMES = {  # the public names of each module, as above
     "data.text_checks": ("TextChecks", "check_texts"),
     "model.recorder": ("Recorder",),
     "model.resonance": ("Resonance", "literal"),
+    "probe.results": ("ProbeResult",),
+    "probe.run": ("probe_dataset",),
     "report": ("Report", "read_contents", "write_report"),
     "scores.provenance": ("Provenance", "Trust"),
     "scores.score_table": ("ScoreTable",),

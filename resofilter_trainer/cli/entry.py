@@ -1,4 +1,4 @@
-"""The command line: `resofilter demo | score | select | clean | compare | report | env`, one module for each."""
+"""The command line: one module of this package for each command of `resofilter`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from .. import __version__
 from ..config import InputError, nearest
-from . import check, clean, compare, demo, env, report, score, select
+from . import check, clean, compare, demo, env, probe, report, score, select
 from .interrupts import interruptible
 from .launching import check_environment, is_launched, run_in_processes
 from .naming import options_of, speaking, told
@@ -26,10 +26,11 @@ COMMANDS = {  # each module has `EXAMPLE`, `add_arguments` and `run`, which impo
     "clean": (clean, "mask the tokens that a reference model has little to teach about"),
     "check": (check, "look for repeats, cut answers and the like in a dataset's texts; needs no model"),
     "compare": (compare, "compare selectors on your model and data"),
+    "probe": (probe, "find out which signal finds which fault in your rows"),
     "report": (report, "one page that shows why a row was dropped"),
     "env": (env, "print the versions, for a bug report"),
 }
-MEASURING = ("demo", "score", "clean", "compare")  # load models, in as many processes as the environment says
+MEASURING = ("demo", "probe", "score", "clean", "compare")  # load models, in as many processes as the environment says
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -41,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if args.config:  # its values come before those of the command line, which therefore win
             own = argv[argv.index(args.command) + 1 :]
             ending = f"--config={args.config}"  # of a list of values, which would take the command's argument
-            args = _parsed(parser, [args.command, *yaml_arguments(args), ending, *own])
+            args = _parsed(parser, [args.command, *yaml_arguments(args, COMMANDS), ending, *own])
         _refuse_empty(args)
         if args.command in MEASURING:
             check_environment()

@@ -6,7 +6,11 @@ import sys
 from typing import Any
 
 from ..config import InputError
+from .entry import COMMANDS
 from .parser import CommandParser
+from .settings_file import from_sections
+
+STANDS_FOR = ("score", "select")  # commands whose settings a recipe has, too
 
 
 def recipe_parser(*kinds: type) -> Any:
@@ -14,7 +18,12 @@ def recipe_parser(*kinds: type) -> Any:
     from trl import TrlParser
 
     class RecipeParser(CommandParser, TrlParser):
-        """A TrlParser with the errors and the spelling of a command."""
+        """A TrlParser with the errors and the spelling of a command, for a file that may have sections of commands."""
+
+        def set_defaults_with_config(self, **values: Any) -> list[str]:
+            """Take the values outside sections, and those of the commands that a recipe stands for."""
+            unknown: list[str] = super().set_defaults_with_config(**from_sections(values, STANDS_FOR, COMMANDS))
+            return unknown
 
     return RecipeParser(kinds)
 

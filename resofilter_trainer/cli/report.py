@@ -1,4 +1,4 @@
-"""`resofilter report`: one page about scores, a run, a cleaning or a comparison."""
+"""`resofilter report`: one page about scores, a run, a cleaning, a comparison or a probe."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ EXAMPLE = "resofilter report scores/ --selection kept/ --open"
 
 def add_arguments(parser: CommandParser) -> None:
     """Add the arguments of the report."""
-    parser.add_argument("source", help="a folder or file of scores, or the folder of a run, a cleaning or a comparison")
+    source = "a folder or file of scores, or the folder of a run, a cleaning, a comparison or a probe"
+    parser.add_argument("source", help=source)
     parser.add_argument("--selection", help="the output of select, if it is in another folder")
     parser.add_argument("--comparison", help="the output of compare, if it is in another folder")
     parser.add_argument("--output", help="a folder for report.html; by default the folder of the source")
@@ -29,8 +30,12 @@ def add_arguments(parser: CommandParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Write the page, with the pictures and the dropped rows beside it."""
+    from ..probe.results import RESULT_FILE
     from ..report import read_contents, write_report
 
+    if (Path(args.source) / RESULT_FILE).is_file():
+        _report_probe(args)
+        return
     contents = read_contents(args.source, args.selection, args.comparison)
     texts = groups = decode = None
     if contents.scores is not None:
@@ -46,11 +51,27 @@ def run(args: argparse.Namespace) -> None:
         score.add_arguments(scoring)
         for warning in report.numbers.warnings:  # what to do about them is done by scoring again
             print(f"Warning: {in_shell(warning, options_of(scoring))}")
-    print(f"Report: {report.path}")
-    if args.open:
+    _show(report.path, args.open)
+
+
+def _report_probe(args: argparse.Namespace) -> None:
+    """Write the page of a probe."""
+    from ..probe.page import write_page
+    from ..probe.results import ProbeResult
+
+    for name in ("selection", "comparison", "dataset", "split", "group_column", "title"):
+        if getattr(args, name) is not None:
+            raise InputError(f"'{args.source}' holds a probe, whose page has no --{name}: leave it out.")
+    _show(write_page(ProbeResult.load(args.source), Path(args.output or args.source)), args.open)
+
+
+def _show(page: Path, in_browser: bool) -> None:
+    """Print where the page is, and open it if asked for."""
+    print(f"Report: {page}")
+    if in_browser:
         import webbrowser
 
-        webbrowser.open(report.path.resolve().as_uri())
+        webbrowser.open(page.resolve().as_uri())
 
 
 def _texts_and_groups(args: argparse.Namespace, provenance: Any) -> tuple[Any, Any]:

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from ..config import InputError, nearest
 from .naming import reads
 
 
-def yaml_arguments(args: argparse.Namespace) -> list[str]:
+def yaml_arguments(args: argparse.Namespace, commands: Collection[str] = ()) -> list[str]:
     """The values of a YAML file as arguments of the command line, so that they are checked in the same way.
+
+    Args:
+        args: the arguments with the file, the command and its parser.
+        commands: the names of all commands. A file may have a section for each, of which the command reads its own.
 
     Raises:
         InputError: the file cannot be read, is no mapping, or has an unknown name or a value of the wrong kind.
@@ -22,7 +27,7 @@ def yaml_arguments(args: argparse.Namespace) -> list[str]:
         raise InputError(f"--config {args.config} must be a mapping, 'name: value' on each line.")
     known = {each.dest: each for each in args.parser._actions if each.option_strings}
     arguments: list[str] = []
-    for written, value in (values or {}).items():
+    for written, value in from_sections(values or {}, [args.command], commands).items():
         name = args.parser.own_name(str(written))
         if name not in known or name in ("help", "config"):
             close = nearest(name, set(known) - {"help", "config"})
@@ -33,6 +38,21 @@ def yaml_arguments(args: argparse.Namespace) -> list[str]:
             raise InputError(f"--config {args.config}: '{written}' {wrong}, got {value!r}.")
         arguments += _arguments(known[name], value)
     return arguments
+
+
+def from_sections(values: Mapping[str, Any], own: Collection[str], commands: Collection[str]) -> dict[str, Any]:
+    """The values of a file outside its sections, and those of one's own sections, which win.
+
+    Args:
+        values: the file's values. A mapping under the name of a command is the section of that command.
+        own: the commands whose sections are read.
+        commands: the names of all commands.
+    """
+    sections = {name: value for name, value in values.items() if name in commands and isinstance(value, dict | None)}
+    found = {name: value for name, value in values.items() if name not in sections}
+    for name in own:
+        found |= sections.get(name) or {}
+    return found
 
 
 def _wrong_kind(action: argparse.Action, value: Any) -> str | None:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import evaluate
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
+from torch import Tensor
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
 
 from ..model.modes import evaluating
 
@@ -36,6 +37,8 @@ def exact_match(
         max_new_tokens: the largest number of tokens of an answer.
         batch_size: the number of prompts in a batch of one process; the processes share the prompts.
     """
+    import evaluate  # of the extra `compare`; writing answers does without
+
     answers = generate(model, tokenizer, prompts, max_new_tokens, batch_size)
     return evaluate.load(str(FINAL_ANSWER)).compute(predictions=answers, references=list(references))["exact_match"]
 
@@ -65,17 +68,109 @@ def generate(
     return [text for _, text in sorted(found)]
 
 
-def _continue(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: list[str], special: bool, max_new_tokens: int
-) -> list[str]:
-    inputs = tokenizer(
-        texts,
+@dataclass(frozen=True)
+class Written:
+    """A continuation of a text.
+
+    Attributes:
+        text: what was written, without special tokens.
+        finished: whether it came to an end by itself, not by the limit of tokens or seconds.
+    """
+
+    text: str
+    finished: bool
+
+
+def sample(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[str],
+    max_new_tokens: int,
+    *,
+    special: bool,
+    seed: int,
+    temperature: float = 1.0,
+    min_p: float = 0.0,
+    ends: Collection[int] = (),
+    ended: Callable[[int, str], bool] | None = None,
+    seconds: float | None = None,
+) -> list[Written]:
+    """A random continuation of each text, in one batch; the same again for the same batch, seed and machine.
+
+    Args:
+        model: a causal language model.
+        tokenizer: the tokenizer of the model, with a pad token.
+        texts: what is continued, as texts in the format of the training rows.
+        max_new_tokens: the largest number of tokens of a continuation.
+        special: whether the tokenizer adds its special tokens; False after a chat template.
+        seed: the random seed; the generators of the process stay as they are.
+        temperature: what the logits are divided by.
+        min_p: tokens are drawn that are at least so likely, as a share of the likeliest (arXiv 2407.01082); unlike
+            `top_p` it needs no sorted vocabulary, which would take longer than a small model's forward.
+        ends: tokens that end a continuation, beside the end-of-sequence tokens of the model and the tokenizer.
+        ended: a function from a text's number and its continuation to whether that is finished.
+        seconds: the seconds after which the batch ends unfinished.
+    """
+    inputs = _inputs(tokenizer, texts, special).to(model.device)
+    start = inputs["input_ids"].shape[1]
+    stops = sorted({*ends, *_ends(model.generation_config.eos_token_id), *_ends(tokenizer.eos_token_id)})
+    criteria = [] if ended is None else [_Ended(tokenizer, start, ended)]
+    devices = [model.device] if model.device.type == "cuda" else []
+    with torch.no_grad(), evaluating(model), torch.random.fork_rng(devices):
+        torch.manual_seed(seed)
+        ids = model.generate(
+            **inputs, max_new_tokens=max_new_tokens, max_time=seconds, do_sample=True, temperature=temperature,
+            min_p=min_p or None, top_p=1.0, top_k=0, num_beams=1, repetition_penalty=1.0, use_cache=True,
+            pad_token_id=tokenizer.pad_token_id, eos_token_id=stops or None,
+            stopping_criteria=StoppingCriteriaList(criteria),
+        )  # fmt: skip
+    written = []
+    for number, row in enumerate(ids):
+        ending = torch.isin(row[start:], torch.tensor(stops, device=row.device)).nonzero()
+        text = _continuation(tokenizer, row[: start + int(ending[0])] if len(ending) else row, start)
+        written.append(Written(text, len(ending) > 0 or (ended is not None and ended(number, text))))
+    return written
+
+
+class _Ended(StoppingCriteria):
+    """Ends each text of a batch when a function says that its continuation is finished."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, start: int, ended: Callable[[int, str], bool]) -> None:
+        self.tokenizer, self.start, self.ended = tokenizer, start, ended
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        texts = self.tokenizer.batch_decode(input_ids[:, self.start :], skip_special_tokens=True)
+        done = [self.ended(number, text) for number, text in enumerate(texts)]
+        return torch.tensor(done, dtype=torch.bool, device=input_ids.device)
+
+
+def _continuation(tokenizer: PreTrainedTokenizerBase, ids: Tensor, start: int) -> str:
+    """The text of the tokens from `start`; decoded alone, some tokenizers would drop a space at its beginning."""
+    settings: dict[str, Any] = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
+    before, whole = (str(tokenizer.decode(each, **settings)) for each in (ids[:start], ids))
+    return whole[len(before) :] if whole.startswith(before) else str(tokenizer.decode(ids[start:], **settings))
+
+
+def _ends(tokens: int | Sequence[int] | None) -> list[int]:
+    return [] if tokens is None else [tokens] if isinstance(tokens, int) else list(tokens)
+
+
+def _inputs(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], special: bool) -> BatchEncoding:
+    """The tokens of the texts, padded on the left."""
+    return tokenizer(
+        list(texts),
         add_special_tokens=special,
         padding=True,
         padding_side="left",
         return_tensors="pt",
         return_token_type_ids=False,
-    ).to(model.device)
+    )
+
+
+def _continue(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: list[str], special: bool, max_new_tokens: int
+) -> list[str]:
+    inputs = _inputs(tokenizer, texts, special).to(model.device)
     written = model.generate(
         **inputs, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=tokenizer.pad_token_id
     )

@@ -20,8 +20,8 @@ AGAIN = "Make it again with resofilter probe."
 def votes_of(probe: str | os.PathLike[str], kind: str | None = None) -> dict[str, float]:
     """The votes of a probe's signals, as `by=` of a `DataSelector`: `2 |AUROC - 0.5|` for each, the best one first.
 
-    An AUROC is that of a signal's `direction`, by default `"largest"`: above 0.5 that end has the faulty rows, below 0.5
-    the other one. A signal votes against its largest values, `+loss`, or against its smallest, `-el2n`; at 0.5 it has
+    An AUROC is that of the `direction` of a signal, by default `"largest"`: above 0.5 that end has the faulty rows, below
+    0.5 the other one. A signal votes against its largest values, `+loss`, or against its smallest, `-el2n`; at 0.5 it has
     no vote.
 
     Args:

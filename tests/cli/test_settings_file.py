@@ -5,13 +5,14 @@ from __future__ import annotations
 import pytest
 from helpers.commands import refused
 
-from resofilter_trainer.cli.entry import _parser
+from resofilter_trainer.cli.entry import COMMANDS, _parser
 from resofilter_trainer.cli.settings_file import yaml_arguments
 
 
 def arguments(tmp_path, text: str, *argv: str) -> list[str]:
     (tmp_path / "run.yaml").write_text(text)
-    return yaml_arguments(_parser().parse_args([*(argv or ["score"]), "--config", str(tmp_path / "run.yaml")]))
+    parsed = _parser().parse_args([*(argv or ["score"]), "--config", str(tmp_path / "run.yaml")])
+    return yaml_arguments(parsed, COMMANDS)
 
 
 @pytest.mark.parametrize(
@@ -35,6 +36,40 @@ def test_values_become_arguments(text, expected, tmp_path):
 
 def test_several_columns_to_rank_by(tmp_path):
     assert arguments(tmp_path, "by: [score, -loss]", "select", "scores") == ["--by=score,-loss"]
+
+
+SECTIONS = "model: m\nscore: {signals: [rank], output: s}\nselect:\n  by: [rank]\n  output: k\nclean:\n"
+
+
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        (["score"], ["--model=m", "--signals", "rank", "--output=s"]),
+        (["clean"], ["--model=m"]),
+    ],
+)
+def test_a_command_reads_its_own_section(argv, expected, tmp_path):
+    assert arguments(tmp_path, SECTIONS, *argv) == expected
+
+
+def test_a_section_wins_over_what_stands_outside(tmp_path):
+    text = "score: {output: s}\noutput: all\nselect: {output: k}\n"
+    assert arguments(tmp_path, text, "select", "x") == ["--output=k"]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("score: {by: loss}", "'score' has no argument 'by'."),
+        ("score: 3", "'score' has no argument 'score'."),
+        ("sel: {by: loss}", "'score' has no argument 'sel'."),
+        ("score: {output: [a, b]}", "'output' is one value, got ['a', 'b']."),
+    ],
+)
+def test_what_a_section_cannot_have_is_one_line(text, expected, tmp_path, capsys):
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    assert refused(capsys, "score", "--config", path).startswith(f"--config {path}: {expected}")
 
 
 @pytest.mark.parametrize(

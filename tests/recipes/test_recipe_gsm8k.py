@@ -6,6 +6,7 @@ import json
 import runpy
 from pathlib import Path
 
+import numpy as np
 import pytest
 from datasets import load_from_disk
 
@@ -51,12 +52,42 @@ def test_it_scores_selects_trains_and_evaluates(lora, gsm8k, tiny_model_dir, tmp
 
 
 @pytest.mark.parametrize(
+    ("text", "by", "drop", "kept"),
+    [
+        ("score:\n  signals: [rank]\nselect:\n  by: [rank]\n  drop: smallest\n  keep: 0.25\n", "rank", "smallest", 2),
+        ("select: {by: [loss, num_tokens], combine: residual, drop: largest}\nclean: {seed: 3}", None, "largest", 4),
+        ("select:\n  keep: 1.0\n", "score", "largest", 8),
+        ("by: entropy\nkeep: 0.25\n", "entropy", "largest", 2),
+    ],
+)
+def test_it_selects_as_a_settings_file_of_the_probe_says(
+    text, by, drop, kept, gsm8k, tiny_model_dir, tmp_path, monkeypatch
+) -> None:
+    config, output = tmp_path / "recommended.yaml", tmp_path / "out"
+    config.write_text(text)
+    usual = ["--model_name_or_path", tiny_model_dir, "--dataset_name", gsm8k, "--output_dir", output]
+    some = ["--max_new_tokens", 4, "--disable_tqdm", "true", "--use_cpu", "true", "--max_steps", 1]
+    run(monkeypatch, *usual, "--config", config, *some)
+    scores, selection = ScoreTable.load(output / "scores"), Selection.load(output)
+    assert selection.keep.sum() == kept
+    assert selection.policy["drop"] == drop
+    if by is not None:
+        worst = np.argsort(scores.column(by)[:8] * (1 if drop == "largest" else -1), kind="stable")
+        assert np.flatnonzero(selection.keep).tolist() == sorted(worst[:kept])
+    else:
+        assert selection.policy["combine"] == "residual"
+
+
+@pytest.mark.parametrize(
     ("argv", "told"),
     [
         (["--keep", "2"], "keep is the share"),
         (["--dataset_name", "/nowhere/rows"], "no dataset at '/nowhere/rows'"),
         (["--model_name_or_path", "/nowhere/model"], "no model at '/nowhere/model'"),
         (["--config", "/nowhere/run.yaml"], "/nowhere/run.yaml"),
+        (["--by", "entropi"], "Did you mean 'entropy'"),
+        (["--signals", "rnk"], "Did you mean 'rank'"),
+        (["--drop", "most"], "--drop must be one of"),
         (["--load_in_4bit"], "This recipe loads no quantised models"),
     ],
 )

@@ -1,0 +1,138 @@
+"""Which signal to drop rows by, from what the probe found; or none. Knows records of numbers, no model and no rows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+from .findings import ALL, LABELLED, SELF_MADE
+
+ABOUT_AS_GOOD = 0.02  # of AUROC
+LEAST_FOUND = 0.55  # AUROC
+INSTEAD = "Do not filter by score: look for repeats and cut answers first."
+NO_EVIDENCE = "Planted faults are not real ones: what finds them need not find errors that a model made."
+OTHER = {"largest": "smallest", "smallest": "largest"}
+
+
+@dataclass(frozen=True)
+class Recommendation:
+    """What to drop rows by.
+
+    Attributes:
+        signal: the column of the scores; None for "do not filter".
+        drop: the end to drop; None without a signal.
+        reason: why, in one or two sentences with the numbers.
+        length_out: whether to take the length out: the residual of the signal's ranks on those of `num_tokens`.
+        evidence: the kind of fault that it rests on.
+        auroc, low, high: how well the recommended end finds it, and the 95 % interval; None if nothing was measured.
+    """
+
+    signal: str | None
+    drop: Literal["largest", "smallest"] | None
+    reason: str
+    length_out: bool = False
+    evidence: str = ALL
+    auroc: float | None = None
+    low: float | None = None
+    high: float | None = None
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A signal, the end of it that finds the evidence, and how well, with length in it or not."""
+
+    record: Mapping[str, Any]
+    length_out: bool
+
+    @property
+    def known(self) -> bool:
+        """Whether it was measured, with an interval."""
+        return self._get("auroc") is not None and self._get("low") is not None
+
+    @property
+    def reverse(self) -> bool:
+        """Whether the end that the signal does not drop by itself finds more."""
+        return bool(self._get("auroc") < 0.5)
+
+    @property
+    def drop(self) -> Any:
+        """The end to drop."""
+        own = self.record["direction"]
+        return OTHER[own] if self.reverse else own
+
+    @property
+    def bounds(self) -> tuple[float, float, float]:
+        """The AUROC of that end, and its interval."""
+        auroc, low, high = (float(self._get(name)) for name in ("auroc", "low", "high"))
+        return (1 - auroc, 1 - high, 1 - low) if self.reverse else (auroc, low, high)
+
+    def over_all(self, records: Sequence[Mapping[str, Any]]) -> float:
+        """The mean AUROC of this end over all kinds; plain ones before those with length taken out, if equal."""
+        own = [each for each in records if each["signal"] == self.record["signal"] and each["kind"] != ALL]
+        found = [value for each in own if (value := each[self._name("auroc")]) is not None]
+        mean = float(np.mean(found)) if found else 0.5
+        return (1 - mean if self.reverse else mean) - 1e-6 * self.length_out
+
+    def _name(self, name: str) -> str:
+        return f"{name}_length_out" if self.length_out else name
+
+    def _get(self, name: str) -> Any:
+        return self.record[self._name(name)]
+
+
+def recommend(records: Sequence[Mapping[str, Any]]) -> Recommendation:
+    """The signal to drop rows by.
+
+    The evidence is the user's own labels, else answers that a model wrote itself, else all planted kinds together. The
+    signal with the largest lower bound wins; or, among those whose AUROC is within .02 of its own, the one with the
+    largest mean over all kinds. None, if the bound is not above .5 or the AUROC is below .55.
+
+    Args:
+        records: what `records_of` returns.
+    """
+    kinds = {each["kind"]: each for each in records}
+    evidence = next((kind for kind in (LABELLED, SELF_MADE) if kind in kinds), ALL)
+    own = [each for each in records if each["kind"] == evidence]
+    candidates = [each for record in own for out in (False, True) if (each := Candidate(record, out)).known]
+    if not candidates:
+        return Recommendation(None, None, f"Nothing could be measured. {INSTEAD}", evidence=evidence)
+    best = max(candidates, key=lambda each: each.bounds[1])
+    auroc, low, _ = best.bounds
+    if low > 0.5 and auroc >= LEAST_FOUND:
+        as_good = [each for each in candidates if each.bounds[1] > 0.5 and abs(each.bounds[0] - auroc) <= ABOUT_AS_GOOD]
+        best = max(as_good, key=lambda each: each.over_all(records))
+        auroc, low, high = best.bounds
+        return Recommendation(
+            best.record["signal"], best.drop, _reason(best, evidence), best.length_out, evidence, auroc, low, high
+        )
+    best = max(candidates, key=lambda each: each.bounds[0])
+    reason = f"None of these finds {_what(evidence)}: the best, {_called(best)}, has {_numbers(best)}. {INSTEAD}"
+    return Recommendation(None, None, reason, False, evidence, *best.bounds)
+
+
+def _reason(best: Candidate, evidence: str) -> str:
+    record = best.record
+    said = f"The {best.drop} values of {_called(best)} find {_what(evidence)} with {_numbers(best)}"
+    beyond = record["beyond"]
+    share = "" if beyond is None or best.length_out else f"; {beyond:.0%} of the rows as they are lie beyond the median"
+    share += " of the faulty ones" if share else ""
+    return f"{said}{share}." + (f" {NO_EVIDENCE}" if evidence == ALL else "")
+
+
+def _called(candidate: Candidate) -> str:
+    name = candidate.record["signal"]
+    return f"{name} with the length taken out" if candidate.length_out else str(name)
+
+
+def _what(evidence: str) -> str:
+    return {LABELLED: "the rows that you labelled as wrong", SELF_MADE: "wrong answers that a model wrote itself"}.get(
+        evidence, "planted faults"
+    )
+
+
+def _numbers(candidate: Candidate) -> str:
+    auroc, low, high = candidate.bounds
+    return f"an AUROC of {auroc:.2f} (95 % interval {low:.2f} to {high:.2f})"

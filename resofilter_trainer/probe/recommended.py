@@ -1,0 +1,39 @@
+"""The recommendation as a settings file: `recommended.yaml`. Knows text, no results."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Mapping
+from typing import Any
+
+from .recommendation import Recommendation
+
+RECOMMENDED_FILE = "recommended.yaml"
+LENGTH = "num_tokens"
+BESIDE = ("loss", LENGTH)  # columns that a pass measures anyway
+WIDTH = 118
+KEEP = 0.5  # the default of `select`
+
+
+def settings_text(recommendation: Recommendation, provenance: Mapping[str, Any]) -> str:
+    """YAML with a section for each command: what to measure, and by what to drop rows.
+
+    `score --config`, `select --config` and the recipe for GSM8K take the file; each command reads its own section.
+    """
+    about = f"Made by resofilter probe for the model {provenance['model']} and the dataset {provenance['dataset']}."
+    lines = _comment(about) + _comment(recommendation.reason)
+    name = recommendation.signal
+    if name is None:
+        return "\n".join([*lines, "select:", "  keep: 1.0  # all rows, see above", ""])
+    if name not in BESIDE:
+        lines += ["score:", f"  signals: [{name}]"]
+    by = [name, LENGTH] if recommendation.length_out else [name]
+    lines += ["select:", f"  by: [{', '.join(by)}]"]
+    lines += ["  combine: residual"] if recommendation.length_out else []
+    lines += [f"  drop: {recommendation.drop}", f"  keep: {KEEP}  # the share is yours to choose", ""]
+    return "\n".join(lines)
+
+
+def _comment(text: str) -> list[str]:
+    printable = "".join(each if each.isprintable() else " " for each in text)  # a line break would end the comment
+    return [f"# {line}" for line in textwrap.wrap(printable, WIDTH, break_on_hyphens=False)]

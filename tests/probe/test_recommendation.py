@@ -1,0 +1,72 @@
+"""What is recommended for which numbers, and in which words."""
+
+from __future__ import annotations
+
+import pytest
+from helpers.probes import record
+
+from resofilter_trainer.probe.findings import ALL, LABELLED, SELF_MADE
+from resofilter_trainer.probe.recommendation import recommend
+
+
+def test_the_largest_lower_bound_wins():
+    found = recommend([record("a", SELF_MADE, 0.75, 0.2), record("b", SELF_MADE, 0.7, 0.05)])
+    assert (found.signal, found.drop, found.evidence) == ("b", "largest", SELF_MADE)
+    assert (found.auroc, found.low, found.high) == (0.7, 0.65, 0.75)
+
+
+def test_the_other_end_of_a_signal_counts_with_its_bounds():
+    found = recommend([record("a", SELF_MADE, 0.2, 0.05), record("b", SELF_MADE, 0.7, 0.05)])
+    assert (found.signal, found.drop) == ("a", "smallest")
+    assert (found.auroc, found.low, found.high) == pytest.approx((0.8, 0.75, 0.85))
+    other = recommend([record("a", SELF_MADE, 0.2, 0.05, direction="smallest")])
+    assert other.drop == "largest"
+
+
+def test_labels_count_before_self_made_errors_and_these_before_planted_ones():
+    records = [record("a", LABELLED, 0.7), record("b", LABELLED, 0.6), record("a", SELF_MADE, 0.6)]
+    records += [record("b", SELF_MADE, 0.8), record("c", "cut", 0.9), record("c", ALL, 0.9), record("c", LABELLED, 0.5)]
+    assert recommend(records).signal == "a"
+    without = [each for each in records if each["kind"] != LABELLED]
+    assert recommend(without).signal == "b"
+    planted = recommend([each for each in without if each["kind"] != SELF_MADE])
+    assert (planted.signal, planted.evidence) == ("c", ALL)
+    assert "Planted faults are not real ones" in planted.reason
+    assert "Planted" not in recommend(without).reason
+
+
+def test_of_those_about_as_good_the_one_that_finds_most_kinds():
+    records = [record("a", SELF_MADE, 0.71), record("b", SELF_MADE, 0.70), record("c", SELF_MADE, 0.68)]
+    records += [record("a", "cut", 0.5), record("b", "cut", 0.9), record("c", "cut", 1.0)]
+    assert recommend(records).signal == "b"
+
+
+@pytest.mark.parametrize(("plain", "out", "expected"), [(0.7, 0.8, True), (0.8, 0.7, False), (0.7, 0.7, False)])
+def test_the_length_is_taken_out_where_that_finds_more(plain, out, expected):
+    found = recommend([record("a", SELF_MADE, plain, length_out=out)])
+    assert (found.signal, found.length_out) == ("a", expected)
+    assert ("with the length taken out" in found.reason) == expected
+
+
+@pytest.mark.parametrize(("auroc", "half"), [(0.54, 0.01), (0.56, 0.07), (0.46, 0.01), (0.5, 0.1)])
+def test_nothing_is_recommended_where_nothing_finds_it(auroc, half):
+    found = recommend([record("a", SELF_MADE, auroc, half), record("b", SELF_MADE, 0.5, 0.2)])
+    assert (found.signal, found.drop, found.length_out) == (None, None, False)
+    assert found.reason.startswith("None of these finds wrong answers that a model wrote itself")
+    assert f"AUROC of {max(auroc, 1 - auroc):.2f}" in found.reason
+    assert found.reason.endswith("Do not filter by score: look for repeats and cut answers first.")
+
+
+def test_a_signal_without_a_number_is_passed_over():
+    assert recommend([record("a", SELF_MADE, None), record("b", SELF_MADE, 0.7)]).signal == "b"
+    nothing = recommend([record("a", SELF_MADE, None)])
+    assert (nothing.signal, nothing.auroc) == (None, None)
+    assert nothing.reason.startswith("Nothing could be measured.")
+
+
+def test_the_reason_has_the_numbers():
+    found = recommend([record("loss", LABELLED, 0.71, beyond=0.2)])
+    assert found.reason == (
+        "The largest values of loss find the rows that you labelled as wrong with an AUROC of 0.71 (95 % interval 0.68 "
+        "to 0.74); 20% of the rows as they are lie beyond the median of the faulty ones."
+    )
