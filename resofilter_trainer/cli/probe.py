@@ -34,8 +34,12 @@ def add_arguments(parser: CommandParser) -> None:
     parser.add_argument("--no_self_made", action="store_true", help="let no model write wrong answers: faster")
     parser.add_argument("--writer", help="the model that writes wrong answers; by default --model")
     parser.add_argument("--wrong_column", help="a column with your own labels of wrong rows, as true or false")
-    signals = f"the signals to measure: all (the default), or some of {', '.join(SIGNALS)}"
-    parser.add_argument("--signals", nargs="+", default=["all"], metavar="NAME", help=signals)
+    signals = f"the signals to measure: those of the one pass (the default), all, or some of {', '.join(SIGNALS)}"
+    parser.add_argument("--signals", nargs="+", metavar="NAME", help=signals)
+    parser.add_argument("--reference", help="the reference model of excess and superfiltering")
+    warm = "measure again with a copy of the model that was tuned on so many rows, such as 640"
+    parser.add_argument("--warmup", type=int, metavar="ROWS", help=warm)
+    parser.add_argument("--warmup_dataset", help="the rows to tune on; by default rows that were not drawn")
     parser.add_argument("--seed", type=int, default=0, help="the random seed")
     parser.add_argument("--tokens_per_batch", type=int, help="batch size in tokens; by default what suits the device")
     precision = "the forward's precision: float32, bfloat16, or auto: bfloat16 if faster and ranks alike"
@@ -49,6 +53,7 @@ def run(args: argparse.Namespace) -> None:
         raise InputError("--writer writes the answers that --no_self_made leaves out: leave one of them out.")
     from accelerate import PartialState
 
+    from ..data.files import load_rows
     from ..probe.run import probe_dataset
     from ..probe.table import table_of
 
@@ -63,7 +68,10 @@ def run(args: argparse.Namespace) -> None:
         faults=args.fault,
         self_made=False if args.no_self_made else True if args.writer else None,
         writer=args.writer,
-        signals=_names(args.signals),
+        reference=args.reference,
+        warmup=args.warmup,
+        warmup_dataset=load_rows(args.warmup_dataset) if args.warmup_dataset else None,
+        **({"signals": _names(args.signals)} if args.signals else {}),
         wrong_column=args.wrong_column,
         seed=args.seed,
         precision=args.precision,

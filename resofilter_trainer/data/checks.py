@@ -154,7 +154,7 @@ CHECKS: dict[str, Check] = {
     "endings_differ": Check(
         contradictions,
         "answers to the same prompt end differently",
-        "At most one is right: look at them, or keep one with resofilter select --per_prompt 1.",
+        "At most one is right: look at them, or select one row of each prompt.",
         drops=False,
         names=True,
     ),

@@ -11,7 +11,11 @@ import re
 from decimal import Decimal, InvalidOperation
 
 MARK = re.compile(r"(?:####|\banswer(?:\s+is|\s*[:=])|^A:)\s*:?\s*(?=\S)", re.IGNORECASE | re.MULTILINE)
-NUMBER = re.compile(r"(?<![\w.])(?:-?\s?\$?\s?-?\d[\d,]*(?:\.\d+)?(?:\s?[/:]\s?\d[\d,]*)?|-?\.\d+)")  # 2/3 and 2:3, too
+NUMBER = re.compile(  # 1,050.00, -$3, .5, 2/3 and 2:3, but no part of x2, 1.2.3 or 3,4,5
+    r"(?<![A-Za-z_\d.])(?<!\d[,:/])"
+    r"(?:-?\s?\$?\s?-?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:\s?[/:]\s?\d+)?|-?\.\d+)(?!\d|[.,]\d)"
+)
+OPTION = re.compile(r"\W*([A-Za-z])\)")  # (B), of a question with options
 BOXED = re.compile(r"\\boxed\s*\{")
 MOST_WORDS = 5  # of an answer that is compared as a whole
 
@@ -32,6 +36,9 @@ def ending_of(answer: str) -> str | None:
     if marks:
         line = text[marks[-1].end() :].split("\n", 1)[0]
         line = re.split(r"(?<=\S)[.!?](?:\s|$)", line, maxsplit=1)[0]
+        option = OPTION.match(line)
+        if option:
+            return option.group(1).casefold()
         number = NUMBER.search(line)
         return _value(number.group()) if number else _plain(line)
     numbers = NUMBER.findall(text)

@@ -178,6 +178,7 @@ def check_texts(
     """
     check_keywords(row_options, OPTIONS)
     source = dict(row_options.pop("source", None) or {})
+    check_kind("checks", checks, (list, tuple, type(None)), "a list of names of checks")
     for name in checks or ():
         if name not in CHECKS:
             raise InputError(f"There is no check '{name}'. There are: {', '.join(CHECKS)}.")
@@ -186,6 +187,9 @@ def check_texts(
         raise InputError("The rows are tokens, and checks read texts: pass the rows before they were tokenised.")
     texts, left_out = _texts(read.dataset, text_field), _left_out(read.dataset)
     chosen = [name for name in CHECKS if name not in left_out and (checks is None or name in checks)]
+    if not chosen:
+        why = "; ".join(f"{name}: {left_out[name]}" for name in checks or ())
+        raise InputError(f"There is no check to make. {why or 'Name some, or leave checks out'}.")
     found = {name: CHECKS[name].find(texts) for name in chosen}
     table = _table(found, read.positions, read.refused, len(dataset))
     left_out = {name: why for name, why in left_out.items() if checks is None or name in checks}

@@ -97,17 +97,17 @@ class SharedPrefix:
         prefix, first = ids[:1, :length], length if means is None else means.first_before(length)
         known = self._known
         if known is None or not torch.equal(known.ids, prefix) or known.first > first:
-            known = self._known = _Known(prefix.clone(), _Beginning(), first)
+            known = _Known(prefix.clone(), _Beginning(), first)
             known.hidden = self._up_to_the_layer(prefix, known.cache, known.keep)
             known.cache.is_whole = True
+            self._known = known
         see = None
         if means is not None:
             for number, kept in known.inputs.items():
                 means.add(number, kept, known.first)
             see = partial(means.add, start=length)
-        return torch.cat(
-            [known.hidden.expand(len(ids), -1, -1), self._up_to_the_layer(ids[:, length:], known.cache, see)], 1
-        )
+        rest = self._up_to_the_layer(ids[:, length:], known.cache, see)
+        return torch.cat([known.hidden.expand(len(ids), -1, -1), rest], 1)
 
     def _up_to_the_layer(self, ids: Tensor, cache: DynamicCache, see: Callable[[int, Tensor], None] | None) -> Tensor:
         """The layer's input; `see` is called with the number of each lower layer and its input."""

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .head import PROBE, Decoded, find_way, to_head
 from .hidden_means import Decoder
-from .losses import inputs_of
+from .losses import inputs_of, unwrapped
 from .modes import at_least_float32, own_precision, same_but_for
 from .signals import HIDDEN
 from .token_statistics import HEAD_GRADIENT
@@ -39,14 +39,15 @@ def why_not(model: nn.Module, decoder: Decoder, needs: Collection[str]) -> dict[
         reason = None
         if HEAD_GRADIENT in needs and way is not to_head:
             batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
-            reason = _no_gradient(way(model, inputs_of(model, batch, causal=False)))
+            reason = _no_gradient(model, way(model, inputs_of(model, batch, causal=False)))
     found = {HEAD_GRADIENT: reason, HIDDEN: None if layers.are_a_chain(ids.shape) else NO_CHAIN}
     return {need: why for need, why in found.items() if why is not None and need in needs}
 
 
-def _no_gradient(decoded: Decoded) -> str | None:
+def _no_gradient(model: nn.Module, decoded: Decoded) -> str | None:
     if decoded.tile is None:
-        return "its logits are not made by one linear map"
+        head = unwrapped(model).get_output_embeddings()
+        return f"its logits do not come from one plain nn.Linear, but from a {type(head).__name__}"
     parts = slice(0, decoded.vocabulary // 2), slice(decoded.vocabulary // 2, decoded.vocabulary)
     whole = decoded.head(decoded.hidden)
     try:

@@ -18,6 +18,8 @@ from ..data.arguments import ROW_OPTIONS
 from ..data.exact_json import encoded
 from ..data.loading import usable_rows
 from ..data.preparation import ROW_POSITION
+from ..data.rows import duplicate_rows
+from .contradictions import CONTRADICTED, contradicted, whole_prompts
 from .examples import Example, examples_of
 from .faults import FAULTS, Fault, Planted, plant
 from .labels import labels_of
@@ -26,6 +28,7 @@ from .own_fault import load_fault, own_fault
 EVERY = "all"
 ROWS = 400
 LEAST_ROWS = 20
+MOST_OF_A_PROMPT = 8  # rows: more would leave few prompts
 LEAST_LABELLED = 10  # wrong rows, and right ones
 IN_ALL, MOST_OF_A_KIND, FEWEST_OF_A_KIND = 320, 60, 20  # planted rows
 
@@ -36,8 +39,10 @@ class Drawn:
 
     Attributes:
         base: the drawn rows under TRL's names.
+        others: the usable rows that were not drawn, under TRL's names, too.
         examples: the same rows as prompt and answer.
         wrong: (N,) bool, which of them the user's labels call wrong; None without labels.
+        contradicted: (N,) whether most other answers to the same prompt end otherwise, see `contradictions`.
         planted: the rows with faults.
         kinds: the kinds of faults.
         left_out: why other kinds were not planted.
@@ -45,8 +50,10 @@ class Drawn:
     """
 
     base: Dataset
+    others: Dataset
     examples: list[Example]
     wrong: np.ndarray | None
+    contradicted: np.ndarray
     planted: list[Planted]
     kinds: dict[str, Fault]
     left_out: dict[str, str]
@@ -54,10 +61,9 @@ class Drawn:
 
     @property
     def right(self) -> list[Example]:
-        """The rows that no label calls wrong."""
-        if self.wrong is None:
-            return self.examples
-        return [each for each, wrong in zip(self.examples, self.wrong, strict=True) if not wrong]
+        """The rows that no label calls wrong, and no other answers contradict."""
+        wrong = self.contradicted == CONTRADICTED if self.wrong is None else self.wrong
+        return [each for each, gone in zip(self.examples, wrong, strict=True) if not gone]
 
     def together(self) -> Dataset:
         """The drawn rows and then the planted ones, under TRL's names."""
@@ -128,7 +134,7 @@ def draw(
     labels = None if wrong_column is None else labels_of(dataset, wrong_column)
     usable, _ = usable_rows(dataset, mapping, args, drop_duplicates, drop_empty, notes)
     notes = [f"Rows were read as TRL's format: {'; '.join(notes)}."] if notes else []
-    positions = _drawn(np.array(usable[ROW_POSITION]), labels, rows, seed)
+    positions = _drawn(usable, args.dataset_text_field, labels, rows, seed)
     base, examples = examples_of(dataset, mapping, args, positions)
     if len(examples) < LEAST_ROWS:
         raise InputError(
@@ -140,7 +146,8 @@ def draw(
     wrong = None if labels is None else labels[[each.row for each in examples]]
     if wrong is not None:
         _check_labels(wrong, str(wrong_column))
-    drawn = Drawn(base, examples, wrong, [], {}, {}, notes)
+    others = usable.select(np.flatnonzero(~np.isin(usable[ROW_POSITION], positions))).remove_columns(ROW_POSITION)
+    drawn = Drawn(base, others, examples, wrong, contradicted(examples), [], {}, {}, notes)
     count = min(faults_per_kind or _affordable(len(kinds)), len(drawn.right))
     planted, left_out = plant(drawn.right, kinds, count, seed)
     there = {each.kind for each in planted}
@@ -169,11 +176,14 @@ def _affordable(kinds: int) -> int:
     return min(max(IN_ALL // max(kinds, 1), FEWEST_OF_A_KIND), MOST_OF_A_KIND)
 
 
-def _drawn(positions: np.ndarray, labels: np.ndarray | None, rows: int, seed: int) -> np.ndarray:
-    """The positions of rows drawn at random, ascending; with labels, wrong ones are up to half of them."""
-    shuffled = np.random.default_rng([seed, 0]).permutation(positions)
+def _drawn(usable: Dataset, text_field: str, labels: np.ndarray | None, rows: int, seed: int) -> np.ndarray:
+    """The positions of rows drawn at random, ascending: prompts with their rows; with labels, up to half wrong ones."""
+    positions = np.array(usable[ROW_POSITION])
+    order = np.random.default_rng([seed, 0]).permutation(len(positions))
     if labels is None:
-        return np.sort(shuffled[:rows])
+        repeated = duplicate_rows(usable.remove_columns(ROW_POSITION), text_field)
+        return np.sort(positions[whole_prompts(order, repeated, rows, MOST_OF_A_PROMPT)])
+    shuffled = positions[order]
     wrong, right = shuffled[labels[shuffled]], shuffled[~labels[shuffled]]
     some = wrong[: max(rows // 2, rows - len(right))]
     return np.sort(np.concatenate([some, right[: rows - len(some)]]))

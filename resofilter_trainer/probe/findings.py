@@ -12,11 +12,16 @@ import numpy as np
 
 from .statistics import NOTHING, Auroc, alike, clustered_auroc, length_out, mean_of, rank_correlations
 
-ALL, LABELLED, SELF_MADE = "all", "labelled", "self_made"  # kinds beside those of planted faults
+ALL, LABELLED, SELF_MADE, CONTRADICTED = "all", "labelled", "self_made", "contradicted"  # kinds beside planted ones
+REAL = (LABELLED, CONTRADICTED)  # kinds of unplanted rows
+ROWS, WRITER = "rows", "writer"  # what faulty rows are compared with
+WARMED = " (warmed up)"  # after the name of a signal: measured with a tuned copy of the model
 UNPLANTED = ""  # the kind of the rows as they are
 LENGTH = "num_tokens"
 LEAST_PLANTED = 5  # faulty rows, for a kind to be measured
+LEAST_CONTRADICTED = 10  # rows that other answers contradict, and rows that they agree with
 LEAST_RIGHT = 10  # right answers by the writer, to compare its wrong ones with
+LEAST_PAIRS = 10  # of rows with the same prompt
 LEAST_CLUSTERS = 20  # prompts, for an interval over prompts
 ALIKE = 0.95  # rank correlation
 
@@ -37,6 +42,7 @@ class Rows:
         source: (T,) the number of the drawn row that it is or was made of, from 0.
         prompt: (T,) the number of its prompt, from 0; rows without a prompt have one of their own.
         labelled: whether the unplanted rows have labels.
+        contradicted: (T,) for unplanted rows 1 if most answers to the prompt end otherwise, 0 if they end so; else -1.
         seconds: how long each signal took; None where it is not known.
     """
 
@@ -49,6 +55,7 @@ class Rows:
     source: np.ndarray
     prompt: np.ndarray
     labelled: bool = False
+    contradicted: np.ndarray = field(default_factory=lambda: np.zeros(0, int))
     seconds: Mapping[str, float | None] = field(default_factory=dict)
 
     @cached_property
@@ -58,8 +65,14 @@ class Rows:
 
     @cached_property
     def right(self) -> np.ndarray:
-        """The unplanted rows without those that the user's labels call wrong."""
-        return np.flatnonzero((self.kind == UNPLANTED) & ~self.faulty & self.usable)
+        """The unplanted rows without those that the user's labels call wrong, or other answers contradict."""
+        gone = self.faulty if self.labelled else self.faulty | self._told(1)
+        return np.flatnonzero((self.kind == UNPLANTED) & ~gone & self.usable)
+
+    @property
+    def agreed(self) -> np.ndarray:
+        """The unplanted rows that end as most answers to their prompt."""
+        return np.flatnonzero(self._told(0) & self.usable)
 
     @cached_property
     def clusters(self) -> np.ndarray:
@@ -67,8 +80,14 @@ class Rows:
         return self.prompt if len(np.unique(self.prompt)) >= LEAST_CLUSTERS else self.source
 
     def faults(self, kind: str) -> np.ndarray:
-        """The rows with a fault of a kind."""
-        return np.flatnonzero((self.kind == kind) & self.faulty & self.usable)
+        """The rows with a fault of a kind; of all planted kinds for `"all"`."""
+        if kind == CONTRADICTED:
+            return np.flatnonzero(self._told(1) & self.usable)
+        of_kind = self.kind != UNPLANTED if kind == ALL else self.kind == (UNPLANTED if kind == LABELLED else kind)
+        return np.flatnonzero(of_kind & self.faulty & self.usable)
+
+    def _told(self, value: int) -> np.ndarray:
+        return self.contradicted == value if len(self.contradicted) else np.zeros(len(self.kind), bool)
 
 
 @dataclass(frozen=True)
@@ -77,6 +96,8 @@ class Comparison:
 
     Attributes:
         kind: the kind.
+        against: what rows with the fault are compared with: `rows`, those of the dataset; or `writer`, right answers
+            by the same model.
         rows: (N,) which of the measured rows.
         positive: (N,) bool, those with the fault.
         strata: (N,) the number of each row's stratum.
@@ -86,24 +107,30 @@ class Comparison:
     rows: np.ndarray
     positive: np.ndarray
     strata: np.ndarray
+    against: str = ROWS
 
     @classmethod
     def of(cls, kind: str, faults: np.ndarray, others: np.ndarray, stratum: np.ndarray | None = None) -> Comparison:
-        """Rows with a fault against others; within each stratum, if they have one."""
+        """Rows with a fault against others of the dataset; or of the same writer, within each stratum."""
         rows, positive = np.concatenate([faults, others]), np.arange(len(faults) + len(others)) < len(faults)
         own = np.zeros(len(rows), int) if stratum is None else np.unique(stratum[rows], return_inverse=True)[1]
-        return cls(kind, rows, positive, own)
+        return cls(kind, rows, positive, own, ROWS if stratum is None else WRITER)
 
 
 def comparisons(rows: Rows) -> tuple[list[Comparison], dict[str, str], list[str]]:
     """What is compared with what: a comparison for each kind, the kinds left out with the reason, and notes."""
     found, left_out, notes = list[Comparison](), dict[str, str](), list[str]()
+    prompts = len(np.unique(rows.prompt))
+    if prompts < LEAST_CLUSTERS:
+        notes.append(f"There are {prompts} different prompts, too few for intervals over prompts: they are over rows.")
     if rows.labelled:
-        found.append(Comparison.of(LABELLED, rows.faults(UNPLANTED), rows.right))
+        found.append(Comparison.of(LABELLED, rows.faults(LABELLED), rows.right))
+    if min(len(rows.faults(CONTRADICTED)), len(rows.agreed)) >= LEAST_CONTRADICTED:
+        found.append(Comparison.of(CONTRADICTED, rows.faults(CONTRADICTED), rows.agreed))
     for kind in dict.fromkeys(rows.kind[rows.kind != UNPLANTED].tolist()):
         faults = rows.faults(kind)
         if len(faults) < LEAST_PLANTED:
-            left_out[kind] = f"planted in {len(faults)} rows only, and at least {LEAST_PLANTED} are needed"
+            left_out[kind] = f"only {len(faults)} rows with it were measured, and at least {LEAST_PLANTED} are needed"
             continue
         right = np.flatnonzero((rows.kind == kind) & ~rows.faulty & rows.usable)
         shared = np.isin(rows.stratum[faults], rows.stratum[right])
@@ -127,16 +154,17 @@ def records_of(rows: Rows, compared: Sequence[Comparison]) -> list[Record]:
         Mappings with `signal`, `kind`, `auroc`, `low`, `high` (its 95 % interval), `auroc_length_out`,
         `low_length_out`, `high_length_out`, `auroc_within_prompt`, `pairs_within_prompt`, `seconds`, `direction` (the
         end that the AUROC is of, the signal's own: below .5 the other end finds the fault), `faulty` and `compared`
-        (the numbers of rows), and `beyond`: the share of the unplanted rows beyond the median of the faulty ones.
+        (the numbers of rows), `beyond`: the share of the unplanted rows beyond the median of the faulty ones; and
+        `against` (see `Comparison`).
         None for what is not known.
     """
-    found = []
+    found, against = [], {each.kind: each.against for each in compared}
     for name in rows.signals:
         measured = {each.kind: _measured(rows, name, each) for each in compared}
-        planted = [three for kind, three in measured.items() if kind != LABELLED] or list(measured.values())
+        planted = [three for kind, three in measured.items() if kind not in REAL] or list(measured.values())
         together = [mean_of([three[form] for three in planted]) for form in range(3)]
         for kind, three in {**measured, ALL: together}.items():
-            found.append(_record(rows, name, kind, *three))
+            found.append({**_record(rows, name, kind, *three), "against": against.get(kind, ROWS)})
     return found
 
 
@@ -187,11 +215,10 @@ def _measured(rows: Rows, name: str, compared: Comparison) -> tuple[Auroc, Auroc
         rest = length_out(values, rows.lengths[of_row])
         without = clustered_auroc(rest, positive, clusters, strata, count)
     within = np.unique(np.stack([strata, prompts]), axis=1, return_inverse=True)[1].ravel()
-    return (
-        clustered_auroc(values, positive, clusters, strata, count),
-        without,
-        clustered_auroc(values, positive, clusters, within, count),
-    )
+    same_prompt = clustered_auroc(values, positive, clusters, within, count)
+    if same_prompt.pairs < LEAST_PAIRS:
+        same_prompt = NOTHING
+    return clustered_auroc(values, positive, clusters, strata, count), without, same_prompt
 
 
 def _record(rows: Rows, name: str, kind: str, auroc: Auroc, without: Auroc, within: Auroc) -> Record:
@@ -218,7 +245,6 @@ def _beyond(rows: Rows, name: str, kind: str, reverse: bool) -> float | None:
     """The share of the right unplanted rows whose value is beyond the median of the faulty rows."""
     largest = (rows.directions[name] == "largest") != reverse
     values = rows.signals[name] * (1 if largest else -1)
-    planted = (rows.kind != UNPLANTED) if kind == ALL else (rows.kind == (UNPLANTED if kind == LABELLED else kind))
-    faulty, right = values[planted & rows.faulty & rows.usable], values[rows.right]
+    faulty, right = values[rows.faults(kind)], values[rows.right]
     faulty, right = faulty[~np.isnan(faulty)], right[~np.isnan(right)]
     return float((right > np.median(faulty)).mean()) if len(faulty) and len(right) else None

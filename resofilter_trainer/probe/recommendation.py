@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
 
-from .findings import ALL, LABELLED, SELF_MADE
+from .findings import ALL, CONTRADICTED, LABELLED, SELF_MADE, WARMED, WRITER
 
+USUAL = "loss_sum"  # the signal within .03 of the best on real errors, as measured (benchmarks/RESULTS.md)
+CONTENT = ("exchanged", "number", "number_carried", "final_number")  # planted faults in what an answer says
 ABOUT_AS_GOOD = 0.02  # of AUROC
 LEAST_FOUND = 0.55  # AUROC
 INSTEAD = "Do not filter by score: look for repeats and cut answers first."
 NO_EVIDENCE = "Planted faults are not real ones: what finds them need not find errors that a model made."
-OTHER = {"largest": "smallest", "smallest": "largest"}
+SMALLEST = "smallest"
+OTHER = {"largest": SMALLEST, SMALLEST: "largest"}
 
 
 @dataclass(frozen=True)
@@ -26,6 +29,7 @@ class Recommendation:
         drop: the end to drop; None without a signal.
         reason: why, in one or two sentences with the numbers.
         length_out: whether to take the length out: the residual of the signal's ranks on those of `num_tokens`.
+        warmup: whether to score with a copy of the model that was tuned first, on so many rows; 0 for all, None for no.
         evidence: the kind of fault that it rests on.
         auroc, low, high: how well the recommended end finds it, and the 95 % interval; None if nothing was measured.
     """
@@ -34,6 +38,7 @@ class Recommendation:
     drop: Literal["largest", "smallest"] | None
     reason: str
     length_out: bool = False
+    warmup: int | None = None
     evidence: str = ALL
     auroc: float | None = None
     low: float | None = None
@@ -83,19 +88,32 @@ class Candidate:
         return self.record[self._name(name)]
 
 
-def recommend(records: Sequence[Mapping[str, Any]]) -> Recommendation:
+def recommend(records: Sequence[Mapping[str, Any]], warmup: int | None = None) -> Recommendation:
     """The signal to drop rows by.
 
-    The evidence is the user's own labels, else answers that a model wrote itself, else all planted kinds together. The
-    signal with the largest lower bound wins; or, among those whose AUROC is within .02 of its own, the one with the
-    largest mean over all kinds. None, if the bound is not above .5 or the AUROC is below .55.
+    The evidence is the user's own labels; else rows that other answers contradict; else answers that a model wrote
+    itself, wrong ones against right ones; else all planted kinds together. The signal with the largest lower bound
+    wins; or, among those whose AUROC is within .02 of its own, the one with the largest mean over all kinds. None, if
+    the bound is not above .5 or the AUROC is below .55.
+
+    What finds planted faults need not find real ones, so with no other evidence the signal is `loss_sum`, which was
+    among the best wherever real errors were measured; if it finds a planted fault in what an answer says.
 
     Args:
         records: what `records_of` returns.
+        warmup: the rows of the warm-up, if there was one.
     """
-    kinds = {each["kind"]: each for each in records}
-    evidence = next((kind for kind in (LABELLED, SELF_MADE) if kind in kinds), ALL)
+    found = _recommended(records)
+    if found.signal is None or not found.signal.endswith(WARMED):
+        return found
+    return replace(found, signal=found.signal.removesuffix(WARMED), warmup=warmup or 0)
+
+
+def _recommended(records: Sequence[Mapping[str, Any]]) -> Recommendation:
+    evidence = _evidence(records)
     own = [each for each in records if each["kind"] == evidence]
+    if evidence == ALL and (usual := _as_usual(records)) is not None:
+        return usual
     candidates = [each for record in own for out in (False, True) if (each := Candidate(record, out)).known]
     if not candidates:
         return Recommendation(None, None, f"Nothing could be measured. {INSTEAD}", evidence=evidence)
@@ -106,11 +124,37 @@ def recommend(records: Sequence[Mapping[str, Any]]) -> Recommendation:
         best = max(as_good, key=lambda each: each.over_all(records))
         auroc, low, high = best.bounds
         return Recommendation(
-            best.record["signal"], best.drop, _reason(best, evidence), best.length_out, evidence, auroc, low, high
+            best.record["signal"], best.drop, _reason(best, evidence), best.length_out, None, evidence, auroc, low, high
         )
     best = max(candidates, key=lambda each: each.bounds[0])
     reason = f"None of these finds {_what(evidence)}: the best, {_called(best)}, has {_numbers(best)}. {INSTEAD}"
-    return Recommendation(None, None, reason, False, evidence, *best.bounds)
+    return Recommendation(None, None, reason, False, None, evidence, *best.bounds)
+
+
+def _evidence(records: Sequence[Mapping[str, Any]]) -> str:
+    """The kind that is most like real errors; answers by a writer only if compared with its own right ones."""
+    kinds = {each["kind"] for each in records if each["kind"] != SELF_MADE or each["against"] == WRITER}
+    return next((kind for kind in (LABELLED, CONTRADICTED, SELF_MADE) if kind in kinds), ALL)
+
+
+def _as_usual(records: Sequence[Mapping[str, Any]]) -> Recommendation | None:
+    """The usual signal, or none, by whether it finds faults in what an answer says; None without such faults."""
+    usual = (USUAL, USUAL + WARMED)
+    found = [Candidate(each, False) for each in records if each["signal"] in usual and each["kind"] in CONTENT]
+    found = [each for each in found if each.known]
+    if not found:
+        return None
+    best = max(found, key=lambda each: 0.0 if each.drop == SMALLEST else each.bounds[1])
+    kind, (auroc, low, high) = best.record["kind"], best.bounds
+    finds = f"its {best.drop} values find '{kind}' with {_numbers(best)}"
+    if best.drop == SMALLEST or not (low > 0.5 and auroc >= LEAST_FOUND):
+        reason = f"No real errors are known here, and {USUAL} finds no planted ones: {finds}. {INSTEAD}"
+        return Recommendation(None, None, reason, evidence=kind, auroc=auroc, low=low, high=high)
+    reason = (
+        f"No real errors are known here. {USUAL} was the best signal, or within .02 of it, wherever real errors were "
+        f"measured, and {finds}. {NO_EVIDENCE} Label some rows (wrong_column) to know more."
+    )
+    return Recommendation(best.record["signal"], best.drop, reason, evidence=kind, auroc=auroc, low=low, high=high)
 
 
 def _reason(best: Candidate, evidence: str) -> str:
@@ -128,9 +172,11 @@ def _called(candidate: Candidate) -> str:
 
 
 def _what(evidence: str) -> str:
-    return {LABELLED: "the rows that you labelled as wrong", SELF_MADE: "wrong answers that a model wrote itself"}.get(
-        evidence, "planted faults"
-    )
+    return {
+        LABELLED: "the rows that you labelled as wrong",
+        CONTRADICTED: "the rows that most other answers to the same prompt contradict",
+        SELF_MADE: "wrong answers that a model wrote itself",
+    }.get(evidence, "planted faults")
 
 
 def _numbers(candidate: Candidate) -> str:

@@ -25,8 +25,10 @@ def settings_text(recommendation: Recommendation, provenance: Mapping[str, Any])
     name = recommendation.signal
     if name is None:
         return "\n".join([*lines, "select:", "  keep: 1.0  # all rows, see above", ""])
-    if name not in BESIDE:
-        lines += ["score:", f"  signals: [{name}]"]
+    measure = [] if name in BESIDE else [f"  signals: [{name}]"]
+    if recommendation.warmup is not None:
+        measure += [f"  warmup: {recommendation.warmup}"] if recommendation.warmup else []
+    lines += ["score:", *measure] if measure else []
     by = [name, LENGTH] if recommendation.length_out else [name]
     lines += ["select:", f"  by: [{', '.join(by)}]"]
     lines += ["  combine: residual"] if recommendation.length_out else []

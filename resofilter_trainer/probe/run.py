@@ -10,8 +10,6 @@ import dataclasses
 import importlib.metadata
 import json
 import os
-import time
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,40 +19,37 @@ from datasets import Dataset
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from trl import SFTConfig
 
-from ..config import InputError, Precision, ScoreWarning, check_kind
+from ..config import InputError, Precision, Warmup, check_kind, warmup_settings
 from ..data.arguments import check_call
 from ..data.fingerprints import PACKAGES, hash_tokenizer, identity
 from ..data.loading import check_arguments, check_loss, default_arguments, load_model, placed
+from ..io.digest import hash_rows
 from ..io.files import read_json, replacing
 from ..io.made_from import as_json, check_made_from
-from ..model.signals import chosen_signals
+from ..model.signals import SIGNALS
 from ..scores.doubts import remarks_of
-from ..scores.score_table import ScoreTable
-from ..scoring.dataset import score_dataset
+from ..scoring.further_signals import Wanted
 from ..scoring.passes import from_main, locked
 from .drawing import EVERY, ROWS, Drawn, check_counts, draw, kinds_of
 from .faults import Planted
 from .findings import (
     ALL,
+    CONTRADICTED,
     LABELLED,
-    LENGTH,
     SELF_MADE,
-    UNPLANTED,
-    Rows,
     alike_of,
     comparisons,
     missing_values,
-    number_of,
     records_of,
 )
+from .measuring import SCORES, Measured, Measuring, rows_of
 from .page import write_probe
 from .recommendation import recommend
-from .results import OF_ALL, OF_LABELS, OF_SELF_MADE, REMEDY, RESULT_FILE, ProbeResult
+from .results import OF_ALL, OF_CONTRADICTED, OF_LABELS, OF_SELF_MADE, REMEDY, RESULT_FILE, ProbeResult
 from .self_made import write
 
 SETTINGS_FILE = "settings.json"
 SELF_MADE_FILE = "self_made.json"
-SCORES = "scores"
 SELF_MADE_COUNT = 60
 REMEDY_KINDS = "Plant other kinds, or let a model write wrong answers, too."
 TRAINING = ("max_length", "completion_only_loss", "assistant_only_loss", "chat_template_path")
@@ -73,7 +68,10 @@ def probe_dataset(
     faults: Sequence[Callable[[dict[str, Any]], Mapping[str, Any] | None] | str] = (),
     self_made: bool | None = None,
     writer: str | PreTrainedModel | None = None,
-    signals: str | Sequence[str] = EVERY,
+    signals: str | Sequence[str] = tuple(SIGNALS),
+    reference: str | None = None,
+    warmup: int | Warmup | None = None,
+    warmup_dataset: Dataset | None = None,
     wrong_column: str | None = None,
     seed: int = 0,
     precision: Precision | None = None,
@@ -97,7 +95,11 @@ def probe_dataset(
         self_made: whether a model writes wrong answers to the same prompts, the kind that is most like real errors; by
             default it does, unless there is a `wrong_column`.
         writer: the model that writes them, or its name; by default `model`.
-        signals: the signals to measure, as for `score_dataset`.
+        signals, reference: the signals to measure, as for `score_dataset`; by default those of the one pass. `"all"`
+            takes about five times as long.
+        warmup: measure everything again with a copy of the model after this warm-up, as for `score_dataset`; each
+            signal has a second line then, `loss (warmed up)`.
+        warmup_dataset: the rows to tune on, of the same format; by default rows of the dataset that were not drawn.
         wrong_column: a column with your own labels of wrong rows, as true or false. The recommendation then rests on
             them.
         seed: the random seed; the same seed gives the same numbers.
@@ -115,12 +117,14 @@ def probe_dataset(
     check_kind("signals", signals, (str, Sequence), "names of signals")
     check_kind("wrong_column", wrong_column, (str, type(None)), "the name of a column")
     check_kind("writer", writer, (str, PreTrainedModel, type(None)), "a name, a folder as text, or a model")
-    names, planting = chosen_signals(signals), kinds_of(kinds, faults)
+    planting = kinds_of(kinds, faults)
     if precision is None and args is None:
         precision = "auto"
     args, folder = args or default_arguments(), None if output is None else Path(output)
     check_arguments(args, folder)
     check_loss(args)
+    wanted = Wanted.of(signals, reference, args, sharded=False)
+    warm = warmup_settings(warmup, from_dataset=warmup_dataset is not None)
     self_made = wrong_column is None if self_made is None else self_made
     if writer is not None and not self_made:
         raise InputError("A writer writes the answers of self_made=True: leave writer= out, or pass self_made=True.")
@@ -132,7 +136,10 @@ def probe_dataset(
     made_from = {
         **_identity(model, tokenizer),
         "rows": drawn.digest(),
-        "signals": list(names),
+        "signals": list(wanted.names),
+        "reference": reference,
+        **({} if warm is None else {f"warmup_{name}": value for name, value in warm.to_json().items()}),
+        **({} if warmup_dataset is None else {"warmup_dataset": hash_rows(warmup_dataset)}),
         "writer": None if author is None else _identity(*author),
         "seed": seed,
         "precision": precision or ("bfloat16" if args.bf16 else "float32"),
@@ -147,8 +154,11 @@ def probe_dataset(
             return earlier
         if author is not None:
             drawn = _with_self_made(drawn, *author, args, folder, faults_per_kind or SELF_MADE_COUNT, seed)
-        scores, seconds = _measured(model, tokenizer, drawn, args, folder, names, precision, tokens_per_batch)
-        result = _result(drawn, scores, seconds, about)
+        measuring = Measuring(args, signals, reference, precision, tokens_per_batch)
+        passes = [measuring.measure(model, tokenizer, drawn, folder)]
+        if warm is not None:
+            passes.append(measuring.measure(model, tokenizer, drawn, folder, warm, warmup_dataset))
+        result = _result(drawn, passes, warm, about)
         from_main(lambda: None if folder is None else write_probe(result, folder))
     return result
 
@@ -233,42 +243,20 @@ def _with_template(tokenizer: PreTrainedTokenizerBase, args: SFTConfig) -> PreTr
     return tokenizer
 
 
-def _measured(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    drawn: Drawn,
-    args: SFTConfig,
-    folder: Path | None,
-    signals: Sequence[str],
-    precision: Precision | None,
-    tokens_per_batch: int | None,
-) -> tuple[ScoreTable, float | None]:
-    """The scores of all rows, and the seconds of the pass; None where an interrupted one was resumed."""
-    output = None if folder is None else folder / SCORES
-    fresh = from_main(lambda: output is None or not output.exists())
-    begun = time.perf_counter()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ScoreWarning)  # they become notes
-        scores = score_dataset(
-            model, drawn.together(), tokenizer, args, output=output, precision=precision,
-            tokens_per_batch=tokens_per_batch, signals=list(signals), drop_empty=True,
-        )  # fmt: skip
-    return scores, time.perf_counter() - begun if fresh else None
-
-
-def _result(drawn: Drawn, scores: ScoreTable, seconds: float | None, about: Mapping[str, Any]) -> ProbeResult:
-    rows, notes = _rows(drawn, scores, seconds)
+def _result(drawn: Drawn, passes: Sequence[Measured], warm: Warmup | None, about: Mapping[str, Any]) -> ProbeResult:
+    rows, notes = rows_of(drawn, passes)
+    scores = passes[0].scores
     compared, too_few, said = comparisons(rows)
     if not compared:
         why = _why({**drawn.left_out, **too_few})
         raise InputError(f"No fault could be measured in these rows. {why}Pass more rows. {REMEDY_KINDS}")
     records = records_of(rows, compared)
-    stands_for = {LABELLED: OF_LABELS, SELF_MADE: OF_SELF_MADE, ALL: OF_ALL}
+    stands_for = {LABELLED: OF_LABELS, CONTRADICTED: OF_CONTRADICTED, SELF_MADE: OF_SELF_MADE, ALL: OF_ALL}
     stands_for |= {name: fault.stands_for for name, fault in drawn.kinds.items()}
     used = [each.kind for each in compared] + [ALL]
     return ProbeResult(
         signals=records,
-        recommendation=recommend(records),
+        recommendation=recommend(records, None if warm is None else warm.rows),
         kinds={kind: stands_for[kind] for kind in used},
         left_out={**drawn.left_out, **too_few},
         notes=[*drawn.notes, *notes, *said, *missing_values(rows), *remarks_of(scores).values()],
@@ -277,43 +265,7 @@ def _result(drawn: Drawn, scores: ScoreTable, seconds: float | None, about: Mapp
             "rows": len(drawn.examples),
             "planted": len(drawn.planted),
             "tokens": int(np.nansum(scores.column("length"))),
-            "seconds": seconds,
+            "seconds": passes[0].seconds,
         },
         provenance=as_json(about),
     )
-
-
-def _rows(drawn: Drawn, scores: ScoreTable, seconds: float | None) -> tuple[Rows, list[str]]:
-    """The measured rows as arrays, and notes on those that do not count."""
-    count, total = len(drawn.examples), len(scores)
-    number = {example.row: place for place, example in enumerate(drawn.examples)}
-    source = np.array([*range(count), *(number[each.row] for each in drawn.planted)])
-    prompts = number_of(example.prompt.strip() or example.row for example in drawn.examples)
-    wrong = np.zeros(count, bool) if drawn.wrong is None else drawn.wrong
-    names = [each for each in scores.table.column_names if scores.direction(each) is not None and each != LENGTH]
-    lengths, notes = scores.column(LENGTH).astype(float), list[str]()
-    unscored = int((~scores.scored).sum())
-    if unscored:
-        notes.append(f"{unscored} of {total} rows could not be scored, and do not count.")
-    limit = scores.provenance.preparation["max_length"]
-    truncated = np.arange(total) >= count if limit is not None else np.zeros(total, bool)
-    truncated &= scores.column("length") >= (limit or 0)
-    if truncated.any():
-        lengths[truncated] = np.nan
-        notes.append(
-            f"{int(truncated.sum())} rows with a fault reach max_length={limit} tokens, where the fault may be cut "
-            "off. They do not count."
-        )
-    rows = Rows(
-        signals={**{name: scores.column(name).astype(float) for name in names}, LENGTH: lengths},
-        directions={**{name: str(scores.direction(name)) for name in names}, LENGTH: "largest"},
-        lengths=lengths,
-        kind=np.array([UNPLANTED] * count + [each.kind for each in drawn.planted]),
-        faulty=np.concatenate([wrong, [each.faulty for each in drawn.planted]]).astype(bool),
-        stratum=np.array([""] * count + [each.stratum for each in drawn.planted]),
-        source=source,
-        prompt=prompts[source],
-        labelled=drawn.wrong is not None,
-        seconds=dict.fromkeys([*names, LENGTH], seconds),
-    )
-    return rows, notes

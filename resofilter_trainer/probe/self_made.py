@@ -109,7 +109,7 @@ def write(
     seconds: float = 600.0,
     batch_size: int | None = None,
     samples: int = 2,
-    temperature: float = 1.0,
+    temperature: float = 0.8,
     min_p: float = 0.05,
 ) -> tuple[list[Planted], list[str]]:
     """Answers that the model writes itself, wrong ones as faults and right ones to compare them with.
@@ -117,7 +117,8 @@ def write(
     Rows drawn at random are continued, those with short answers first, until there are enough wrong and right ones. An
     answer is wrong if it ends otherwise than the row's own (`ending_of`). Where the row's own has no end to compare,
     it is wrong if most samples of its prompt agree on another end; and without such a majority, if the row's own words
-    are more likely to the model than those that it sampled (mean token loss).
+    are more likely to the model than those that it sampled (mean token loss). What begins with a share of the answer
+    from which nearly all end rightly, or nearly all wrongly, is left out: there is nothing to compare it with.
 
     Args:
         model: the writer, the user's model or another.
@@ -156,11 +157,17 @@ def write(
     found: list[Planted] = []
     group = max(1, batch_size // samples)
     for start in tqdm(range(0, len(drawn), group), desc="Writing answers", unit="batch"):
-        if writer.late or _enough(found, count):
+        if writer.late or _enough(_comparable(writer, found), count):
             break
         found += _written(writer, drawn[start : start + group], start, samples)
+    found = _comparable(writer, found)
     kept = [each for wrong in (True, False) for each in _at_most(count, [p for p in found if p.faulty is wrong], rng)]
     return kept, _notes(writer, found, count, seconds)
+
+
+def _comparable(writer: Writer, found: Sequence[Planted]) -> list[Planted]:
+    """Those that begin where there are wrong and right ones to compare."""
+    return [each for each in found if not writer.given_up(each.stratum)]
 
 
 def _enough(found: Sequence[Planted], count: int) -> bool:
@@ -231,24 +238,26 @@ def _different(tries: Sequence[Try]) -> list[Try]:
 def ends_otherwise(own: str, answer: str) -> bool | None:
     """Whether an answer ends otherwise than the row's own; None where that cannot be told.
 
-    It cannot be told where one of them has no end; and where only one of the two marks its end, or none does, and
-    the end of the row's own stands in the last sentence of the answer: `Paris` and `The capital is Paris, of course.`
+    It cannot be told where one of them has no end; where the row's own marks its end, such as with `####`, and the
+    answer, right or wrong, does not, as it is a part of an answer then; and where the row's own has no mark, and its
+    end stands in the last sentence of the answer: `Paris` and `The capital is Paris, of course.`
     """
     if answer.strip() == own.strip():
         return False
     end, other = ending_of(own), ending_of(answer)
-    if end is None or other is None:
+    if end is None or other is None or (_marked(own) and not _marked(answer)):
         return None
-    if end == other:
-        return False
-    marked = [bool(BOXED.search(text) or MARK.search(text)) for text in (own, answer)]
-    if all(marked):
-        return True
+    if end == other or _marked(own):
+        return end != other
     last = next((part for part in reversed(SENTENCE.split(answer)) if part.strip()), "").casefold()
     if NUMBER.fullmatch(end):
         return None if end in {ending_of(each) for each in NUMBER.findall(last)} else True
     stands = re.search(rf"(?<!\w){re.escape(end)}(?!\w)", last) or (len(end) > 5 and end in re.sub(r"\s+", "", last))
     return None if stands else True
+
+
+def _marked(text: str) -> bool:
+    return bool(BOXED.search(text) or MARK.search(text))
 
 
 def majority(answers: Sequence[str]) -> str | None:
@@ -281,7 +290,7 @@ def _notes(writer: Writer, found: Sequence[Planted], count: int, seconds: float)
     notes = [
         f"The model continued the answers of {counts['rows']} rows, from nothing, a third and two thirds of each, "
         f"sampled with temperature {writer.temperature:g} and min_p {writer.min_p:g}: {wrong} ended wrongly and "
-        f"{right} rightly."
+        f"{right} rightly, and can be compared."
     ]
     if counts["by majority"] or counts["by likelihood"]:
         notes.append(
@@ -304,8 +313,8 @@ def _notes(writer: Writer, found: Sequence[Planted], count: int, seconds: float)
     for stratum in filter(writer.given_up, STRATA):
         told = f"{writer.judged[stratum, True]} wrong and {writer.judged[stratum, False]} right"
         notes.append(
-            f"Of the answers of which {GIVEN[stratum]} is given, {told} were found: no more were written, as there is "
-            "hardly anything to compare them with."
+            f"Of the answers of which {GIVEN[stratum]} is given, {told} were found, and left out, as there is hardly "
+            "anything to compare them with."
         )
     if writer.late and min(wrong, right) < count:
         notes.append(f"The time was over (seconds={seconds:g}): another run may find others.")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Sequence
 
+from .findings import LEAST_PAIRS
 from .results import ProbeResult
 
 WIDTH = 120
@@ -21,7 +22,9 @@ def table_of(result: ProbeResult) -> str:
     lines = [_cost(result), HALVES, ""]
     for block in _blocks(columns):
         lines += [*block, ""]
-    lines += _wrapped(f"{main}: interval, length out and within prompt are of this kind.")
+    lines += _wrapped(
+        f"Interval, length out and within prompt are of {main}; within prompt needs {LEAST_PAIRS} pairs of rows."
+    )
     for kind in result.ordered_kinds:
         lines += _wrapped(f"{kind}: {result.kinds.get(kind, '')}")
     for kind, why in result.left_out.items():

@@ -167,9 +167,9 @@ class ScoreTable:
 def with_votes_of_all(table: pa.Table) -> pa.Table:
     """The table with its `layer_vote`, if it has one, made from all its rows: for tables that were put together."""
     place = table.schema.get_field_index(LAYER_VOTE)
-    if place < 0:
-        return table
     of_layers = [name for name in table.column_names if name.removeprefix(LAYER).isdigit()]
+    if place < 0 or not of_layers:
+        return table
     layers = np.stack([table[name].to_numpy() for name in of_layers], axis=1)
     votes, scored = np.zeros(len(layers)), np.isfinite(layers).all(axis=1)
     votes[scored] = layer_vote(layers[scored])

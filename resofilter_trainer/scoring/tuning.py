@@ -10,6 +10,7 @@ import inspect
 import json
 import random
 import time
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -21,7 +22,9 @@ from accelerate.state import GradientState
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.utils.data import Sampler, SequentialSampler
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
@@ -32,10 +35,11 @@ from trl import SFTConfig, SFTTrainer
 
 from ..config import InputError, NotFiniteError, Warmup
 from ..config.compatibility import forget_adapter, set_warmup
-from ..io.files import flush, read_json, replacing
+from ..io.files import flush, read_json, remove_folder, replacing
 from ..model.float32 import main_dtype
 from ..model.quantised import bits_of
 
+STATE = "trained.safetensors"  # in a checkpoint: the trained weights
 MARK = "resofilter_warmup.json"  # in a checkpoint: it is complete, and what it was made from
 CHECKPOINTS = 10  # in a warm-up
 
@@ -51,7 +55,7 @@ OWN_ARGUMENTS: dict[str, Any] = {
     "packing": False, "padding_free": False, "shuffle_dataset": False, "max_length": None, "dataset_kwargs": None,
     "completion_only_loss": None, "assistant_only_loss": False, "chat_template_path": None, "eos_token": None,
     "eval_strategy": "no", "do_eval": False, "eval_on_start": False, "load_best_model_at_end": False,
-    "save_total_limit": 1, "save_only_model": False, "push_to_hub": False, "ignore_data_skip": False,
+    "save_total_limit": None, "save_only_model": False, "push_to_hub": False, "ignore_data_skip": False,
     "restore_callback_states_from_checkpoint": False, "resume_from_checkpoint": None, "model_init_kwargs": None,
     "logging_strategy": "no", "logging_first_step": False,
 }  # fmt: skip
@@ -85,7 +89,7 @@ def check_tunable(model: PreTrainedModel | PeftModel, settings: Warmup, args: SF
         raise InputError(f"{what}: choose 'lora' as its method.")
     if not isinstance(model, PeftModel) and any(isinstance(each, BaseTunerLayer) for each in model.modules()):
         raise InputError(
-            "The model's adapter was added by transformers (add_adapter), and a warm-up cannot resume with it: pass a "
+            "The model's adapter was added by transformers (add_adapter), and a warm-up knows PEFT's only: pass a "
             "PeftModel (peft.get_peft_model), or merge the adapter."
         )
     if any(each.device.type == "meta" for each in model.parameters()):
@@ -115,7 +119,16 @@ class Tuning:
     @property
     def steps(self) -> int:
         """The number of optimizer steps."""
-        return -(-len(self.rows) // self.settings.batch_size) * self.settings.epochs
+        return -(-len(self.rows) * self.settings.epochs // self.settings.batch_size)
+
+    def _in_order(self) -> Dataset:
+        """The rows of all epochs, one after another, each in an order of its own.
+
+        The Trainer sees one epoch: before transformers 5 it resumes a later one in another order.
+        """
+        draw = np.random.default_rng(self.settings.seed)
+        order = [draw.permutation(len(self.rows)) for _ in range(self.settings.epochs)]
+        return self.rows.select_columns(["input_ids", "labels"]).select(np.concatenate(order))
 
     def run(self, model: PreTrainedModel, folder: Path, checkpoint: Path | None, keep: bool) -> dict[str, Tensor]:
         """The tuned weights by name, on the CPU; the model stays as it is.
@@ -137,9 +150,8 @@ class Tuning:
             )
         with undisturbed():
             tuned = prepared_copy(model, self.settings)
-            names = [name for name, each in tuned.named_parameters() if each.requires_grad]
             trainer = _Tuner(
-                tuned, self._arguments(folder, keep), train_dataset=self.rows.select_columns(["input_ids", "labels"]),
+                tuned, self._arguments(folder, keep), train_dataset=self._in_order(),
                 processing_class=copy.deepcopy(self.tokenizer),
                 callbacks=[_Progress(), _Mark(self.made_from, checkpoint)],
             )  # fmt: skip
@@ -148,7 +160,7 @@ class Tuning:
             if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
                 raise InputError("A warm-up trains whole copies of the model: launch it without FSDP and DeepSpeed.")
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-            found = {name: tuned.get_parameter(name).detach().cpu().clone() for name in names}
+            found = {name: each.clone() for name, each in trained_weights(tuned).items()}
             del trainer, tuned
             gc.collect()
             torch.cuda.empty_cache()
@@ -164,7 +176,7 @@ class Tuning:
         most = min(share, found.per_device_train_batch_size)
         size = next(each for each in range(most, 0, -1) if share % each == 0)
         own = {
-            "output_dir": str(folder), "learning_rate": settings.lr, "num_train_epochs": settings.epochs,
+            "output_dir": str(folder), "learning_rate": settings.lr, "num_train_epochs": 1,
             "seed": settings.seed, "data_seed": None, "per_device_train_batch_size": size,
             "gradient_accumulation_steps": share // size, "accelerator_config": AcceleratorConfig(), "report_to": [],
             "save_strategy": "steps" if keep else "no", "save_steps": max(-(-self.steps // CHECKPOINTS), 1),
@@ -193,9 +205,7 @@ def with_weights(model: PreTrainedModel, settings: Warmup, weights: Mapping[str,
     """
     flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
     tuned = _made_tunable(model, settings)
-    with torch.no_grad():
-        for name, value in weights.items():
-            tuned.get_parameter(name).copy_(value)
+    put_weights(tuned, weights)
     if isinstance(tuned, PeftModel) and not isinstance(model, PeftModel):
         if any(bits_of(each) is not None for each in tuned.parameters()):
             return cast(PreTrainedModel, tuned.eval())
@@ -204,6 +214,18 @@ def with_weights(model: PreTrainedModel, settings: Warmup, weights: Mapping[str,
     for parameter, flag in flags.items():
         parameter.requires_grad_(flag)
     return cast(PreTrainedModel, tuned.eval())
+
+
+def trained_weights(model: Any) -> dict[str, Tensor]:
+    """The weights that require a gradient, by name, on the CPU."""
+    return {name: each.detach().cpu().contiguous() for name, each in model.named_parameters() if each.requires_grad}
+
+
+@torch.no_grad()
+def put_weights(model: Any, weights: Mapping[str, Tensor]) -> None:
+    """Overwrite a model's weights, by name."""
+    for name, value in weights.items():
+        model.get_parameter(name).copy_(value)
 
 
 def copied(model: PreTrainedModel) -> PreTrainedModel:
@@ -217,14 +239,24 @@ def copied(model: PreTrainedModel) -> PreTrainedModel:
         forward = vars(module).get("forward")
         if forward is None or "_hf_hook" in vars(module):  # accelerate's hooks are copied
             continue
-        own = type(module).forward
-        if inspect.unwrap(getattr(forward, "__func__", forward)) is not inspect.unwrap(own):
+        if not _is_own(forward, type(module).forward):
             raise InputError(
                 f"The forward of '{name or type(module).__name__}' was replaced in this model, so that a copy would "
                 "run the original's weights: pass a model with its own forward, or its name."
             )
         del module.forward  # left by a Trainer
     return found
+
+
+def _is_own(forward: Any, own: Any) -> bool:
+    """Whether a forward is that of the module's class, or TRL's or accelerate's around it."""
+    function = getattr(forward, "__func__", forward)
+    if function is own:
+        return True
+    inner = getattr(function, "__wrapped__", None)
+    if inspect.isfunction(function) and str(function.__module__).startswith("trl."):
+        inner = inspect.getclosurevars(function).nonlocals.get("original_forward")
+    return inner is not None and _is_own(inner, own)
 
 
 @contextlib.contextmanager
@@ -277,7 +309,9 @@ def _made_tunable(model: PreTrainedModel, settings: Warmup) -> PreTrainedModel:
         )
         with torch.random.fork_rng(range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []):
             torch.manual_seed(settings.seed)
-            return cast(PreTrainedModel, get_peft_model(model, adapter))
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "fan_in_fan_out")  # which PEFT sets right for GPT-2's maps
+                return cast(PreTrainedModel, get_peft_model(model, adapter))
     if not any(each.requires_grad for each in model.parameters()):
         model.requires_grad_(True)
     return model
@@ -291,10 +325,25 @@ def _diverged(what: str, lr: float) -> str:
 
 
 class _Tuner(SFTTrainer):
-    """SFTTrainer that stops at a loss that is not finite, in all processes at once, and reports nothing to TRL."""
+    """SFTTrainer that stops at a loss that is not finite, in all processes at once, and reports nothing to TRL.
+
+    Its checkpoints hold the trained weights by their own names. The Trainer's would hold them as `save_pretrained`
+    names them, and it resumes without those that have other names there, such as GPT-NeoX's head or Mixtral's experts.
+    """
 
     def _send_telemetry(self) -> None:
         pass
+
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler:
+        return SequentialSampler(self.train_dataset if train_dataset is None else train_dataset)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        if self.args.should_save and output_dir is not None:
+            Path(output_dir).mkdir(parents=True, exist_ok=True)
+            save_file(trained_weights(self.model), Path(output_dir) / STATE)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        put_weights(self.model, load_file(Path(resume_from_checkpoint) / STATE))
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         loss: Tensor = super().training_step(*args, **kwargs)
@@ -305,7 +354,7 @@ class _Tuner(SFTTrainer):
 
 
 class _Mark(TrainerCallback):
-    """Marks each checkpoint as complete, with what it was made from and after how many seconds.
+    """Marks each checkpoint as complete, with what it was made from and after how many seconds; removes older ones.
 
     Args:
         made_from: what the tuned weights depend on.
@@ -324,6 +373,9 @@ class _Mark(TrainerCallback):
             with replacing(folder / MARK) as temporary:
                 mark = {"made_from": self._made_from, "seconds": time.perf_counter() - self._begun}
                 temporary.write_text(json.dumps(mark))
+            for each in checkpoints(folder.parent):
+                if each != folder:
+                    remove_folder(each)
 
 
 class _Progress(TrainerCallback):

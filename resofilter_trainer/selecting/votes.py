@@ -12,7 +12,7 @@ from ..config import InputError
 from ..io.files import read_json
 
 PROBE_FILE = "probe.json"
-KINDS = ("labelled", "self_made", "all")  # of the faulty rows: the closer to real errors, the earlier
+KINDS = ("labelled", "contradicted", "self_made", "all")  # of the faulty rows: the closer to real errors, the earlier
 COLUMNS = {"resonance": "score"}  # signals whose column has another name
 AGAIN = "Make it again with resofilter probe."
 
@@ -20,14 +20,14 @@ AGAIN = "Make it again with resofilter probe."
 def votes_of(probe: str | os.PathLike[str], kind: str | None = None) -> dict[str, float]:
     """The votes of a probe's signals, as `by=` of a `DataSelector`: `2 |AUROC - 0.5|` for each, the best one first.
 
-    An AUROC is that of the `direction` of a signal, by default `"largest"`: above 0.5 that end has the faulty rows, below
-    0.5 the other one. A signal votes against its largest values, `+loss`, or against its smallest, `-el2n`; at 0.5 it has
-    no vote.
+    An AUROC is that of a signal's `direction`, by default `"largest"`: above 0.5 the faulty rows are at that end, below
+    0.5 at the other. A signal votes against its largest values, `+loss`, or against its smallest, `-el2n`; at 0.5 it
+    has no vote.
 
     Args:
         probe: the folder of a probe, or its `probe.json`.
-        kind: the kind of faulty rows whose AUROC counts; by default the first of `labelled`, `self_made` and `all` that
-            the probe has.
+        kind: the kind of faulty rows whose AUROC counts; by default the first of `labelled`, `contradicted`,
+            `self_made` and `all` that the probe has.
 
     Raises:
         InputError: the file is missing, damaged or no probe's; or it has no such kind, or no signal with a vote.

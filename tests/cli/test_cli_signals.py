@@ -84,6 +84,10 @@ def test_a_report_of_scores_with_signals_is_written(scored, tmp_path, capsys):
         (["--signals", "verdict"], "verdict cannot be measured: the tokenizer has no token for the answer 'No'"),
         (["--signals", "ifd", "--streaming"], "ifd takes a forward of its own, and a stream is read once: leave it"),
         (["--signals", "all", "--streaming", "--reference", "/nowhere"], "leave --streaming or --reference out"),
+        (
+            ["--signals", "rank", "layer_vote", "--n_layers", "1"],
+            "The signal 'layer_vote' cannot be measured: only one",
+        ),
     ],
 )
 def test_signals_that_cannot_be_measured_are_refused_in_one_line(options, expected, usual, tmp_path, capsys):

@@ -126,6 +126,12 @@ def test_where_most_end_without_a_full_stop_that_says_nothing(openly, expected):
     assert check_texts(dataset).counts["cut"] == expected
 
 
+def test_rows_of_which_none_can_be_read_are_named():
+    found = check_texts(Dataset.from_list([{"prompt": None, "completion": "a"}, {"prompt": None, "completion": "b"}]))
+    assert found.unreadable == [0, 1]
+    assert set(found.counts.values()) == {0}
+
+
 def test_calls_of_tools_are_answers():
     def call(city):
         calls = [{"type": "function", "function": {"name": "weather", "arguments": {"city": city}}}]
@@ -192,10 +198,10 @@ def jaccard(one: list[str], other: list[str]) -> float:
 
 @rensa
 def test_rows_of_one_template_are_no_duplicates_and_its_repeats_are():
-    template = "You are a helpful assistant, and answer each question of the user as shortly and as well as you can."
+    template = " ".join(f"t{each}" for each in range(150))
     rng = np.random.default_rng(0)
     words = [" ".join(f"w{each}" for each in rng.integers(0, 10**6, 8)) for _ in range(120)]
-    texts = [(f"{template} {template[::-1]} {each}", "The answer is unknown.") for each in words]
+    texts = [(f"{template} {each}", "The answer is unknown.") for each in words]
     assert near_duplicates(texts) == {}
     assert near_duplicates(texts[:40])[1][0] == 0  # too few rows to tell a template
     assert near_duplicates([*texts, texts[7]]) == {120: (7, 1.0)}
@@ -222,6 +228,8 @@ def test_without_the_library_near_duplicates_are_left_out_and_that_is_said(monke
     assert f"- near_duplicate: not checked, as {why}." in summary(found)
     with pytest.raises(InputError, match=r"was not made: it needs the library rensa, pip install"):
         found.rows(["near_duplicate"])
+    with pytest.raises(InputError, match=r"There is no check to make\. near_duplicate: it needs the library rensa"):
+        check_texts(dataset, ["near_duplicate"])
     with pytest.raises(InputError, match="need the library rensa"):
         near_duplicates([("a", "b")])
     assert TextChecks.load(found.save(tmp_path)).left_out == found.left_out
@@ -308,6 +316,12 @@ def test_checks_of_other_rows_are_refused(checked):
     ("dataset", "options", "named"),
     [
         ({"prompt": ["a"], "completion": ["b"]}, {"checks": ["cuts"]}, "There is no check 'cuts'. There are: exact"),
+        (
+            {"prompt": ["a"], "completion": ["b"]},
+            {"checks": "cut"},
+            "checks must be a list of names of checks",
+        ),
+        ({"prompt": ["a"], "completion": ["b"]}, {"checks": []}, "There is no check to make. Name some, or leave"),
         ({"prompt": ["a"], "completion": ["b"]}, {"promt_column": "a"}, "Did you mean prompt_column=?"),
         ({"prompt": ["a"], "completion": ["b"]}, {"prompt_column": "c", "completion_column": "b"}, "no column 'c'"),
         ({"prompt": [], "completion": []}, {}, "no rows"),

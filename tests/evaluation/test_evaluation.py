@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
-from resofilter_trainer.evaluation.generate import FINAL_ANSWER, exact_match, generate
+from resofilter_trainer.evaluation.generate import FINAL_ANSWER, Written, exact_match, generate, sample
 from resofilter_trainer.evaluation.metrics.final_answer import final_answer
 
 
@@ -122,3 +122,47 @@ def taught(model: LlamaForCausalLM, tokenizer, prompts: list[str], answers: list
         optimizer.step()
         optimizer.zero_grad()
     return model
+
+
+# ---- random continuations
+
+
+def test_a_sample_of_near_certainty_is_the_greedy_answer(tiny_llama, tokenizer):
+    """Whatever the padding: at a temperature near 0, the likeliest token is drawn."""
+    model = tiny_llama(dtype=torch.float64)
+    settings = {"special": True, "seed": 0, "temperature": 1e-6}
+    written = sample(model, tokenizer, PROMPTS, 6, **settings)
+    assert [each.text for each in written] == [alone(model, tokenizer, prompt, 6) for prompt in PROMPTS]
+
+
+def test_a_sample_is_repeated_by_its_seed_and_leaves_the_random_state(tiny_llama, tokenizer):
+    model = tiny_llama().train()
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    first, again, other = (sample(model, tokenizer, PROMPTS, 6, special=True, seed=seed) for seed in (1, 1, 2))
+    assert first == again != other
+    assert torch.equal(torch.get_rng_state(), before)
+    assert all(module.training for module in model.modules())
+
+
+def test_what_ends_a_sample(tiny_llama, tokenizer):
+    model = taught(tiny_llama(), tokenizer, ["fox"], [" is 4 answer<|end|> 5 <eos>"])
+    settings = {"special": True, "seed": 0, "temperature": 0.01}
+    (whole,) = sample(model, tokenizer, ["fox"], 40, **settings)
+    assert whole == Written(" is 4 answer 5 ", finished=True)  # special tokens are no text
+    (ended,) = sample(model, tokenizer, ["fox"], 40, ends=[tokenizer.convert_tokens_to_ids("<|end|>")], **settings)
+    assert ended == Written(" is 4 answer", finished=True)
+    (limited,) = sample(model, tokenizer, ["fox"], 2, **settings)
+    assert not limited.finished
+    assert whole.text.startswith(limited.text)
+    (told,) = sample(model, tokenizer, ["fox"], 40, ended=lambda row, text: "4" in text, **settings)
+    assert told == Written(" is 4", finished=True)
+    (late,) = sample(model, tokenizer, ["fox"], 40, seconds=1e-9, **settings)
+    assert not late.finished
+
+
+def test_unlikely_tokens_are_not_drawn(tiny_llama, tokenizer):
+    model = tiny_llama(dtype=torch.float64)
+    greedy = [alone(model, tokenizer, prompt, 6) for prompt in PROMPTS]
+    assert [each.text for each in sample(model, tokenizer, PROMPTS, 6, special=True, seed=0, min_p=1.0)] == greedy
+    assert [each.text for each in sample(model, tokenizer, PROMPTS, 6, special=True, seed=0)] != greedy

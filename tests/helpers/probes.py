@@ -35,6 +35,7 @@ def record(signal: str, kind: str, auroc: float | None, half: float = 0.03, **fi
         "faulty": 40,
         "compared": 100,
         "beyond": 0.25,
+        "against": "writer" if kind == "self_made" else "rows",
         **fields,
     }
 

@@ -165,7 +165,11 @@ def test_rows_of_one_prompt_are_compared_within_it_and_vary_together():
     )
     assert one["auroc_within_prompt"] == pytest.approx(within)
     assert one["pairs_within_prompt"] == 60
+    assert comparisons(shared)[2] == []
     few = rows_of({"cut": 30}, prompt=shared.source % 3)
+    assert comparisons(few)[2] == [
+        "There are 3 different prompts, too few for intervals over prompts: they are over rows."
+    ]
     assert (few.clusters == few.source).all(), "an interval over 3 prompts would say nothing"
 
 
@@ -198,7 +202,14 @@ def test_values_that_are_no_numbers_are_left_out_and_infinite_ones_are_the_most_
 
 def test_a_kind_in_too_few_rows_is_left_out():
     _, left_out, _ = comparisons(rows_of({"cut": 4, "number": 5}))
-    assert left_out == {"cut": "planted in 4 rows only, and at least 5 are needed"}
+    assert left_out == {"cut": "only 4 rows with it were measured, and at least 5 are needed"}
+
+
+def test_fewer_than_ten_pairs_of_a_prompt_say_nothing():
+    found = by_name(rows_of({"cut": 9, "number": 10}))
+    assert found["loss", "cut"]["auroc_within_prompt"] is None
+    within = found["loss", "number"]["auroc_within_prompt"]
+    assert found["loss", ALL]["auroc_within_prompt"] == within is not None
 
 
 def test_how_alike_signals_rank():

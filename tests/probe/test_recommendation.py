@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 from helpers.probes import record
 
-from resofilter_trainer.probe.findings import ALL, LABELLED, SELF_MADE
-from resofilter_trainer.probe.recommendation import recommend
+from resofilter_trainer.probe.findings import ALL, CONTRADICTED, LABELLED, SELF_MADE
+from resofilter_trainer.probe.recommendation import USUAL, recommend
 
 
 def test_the_largest_lower_bound_wins():
@@ -33,6 +33,40 @@ def test_labels_count_before_self_made_errors_and_these_before_planted_ones():
     assert (planted.signal, planted.evidence) == ("c", ALL)
     assert "Planted faults are not real ones" in planted.reason
     assert "Planted" not in recommend(without).reason
+
+
+def test_rows_that_others_contradict_count_before_self_made_errors():
+    records = [record("a", CONTRADICTED, 0.7), record("a", SELF_MADE, 0.6), record("b", SELF_MADE, 0.8)]
+    records += [record("b", CONTRADICTED, 0.6)]
+    found = recommend(records)
+    assert (found.signal, found.evidence) == ("a", CONTRADICTED)
+    assert "the rows that most other answers to the same prompt contradict" in found.reason
+
+
+def test_self_made_errors_against_answers_of_others_are_no_evidence():
+    """They would show the writer's style."""
+    records = [record("a", SELF_MADE, 0.9, against="rows"), record("b", SELF_MADE, 0.6, against="rows")]
+    records += [record(name, kind, 0.7 + 0.1 * (name == "b")) for name in "ab" for kind in ("cut", ALL)]
+    found = recommend(records)
+    assert (found.signal, found.evidence) == ("b", ALL)
+
+
+@pytest.mark.parametrize(("auroc", "direction", "drop"), [(0.6, "largest", "largest"), (0.4, "smallest", "largest")])
+def test_without_real_errors_the_usual_signal_is_recommended_if_it_finds_a_wrong_answer(auroc, direction, drop):
+    records = [record(USUAL, "number", auroc, direction=direction), record("loss_max", "number", 0.95)]
+    records += [record(USUAL, "cut", 0.1), record(USUAL, ALL, 0.4), record("loss_max", ALL, 0.9)]
+    found = recommend(records)
+    assert (found.signal, found.drop, found.evidence, found.auroc) == (USUAL, drop, "number", 0.6)
+    assert "No real errors are known here" in found.reason
+    assert "Planted faults are not real ones" in found.reason
+
+
+@pytest.mark.parametrize("auroc", [0.54, 0.3])
+def test_without_real_errors_nothing_is_recommended_if_the_usual_signal_finds_no_wrong_answer(auroc):
+    records = [record(USUAL, "number", auroc), record(USUAL, ALL, 0.9), record("loss_max", ALL, 0.9)]
+    found = recommend(records)
+    assert (found.signal, found.drop) == (None, None)
+    assert found.reason.endswith("Do not filter by score: look for repeats and cut answers first.")
 
 
 def test_of_those_about_as_good_the_one_that_finds_most_kinds():

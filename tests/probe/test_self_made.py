@@ -111,8 +111,11 @@ def test_where_a_continuation_ends(tiny_llama, tokenizer, own, prefix_share, tex
     [
         ("so 3\n#### 3", "so 3.0\n#### 3.0", False),
         ("so 3\n#### 3", "so 4\n#### 4", True),
-        ("so 3\n#### 3", "3 at first. So it is 4.", True),
-        ("so 3\n#### 3", "So it is 3 in 2 ways.", None),
+        ("so 3\n#### 3", "3 at first. So it is 4.", None),
+        ("so 3\n#### 3", "So it is 3.", None),
+        ("So it is 3.", "3 at first. So it is 4.", True),
+        ("So it is 3.", "It is 3 in 2 ways.", None),
+        ("So it is 3.", "2 + 1 = 3. The answer is 3.", False),
         ("so 3\n#### 3", "It ends without any number, as far as can be seen.", None),
         ("The answer is (B).", "As said. The answer is (C).", True),
         ("The answer is (B).", "As said, (B) it is, of all of these that are there.", None),
@@ -193,7 +196,7 @@ def test_wrong_and_right_ones_are_told_apart_in_each_stratum(tiny_llama, tokeniz
     assert len({each.seed for each in asked}) == 3
     told = " ".join(notes)
     assert "continued the answers of 1 rows" in told
-    assert "temperature 1 and min_p 0.05: 2 ended wrongly and 3 rightly" in told
+    assert "temperature 0.8 and min_p 0.05: 2 ended wrongly and 3 rightly" in told
     assert "1 continuations did not come to an end" in told
     assert "Fewer were found than the 3 wrong" in told
 
@@ -246,14 +249,14 @@ def test_a_beginning_from_which_all_end_alike_is_given_up(tiny_llama, tokenizer,
     examples = [pair("#### 3", f"{row}?", row) for row in range(60)]
     planted, notes = write(tiny_llama(), tokenizer, examples, 50, seed=0, batch_size=10, samples=1)
     assert len(asked) == 3
-    assert len(planted) == 30
-    assert any("of which nothing is given, 30 wrong and 0 right were found: no more were written" in n for n in notes)
+    assert planted == []
+    assert any("of which nothing is given, 30 wrong and 0 right were found, and left out" in note for note in notes)
 
 
 def test_no_more_than_asked_for_are_kept(tiny_llama, tokenizer, scripted):
-    scripted(*(f"#### {number}" for number in range(40)))
+    scripted("#### 3", "#### 4", "#### 5")
     planted, _ = write(tiny_llama(), tokenizer, [pair("#### 3", f"{row}?", row) for row in range(20)], 5, seed=0)
-    assert Counter(each.faulty for each in planted)[True] == 5
+    assert Counter(each.faulty for each in planted) == {True: 5, False: 5}
 
 
 def test_rows_that_cannot_be_continued_are_counted(tiny_llama, tokenizer):

@@ -1,0 +1,124 @@
+"""The pass over the drawn and planted rows, and its numbers as arrays. Knows scoring, not what the numbers say."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from datasets import Dataset
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from trl import SFTConfig
+
+from ..config import Precision, ScoreWarning, Warmup
+from ..scores.score_table import WARMED_UP, ScoreTable
+from ..scoring.dataset import score_dataset
+from ..scoring.passes import from_main
+from .contradictions import UNTOLD
+from .drawing import Drawn
+from .findings import LENGTH, UNPLANTED, WARMED, Rows, number_of
+
+SCORES, SCORES_WARMED = "scores", "scores_warmed"  # folders in that of the probe
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a pass has measured.
+
+    Attributes:
+        scores: the drawn rows and then the planted ones.
+        seconds: how long it took; None where an interrupted pass was resumed.
+        suffix: what follows the names of its signals.
+    """
+
+    scores: ScoreTable
+    seconds: float | None
+    suffix: str = ""
+
+    @property
+    def names(self) -> list[str]:
+        """The signals that it measured."""
+        scores = self.scores
+        apart = (LENGTH, WARMED_UP)
+        return [each for each in scores.table.column_names if scores.direction(each) is not None and each not in apart]
+
+
+@dataclass(frozen=True)
+class Measuring:
+    """How rows are measured; the attributes are as for `score_dataset`."""
+
+    args: SFTConfig
+    signals: str | Sequence[str]
+    reference: str | None
+    precision: Precision | None
+    tokens_per_batch: int | None
+
+    def measure(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        drawn: Drawn,
+        folder: Path | None,
+        warmup: Warmup | None = None,
+        warmup_dataset: Dataset | None = None,
+    ) -> Measured:
+        """Measure all rows; after a warm-up, if there is one."""
+        output = None if folder is None else folder / (SCORES if warmup is None else SCORES_WARMED)
+        fresh = from_main(lambda: output is None or not output.exists())
+        tune_on = None if warmup is None else drawn.others if warmup_dataset is None else warmup_dataset
+        begun = time.perf_counter()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ScoreWarning)  # they become notes
+            scores = score_dataset(
+                model, drawn.together(), tokenizer, self.args, output=output, precision=self.precision,
+                tokens_per_batch=self.tokens_per_batch, signals=self.signals, reference=self.reference,
+                warmup=warmup, warmup_dataset=tune_on, drop_empty=True,
+            )  # fmt: skip
+        seconds = time.perf_counter() - begun if fresh else None
+        return Measured(scores, seconds, "" if warmup is None else WARMED)
+
+
+def rows_of(drawn: Drawn, passes: Sequence[Measured]) -> tuple[Rows, list[str]]:
+    """The measured rows as arrays, and notes on those that do not count.
+
+    Args:
+        drawn: the rows.
+        passes: what was measured of them; the first pass says which rows count.
+    """
+    count, scores = len(drawn.examples), passes[0].scores
+    total = len(scores)
+    number = {example.row: place for place, example in enumerate(drawn.examples)}
+    source = np.array([*range(count), *(number[each.row] for each in drawn.planted)])
+    prompts = number_of(example.prompt.strip() or example.row for example in drawn.examples)
+    wrong = np.zeros(count, bool) if drawn.wrong is None else drawn.wrong
+    lengths, notes = scores.column(LENGTH).astype(float), list[str]()
+    unscored = int((~scores.scored).sum())
+    if unscored:
+        notes.append(f"{unscored} of {total} rows could not be scored, and do not count.")
+    limit = scores.provenance.preparation["max_length"]
+    truncated = np.arange(total) >= count if limit is not None else np.zeros(total, bool)
+    truncated &= scores.column("length") >= (limit or 0)
+    if truncated.any():
+        lengths[truncated] = np.nan
+        notes.append(
+            f"{int(truncated.sum())} rows with a fault reach max_length={limit} tokens, where the fault may be cut "
+            "off. They do not count."
+        )
+    named = [(name + each.suffix, name, each) for each in passes for name in each.names]
+    rows = Rows(
+        signals={**{key: each.scores.column(name).astype(float) for key, name, each in named}, LENGTH: lengths},
+        directions={**{key: str(each.scores.direction(name)) for key, name, each in named}, LENGTH: "largest"},
+        lengths=lengths,
+        kind=np.array([UNPLANTED] * count + [each.kind for each in drawn.planted]),
+        faulty=np.concatenate([wrong, [each.faulty for each in drawn.planted]]).astype(bool),
+        stratum=np.array([""] * count + [each.stratum for each in drawn.planted]),
+        source=source,
+        prompt=prompts[source],
+        labelled=drawn.wrong is not None,
+        contradicted=np.concatenate([drawn.contradicted, np.full(len(drawn.planted), UNTOLD)]),
+        seconds={**{key: each.seconds for key, _, each in named}, LENGTH: passes[0].seconds},
+    )
+    return rows, notes
