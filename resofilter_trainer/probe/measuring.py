@@ -38,6 +38,10 @@ class Measured:
     seconds: float | None
     suffix: str = ""
 
+    def seconds_of(self, name: str) -> float | None:
+        """How long a signal took; those of one pass share its seconds."""
+        return None if self.seconds is None else self.scores.seconds.get(name, self.seconds)
+
     @property
     def names(self) -> list[str]:
         """The signals that it measured."""
@@ -119,6 +123,6 @@ def rows_of(drawn: Drawn, passes: Sequence[Measured]) -> tuple[Rows, list[str]]:
         prompt=prompts[source],
         labelled=drawn.wrong is not None,
         contradicted=np.concatenate([drawn.contradicted, np.full(len(drawn.planted), UNTOLD)]),
-        seconds={**{key: each.seconds for key, _, each in named}, LENGTH: passes[0].seconds},
+        seconds={**{key: each.seconds_of(name) for key, name, each in named}, LENGTH: 0.0},
     )
     return rows, notes

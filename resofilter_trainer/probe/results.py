@@ -35,8 +35,8 @@ class ProbeResult:
         notes: what is to be said of the numbers.
         alike: Spearman's rank correlation of the signals over the unplanted rows (`signals`, `spearman`), and the
             `groups` of signals whose correlation is above .95.
-        cost: what was measured: `rows`, `planted`, `tokens`, and the `seconds` of the pass, which all its signals
-            share; None where the pass was resumed.
+        cost: what was measured: `rows`, `planted`, `tokens`, and the `seconds` of the pass; None where it was
+            resumed.
         provenance: what was probed: model, dataset, settings, versions.
     """
 

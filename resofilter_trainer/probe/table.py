@@ -18,6 +18,7 @@ def table_of(result: ProbeResult) -> str:
     main = result.evidence
     columns = [_names(result), _interval(result, main), _plain(result, main, "auroc_length_out", "length out")]
     columns.append(_plain(result, main, "auroc_within_prompt", "within prompt"))
+    columns.append(_column("seconds", [_seconds(result.record(name, main)["seconds"]) for name in result.ranked]))
     columns += [_plain(result, kind, "auroc", kind) for kind in result.ordered_kinds if kind != main]
     lines = [_cost(result), HALVES, ""]
     for block in _blocks(columns):
@@ -43,7 +44,7 @@ def cost_text(result: ProbeResult) -> str:
     text = f"{cost['rows']:,} rows and {cost['planted']:,} made of them, {cost['tokens']:,} tokens"
     if cost["seconds"] is None:
         return f"{text}; the pass was resumed, so its seconds are not known."
-    return f"{text}: {cost['seconds']:,.0f} s for one pass, which all its signals share."
+    return f"{text}: {cost['seconds']:,.0f} s. The signals of one pass share its seconds."
 
 
 def number_text(value: float | None) -> str:
@@ -72,6 +73,10 @@ def _interval(result: ProbeResult, kind: str) -> list[str]:
 
 def _plain(result: ProbeResult, kind: str, field: str, title: str) -> list[str]:
     return _column(title, [number_text(result.record(name, kind)[field]) for name in result.ranked])
+
+
+def _seconds(value: float | None) -> str:
+    return "-" if value is None else f"{value:,.0f}" if value >= 10 else f"{value:.1f}"
 
 
 def _column(title: str, values: Sequence[str], left: bool = False) -> list[str]:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -56,10 +56,13 @@ class ScoreTable:
     Attributes:
         table: the columns.
         provenance: what the scores were made from.
+        seconds: how long each signal took, where it was measured just now; those of one pass share its seconds. Not
+            saved.
     """
 
     table: pa.Table
     provenance: Provenance
+    seconds: Mapping[str, float] = field(default_factory=dict, compare=False, repr=False)
 
     def __len__(self) -> int:
         return self.table.num_rows

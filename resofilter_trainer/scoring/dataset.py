@@ -149,15 +149,19 @@ def score_dataset(
         parts = target.parts(budget)
         names, prepared = opened.provenance.config.get("signals", []), opened.prepared
         in_pass = measured_in_the_pass(names)
+        begun = time.perf_counter()
         found, layers, trust = score_prepared(model, prepared, args, config, forward, budget, parts, in_pass)
+        seconds = dict.fromkeys(names, time.perf_counter() - begun)
         columns = {"score": found.score, "loss": found.loss}
         of_layers = {f"{LAYER}{layer}": found.layers[:, i] for i, layer in enumerate(layers)}
         further = FurtherPass(prepared, args, budget, trust.forward == "bfloat16", parts)
-        measured = {**found.signals, **measure_further(names, model, opened, found, further, wanted.reference)}
+        more = measure_further(names, model, opened, found, further, wanted.reference, seconds)
+        measured = {**found.signals, **more}
         if LAYER_VOTE in names and len(layers) > 1:
             measured[LAYER_VOTE] = layer_vote(found.layers)
         fields = {name: ALL_SIGNALS[name].metadata for name in names if name in measured}
-        return Measured({**columns, **of_layers, **{name: measured[name] for name in fields}}, trust, fields=fields)
+        columns |= {**of_layers, **{name: measured[name] for name in fields}}
+        return Measured(columns, trust, fields=fields, seconds=seconds)
 
     scores = run_pass(
         model, dataset, processing_class, args, config.to_json(), output, measure,

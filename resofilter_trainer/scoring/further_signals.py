@@ -6,6 +6,7 @@ Knows what they are made of, not how a pass runs. In formulas, x is the prompt a
 from __future__ import annotations
 
 import dataclasses
+import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -310,6 +311,20 @@ def measured_in_the_pass(names: Iterable[str]) -> tuple[str, ...]:
     return tuple(dict.fromkeys([*(name for name in names if name in SIGNALS), *parts]))
 
 
+class _Clock:
+    """The seconds of each forward, by name."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    def timed(self, name: str, run: FurtherPass, model: PreTrainedModel, forward: Forward) -> dict[str, np.ndarray]:
+        """What a forward measures."""
+        begun = time.perf_counter()
+        found = run.measure(model, name, forward)
+        self.seconds[name] = time.perf_counter() - begun
+        return found
+
+
 def measure_further(
     names: Iterable[str],
     model: PreTrainedModel,
@@ -317,6 +332,7 @@ def measure_further(
     found: Resonance,
     run: FurtherPass,
     reference: Reference | None = None,
+    seconds: dict[str, float] | None = None,
 ) -> dict[str, np.ndarray]:
     """The signals among `names` that the scoring pass has not measured, (N,) each; each forward runs once.
 
@@ -327,6 +343,7 @@ def measure_further(
         found: what the scoring pass has measured.
         run: how the forwards run.
         reference: the reference model, if a signal needs one; it is loaded after the model's own forwards.
+        seconds: a mapping to extend with the seconds that each signal's forwards took; signals may share them.
 
     Raises:
         InputError: a number is not finite, or the reference cannot be loaded.
@@ -336,11 +353,16 @@ def measure_further(
     forwards = {name: make(model, opened) for name, make in FORWARDS.items() if name in needed}
     main = {"loss": found.loss, COUNTS: found.num_tokens}
     numbers = {MAIN: main | ({"first": found.signals[FIRST]} if FIRST in found.signals else {})}
-    numbers |= {name: run.measure(model, name, each) for name, each in forwards.items() if name not in BY_REFERENCE}
+    clock = _Clock()
+    numbers |= {
+        name: clock.timed(name, run, model, each) for name, each in forwards.items() if name not in BY_REFERENCE
+    }
     by_reference = {name: each for name, each in forwards.items() if name in BY_REFERENCE}
     if by_reference and reference is not None:
         with reference.loaded(model) as other:
-            numbers |= {name: run.measure(other, name, each) for name, each in by_reference.items()}
+            numbers |= {name: clock.timed(name, run, other, each) for name, each in by_reference.items()}
+    if seconds is not None:
+        seconds |= {name: sum(clock.seconds[each] for each in signal.forwards) for name, signal in wanted.items()}
     signals = {name: each.of(numbers) for name, each in wanted.items()}
     if any(each.of_prompt for each in wanted.values()):
         none = without_prompt(opened.prepared, opened.tokenizer.bos_token_id)

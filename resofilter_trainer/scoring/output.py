@@ -36,6 +36,7 @@ class Measured:
         trust: see `Trust`.
         rows: (N,) which of the prepared rows were measured, ascending; by default all of them.
         others: the reason why the other prepared rows have no score.
+        seconds: how long each signal took, by name; signals of one pass share it.
         fields: what to say of a column in its metadata, by its name: `direction`, `unit`, `formula`, `source`.
     """
 
@@ -44,6 +45,7 @@ class Measured:
     rows: np.ndarray | None = None
     others: str = "not measured"
     fields: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    seconds: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -89,7 +91,7 @@ class PassOutput:
     def finish(self, measured: Measured) -> ScoreTable:
         """A table with every row of the user's dataset; the main process writes it and removes the parts."""
         provenance = dataclasses.replace(self.opened.provenance, trust=measured.trust)
-        scores = ScoreTable(self._table(measured), provenance)
+        scores = ScoreTable(self._table(measured), provenance, measured.seconds)
         if self.path is not None and PartialState().is_main_process:
             scores.save(self.path)
             self._remove_parts()

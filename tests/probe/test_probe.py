@@ -53,7 +53,7 @@ def test_every_signal_is_measured_for_every_kind(probed):
         (name, kind) for name in names for kind in ("exchanged", "cut", ALL)
     }
     assert all(0 <= each["auroc"] <= 1 and each["low"] <= each["auroc"] <= each["high"] for each in found.signals)
-    assert all(each["seconds"] > 0 for each in found.signals)
+    assert all((each["seconds"] > 0) == (each["signal"] != "num_tokens") for each in found.signals)
     assert found.kinds["cut"] == "truncation"
     assert found.cost == {"rows": 40, "planted": 30, "tokens": found.cost["tokens"], "seconds": found.cost["seconds"]}
     assert len(found.alike["spearman"]) == len(names)
@@ -151,6 +151,8 @@ def test_a_warm_up_is_measured_beside_the_model_as_it_is(model, dataset, tokeniz
 def test_signals_of_further_forwards_are_probed(model, dataset, tokenizer):
     found = probe_dataset(model, dataset, tokenizer, arguments(), signals=["loss", "ifd"], **USUAL)
     assert found.record("ifd", "exchanged")["direction"] == "smallest"
+    assert 0 < found.record("ifd")["seconds"] < found.cost["seconds"]
+    assert 0 < found.record("loss")["seconds"] < found.cost["seconds"]
     with pytest.raises(InputError, match="excess needs a second model: pass reference="):
         probe_dataset(model, dataset, tokenizer, arguments(), signals=["excess"], **USUAL)
 
