@@ -22,7 +22,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from accelerate import PartialState
 from datasets import Dataset
@@ -35,6 +35,7 @@ from resofilter_trainer import (
     ResonanceConfig,
     ScoreTable,
     Selection,
+    Warmup,
     load_rows,
     map_columns,
     score_dataset,
@@ -52,6 +53,7 @@ from resofilter_trainer.evaluation.metrics.final_answer import final_answer
 from resofilter_trainer.model.signals import chosen_signals
 from resofilter_trainer.report import Contents
 from resofilter_trainer.scores.score_table import LAYER
+from resofilter_trainer.scoring.further_signals import ALL_SIGNALS
 
 COLUMNS = ("score", "loss", "num_tokens", "length")  # of every table of scores
 # The options of the measured step: those without `score_` are the training's.
@@ -81,6 +83,13 @@ class RecipeArguments:
     drop: str | None = field(default=None, metadata={"help": "the end to drop; by default the signal's own"})
     combine: str = field(default="ranks", metadata={"help": "how several columns become one"})
     signals: list[str] = field(default_factory=list, metadata={"help": "further signals to measure"})
+    reference: str | None = field(default=None, metadata={"help": "the second model of excess and superfiltering"})
+    warmup: int | None = field(default=None, metadata={"help": "tune a copy on so many rows first, which then scores"})
+    warmup_method: str = field(default="full", metadata={"help": "full: all weights; or lora"})
+    warmup_lr: float | None = field(default=None, metadata={"help": "the warm-up's first learning rate"})
+    warmup_epochs: int = field(default=1, metadata={"help": "how often the warm-up learns each row"})
+    warmup_batch_size: int = field(default=8, metadata={"help": "the rows of a step of the warm-up"})
+    warmup_seed: int = field(default=0, metadata={"help": "draws the warm-up's rows"})
     n_layers: int = field(default=3, metadata={"help": "the number of last layers that are measured"})
     update: Literal["adamw", "sgd"] = field(default="adamw", metadata={"help": "the optimizer step that is measured"})
     norm: Norm = field(default="mean_abs", metadata={"help": "the norm that turns a matrix of changes into one number"})
@@ -108,7 +117,15 @@ class RecipeArguments:
         """The signals to measure: those asked for, and those to rank by."""
         ranked = [name.removeprefix("-") for name in self.by]
         others = [name for name in ranked if name not in COLUMNS and not name.startswith(LAYER)]
-        return chosen_signals([*self.signals, *others])
+        return chosen_signals([*self.signals, *others], ALL_SIGNALS)
+
+    def warming(self) -> Warmup | None:
+        """The warm-up before the scoring pass, if any."""
+        if self.warmup is None:
+            return None
+        method: Any = self.warmup_method
+        own = {name: getattr(self, f"warmup_{name}") for name in ("lr", "epochs", "batch_size", "seed")}
+        return Warmup(rows=self.warmup, method=method, **own)
 
     def resonance(self) -> ResonanceConfig:
         """The settings of the scoring pass."""
@@ -220,6 +237,8 @@ def score_rows(train: Dataset, recipe: RecipeArguments, training: SFTConfig, mod
         args=training,
         config=recipe.resonance(),
         signals=recipe.measured(),
+        reference=recipe.reference,
+        warmup=recipe.warming(),
         output=Path(str(training.output_dir)) / "scores",
         drop_duplicates=True,
         prompt_column=recipe.prompt_column,

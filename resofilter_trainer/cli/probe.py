@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 from shlex import quote
-from typing import get_args
+from typing import Any, get_args
 
 from ..config import InputError, Precision
 from .inputs import dataset_of, require, row_options, sft_config
@@ -53,7 +53,6 @@ def run(args: argparse.Namespace) -> None:
         raise InputError("--writer writes the answers that --no_self_made leaves out: leave one of them out.")
     from accelerate import PartialState
 
-    from ..data.files import load_rows
     from ..probe.run import probe_dataset
     from ..probe.table import table_of
 
@@ -70,7 +69,7 @@ def run(args: argparse.Namespace) -> None:
         writer=args.writer,
         reference=args.reference,
         warmup=args.warmup,
-        warmup_dataset=load_rows(args.warmup_dataset) if args.warmup_dataset else None,
+        warmup_dataset=_rows_to_tune_on(args),
         **({"signals": _names(args.signals)} if args.signals else {}),
         wrong_column=args.wrong_column,
         seed=args.seed,
@@ -85,6 +84,16 @@ def run(args: argparse.Namespace) -> None:
     print(f"Results: {folder / 'probe.json'}, page: {folder / 'report.html'}")
     settings = quote(str(folder / "recommended.yaml"))
     print(f"Next: resofilter score --config {settings}, then resofilter select --config {settings}")
+
+
+def _rows_to_tune_on(args: argparse.Namespace) -> Any:
+    """The dataset of `--warmup_dataset`, with the configuration of `--dataset` if it is the same."""
+    from ..data.files import load_rows
+
+    if args.warmup_dataset is None:
+        return None
+    name = args.dataset_config if args.warmup_dataset == args.dataset else None
+    return load_rows(args.warmup_dataset, name=name)
 
 
 def _names(given: list[str]) -> str:

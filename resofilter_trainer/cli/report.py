@@ -33,6 +33,8 @@ def run(args: argparse.Namespace) -> None:
     from ..probe.results import RESULT_FILE
     from ..report import read_contents, write_report
 
+    if Path(args.source).name == RESULT_FILE:
+        args.source = str(Path(args.source).parent)
     if (Path(args.source) / RESULT_FILE).is_file():
         _report_probe(args)
         return

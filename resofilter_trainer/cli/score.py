@@ -159,11 +159,17 @@ def _warmup(args: argparse.Namespace) -> dict[str, Any]:
         raise InputError("A warm-up trains a whole copy of the model in every process: leave --sharded out.")
     others = [each.name for each in dataclasses.fields(Warmup) if each.name != "rows"]
     settings = Warmup(rows=args.warmup, **{name: getattr(args, f"warmup_{name}") for name in others})
+    unused = {} if args.warmup_dataset is not None else {"warmup_split": "--warmup_dataset"}
+    unused |= {} if settings.method == "lora" else {"warmup_lora_rank": "--warmup_method lora"}
+    for name, needed in unused.items():
+        if getattr(args, name) != args.parser.get_default(name):
+            raise InputError(f"--{name} goes with {needed}.")
     if args.warmup_dataset is None:
         return {"warmup": settings}
     from ..data.files import load_rows
 
-    return {"warmup": settings, "warmup_dataset": load_rows(args.warmup_dataset, args.warmup_split)}
+    configuration = args.dataset_config if args.warmup_dataset == args.dataset else None
+    return {"warmup": settings, "warmup_dataset": load_rows(args.warmup_dataset, args.warmup_split, configuration)}
 
 
 def _score_by_resonance(args: argparse.Namespace, common: dict[str, Any]) -> Any:

@@ -73,7 +73,7 @@ def exact_duplicates(texts: Texts) -> dict[int, Found]:
 def near_duplicate_rows(texts: Texts) -> dict[int, Found]:
     """The rows that are like an earlier one; see `repeated_texts`."""
     pairs = list(zip([a + b for a, b in zip(texts.prompts, texts.extras, strict=True)], texts.answers, strict=True))
-    found = near_duplicates(pairs, but=list(_repeats(texts)))
+    found = near_duplicates(pairs, but=[*_repeats(texts), *texts.empty])
     return {
         row: Found(f"is like row {OTHER} ({100 * alike:.0f} % of the word trigrams)", other)
         for row, (other, alike) in found.items()

@@ -18,6 +18,9 @@ NUMBER = re.compile(  # 1,050.00, -$3, .5, 2/3 and 2:3, but no part of x2, 1.2.3
 OPTION = re.compile(r"\W*([A-Za-z])\)")  # (B), of a question with options
 BOXED = re.compile(r"\\boxed\s*\{")
 MOST_WORDS = 5  # of an answer that is compared as a whole
+LAST_WORDS = 2  # of a text, in which a number that nothing marks is its end
+SPELLINGS = str.maketrans({"\u2212": "-", "\u00a0": " ", "\u202f": " "})  # a minus sign, narrow and other spaces
+FORMULA = re.compile(r"\\[dt]?frac|\\sqrt|\^")  # more than a number
 
 
 def ending_of(answer: str) -> str | None:
@@ -28,7 +31,7 @@ def ending_of(answer: str) -> str | None:
     Numbers are compared by value, without currency, thousands separators or unit; other texts without case, spaces
     and punctuation.
     """
-    text = answer.strip()
+    text = answer.strip().translate(SPELLINGS).replace("{,}", ",")
     boxed = _last_boxed(text)
     if boxed is not None:
         return _plain(boxed)
@@ -39,12 +42,21 @@ def ending_of(answer: str) -> str | None:
         option = OPTION.match(line)
         if option:
             return option.group(1).casefold()
-        number = NUMBER.search(line)
+        number = None if FORMULA.search(line) else NUMBER.search(line)
         return _value(number.group()) if number else _plain(line)
     numbers = NUMBER.findall(text)
     if numbers:
         return _value(numbers[-1])
     return _plain(text) if text and len(text.split()) <= MOST_WORDS else None
+
+
+def told_end(answer: str) -> str | None:
+    """As `ending_of`, of answers whose end is told: it is marked, stands in the last words, or is all there is."""
+    text = answer.strip().translate(SPELLINGS)
+    if BOXED.search(text) or MARK.search(text) or len(text.split()) <= MOST_WORDS:
+        return ending_of(answer)
+    last = " ".join(text.split()[-LAST_WORDS:])
+    return ending_of(answer) if NUMBER.search(last) else None
 
 
 def _last_boxed(text: str) -> str | None:

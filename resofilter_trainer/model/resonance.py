@@ -59,6 +59,21 @@ class Resonance:
         """(B,) float64, the mean over the layers."""
         return self.layers.mean(axis=1)
 
+    def take(self, samples: np.ndarray) -> Resonance:
+        """The measurements of some samples, in this order."""
+        signals = {name: values[samples] for name, values in self.signals.items()}
+        return Resonance(self.loss[samples], self.num_tokens[samples], self.layers[samples], signals)
+
+    @classmethod
+    def joined(cls, measured: Sequence[Resonance]) -> Resonance:
+        """The measurements of all samples, one after another."""
+        return cls(
+            loss=np.concatenate([each.loss for each in measured]),
+            num_tokens=np.concatenate([each.num_tokens for each in measured]),
+            layers=np.concatenate([each.layers for each in measured]),
+            signals={name: np.concatenate([each.signals[name] for each in measured]) for name in measured[0].signals},
+        )
+
 
 @with_known_keywords
 def literal(model: nn.Module, samples: Sequence[Mapping[str, Tensor]], config: ResonanceConfig) -> Resonance:

@@ -10,7 +10,7 @@ from collections.abc import Hashable, Mapping, Sequence
 
 import numpy as np
 
-from ..data.endings import ending_of
+from ..data.endings import told_end
 from .examples import Example
 
 LEAST_ANSWERS = 3  # to a prompt, with an end that can be compared
@@ -18,22 +18,24 @@ AGREES, CONTRADICTED, UNTOLD = 0, 1, -1
 
 
 def contradicted(examples: Sequence[Example]) -> np.ndarray:
-    """(N,) for each row `CONTRADICTED` or `AGREES`, or `UNTOLD` where no end is the most frequent of its prompt.
+    """(N,) for each row `CONTRADICTED` or `AGREES`, or `UNTOLD` where the answers to its prompt do not tell.
 
-    The most frequent end of a prompt with three answers or more is that of two at least, and of more than any other.
+    They tell if there are three different ones or more whose end can be compared, and half of these or more, and more
+    than of any other, end alike. Equal answers count once.
     """
-    ends = [ending_of(each.answer) for each in examples]
+    ends = [told_end(each.answer) for each in examples]
     of_prompt: dict[str, list[int]] = {}
     for number, each in enumerate(examples):
         if each.prompt.strip() and ends[number] is not None:
             of_prompt.setdefault(each.prompt.strip(), []).append(number)
     found = np.full(len(examples), UNTOLD)
     for numbers in of_prompt.values():
-        counts = Counter(ends[number] for number in numbers).most_common(2)
-        alone = len(counts) == 1 or counts[0][1] > counts[1][1]
-        if len(numbers) >= LEAST_ANSWERS and counts[0][1] >= 2 and alone:
+        different = {examples[number].answer.strip(): ends[number] for number in numbers}
+        (most, times), *others = Counter(different.values()).most_common(2)
+        alone = not others or times > others[0][1]
+        if len(different) >= LEAST_ANSWERS and 2 * times >= len(different) and alone:
             for number in numbers:
-                found[number] = AGREES if ends[number] == counts[0][0] else CONTRADICTED
+                found[number] = AGREES if ends[number] == most else CONTRADICTED
     return found
 
 

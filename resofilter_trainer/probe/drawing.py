@@ -18,14 +18,18 @@ from ..data.arguments import ROW_OPTIONS
 from ..data.exact_json import encoded
 from ..data.loading import usable_rows
 from ..data.preparation import ROW_POSITION
+from ..data.row_texts import said
 from ..data.rows import duplicate_rows
-from .contradictions import CONTRADICTED, contradicted, whole_prompts
+from .contradictions import AGREES, CONTRADICTED, contradicted, whole_prompts
 from .examples import Example, examples_of
 from .faults import FAULTS, Fault, Planted, plant
+from .findings import CONTRADICTED as CONTRADICTED_KIND
+from .findings import LABELLED, LEAST_CONTRADICTED, SELF_MADE
 from .labels import labels_of
 from .own_fault import load_fault, own_fault
 
 EVERY = "all"
+RESERVED = (EVERY, LABELLED, SELF_MADE, CONTRADICTED_KIND)  # kinds that are not planted
 ROWS = 400
 LEAST_ROWS = 20
 MOST_OF_A_PROMPT = 8  # rows: more would leave few prompts
@@ -65,6 +69,12 @@ class Drawn:
         wrong = self.contradicted == CONTRADICTED if self.wrong is None else self.wrong
         return [each for each, gone in zip(self.examples, wrong, strict=True) if not gone]
 
+    @property
+    def contradict(self) -> bool:
+        """Whether enough rows contradict each other to compare them."""
+        told = [int((self.contradicted == each).sum()) for each in (AGREES, CONTRADICTED)]
+        return min(told) >= LEAST_CONTRADICTED
+
     def together(self) -> Dataset:
         """The drawn rows and then the planted ones, under TRL's names."""
         rows = [*(each.values for each in self.examples), *(each.values for each in self.planted)]
@@ -98,7 +108,7 @@ def kinds_of(kinds: str | Sequence[str] | None, faults: Sequence[Any]) -> dict[s
     check_kind("faults", faults, (list, tuple), "a list of functions")
     for each in faults:
         name, fault = load_fault(each) if isinstance(each, str) else (_name_of(each), own_fault(each))
-        if name in found or name in FAULTS:
+        if name in (*found, *FAULTS, *RESERVED):
             raise InputError(f"There is a kind of fault named '{name}' already: give the function another name.")
         found[name] = fault
     return found
@@ -182,6 +192,9 @@ def _drawn(usable: Dataset, text_field: str, labels: np.ndarray | None, rows: in
     order = np.random.default_rng([seed, 0]).permutation(len(positions))
     if labels is None:
         repeated = duplicate_rows(usable.remove_columns(ROW_POSITION), text_field)
+        if "prompt" in usable.column_names:  # rows without a prompt share none
+            prompts = usable["prompt"]
+            repeated = {row: first for row, first in repeated.items() if said(prompts[row]).strip()}
         return np.sort(positions[whole_prompts(order, repeated, rows, MOST_OF_A_PROMPT)])
     shuffled = positions[order]
     wrong, right = shuffled[labels[shuffled]], shuffled[~labels[shuffled]]

@@ -7,13 +7,16 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import SFTConfig
 
-from ..config import Precision, ScoreWarning, Warmup
+from ..config import ColumnMapping, InputError, Precision, ScoreWarning, Warmup
+from ..data.loading import usable_rows
+from ..data.preparation import ROW_POSITION
 from ..scores.score_table import WARMED_UP, ScoreTable
 from ..scoring.dataset import score_dataset
 from ..scoring.passes import from_main
@@ -21,6 +24,7 @@ from .contradictions import UNTOLD
 from .drawing import Drawn
 from .findings import LENGTH, UNPLANTED, WARMED, Rows, number_of
 
+DROPS = ("drop_duplicates", "drop_empty")
 SCORES, SCORES_WARMED = "scores", "scores_warmed"  # folders in that of the probe
 
 
@@ -67,12 +71,11 @@ class Measuring:
         drawn: Drawn,
         folder: Path | None,
         warmup: Warmup | None = None,
-        warmup_dataset: Dataset | None = None,
+        tune_on: Dataset | None = None,
     ) -> Measured:
-        """Measure all rows; after a warm-up, if there is one."""
+        """Measure all rows; after a warm-up on some others, if there is one."""
         output = None if folder is None else folder / (SCORES if warmup is None else SCORES_WARMED)
         fresh = from_main(lambda: output is None or not output.exists())
-        tune_on = None if warmup is None else drawn.others if warmup_dataset is None else warmup_dataset
         begun = time.perf_counter()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ScoreWarning)  # they become notes
@@ -83,6 +86,38 @@ class Measuring:
             )  # fmt: skip
         seconds = time.perf_counter() - begun if fresh else None
         return Measured(scores, seconds, "" if warmup is None else WARMED)
+
+
+def rows_to_tune_on(
+    warmup: Warmup, warmup_dataset: Dataset | None, drawn: Drawn, args: SFTConfig, **row_options: Any
+) -> Dataset:
+    """The rows of a warm-up, under TRL's names as the drawn ones.
+
+    Args:
+        warmup: the warm-up.
+        warmup_dataset: the user's own rows for it; by default those of the dataset that were not drawn.
+        drawn: the rows.
+        args, **row_options: as for `score_dataset`.
+
+    Raises:
+        InputError: there are fewer than the warm-up needs, or they cannot be read.
+    """
+    if warmup_dataset is None:
+        found, remedy = drawn.others, "Draw fewer rows (rows=), tune on fewer (warmup=), or pass a warmup_dataset."
+    else:
+        columns = {name: row_options[name] for name in row_options if name not in ("source", *DROPS)}
+        repeated, empty = (bool(row_options.get(name)) for name in DROPS)
+        found, _ = usable_rows(warmup_dataset, ColumnMapping(**columns), args, repeated, empty)
+        found, remedy = found.remove_columns(ROW_POSITION), "Pass more rows, or tune on fewer (warmup=)."
+    if len(found) < (warmup.rows or 1):
+        raise InputError(f"The warm-up needs {warmup.rows or 1} rows, and there are {len(found)} for it. {remedy}")
+    return found
+
+
+def total_seconds(passes: Sequence[Measured]) -> float | None:
+    """How long all passes took, with the warm-up; None where one was resumed."""
+    found = [each.seconds for each in passes]
+    return None if None in found else sum(each for each in found if each is not None)
 
 
 def rows_of(drawn: Drawn, passes: Sequence[Measured]) -> tuple[Rows, list[str]]:

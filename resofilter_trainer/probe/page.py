@@ -64,7 +64,7 @@ def _line(result: ProbeResult, name: str) -> dict[str, Any]:
         if kind != result.evidence:
             other = result.record(name, kind)
             cells.append(_cell(other["auroc"], other))
-    best = name == result.recommendation.signal
+    best = name == result.recommendation.name
     return {"signal": name, "direction": main["direction"], "cells": cells, "best": best}
 
 

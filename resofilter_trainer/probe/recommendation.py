@@ -11,7 +11,7 @@ import numpy as np
 from .findings import ALL, CONTRADICTED, LABELLED, SELF_MADE, WARMED, WRITER
 
 USUAL = "loss_sum"  # the signal within .03 of the best on real errors, as measured (benchmarks/RESULTS.md)
-CONTENT = ("exchanged", "number", "number_carried", "final_number")  # planted faults in what an answer says
+NUMBERS, EXCHANGED = ("number", "number_carried", "final_number"), "exchanged"  # planted faults in what is said
 ABOUT_AS_GOOD = 0.02  # of AUROC
 LEAST_FOUND = 0.55  # AUROC
 INSTEAD = "Do not filter by score: look for repeats and cut answers first."
@@ -43,6 +43,11 @@ class Recommendation:
     auroc: float | None = None
     low: float | None = None
     high: float | None = None
+
+    @property
+    def name(self) -> str | None:
+        """The name of its records: that of the signal, with what says that the model was tuned."""
+        return self.signal if self.signal is None or self.warmup is None else self.signal + WARMED
 
 
 @dataclass(frozen=True)
@@ -92,12 +97,13 @@ def recommend(records: Sequence[Mapping[str, Any]], warmup: int | None = None) -
     """The signal to drop rows by.
 
     The evidence is the user's own labels; else rows that other answers contradict; else answers that a model wrote
-    itself, wrong ones against right ones; else all planted kinds together. The signal with the largest lower bound
-    wins; or, among those whose AUROC is within .02 of its own, the one with the largest mean over all kinds. None, if
-    the bound is not above .5 or the AUROC is below .55.
+    itself, wrong ones against right ones; else planted faults. The signal with the largest lower bound wins; or, among
+    those whose AUROC is within .02 of its own, the one with the largest mean over all kinds. None, if the bound is not
+    above .5 or the AUROC is below .55.
 
     What finds planted faults need not find real ones, so with no other evidence the signal is `loss_sum`, which was
-    among the best wherever real errors were measured; if it finds a planted fault in what an answer says.
+    among the best wherever real errors were measured; if it finds a wrong number, or, where no answer has numbers, an
+    exchanged answer.
 
     Args:
         records: what `records_of` returns.
@@ -112,8 +118,8 @@ def recommend(records: Sequence[Mapping[str, Any]], warmup: int | None = None) -
 def _recommended(records: Sequence[Mapping[str, Any]]) -> Recommendation:
     evidence = _evidence(records)
     own = [each for each in records if each["kind"] == evidence]
-    if evidence == ALL and (usual := _as_usual(records)) is not None:
-        return usual
+    if evidence == ALL:
+        return _as_usual(records)
     candidates = [each for record in own for out in (False, True) if (each := Candidate(record, out)).known]
     if not candidates:
         return Recommendation(None, None, f"Nothing could be measured. {INSTEAD}", evidence=evidence)
@@ -137,16 +143,19 @@ def _evidence(records: Sequence[Mapping[str, Any]]) -> str:
     return next((kind for kind in (LABELLED, CONTRADICTED, SELF_MADE) if kind in kinds), ALL)
 
 
-def _as_usual(records: Sequence[Mapping[str, Any]]) -> Recommendation | None:
-    """The usual signal, or none, by whether it finds faults in what an answer says; None without such faults."""
+def _as_usual(records: Sequence[Mapping[str, Any]]) -> Recommendation:
+    """The usual signal, or none, by whether it finds a wrong number; without numbers, an exchanged answer."""
     usual = (USUAL, USUAL + WARMED)
-    found = [Candidate(each, False) for each in records if each["signal"] in usual and each["kind"] in CONTENT]
-    found = [each for each in found if each.known]
+    known = [Candidate(each, False) for each in records if each["signal"] in usual]
+    found = [each for each in known if each.known and each.record["kind"] in NUMBERS]
+    found = found or [each for each in known if each.known and each.record["kind"] == EXCHANGED]
     if not found:
-        return None
+        reason = f"No real errors are known here, nor whether {USUAL} finds a wrong answer. {NO_EVIDENCE} {INSTEAD}"
+        return Recommendation(None, None, reason)
     best = max(found, key=lambda each: 0.0 if each.drop == SMALLEST else each.bounds[1])
     kind, (auroc, low, high) = best.record["kind"], best.bounds
-    finds = f"its {best.drop} values find '{kind}' with {_numbers(best)}"
+    name = best.record["signal"]
+    finds = f"the {best.drop} values of {name} find '{kind}' with {_numbers(best)}"
     if best.drop == SMALLEST or not (low > 0.5 and auroc >= LEAST_FOUND):
         reason = f"No real errors are known here, and {USUAL} finds no planted ones: {finds}. {INSTEAD}"
         return Recommendation(None, None, reason, evidence=kind, auroc=auroc, low=low, high=high)
@@ -174,7 +183,7 @@ def _called(candidate: Candidate) -> str:
 def _what(evidence: str) -> str:
     return {
         LABELLED: "the rows that you labelled as wrong",
-        CONTRADICTED: "the rows that most other answers to the same prompt contradict",
+        CONTRADICTED: "the rows that other answers to the same prompt contradict",
         SELF_MADE: "wrong answers that a model wrote itself",
     }.get(evidence, "planted faults")
 

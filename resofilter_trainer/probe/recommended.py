@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import textwrap
 from collections.abc import Mapping
 from typing import Any
 
+from ..config import Warmup
 from .recommendation import Recommendation
 
 RECOMMENDED_FILE = "recommended.yaml"
 LENGTH = "num_tokens"
+BY_REFERENCE = ("excess", "superfiltering")
 BESIDE = ("loss", LENGTH)  # columns that a pass measures anyway
 WIDTH = 118
 KEEP = 0.5  # the default of `select`
@@ -26,14 +29,27 @@ def settings_text(recommendation: Recommendation, provenance: Mapping[str, Any])
     if name is None:
         return "\n".join([*lines, "select:", "  keep: 1.0  # all rows, see above", ""])
     measure = [] if name in BESIDE else [f"  signals: [{name}]"]
+    if name in BY_REFERENCE:
+        measure.append(f"  reference: {json.dumps(provenance['reference'])}")
     if recommendation.warmup is not None:
-        measure += [f"  warmup: {recommendation.warmup}"] if recommendation.warmup else []
-    lines += ["score:", *measure] if measure else []
+        measure += _warmup(provenance)
+    settings = [each for each in measure if not each.lstrip().startswith("#")]
+    lines += ["score:", *measure] if settings else [each.strip() for each in measure]
     by = [name, LENGTH] if recommendation.length_out else [name]
     lines += ["select:", f"  by: [{', '.join(by)}]"]
     lines += ["  combine: residual"] if recommendation.length_out else []
     lines += [f"  drop: {recommendation.drop}", f"  keep: {KEEP}  # the share is yours to choose", ""]
     return "\n".join(lines)
+
+
+def _warmup(provenance: Mapping[str, Any]) -> list[str]:
+    """The settings of the warm-up; a comment for rows of the user's own, of which the probe knows no name."""
+    lines = ["  # with the same --warmup_dataset as the probe"] if "warmup_dataset" in provenance else []
+    if provenance["warmup_rows"] is not None:
+        lines.append(f"  warmup: {provenance['warmup_rows']}")
+    usual = Warmup(method=provenance["warmup_method"]).to_json() | {"method": Warmup.method}
+    others = [name for name in usual if name != "rows" and provenance[f"warmup_{name}"] != usual[name]]
+    return lines + [f"  warmup_{name}: {provenance[f'warmup_{name}']}" for name in others]
 
 
 def _comment(text: str) -> list[str]:

@@ -19,7 +19,7 @@ RESULT_FILE = "probe.json"
 REMEDY = "Remove it, or probe again."
 OF_ALL = "all kinds of faults together, each with the same weight"
 OF_SELF_MADE = "answers by a model to the same prompts that end differently: the most like real errors"
-OF_CONTRADICTED = "the dataset's own rows that end otherwise than most answers to the same prompt"
+OF_CONTRADICTED = "the dataset's own rows that end otherwise than half or more of the answers to their prompt"
 OF_LABELS = "the rows that your own labels call wrong"
 
 

@@ -30,6 +30,7 @@ from ..model.signals import SIGNALS
 from ..scores.doubts import remarks_of
 from ..scoring.further_signals import Wanted
 from ..scoring.passes import from_main, locked
+from ..scoring.tuning import check_tunable
 from .drawing import EVERY, ROWS, Drawn, check_counts, draw, kinds_of
 from .faults import Planted
 from .findings import (
@@ -42,7 +43,7 @@ from .findings import (
     missing_values,
     records_of,
 )
-from .measuring import SCORES, Measured, Measuring, rows_of
+from .measuring import SCORES, Measured, Measuring, rows_of, rows_to_tune_on, total_seconds
 from .page import write_probe
 from .recommendation import recommend
 from .results import OF_ALL, OF_CONTRADICTED, OF_LABELS, OF_SELF_MADE, REMEDY, RESULT_FILE, ProbeResult
@@ -125,13 +126,21 @@ def probe_dataset(
     check_loss(args)
     wanted = Wanted.of(signals, reference, args, sharded=False)
     warm = warmup_settings(warmup, from_dataset=warmup_dataset is not None)
+    if warm is not None and wanted.reference is not None and wanted.reference.is_adapter:
+        raise InputError(
+            f"The reference '{reference}' is an adapter on the model as it is, not on its tuned copy: pass a whole "
+            "model as the reference, or leave the warm-up out."
+        )
     self_made = wrong_column is None if self_made is None else self_made
     if writer is not None and not self_made:
         raise InputError("A writer writes the answers of self_made=True: leave writer= out, or pass self_made=True.")
     drawn = draw(dataset, args, rows, planting, faults_per_kind, wrong_column, seed, **row_options)
-    if not (drawn.planted or wrong_column or self_made):
+    tune_on = None if warm is None else rows_to_tune_on(warm, warmup_dataset, drawn, args, **row_options)
+    if not (drawn.planted or wrong_column or self_made or drawn.contradict):
         raise InputError(f"No fault can be planted in these rows. {_why(drawn.left_out)}{REMEDY_KINDS}")
     model, tokenizer = load_model(model, processing_class, args)
+    if warm is not None:
+        check_tunable(model, warm, args)
     author = None if not self_made else (model, tokenizer) if writer is None else load_model(writer, None, args)
     made_from = {
         **_identity(model, tokenizer),
@@ -142,6 +151,7 @@ def probe_dataset(
         **({} if warmup_dataset is None else {"warmup_dataset": hash_rows(warmup_dataset)}),
         "writer": None if author is None else _identity(*author),
         "seed": seed,
+        "faults_per_kind": faults_per_kind,
         "precision": precision or ("bfloat16" if args.bf16 else "float32"),
         **{name: getattr(args, name) for name in TRAINING},
         "versions": {package: importlib.metadata.version(package) for package in PACKAGES},
@@ -157,7 +167,7 @@ def probe_dataset(
         measuring = Measuring(args, signals, reference, precision, tokens_per_batch)
         passes = [measuring.measure(model, tokenizer, drawn, folder)]
         if warm is not None:
-            passes.append(measuring.measure(model, tokenizer, drawn, folder, warm, warmup_dataset))
+            passes.append(measuring.measure(model, tokenizer, drawn, folder, warm, tune_on))
         result = _result(drawn, passes, warm, about)
         from_main(lambda: None if folder is None else write_probe(result, folder))
     return result
@@ -265,7 +275,7 @@ def _result(drawn: Drawn, passes: Sequence[Measured], warm: Warmup | None, about
             "rows": len(drawn.examples),
             "planted": len(drawn.planted),
             "tokens": int(np.nansum(scores.column("length"))),
-            "seconds": passes[0].seconds,
+            "seconds": total_seconds(passes),
         },
         provenance=as_json(about),
     )

@@ -144,6 +144,13 @@ def score_dataset(
         shard(model, config, args.device)
         return model
 
+    def settle(model: PreTrainedModel, opened: Opened) -> Opened:
+        opened = wanted.settled(model, opened)
+        if warms_up:  # what cannot be measured is refused before the tuning
+            with Recorder(model, config, measured_in_the_pass(opened.provenance.config.get("signals", []))):
+                pass
+        return opened
+
     def measure(model: PreTrainedModel, opened: Opened, target: PassOutput) -> Measured:
         budget = tokens_per_batch or default_budget(args.device)
         parts = target.parts(budget)
@@ -165,7 +172,7 @@ def score_dataset(
 
     scores = run_pass(
         model, dataset, processing_class, args, config.to_json(), output, measure,
-        place=place, settle=wanted.settled, gradients=True, precision=forward,
+        place=place, settle=settle, gradients=True, precision=forward,
         warmup=warmup, warmup_dataset=warmup_dataset, **row_options,
     )  # fmt: skip
     warn_of_doubts(scores, stacklevel=3)
@@ -295,7 +302,7 @@ class Pass:
         """Measure every row, in the order of the prepared rows."""
         batches = arrange(self.prepared, self.budget, self._device, self.record.may_share)
         measured = self.measure(batches, autocast, "Scoring")
-        return _reordered(measured, np.argsort(np.concatenate([batch.rows for batch in batches]), kind="stable"))
+        return measured.take(np.argsort(np.concatenate([batch.rows for batch in batches]), kind="stable"))
 
     def split(self, rows: np.ndarray) -> list[Batch]:
         """Batches of some rows, in this order, of a size that the longest of these rows allows."""
@@ -353,7 +360,8 @@ class Pass:
             self.record.forget()
             torch.cuda.empty_cache()
             half = len(rows) // 2
-            return _joined([self._measure_batch(rows[:half], shared), self._measure_batch(rows[half:], shared)])
+            halves = [self._measure_batch(rows[:half], shared), self._measure_batch(rows[half:], shared)]
+            return Resonance.joined(halves)
         broken = ~(np.isfinite(measured.loss) & np.isfinite(measured.score))
         if broken.any():
             first = int(np.flatnonzero(broken)[0])
@@ -379,17 +387,3 @@ def faster_in_bfloat16(device: torch.device) -> bool:
             times.append(time.perf_counter() - start)
         seconds.append(min(times))
     return bool(broadcast_object_list([seconds[1] < CLEARLY_FASTER * seconds[0]])[0])
-
-
-def _joined(measured: Sequence[Resonance]) -> Resonance:
-    return Resonance(
-        loss=np.concatenate([each.loss for each in measured]),
-        num_tokens=np.concatenate([each.num_tokens for each in measured]),
-        layers=np.concatenate([each.layers for each in measured]),
-        signals={name: np.concatenate([each.signals[name] for each in measured]) for name in measured[0].signals},
-    )
-
-
-def _reordered(measured: Resonance, order: np.ndarray) -> Resonance:
-    signals = {name: values[order] for name, values in measured.signals.items()}
-    return Resonance(measured.loss[order], measured.num_tokens[order], measured.layers[order], signals)

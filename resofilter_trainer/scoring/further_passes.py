@@ -116,9 +116,12 @@ class FurtherPass:
         """The tokens and the learnt tokens of each row after the change, (N,) each."""
         if forward.change is None:
             return self.prepared.lengths, self.prepared.num_tokens
-        changed = [self._changed(row, forward) for row in self.prepared.dataset]
-        counts = [sum(label != IGNORE for label in each["labels"][1:]) for each in changed]
-        return np.array([len(each["input_ids"]) for each in changed]), np.array(counts)
+        lengths, counts = list[int](), list[int]()
+        for row in self.prepared.dataset:
+            changed = self._changed(row, forward)
+            lengths.append(len(changed["input_ids"]))
+            counts.append(sum(label != IGNORE for label in changed["labels"][1:]))
+        return np.array(lengths), np.array(counts)
 
     def _changed(self, row: Any, forward: Forward) -> dict[str, list[int]]:
         ids, labels = row["input_ids"], row["labels"]

@@ -234,8 +234,9 @@ class Wanted:
                 and the model is to be sharded.
         """
         check_kind("reference", reference, (str, type(None)), "the name or folder of a model, as text")
-        names = chosen_signals(asked, ALL_SIGNALS)
-        named = chosen_signals([name for name in names_in(asked or ()) if name != ALL], ALL_SIGNALS)
+        given = [] if asked is None else names_in(asked)
+        names = chosen_signals(given, ALL_SIGNALS)
+        named = chosen_signals([name for name in given if name != ALL], ALL_SIGNALS)
         needing = [name for name in names if name in FURTHER and FURTHER[name].by_reference]
         if reference is None:
             for name in needing:

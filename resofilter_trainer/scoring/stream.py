@@ -185,6 +185,11 @@ def together(
         column = table.column_names.index("reason")
         moved.append(table.set_column(column, "reason", pa.array(reasons, pa.string())))
         start += rows
+    if len({tuple(each.column_names) for each in moved}) > 1:
+        raise InputError(
+            "The pieces of this stream differ in their columns: some were scored by another version. Remove the folder "
+            "of the scores, and score again."
+        )
     whole = ScoreTable(with_votes_of_all(pa.concat_tables(moved)), scored[0].provenance)
     content = xxhash.xxh3_128("".join(each.provenance.dataset for each in scored).encode()).hexdigest()
     provenance = dataclasses.replace(

@@ -80,7 +80,12 @@ def trained_names(model: PreTrainedModel | PeftModel, settings: Warmup) -> list[
 def check_tunable(model: PreTrainedModel | PeftModel, settings: Warmup, args: SFTConfig) -> None:
     """Raise InputError for a model of which no copy can be tuned as the settings say."""
     if main_dtype(model) == torch.float16 or args.fp16:
-        raise InputError("A warm-up in float16 loses small gradients. Load the model in bfloat16 or float32.")
+        raise InputError("A warm-up in float16 loses small gradients. Load the model in float32.")
+    if settings.method == "full" and main_dtype(model) == torch.bfloat16:
+        raise InputError(
+            "Most steps of a full warm-up are too small for weights in bfloat16. Load the model in float32 (bf16=True "
+            "still computes in bfloat16), or choose 'lora' as its method."
+        )
     quantised = any(bits_of(each) is not None for each in model.parameters())
     if settings.method == "full" and (quantised or isinstance(model, PeftModel)):
         what = "The model has an adapter, which a warm-up tunes" if isinstance(model, PeftModel) else (

@@ -13,6 +13,8 @@ from ..io.files import read_json
 
 PROBE_FILE = "probe.json"
 KINDS = ("labelled", "contradicted", "self_made", "all")  # of the faulty rows: the closer to real errors, the earlier
+WARMED = " (warmed up)"  # after the name of a signal: measured after a warm-up
+LENGTH = "num_tokens"  # no signal: it would make the votes rank by length
 COLUMNS = {"resonance": "score"}  # signals whose column has another name
 AGAIN = "Make it again with resofilter probe."
 
@@ -52,6 +54,13 @@ def _of_largest(record: Mapping[str, Any]) -> float | None:
     return 1 - record["auroc"]
 
 
+def _counts(record: Mapping[str, Any], warmed: bool) -> bool:
+    """Whether a record has a vote: of the model that the probe recommends, and of no style or length."""
+    signal = str(record["signal"])
+    of_style = record["kind"] == "self_made" and record.get("against", "writer") != "writer"
+    return signal.endswith(WARMED) == warmed and signal != LENGTH and not of_style
+
+
 def _aurocs(path: Path) -> dict[tuple[str, str], float]:
     """The AUROC of the largest values, for each kind and signal. Raises InputError for a file that is no probe's."""
     try:
@@ -62,7 +71,9 @@ def _aurocs(path: Path) -> dict[tuple[str, str], float]:
         entries: Any = probe["signals"] if isinstance(probe, Mapping) else None
         if not isinstance(entries, Sequence) or not entries:
             raise TypeError
-        found = {(str(each["kind"]), str(each["signal"])): _of_largest(each) for each in entries}
+        warmed = (probe.get("recommendation") or {}).get("warmup") is not None
+        counted = [each for each in entries if _counts(each, warmed)]
+        found = {(str(each["kind"]), each["signal"].removesuffix(WARMED)): _of_largest(each) for each in counted}
         known = {key: float(value) for key, value in found.items() if value is not None and not math.isnan(value)}
         if not known or not all(0 <= value <= 1 for value in known.values()):
             raise ValueError

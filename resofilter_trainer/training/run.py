@@ -178,7 +178,7 @@ class Run:
         what, remedy = f"'{folder.parent}' holds a checkpoint", "Resume with the settings it was made with."
         there = saved["settings"]
         here = {**self._settings, "dataset": fingerprint(self.trainer.train_dataset, there.get("dataset"))}
-        check_made_from(there, here, what, remedy, names=there)
+        check_made_from(there, here, what, remedy, names={*there, "warmup"})
         self._provenance = Provenance.from_json(saved["provenance"])
         self.results.log[:] = saved.get("log", [])  # version 0.1.0 kept it in the Trainer's
         self._timeline.resume(saved, folder.parent)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import yaml
@@ -14,6 +15,8 @@ from resofilter_trainer.cli import probe
 from resofilter_trainer.cli.entry import main
 from resofilter_trainer.probe.faults import FAULTS
 from resofilter_trainer.probe.findings import LABELLED
+from resofilter_trainer.probe.recommendation import Recommendation
+from resofilter_trainer.probe.recommended import settings_text
 
 COLUMNS = ["--prompt_column", "question", "--completion_column", "answer"]
 OWN = "def loud(row):\n    return {**row, 'completion': row['completion'].upper()}\n"
@@ -55,9 +58,10 @@ def test_the_same_again_prints_the_table_and_measures_nothing(usual, probed, cap
 
 
 def test_score_and_select_take_the_very_file(usual, probed, tmp_path):
-    config = str(probed / "recommended.yaml")
-    settings = yaml.safe_load((probed / "recommended.yaml").read_text())
-    assert settings["select"]["by"], "of a tiny model, too, the loss of boilerplate is large"
+    config = str(tmp_path / "recommended.yaml")
+    wanted = Recommendation("rank", "smallest", "It finds what was asked for.", length_out=True)
+    Path(config).write_text(settings_text(wanted, ProbeResult.load(probed).provenance))
+    settings = yaml.safe_load(Path(config).read_text())
     main(["score", *usual, "--config", config, "--output", str(tmp_path / "scores")])
     main(["select", str(tmp_path / "scores"), "--config", config, "--output", str(tmp_path / "kept")])
     policy = Selection.load(tmp_path / "kept").policy

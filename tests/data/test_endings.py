@@ -2,7 +2,7 @@
 
 import pytest
 
-from resofilter_trainer.data.endings import ending_of
+from resofilter_trainer.data.endings import ending_of, told_end
 
 
 @pytest.mark.parametrize(
@@ -28,6 +28,9 @@ from resofilter_trainer.data.endings import ending_of
         ("in a ratio of 2 : 3", "2:3"),
         ("**Final answer:** 18", "18"),
         ("**Answer: (C)**", "c"),
+        (r"The answer is $\frac{1}{2}$.", r"\frac{1}{2}"),
+        ("The answer is \u22125.", "-5"),
+        (r"\boxed{1{,}000}", "1000"),
         ("It is 18cm long", "18"),
         ("The answer is (B), as 3 was given.", "b"),
         ("The answer is **C) 12 apples**", "c"),
@@ -47,3 +50,17 @@ from resofilter_trainer.data.endings import ending_of
 )
 def test_ending(answer, ending):
     assert ending_of(answer) == ending
+
+
+@pytest.mark.parametrize(
+    ("answer", "ending"),
+    [
+        ("1. Sleep well.\n2. Eat well.\n3. Move a little every day, and see your friends.", None),
+        ("It takes 8 hours on most days, and that is what everybody should plan for", None),
+        ("So he has 5 + 3 = 8 apples.", "8"),
+        ("It is (B). The answer is (B), as everything else is excluded by the first line.", "b"),
+        ("Paris", "paris"),
+    ],
+)
+def test_an_end_that_is_told(answer, ending):
+    assert told_end(answer) == ending

@@ -30,19 +30,31 @@ def examples(*answers: tuple[str, str]) -> list[Example]:
         ("4 5 6", [-1, -1, -1]),  # no end is more frequent
         ("4 4 5 5", [-1, -1, -1, -1]),
         ("4 4 5 6", [0, 0, 1, 1]),
+        ("4 4 5 6 7", [-1, -1, -1, -1, -1]),  # fewer than half agree
         ("4 4", [-1, -1]),  # two answers say nothing of each other
         ("4 4.0 $4", [0, 0, 0]),
     ],
 )
 def test_the_most_frequent_end_of_a_prompt_is_what_the_others_are_told_by(ends, expected):
-    rows = examples(*(("What is 2 + 2?", f"It is so. The answer is {end}.") for end in ends.split()))
+    rows = examples(*(("What is 2 + 2?", f"{n}. The answer is {end}.") for n, end in enumerate(ends.split())))
     assert contradicted(rows).tolist() == expected
 
 
 def test_answers_without_an_end_or_a_prompt_say_nothing():
     text = "It is a long story, and in the end nobody could say anything about it"
-    rows = examples(("Q", "is 4"), ("Q", text), ("Q", "is 4"), ("Q", "is 5"), *[("", "is 4")] * 3)
+    rows = examples(("Q", "is 4"), ("Q", text), ("Q", "it is 4"), ("Q", "is 5"), *[("", "is 4")] * 3)
     assert contradicted(rows).tolist() == [0, -1, 0, 1, -1, -1, -1]
+
+
+def test_equal_answers_count_once():
+    assert contradicted(examples(("Q", "is 9"), ("Q", "is 9"), ("Q", "is 5"))).tolist() == [-1, -1, -1]
+    rows = examples(("Q", "is 9"), ("Q", "is 9"), ("Q", "it is 9"), ("Q", "is 5"))
+    assert contradicted(rows).tolist() == [0, 0, 0, 1]
+
+
+def test_prose_says_nothing():
+    tips = ["Sleep 8 hours, and walk.", "Eat well. Do it for 6 months or more.", "1. Rest.\n2. Eat.\n3. Move about."]
+    assert contradicted(examples(*(("Give three tips", each) for each in tips))).tolist() == [-1, -1, -1]
 
 
 def test_prompts_are_drawn_with_all_their_rows():
@@ -55,9 +67,9 @@ def test_prompts_are_drawn_with_all_their_rows():
 def test_rows_that_others_contradict_are_compared_with_those_they_agree_with():
     """In the drawn rows, too: they are no right rows to plant faults in."""
     answers = [
-        {"prompt": f"How many are {n} and {n}?", "completion": f"{n} + {n} = {end}. The answer is {end}."}
+        {"prompt": f"How many are {n} and {n}?", "completion": f"{way} of {n} and {n}. The answer is {end}."}
         for n in range(12)
-        for end in (2 * n, 2 * n, 2 * n + 1)
+        for way, end in (("Sum", 2 * n), ("The whole", 2 * n), ("Both", 2 * n + 1))
     ]
     drawn = draw(Dataset.from_list(answers), ARGS, 30, {"cut": FAULTS["cut"]}, 5, None, seed=1)
     assert len(drawn.examples) == 30

@@ -11,6 +11,7 @@ from helpers.probes import record, result
 from resofilter_trainer import InputError, ProbeResult
 from resofilter_trainer.probe.findings import ALL, LABELLED, SELF_MADE
 from resofilter_trainer.probe.page import colour_of, page_of, write_probe
+from resofilter_trainer.probe.recommendation import Recommendation
 from resofilter_trainer.probe.recommended import settings_text
 from resofilter_trainer.probe.table import WIDTH, table_of
 
@@ -62,18 +63,18 @@ def test_the_records_of_a_signal_and_the_order_of_signals_and_kinds():
     ("records", "expected"),
     [
         (
-            [record("entropy", ALL, 0.8)],
+            [record("entropy", LABELLED, 0.8)],
             {"score": {"signals": ["entropy"]}, "select": {"by": ["entropy"], "drop": "largest", "keep": 0.5}},
         ),
-        ([record("loss", ALL, 0.2)], {"select": {"by": ["loss"], "drop": "smallest", "keep": 0.5}}),
+        ([record("loss", LABELLED, 0.2)], {"select": {"by": ["loss"], "drop": "smallest", "keep": 0.5}}),
         (
-            [record("rank", ALL, 0.6, length_out=0.8)],
+            [record("rank", LABELLED, 0.6, length_out=0.8)],
             {
                 "score": {"signals": ["rank"]},
                 "select": {"by": ["rank", "num_tokens"], "combine": "residual", "drop": "largest", "keep": 0.5},
             },
         ),
-        ([record("rank", ALL, 0.5)], {"select": {"keep": 1.0}}),
+        ([record("rank", LABELLED, 0.5)], {"select": {"keep": 1.0}}),
     ],
 )
 def test_the_settings_file_says_what_is_recommended(records, expected):
@@ -82,6 +83,31 @@ def test_the_settings_file_says_what_is_recommended(records, expected):
     assert yaml.safe_load(text) == expected
     assert found.recommendation.reason.split(" ")[0] in text
     assert max(map(len, text.split("\n"))) <= 120
+
+
+WARM = {"model": "m", "dataset": "d", "reference": "small/model", "warmup_rows": 64, "warmup_method": "lora"}
+WARM |= {"warmup_lr": 1e-3, "warmup_epochs": 2, "warmup_batch_size": 8, "warmup_lora_rank": 16, "warmup_seed": 0}
+FULL = {"warmup_method": "full", "warmup_lr": 1e-4, "warmup_epochs": 1}
+
+
+@pytest.mark.parametrize(
+    ("signal", "warmup", "changes", "expected"),
+    [
+        ("excess", None, {}, {"signals": ["excess"], "reference": "small/model"}),
+        (
+            "loss",
+            64,
+            {},
+            {"warmup": 64, "warmup_method": "lora", "warmup_lr": 1e-3, "warmup_epochs": 2},
+        ),
+        ("rank", 64, FULL, {"signals": ["rank"], "warmup": 64}),
+        ("rank", 0, FULL | {"warmup_rows": None, "warmup_dataset": "a hash"}, {"signals": ["rank"]}),
+    ],
+)  # fmt: skip
+def test_the_settings_file_has_what_the_signal_needs(signal, warmup, changes, expected):
+    text = settings_text(Recommendation(signal, "largest", "It does.", warmup=warmup), WARM | changes)
+    assert yaml.safe_load(text)["score"] == expected
+    assert ("--warmup_dataset" in text) == ("warmup_dataset" in changes)
 
 
 def test_the_table_fits_and_has_every_number():

@@ -31,7 +31,7 @@ from resofilter_trainer import (
     score_layers,
     score_stream,
 )
-from resofilter_trainer.config import NotFiniteError
+from resofilter_trainer.config import NotFiniteError, ScoreWarning
 from resofilter_trainer.scoring import tuning, warmup
 from resofilter_trainer.scoring.passes import Parts
 
@@ -568,3 +568,19 @@ def test_a_warm_up_that_diverges_is_one_line_and_leaves_nothing(score, tiny_llam
 def test_float16_is_refused(tiny_llama, tokenizer, dataset):
     with pytest.raises(InputError, match="A warm-up in float16 loses small gradients"):
         score_by("loss", tiny_llama(dtype=torch.float16), dataset, tokenizer, arguments(), warmup=3, **COLUMNS)
+
+
+def test_a_full_warm_up_of_bfloat16_weights_is_refused(score, tiny_llama):
+    """Nearly all of its steps would be rounded away."""
+    model = tiny_llama().to(torch.bfloat16)
+    with pytest.raises(InputError, match=r"too small for weights in bfloat16\. Load the model in float32"):
+        score(model, warmup=SHORT)
+    with pytest.warns(ScoreWarning, match="weights are bfloat16"):
+        assert score(model, warmup=dataclasses.replace(SHORT, method="lora")).scored.all()
+
+
+def test_what_cannot_be_measured_is_refused_before_the_tuning(tiny_llama, tokenizer, dataset, no_tuning):
+    args = arguments(disable_tqdm=True, activation_checkpointing=False)
+    for signals, config in ((["layer_vote"], ResonanceConfig(n_layers=1)), (None, ResonanceConfig(up_projection="no"))):
+        with pytest.raises(InputError, match=r"'layer_vote' cannot be measured|up_projection"):
+            score_dataset(tiny_llama(), dataset, tokenizer, args, config, warmup=SHORT, signals=signals, **COLUMNS)

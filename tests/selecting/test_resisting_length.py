@@ -226,7 +226,24 @@ def test_an_auroc_is_that_of_the_signals_direction(tmp_path):
 def test_the_kind_closest_to_real_errors_counts(tmp_path):
     found = [("loss", "all", 0.9), ("loss", "self_made", 0.8)]
     assert votes_of(probe(tmp_path, *found)) == {"+loss": 0.6}
+    assert votes_of(probe(tmp_path, *found, ("loss", "contradicted", 0.75))) == {"+loss": 0.5}
     assert votes_of(probe(tmp_path, *found, ("loss", "labelled", 0.7))) == {"+loss": 0.4}
+
+
+def test_a_writers_style_and_the_length_have_no_vote(tmp_path):
+    found = [("loss", "all", 0.9), ("num_tokens", "all", 0.8)]
+    assert votes_of(probe(tmp_path, *found)) == {"+loss": 0.8}
+    style = {"signal": "loss", "kind": "self_made", "auroc": 0.2, "against": "rows"}
+    entries = json.loads((tmp_path / "probe.json").read_text())["signals"]
+    (tmp_path / "probe.json").write_text(json.dumps({"signals": [*entries, style]}))
+    assert votes_of(tmp_path) == {"+loss": 0.8}
+
+
+@pytest.mark.parametrize(("warmup", "expected"), [(None, 0.2), (640, 0.6), (0, 0.6)])
+def test_votes_are_of_the_model_that_the_probe_recommends(warmup, expected, tmp_path):
+    found = [("loss", "all", 0.6), ("loss (warmed up)", "all", 0.8)]
+    probe(tmp_path, *found, recommendation={"signal": "loss", "warmup": warmup})
+    assert votes_of(tmp_path) == {"+loss": expected}
 
 
 @pytest.mark.parametrize(
@@ -275,6 +292,8 @@ def one_by_one(values, prompts, keep):
 def test_each_prompt_keeps_its_best_rows(rows, keep, drop):
     values, prompts = [float(value) for value, _ in rows], [prompt for _, prompt in rows]
     scores = with_columns(make_scores(values), prompt=pa.array(prompts, pa.int64()))
+    if not any(prompts):
+        return  # refused
     selection = OnePerPrompt(by="score", keep=keep, drop=drop).select(scores)
     assert dropped(selection) == one_by_one([v if drop == "largest" else -v for v in values], prompts, keep)
     by_groups = OnePerPrompt(by="score", keep=keep, drop=drop).select(make_scores(values), groups=prompts)
@@ -307,6 +326,13 @@ def test_scores_that_know_no_prompts_are_refused():
     half = [ScoreTable(each.table.slice(row, 1), scores.provenance) for row, each in enumerate((scores, old))]
     with pytest.raises(InputError, match="not all have the columns prompt"):
         ScoreTable.join(half)
+
+
+def test_rows_whose_prompts_are_learnt_are_refused():
+    scores = make_scores([1.0, 2.0])
+    none = scores.table.set_column(scores.table.column_names.index("prompt"), "prompt", pa.nulls(2, pa.int64()))
+    with pytest.raises(InputError, match="No row has a prompt apart from what is learnt"):
+        OnePerPrompt().select(ScoreTable(none, scores.provenance))
 
 
 def test_the_hash_of_a_prompt_is_no_number_to_rank_by():
