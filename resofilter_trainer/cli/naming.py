@@ -77,7 +77,8 @@ def in_shell(message: str, options: Mapping[str, argparse.Action]) -> str:
         if name not in options:
             return match[0]
         if match["equals"]:
-            return f"{BEGIN}{_given(options[name], match['value'])}{END}"
+            option = _given(options[name], match["value"])
+            return f"{BEGIN}{option}{END}" if match["value"] else option
         known = "_" in name or match["where"] or match.start() == 0
         return _option(options[name]) if known else match[0]
 

@@ -44,7 +44,7 @@ def settings_text(recommendation: Recommendation, provenance: Mapping[str, Any])
 
 def _warmup(provenance: Mapping[str, Any]) -> list[str]:
     """The settings of the warm-up; a comment for rows of the user's own, of which the probe knows no name."""
-    lines = ["  # with the same --warmup_dataset as the probe"] if "warmup_dataset" in provenance else []
+    lines = ["  # with the same warmup_dataset as the probe"] if "warmup_dataset" in provenance else []
     if provenance["warmup_rows"] is not None:
         lines.append(f"  warmup: {provenance['warmup_rows']}")
     usual = Warmup(method=provenance["warmup_method"]).to_json() | {"method": Warmup.method}

@@ -345,8 +345,9 @@ def _by_policy(policy: Policy, scores: ScoreTable, rows: np.ndarray) -> tuple[di
 def _described(policy: Policy) -> dict[str, Any]:
     """What can be compared between two runs: the class of a policy, and its settings if it is a dataclass."""
     fields: tuple[Any, ...] = dataclasses.fields(policy) if dataclasses.is_dataclass(policy) else ()
-    arrays = {each.name: _plain(getattr(policy, each.name)) for each in fields if not each.compare}
-    return {"policy": type(policy).__qualname__, **settings_of(policy), **arrays}
+    hidden = {each.name: getattr(policy, each.name) for each in fields if not each.compare}
+    settings = {name: _plain(value) for name, value in {**settings_of(policy), **hidden}.items()}
+    return {"policy": type(policy).__qualname__, **settings}
 
 
 def _plain(value: Any) -> Any:

@@ -107,7 +107,7 @@ FULL = {"warmup_method": "full", "warmup_lr": 1e-4, "warmup_epochs": 1}
 def test_the_settings_file_has_what_the_signal_needs(signal, warmup, changes, expected):
     text = settings_text(Recommendation(signal, "largest", "It does.", warmup=warmup), WARM | changes)
     assert yaml.safe_load(text)["score"] == expected
-    assert ("--warmup_dataset" in text) == ("warmup_dataset" in changes)
+    assert ("the same warmup_dataset" in text) == ("warmup_dataset" in changes)
 
 
 def test_the_table_fits_and_has_every_number():
