@@ -302,7 +302,7 @@ def _warn_of_rows_without_prompt(opened: Opened) -> None:
     if none.any() and PartialState().is_main_process:
         warnings.warn(
             f"{none.sum()} of {len(none)} rows have no prompt, as all their tokens are learnt: they have no IFD (NaN).",
-            stacklevel=5,
+            stacklevel=6,
         )
 
 

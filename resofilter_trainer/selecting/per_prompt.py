@@ -92,7 +92,7 @@ def _prompts(scores: ScoreTable) -> np.ndarray:
         )
     codes = scores.table[PROMPT].combine_chunks().dictionary_encode().indices
     found: np.ndarray = pc.fill_null(codes, -1).to_numpy(zero_copy_only=False)
-    if len(found) and (found[scores.scored] < 0).all():
+    if scores.scored.any() and (found[scores.scored] < 0).all():
         raise InputError(
             "No row has a prompt apart from what is learnt: score with assistant_only_loss=True, or with prompt and "
             "completion, or pass groups=, such as the column of the prompts."

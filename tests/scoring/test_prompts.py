@@ -71,6 +71,8 @@ def test_a_text_has_no_prompt(model, tokenizer):
     texts = Dataset.from_list([{"text": "what is 1 ? answer: 3"}] * 2)
     scores = score_dataset(model, texts, tokenizer, arguments())
     assert scores.table["prompt"].null_count == 2
-    assert OnePerPrompt().select(scores).keep.all()
+    with pytest.raises(InputError, match="No row has a prompt apart from what is learnt"):
+        OnePerPrompt().select(scores)
+    assert OnePerPrompt().select(scores, groups=["a", "b"]).keep.all()
     with pytest.raises(InputError, match="no column 'prompt' of numbers"):
         scores.column("prompt")
