@@ -14,10 +14,10 @@ USUAL = "loss_sum"  # the signal within .03 of the best on real errors, as measu
 NUMBERS, EXCHANGED = ("number", "number_carried", "final_number"), "exchanged"  # planted faults in what is said
 ABOUT_AS_GOOD = 0.02  # of AUROC
 LEAST_FOUND = 0.55  # AUROC
+LEAST_NOTICED = 0.6  # of the copies with a wrong answer
 INSTEAD = "Do not filter by score: look for repeats and cut answers first."
 NO_EVIDENCE = "Planted faults are not real ones: what finds them need not find errors that a model made."
-SMALLEST = "smallest"
-OTHER = {"largest": SMALLEST, SMALLEST: "largest"}
+OTHER = {"largest": "smallest", "smallest": "largest"}
 
 
 @dataclass(frozen=True)
@@ -102,8 +102,8 @@ def recommend(records: Sequence[Mapping[str, Any]], warmup: int | None = None) -
     above .5 or the AUROC is below .55.
 
     What finds planted faults need not find real ones, so with no other evidence the signal is `loss_sum`, which was
-    among the best wherever real errors were measured; if it finds a wrong number, or, where no answer has numbers, an
-    exchanged answer.
+    among the best wherever real errors were measured; if the model notices wrong numbers in copies of a row, or, where
+    no answer has numbers, exchanged answers.
 
     Args:
         records: what `records_of` returns.
@@ -144,26 +144,38 @@ def _evidence(records: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _as_usual(records: Sequence[Mapping[str, Any]]) -> Recommendation:
-    """The usual signal, or none, by whether it finds a wrong number; without numbers, an exchanged answer."""
-    usual = (USUAL, USUAL + WARMED)
-    known = [Candidate(each, False) for each in records if each["signal"] in usual]
-    found = [each for each in known if each.known and each.record["kind"] in NUMBERS]
-    found = found or [each for each in known if each.known and each.record["kind"] == EXCHANGED]
+    """The usual signal, or none, by whether the model notices a wrong number; without numbers, an exchanged answer.
+
+    It does if the signal is larger for a copy with the fault than for the row itself: a comparison with other rows
+    would be one of lengths and prompts.
+    """
+    found = {name: noticed for name in (USUAL, USUAL + WARMED) if (noticed := _noticed(records, name)) is not None}
     if not found:
         reason = f"No real errors are known here, nor whether {USUAL} finds a wrong answer. {NO_EVIDENCE} {INSTEAD}"
         return Recommendation(None, None, reason)
-    best = max(found, key=lambda each: 0.0 if each.drop == SMALLEST else each.bounds[1])
-    kind, (auroc, low, high) = best.record["kind"], best.bounds
-    name = best.record["signal"]
-    finds = f"the {best.drop} values of {name} find '{kind}' with {_numbers(best)}"
-    if best.drop == SMALLEST or not (low > 0.5 and auroc >= LEAST_FOUND):
-        reason = f"No real errors are known here, and {USUAL} finds no planted ones: {finds}. {INSTEAD}"
-        return Recommendation(None, None, reason, evidence=kind, auroc=auroc, low=low, high=high)
+    name, share = max(found.items(), key=lambda each: each[1])
+    seen = f"{name} is larger for a copy with a wrong answer than for the row itself in {share:.0%} of the rows"
+    if share < LEAST_NOTICED:
+        return Recommendation(None, None, f"No real errors are known here, and {seen} only. {INSTEAD}")
     reason = (
         f"No real errors are known here. {USUAL} was the best signal, or within .02 of it, wherever real errors were "
-        f"measured, and {finds}. {NO_EVIDENCE} Label some rows (wrong_column) to know more."
+        f"measured, and {seen}. {NO_EVIDENCE} Label some rows (wrong_column) to know more."
     )
-    return Recommendation(best.record["signal"], best.drop, reason, evidence=kind, auroc=auroc, low=low, high=high)
+    return Recommendation(name, "largest", reason)
+
+
+def _noticed(records: Sequence[Mapping[str, Any]], signal: str) -> float | None:
+    """The share of copies with a wrong answer that have a larger value than their row; None if it is not known."""
+    for kinds in (NUMBERS, (EXCHANGED,)):
+        own = [each for each in records if each["signal"] == signal and each["kind"] in kinds]
+        known = [each for each in own if each["auroc_within_prompt"] is not None]
+        shares = [
+            each["auroc_within_prompt"] if each["direction"] == "largest" else 1 - each["auroc_within_prompt"]
+            for each in known
+        ]
+        if shares:
+            return float(np.mean(shares))
+    return None
 
 
 def _reason(best: Candidate, evidence: str) -> str:

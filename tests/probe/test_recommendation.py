@@ -46,26 +46,28 @@ def test_rows_that_others_contradict_count_before_self_made_errors():
 def test_self_made_errors_against_answers_of_others_are_no_evidence():
     """They would show the writer's style."""
     records = [record("a", SELF_MADE, 0.9, against="rows"), record("b", SELF_MADE, 0.6, against="rows")]
-    records += [record(USUAL, "number", 0.6), record("a", "number", 0.9), record("a", ALL, 0.9)]
+    records += [record(USUAL, "number", 0.6, auroc_within_prompt=0.8), record("a", ALL, 0.9)]
     found = recommend(records)
-    assert (found.signal, found.evidence) == (USUAL, "number")
+    assert (found.signal, found.evidence) == (USUAL, ALL)
 
 
-@pytest.mark.parametrize(("auroc", "direction", "drop"), [(0.6, "largest", "largest"), (0.4, "smallest", "largest")])
-def test_without_real_errors_the_usual_signal_is_recommended_if_it_finds_a_wrong_answer(auroc, direction, drop):
-    records = [record(USUAL, "number", auroc, direction=direction), record("loss_max", "number", 0.95)]
-    records += [record(USUAL, "cut", 0.1), record(USUAL, ALL, 0.4), record("loss_max", ALL, 0.9)]
+@pytest.mark.parametrize(("within", "direction"), [(0.9, "largest"), (0.1, "smallest")])
+def test_without_real_errors_the_usual_signal_is_recommended_if_the_model_notices_wrong_numbers(within, direction):
+    """In copies of a row: among all rows, their lengths and prompts would be compared."""
+    records = [record(USUAL, "number", 0.5, auroc_within_prompt=within, direction=direction)]
+    records += [record("loss_max", "number", 0.95), record(USUAL, "cut", 0.1), record("loss_max", ALL, 0.9)]
     found = recommend(records)
-    assert (found.signal, found.drop, found.evidence, found.auroc) == (USUAL, drop, "number", 0.6)
+    assert (found.signal, found.drop, found.evidence, found.auroc) == (USUAL, "largest", ALL, None)
     assert "No real errors are known here" in found.reason
+    assert "in 90% of the rows" in found.reason
     assert "Planted faults are not real ones" in found.reason
 
 
 def test_an_exchanged_answer_counts_only_where_there_are_no_numbers():
     """It is found by nearly every signal of nearly every model."""
-    records = [record(USUAL, "exchanged", 0.95), record(USUAL, ALL, 0.8)]
-    assert (recommend(records).signal, recommend(records).evidence) == (USUAL, "exchanged")
-    assert recommend([*records, record(USUAL, "final_number", 0.3)]).signal is None
+    records = [record(USUAL, "exchanged", 0.95, auroc_within_prompt=1.0), record(USUAL, ALL, 0.8)]
+    assert recommend(records).signal == USUAL
+    assert recommend([*records, record(USUAL, "final_number", 0.9, auroc_within_prompt=0.5)]).signal is None
 
 
 def test_a_signal_after_a_warm_up_has_its_name_and_the_rows_of_the_warm_up():
@@ -77,10 +79,10 @@ def test_a_signal_after_a_warm_up_has_its_name_and_the_rows_of_the_warm_up():
     assert (plain.signal, plain.warmup, plain.name) == ("loss", None, "loss")
 
 
-@pytest.mark.parametrize("auroc", [0.54, 0.3])
-def test_without_real_errors_nothing_is_recommended_if_the_usual_signal_finds_no_wrong_answer(auroc):
-    records = [record(USUAL, "number", auroc), record(USUAL, ALL, 0.9), record("loss_max", ALL, 0.9)]
-    found = recommend(records)
+@pytest.mark.parametrize("within", [0.59, 0.1, None])
+def test_without_real_errors_nothing_is_recommended_if_the_model_notices_nothing(within):
+    records = [record(USUAL, "number", 0.9, auroc_within_prompt=within), record(USUAL, ALL, 0.9)]
+    found = recommend([*records, record("loss_max", ALL, 0.9)])
     assert (found.signal, found.drop) == (None, None)
     assert found.reason.endswith("Do not filter by score: look for repeats and cut answers first.")
 
