@@ -25,6 +25,7 @@ from datasets import Dataset
 from trl import SFTConfig
 
 from resofilter_trainer import ProbeResult, ScoreTable, probe_dataset
+from resofilter_trainer.model.signals import SIGNALS
 from resofilter_trainer.probe.drawing import draw, kinds_of
 from resofilter_trainer.scores.statistics import auroc
 
@@ -130,7 +131,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--shared", type=Path, default=SHARED, help="a folder with data/")
     parser.add_argument("--output", type=Path, default=Path("probes"), help="a folder for the probes")
     parser.add_argument("--rows", type=int, default=400)
-    parser.add_argument("--signals", nargs="+", default=["all"])
+    parser.add_argument("--signals", nargs="+", default=[*SIGNALS], help="by default those of the one pass")
     parser.add_argument("--no_self_made", action="store_true")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--json", type=Path)
