@@ -30,6 +30,15 @@ def dataset_of(args: argparse.Namespace) -> Any:
     return load_rows(args.dataset, args.split, args.dataset_config)
 
 
+def warmup_dataset_of(args: argparse.Namespace, split: str = "train") -> Any:
+    """The dataset of `--warmup_dataset`, with the configuration of `--dataset` if both are the same; None without."""
+    from ..data.files import load_rows
+
+    if args.warmup_dataset is None:
+        return None
+    return load_rows(args.warmup_dataset, split, args.dataset_config if args.warmup_dataset == args.dataset else None)
+
+
 def row_options(args: argparse.Namespace) -> dict[str, Any]:
     """The options of rows and columns, which `score_dataset` and `clean_dataset` share."""
     return {

@@ -5,10 +5,10 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 from shlex import quote
-from typing import Any, get_args
+from typing import get_args
 
 from ..config import InputError, Precision
-from .inputs import dataset_of, require, row_options, sft_config
+from .inputs import dataset_of, require, row_options, sft_config, warmup_dataset_of
 from .naming import told
 from .parser import CommandParser, process_arguments, row_arguments
 from .score import SIGNALS
@@ -69,7 +69,7 @@ def run(args: argparse.Namespace) -> None:
         writer=args.writer,
         reference=args.reference,
         warmup=args.warmup,
-        warmup_dataset=_rows_to_tune_on(args),
+        warmup_dataset=warmup_dataset_of(args),
         **({"signals": _names(args.signals)} if args.signals else {}),
         wrong_column=args.wrong_column,
         seed=args.seed,
@@ -84,16 +84,6 @@ def run(args: argparse.Namespace) -> None:
     print(f"Results: {folder / 'probe.json'}, page: {folder / 'report.html'}")
     settings = quote(str(folder / "recommended.yaml"))
     print(f"Next: resofilter score --config {settings}, then resofilter select --config {settings}")
-
-
-def _rows_to_tune_on(args: argparse.Namespace) -> Any:
-    """The dataset of `--warmup_dataset`, with the configuration of `--dataset` if it is the same."""
-    from ..data.files import load_rows
-
-    if args.warmup_dataset is None:
-        return None
-    name = args.dataset_config if args.warmup_dataset == args.dataset else None
-    return load_rows(args.warmup_dataset, name=name)
 
 
 def _names(given: list[str]) -> str:

@@ -27,7 +27,7 @@ from ..config import (
 from ..scores.doubts import trust_lines
 from ..scores.full_step import full_step_of, percent, span_of
 from ..scores.score_table import WARMED_UP, count_reasons
-from .inputs import dataset_of, require, row_options, settings_of, sft_config
+from .inputs import dataset_of, require, row_options, settings_of, sft_config, warmup_dataset_of
 from .launching import is_launched
 from .naming import told
 from .parser import CommandParser, process_arguments, row_arguments
@@ -164,12 +164,7 @@ def _warmup(args: argparse.Namespace) -> dict[str, Any]:
     for name, needed in unused.items():
         if getattr(args, name) != args.parser.get_default(name):
             raise InputError(f"--{name} goes with {needed}.")
-    if args.warmup_dataset is None:
-        return {"warmup": settings}
-    from ..data.files import load_rows
-
-    configuration = args.dataset_config if args.warmup_dataset == args.dataset else None
-    return {"warmup": settings, "warmup_dataset": load_rows(args.warmup_dataset, args.warmup_split, configuration)}
+    return {"warmup": settings, "warmup_dataset": warmup_dataset_of(args, args.warmup_split)}
 
 
 def _score_by_resonance(args: argparse.Namespace, common: dict[str, Any]) -> Any:

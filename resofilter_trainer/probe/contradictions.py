@@ -1,4 +1,4 @@
-"""Rows that most other answers to the same prompt contradict. Knows examples, no signal.
+"""Rows that other answers to the same prompt contradict. Knows examples, no signal.
 
 They need no planting: where a dataset has several answers to a prompt, those that end alike are more often right.
 """

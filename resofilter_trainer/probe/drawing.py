@@ -46,7 +46,7 @@ class Drawn:
         others: the usable rows that were not drawn, under TRL's names, too.
         examples: the same rows as prompt and answer.
         wrong: (N,) bool, which of them the user's labels call wrong; None without labels.
-        contradicted: (N,) whether most other answers to the same prompt end otherwise, see `contradictions`.
+        contradicted: (N,) whether other answers to the same prompt contradict it, see `contradictions`.
         planted: the rows with faults.
         kinds: the kinds of faults.
         left_out: why other kinds were not planted.

@@ -10,14 +10,13 @@ from typing import Any
 
 import numpy as np
 
+from ..scores.score_table import LENGTH
 from .statistics import NOTHING, Auroc, alike, clustered_auroc, length_out, mean_of, rank_correlations
 
 ALL, LABELLED, SELF_MADE, CONTRADICTED = "all", "labelled", "self_made", "contradicted"  # kinds beside planted ones
 REAL = (LABELLED, CONTRADICTED)  # kinds of unplanted rows
 ROWS, WRITER = "rows", "writer"  # what faulty rows are compared with
-WARMED = " (warmed up)"  # after the name of a signal: measured with a tuned copy of the model
 UNPLANTED = ""  # the kind of the rows as they are
-LENGTH = "num_tokens"
 LEAST_PLANTED = 5  # faulty rows, for a kind to be measured
 LEAST_CONTRADICTED = 10  # rows that other answers contradict, and rows that they agree with
 LEAST_RIGHT = 10  # right answers by the writer, to compare its wrong ones with

@@ -20,9 +20,10 @@ from ..data.preparation import ROW_POSITION
 from ..scores.score_table import WARMED_UP, ScoreTable
 from ..scoring.dataset import score_dataset
 from ..scoring.passes import from_main
+from ..selecting.votes import WARMED
 from .contradictions import UNTOLD
 from .drawing import Drawn
-from .findings import LENGTH, UNPLANTED, WARMED, Rows, number_of
+from .findings import LENGTH, UNPLANTED, Rows, number_of
 
 DROPS = ("drop_duplicates", "drop_empty")
 SCORES, SCORES_WARMED = "scores", "scores_warmed"  # folders in that of the probe
@@ -146,6 +147,10 @@ def rows_of(drawn: Drawn, passes: Sequence[Measured]) -> tuple[Rows, list[str]]:
             f"{int(truncated.sum())} rows with a fault reach max_length={limit} tokens, where the fault may be cut "
             "off. They do not count."
         )
+    for each in passes:
+        learnt = int(np.nansum(each.scores.column(WARMED_UP))) if WARMED_UP in each.scores.table.column_names else 0
+        if learnt:
+            notes.append(f"The warm-up has learnt {learnt} of the measured rows, whose losses are smaller for that.")
     named = [(name + each.suffix, name, each) for each in passes for name in each.names]
     rows = Rows(
         signals={**{key: each.scores.column(name).astype(float) for key, name, each in named}, LENGTH: lengths},

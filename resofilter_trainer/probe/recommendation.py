@@ -8,7 +8,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from .findings import ALL, CONTRADICTED, LABELLED, SELF_MADE, WARMED, WRITER
+from ..selecting.votes import WARMED
+from .findings import ALL, CONTRADICTED, LABELLED, SELF_MADE, WRITER
 
 USUAL = "loss_sum"  # the signal within .03 of the best on real errors, as measured (benchmarks/RESULTS.md)
 NUMBERS, EXCHANGED = ("number", "number_carried", "final_number"), "exchanged"  # planted faults in what is said
@@ -158,8 +159,8 @@ def _as_usual(records: Sequence[Mapping[str, Any]]) -> Recommendation:
     if share < LEAST_NOTICED:
         return Recommendation(None, None, f"No real errors are known here, and {seen} only. {INSTEAD}")
     reason = (
-        f"No real errors are known here. {USUAL} was the best signal, or within .02 of it, wherever real errors were "
-        f"measured, and {seen}. {NO_EVIDENCE} Label some rows (wrong_column) to know more."
+        f"No real errors are known here. {USUAL} was the best signal, or within .02 of it, on the real errors (of "
+        f"arithmetic) that were measured, and {seen}. {NO_EVIDENCE} Label some rows (wrong_column) to know more."
     )
     return Recommendation(name, "largest", reason)
 

@@ -8,11 +8,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..config import Warmup
+from ..scores.score_table import LENGTH
+from ..scoring.further_signals import FURTHER
 from .recommendation import Recommendation
 
 RECOMMENDED_FILE = "recommended.yaml"
-LENGTH = "num_tokens"
-BY_REFERENCE = ("excess", "superfiltering")
 BESIDE = ("loss", LENGTH)  # columns that a pass measures anyway
 WIDTH = 118
 KEEP = 0.5  # the default of `select`
@@ -29,7 +29,7 @@ def settings_text(recommendation: Recommendation, provenance: Mapping[str, Any])
     if name is None:
         return "\n".join([*lines, "select:", "  keep: 1.0  # all rows, see above", ""])
     measure = [] if name in BESIDE else [f"  signals: [{name}]"]
-    if name in BY_REFERENCE:
+    if name in FURTHER and FURTHER[name].by_reference:
         measure.append(f"  reference: {json.dumps(provenance['reference'])}")
     if recommendation.warmup is not None:
         measure += _warmup(provenance)

@@ -31,6 +31,7 @@ OF_GROUP = " of group "  # in the reason of a row that was dropped within its gr
 WARMED_UP = "warmed_up"  # a column: 1 for the rows that a warm-up has learnt, else 0
 PROMPT = "prompt"  # the column with a hash of each row's prompt
 OF_PROMPT = " has the same prompt and "  # in the reason of a row that was dropped among those with its prompt
+LENGTH = "num_tokens"  # the column of the length that selections take out
 LAYER = "layer_"  # layer_27, layer_28, ...: a column for each measured layer
 LAYER_VOTE = "layer_vote"  # a signal that is made from those of all rows
 

@@ -130,11 +130,8 @@ def score_dataset(
     if not isinstance(model, str) and is_sharded(model):
         raise InputError("The model is sharded already: pass it whole, as it was loaded.")
     warms_up = not (warmup is None and warmup_dataset is None)
-    if warms_up and wanted.reference is not None and wanted.reference.is_adapter:
-        raise InputError(
-            f"The reference '{reference}' is an adapter on the model as it is, not on its tuned copy: pass a whole "
-            "model as the reference, or leave the warm-up out."
-        )
+    if warms_up:
+        wanted.check_warmup()
     if sharded and warms_up:
         raise InputError("A warm-up trains a whole copy of the model in every process: leave sharded=True out.")
 

@@ -254,6 +254,14 @@ class Wanted:
             )
         return cls(names, named, found)
 
+    def check_warmup(self) -> None:
+        """Raise InputError where a warm-up tunes what the reference belongs to."""
+        if self.reference is not None and self.reference.is_adapter:
+            raise InputError(
+                f"The reference '{self.reference.name}' is an adapter on the model as it is, not on its tuned copy: "
+                "pass a whole model as the reference, or leave the warm-up out."
+            )
+
     def settled(self, model: PreTrainedModel, opened: Opened) -> Opened:
         """The opened pass with the signals that can be measured, and the reference model, in its provenance.
 

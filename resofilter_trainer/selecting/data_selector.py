@@ -13,14 +13,13 @@ from typing import Any, get_args
 import numpy as np
 
 from ..config import InputError, at_most_one, check_kind, number, one_of, share, whole_number, with_known_keywords
-from ..scores.score_table import OF_GROUP, ScoreTable
+from ..scores.score_table import LENGTH, OF_GROUP, ScoreTable
 from .combining import COMBINATIONS, residual, weighted_rank
 from .selection import LATER, Selection, check_complete
 from .shares import Drop, Side, complement, drop_share, outside, share_reason
 from .thresholds import RULES
 
 LISTED = 3  # columns that vote, in a reason
-LENGTH = "num_tokens"  # the column of the length that `length_out` takes out
 
 
 @with_known_keywords

@@ -10,11 +10,11 @@ from typing import Any
 
 from ..config import InputError
 from ..io.files import read_json
+from ..scores.score_table import LENGTH
 
 PROBE_FILE = "probe.json"
 KINDS = ("labelled", "contradicted", "self_made", "all")  # of the faulty rows: the closer to real errors, the earlier
 WARMED = " (warmed up)"  # after the name of a signal: measured after a warm-up
-LENGTH = "num_tokens"  # no signal: it would make the votes rank by length
 COLUMNS = {"resonance": "score"}  # signals whose column has another name
 AGAIN = "Make it again with resofilter probe."
 
@@ -55,7 +55,10 @@ def _of_largest(record: Mapping[str, Any]) -> float | None:
 
 
 def _counts(record: Mapping[str, Any], warmed: bool) -> bool:
-    """Whether a record has a vote: of the model that the probe recommends, and of no style or length."""
+    """Whether a record has a vote: it is of the model that the probe recommends, and of no writer's style.
+
+    The length has none: the votes would rank by it.
+    """
     signal = str(record["signal"])
     of_style = record["kind"] == "self_made" and record.get("against", "writer") != "writer"
     return signal.endswith(WARMED) == warmed and signal != LENGTH and not of_style

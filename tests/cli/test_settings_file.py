@@ -15,6 +15,12 @@ def arguments(tmp_path, text: str, *argv: str) -> list[str]:
     return yaml_arguments(parsed, COMMANDS)
 
 
+def check_refusal(text: str, expected: str, tmp_path, capsys) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    assert refused(capsys, "score", "--config", path).startswith(f"--config {path}: {expected}")
+
+
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
@@ -67,9 +73,7 @@ def test_a_section_wins_over_what_stands_outside(tmp_path):
     ],
 )
 def test_what_a_section_cannot_have_is_one_line(text, expected, tmp_path, capsys):
-    path = tmp_path / "run.yaml"
-    path.write_text(text)
-    assert refused(capsys, "score", "--config", path).startswith(f"--config {path}: {expected}")
+    check_refusal(text, expected, tmp_path, capsys)
 
 
 @pytest.mark.parametrize(
@@ -93,6 +97,4 @@ def test_what_a_section_cannot_have_is_one_line(text, expected, tmp_path, capsys
     ],
 )
 def test_a_value_of_another_kind_is_one_line(text, expected, tmp_path, capsys):
-    path = tmp_path / "run.yaml"
-    path.write_text(text)
-    assert refused(capsys, "score", "--config", path).startswith(f"--config {path}: {expected}")
+    check_refusal(text, expected, tmp_path, capsys)

@@ -16,8 +16,9 @@ from resofilter_trainer import DataSelector, InputError, ProbeResult, ScoreTable
 from resofilter_trainer.model.signals import SIGNALS
 from resofilter_trainer.probe import measuring, run
 from resofilter_trainer.probe.faults import Planted
-from resofilter_trainer.probe.findings import ALL, LABELLED, SELF_MADE, WARMED
+from resofilter_trainer.probe.findings import ALL, LABELLED, SELF_MADE
 from resofilter_trainer.scores.statistics import auroc
+from resofilter_trainer.selecting.votes import WARMED
 
 USUAL = {"kinds": ["exchanged", "cut"], "faults_per_kind": 15, "self_made": False, **COLUMNS}
 
@@ -144,6 +145,11 @@ def test_a_warm_up_is_measured_beside_the_model_as_it_is(model, dataset, tokeniz
     assert tuned.column("loss")[:24].mean() < as_it_is.column("loss")[:24].mean()
     assert tuned.column("warmed_up").sum() == 0
     assert tuned.provenance.warmup["rows"] == 8
+    assert not any("has learnt" in note for note in found.notes)
+    seen = probe_dataset(model, dataset, tokenizer, arguments(), warmup=warm, warmup_dataset=dataset, **usual)
+    learnt = [note for note in seen.notes if "The warm-up has learnt" in note]
+    assert len(learnt) == 1
+    assert learnt[0].endswith("of the measured rows, whose losses are smaller for that.")
     with pytest.raises(InputError, match="differ in warmup_"):
         probe_dataset(model, dataset, tokenizer, arguments(), tmp_path, **usual)
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 from helpers.probes import record
 
-from resofilter_trainer.probe.findings import ALL, CONTRADICTED, LABELLED, SELF_MADE, WARMED
+from resofilter_trainer.probe.findings import ALL, CONTRADICTED, LABELLED, SELF_MADE
 from resofilter_trainer.probe.recommendation import USUAL, recommend
+from resofilter_trainer.selecting.votes import WARMED
 
 
 def test_the_largest_lower_bound_wins():
