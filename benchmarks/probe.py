@@ -4,33 +4,38 @@
 
 For each model and data set, `probe_dataset` draws rows and recommends a signal without labels. Then the labels tell how
 well each signal finds the rows that are really wrong, among the drawn ones: the recommended signal's AUROC beside the
-best signal's. Data: four models' solutions of GSM8K's test questions (about two thirds wrong), and solutions of
-arithmetic problems from LLM-Adapters (a fifth wrong; those of GSM8K's test set left out). A probe that is there already
-is read.
+best signal's, and for each kind of fault whether it orders the signals as the real errors do (Spearman). The data are
+those of `real_models_rows.py`. A probe that is there already is read.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from datasets import Dataset
+from real_models_rows import DATA, Rows
 from trl import SFTConfig
 
 from resofilter_trainer import ProbeResult, ScoreTable, probe_dataset
 from resofilter_trainer.model.signals import SIGNALS
 from resofilter_trainer.probe.drawing import draw, kinds_of
-from resofilter_trainer.scores.statistics import auroc
+from resofilter_trainer.probe.measuring import SCORES, SCORES_WARMED
+from resofilter_trainer.scores.statistics import auroc, rank_correlation
+from resofilter_trainer.selecting.votes import WARMED
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
-SOLVERS = ("6b_finetuning", "6b_verification", "175b_finetuning", "175b_verification")
+HEADER = (
+    "| model | data | rows | wrong | evidence | recommended | its AUROC | best | its AUROC | regret | minutes |",
+    "|---" * 11 + "|",
+)
 
 
 def main() -> None:
@@ -40,88 +45,102 @@ def main() -> None:
         sys.exit(f"skipped: there is no data at '{data}'; pass --shared")
     torch.set_num_threads(args.threads)
     found = []
-    print("| model | data | rows | wrong | evidence | recommended | its AUROC | best | its AUROC | minutes |")
-    print("|---|---|---|---|---|---|---|---|---|---|")
+    print("\n".join(HEADER))
     for model in args.models:
         for name in args.data:
-            case = measure(model, name, DATA[name](data), args)
+            folder = args.output / f"{Path(model).name}-{name}{'' if args.warmup is None else '-warmup'}"
+            case = measure(model, name, DATA[name](data), folder, args)
             found.append(case)
-            print(
-                f"| {Path(model).name} | {name} | {case['rows']} | {case['wrong']:.0%} | {case['evidence']} | "
-                f"{case['drop'] or ''} {case['signal']} | {case['found']:.3f} | {case['best']} | {case['most']:.3f} | "
-                f"{case['minutes']:.1f} |",
-                flush=True,
-            )
+            print(line(case), flush=True)
+    for case in found:
+        print("\n".join(["", *orders(case)]))
     if args.json:
         args.json.write_text(json.dumps(found, indent=1))
 
 
-def measure(model: str, name: str, rows: list[dict[str, Any]], args: argparse.Namespace) -> dict[str, Any]:
-    """Probe rows without their labels, and compare what is recommended with what the labels say."""
-    wrong = np.array([row.pop("wrong") for row in rows])
-    dataset = Dataset.from_list(rows)
-    training = SFTConfig(output_dir="unused", bf16=False, use_cpu=True, report_to="none", max_length=512)
-    folder = args.output / f"{Path(model).name}-{name}"
+def measure(model: str, name: str, rows: Rows, folder: Path, args: argparse.Namespace) -> dict[str, Any]:
+    """Probe rows without their labels, and compare what is recommended with what the labels say.
+
+    Args:
+        model: the folder of a model.
+        name: the name of the rows, for the table.
+        rows: the rows, with `wrong`.
+        folder: a folder for the probe.
+        args: `probe_rows`, `signals`, `no_self_made`, `warmup`, `bf16`.
+    """
+    wrong = np.array([row["wrong"] for row in rows])
+    dataset = Dataset.from_list([{key: row[key] for key in ("prompt", "completion")} for row in rows])
+    cpu = not torch.cuda.is_available()
+    training = SFTConfig(output_dir="unused", bf16=args.bf16, use_cpu=cpu, report_to="none", max_length=512)
     begun = time.monotonic()
     result: ProbeResult = probe_dataset(
-        model, dataset, args=training, output=folder, rows=args.rows, self_made=not args.no_self_made,
-        precision="float32", signals=args.signals,
+        model, dataset, args=training, output=folder, rows=args.probe_rows, self_made=not args.no_self_made,
+        precision="bfloat16" if args.bf16 else "float32", signals=args.signals, warmup=args.warmup,
     )  # fmt: skip
     minutes = (time.monotonic() - begun) / 60
-    drawn = draw(dataset, training, args.rows, kinds_of("all", ()), None, None, 0)
+    drawn = draw(dataset, training, args.probe_rows, kinds_of("all", ()), None, None, 0)
     labels = wrong[[each.row for each in drawn.examples]]
-    scores = ScoreTable.load(folder / "scores")
-    names = [each for each in scores.table.column_names if scores.direction(each) is not None]
-    real = {each: auroc(scores.column(each)[: len(labels)], labels) for each in [*names, "num_tokens"]}
+    real = _real(folder / SCORES, labels, "")
+    if args.warmup is not None:
+        real |= _real(folder / SCORES_WARMED, labels, WARMED)
     best = max(real, key=lambda each: max(real[each], 1 - real[each]))
     chosen = result.recommendation
-    its = 0.5 if chosen.signal is None else real[chosen.signal]
+    its = 0.5 if chosen.signal is None else real[chosen.name if chosen.name in real else chosen.signal]
+    its = its if chosen.drop != "smallest" else 1 - its
+    most = max(real[best], 1 - real[best])
     return {
-        "model": model,
+        "model": Path(model).name + ("" if args.warmup is None else f", warm-up on {args.warmup} of its rows"),
         "data": name,
         "rows": len(labels),
         "wrong": float(labels.mean()),
         "evidence": chosen.evidence,
-        "signal": chosen.signal,
+        "signal": chosen.name,
         "drop": chosen.drop,
         "length_out": chosen.length_out,
-        "found": its if chosen.drop != "smallest" else 1 - its,
+        "found": its,
         "best": best if real[best] >= 0.5 else f"-{best}",
-        "most": max(real[best], 1 - real[best]),
+        "most": most,
+        "regret": most - its,
         "real": real,
+        "kinds": _orders(result, real),
         "minutes": minutes,
     }
 
 
-def gsm8k(data: Path) -> list[dict[str, Any]]:
-    """Solutions by four models, question after question."""
-    lines = (data / "gsm8k" / "example_model_solutions.jsonl").read_text().splitlines()
-    found = []
-    for line in map(json.loads, lines):
-        prompt = f"Question: {line['question']}\nAnswer:"
-        found += [
-            {"prompt": prompt, "completion": f" {line[solver]['solution']}", "wrong": not line[solver]["is_correct"]}
-            for solver in SOLVERS
-            if solver in line and line[solver]["solution"].strip()
+def line(case: dict[str, Any]) -> str:
+    """A case's line of the table."""
+    return (
+        f"| {case['model']} | {case['data']} | {case['rows']} | {case['wrong']:.0%} | {case['evidence']} | "
+        f"{case['drop'] or ''} {case['signal']}{', length out' if case['length_out'] else ''} | {case['found']:.3f} | "
+        f"{case['best']} | {case['most']:.3f} | {case['regret']:.3f} | {case['minutes']:.1f} |"
+    )
+
+
+def orders(case: dict[str, Any]) -> list[str]:
+    """How far each kind of fault orders the signals as the real errors do."""
+    kinds = sorted(case["kinds"].items(), key=lambda each: -each[1])
+    return [f"{case['model']}, {case['data']}: " + ", ".join(f"{kind} {value:+.2f}" for kind, value in kinds)]
+
+
+def _real(folder: Path, labels: np.ndarray, suffix: str) -> dict[str, float]:
+    """The AUROC of each signal for the drawn rows that are really wrong."""
+    scores = ScoreTable.load(folder)
+    names = [each for each in scores.table.column_names if scores.direction(each) is not None]
+    return {f"{each}{suffix}": auroc(scores.column(each)[: len(labels)], labels) for each in [*names, "num_tokens"]}
+
+
+def _orders(result: ProbeResult, real: dict[str, float]) -> dict[str, float]:
+    """Spearman's correlation over signals of each kind's AUROCs with those for real errors."""
+    found = {}
+    for kind in result.ordered_kinds:
+        pairs = [
+            (each["auroc"], real[each["signal"]])
+            for each in result.signals
+            if each["kind"] == kind and each["auroc"] is not None and each["signal"] in real
         ]
-    return found
-
-
-def arithmetic(data: Path) -> list[dict[str, Any]]:
-    """One solution for each problem."""
-    lines = (data / "math_data" / "llm_adapters_math_labelled.jsonl").read_text().splitlines()
-    rows = [each for each in map(json.loads, lines) if not each["in_gsm8k_test"] and each["solution"].strip()]
-    return [
-        {
-            "prompt": f"Question: {each['question']}\nAnswer:",
-            "completion": f" {each['solution']}",
-            "wrong": not each["correct"],
-        }
-        for each in rows
-    ]
-
-
-DATA: dict[str, Callable[[Path], list[dict[str, Any]]]] = {"gsm8k": gsm8k, "math": arithmetic}
+        if len(pairs) > 2:
+            found[kind] = rank_correlation(*np.array(pairs).T)
+    return {kind: value for kind, value in found.items() if not math.isnan(value)}
 
 
 def _arguments() -> argparse.Namespace:
@@ -130,12 +149,19 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--data", nargs="+", choices=[*DATA], default=[*DATA])
     parser.add_argument("--shared", type=Path, default=SHARED, help="a folder with data/")
     parser.add_argument("--output", type=Path, default=Path("probes"), help="a folder for the probes")
-    parser.add_argument("--rows", type=int, default=400)
+    add_probe_arguments(parser)
     parser.add_argument("--signals", nargs="+", default=[*SIGNALS], help="by default those of the one pass")
-    parser.add_argument("--no_self_made", action="store_true")
+    parser.add_argument("--bf16", action="store_true", help="bfloat16 autocast")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--json", type=Path)
     return parser.parse_args()
+
+
+def add_probe_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of a probe."""
+    parser.add_argument("--probe_rows", type=int, default=400)
+    parser.add_argument("--no_self_made", action="store_true")
+    parser.add_argument("--warmup", type=int, help="measure again after a warm-up on so many other rows")
 
 
 if __name__ == "__main__":

@@ -6,7 +6,9 @@
 The samples have GSM8K's lengths and random tokens, as in `scoring.py`. In each round every method runs over the same
 batches, one after the other and in another order each time; the ratio is the median over the rounds of a method's
 seconds divided by those of the recorder alone in that round, of the clock and of the processors' time, which other
-programs disturb less. `forward` is the plain forward with the head at learnt positions only.
+programs disturb less. `forward` is the plain forward with the head at learnt positions only. The signals with further
+forwards are these forwards alone, which come on top of the recorder: `verdict` only with `--model`, whose tokenizer
+writes the question; the reference model is the model itself.
 
 The memory is the largest resident set during a method's first run, and how much more that is than during the recorder's
 alone. Linux counts it anew for each method, once freed memory is given back; elsewhere it is that of all so far.
@@ -24,13 +26,15 @@ import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import torch
 from scoring import GSM8K, SHAPES
 from scoring_samples import build_model, make_samples, peak_memory, prepared_rows
 from scoring_worker import forward_labelled
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from resofilter_trainer import Recorder, ResonanceConfig
 from resofilter_trainer.data.loading import default_arguments
@@ -38,6 +42,8 @@ from resofilter_trainer.data.preparation import PreparedRows
 from resofilter_trainer.model.signals import SIGNALS
 from resofilter_trainer.scoring.batches import default_budget
 from resofilter_trainer.scoring.dataset import Pass
+from resofilter_trainer.scoring.further_passes import FurtherPass
+from resofilter_trainer.scoring.further_signals import FORWARDS
 
 ALONE = "recorder"
 FREE = ("loss", "resonance")  # what the recorder measures anyway
@@ -47,6 +53,13 @@ METHODS: dict[str, Sequence[str]] = {  # by name, the signals
     "all": [*SIGNALS],
 }
 FORWARD = "forward"
+FURTHER_METHODS = {  # what is measured, by the names of the forwards
+    "ifd, loss_alone": ["alone"],
+    "verdict": ["verdict"],
+    "jitter": ["jitter"],
+    "excess": ["reference"],
+    "superfiltering": ["reference", "reference_alone"],
+}
 
 
 def main() -> None:
@@ -59,6 +72,10 @@ def main() -> None:
         name: partial(measure, model, rows, signals, args.bf16) for name, signals in METHODS.items()
     }
     runs[FORWARD] = partial(forward_labelled, model, samples, ResonanceConfig())
+    opened = SimpleNamespace(tokenizer=args.model and AutoTokenizer.from_pretrained(args.model), prepared=rows)
+    for name, forwards in FURTHER_METHODS.items():
+        if args.model is not None or name != "verdict":
+            runs[name] = partial(measure_forwards, model, opened, forwards, args.bf16)
     chosen = args.methods or [*runs]
     memory = {}
     runs[ALONE]()  # warms up
@@ -97,6 +114,15 @@ def measure(model: PreTrainedModel, rows: PreparedRows, signals: Sequence[str], 
         return Pass(record, rows, arguments, default_budget(model.device)).measure_all(autocast)
 
 
+def measure_forwards(model: PreTrainedModel, opened: Any, names: Sequence[str], autocast: bool) -> None:
+    """Further forwards over the rows."""
+    arguments = default_arguments()
+    arguments.disable_tqdm = True
+    further = FurtherPass(opened.prepared, arguments, default_budget(model.device), autocast)
+    for name in names:
+        further.measure(model, name, FORWARDS[name](model, opened))
+
+
 def start_counting() -> None:
     """Give freed memory back and count the largest resident set anew, on Linux."""
     gc.collect()
@@ -126,7 +152,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--bf16", action="store_true", help="a bfloat16 forward")
-    parser.add_argument("--methods", nargs="+", choices=[*METHODS, FORWARD], help="with recorder; by default all")
+    parser.add_argument("--methods", nargs="+", choices=[*METHODS, FORWARD, *FURTHER_METHODS], help="all by default")
     parser.add_argument("--gsm8k", type=Path, default=GSM8K, help="GSM8K's train.jsonl, for the lengths")
     parser.add_argument("--json", type=Path, help="write every round")
     args = parser.parse_args()

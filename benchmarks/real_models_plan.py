@@ -1,0 +1,89 @@
+"""How long the parts of `real_models.py` take with a model here, from its measured tokens a second."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from real_models_detection import first_questions
+from real_models_rows import DATA, Rows, training_rows
+from real_models_training import ANSWER, DETECTORS, KEEP, RATES
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+ROWS, NEW_TOKENS, PROMPTS = 8, 16, 32
+SCORING = 1.5  # forwards and a part of the backward, for all signals of the one pass, and measuring some rows again
+EVERY_LAYER = 3.0  # the same for every layer
+ARMS = 3  # halves by a score: resonance, loss, the probe's; beside them all rows, a random half, and the right rows
+
+
+def plan(model: str, data: Path, args: argparse.Namespace) -> list[str]:
+    """What each part would take, in hours."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).to(device)
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    rows = training_rows(data)
+    tokens = {name: _tokens(tokenizer, getattr(rows, name)) for name in ("as_is", "noisy")}
+    detected = {name: _tokens(tokenizer, first_questions(DATA[name](data), args.rows)) for name in args.data}
+    with torch.autocast(device, dtype=torch.bfloat16, enabled=args.bf16):
+        forward, training, writing = _speeds(loaded, tokenizer, rows.as_is[:ROWS], rows.test[:PROMPTS])
+    tests = len(rows.test) * ANSWER / writing
+    right = {name: sum(not row["wrong"] for row in getattr(rows, name)) / len(getattr(rows, name)) for name in tokens}
+    epochs = {name: 1 + (ARMS + 1) * (1 if args.equal_cost else KEEP) + right[name] for name in tokens}
+    seeds, pairs = len(args.seeds), ARMS + 3
+    seconds = {
+        "detection": sum(detected.values()) * (SCORING + EVERY_LAYER) * len(args.states) / forward,
+        "probe": args.probe_rows * 1.65 * sum(detected.values()) / args.rows * SCORING / forward + 600 * len(args.data),
+        "training": sum(
+            seeds * (args.epochs * epochs[name] * tokens[name] / training + pairs * tests) for name in args.sets
+        ) + len(RATES) * args.epochs * tokens["as_is"] / training,
+        "detectors": seeds * len(DETECTORS) * (args.epochs * KEEP * tokens["noisy"] / training + tests),
+    }  # fmt: skip
+    lines = [
+        f"{Path(model).name} on {device}: {forward:,.0f} tokens a second in a forward, {training:,.0f} in training, "
+        f"{writing:,.0f} written"
+    ]
+    return lines + [f"  {part:10} about {seconds[part] / 3600:.1f} hours" for part in args.parts]
+
+
+def _speeds(model: PreTrainedModel, tokenizer: object, rows: Rows, prompts: Rows) -> tuple[float, float, float]:
+    """Tokens a second: of a forward, of a step of training, and written in a batch of prompts."""
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token  # type: ignore[attr-defined]
+    texts = [row["prompt"] + row["completion"] for row in rows]
+    batch = tokenizer(texts, return_tensors="pt", padding=True).to(model.device)  # type: ignore[operator]
+    batch["labels"] = batch["input_ids"]
+    asked = tokenizer(  # type: ignore[operator]
+        [row["prompt"] for row in prompts], return_tensors="pt", padding=True, padding_side="left"
+    ).to(model.device)
+    count = int(batch["attention_mask"].sum())
+
+    def forward() -> None:
+        with torch.no_grad():
+            model(**batch)
+
+    def train() -> None:
+        model(**batch).loss.backward()
+        model.zero_grad()
+
+    def write() -> None:
+        with torch.no_grad():
+            model.generate(**asked, max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS, do_sample=False)
+
+    return count / _seconds(forward), count / _seconds(train), len(prompts) * NEW_TOKENS / _seconds(write)
+
+
+def _seconds(work: Callable[[], None]) -> float:
+    """The seconds of a piece of work, the second time."""
+    work()
+    started = time.perf_counter()
+    work()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - started
+
+
+def _tokens(tokenizer: object, rows: Rows) -> int:
+    texts = [row["prompt"] + row["completion"] for row in rows]
+    return sum(len(each) for each in tokenizer(texts)["input_ids"])  # type: ignore[operator]
