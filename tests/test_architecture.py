@@ -36,9 +36,9 @@ MAY_KNOW = {
     "integrations": "config training",
     "evaluation": "config model data",
     "demo": "config scores selecting report data scoring training evaluation",
-    "compare": "config io scores selecting data criteria scoring tokens training evaluation demo",
     "probe": "config io scores selecting report model data scoring evaluation",
-    "cli": "config io scores selecting report data scoring tokens training demo compare probe",
+    "compare": "config io scores selecting data criteria scoring tokens training evaluation demo probe",
+    "cli": "config io scores selecting report data scoring tokens training demo probe compare",
 }
 WITHOUT_TORCH = ["config", "io", "scores", "selecting", "report", "cli"]  # packages, all modules of them
 ALSO_WITHOUT_TORCH = [

@@ -59,7 +59,7 @@ def _compare(args: argparse.Namespace) -> None:
     import datasets
     from transformers.utils import logging
 
-    from ..compare.methods import METHODS
+    from ..compare.methods import method_of
     from ..compare.report import PICTURE, write
     from ..compare.run import run as run_comparison
     from ..selecting.results import COMPARISON_FILE
@@ -67,5 +67,5 @@ def _compare(args: argparse.Namespace) -> None:
     datasets.disable_progress_bars()  # one line for each training says more than many short bars
     logging.disable_progress_bar()
     cells = run_comparison(config)
-    print(write(config, cells, {each.name: METHODS[each.method].needs for each in config.selectors}))
+    print(write(config, cells, {each.name: method_of(each).needs for each in config.selectors}))
     print(f"Table, cells and picture: {Path(config.output) / COMPARISON_FILE}, {Path(config.output) / PICTURE}")

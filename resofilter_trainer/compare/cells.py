@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -37,6 +37,7 @@ class Cell:
             cost as much as the run on all rows.
         failure: why there is no metric.
         tasks: the metric of each task, if the metric is their mean.
+        held_out_loss: the mean loss per learnt token of the rows of `loss_dataset`, in nats; None without any.
     """
 
     selector: str
@@ -59,6 +60,12 @@ class Cell:
     budget: str = EPOCHS
     failure: str = ""
     tasks: Mapping[str, float] = field(default_factory=dict)
+    held_out_loss: float | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields by name; the held-out loss, which earlier versions lack, only where it is measured."""
+        found = asdict(self)
+        return found if self.held_out_loss is not None else {k: v for k, v in found.items() if k != "held_out_loss"}
 
 
 def summarise(cells: Sequence[Cell]) -> list[dict[str, Any]]:
@@ -66,8 +73,8 @@ def summarise(cells: Sequence[Cell]) -> list[dict[str, Any]]:
 
     Columns: the metric with its interval over seeds; `over_random` and `over_full`, the mean difference to the same
     seed's run on as many random rows and on all rows, with its interval (paired); `p`, the mean ratio to the run on all
-    rows; `sdf`, kept over all rows; the costs, as medians. Failed runs are listed in `failures` and count in no other
-    column, unless all runs failed.
+    rows; `sdf`, kept over all rows; `held_out_loss`, with its interval, where it is measured; the costs, as medians.
+    Failed runs are listed in `failures` and count in no other column, unless all runs failed.
     """
     lines: dict[tuple[str, str, str, float], list[Cell]] = {}
     for cell in cells:
@@ -96,11 +103,18 @@ def summarise(cells: Sequence[Cell]) -> list[dict[str, Any]]:
                 "over_full": _paired([(cell.metric, _metric(full.get(cell.seed))) for cell in sound]),
                 "sdf": float(np.mean([cell.kept / cell.rows for cell in counted])),
                 "p": _mean([_ratio(cell, full.get(cell.seed)) for cell in sound]),
+                **_held_out_loss(sound),
                 **{name: _mean([getattr(cell, name) for cell in counted]) for name in MEANS},
                 **{name: float(np.median([getattr(cell, name) for cell in counted])) for name in COSTS},
             }
         )
     return found
+
+
+def _held_out_loss(cells: Sequence[Cell]) -> dict[str, tuple[float, float, float]]:
+    """The mean held-out loss with its interval over seeds, as `held_out_loss`; nothing where it is not measured."""
+    known = [cell.held_out_loss for cell in cells if cell.held_out_loss is not None]
+    return {"held_out_loss": interval(known)} if known else {}
 
 
 MEANS = ("length_correlation", "loss_correlation", "auroc", "wrong_kept")

@@ -24,12 +24,12 @@ from ..selecting.token_selection import TokenSelector
 from ..tokens.cleaned_dataset import mask_labels
 from ..training.callback import ResonanceCallback
 from .config import SelectorConfig
+from .data import TEXTS
 from .method_scores import as_tokens
 from .methods import METHODS
 from .training import epochs_of, model_path, steps_per_epoch
 
 ANNEALING = 8  # InfoBatch: with at least this many epochs, the last eighth of them trains on all rows
-TEXTS = ["prompt", "completion"]
 
 
 @dataclass(frozen=True)

@@ -12,13 +12,15 @@ from typing import Any
 from ..config import InputError, number, one_of, share, whole_number
 from ..io.files import read_yaml
 from ..selecting.results import FULL, RANDOM
+from .recommended import PROBE, SIGNAL, recommended_selector
 
 DEMO = "demo"  # the model and the problems that come with the package
 COLUMN = "column"  # the method that selects by a column of the user's dataset
 NOT_FOR_DEMO = (
     *("dataset_config", "split", "prompt_column", "completion_column", "wrong_column"),
-    *("test_dataset", "test_split", "validation_dataset", "validation_split"),
+    *("test_dataset", "test_split", "validation_dataset", "validation_split", "loss_dataset", "loss_split"),
 )
+OF_LOSS = ("loss_dataset", "loss_split")
 LARGEST_SEED = (1 << 32) - 1
 PLAIN: dict[str, Any] = {  # by annotation
     "str": (str, "text"),
@@ -37,7 +39,7 @@ class SelectorConfig:
         score_column: for the method `column`, the column with the user's own scores. Rows with the smallest scores
             are dropped.
         drop: for the method `column`, the end to drop, `"smallest"` or `"largest"`.
-        settings: settings of the method, for `less` the fields of `LessConfig`.
+        settings: settings of the method, for `less` the fields of `LessConfig`, for `signal` those of `SignalSettings`.
         score_model: a model that scores instead of the trained one (transfer).
     """
 
@@ -55,8 +57,8 @@ class SelectorConfig:
         scorer = "" if self.score_model is None else f" by {slug(self.score_model)}"
         object.__setattr__(self, "name", self.name or (self.score_column or self.method) + scorer)
         one_of("drop", self.drop, ("largest", "smallest"))
-        if self.drop != "smallest" and self.method != COLUMN:
-            raise InputError(f"The method '{self.method}' has an end to drop of its own: drop goes with score_column.")
+        if self.drop != "smallest":
+            _check_drop(self.method)
         for baseline in (FULL, RANDOM):  # the table compares the other selectors with them, by their names
             if (self.name == baseline) != (self.method == baseline):
                 raise InputError(f"The name '{baseline}' is for the method '{baseline}', which has no other name.")
@@ -65,14 +67,21 @@ class SelectorConfig:
 
     @classmethod
     def of(cls, entry: Any) -> SelectorConfig:
-        """The selector of a YAML entry: a name, or a mapping. Raises InputError for anything else."""
+        """The selector of a YAML entry: a name, or a mapping. Raises InputError for anything else.
+
+        With `probe`, the folder of a probe, the method is `signal`, with the settings that the probe recommends.
+        """
         if isinstance(entry, str):
             return cls(entry)
+        if isinstance(entry, Mapping) and PROBE in entry:
+            entry = recommended_selector(entry)
         if isinstance(entry, Mapping) and "score_column" in entry:
             entry = {"method": COLUMN, **entry}
         if not isinstance(entry, Mapping) or "method" not in entry:
             raise InputError(f"A selector must be a name, or a mapping with 'method', got {entry!r}.")
         _check_names("a selector", entry, cls)
+        if "drop" in entry:
+            _check_drop(entry["method"])
         if isinstance(entry.get("settings"), Mapping):
             entry = {**entry, "settings": _with_numbers(entry["settings"])}
         return cls(**entry)
@@ -125,6 +134,7 @@ class ComparisonConfig:
             as much as training on all rows.
         validation_dataset, validation_split, validation_rows: the rows that LESS and Nuggets select for, the first
             `validation_rows` of that dataset.
+        loss_dataset, loss_split: rows with the same columns, on which the loss of every trained model is measured.
         max_new_tokens: the longest answer, in tokens.
         training: fields of SFTConfig.
         output: a folder for everything.
@@ -154,6 +164,8 @@ class ComparisonConfig:
     validation_dataset: str | None = None
     validation_split: str = "validation"
     validation_rows: int = 16
+    loss_dataset: str | None = None
+    loss_split: str = "test"
     max_new_tokens: int = 256
     training: Mapping[str, Any] = field(default_factory=dict)
     output: str = "comparison"
@@ -191,6 +203,9 @@ class ComparisonConfig:
         if self.dataset == DEMO and changed:
             raise InputError(f"{changed[0]} is for a dataset of your own, but dataset is '{DEMO}': name your dataset.")
 
+        if self.loss_dataset is None and self.loss_split != defaults["loss_split"]:
+            raise InputError("loss_split goes with loss_dataset: name one.")
+
     def _check_selectors(self) -> None:
         names = [each.name for each in self.selectors]
         twice = sorted({name for name in names if names.count(name) > 1})
@@ -225,6 +240,11 @@ class ComparisonConfig:
             if not folder or folders.setdefault(folder, model) != model:
                 taken = f", which is that of {folders[folder]!r}" if folder else ""
                 raise InputError(f"The folder of the model '{model}' would be '{folder}'{taken}: use another path.")
+
+    def to_json(self) -> dict[str, Any]:
+        """The settings by name; those of a held-out loss, which earlier versions lack, only where it is measured."""
+        without = () if self.loss_dataset is not None else OF_LOSS
+        return {name: value for name, value in dataclasses.asdict(self).items() if name not in without}
 
     @classmethod
     def load(cls, path: str | Path) -> ComparisonConfig:
@@ -263,12 +283,24 @@ def slug(name: str) -> str:
     return re.sub(r"[^\w.-]+", "-", name).strip("-.")
 
 
+def _check_drop(method: Any) -> None:
+    """Raise InputError for a method whose end to drop is not the field `drop` of its selector."""
+    if method == SIGNAL:
+        raise InputError(f"The method '{SIGNAL}' has its end to drop in its settings: {{by: loss_sum, drop: largest}}.")
+    if method != COLUMN:
+        raise InputError(f"The method '{method}' has an end to drop of its own: drop goes with score_column.")
+
+
 def _with_numbers(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The values with numbers such as 2e-5 as numbers, which YAML 1.1 reads as text."""
-    return {
-        name: float(value) if isinstance(value, str) and re.fullmatch(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+", value) else value
-        for name, value in values.items()
-    }
+    """The values with numbers such as 2e-5 as numbers, which YAML 1.1 reads as text; also in mappings within."""
+
+    def read(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return _with_numbers(value)
+        is_number = isinstance(value, str) and re.fullmatch(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+", value)
+        return float(value) if is_number else value
+
+    return {name: read(value) for name, value in values.items()}
 
 
 def _check_plain(settings: Any, whose: str = "") -> None:

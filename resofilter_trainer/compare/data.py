@@ -25,7 +25,8 @@ from ..io.digest import FIRST, hash_rows
 from .config import DEMO, ComparisonConfig
 
 FLAGS = {"true": True, "false": False, "1": True, "0": False, "1.0": True, "0.0": False}
-DEFAULT_SPLITS = ("test", "validation")  # of test_dataset and validation_dataset
+DEFAULT_SPLITS = ("test", "validation")  # of test_dataset, loss_dataset and validation_dataset
+TEXTS = ["prompt", "completion"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,6 +39,7 @@ class Data:
         prompts, answers: the held-out rows; empty if the models are tested on tasks.
         validation: `prompt` and `completion` of the validation rows; None if there are none.
         task_files: a hash of the user's own task files; "" without any.
+        loss_rows: `prompt` and `completion` of the rows for the held-out loss; None if there are none.
     """
 
     rows: Dataset
@@ -46,6 +48,7 @@ class Data:
     answers: Sequence[str]
     validation: Dataset | None
     task_files: str = ""
+    loss_rows: Dataset | None = None
 
     @functools.lru_cache  # noqa: B019  # an entry lives as long as the rows do
     def fingerprint(self, score_column: str | None = None, validated: bool = True) -> str:
@@ -58,8 +61,9 @@ class Data:
         rows = self.rows.select_columns(["prompt", "completion", *([score_column] if score_column else [])])
         validation = "" if self.validation is None or not validated else hash_rows(self.validation, FIRST)
         wrong = None if self.wrong is None else self.wrong.tolist()
-        made_from = [hash_rows(rows, FIRST), validation, wrong, list(self.prompts), list(self.answers)]
+        made_from: list[Any] = [hash_rows(rows, FIRST), validation, wrong, list(self.prompts), list(self.answers)]
         made_from += [self.task_files] if self.task_files else []
+        made_from += [] if self.loss_rows is None else [{"loss_rows": hash_rows(self.loss_rows, FIRST)}]
         return xxhash.xxh3_128_hexdigest(json.dumps(made_from, default=str).encode())
 
 
@@ -88,7 +92,12 @@ def make_data(config: ComparisonConfig, seed: int) -> Data:
             raise InputError(
                 "Some validation rows are held-out rows as well: LESS and Nuggets would select for the test."
             )
-    return Data(rows, wrong, tests["prompt"][:], tests["completion"][:], validation, _hash_tasks(config.task_folder))
+    loss_rows = None
+    if config.loss_dataset is not None:
+        loss_rows = map_columns(_load(config, config.loss_dataset, config.loss_split), columns).select_columns(TEXTS)
+        _check_apart(rows, loss_rows, "rows of loss_dataset", "loss_dataset", "a memorised row counts as a likely one")
+    files = _hash_tasks(config.task_folder)
+    return Data(rows, wrong, tests["prompt"][:], tests["completion"][:], validation, files, loss_rows)
 
 
 def hash_files(folder: Path, files: Iterable[Path]) -> str:
@@ -130,21 +139,33 @@ def _flags(values: list[Any], name: str) -> np.ndarray:
     return np.array(flags, dtype=bool)
 
 
-def _check_tests(rows: Dataset, tests: Dataset) -> None:
-    """Raise InputError where most held-out rows are in the dataset, or where an answer cannot be marked."""
+def _check_apart(rows: Dataset, others: Dataset, what: str, setting: str, effect: str) -> None:
+    """Warn where some other rows are in the dataset. Raise InputError where most are.
+
+    Args:
+        rows: the dataset.
+        others: the other rows.
+        what, setting: what they are, and the setting that names them.
+        effect: what follows.
+    """
     trained = {_text(row) for row in rows}
-    known = sum(_text(row) in trained for row in tests)
-    if 2 * known > len(tests):
+    known = sum(_text(row) in trained for row in others)
+    if 2 * known > len(others):
         raise InputError(
-            f"{known} of the {len(tests)} held-out rows are also in the dataset. A single file has no splits: name "
-            "another one as test_dataset."
+            f"{known} of the {len(others)} {what} are also in the dataset. A single file has no splits: name another "
+            f"one as {setting}."
         )
     if known:
         warnings.warn(
-            f"{known} of the {len(tests)} held-out rows are also in the dataset, so that a memorised answer counts as "
-            "right. Remove them from one of the two.",
-            stacklevel=2,
+            f"{known} of the {len(others)} {what} are also in the dataset, so that {effect}. Remove them from one of "
+            "the two.",
+            stacklevel=3,
         )
+
+
+def _check_tests(rows: Dataset, tests: Dataset) -> None:
+    """Raise InputError where most held-out rows are in the dataset, or where an answer cannot be marked."""
+    _check_apart(rows, tests, "held-out rows", "test_dataset", "a memorised answer counts as right")
     for row, answer in enumerate(tests["completion"]):
         if not isinstance(answer, str) or final_answer(answer) is None:
             raise InputError(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,12 +21,21 @@ from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import SFTConfig
 
-from ..config import ColumnMapping, InputError, Norm, NotFiniteError, ResonanceConfig, TokenCleaning, UpdateName
+from ..config import (
+    ColumnMapping,
+    InputError,
+    Norm,
+    NotFiniteError,
+    ResonanceConfig,
+    ScoreWarning,
+    TokenCleaning,
+    UpdateName,
+)
 from ..criteria.criterion import Criterion
 from ..criteria.prompted import RATING_PROMPTS, Nuggets, SelectIT
 from ..data.loading import Opened, check_model, usable_rows
 from ..data.preparation import PreparedRows, prepare
-from ..scores.score_table import ScoreTable
+from ..scores.score_table import LENGTH, ScoreTable
 from ..scores.token_scores import TokenScores
 from ..scoring.criterion import score_by
 from ..scoring.dataset import score_dataset
@@ -35,6 +45,7 @@ from ..scoring.run_pass import run_pass
 from ..tokens.cleaning import measure_tokens
 from ..training.fine_tuning import fine_tune, save_model
 from .config import SelectorConfig
+from .signals import SignalSettings
 
 REFERENCE_SHARE = 0.2  # the share of the rows that the reference model is tuned on, the paper's 10k of 50k
 
@@ -96,6 +107,33 @@ def by_resonance(update: UpdateName = "adamw", norm: Norm = "mean_abs") -> Calla
         )
 
     return score
+
+
+def by_signal(request: Request) -> ScoreTable:
+    """The signals of one pass, among them the one to rank by."""
+    settings = SignalSettings(**request.selector.settings)
+    if settings.by == LENGTH:
+        return by_criterion("length")(request)
+    with warnings.catch_warnings():
+        if not settings.of_resonance:
+            warnings.simplefilter("ignore", ScoreWarning)  # of doubts about the resonance
+        scores = score_dataset(
+            request.model,
+            request.dataset,
+            request.tokenizer,
+            request.args,
+            output=request.folder,
+            signals=settings.measured,
+            reference=request.reference,
+            warmup=settings.tuning,
+            drop_empty=True,
+        )
+    if settings.by not in scores.table.column_names:
+        raise InputError(
+            f"The selector '{request.selector.name}' ranks by {settings.by}, which cannot be measured on this model "
+            "(the pass has printed why): choose another signal."
+        )
+    return scores
 
 
 def by_nuggets(request: Request) -> ScoreTable:

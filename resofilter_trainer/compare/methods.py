@@ -3,6 +3,8 @@
     full, random, longest, shortest                       no model
     response_ratio, repetition, rarity                    texts and tokens only
     low_loss, high_loss, perplexity, entropy, el2n, ...   one criterion, one end
+    signal                                                any column of the scoring pass, by `settings: {by: loss_sum}`
+                                                          (see `signals`); all signals of one forward share a pass
     selectit, nuggets, less, column                       a rating by the model, validation rows, the user's own scores
     resonance, resonance_sgd, resonance_l2                how far a step moves W_up (ResoFilter)
     resonance_and_loss, resonance_residual                the same together with the loss, or beyond loss and length
@@ -25,7 +27,7 @@ from typing import Any, Literal
 from transformers import PreTrainedModel
 
 from ..config import InputError, Norm, Ranking, TokenCleaning, UpdateName
-from ..scores.score_table import ScoreTable
+from ..scores.score_table import LENGTH, ScoreTable
 from ..scores.token_scores import TokenScores
 from ..scoring.less import LessConfig, projection_flops
 from ..selecting.data_selector import DataSelector
@@ -41,9 +43,11 @@ from .method_scores import (
     by_nuggets,
     by_resonance,
     by_selectit,
+    by_signal,
     by_token_losses,
 )
 from .published import Needs
+from .signals import SignalSettings
 
 RESONANCE_FORWARDS = 1.2  # a forward, and the backward through the last layers, counted (benchmarks/RESULTS.md)
 MakePolicy = Callable[[float, int, SelectorConfig], "Policy | TokenSelector | TokenCleaning"]
@@ -69,6 +73,8 @@ class Method:
         by_reference: whether the method scores with a reference model as well.
         trains: whether scoring trains something, so that the scores depend on the seed.
         settings: the dataclass of the settings that a selector can have; None if there are none.
+        variant: a function from a selector to the fields of the method that its settings change (see
+            `method_of`), the folder of the scores among them; None if they change none.
         flops: the FLOPs of measuring besides forwards, by the scoring model, the number of rows and the selector.
     """
 
@@ -82,7 +88,8 @@ class Method:
     validated: bool = False
     by_reference: bool = False
     trains: bool = False
-    settings: type[LessConfig] | None = None
+    settings: type[Any] | None = None
+    variant: Callable[[SelectorConfig], dict[str, Any]] | None = None
     flops: Callable[[PreTrainedModel, int, SelectorConfig], float] = lambda model, rows, selector: 0.0
 
     def cost(self, config: ComparisonConfig, selector: SelectorConfig, epochs: float) -> float:
@@ -105,6 +112,26 @@ def token_cost(config: ComparisonConfig, epochs: float) -> float:
 
 def _less_settings(selector: SelectorConfig) -> LessConfig:
     return LessConfig(**selector.settings)
+
+
+def _signal_settings(selector: SelectorConfig) -> SignalSettings:
+    return SignalSettings(**selector.settings)
+
+
+def _of_signal(selector: SelectorConfig) -> dict[str, Any]:
+    """What the method `signal` takes for a selector's signal and warm-up.
+
+    A forward of the reference model counts as one of the scoring model. The training of a warm-up is counted from its
+    tokens (`selector_scores`).
+    """
+    own = _signal_settings(selector)
+    warms_up = own.tuning is not None
+    return {
+        "scores": own.folder,
+        "forwards": 0 if own.by == LENGTH else RESONANCE_FORWARDS + own.further_forwards,
+        "by_reference": own.by_reference,
+        "needs": Needs(int(warms_up), 3 if warms_up else 2, model_free=not (warms_up or own.by_reference)),
+    }
 
 
 def _ranked(**settings: Any) -> MakePolicy:
@@ -192,6 +219,15 @@ METHODS = {
     "resonance_l2": _resonance("resonance_l2", SCORE_AND_SELECT, norm="l2"),
     "resonance_and_loss": _resonance("resonance", Needs(0, 3), by=("score", "loss"), combine="ranks"),
     "resonance_residual": _resonance("resonance", Needs(0, 3), by=("score", "loss", "num_tokens"), combine="residual"),
+    "signal": Method(
+        score=by_signal,
+        policy=lambda keep, seed, selector: _signal_settings(selector).policy(keep),
+        scores="signals",
+        forwards=RESONANCE_FORWARDS,
+        needs=SCORE_AND_SELECT,
+        settings=SignalSettings,
+        variant=_of_signal,
+    ),
     "infobatch": _unscored(
         lambda keep, seed, selector: SoftPruning(keep, seed=seed), SCORE_AND_SELECT, model="trained", in_run=True
     ),
@@ -217,12 +253,19 @@ METHODS = {
 }
 
 
+def method_of(selector: SelectorConfig) -> Method:
+    """The method of a selector whose settings are checked, as these settings make it."""
+    method = METHODS[selector.method]
+    return method if method.variant is None else dataclasses.replace(method, **method.variant(selector))
+
+
 def check(config: ComparisonConfig) -> None:
     """Raise InputError for a selector whose method is unknown, or that lacks something its method needs."""
     for selector in config.selectors:
         if selector.method not in METHODS:
             raise InputError(f"There is no method '{selector.method}'. There are: {', '.join(METHODS)}.")
-        _check_selector(config, selector, METHODS[selector.method])
+        _check_settings(selector, METHODS[selector.method])
+        _check_selector(config, selector, method_of(selector))
 
 
 def _check_selector(config: ComparisonConfig, selector: SelectorConfig, method: Method) -> None:
@@ -230,12 +273,13 @@ def _check_selector(config: ComparisonConfig, selector: SelectorConfig, method: 
         raise InputError(f"The demo's problems have no column '{selector.score_column}': name a dataset of your own.")
     if method.validated and config.dataset != DEMO and config.validation_dataset is None:
         raise InputError(f"The selector '{selector.name}' selects for a validation set: name a validation_dataset.")
-    _check_settings(selector, method)
     unmeasured = method.cost(config, selector, epochs=1) == 0
     if selector.score_model is not None and (method.model != "own" or unmeasured):
         raise InputError(f"The method '{selector.method}' cannot use a score_model: leave it out.")
     if method.model == "proxy" and config.proxy_model is None:
         raise InputError(f"The selector '{selector.name}' scores with a small model: name one as proxy_model.")
+    if method.by_reference and not method.trains and config.reference_model is None:
+        raise InputError(f"The selector '{selector.name}' compares with a second model: name one as reference_model.")
 
 
 def _check_settings(selector: SelectorConfig, method: Method) -> None:
@@ -244,5 +288,9 @@ def _check_settings(selector: SelectorConfig, method: Method) -> None:
     if unknown:
         there = f" Its settings are: {', '.join(known)}." if known else ""
         raise InputError(f"The selector '{selector.name}' has no setting '{unknown[0]}'.{there}")
-    if method.settings is not None:
-        method.settings(**selector.settings)  # checks their values
+    if method.settings is None:
+        return
+    try:
+        method.settings(**selector.settings)
+    except InputError as error:
+        raise InputError(f"In the selector '{selector.name}': {error}") from error

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 from collections import Counter
@@ -38,14 +37,14 @@ def write(config: ComparisonConfig, cells: Sequence[Cell], needs: dict[str, Need
     lines = judged(summarise(cells), needs)
     output = Path(config.output)
     found = {
-        "settings": dataclasses.asdict(config),
+        "settings": config.to_json(),
         "lines": lines,
         "transfer": [
             {"method": method, "keep": keep, "scored_by": scored_by, "model": model, "over_random": difference}
             for (method, keep), pairs in transfer(lines).items()
             for (scored_by, model), difference in pairs.items()
         ],
-        "cells": [dataclasses.asdict(cell) for cell in cells],
+        "cells": [cell.to_json() for cell in cells],
     }
     with replacing(output / COMPARISON_FILE) as temporary:
         temporary.write_text(json.dumps(_plain(found), indent=2, default=str) + "\n")
@@ -101,6 +100,8 @@ COLUMNS = (
 )
 
 
+HELD_OUT_LOSS = ("held-out loss", 22, lambda line: _interval(line.get("held_out_loss", (math.nan,) * 3)))
+LOSS_NOTE = "held-out loss: nats per learnt token of loss_dataset, smaller is better; 95 % interval over seeds."
 BUDGETS = {
     EPOCHS: "",
     FLOPS: "At equal FLOPs: selecting and training together cost as much as training on all rows.",
@@ -114,19 +115,25 @@ def table(lines: Sequence[dict[str, Any]]) -> str:
         own = [line for line in lines if line["budget"] == budget]
         if own:
             shown += [*([title] if title else []), *_table(own), ""]
-    return "\n".join([*shown, NOTE, *_transfer_tables(lines)])
+    notes = [NOTE, LOSS_NOTE] if _has_loss(lines) else [NOTE]
+    return "\n".join([*shown, *notes, *_transfer_tables(lines)])
 
 
 def _table(lines: Sequence[dict[str, Any]]) -> list[str]:
     names = [_name(line, lines) for line in lines]
     width = max(len("selector"), *map(len, names)) + 1
-    rows = ["selector".ljust(width) + "".join(title.rjust(size) for title, size, _ in COLUMNS)]
+    columns = (*COLUMNS[:2], HELD_OUT_LOSS, *COLUMNS[2:]) if _has_loss(lines) else COLUMNS
+    rows = ["selector".ljust(width) + "".join(title.rjust(size) for title, size, _ in columns)]
     for name, line in zip(names, lines, strict=True):
-        rows.append(name.ljust(width) + "".join(show(line).rjust(size) for _, size, show in COLUMNS))
+        rows.append(name.ljust(width) + "".join(show(line).rjust(size) for _, size, show in columns))
     for name, line in zip(names, lines, strict=True):
         for why, count in Counter(line["failures"]).items():
             rows.append(f"left out: {name} keep {line['keep']:g}, {count} run(s): {why}")
     return rows
+
+
+def _has_loss(lines: Sequence[dict[str, Any]]) -> bool:
+    return any("held_out_loss" in line for line in lines)
 
 
 def _transfer_tables(lines: Sequence[dict[str, Any]]) -> list[str]:

@@ -1,6 +1,6 @@
 """All cells of one model and seed of a comparison: each is scored, selected, trained and tested.
 
-    data -> scores, kept in the folder -> rows or tokens -> training -> held-out metric -> Cell
+    data -> scores, kept in the folder -> rows or tokens -> training -> held-out metric and loss -> Cell
 
 Does not know the other seeds, nor where cells are kept.
 """
@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 
 from ..config import NotFiniteError, TokenCleaning
+from ..data.preparation import PreparedRows
 from ..scores.score_table import ScoreTable
 from ..selecting.results import FLOPS
 from .cells import Cell
@@ -21,10 +23,11 @@ from .choosing import Chosen, choose
 from .config import ComparisonConfig, SelectorConfig
 from .cost import longer_by, parameters_of
 from .data import Data
+from .held_out_loss import held_out_loss, held_out_tokens
 from .insight import relations, wrong_kept
-from .methods import METHODS
+from .methods import method_of
 from .selector_scores import SelectorScores
-from .training import Trained, epochs_of, held_out_metrics, lengthened, sft_config, train, try_tasks
+from .training import Trained, epochs_of, held_out_metrics, lengthened, model_path, sft_config, train, try_tasks
 
 COSTS = ("selection_seconds", "selection_flops", "training_seconds", "training_flops")
 
@@ -45,11 +48,21 @@ class Round:
         self.scores = SelectorScores(config, model, seed, data)
         self._tasks_tried = False
 
-    def try_tasks(self) -> None:
-        """Run one document of each task, once, so that an error comes before anything is trained."""
+    def try_tests(self) -> None:
+        """Prepare the tests, once, so that an error comes before anything is scored or trained.
+
+        One document of each task is run, and the rows of the held-out loss become tokens.
+        """
+        _ = self._loss_tokens
         if self.config.tasks and not self._tasks_tried:
             self._tasks_tried = True
             try_tasks(self.config, self.model, self.args)
+
+    @cached_property
+    def _loss_tokens(self) -> PreparedRows | None:
+        """The rows of the held-out loss as tokens; None if there are none."""
+        rows = self.data.loss_rows
+        return None if rows is None else held_out_tokens(rows, model_path(self.model), self.args)
 
     def cell(self, selector: SelectorConfig, keep: float, factor: float = 1.0) -> Cell:
         """Score, select, train and test.
@@ -67,7 +80,7 @@ class Round:
             return Cell(selector.name, keep, self.seed, rows, 0, None, **costs, **about)  # type: ignore[arg-type]
 
     def _cell(self, selector: SelectorConfig, keep: float, factor: float) -> Cell:
-        method, scored, rows = METHODS[selector.method], self.scores.of(selector), self.data.rows
+        method, scored, rows = method_of(selector), self.scores.of(selector), self.data.rows
         in_stages = isinstance(method.policy(keep, self.seed, selector), TokenCleaning)
         args = lengthened(self.args, factor, len(rows), in_stages)
         chosen = choose(selector, keep, scored.table, rows, args, self.model)
@@ -81,6 +94,7 @@ class Round:
         failure = self._failure(trained)
         batch_size = self.args.per_device_eval_batch_size
         tests = {} if failure else held_out_metrics(trained, self.config, self.data, batch_size)
+        loss_rows = None if failure else self._loss_tokens
         return Cell(
             selector=selector.name,
             keep=keep,
@@ -97,6 +111,7 @@ class Round:
             method=_described(selector),
             failure=failure,
             tasks=tests if self.config.tasks else {},
+            held_out_loss=None if loss_rows is None else held_out_loss(trained.model, loss_rows, self.args),
             **self._insight(chosen),
         )
 
@@ -108,14 +123,14 @@ class Round:
             cell: their cell with as many epochs as the training on all rows.
             full: the cell of the training on all rows.
         """
-        method, epochs = METHODS[selector.method], epochs_of(self.args, len(self.data.rows))
+        method, epochs = method_of(selector), epochs_of(self.args, len(self.data.rows))
         once = cell.selection_flops
         if method.in_run and once:  # the rest of the cost of selecting grows with the epochs
             once *= method.cost(self.config, selector, 0) / method.cost(self.config, selector, epochs)
         left, grows = full.training_flops - once, cell.selection_flops - once
         if left <= 0 or cell.metric is None:
             failure = cell.failure or "selecting alone costs more than training on all rows"
-            nothing: dict[str, Any] = {"training_seconds": 0.0, "training_flops": 0.0}
+            nothing: dict[str, Any] = {"training_seconds": 0.0, "training_flops": 0.0, "held_out_loss": None}
             return dataclasses.replace(cell, budget=FLOPS, metric=None, failure=failure, tasks={}, **nothing)
         cost = cell.training_flops + grows
         first = (full.training_flops + grows if method.in_run else cost) / epochs  # in the run, it has all rows

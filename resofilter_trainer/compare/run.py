@@ -92,9 +92,9 @@ def _once(
     origin = {"selector": dataclasses.asdict(selector), "model": one.model, "keep": keep, "seed": one.seed}
     origin |= one.scores.origin(selector)
     if not path.exists():
-        one.try_tasks()
+        one.try_tests()
         cell = make()
-        _save_json(path, {"of": origin, **dataclasses.asdict(cell)})
+        _save_json(path, {"of": origin, **cell.to_json()})
         print(_line(cell), flush=True)
         gc.collect()  # a trained model and its trainer refer to each other
     return read_cell(path, origin)
@@ -106,7 +106,7 @@ def _save_settings(output: Path, config: ComparisonConfig) -> None:
     Raises:
         InputError: the folder has another comparison, or something else.
     """
-    settings = dataclasses.asdict(config)
+    settings = config.to_json()
     for name in (*EXTENSIBLE, *OF_SOME_CELLS):
         settings.pop(name)
     path = output / SETTINGS

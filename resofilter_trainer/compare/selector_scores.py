@@ -19,7 +19,7 @@ from .config import DEMO, ComparisonConfig, SelectorConfig, slug
 from .cost import COST, parameters_of, seconds_of, timed
 from .data import Data, hash_files
 from .method_scores import Request, tune_reference
-from .methods import METHODS
+from .methods import method_of
 from .training import model_path, sft_config
 
 
@@ -31,7 +31,7 @@ class Scored:
         table: the scores.
         seconds: the time of the pass on this machine, when it was made.
         parameters: the parameters of the scoring model (`cost.parameters_of`).
-        flops: the FLOPs of the pass besides forwards.
+        flops: the FLOPs of the pass besides forwards, with those of a warm-up.
     """
 
     table: ScoreTable | TokenScores
@@ -66,7 +66,7 @@ class SelectorScores:
 
     def scorer(self, selector: SelectorConfig) -> str:
         """The name of the model that scores for a selector."""
-        method = METHODS[selector.method]
+        method = method_of(selector)
         if method.model == "proxy":
             return str(self.config.proxy_model)
         if method.model == "trained" or method.cost(self.config, selector, 1) == 0:
@@ -75,7 +75,7 @@ class SelectorScores:
 
     def origin(self, selector: SelectorConfig) -> dict[str, Any]:
         """What a cell depends on besides the settings of the comparison, by readable names."""
-        method, reference, scorer = METHODS[selector.method], self.config.reference_model, self.scorer(selector)
+        method, reference, scorer = method_of(selector), self.config.reference_model, self.scorer(selector)
         found: dict[str, Any] = {"weights": hash_weights(model_path(self.model)), "scored by": scorer}
         if scorer != self.model:
             found["scorer's weights"] = hash_weights(model_path(scorer))
@@ -91,15 +91,15 @@ class SelectorScores:
 
     def _name(self, selector: SelectorConfig) -> str:
         """The name of the folder of a selector's scores; selectors with the same scores share it."""
-        method = METHODS[selector.method]
+        method = method_of(selector)
         words = [f"column-{selector.score_column}" if selector.score_column else method.scores]
-        words += [selector.name] if selector.settings else []
+        words += [selector.name] if selector.settings and method.variant is None else []
         trains = method.trains and not (method.by_reference and self.config.reference_model)
         words += [f"seed-{self.seed}"] if self.config.dataset == DEMO or trains else []
         return "-".join(words)
 
     def _measure(self, selector: SelectorConfig, scorer: str, folder: Path) -> Scored:
-        method, data = METHODS[selector.method], self.data
+        method, data = method_of(selector), self.data
         args = sft_config(self.config, scorer, self.seed)  # the scoring model's, whichever model is trained
         reference, tuning = self._reference() if method.by_reference else (None, 0.0)
         model, tokenizer = load_model(model_path(scorer), None, args)
@@ -107,6 +107,7 @@ class SelectorScores:
         request = Request(model, tokenizer, data.rows, args, folder, selector, data.validation, reference)
         flops = method.flops(model, len(data.rows), selector)
         table, seconds = timed(folder, lambda: method.score(request), resumes=True)
+        flops += 6 * parameters * table.provenance.warmup.get("tokens", 0)
         gc.collect()  # LESS trains a model, which refers to its trainer
         return Scored(table, tuning + seconds, parameters, flops)
 

@@ -248,6 +248,11 @@ def test_one_number_is_a_list_of_one():
         ({"selectors": [{"method": "ifd", "name": 3}]}, "A selector's name must be text"),
         ({"selectors": [{"method": ["ifd"]}]}, "A selector's method must be text"),
         ({"selectors": [{"method": "ifd", "drop": "largest"}]}, "drop goes with score_column"),
+        ({"selectors": [{"method": "ifd", "drop": "smallest"}]}, "drop goes with score_column"),
+        (
+            {"selectors": [{"method": "signal", "drop": "smallest", "settings": {"by": "loss"}}]},
+            "The method 'signal' has its end to drop in its settings",
+        ),
         ({"selectors": [{"score_column": "x", "drop": "worst"}]}, "drop must be one of"),
         ({"selectors": [{"method": "random", "name": "chance"}]}, "The name 'random' is for the method 'random'"),
         ({"selectors": [{"method": "ifd", "name": "full"}]}, "The name 'full' is for the method 'full'"),

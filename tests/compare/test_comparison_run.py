@@ -47,10 +47,11 @@ def config(tmp_path, selectors, **changes) -> ComparisonConfig:
 @pytest.fixture(scope="module")
 def every(tmp_path_factory):
     """Every method but `column`, which the demo's rows cannot have, trained once; the base is the small model, too."""
-    names = [name for name in METHODS if name not in ("column", "less")]
+    names = [name for name in METHODS if name not in ("column", "less", "signal")]
     folder = tmp_path_factory.mktemp("every")
     less = {"method": "less", "settings": {"lora_r": 2, "epochs": 1}}
-    return run(config(folder, [*names, less], validation_rows=2, proxy_model=str(BASE))), folder / "out"
+    signal = {"method": "signal", "settings": {"by": "loss_sum"}}
+    return run(config(folder, [*names, less, signal], validation_rows=2, proxy_model=str(BASE))), folder / "out"
 
 
 @pytest.mark.slow
@@ -267,19 +268,6 @@ def test_a_damaged_cell_is_named(tmp_path):
     path.write_text(path.read_text()[:20])
     with pytest.raises(InputError, match=r"random-0.5-0.json' is damaged"):
         run(config(tmp_path, ["random"]))
-
-
-@pytest.fixture
-def own_rows(tmp_path, monkeypatch):
-    rows = [
-        {"q": f"what is {i} + 1 ?\n", "a": f"{i}+1={i + 1 + i % 2}. #### {i + 1 + i % 2}", "bad": i % 2, "quality": i}
-        for i in range(12)
-    ]
-    tests = [{"q": f"what is {i} + 2 ?\n", "a": f"#### {i + 2}"} for i in range(3)]
-    Dataset.from_list(rows).to_json(tmp_path / "rows.jsonl")
-    Dataset.from_list(tests).to_json(tmp_path / "tests.jsonl")
-    monkeypatch.chdir(tmp_path)
-    return "rows.jsonl"
 
 
 OWN = {"prompt_column": "q", "completion_column": "a", "test_dataset": "tests.jsonl"}

@@ -16,8 +16,9 @@ from resofilter_trainer.selecting.token_selection import TokenSelector
 every_method = pytest.mark.parametrize("name", METHODS)
 
 
-def selector(name: str, **settings) -> SelectorConfig:
-    return SelectorConfig(name, score_column="quality" if name == COLUMN else None, **settings)
+def selector(method: str, **fields) -> SelectorConfig:
+    needed = {"settings": {"by": "loss_sum"}} if method == "signal" else {}
+    return SelectorConfig(method, score_column="quality" if method == COLUMN else None, **{**needed, **fields})
 
 
 def comparison(chosen: SelectorConfig, **changes) -> ComparisonConfig:
@@ -75,7 +76,7 @@ def test_an_unknown_setting_is_refused(name):
 
 @every_method
 def test_a_score_model_is_for_methods_that_measure_with_a_model_before_the_run(name):
-    method, chosen = METHODS[name], SelectorConfig(name, name, "quality" if name == COLUMN else None, score_model="x")
+    method, chosen = METHODS[name], selector(name, name=name, score_model="x")
     if method.model == "own" and method.forwards != 0:
         check(comparison(chosen))
     else:
