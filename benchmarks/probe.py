@@ -123,10 +123,12 @@ def orders(case: dict[str, Any]) -> list[str]:
 
 
 def _real(folder: Path, labels: np.ndarray, suffix: str) -> dict[str, float]:
-    """The AUROC of each signal for the drawn rows that are really wrong."""
+    """The AUROC of each signal for the drawn rows that are really wrong, of those that the model can measure."""
     scores = ScoreTable.load(folder)
     names = [each for each in scores.table.column_names if scores.direction(each) is not None]
-    return {f"{each}{suffix}": auroc(scores.column(each)[: len(labels)], labels) for each in [*names, "num_tokens"]}
+    measured = scores.scored[: len(labels)]
+    columns = {name: scores.column(name)[: len(labels)][measured] for name in [*names, "num_tokens"]}
+    return {f"{name}{suffix}": auroc(values, labels[measured]) for name, values in columns.items()}
 
 
 def _orders(result: ProbeResult, real: dict[str, float]) -> dict[str, float]:

@@ -18,7 +18,6 @@ Parts, each of which resumes where it was interrupted:
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import sys
 from collections.abc import Callable
@@ -87,7 +86,7 @@ def training(model: str, data: Path, args: argparse.Namespace) -> None:
         if found["signal"] is None:
             print(f"{name}: no arm by the probe, as it recommends not to filter")
         cells = arms.arms(name, None if found["signal"] is None else folder, args.equal_cost)
-        _save(args, f"training-{Path(model).name}-{name}", [dataclasses.asdict(cell) for cell in cells])
+        _save(args, f"training-{Path(model).name}-{name}", [cell.to_json() for cell in cells])
         print(f"\n{Path(model).name}, {name}\n")
         print("\n".join(training_table(cells)), flush=True)
 
@@ -96,7 +95,7 @@ def detectors(model: str, data: Path, args: argparse.Namespace) -> None:
     """The curve, beside all rows and a random half."""
     arms = _training(model, data, args)
     cells = [each for each in arms.arms("noisy") if each.selector in ("full", "random")] + arms.detectors()
-    _save(args, f"detectors-{Path(model).name}", [dataclasses.asdict(cell) for cell in cells])
+    _save(args, f"detectors-{Path(model).name}", [cell.to_json() for cell in cells])
     print("\n".join(["", *training_table(cells)]), flush=True)
 
 
@@ -134,7 +133,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--rows", type=int, default=800, help="rows of detection")
     parser.add_argument("--sets", nargs="+", choices=("as_is", "noisy"), default=("as_is", "noisy"), help="of training")
     parser.add_argument("--seeds", type=int, nargs="+", default=(0, 1, 2), help="of training")
-    parser.add_argument("--epochs", type=float, default=2, help="of training")
+    parser.add_argument("--epochs", type=float, default=1, help="of training")
     parser.add_argument("--equal_cost", action="store_true", help="train halves at the cost of all rows, too")
     probe.add_probe_arguments(parser)
     parser.add_argument("--bf16", action="store_true", help="bfloat16 autocast")

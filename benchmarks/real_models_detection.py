@@ -22,6 +22,7 @@ from transformers import AutoConfig
 from trl import SFTConfig
 
 from resofilter_trainer import ResonanceConfig, ScoreTable, Warmup, score_dataset
+from resofilter_trainer.config import Precision
 from resofilter_trainer.model import signals as of_the_pass
 from resofilter_trainer.probe.statistics import Auroc, clustered_auroc, length_out
 from resofilter_trainer.scores.score_table import LAYER
@@ -53,7 +54,7 @@ def detect(model: str, name: str, state: str, data: Path, output: Path, settings
         kept = output / "detection" / f"{Path(model).name}-warmup"
         clean = Dataset.from_list(gsm8k_training(data)).select_columns(["prompt", "completion"])
         warmup = {"warmup": Warmup(rows=STATES[state], cache=kept), "warmup_dataset": clean}
-    precision = "bfloat16" if settings["bf16"] else "float32"
+    precision: Precision = "bfloat16" if settings["bf16"] else "float32"
     with at_other_eps() as eps:
         signals = [*settings["signals"], *eps]
         scores = score_dataset(model, dataset, args=args, output=folder, precision=precision, signals=signals, **warmup)

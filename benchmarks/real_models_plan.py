@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from real_models_detection import first_questions
@@ -48,15 +50,15 @@ def plan(model: str, data: Path, args: argparse.Namespace) -> list[str]:
     return lines + [f"  {part:10} about {seconds[part] / 3600:.1f} hours" for part in args.parts]
 
 
-def _speeds(model: PreTrainedModel, tokenizer: object, rows: Rows, prompts: Rows) -> tuple[float, float, float]:
+def _speeds(model: PreTrainedModel, tokenizer: Any, rows: Rows, prompts: Rows) -> tuple[float, float, float]:
     """Tokens a second: of a forward, of a step of training, and written in a batch of prompts."""
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token  # type: ignore[attr-defined]
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     texts = [row["prompt"] + row["completion"] for row in rows]
-    batch = tokenizer(texts, return_tensors="pt", padding=True).to(model.device)  # type: ignore[operator]
+    batch = tokenizer(texts, return_tensors="pt", padding=True).to(model.device)
     batch["labels"] = batch["input_ids"]
-    asked = tokenizer(  # type: ignore[operator]
-        [row["prompt"] for row in prompts], return_tensors="pt", padding=True, padding_side="left"
-    ).to(model.device)
+    asked = tokenizer([row["prompt"] for row in prompts], return_tensors="pt", padding=True, padding_side="left").to(
+        model.device
+    )
     count = int(batch["attention_mask"].sum())
 
     def forward() -> None:
@@ -75,15 +77,17 @@ def _speeds(model: PreTrainedModel, tokenizer: object, rows: Rows, prompts: Rows
 
 
 def _seconds(work: Callable[[], None]) -> float:
-    """The seconds of a piece of work, the second time."""
-    work()
-    started = time.perf_counter()
-    work()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter() - started
+    """The seconds of a piece of work: the median of three times, after a first one."""
+    taken = []
+    for _ in range(4):
+        started = time.perf_counter()
+        work()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        taken.append(time.perf_counter() - started)
+    return statistics.median(taken[1:])
 
 
-def _tokens(tokenizer: object, rows: Rows) -> int:
+def _tokens(tokenizer: Any, rows: Rows) -> int:
     texts = [row["prompt"] + row["completion"] for row in rows]
-    return sum(len(each) for each in tokenizer(texts)["input_ids"])  # type: ignore[operator]
+    return sum(len(each) for each in tokenizer(texts)["input_ids"])

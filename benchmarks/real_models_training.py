@@ -32,6 +32,7 @@ from resofilter_trainer.selecting.results import FLOPS
 RATES = (3e-5, 1e-4, 3e-4)
 DETECTORS = (0.6, 0.7, 0.8, 0.9, 1.0)  # AUROC
 KEEP = 0.5
+NOT_MEASURED = (math.nan,) * 3
 BATCH = 8
 ANSWER = 128  # tokens at most; the training rows' answers have 70 in the mean
 TRAINING = {"per_device_train_batch_size": BATCH, "per_device_eval_batch_size": 100, "max_length": 512}
@@ -75,7 +76,7 @@ class Training:
         rows: Rows = getattr(self.rows, name)
         selectors: list[Any] = ["full", "random", "resonance", "low_loss"]
         if probe is not None:
-            selectors.append({"method": "probe", "settings": {"probe": str(probe)}})
+            selectors.append({"probe": str(probe)})
         cells = self._compare(name, rows, selectors, equal_flops=equal_cost)
         right = self._compare(f"{name}-right", [row for row in rows if not row["wrong"]], ["full"])
         return cells + [_renamed(cell, "right rows only", len(rows)) for cell in right]
@@ -150,7 +151,7 @@ def table(cells: Sequence[Cell]) -> list[str]:
             f"| {each['selector']}{equal}{failed} | {each['seeds']} | {each['sdf']:.0%} | {_share(each['wrong_kept'])} "
             f"| {_interval(each['metric'], each['metric_low'], each['metric_high'])} "
             f"| {_interval(*each['over_random'])} | {_interval(*each['over_full'])} "
-            f"| {_interval(*each['held_out_loss'])} | {flops / 1e15:.2f} |"
+            f"| {_interval(*each.get('held_out_loss', NOT_MEASURED))} | {flops / 1e15:.2f} |"
         )
     return lines
 
