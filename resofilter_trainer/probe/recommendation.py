@@ -16,6 +16,7 @@ NUMBERS, EXCHANGED = ("number", "number_carried", "final_number"), "exchanged"  
 ABOUT_AS_GOOD = 0.02  # of AUROC
 LEAST_FOUND = 0.55  # AUROC
 LEAST_NOTICED = 0.6  # of the copies with a wrong answer
+WIDEST = 0.15  # half of the interval of an AUROC: of evidence that tells less, nothing is said
 INSTEAD = "Do not filter by score: look for repeats and cut answers first."
 NO_EVIDENCE = "Planted faults are not real ones: what finds them need not find errors that a model made."
 OTHER = {"largest": "smallest", "smallest": "largest"}
@@ -98,7 +99,8 @@ def recommend(records: Sequence[Mapping[str, Any]], warmup: int | None = None) -
     """The signal to drop rows by.
 
     The evidence is the user's own labels; else rows that other answers contradict; else answers that a model wrote
-    itself, wrong ones against right ones; else planted faults. The signal with the largest lower bound wins; or, among
+    itself, wrong ones against right ones; else planted faults. Of the second and third, too few rows are no evidence:
+    at least one AUROC must be known to within .15. The signal with the largest lower bound wins; or, among
     those whose AUROC is within .02 of its own, the one with the largest mean over all kinds. None, if the bound is not
     above .5 or the AUROC is below .55.
 
@@ -140,8 +142,13 @@ def _recommended(records: Sequence[Mapping[str, Any]]) -> Recommendation:
 
 def _evidence(records: Sequence[Mapping[str, Any]]) -> str:
     """The kind that is most like real errors; answers by a writer only if compared with its own right ones."""
-    kinds = {each["kind"] for each in records if each["kind"] != SELF_MADE or each["against"] == WRITER}
-    return next((kind for kind in (LABELLED, CONTRADICTED, SELF_MADE) if kind in kinds), ALL)
+    own = [each for each in records if each["kind"] != SELF_MADE or each["against"] == WRITER]
+    halves: dict[str, list[float]] = {}
+    for each in own:
+        half = WIDEST if each["low"] is None else (each["high"] - each["low"]) / 2
+        halves.setdefault(each["kind"], []).append(half)
+    told = [kind for kind in halves if kind == LABELLED or min(halves[kind]) <= WIDEST]
+    return next((kind for kind in (LABELLED, CONTRADICTED, SELF_MADE) if kind in told), ALL)
 
 
 def _as_usual(records: Sequence[Mapping[str, Any]]) -> Recommendation:

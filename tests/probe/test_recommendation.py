@@ -52,6 +52,21 @@ def test_self_made_errors_against_answers_of_others_are_no_evidence():
     assert (found.signal, found.evidence) == (USUAL, ALL)
 
 
+@pytest.mark.parametrize("kind", [SELF_MADE, CONTRADICTED])
+@pytest.mark.parametrize(("half", "evidence"), [(0.14, True), (0.2, False)])
+def test_too_few_rows_are_no_evidence_that_nothing_finds_them(kind, half, evidence):
+    """Eleven right answers beside sixty wrong ones leave an interval of .25 to both sides."""
+    records = [record("a", kind, 0.52, half), record("b", kind, 0.55, 0.3)]
+    records += [record(USUAL, "number", 0.6, auroc_within_prompt=0.8), record("a", ALL, 0.9)]
+    found = recommend(records)
+    assert (found.signal, found.evidence) == ((None, kind) if evidence else (USUAL, ALL))
+
+
+def test_few_labels_are_evidence_all_the_same():
+    records = [record("a", LABELLED, 0.52, 0.3), record(USUAL, "number", 0.6, auroc_within_prompt=0.8)]
+    assert recommend(records).evidence == LABELLED
+
+
 @pytest.mark.parametrize(("within", "direction"), [(0.9, "largest"), (0.1, "smallest")])
 def test_without_real_errors_the_usual_signal_is_recommended_if_the_model_notices_wrong_numbers(within, direction):
     """In copies of a row: among all rows, their lengths and prompts would be compared."""
