@@ -11,13 +11,8 @@ from ..scores.score_table import LENGTH
 from ..scoring.further_signals import ALL_SIGNALS, FURTHER
 from ..selecting.data_selector import DataSelector
 
-FORWARDS = {
-    "alone": 1,
-    "verdict": 1,
-    "jitter": 2,
-    "reference": 1,
-    "reference_alone": 1,
-}  # of FURTHER
+# How many forwards each of `scoring.further_signals.FORWARDS` runs.
+FORWARDS = {"alone": 1, "verdict": 1, "jitter": 2, "reference": 1, "reference_alone": 1}
 ONE_PASS = tuple(name for name in ALL_SIGNALS if name not in FURTHER)
 OWN_FOLDER = "cache"  # of a warm-up: the comparison keeps the tuned weights beside the scores
 
@@ -96,7 +91,6 @@ class SignalSettings:
             usual, own = Warmup(method=self.tuning.method).to_json(), self.tuning.to_json()
             words += ["warmup", "all" if self.tuning.rows is None else str(self.tuning.rows)]
             words += [] if self.tuning.method == Warmup.method else [self.tuning.method]
-            words += [
-                f"{name}-{own[name]:g}" for name in own if name not in ("rows", "method") and own[name] != usual[name]
-            ]
+            others = [name for name in own if name not in ("rows", "method") and own[name] != usual[name]]
+            words += [f"{name}-{own[name]:g}" for name in others]
         return "-".join(words)
