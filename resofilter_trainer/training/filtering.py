@@ -132,6 +132,12 @@ class FilterConfig:
         return epoch >= self.schedule.first
 
     @property
+    def keeps_all(self) -> bool:
+        """Whether no row is ever dropped."""
+        decision = self.schedule.decision
+        return isinstance(decision, ByShare) and all(share == 1 for share in decision.shares)
+
+    @property
     def has_shares(self) -> bool:
         """Whether the number of rows of every epoch is known before training."""
         return isinstance(self.schedule.decision, ByShare)

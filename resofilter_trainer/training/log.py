@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -90,3 +91,13 @@ def _without_score(trainer: Trainer, table: ScoreTable) -> str:
     why = ", ".join(f"{count:,} {reason}" for reason, count in count_reasons(reasons, LISTED))
     place = Path(str(trainer.args.output_dir)) / NAME / SCORES_FILE
     return f"; {len(reasons):,} of {len(table):,} rows have no score ({why}): see reason in {place}"
+
+
+def warn_that_nothing_is_filtered(trainer: Trainer, first: int, epochs: int) -> None:
+    """Warn that filtering would begin after the last epoch."""
+    if trainer.args.process_index == 0:
+        warnings.warn(
+            f"Filtering would begin after {first} of {epochs} epochs: no row is ever dropped, and the run only gives "
+            "scores. Train for more epochs, or pass when='before'.",
+            stacklevel=2,
+        )

@@ -23,6 +23,7 @@ class Batching:
         processes: the number of processes that share the rows.
         accumulation: the number of micro-batches of one step.
         drop_last: whether rows that do not fill a micro-batch are left out of their epoch.
+        repeats: whether several processes repeat rows to end an epoch, as Accelerate does.
     """
 
     rows: int
@@ -30,6 +31,7 @@ class Batching:
     processes: int = 1
     accumulation: int = 1
     drop_last: bool = False
+    repeats: bool = False
 
     @property
     def per_micro_batch(self) -> int:
@@ -47,9 +49,9 @@ class Batching:
     def slots(self, order: np.ndarray) -> np.ndarray:
         """An epoch's rows as its batches take them.
 
-        Several processes need batches of the same size. On all rows, the first rows are repeated, as Accelerate does.
-        On fewer rows, fillers are added, whose labels are masked: they have no loss, no token and no gradient, so the
-        step equals that of a single process.
+        Several processes need batches of the same size. A run that drops no row repeats the first rows, as Accelerate
+        does, and so trains as without the callback. Any other run adds fillers, whose labels are masked: they have no
+        loss, no token and no gradient, so every step equals that of a single process.
 
         Args:
             order: (K,) rows in the order of the epoch.
@@ -60,7 +62,7 @@ class Batching:
         if self.processes == 1 or self.drop_last:
             return order
         size = self.per_micro_batch
-        if len(order) == self.rows:
+        if self.repeats:
             return np.resize(order, self.micro_batches(len(order)) * size)
         whole = len(order) // size * size
         if whole == len(order):

@@ -6,7 +6,6 @@ Measuring is in `watching`, deciding in `deciding`, and applying the plan in `ti
 from __future__ import annotations
 
 import dataclasses
-import warnings
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,7 +19,6 @@ from ..data.fingerprints import describe_training, fingerprint, run_settings
 from ..data.loading import check_loss
 from ..data.models import check_causal
 from ..data.preparation import prepared_already
-from ..io.made_from import check_made_from
 from ..scores.provenance import Provenance
 from ..scoring.dataset import score_prepared
 from ..selecting.results import NAME as STATE
@@ -29,9 +27,11 @@ from . import trainer_access as access
 from .checkpoints import checkpoint_folder, warn_of_missing_state
 from .deciding import Decisions
 from .filtering import FilterConfig
-from .log import RunLog
+from .log import RunLog, warn_that_nothing_is_filtered
 from .measurements import Measured, Measurements
 from .plan_log import line, planned_epochs, save_plan
+from .refusals import check_trainer
+from .resuming import check_settings, has_other_length, resumed
 from .sampler import ROW
 from .timeline import Timeline
 from .token_run import CleaningRun
@@ -65,17 +65,18 @@ class Run:
         cleaning: TokenCleaning | None = None,
     ) -> None:
         check_causal(trainer.model)
-        access.check_trainer(trainer, train_dataloader)
+        check_trainer(trainer, train_dataloader)
         self.trainer, self.results = trainer, results
         self.folder = Path(str(trainer.args.output_dir)) / STATE
         self.rows = access.rows_of(trainer)
         self._filter, self._config = filtering, config
-        self._batching = access.batching_of(trainer, train_dataloader)
+        keeps_all = filtering.keeps_all and cleaning is None
+        self._batching = access.batching_of(trainer, train_dataloader, repeats=keeps_all)
         own_sampler = access.sampler_of(train_dataloader)
         self._random_order = isinstance(own_sampler, RandomSampler)
         self._timeline = Timeline(trainer, own_sampler, self._batching, filtering)
         in_training = filtering.when == "training"
-        self._watch = Watch(trainer, config, self._batching, each_step=in_training, drops=filtering.keep != 1)
+        self._watch = Watch(trainer, config, self._batching, each_step=in_training, drops=not filtering.keeps_all)
         self._patch = TrainerPatch(trainer, train_dataloader, self._timeline.sampler, self.fetch)
         self._weights = BatchWeights(trainer, train_dataloader)
         self._tokens = None if cleaning is None else CleaningRun(trainer, cleaning)
@@ -87,6 +88,7 @@ class Run:
             **filtering.to_json(),
             **dataclasses.asdict(config),  # with lr and the like for every update, as earlier checkpoints have them
             **dataclasses.asdict(self._batching),
+            **access.division_facts(trainer, own_sampler),
             epochs=self._timeline.plan.epochs,
             max_steps=self._timeline.plan.max_steps,
             token_cleaning=None if cleaning is None else dataclasses.asdict(cleaning),
@@ -132,7 +134,7 @@ class Run:
             warm = self._filter.warmup is not None
             self._tell_results(0, "after the warm-up" if warm else "at the starting weights")
         elif self._filter.first >= self._timeline.epochs and self._filter.keep != 1:
-            _warn_that_nothing_is_filtered(self.trainer, self._filter.first, self._timeline.epochs)
+            warn_that_nothing_is_filtered(self.trainer, self._filter.first, self._timeline.epochs)
 
     def _clean_tokens(self, tokens: CleaningRun) -> None:
         """Measure the base model; with a fixed reference model, leave out the rows that keep no token."""
@@ -175,17 +177,18 @@ class Run:
                 "Resume without the callback, or start again with it."
             )
         warn_of_missing_state(self.trainer, folder.parent)
-        what, remedy = f"'{folder.parent}' holds a checkpoint", "Resume with the settings it was made with."
         there = saved["settings"]
         here = {**self._settings, "dataset": fingerprint(self.trainer.train_dataset, there.get("dataset"))}
-        check_made_from(there, here, what, remedy, names={*there, "warmup"})
-        self._provenance = Provenance.from_json(saved["provenance"])
+        check_settings(there, here, f"'{folder.parent}' holds a checkpoint")
+        self._provenance = resumed(Provenance.from_json(saved["provenance"]), there, here)
         self.results.log[:] = saved.get("log", [])  # version 0.1.0 kept it in the Trainer's
         self._timeline.resume(saved, folder.parent)
-        self._load_checkpoint(folder)
+        self._load_checkpoint(folder, len(saved["sizes"]))
         if self._timeline.epoch_is_complete:
             self._close_epoch()  # the checkpoint was made after the last step of an epoch, before its end
         self._check_rows(self._timeline.ended_epochs)
+        if has_other_length(there, here):
+            self._timeline.extend(self._decisions.kept, self._decisions.sizes)
 
     def uninstall(self) -> None:
         """Leave the trainer and the model as they were found."""
@@ -343,16 +346,18 @@ class Run:
             if self._tokens is not None:
                 self._tokens.save(folder)
 
-    def _load_checkpoint(self, folder: Path) -> None:
-        """Undo `save_checkpoint`."""
+    def _load_checkpoint(self, folder: Path, epochs: int) -> None:
+        """Undo `save_checkpoint` of a run of so many epochs."""
         if self._tokens is not None:
             self._tokens.load(folder, self._provenance, self.folder)
-        ended, epochs = self._timeline.ended_epochs, self._timeline.epochs
+        ended = self._timeline.ended_epochs
         self._watch.measurements, extra = Measurements.load(folder)
         self.results.load_selections(folder, min(ended, epochs - 1) + 1)
         self.results.scores = None
         if np.isfinite(self._watch.measurements.score).any():
             self._decisions.score(self._watch.measurements, self._provenance)
+        if ended == epochs and not self._timeline.over:  # that run is finished, and this one has more epochs
+            self._decisions.select(ended)
         order = extra["order"][extra["order"] >= 0]
         self._timeline.sampler.begin(ended, self._decisions.kept, order if len(order) else None)
 
@@ -383,12 +388,3 @@ class Run:
         own = {"settings": self._settings, **self._timeline.to_json(), "provenance": self._provenance_json}
         own["log"] = self.results.log
         self.trainer.state.stateful_callbacks[STATE] = own
-
-
-def _warn_that_nothing_is_filtered(trainer: Trainer, first: int, epochs: int) -> None:
-    if trainer.args.process_index == 0:
-        warnings.warn(
-            f"Filtering would begin after {first} of {epochs} epochs: no row is ever dropped, and the run only gives "
-            "scores. Train for more epochs, or pass when='before'.",
-            stacklevel=2,
-        )

@@ -46,6 +46,7 @@ class Timeline:
         self.sampler = ShrinkingSampler(sampler, batching, max_steps is not None)
         self.ended_epochs = 0
         self._progress = Progress.of(self.plan.total)
+        self._extended = False  # to another number of epochs or steps than the checkpoint's run has
         self._skipped_steps = 0  # by the Trainer, in its first epoch after resuming
         self._given = 0  # micro-batches that the Trainer has got or skipped in its present epoch
         self._position = Position(0, 0, 0, 0)  # when the Trainer's present epoch began
@@ -72,8 +73,9 @@ class Timeline:
 
     def install(self, starts: bool) -> None:
         """Tell the Trainer the number of steps, and let the learning rate follow."""
-        access.set_total(self._trainer, self.plan.total, intervals=starts)
-        self._follow_progress(begin=starts)
+        anew = starts or self._extended
+        access.set_total(self._trainer, self.plan.total, intervals=anew)
+        self._follow_progress(now=anew)
 
     def plan_start(self, kept: np.ndarray, sizes: Sequence[int]) -> None:
         """Plan the run anew before its first step, on fewer rows.
@@ -138,11 +140,35 @@ class Timeline:
         if self.plan.total != before:
             self._progress = self._progress.replanned(self._trainer.state.global_step, self.plan.total)
             access.set_total(self._trainer, self.plan.total, intervals=True)
-            self._follow_progress(begin=False)
+            self._follow_progress(now=False)
 
-    def _follow_progress(self, begin: bool) -> None:
+    def extend(self, kept: np.ndarray, sizes: Sequence[int]) -> None:
+        """Plan the rest of a resumed run anew, for another number of epochs or steps than the checkpoint's run has.
+
+        From here on, the learning rate is that of a run that has this number from the start.
+
+        Args:
+            kept: (N,) bool, the rows of the present epoch.
+            sizes: the number of rows of each epoch, as far as it is known.
+
+        Raises:
+            InputError: more steps are made than the run has.
+        """
+        if not self.over:
+            self.replan(kept, sizes)
+        if self.plan.total < self._trainer.state.global_step:
+            raise self._too_short()
+        self._progress, self._extended = Progress.of(self.plan.total), True
+
+    def _too_short(self) -> InputError:
+        return InputError(
+            f"The checkpoint was made after step {self._trainer.state.global_step}, and this run ends before it. "
+            "Resume with more epochs or steps."
+        )
+
+    def _follow_progress(self, now: bool) -> None:
         if self._progress != Progress.of(self._trainers_total):  # otherwise the Trainer's own schedule is right
-            access.follow_progress(self._trainer, self._progress, begin)
+            access.follow_progress(self._trainer, self._progress, now)
 
     def to_json(self) -> dict[str, Any]:
         """The state that a checkpoint saves."""
@@ -162,15 +188,19 @@ class Timeline:
             checkpoint: the folder of the checkpoint, for messages.
 
         Raises:
-            InputError: the Trainer's step differs from the checkpoint's.
+            InputError: the Trainer's step differs from the checkpoint's, or lies in an epoch that this run lacks.
         """
         self._progress = Progress(saved["scheduled"], tuple((step, at) for step, at in saved["knots"]))
-        self.plan = dataclasses.replace(self.plan, sizes=saved["sizes"])
-        self.ended_epochs = saved["epoch"]
+        sizes, self.ended_epochs = saved["sizes"], saved["epoch"]
+        if self.ended_epochs + (saved["steps_done"] > 0) > self.epochs:
+            raise self._too_short()
+        sizes = [*sizes, *self.plan.sizes[len(sizes) :]][: self.epochs]
+        self.plan = dataclasses.replace(self.plan, sizes=sizes)
         if self.steps_done != saved["steps_done"]:
             raise InputError(
-                f"'{checkpoint}' is damaged: step {self._trainer.state.global_step} is not step {saved['steps_done']} "
-                f"of epoch {saved['epoch'] + 1}. Resume from another checkpoint."
+                f"'{checkpoint}' is damaged, or was trained further without ResonanceCallback: step "
+                f"{self._trainer.state.global_step} is not step {saved['steps_done']} of epoch {saved['epoch'] + 1}. "
+                "Resume from another checkpoint."
             )
         args, step = self._trainer.args, self._trainer.state.global_step
         self._skipped_steps = steps_to_skip(self.plan, step, args.ignore_data_skip)

@@ -1,4 +1,4 @@
-"""What a callback needs of the Trainer and is not given: the trainer itself, its rows, what it supports.
+"""What a callback needs of the Trainer and is not given: the trainer itself, its rows, its schedule.
 
 Knows transformers' Trainer and TRL's SFTTrainer; beside `trainer_patches`, the only module that knows their internals.
 Knows no scores.
@@ -16,25 +16,21 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from accelerate.utils import DistributedType
+from accelerate.data_loader import SeedableRandomSampler
 from datasets import Dataset
 from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.data import SequentialSampler
 from transformers import PreTrainedTokenizerBase, Trainer, get_scheduler
 from transformers.trainer_callback import ProgressCallback
 from trl import SFTConfig
 
 from ..config import InputError, Warmup, warmup_settings
-from ..config.compatibility import has, loss_is_scaled_for_ga, loss_type, need, sampling_strategy
+from ..config.compatibility import loss_is_scaled_for_ga, loss_type
 from ..data.preparation import PreparedRows
-from ..model.adapters import keeps_a_prefix, refuse_adapters
-from ..model.float32 import main_dtype
-from ..model.head import mixes_samples
 from ..model.loss_check import TokenLoss
-from ..model.losses import IGNORE, unwrapped
-from ..model.sharding import is_sharded
+from ..model.losses import IGNORE
 from ..scoring.warmup import WarmupPlan
 from ..selecting.token_selection import EMPTIED
-from ..selecting.weighted_rows import WEIGHT
 from .plan import Batching, Progress
 
 
@@ -80,94 +76,13 @@ def warmup_of(trainer: Trainer, prepared: PreparedRows, warmup: int | Warmup | N
     return WarmupPlan.of(settings, model, tokenizer, args, prepared, "the rows to train on")
 
 
-def check_trainer(trainer: Trainer, train_dataloader: Any) -> None:
-    """Raise InputError for a setting under which rows or gradients cannot be told apart; it says what to change."""
-    args = cast(SFTConfig, trainer.args)
-    accelerator = trainer.accelerator
-    if loss_type(args) == "dft":
-        need("log_probs", "ResonanceCallback with loss_type='dft'")
-    sharded = "Score first (resofilter score), then train on the selection"
-    half = main_dtype(cast(Any, trainer.model)) == torch.float16
-    by_fsdp = accelerator.distributed_type == DistributedType.FSDP or is_sharded(cast(Any, trainer.model))
-    balanced = sampling_strategy(args) == "batch_rebalance"
-    in_order = sampling_strategy(args) == "sequential" and not has("train_sampling_strategy")
-    weighted = WEIGHT in (getattr(trainer.train_dataset, "column_names", None) or [])
-    refusals = [
-        *_common_refusals(trainer, train_dataloader.dataset),
-        (balanced, "train_sampling_strategy='batch_rebalance'", "Use 'random'"),
-        (in_order, "train_sampling_strategy='sequential', which transformers ignores before 5.2", "Leave it out"),
-        (weighted, f"rows that have weights ('{WEIGHT}')", "Train on them with SampleWeights, or remove the column"),
-        (args.accelerator_config.dispatch_batches is True, "dispatch_batches=True", "Leave it unset"),
-        (args.fp16, "fp16, in which gradients near eps vanish", "Use bf16=True or float32"),
-        (by_fsdp, "FSDP, which shards weights and gradients", sharded),
-        (accelerator.distributed_type == DistributedType.DEEPSPEED, "DeepSpeed", sharded),
-        (accelerator.parallelism_config is not None, "parallelism within a sample", "Leave parallelism_config unset"),
-        (args.device.type == "mps", "Apple's GPU, which has no float64", "Pass use_cpu=True"),
-        (half, "float16 weights", "Load the model in float32 or bfloat16"),
-        (
-            args.world_size > 1 and not trainer.model_accepts_loss_kwargs and not args.dataloader_drop_last,
-            "several processes, where each batch's loss is its own mean, as one may have no row left",
-            "Set dataloader_drop_last=True",
-        ),
-    ]
-    _refuse("ResonanceCallback cannot work with", refusals)
-    if len(train_dataloader.dataset) == 0:
-        raise InputError("The dataset has no rows to train on.")
-    if getattr(args, "padding_free", False):
-        _check_apart(cast(Any, trainer.model), 2e-2 if args.bf16 else 1e-4)
+def batching_of(trainer: Trainer, train_dataloader: Any, repeats: bool) -> Batching:
+    """How this trainer makes steps of rows. Raises InputError for a dataset that does not fill a batch.
 
-
-def _check_apart(model: Any, tolerance: float) -> None:
-    """Raise InputError for a model whose samples in a padding-free row see each other."""
-    if mixes_samples(model, tolerance):
-        raise InputError(
-            f"With padding_free=True, the samples of a row see each other in {type(unwrapped(model)).__name__} "
-            f"(attn_implementation='{model.config._attn_implementation}'), in training and so in their scores. Set "
-            "padding_free=False, or load the model with an attn_implementation that keeps them apart, such as "
-            "'flash_attention_2'."
-        )
-
-
-def check_weighable(trainer: Trainer, train_dataloader: Any) -> None:
-    """Raise InputError where a sample's loss cannot be weighted; it says what to change."""
-    args = cast(Any, trainer.args)
-    if not is_sft(trainer):
-        raise InputError(f"Rows are weighted in SFTTrainer's loss, this is {type(trainer).__name__}.")
-    refusals = [
-        *_common_refusals(trainer, train_dataloader.dataset),
-        (loss_type(args) != "nll", f"loss_type='{args.loss_type}'", "Use 'nll'"),
-        (trainer.compute_loss_func is not None, "compute_loss_func", "Weight the rows there"),
-        (bool(args.label_smoothing_factor), "label smoothing", "Leave it out"),
-    ]
-    _refuse("Rows cannot be weighted with", refusals)
-    need("log_probs", "A weight for each row")
-
-
-def _common_refusals(trainer: Trainer, dataset: Any) -> list[tuple[bool, str, str]]:
-    """What stands in the way of telling samples apart: whether it does, what it is, and what to change."""
-    args = trainer.args
-    refuse_adapters(cast(Any, trainer.model))
-    return [
-        (isinstance(dataset, torch.utils.data.IterableDataset), "a streaming dataset", "Load it as a Dataset"),
-        (is_packed(args, dataset), "packed rows", "Set packing=False; padding_free=True wastes no padding either"),
-        (args.torch_compile, "torch_compile=True, which drops hooks", "Set torch_compile=False"),
-        (args.n_gpu > 1, "nn.DataParallel", "Use accelerate launch, or show one GPU by CUDA_VISIBLE_DEVICES"),
-        (
-            bool(getattr(args, "padding_free", False)) and keeps_a_prefix(cast(Any, trainer.model)),
-            "padding_free=True and an adapter that keeps a prefix, which one sample of a row sees",
-            "Set padding_free=False",
-        ),
-    ]
-
-
-def _refuse(cannot: str, refusals: Sequence[tuple[bool, str, str]]) -> None:
-    for refused, what, remedy in refusals:
-        if refused:
-            raise InputError(f"{cannot} {what}. {remedy}.")
-
-
-def batching_of(trainer: Trainer, train_dataloader: Any) -> Batching:
-    """How this trainer makes steps of rows. Raises InputError for a dataset that does not fill a batch."""
+    Args:
+        trainer, train_dataloader: the trainer and the loader that it iterates.
+        repeats: whether several processes repeat rows to end an epoch, as Accelerate does.
+    """
     args, processes = trainer.args, trainer.args.world_size
     batch_size = trainer._train_batch_size  # that of args, unless auto_find_batch_size has lowered it
     per_process = batch_size // (processes if args.accelerator_config.split_batches else 1)
@@ -176,7 +91,7 @@ def batching_of(trainer: Trainer, train_dataloader: Any) -> Batching:
         raise InputError(
             f"{rows} rows do not fill a batch of {per_process * processes}: leave out dataloader_drop_last."
         )
-    return Batching(rows, per_process, processes, args.gradient_accumulation_steps, drop_last)
+    return Batching(rows, per_process, processes, args.gradient_accumulation_steps, drop_last, repeats)
 
 
 def sampler_of(train_dataloader: Any) -> Any:
@@ -253,13 +168,29 @@ def token_loss(trainer: Trainer) -> TokenLoss:
     return TokenLoss(0.0 if by_probability else args.label_smoothing_factor, by_probability)
 
 
-def follow_progress(trainer: Trainer, progress: Progress, begin: bool) -> None:
+def division_facts(trainer: Trainer, sampler: Any) -> dict[str, bool]:
+    """What depends on how the rows of a step are divided among micro-batches and processes.
+
+    Args:
+        trainer: the trainer.
+        sampler: its own sampler.
+    """
+    counted = trainer.model_accepts_loss_kwargs or trainer.compute_loss_func is not None
+    by_process = trainer.args.world_size > 1 and not trainer.args.average_tokens_across_devices
+    return {
+        "order_by_process": not isinstance(sampler, SequentialSampler | SeedableRandomSampler),
+        "loss_by_batch": averages(trainer, 1 if counted else None),
+        "loss_by_process": by_process,
+    }
+
+
+def follow_progress(trainer: Trainer, progress: Progress, now: bool) -> None:
     """Make the learning rate follow its schedule at another pace. A schedule of the user's own is left alone.
 
     Args:
         trainer: the trainer whose scheduler is changed.
         progress: the step of the schedule at each step of the run.
-        begin: whether no step was made yet, so the first learning rate is set, too.
+        now: whether the learning rate of the next step is set, too.
     """
     args, scheduler = trainer.args, trainer.lr_scheduler
     if not trainer._created_lr_scheduler or not isinstance(scheduler, LambdaLR):
@@ -274,9 +205,11 @@ def follow_progress(trainer: Trainer, progress: Progress, begin: bool) -> None:
     ).lr_lambdas[0]
     # a partial, as the original is: a function would be saved in another way
     scheduler.lr_lambdas = [functools.partial(_at_pace, schedule, progress)] * len(scheduler.lr_lambdas)
-    if begin:
-        for group, base in zip(cast(Any, trainer.optimizer).param_groups, scheduler.base_lrs, strict=True):
-            group["lr"] = base * schedule(progress.at(0))
+    if now:
+        rates = [base * _at_pace(schedule, progress, scheduler.last_epoch) for base in scheduler.base_lrs]
+        for group, rate in zip(cast(Any, trainer.optimizer).param_groups, rates, strict=True):
+            group["lr"] = rate
+        scheduler._last_lr = rates
 
 
 def set_total(trainer: Trainer, total: int, intervals: bool) -> None:

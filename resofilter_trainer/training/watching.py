@@ -55,7 +55,8 @@ class Watch:
     ) -> None:
         self._trainer = trainer
         self._loss = access.token_loss(trainer)
-        self._fills = drops and batching.accumulation > 1  # so that batches without a learnt token complete a step
+        fillers = batching.processes > 1 and not batching.drop_last
+        self._fills = drops and (batching.accumulation > 1 or fillers)  # with batches without a learnt token
         self._told = False  # that the loss weighs rows in its own way
         self._recorder: TrainingRecorder | None = None
         self._step_recorder: StepRecorder | None = None
@@ -132,9 +133,9 @@ class Watch:
         )
         if self._fills:
             raise InputError(
-                f"{weighs}. With gradient_accumulation_steps above 1, an epoch on fewer rows may end with batches "
-                "without a learnt token, of which such a loss may be NaN. Accumulate 1 batch, pass keep=1.0, or leave "
-                "the loss to the Trainer."
+                f"{weighs}. With gradient_accumulation_steps above 1 or several processes, an epoch may end with "
+                "batches without a learnt token, of which such a loss may be NaN. Accumulate 1 batch in one process, "
+                "pass keep=1.0, or leave the loss to the Trainer."
             )
         self._told = True
         warnings.warn(  # in every process: others may have no such row

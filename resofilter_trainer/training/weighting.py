@@ -18,9 +18,11 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 
 from ..config import InputError, check_kind, with_known_keywords
 from ..model.gradients import Segment, segments_of
+from ..selecting.results import NAME
 from ..selecting.selection import Selection
 from ..selecting.weighted_rows import WEIGHT, column_of_weights, reminder_of
 from . import trainer_access as access
+from .refusals import check_weighable
 from .sampler import ROW, RowCollator
 from .trainer_patches import LoaderPatch
 
@@ -71,7 +73,12 @@ class SampleWeights(TrainerCallback):
         loader = kwargs["train_dataloader"]
         if sum(isinstance(each, SampleWeights) for each in trainer.callback_handler.callbacks) > 1:
             raise InputError("SampleWeights was added twice: multiply the weights, and add it once.")
-        access.check_weighable(trainer, loader)
+        check_weighable(trainer, loader)
+        if NAME in trainer.state.stateful_callbacks:
+            raise InputError(
+                "This checkpoint was made with ResonanceCallback, which is missing here: without it, the run would "
+                "train on all rows. Resume with ResonanceCallback, or start again with SampleWeights."
+            )
         weight = self._of_rows(trainer)
         patch = LoaderPatch(loader, lambda inner: _WeightCollator(inner, weight))
         patch.install()
@@ -167,7 +174,7 @@ class BatchWeights:
             weights: (N,) the weight of every row of the trainer.
         """
         if self._weighted is None:
-            access.check_weighable(self._trainer, self._loader)
+            check_weighable(self._trainer, self._loader)
             self._weighted = WeightedLoss(cast(nn.Module, self._trainer.model))
         for batch, own_rows in zip(batches, rows, strict=True):
             segments = segments_of(batch)[: len(own_rows)]

@@ -65,20 +65,21 @@ def test_training_under_fsdp2_is_refused_in_one_line(told: str, tmp_path: Path) 
 def test_training_under_deepspeed_is_refused_in_one_line(tmp_path, tokenizer, monkeypatch) -> None:
     from accelerate import Accelerator
 
-    from resofilter_trainer.training import trainer_access
+    from resofilter_trainer.training import run
 
-    check = trainer_access.check_trainer
+    check = run.check_trainer
 
     def under_deepspeed(*args):
         with monkeypatch.context() as patch:
             patch.setattr(Accelerator, "distributed_type", DistributedType.DEEPSPEED)
             check(*args)
 
-    monkeypatch.setattr(trainer_access, "check_trainer", under_deepspeed)
+    monkeypatch.setattr(run, "check_trainer", under_deepspeed)
     with pytest.raises(InputError) as refused:
         train(tmp_path, tokenizer, ResonanceCallback(keep=0.5))
     assert str(refused.value) == (
-        "ResonanceCallback cannot work with DeepSpeed. Score first (resofilter score), then train on the selection."
+        "ResonanceCallback cannot work with DeepSpeed, which computes gradients in an engine of its own. Score first "
+        "(resofilter score), then train on the selection."
     )
 
 

@@ -179,7 +179,7 @@ def test_the_first_batch_agrees_by_chance(tmp_path, tokenizer):
 
 def test_with_accumulation_rows_cannot_be_dropped(tmp_path, tokenizer):
     """An epoch that is filled up would divide by zero."""
-    with pytest.raises(InputError, match=r"Accumulate 1 batch, pass keep=1\.0"):
+    with pytest.raises(InputError, match=r"Accumulate 1 batch in one process, pass keep=1\.0"):
         trained(Trainer, tmp_path, tokenizer, loss=batch_mean, keep=0.5, gradient_accumulation_steps=2)
 
 

@@ -1,0 +1,220 @@
+"""What the callbacks refuse: each setting with its reason and the way round. Knows Trainers, no scores.
+
+The tables of docs/engines.md are these lists.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from accelerate.utils import DistributedType
+from transformers import Trainer
+
+from ..config import InputError
+from ..config.compatibility import has, loss_type, need, sampling_strategy
+from ..model.adapters import keeps_a_prefix, refuse_adapters
+from ..model.float32 import main_dtype
+from ..model.head import mixes_samples
+from ..model.losses import unwrapped
+from ..model.sharding import is_sharded
+from ..selecting.weighted_rows import WEIGHT
+from .trainer_access import is_packed, is_sft
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """One thing that cannot work.
+
+    Attributes:
+        what: its name, as the message has it.
+        why: the reason, a clause that follows the name.
+        remedy: the way round, a sentence without its full stop.
+        refused: whether a trainer, with the dataset of its loader, has it.
+    """
+
+    what: str
+    why: str
+    remedy: str
+    refused: Callable[[Trainer, Any], bool]
+
+
+SCORE_FIRST = "Score first (resofilter score), then train on the selection"
+
+# Both callbacks refuse these: the samples of a batch, or their rows, cannot be told apart.
+COMMON: tuple[Refusal, ...] = (
+    Refusal(
+        what="a streaming dataset",
+        why="whose rows have no positions to drop",
+        remedy="Load it as a Dataset",
+        refused=lambda trainer, dataset: isinstance(dataset, torch.utils.data.IterableDataset),
+    ),
+    Refusal(
+        what="packed rows",
+        why="of which several are one row of a batch",
+        remedy="Set packing=False; padding_free=True wastes no padding either",
+        refused=lambda trainer, dataset: is_packed(trainer.args, dataset),
+    ),
+    Refusal(
+        what="torch_compile=True",
+        why="which drops hooks",
+        remedy="Set torch_compile=False",
+        refused=lambda trainer, dataset: trainer.args.torch_compile,
+    ),
+    Refusal(
+        what="nn.DataParallel",
+        why="which copies the model for every batch and divides the batch among the copies",
+        remedy="Use accelerate launch, or show one GPU by CUDA_VISIBLE_DEVICES",
+        refused=lambda trainer, dataset: trainer.args.n_gpu > 1,
+    ),
+    Refusal(
+        what="padding_free=True and an adapter that keeps a prefix",
+        why="which one sample of a row sees",
+        remedy="Set padding_free=False",
+        refused=lambda trainer, dataset: (
+            bool(getattr(trainer.args, "padding_free", False)) and keeps_a_prefix(cast(Any, trainer.model))
+        ),
+    ),
+)
+
+# ResonanceCallback refuses these, too.
+MEASURING: tuple[Refusal, ...] = (
+    *COMMON,
+    Refusal(
+        what="train_sampling_strategy='batch_rebalance'",
+        why="which ignores the sampler that leaves rows out",
+        remedy="Use 'random'",
+        refused=lambda trainer, dataset: sampling_strategy(trainer.args) == "batch_rebalance",
+    ),
+    Refusal(
+        what="train_sampling_strategy='sequential'",
+        why="which transformers ignores before 5.2",
+        remedy="Leave it out",
+        refused=lambda trainer, dataset: (
+            sampling_strategy(trainer.args) == "sequential" and not has("train_sampling_strategy")
+        ),
+    ),
+    Refusal(
+        what=f"rows that have weights ('{WEIGHT}')",
+        why="which the loss would ignore",
+        remedy="Train on them with SampleWeights, or remove the column",
+        refused=lambda trainer, dataset: WEIGHT in (getattr(trainer.train_dataset, "column_names", None) or []),
+    ),
+    Refusal(
+        what="dispatch_batches=True",
+        why="with which one process reads the rows of all",
+        remedy="Leave it unset",
+        refused=lambda trainer, dataset: trainer.args.accelerator_config.dispatch_batches is True,
+    ),
+    Refusal(
+        what="fp16",
+        why="in which gradients near eps vanish",
+        remedy="Use bf16=True or float32",
+        refused=lambda trainer, dataset: trainer.args.fp16,
+    ),
+    Refusal(
+        what="FSDP",
+        why="which shards weights and gradients",
+        remedy=SCORE_FIRST,
+        refused=lambda trainer, dataset: (
+            trainer.accelerator.distributed_type == DistributedType.FSDP or is_sharded(cast(Any, trainer.model))
+        ),
+    ),
+    Refusal(
+        what="DeepSpeed",
+        why="which computes gradients in an engine of its own",
+        remedy=SCORE_FIRST,
+        refused=lambda trainer, dataset: trainer.accelerator.distributed_type == DistributedType.DEEPSPEED,
+    ),
+    Refusal(
+        what="parallelism within a sample",
+        why="of which each process sees a part only",
+        remedy="Leave parallelism_config unset",
+        refused=lambda trainer, dataset: trainer.accelerator.parallelism_config is not None,
+    ),
+    Refusal(
+        what="Apple's GPU",
+        why="which has no float64",
+        remedy="Pass use_cpu=True",
+        refused=lambda trainer, dataset: trainer.args.device.type == "mps",
+    ),
+    Refusal(
+        what="float16 weights",
+        why="in whose gradients small numbers vanish",
+        remedy="Load the model in float32 or bfloat16",
+        refused=lambda trainer, dataset: main_dtype(cast(Any, trainer.model)) == torch.float16,
+    ),
+    Refusal(
+        what="several processes, where each batch's loss is its own mean",
+        why="as one may have no row left",
+        remedy="Set dataloader_drop_last=True",
+        refused=lambda trainer, dataset: (
+            trainer.args.world_size > 1
+            and not trainer.model_accepts_loss_kwargs
+            and not trainer.args.dataloader_drop_last
+        ),
+    ),
+)
+
+# SampleWeights refuses these.
+WEIGHING: tuple[Refusal, ...] = (
+    *COMMON,
+    Refusal(
+        what="a loss_type other than 'nll', such as loss_type='dft'",
+        why="whose tokens are weighted already",
+        remedy="Use 'nll'",
+        refused=lambda trainer, dataset: loss_type(cast(Any, trainer.args)) != "nll",
+    ),
+    Refusal(
+        what="compute_loss_func",
+        why="which replaces the loss that is weighted",
+        remedy="Weight the rows there",
+        refused=lambda trainer, dataset: trainer.compute_loss_func is not None,
+    ),
+    Refusal(
+        what="label smoothing",
+        why="which is computed from the logits of all tokens together",
+        remedy="Leave it out",
+        refused=lambda trainer, dataset: bool(trainer.args.label_smoothing_factor),
+    ),
+)
+
+
+def check_trainer(trainer: Trainer, train_dataloader: Any) -> None:
+    """Raise InputError for a setting under which rows or gradients cannot be told apart; it says what to change."""
+    args = cast(Any, trainer.args)
+    if loss_type(args) == "dft":
+        need("log_probs", "ResonanceCallback with loss_type='dft'")
+    _refuse("ResonanceCallback cannot work with", MEASURING, trainer, train_dataloader)
+    if len(train_dataloader.dataset) == 0:
+        raise InputError("The dataset has no rows to train on.")
+    if getattr(args, "padding_free", False):
+        _check_apart(cast(Any, trainer.model), 2e-2 if args.bf16 else 1e-4)
+
+
+def check_weighable(trainer: Trainer, train_dataloader: Any) -> None:
+    """Raise InputError where a sample's loss cannot be weighted; it says what to change."""
+    if not is_sft(trainer):
+        raise InputError(f"Rows are weighted in SFTTrainer's loss, this is {type(trainer).__name__}.")
+    _refuse("Rows cannot be weighted with", WEIGHING, trainer, train_dataloader)
+    need("log_probs", "A weight for each row")
+
+
+def _refuse(cannot: str, refusals: Sequence[Refusal], trainer: Trainer, train_dataloader: Any) -> None:
+    refuse_adapters(cast(Any, trainer.model))
+    for each in refusals:
+        if each.refused(trainer, train_dataloader.dataset):
+            raise InputError(f"{cannot} {each.what}, {each.why}. {each.remedy}.")
+
+
+def _check_apart(model: Any, tolerance: float) -> None:
+    """Raise InputError for a model whose samples in a padding-free row see each other."""
+    if mixes_samples(model, tolerance):
+        raise InputError(
+            f"With padding_free=True, the samples of a row see each other in {type(unwrapped(model)).__name__} "
+            f"(attn_implementation='{model.config._attn_implementation}'), in training and so in their scores. Set "
+            "padding_free=False, or load the model with an attn_implementation that keeps them apart, such as "
+            "'flash_attention_2'."
+        )
