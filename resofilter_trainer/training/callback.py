@@ -16,9 +16,19 @@ import inspect
 from collections.abc import Sequence
 from typing import Any
 
+from datasets import Dataset
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ..config import OPTIMIZER, InputError, ResonanceConfig, TokenCleaning, UpdateName, Warmup, check_keywords
+from ..config import (
+    OPTIMIZER,
+    InputError,
+    ResonanceConfig,
+    TokenCleaning,
+    UpdateName,
+    Warmup,
+    check_keywords,
+    check_kind,
+)
 from ..config.compatibility import need_extra
 from ..scores.score_table import ScoreTable
 from ..scoring.passes import locked
@@ -46,6 +56,8 @@ class ResonanceCallback(TrainerCallback):
         update: the step that is measured: the first step of a fresh optimizer, `"adamw"` or `"sgd"`, in closed form
             and at any batch size; or `"optimizer"`, what this run's own optimizer did, for steps of a single sample.
         report: whether to write `report.html` beside the scores at the end, see `write_report`.
+        dataset: the trainer's `train_dataset`, needed with `packing=True`: SFTTrainer packs the rows before training
+            begins, and forgets which is which. Not used without packing.
         **config: the other fields of `ResonanceConfig`: `n_layers`, `norm`, `eps` and so on.
 
     With `max_steps`, the run has as many steps as asked for: every epoch is as long as one on all rows, and repeats the
@@ -71,10 +83,13 @@ class ResonanceCallback(TrainerCallback):
         token_cleaning: TokenCleaning | None = None,
         update: UpdateName = "adamw",
         report: bool = False,
+        dataset: Dataset | None = None,
         **config: Any,
     ) -> None:
         own = [*inspect.signature(ResonanceCallback).parameters][:-1]  # without **config
         check_keywords(config, [*own, *(each.name for each in dataclasses.fields(ResonanceConfig))])
+        if dataset is not None:
+            check_kind("dataset", dataset, Dataset, "a Dataset, the trainer's train_dataset")
         if token_cleaning is not None and not isinstance(token_cleaning, TokenCleaning):
             raise InputError(f"token_cleaning must be a TokenCleaning, got {token_cleaning!r}.")
         if token_cleaning is not None and keep is None and threshold is None and selector is None:
@@ -85,7 +100,7 @@ class ResonanceCallback(TrainerCallback):
         )
         if report:
             need_extra("report", "report=True")
-        self.report = report
+        self.report, self.dataset = report, dataset
         self.config = ResonanceConfig(update=update, **config)
         if update == OPTIMIZER and when == "before":
             raise InputError("update='optimizer' is measured while training: leave out when='before'.")
@@ -131,7 +146,8 @@ class ResonanceCallback(TrainerCallback):
             )
         self._results = Results()
         loader = kwargs["train_dataloader"]
-        self._run = Run(trainer, loader, self.filter, self.config, self._results, self.token_cleaning)
+        cleaning, dataset = self.token_cleaning, self.dataset
+        self._run = Run(trainer, loader, self.filter, self.config, self._results, cleaning, dataset)
         self._lock.close()  # of a training that an error ended
         self._lock.enter_context(locked(self._run.folder))
         self._run.begin(checkpoint)
@@ -184,7 +200,7 @@ class ResonanceCallback(TrainerCallback):
             if self.report:
                 from .report import report_run  # charts take a second to import
 
-                report_run(run.trainer, run.folder, run.rows.sample_ids, run.rows.total)
+                report_run(run.trainer, run.folder, run.rows.sample_ids, run.rows.total, run.examples.texts)
 
     @property
     def _running(self) -> Run:

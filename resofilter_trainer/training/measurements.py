@@ -99,6 +99,27 @@ class Measurements:
             values = on_scale_of(without_drift(values, self.step[now]), self.score[now])
         self.score[now] = values
 
+    def joined(self, group: np.ndarray, count: int) -> Measurements:
+        """The measurements of groups: means over their learnt tokens, and sums of the numbers of tokens.
+
+        Args:
+            group: (N,) the group of each row, from 0 to `count` - 1.
+            count: the number of groups.
+        """
+        found = Measurements(count, self.layer_indices)
+        found.num_tokens = np.bincount(group, self.num_tokens, count).astype(np.int64)
+        found.length = np.bincount(group, self.length, count).astype(np.int64)
+        learnt = self.num_tokens > 0
+        group_of, share = group[learnt], self.num_tokens[learnt] / found.num_tokens[group[learnt]]
+        for name in ("score", "loss", "layers"):
+            own, whole = getattr(self, name)[learnt], getattr(found, name)
+            whole[found.num_tokens > 0] = 0
+            np.add.at(whole, group_of, (own.T * share).T)
+        for name in ("epoch", "step"):
+            np.maximum.at(getattr(found, name), group, getattr(self, name))
+        found.idle = np.bincount(group, ~self.idle, count) == 0
+        return found
+
     def to_scores(self, sample_ids: np.ndarray, reasons: Sequence[str | None], provenance: Provenance) -> ScoreTable:
         """The scores as a table with a line for every row of the user's dataset.
 

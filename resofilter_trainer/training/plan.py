@@ -1,5 +1,7 @@
 """How many rows, micro-batches and steps each epoch has when rows become fewer. Arithmetic: knows no data, no Trainer.
 
+With packing, a row here is a pack of them.
+
 rows of an epoch -> slots -> micro-batches of every process -> steps of `accumulation` micro-batches
 """
 

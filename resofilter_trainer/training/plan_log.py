@@ -18,27 +18,28 @@ from .plan import Plan
 PLAN_FILE = "plan.json"
 
 
-def planned_epochs(plan: Plan, filtering: FilterConfig, decided: int) -> list[dict[str, Any]]:
+def planned_epochs(plan: Plan, filtering: FilterConfig, decided: int, unit: str = "rows") -> list[dict[str, Any]]:
     """The plan in numbers, an entry for each epoch.
 
     Args:
         plan: the rows and steps of each epoch.
         filtering: the settings of the filter: which rows to drop, and when.
         decided: the number of epochs whose rows are decided on; the numbers of later ones are a forecast.
+        unit: what an example of the loader is: `"rows"` or `"packs"`.
 
     Returns:
-        For each epoch `epoch`, counted from 1, `rows`, `of_rows`, `steps`, `total_steps` of the whole run, `decided`
-        and `why` it has these rows.
+        For each epoch `epoch`, counted from 1; `rows` and `of_rows`, or `packs` and `of_packs`; `steps`, `total_steps`
+        of the whole run, `decided` and `why` it has these rows.
     """
     found, left = [], plan.total
-    for epoch, rows in enumerate(plan.sizes):
+    for epoch, examples in enumerate(plan.sizes):
         steps = min(plan.steps(epoch), left)
         left -= steps
         found.append(
             {
                 "epoch": epoch + 1,
-                "rows": rows,
-                "of_rows": plan.batching.rows,
+                unit: examples,
+                f"of_{unit}": plan.batching.rows,
                 "steps": steps,
                 "total_steps": plan.total,
                 "decided": epoch < decided,
@@ -50,7 +51,8 @@ def planned_epochs(plan: Plan, filtering: FilterConfig, decided: int) -> list[di
 
 def line(entry: dict[str, Any]) -> str:
     """An epoch's entry as a line."""
-    numbers = f"epoch {entry['epoch']}: {entry['rows']:,} of {entry['of_rows']:,} rows, {entry['steps']:,} steps"
+    unit = "packs" if "packs" in entry else "rows"
+    numbers = f"epoch {entry['epoch']}: {entry[unit]:,} of {entry[f'of_{unit}']:,} {unit}, {entry['steps']:,} steps"
     return f"{numbers}, {entry['total_steps']:,} in all ({entry['why']})"
 
 

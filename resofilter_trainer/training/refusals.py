@@ -22,6 +22,7 @@ from ..model.losses import unwrapped
 from ..model.sharding import is_sharded
 from ..selecting.weighted_rows import WEIGHT
 from .trainer_access import is_packed, is_sft
+from .trainer_packing import packs
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,10 @@ class Refusal:
     refused: Callable[[Trainer, Any], bool]
 
 
+UNPACK = (
+    "Pass SFTTrainer the rows themselves (resofilter_trainer.unpack makes rows of packs), with packing=True and "
+    "callbacks=[ResonanceCallback(dataset=dataset)]"
+)
 SCORE_FIRST = "Score first (resofilter score), then train on the selection"
 
 # Both callbacks refuse these: the samples of a batch, or their rows, cannot be told apart.
@@ -50,12 +55,6 @@ COMMON: tuple[Refusal, ...] = (
         why="whose rows have no positions to drop",
         remedy="Load it as a Dataset",
         refused=lambda trainer, dataset: isinstance(dataset, torch.utils.data.IterableDataset),
-    ),
-    Refusal(
-        what="packed rows",
-        why="of which several are one row of a batch",
-        remedy="Set packing=False; padding_free=True wastes no padding either",
-        refused=lambda trainer, dataset: is_packed(trainer.args, dataset),
     ),
     Refusal(
         what="torch_compile=True",
@@ -77,11 +76,41 @@ COMMON: tuple[Refusal, ...] = (
             bool(getattr(trainer.args, "padding_free", False)) and keeps_a_prefix(cast(Any, trainer.model))
         ),
     ),
+    Refusal(
+        what="packing=True and an adapter that keeps a prefix",
+        why="which one sample of a pack sees",
+        remedy="Set packing=False",
+        refused=lambda trainer, dataset: packs(trainer) and keeps_a_prefix(cast(Any, trainer.model)),
+    ),
 )
 
 # ResonanceCallback refuses these, too.
 MEASURING: tuple[Refusal, ...] = (
     *COMMON,
+    Refusal(
+        what="rows that are packed already",
+        why="of which several are one row of a batch",
+        remedy=UNPACK,
+        refused=lambda trainer, dataset: is_packed(trainer.args, trainer.train_dataset) and not packs(trainer),
+    ),
+    Refusal(
+        what="packing=True and skip_prepare_dataset",
+        why="which packs nothing",
+        remedy="Leave one of them out",
+        refused=lambda trainer, dataset: packs(trainer) and cast(Any, trainer)._skip_prepare_dataset,
+    ),
+    Refusal(
+        what="packing_strategy='wrapped'",
+        why="under which the rows of a pack see each other",
+        remedy="Use packing_strategy='bfd' or 'bfd_split'",
+        refused=lambda trainer, dataset: packs(trainer) and cast(Any, trainer.args).packing_strategy == "wrapped",
+    ),
+    Refusal(
+        what="packing=True and train_sampling_strategy='group_by_length'",
+        why="as packs are about equally long",
+        remedy="Leave the strategy out",
+        refused=lambda trainer, dataset: packs(trainer) and sampling_strategy(trainer.args) == "group_by_length",
+    ),
     Refusal(
         what="train_sampling_strategy='batch_rebalance'",
         why="which ignores the sampler that leaves rows out",
@@ -162,6 +191,12 @@ MEASURING: tuple[Refusal, ...] = (
 WEIGHING: tuple[Refusal, ...] = (
     *COMMON,
     Refusal(
+        what="packed rows",
+        why="of which several are one row of a batch",
+        remedy="Set packing=False; padding_free=True wastes no padding either",
+        refused=lambda trainer, dataset: is_packed(trainer.args, dataset),
+    ),
+    Refusal(
         what="a loss_type other than 'nll', such as loss_type='dft'",
         why="whose tokens are weighted already",
         remedy="Use 'nll'",
@@ -190,8 +225,9 @@ def check_trainer(trainer: Trainer, train_dataloader: Any) -> None:
     _refuse("ResonanceCallback cannot work with", MEASURING, trainer, train_dataloader)
     if len(train_dataloader.dataset) == 0:
         raise InputError("The dataset has no rows to train on.")
-    if getattr(args, "padding_free", False):
-        _check_apart(cast(Any, trainer.model), 2e-2 if args.bf16 else 1e-4)
+    setting = next((name for name in ("packing", "padding_free") if getattr(args, name, False)), None)
+    if setting is not None:
+        _check_apart(cast(Any, trainer.model), 2e-2 if args.bf16 else 1e-4, setting)
 
 
 def check_weighable(trainer: Trainer, train_dataloader: Any) -> None:
@@ -209,12 +245,12 @@ def _refuse(cannot: str, refusals: Sequence[Refusal], trainer: Trainer, train_da
             raise InputError(f"{cannot} {each.what}, {each.why}. {each.remedy}.")
 
 
-def _check_apart(model: Any, tolerance: float) -> None:
+def _check_apart(model: Any, tolerance: float, setting: str) -> None:
     """Raise InputError for a model whose samples in a padding-free row see each other."""
     if mixes_samples(model, tolerance):
         raise InputError(
-            f"With padding_free=True, the samples of a row see each other in {type(unwrapped(model)).__name__} "
+            f"With {setting}=True, the samples of a row see each other in {type(unwrapped(model)).__name__} "
             f"(attn_implementation='{model.config._attn_implementation}'), in training and so in their scores. Set "
-            "padding_free=False, or load the model with an attn_implementation that keeps them apart, such as "
+            f"{setting}=False, or load the model with an attn_implementation that keeps them apart, such as "
             "'flash_attention_2'."
         )

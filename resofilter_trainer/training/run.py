@@ -6,6 +6,7 @@ Measuring is in `watching`, deciding in `deciding`, and applying the plan in `ti
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,19 +17,18 @@ from transformers import Trainer, TrainerControl
 
 from ..config import InputError, ResonanceConfig, TokenCleaning
 from ..data.fingerprints import describe_training, fingerprint, run_settings
-from ..data.loading import check_loss
 from ..data.models import check_causal
-from ..data.preparation import prepared_already
 from ..scores.provenance import Provenance
-from ..scoring.dataset import score_prepared
 from ..selecting.results import NAME as STATE
 from ..selecting.results import Results, remove_stale
 from . import trainer_access as access
+from .before import measured_before
 from .checkpoints import checkpoint_folder, warn_of_missing_state
 from .deciding import Decisions
+from .examples import examples_of
 from .filtering import FilterConfig
 from .log import RunLog, warn_that_nothing_is_filtered
-from .measurements import Measured, Measurements
+from .measurements import Measurements
 from .plan_log import line, planned_epochs, save_plan
 from .refusals import check_trainer
 from .resuming import check_settings, has_other_length, resumed
@@ -50,6 +50,7 @@ class Run:
         config: the step to measure, and how.
         results: the results, which the run fills in.
         cleaning: the settings of token cleaning; None to learn all tokens.
+        dataset: the rows as the trainer got them, which packed rows need.
 
     Raises:
         InputError: the trainer has a setting with which this cannot work.
@@ -63,12 +64,14 @@ class Run:
         config: ResonanceConfig,
         results: Results,
         cleaning: TokenCleaning | None = None,
+        dataset: Dataset | None = None,
     ) -> None:
         check_causal(trainer.model)
         check_trainer(trainer, train_dataloader)
         self.trainer, self.results = trainer, results
         self.folder = Path(str(trainer.args.output_dir)) / STATE
-        self.rows = access.rows_of(trainer)
+        self.examples = examples_of(trainer, dataset, cleaning is not None)
+        self.rows = self.examples.rows
         self._filter, self._config = filtering, config
         keeps_all = filtering.keeps_all and cleaning is None
         self._batching = access.batching_of(trainer, train_dataloader, repeats=keeps_all)
@@ -76,8 +79,8 @@ class Run:
         self._random_order = isinstance(own_sampler, RandomSampler)
         self._timeline = Timeline(trainer, own_sampler, self._batching, filtering)
         in_training = filtering.when == "training"
-        self._watch = Watch(trainer, config, self._batching, each_step=in_training, drops=not filtering.keeps_all)
-        self._patch = TrainerPatch(trainer, train_dataloader, self._timeline.sampler, self.fetch)
+        self._watch = Watch(trainer, config, self._batching, self.examples, in_training, not filtering.keeps_all)
+        self._patch = TrainerPatch(trainer, train_dataloader, self._timeline.sampler, self.fetch, self.examples)
         self._weights = BatchWeights(trainer, train_dataloader)
         self._tokens = None if cleaning is None else CleaningRun(trainer, cleaning)
         if self._tokens is not None:
@@ -128,9 +131,8 @@ class Run:
         if self._filter.when == "before":
             self._measure_before()
             self._decisions.select(0)
-            self._check_rows(0)
             self._decisions.forget_the_first()
-            self._timeline.plan_start(self._decisions.kept, self._decisions.sizes)
+            self._plan_start()
             warm = self._filter.warmup is not None
             self._tell_results(0, "after the warm-up" if warm else "at the starting weights")
         elif self._filter.first >= self._timeline.epochs and self._filter.keep != 1:
@@ -144,29 +146,26 @@ class Run:
             self._log.tokens(numbers)
         if tokens.emptied.any():
             self._decisions.begin(self._provenance)
-            self._check_rows(0)
-            self._timeline.plan_start(self._decisions.kept, self._decisions.sizes)
+            self._plan_start()
+
+    def _plan_start(self) -> None:
+        """Plan the run on fewer rows, before its first step."""
+        there, sizes = self._place()
+        self._check_rows(0, there)
+        self._timeline.plan_start(there, sizes)
+
+    def _place(self) -> tuple[np.ndarray, Sequence[int]]:
+        """Which of the loader's examples have the rows that are kept, (E,) bool, and how many each epoch has."""
+        return self.examples.place(self._decisions.kept, self._decisions.sizes)
 
     def _measure_before(self) -> None:
-        """The paper's definition: one pass at the starting weights (ResoFilter, 3.1), or at those of a tuned copy."""
-        dataset, model = self.trainer.train_dataset, cast(Any, self.trainer.model)
-        if not isinstance(dataset, Dataset):
-            raise InputError(f"when='before' needs a datasets.Dataset, got {type(dataset).__name__}.")
-        check_loss(self.trainer.args)
-        if self._tokens is None:
-            prepared = prepared_already(dataset, self.trainer.data_collator)
-        else:
-            prepared = self._tokens.cleaned()
-        plan = access.warmup_of(self.trainer, prepared, self._filter.warmup)
-        if plan is not None:
-            self._provenance = plan.told(self._provenance)
-            model, self._provenance = plan.warmed(model, self._provenance, None)
-        found, _, trust = score_prepared(model, prepared, self.trainer.args, self._config)
-        self._provenance = dataclasses.replace(self._provenance, trust=trust)
-        numbers = (found.loss, found.num_tokens, prepared.lengths, found.layers)
-        self._watch.measurements.add(Measured(0, 0, prepared.sample_ids, *numbers))
+        """Score all rows before the first step."""
+        found, self._provenance = measured_before(
+            self.trainer, self.examples.tokens, self._tokens, self._filter.warmup, self._config, self._provenance
+        )
+        self._watch.measurements.add(found)
         self._watch.measurements.end_epoch(0, correct_drift=False)
-        self._decisions.score(self._watch.measurements, self._provenance)
+        self._decisions.score(self._by_row, self._provenance)
 
     def _resume(self, folder: Path) -> None:
         """Resume from a checkpoint, wherever in an epoch it was made."""
@@ -186,9 +185,9 @@ class Run:
         self._load_checkpoint(folder, len(saved["sizes"]))
         if self._timeline.epoch_is_complete:
             self._close_epoch()  # the checkpoint was made after the last step of an epoch, before its end
-        self._check_rows(self._timeline.ended_epochs)
+        self._check_rows(self._timeline.ended_epochs, self._timeline.sampler.kept)
         if has_other_length(there, here):
-            self._timeline.extend(self._decisions.kept, self._decisions.sizes)
+            self._timeline.extend(*self._place())
 
     def uninstall(self) -> None:
         """Leave the trainer and the model as they were found."""
@@ -219,7 +218,7 @@ class Run:
         if self._tokens is not None and batches:
             self.nothing_learnt = not access.learnt_anywhere(self.trainer, batches)
             num_items = access.at_least_one(num_items)
-        weights = self._decisions.weights
+        weights = self.examples.of_samples(self._decisions.weights)
         self._watch.expect(batches, rows, num_items, weights)
         if weights is not None:
             self._weights.put(batches, rows, weights)
@@ -290,9 +289,10 @@ class Run:
         ended, epochs = self._timeline.ended_epochs + 1, self._timeline.epochs
         if ended < epochs:
             self._decisions.select(ended)
-            self._error = self._refusal(ended)
+        there, sizes = self._place()
+        self._error = self._refusal(ended, there) if ended < epochs else None
         replan = ended < epochs and self._error is None
-        self._timeline.next_epoch(self._decisions.kept, self._decisions.sizes if replan else None)
+        self._timeline.next_epoch(there, sizes if replan else None)
         self._tell_results(ended, f"after epoch {ended} of {epochs}")
 
     def _score(self) -> None:
@@ -301,11 +301,15 @@ class Run:
             correct = self._filter.correct_drift
             epoch = self._timeline.ended_epochs
             self._watch.measurements.end_epoch(epoch, self._random_order if correct is None else correct)
-        self._decisions.score(self._watch.measurements, self._provenance)
+        self._decisions.score(self._by_row, self._provenance)
 
-    def _refusal(self, epoch: int) -> InputError | None:
-        """Why an epoch cannot be trained on the rows that are kept now; None where it can."""
-        kept = int(self._decisions.kept.sum())
+    @property
+    def _by_row(self) -> Measurements:
+        return self.examples.by_row(self._watch.measurements)
+
+    def _refusal(self, epoch: int, there: np.ndarray) -> InputError | None:
+        """Why an epoch cannot be trained on the examples that are `there` now, (E,) bool; None where it can."""
+        kept = int(there.sum())
         if not self._batching.micro_batches(kept):
             return self._decisions.no_batch(epoch, self.folder)
         if self._tokens is None:
@@ -313,8 +317,8 @@ class Run:
         fixed_steps = self._timeline.plan.max_steps is not None
         return self._tokens.refusal(self._batching.steps(self._batching.rows if fixed_steps else kept))
 
-    def _check_rows(self, epoch: int) -> None:
-        error = self._error or self._refusal(epoch)
+    def _check_rows(self, epoch: int, there: np.ndarray) -> None:
+        error = self._error or self._refusal(epoch, there)
         if error is not None:
             raise error
 
@@ -323,7 +327,7 @@ class Run:
     def _tell_plan(self) -> None:
         """Log the present epoch's rows and steps, and write the plan of all epochs."""
         timeline = self._timeline
-        entries = planned_epochs(timeline.plan, self._filter, decided=timeline.ended_epochs + 1)
+        entries = planned_epochs(timeline.plan, self._filter, timeline.ended_epochs + 1, self.examples.unit)
         if not timeline.over:
             self._log.plan(line(entries[timeline.ended_epochs]))
         if self.trainer.args.should_save:
@@ -338,7 +342,7 @@ class Run:
         self._saved_at = now
         if self.trainer.args.should_save:
             folder = checkpoint_folder(None, self.trainer)
-            drawn, order = self._timeline.sampler.order, np.full(self._batching.rows, -1)
+            drawn, order = self._timeline.sampler.order, np.full(self.examples.samples, -1)
             if drawn is not None and self._timeline.steps_done:
                 order[: len(drawn)] = drawn
             self.results.save_selections(folder)
@@ -355,11 +359,13 @@ class Run:
         self.results.load_selections(folder, min(ended, epochs - 1) + 1)
         self.results.scores = None
         if np.isfinite(self._watch.measurements.score).any():
-            self._decisions.score(self._watch.measurements, self._provenance)
+            self._decisions.score(self._by_row, self._provenance)
         if ended == epochs and not self._timeline.over:  # that run is finished, and this one has more epochs
             self._decisions.select(ended)
         order = extra["order"][extra["order"] >= 0]
-        self._timeline.sampler.begin(ended, self._decisions.kept, order if len(order) else None)
+        there, _ = self._place()
+        self.examples.check_same(self.trainer.state.stateful_callbacks[STATE])
+        self._timeline.sampler.begin(ended, there, order if len(order) else None)
 
     def end(self) -> None:
         """Write the last results, leave the trainer as it was found, and raise the error that stopped the training."""
@@ -381,10 +387,11 @@ class Run:
         assert scores is not None, "scores are made before they are reported"
         if self.trainer.args.should_save:
             self.results.save(self.folder, ended)
-        self._log.rows(when, self._watch.measurements, self._decisions.kept, scores)
+        self._log.rows(when, self._by_row, self._decisions.kept, scores)
 
     def _remember(self) -> None:
         """Keep the small part of the state where the Trainer saves its own."""
-        own = {"settings": self._settings, **self._timeline.to_json(), "provenance": self._provenance_json}
+        own = {"settings": self._settings, **self._timeline.to_json(), **self.examples.to_json()}
+        own["provenance"] = self._provenance_json
         own["log"] = self.results.log
         self.trainer.state.stateful_callbacks[STATE] = own

@@ -83,6 +83,7 @@ class ShrinkingSampler(Sampler[int]):
         whole_epochs: whether an epoch on fewer rows is as long as one on all, and takes its rows several times.
 
     Attributes:
+        kept: (N,) bool, the rows of this epoch.
         order: (K,) the rows of this epoch in their order, once it is drawn; None before.
     """
 
@@ -100,7 +101,7 @@ class ShrinkingSampler(Sampler[int]):
             kept: (N,) bool, the rows to train on.
             order: (K,) the order of these rows, if it is drawn already; None to draw it.
         """
-        self._epoch, self._kept, self.order = epoch, kept, order
+        self._epoch, self.kept, self.order = epoch, kept, order
         self.place(Position(epoch, 0, 0, 0))
 
     def place(self, position: Position) -> None:
@@ -121,7 +122,7 @@ class ShrinkingSampler(Sampler[int]):
 
     def __iter__(self) -> Iterator[int]:
         position = self._position
-        yield from np.resize(np.flatnonzero(self._kept), position.skipped_slots).tolist()
+        yield from np.resize(np.flatnonzero(self.kept), position.skipped_slots).tolist()
         if position.first_slot is None:
             return
         if self.order is None:
@@ -138,8 +139,8 @@ class ShrinkingSampler(Sampler[int]):
         if hasattr(self.inner, "set_epoch"):
             self.inner.set_epoch(epoch)
         order = np.fromiter(self.inner, dtype=np.int64)
-        order = order[self._kept[order]]
-        if len(order) != self._kept.sum() or len(np.unique(order)) != len(order):
+        order = order[self.kept[order]]
+        if len(order) != self.kept.sum() or len(np.unique(order)) != len(order):
             raise InputError(
                 f"The trainer's {type(self.inner).__name__} repeats rows or leaves some out, so the epoch a row "
                 "belongs to is unknown. Use train_sampling_strategy='random', 'sequential' or 'group_by_length'."

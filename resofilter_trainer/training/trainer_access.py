@@ -143,8 +143,13 @@ def rows_of(trainer: Trainer) -> TrainerRows:
         rows = rows if listed is None else listed.column(0).to_numpy()
     elif prepared and args.shuffle_dataset:
         rows = np.random.default_rng(args.seed).permutation(total)
-    length = getattr(args, "max_length", None)
-    return TrainerRows(rows, total, "no token to learn" + ("" if length is None else f" within max_length {length}"))
+    return TrainerRows(rows, total, no_token(trainer))
+
+
+def no_token(trainer: Trainer) -> str:
+    """Why a row without a token to learn has none."""
+    length = getattr(trainer.args, "max_length", None)
+    return "no token to learn" + ("" if length is None else f" within max_length {length}")
 
 
 def token_weight(trainer: Trainer, num_items: Any, batch: Any, micro_batches: int) -> Any:

@@ -10,6 +10,7 @@ import torch
 from transformers import Trainer
 
 from ..model.losses import IGNORE
+from .examples import Examples
 from .sampler import IndexedRows, RowCollator, ShrinkingSampler
 
 REPLACED = ("get_batch_samples", "compute_loss", "training_step")
@@ -24,18 +25,22 @@ class LoaderPatch:
 
     Args:
         train_dataloader: the loader that the Trainer iterates.
-        collator: a function that makes the collator to use from a `RowCollator`; None to use the `RowCollator` itself.
+        collator, dataset: functions that make the collator and the dataset to use from the loader's own.
     """
 
-    def __init__(self, train_dataloader: Any, collator: Callable[[RowCollator], Any] | None = None) -> None:
+    def __init__(
+        self,
+        train_dataloader: Any,
+        collator: Callable[[Any], Any] = RowCollator,
+        dataset: Callable[[Any], Any] = IndexedRows,
+    ) -> None:
         self._base = getattr(train_dataloader, "base_dataloader", train_dataloader)
         self._dataset, self._collate = self._base.dataset, self._base.collate_fn
-        rows = RowCollator(self._collate)
-        self._patched = rows if collator is None else collator(rows)
+        self._patched, self._indexed = collator(self._collate), dataset(self._dataset)
 
     def install(self) -> None:
         """Replace the loader's dataset and collator."""
-        self._base.__dict__["dataset"] = IndexedRows(self._dataset)  # a loader refuses it as a plain attribute
+        self._base.__dict__["dataset"] = self._indexed  # a loader refuses it as a plain attribute
         self._base.collate_fn = self._patched
 
     def remove(self) -> None:
@@ -50,20 +55,23 @@ class TrainerPatch:
         trainer, train_dataloader: the trainer and the loader that it iterates.
         sampler: the sampler to use instead of the trainer's own.
         fetch: the function to use instead of `trainer.get_batch_samples`.
+        examples: what the loader's examples are.
 
     Attributes:
         inner: the `get_batch_samples` that `install` has replaced.
     """
 
-    def __init__(self, trainer: Trainer, train_dataloader: Any, sampler: ShrinkingSampler, fetch: Any) -> None:
+    def __init__(
+        self, trainer: Trainer, train_dataloader: Any, sampler: ShrinkingSampler, fetch: Any, examples: Examples
+    ) -> None:
         self._trainer, self._loader, self._sampler, self._fetch = trainer, train_dataloader, sampler, fetch
-        self._rows = LoaderPatch(train_dataloader)
+        self._examples, self._rows = examples, LoaderPatch(train_dataloader, examples.collator, examples.indexed)
         self._count, self._masked = 0, list[Any]()  # of this step: micro-batches, labels of masked ones
 
     def install(self) -> None:
         """Let batches say their rows, and the run fetch them."""
         self._rows.install()
-        self._loader.set_sampler(self._sampler)
+        self._loader.set_sampler(self._examples.sampler(self._sampler))
         trainer = self._trainer
         for name in REPLACED:
             _restore(trainer, name)  # after an earlier run that an exception ended

@@ -22,6 +22,7 @@ from ..model.step_recorder import StepRecorder, recorders
 from ..model.training_recorder import TrainingRecorder
 from ..model.up_projection import find_up_projections
 from . import trainer_access as access
+from .examples import Examples
 from .measurements import Measured, Measurements
 from .plan import Batching
 from .trainer_patches import BackwardPatch
@@ -39,7 +40,8 @@ class Watch:
     Args:
         trainer: the trainer of the run.
         config: the step to measure, and how.
-        batching: how rows become steps.
+        batching: how examples become steps.
+        examples: what the examples are.
         each_step: whether samples are measured while they are trained on; otherwise only `measurements` is used.
         drops: whether rows may be dropped.
 
@@ -51,7 +53,13 @@ class Watch:
     """
 
     def __init__(
-        self, trainer: Trainer, config: ResonanceConfig, batching: Batching, each_step: bool, drops: bool
+        self,
+        trainer: Trainer,
+        config: ResonanceConfig,
+        batching: Batching,
+        examples: Examples,
+        each_step: bool,
+        drops: bool,
     ) -> None:
         self._trainer = trainer
         self._loss = access.token_loss(trainer)
@@ -61,11 +69,11 @@ class Watch:
         self._recorder: TrainingRecorder | None = None
         self._step_recorder: StepRecorder | None = None
         if each_step:
-            samples = batching.per_micro_batch * batching.accumulation
+            samples = batching.per_micro_batch * batching.accumulation * examples.most
             self._recorder, self._step_recorder = recorders(cast(Any, trainer.model), config, samples)
             self._backward = BackwardPatch(trainer, self._recorder.backpropagating)
         found = find_up_projections(cast(Any, trainer.model), config.n_layers, config.up_projection)
-        self.measurements = Measurements(batching.rows, sorted({each.layer for each in found}))
+        self.measurements = Measurements(examples.samples, sorted({each.layer for each in found}))
         self._expected: list[MicroBatch] = []
         self._rows: Sequence[np.ndarray] = []  # of each expected micro-batch
         self._moved: np.ndarray | None = None  # (L,) by the optimizer's last step

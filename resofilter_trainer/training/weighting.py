@@ -80,7 +80,7 @@ class SampleWeights(TrainerCallback):
                 "train on all rows. Resume with ResonanceCallback, or start again with SampleWeights."
             )
         weight = self._of_rows(trainer)
-        patch = LoaderPatch(loader, lambda inner: _WeightCollator(inner, weight))
+        patch = LoaderPatch(loader, lambda inner: _WeightCollator(RowCollator(inner), weight))
         patch.install()
         weighted, reminder = WeightedLoss(cast(nn.Module, trainer.model)), reminder_of(trainer.train_dataset)
         due = reminder is not None and reminder.due

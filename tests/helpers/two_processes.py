@@ -30,8 +30,11 @@ def run(output: Path, processes: int, kind: str) -> None:
     settings = {"when": "before"} if kind == "before" else {}
     if "tokens" in kind:
         settings = {"token_cleaning": TokenCleaning(0.6, parts=2)}
+    dataset = rows(45 if "ragged" in kind else 44)
+    if kind == "packed":
+        changes["packing"], settings["dataset"] = True, dataset
     callback = ResonanceCallback(keep=[0.6 if kind == "before" else 1.0, 0.5, 0.25], eps=1e-4, **settings)
-    outcome = train(output, make_tokenizer(), callback, dataset=rows(45 if "ragged" in kind else 44), **changes)
+    outcome = train(output, make_tokenizer(), callback, dataset=dataset, **changes)
     if outcome.trainer.args.process_index == 0:
         steps = sorted(int(path.name.split("-")[1]) for path in output.glob("checkpoint-*"))
         masks = [output / f"checkpoint-{step}" / "resofilter" / MASKS_FILE for step in steps]

@@ -167,8 +167,8 @@ def test_rows_that_are_no_tokens_have_no_text(run):
     trainer, callback = run
 
     other = SimpleNamespace(train_dataset=[1, 2], processing_class=None)
-    assert texts_of(other, callback.selections[0].sample_ids, 12) is None
-    assert len(texts_of(trainer, callback.selections[0].sample_ids, 12)) == 12
+    assert texts_of(other, callback.selections[0].sample_ids, 12, other.train_dataset) is None
+    assert len(texts_of(trainer, callback.selections[0].sample_ids, 12, trainer.train_dataset)) == 12
 
 
 def test_the_report_is_left_out_unless_asked_for(tmp_path, tokenizer):

@@ -598,7 +598,7 @@ def test_sequential_order_is_not_taken_for_drift(tmp_path, tokenizer):
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"packing": True, "max_length": 64}, "packing=False"),
+        ({"packing": True, "max_length": 64}, "dataset=dataset"),
         ({"train_sampling_strategy": "batch_rebalance"}, "batch_rebalance"),
         ({"torch_compile": True}, "torch_compile=False"),
         ({"streaming": True, "max_steps": 4}, "streaming"),
