@@ -35,7 +35,13 @@ KEEP = 0.5
 NOT_MEASURED = (math.nan,) * 3
 BATCH = 8
 ANSWER = 128  # tokens at most; the training rows' answers have 70 in the mean
-TRAINING = {"per_device_train_batch_size": BATCH, "per_device_eval_batch_size": 100, "max_length": 512}
+TRAINING = {
+    "per_device_train_batch_size": BATCH,
+    "per_device_eval_batch_size": 100,
+    "max_length": 512,
+    "train_sampling_strategy": "group_by_length",  # little padding
+    "activation_checkpointing": False,
+}
 
 
 class Training:
