@@ -57,7 +57,9 @@ class ResonanceCallback(TrainerCallback):
             and at any batch size; or `"optimizer"`, what this run's own optimizer did, for steps of a single sample.
         report: whether to write `report.html` beside the scores at the end, see `write_report`.
         dataset: the trainer's `train_dataset`, needed with `packing=True`: SFTTrainer packs the rows before training
-            begins, and forgets which is which. Not used without packing.
+            begins, and forgets which is which. Not used without packing. The rows to keep are packed anew for every
+            epoch. A row that `packing_strategy="bfd_split"` cuts has the mean score of its pieces, weighted by their
+            learnt tokens.
         **config: the other fields of `ResonanceConfig`: `n_layers`, `norm`, `eps` and so on.
 
     With `max_steps`, the run has as many steps as asked for: every epoch is as long as one on all rows, and repeats the

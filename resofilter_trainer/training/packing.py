@@ -27,8 +27,8 @@ from .measurements import Measurements
 from .sampler import IndexedRows, RowCollator, ShrinkingSampler
 
 AT_ONCE = 1000  # packs or rows
-PACK = "resofilter_pack"
-PLACE = "place"
+LENGTHS = "seq_lengths"  # TRL's column with the lengths of the samples of a pack
+PLACE, PACK = "place", "resofilter_pack"  # of a token among those of all rows; of a piece in its batch
 
 Pack = tuple[int, ...]
 
@@ -170,9 +170,6 @@ class Packing:
         found = pieces.joined(self.row_of, len(self.rows))
         found.length = np.where(found.ever, self._lengths[self.rows], 0)  # with pieces that have no learnt token
         return found
-
-
-LENGTHS = "seq_lengths"  # TRL's name for the lengths of the samples of a pack
 
 
 class PackSampler(Sampler[Pack]):

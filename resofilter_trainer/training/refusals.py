@@ -22,7 +22,7 @@ from ..model.losses import unwrapped
 from ..model.sharding import is_sharded
 from ..selecting.weighted_rows import WEIGHT
 from .trainer_access import is_packed, is_sft
-from .trainer_packing import packs
+from .trainer_packing import is_unsloth, packs
 
 
 @dataclass(frozen=True)
@@ -92,6 +92,12 @@ MEASURING: tuple[Refusal, ...] = (
         why="of which several are one row of a batch",
         remedy=UNPACK,
         refused=lambda trainer, dataset: is_packed(trainer.args, trainer.train_dataset) and not packs(trainer),
+    ),
+    Refusal(
+        what="packing=True with unsloth",
+        why="which packs in its own way",
+        remedy="Set packing=False",
+        refused=lambda trainer, dataset: packs(trainer) and is_unsloth(trainer),
     ),
     Refusal(
         what="packing=True and skip_prepare_dataset",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
@@ -241,3 +242,25 @@ def test_idle_rows_are_known_again_from_a_file(tmp_path):
     made = measurements(3, empty([2]), found([0], [0.5]))
     made.save(tmp_path, {})
     assert Measurements.load(tmp_path)[0].idle.tolist() == [False, False, True]
+
+
+# ---- joined
+
+
+def test_groups_have_the_mean_over_their_learnt_tokens():
+    """Of pieces measured in other steps, one without a learnt token, one never seen, and one that is not finite."""
+    made = measurements(7, found([0, 1], [1.0, 4.0], step=3), found([4, 5], [2.0, np.nan], epoch=1, step=9))
+    empty = dataclasses.replace(found([2, 6], [7.0, 7.0]), num_tokens=np.zeros(2, int))
+    made.add(empty)
+    made.end_epoch(0, correct_drift=False)
+    made.end_epoch(1, correct_drift=False)
+
+    joined = made.joined(np.array([0, 0, 0, 1, 1, 2, 3]), 4)
+
+    assert joined.num_tokens.tolist() == [10 + 11, 10, 11, 0]
+    assert np.allclose(joined.score, [(10 * 1 + 11 * 4) / 21, 2, np.nan, np.nan], equal_nan=True)
+    assert np.allclose(joined.loss, [10 * (10 * 1 + 11 * 4) / 21, 20, np.nan, np.nan], equal_nan=True)
+    assert np.allclose(joined.measured, joined.score, equal_nan=True)
+    assert joined.epoch.tolist() == [0, 1, 1, -1]
+    assert joined.step.tolist() == [3, 9, 9, -1]
+    assert joined.idle.tolist() == [False, False, False, True]

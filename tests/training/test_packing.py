@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 from datasets import Dataset
 from helpers.sft import plain_scores
-from helpers.training import Outcome, assert_same_end, assert_same_weights, rows, train
+from helpers.training import Outcome, arguments, assert_same_end, assert_same_weights, rows, train
 from torch.utils.data import SequentialSampler
-from trl import SFTConfig, SFTTrainer, pack_dataset
+from trl import SFTTrainer, pack_dataset
 
 from resofilter_trainer import InputError, RandomSelector, ResonanceCallback, SoftPruning, TokenCleaning
-from resofilter_trainer.training.packing import Packing
+from resofilter_trainer.training.packing import PackedRows, Packing, joined
 from resofilter_trainer.training.plan_log import PLAN_FILE
 
 EPS = 1e-4
@@ -99,6 +99,15 @@ def test_a_row_cut_in_pieces_has_the_mean_over_its_learnt_tokens(tmp_path, token
         assert np.isclose(scores.column("loss")[row], (losses * counts).sum() / counts.sum(), rtol=1e-5)
 
 
+def test_a_warmed_up_copy_scores_rows_as_without_packing(tmp_path, tokenizer):
+    callbacks = [ResonanceCallback(keep=0.5, when="before", warmup=16, eps=EPS, dataset=ROWS) for _ in range(2)]
+    for callback, packing in zip(callbacks, (True, False), strict=True):
+        train(tmp_path, tokenizer, callback, dataset=ROWS, packing=packing, num_train_epochs=1)
+    mine, other = (callback.scores.column("score") for callback in callbacks)
+    assert np.abs(mine - other).max() < 1e-5 * np.ptp(other)
+    assert np.array_equal(*(callback.selections[0].keep for callback in callbacks))
+
+
 EVERYTHING_STAYS = {
     "plain": {},
     "split": {"packing_strategy": "bfd_split", "max_length": 9},
@@ -165,7 +174,7 @@ RESUMED = {
     "bfd": ({"keep": 0.5}, {"per_device_train_batch_size": 4}),
     "split, accumulation": (
         {"keep": [1.0, 0.7, 0.3]},
-        {"packing_strategy": "bfd_split", "max_length": 14, "gradient_accumulation_steps": 3},
+        {"packing_strategy": "bfd_split", "max_length": 18, "gradient_accumulation_steps": 5},
     ),
     "readmitted, shuffled": (
         {"keep": [1.0, 0.3, 0.8], "readmit": True},
@@ -243,6 +252,14 @@ def test_packs_that_another_has_changed_are_refused(tmp_path, tokenizer):
         trainer.train()
 
 
+def test_unsloths_own_packing_is_refused(tmp_path, tokenizer):
+    trainer = packed(tmp_path, tokenizer, None, max_steps=1).trainer
+    trainer.__class__ = type("UnslothSFTTrainer", (type("_UnslothSFTTrainer", (SFTTrainer,), {}),), {})
+    trainer.add_callback(ResonanceCallback(dataset=ROWS))
+    with pytest.raises(InputError, match=r"packing=True with unsloth, .*Set packing=False"):
+        trainer.train()
+
+
 def test_a_model_in_which_rows_of_a_pack_see_each_other_is_refused(tmp_path, tokenizer):
     from helpers.families import tiny
 
@@ -260,10 +277,32 @@ def test_a_checkpoint_of_other_packs_is_refused(tmp_path, tokenizer, monkeypatch
         packed(tmp_path, tokenizer, ResonanceCallback(dataset=ROWS), num_train_epochs=2, resume=str(checkpoint))
 
 
-def test_there_are_never_more_packs_than_of_all_rows(monkeypatch):
+@pytest.mark.parametrize("shuffled", [False, True])
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_thousands_of_rows_are_packed_as_trl_packs_them(strategy, shuffled, tmp_path):
+    """Which packs a thousand rows at a time, so a row without tokens counts, too."""
+    draw = np.random.default_rng(0)
+    ids = [draw.integers(0, 99, number).tolist() for number in draw.integers(0, 14, 2300)]
+    whole = Dataset.from_dict({"input_ids": ids, "labels": ids})
+    args = arguments(tmp_path, packing=True, packing_strategy=strategy, max_length=10, shuffle_dataset=shuffled)
+    found, kept = Packing(whole, args), draw.random(sum(map(bool, ids))) < 0.6
+
+    def expected(rows: Dataset) -> Dataset:
+        made = pack_dataset(rows.shuffle(seed=args.seed) if shuffled else rows, 10, strategy)
+        return made.shuffle(seed=args.seed) if shuffled else made
+
+    found.check(expected(whole))
+    found.repack(kept)
+    theirs = expected(whole.select(found.rows[kept]))
+    examples = PackedRows(found.pieces, found.total).__getitems__(found.packs)
+    assert [joined(pack) for pack in examples] == theirs.to_list()
+    assert all(kept[found.row_of[piece]] for pack in found.packs for piece in pack)
+
+
+def test_there_are_never_more_packs_than_of_all_rows(tmp_path, monkeypatch):
     """Best-fit packing of fewer rows may need more: then the packs stay, without the other rows."""
     samples = Dataset.from_dict({"input_ids": [[1, 2], [3], [4], [5, 6, 7]], "labels": [[1, 2], [3], [4], [5, 6, 7]]})
-    found = Packing(samples, SFTConfig(packing=True, max_length=4, bf16=False, report_to="none"))
+    found = Packing(samples, arguments(tmp_path, packing=True, max_length=4))
     assert sorted(map(sorted, found.packs)) == [[0, 1], [2, 3]] or sorted(map(sorted, found.packs)) == [[0, 2], [1, 3]]
     first = found.packs
     monkeypatch.setattr(Packing, "_packed", lambda self, rows: [(int(row),) for row in rows])
@@ -274,6 +313,5 @@ def test_there_are_never_more_packs_than_of_all_rows(monkeypatch):
 
 
 def test_the_report_shows_the_rows(tmp_path, tokenizer):
-    pytest.importorskip("plotly")
     packed(tmp_path, tokenizer, ResonanceCallback(dataset=ROWS, report=True))
     assert "question: what is" in (tmp_path / "resofilter" / "report.html").read_text()
