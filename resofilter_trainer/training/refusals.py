@@ -144,12 +144,6 @@ MEASURING: tuple[Refusal, ...] = (
         refused=lambda trainer, dataset: trainer.args.accelerator_config.dispatch_batches is True,
     ),
     Refusal(
-        what="fp16",
-        why="in which gradients near eps vanish",
-        remedy="Use bf16=True or float32",
-        refused=lambda trainer, dataset: trainer.args.fp16,
-    ),
-    Refusal(
         what="FSDP",
         why="which shards weights and gradients",
         remedy=SCORE_FIRST,
@@ -233,7 +227,7 @@ def check_trainer(trainer: Trainer, train_dataloader: Any) -> None:
         raise InputError("The dataset has no rows to train on.")
     setting = next((name for name in ("packing", "padding_free") if getattr(args, name, False)), None)
     if setting is not None:
-        _check_apart(cast(Any, trainer.model), 2e-2 if args.bf16 else 1e-4, setting)
+        _check_apart(cast(Any, trainer.model), 2e-2 if args.bf16 or args.fp16 else 1e-4, setting)
 
 
 def check_weighable(trainer: Trainer, train_dataloader: Any) -> None:

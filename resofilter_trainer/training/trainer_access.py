@@ -166,6 +166,11 @@ def token_weight(trainer: Trainer, num_items: Any, batch: Any, micro_batches: in
     return (trainer.accelerator.num_processes if trainer.args.average_tokens_across_devices else 1) / num_items
 
 
+def scaled(accelerator: Any, loss: torch.Tensor) -> torch.Tensor:
+    """A loss as fp16 scales it before its backward, so that small gradients do not vanish; otherwise unchanged."""
+    return loss if accelerator.scaler is None else accelerator.scaler.scale(loss)
+
+
 def token_loss(trainer: Trainer) -> TokenLoss:
     """The loss of one token, as the trainer's arguments say."""
     args = cast(Any, trainer.args)

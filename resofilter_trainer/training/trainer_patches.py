@@ -12,6 +12,7 @@ from transformers import Trainer
 from ..model.losses import IGNORE
 from .examples import Examples
 from .sampler import IndexedRows, RowCollator, ShrinkingSampler
+from .trainer_access import scaled
 
 REPLACED = ("get_batch_samples", "compute_loss", "training_step")
 
@@ -147,7 +148,7 @@ class BackwardPatch:
         inner = accelerator.backward
 
         def backward(loss: torch.Tensor, **kwargs: Any) -> None:
-            with around(loss.detach() / accelerator.gradient_accumulation_steps):
+            with around(scaled(accelerator, loss.detach() / accelerator.gradient_accumulation_steps)):
                 inner(loss, **kwargs)
 
         _replace(accelerator, "backward", backward)

@@ -65,6 +65,8 @@ class Watch:
         self._loss = access.token_loss(trainer)
         fillers = batching.processes > 1 and not batching.drop_last
         self._fills = drops and (batching.accumulation > 1 or fillers)  # with batches without a learnt token
+        self._scales = trainer.accelerator.scaler is not None  # the loss, as fp16 does
+        self._scale = torch.ones(())  # of the present step's loss
         self._told = False  # that the loss weighs rows in its own way
         self._recorder: TrainingRecorder | None = None
         self._step_recorder: StepRecorder | None = None
@@ -77,6 +79,7 @@ class Watch:
         self._expected: list[MicroBatch] = []
         self._rows: Sequence[np.ndarray] = []  # of each expected micro-batch
         self._moved: np.ndarray | None = None  # (L,) by the optimizer's last step
+        self._left_out = False  # whether fp16 left out the optimizer's last step
         self._pending: list[Measured] = []  # of this process, since the last gather
 
     def attach(self) -> None:
@@ -105,8 +108,10 @@ class Watch:
         if self._recorder is None:
             return
         self._rows, self._expected = rows, []
+        self._scale = access.scaled(self._trainer.accelerator, torch.ones((), device=self._trainer.args.device))
         for batch, own_rows in zip(batches, rows, strict=True):
             weight = access.token_weight(self._trainer, num_items, batch, len(batches))
+            weight = weight * self._scale if self._scales else weight
             if weights is not None:
                 weight = weight * torch.tensor(weights_of(own_rows, weights), device=batch["labels"].device)
             segments = segments_of(batch)[: len(own_rows)]
@@ -119,11 +124,15 @@ class Watch:
         Raises:
             InputError: the loss that was backpropagated is no weighted sum of the rows' token losses.
         """
+        if not self._scales:
+            self._check_losses()
+        if self._step_recorder is not None:
+            self._step_recorder.before()
+
+    def _check_losses(self) -> None:
         if self._recorder is not None:
             for rows, verdict in zip(self._rows, self._recorder.verdicts(), strict=False):
                 self._check_loss(rows, verdict)
-        if self._step_recorder is not None:
-            self._step_recorder.before()
 
     def _check_loss(self, rows: np.ndarray, verdict: Verdict) -> None:
         if verdict.fault is not None:
@@ -157,7 +166,16 @@ class Watch:
         return type(self._trainer).__name__
 
     def after_step(self) -> None:
-        """Compare the weights with the remembered ones."""
+        """Compare the weights with the remembered ones. With a scaled loss, check it, as `before_step` otherwise does.
+
+        Where a gradient is beyond float16's largest number, the step is left out, which a smaller scale shows (a fused
+        optimizer leaves it out by itself, and Accelerate then takes it for made); there is nothing to check.
+        """
+        if self._scales and self._recorder is not None:
+            now = access.scaled(self._trainer.accelerator, torch.ones_like(self._scale))
+            self._left_out = bool(now < self._scale)
+            if not self._left_out:
+                self._check_losses()
         if self._step_recorder is not None:
             self._moved = self._step_recorder.after()
 
@@ -173,7 +191,11 @@ class Watch:
         for rows, batch, found in zip(self._rows, self._expected, self._recorder.take(), strict=True):
             length = np.array([each.tokens.stop - each.tokens.start for each in batch.segments])
             layers = found.layers if self._moved is None else self._moved[None]
-            self._pending.append(Measured(epoch, step, rows, found.loss, found.num_tokens, length, layers))
+            measured = Measured(epoch, step, rows, found.loss, found.num_tokens, length, layers)
+            if self._left_out:  # rows whose gradient is no number wait for their next step
+                finite = np.isfinite(layers).all(axis=1) & (self._moved is None)
+                measured = measured.where(finite | (found.num_tokens == 0))
+            self._pending.append(measured)
         self._rows, self._expected = [], []
 
     def gather(self) -> None:
