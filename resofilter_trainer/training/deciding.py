@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from ..config import InputError
 from ..scores.provenance import Provenance
 from ..selecting.results import Results
 from ..selecting.selection import KEPT, Selection
+from .examples import Examples
 from .filtering import FilterConfig, decide, most_common
 from .measurements import Measurements
 from .token_run import CleaningRun
-from .trainer_access import TrainerRows
 
 
 class Decisions:
@@ -20,15 +22,16 @@ class Decisions:
     Args:
         filtering: the settings of the filter: which rows to drop, and when.
         epochs: the number of epochs of the run.
-        rows: the rows of the user's dataset that the trainer trains on.
+        examples: what the examples of the trainer's loader are.
         results: where scores and selections are kept.
         tokens: the run's token cleaning, which may leave rows without a learnt token; None for none.
     """
 
     def __init__(
-        self, filtering: FilterConfig, epochs: int, rows: TrainerRows, results: Results, tokens: CleaningRun | None
+        self, filtering: FilterConfig, epochs: int, examples: Examples, results: Results, tokens: CleaningRun | None
     ) -> None:
-        self._filter, self._epochs, self._rows, self._results, self._tokens = filtering, epochs, rows, results, tokens
+        self._filter, self._epochs, self._results, self._tokens = filtering, epochs, results, tokens
+        self._examples, self._rows = examples, examples.rows
         self._idle: list[int] = []
 
     @property
@@ -38,9 +41,9 @@ class Decisions:
 
     @property
     def weights(self) -> np.ndarray | None:
-        """(N,) the weight of the loss of each of the trainer's rows in this epoch; None where all weigh the same."""
+        """(S,) the weight of the loss of each of the trainer's samples in this epoch; None where all weigh the same."""
         weight = self._results.selections[-1].weight
-        return None if weight is None else weight[self._rows.sample_ids]
+        return None if weight is None else self._examples.of_samples(weight[self._rows.sample_ids])
 
     @property
     def trainable(self) -> np.ndarray:
@@ -55,6 +58,10 @@ class Decisions:
         sizes = self._filter.sizes(self._epochs, len(self.trainable))
         return [size + (share == 1) * len(self._idle) for size, share in zip(sizes, shares, strict=True)]
 
+    def place(self) -> tuple[np.ndarray, Sequence[int]]:
+        """Make the examples of the rows that are kept, see `Rows.place`."""
+        return self._examples.place(self.kept, self.sizes)
+
     def begin(self, provenance: Provenance) -> None:
         """Keep every row that has a token to learn."""
         reason = [why or KEPT for why in self._left_out()]
@@ -63,7 +70,8 @@ class Decisions:
         self._results.selections = [Selection(keep, reason, policy, provenance.to_json())]
 
     def score(self, measurements: Measurements, provenance: Provenance) -> None:
-        """Make the table of scores from the measurements."""
+        """Make the table of scores from the measurements of samples."""
+        measurements = self._examples.by_row(measurements)
         reasons, rows = self._left_out(), self._rows
         if self._tokens is None:  # otherwise a later stage may learn a token of such a row
             self._idle = rows.sample_ids[measurements.idle].tolist()

@@ -65,8 +65,8 @@ class Rows:
         """The measurements of rows, from those of samples."""
         return measurements
 
-    def of_samples(self, values: np.ndarray | None) -> np.ndarray | None:
-        """(S,) the value of each sample, from (R,) those of rows; None for none."""
+    def of_samples(self, values: np.ndarray) -> np.ndarray:
+        """(S,) the value of each sample, from (R,) those of rows."""
         return values
 
     def to_json(self) -> dict[str, Any]:
@@ -118,9 +118,9 @@ class Packs:
         """As `Rows.by_row`: a row may have several pieces."""
         return self._packing.by_row(measurements)
 
-    def of_samples(self, values: np.ndarray | None) -> np.ndarray | None:
+    def of_samples(self, values: np.ndarray) -> np.ndarray:
         """As `Rows.of_samples`: the value of each piece is its row's."""
-        return None if values is None else values[self._packing.row_of]
+        return values[self._packing.row_of]
 
     def to_json(self) -> dict[str, Any]:
         """As `Rows.to_json`: a hash of the packs."""

@@ -6,7 +6,6 @@ Measuring is in `watching`, deciding in `deciding`, and applying the plan in `ti
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -85,7 +84,7 @@ class Run:
         self._tokens = None if cleaning is None else CleaningRun(trainer, cleaning)
         if self._tokens is not None:
             results.token_stages = self._tokens.stages
-        self._decisions = Decisions(filtering, self._timeline.epochs, self.rows, results, self._tokens)
+        self._decisions = Decisions(filtering, self._timeline.epochs, self.examples, results, self._tokens)
         self._settings = run_settings(
             trainer,
             **filtering.to_json(),
@@ -132,7 +131,9 @@ class Run:
             self._measure_before()
             self._decisions.select(0)
             self._decisions.forget_the_first()
-            self._plan_start()
+            there, sizes = self._decisions.place()
+            self._check_rows(0, there)
+            self._timeline.plan_start(there, sizes)
             warm = self._filter.warmup is not None
             self._tell_results(0, "after the warm-up" if warm else "at the starting weights")
         elif self._filter.first >= self._timeline.epochs and self._filter.keep != 1:
@@ -146,17 +147,9 @@ class Run:
             self._log.tokens(numbers)
         if tokens.emptied.any():
             self._decisions.begin(self._provenance)
-            self._plan_start()
-
-    def _plan_start(self) -> None:
-        """Plan the run on fewer rows, before its first step."""
-        there, sizes = self._place()
-        self._check_rows(0, there)
-        self._timeline.plan_start(there, sizes)
-
-    def _place(self) -> tuple[np.ndarray, Sequence[int]]:
-        """Which of the loader's examples have the rows that are kept, (E,) bool, and how many each epoch has."""
-        return self.examples.place(self._decisions.kept, self._decisions.sizes)
+            there, sizes = self._decisions.place()
+            self._check_rows(0, there)
+            self._timeline.plan_start(there, sizes)
 
     def _measure_before(self) -> None:
         """Score all rows before the first step."""
@@ -165,7 +158,7 @@ class Run:
         )
         self._watch.measurements.add(found)
         self._watch.measurements.end_epoch(0, correct_drift=False)
-        self._decisions.score(self._by_row, self._provenance)
+        self._decisions.score(self._watch.measurements, self._provenance)
 
     def _resume(self, folder: Path) -> None:
         """Resume from a checkpoint, wherever in an epoch it was made."""
@@ -187,7 +180,7 @@ class Run:
             self._close_epoch()  # the checkpoint was made after the last step of an epoch, before its end
         self._check_rows(self._timeline.ended_epochs, self._timeline.sampler.kept)
         if has_other_length(there, here):
-            self._timeline.extend(*self._place())
+            self._timeline.extend(*self._decisions.place())
 
     def uninstall(self) -> None:
         """Leave the trainer and the model as they were found."""
@@ -218,7 +211,7 @@ class Run:
         if self._tokens is not None and batches:
             self.nothing_learnt = not access.learnt_anywhere(self.trainer, batches)
             num_items = access.at_least_one(num_items)
-        weights = self.examples.of_samples(self._decisions.weights)
+        weights = self._decisions.weights
         self._watch.expect(batches, rows, num_items, weights)
         if weights is not None:
             self._weights.put(batches, rows, weights)
@@ -289,7 +282,7 @@ class Run:
         ended, epochs = self._timeline.ended_epochs + 1, self._timeline.epochs
         if ended < epochs:
             self._decisions.select(ended)
-        there, sizes = self._place()
+        there, sizes = self._decisions.place()
         self._error = self._refusal(ended, there) if ended < epochs else None
         replan = ended < epochs and self._error is None
         self._timeline.next_epoch(there, sizes if replan else None)
@@ -301,11 +294,7 @@ class Run:
             correct = self._filter.correct_drift
             epoch = self._timeline.ended_epochs
             self._watch.measurements.end_epoch(epoch, self._random_order if correct is None else correct)
-        self._decisions.score(self._by_row, self._provenance)
-
-    @property
-    def _by_row(self) -> Measurements:
-        return self.examples.by_row(self._watch.measurements)
+        self._decisions.score(self._watch.measurements, self._provenance)
 
     def _refusal(self, epoch: int, there: np.ndarray) -> InputError | None:
         """Why an epoch cannot be trained on the examples that are `there` now, (E,) bool; None where it can."""
@@ -359,11 +348,11 @@ class Run:
         self.results.load_selections(folder, min(ended, epochs - 1) + 1)
         self.results.scores = None
         if np.isfinite(self._watch.measurements.score).any():
-            self._decisions.score(self._by_row, self._provenance)
+            self._decisions.score(self._watch.measurements, self._provenance)
         if ended == epochs and not self._timeline.over:  # that run is finished, and this one has more epochs
             self._decisions.select(ended)
         order = extra["order"][extra["order"] >= 0]
-        there, _ = self._place()
+        there, _ = self._decisions.place()
         self.examples.check_same(self.trainer.state.stateful_callbacks[STATE])
         self._timeline.sampler.begin(ended, there, order if len(order) else None)
 
@@ -387,7 +376,7 @@ class Run:
         assert scores is not None, "scores are made before they are reported"
         if self.trainer.args.should_save:
             self.results.save(self.folder, ended)
-        self._log.rows(when, self._by_row, self._decisions.kept, scores)
+        self._log.rows(when, self.examples.by_row(self._watch.measurements), self._decisions.kept, scores)
 
     def _remember(self) -> None:
         """Keep the small part of the state where the Trainer saves its own."""
