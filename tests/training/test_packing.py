@@ -218,6 +218,7 @@ def test_the_end_is_the_same_from_every_checkpoint(name, tmp_path, tokenizer):
         ({}, {"dataset": ROWS.select(range(40, -1, -1))}, "not those of"),
         ({}, {"dataset": Dataset.from_list([{"other": 1}])}, "cannot prepare the callback's dataset"),
         ({"packing_strategy": "wrapped"}, {"dataset": ROWS}, "Use packing_strategy='bfd' or 'bfd_split'"),
+        ({"train_sampling_strategy": "group_by_length"}, {"dataset": ROWS}, "group_by_length.*Leave the strategy out"),
         ({}, {"dataset": ROWS, "token_cleaning": TokenCleaning(0.5, parts=2)}, "token_cleaning.*Set packing=False"),
         ({}, {"dataset": ROWS, "update": "optimizer"}, "update='optimizer' sees one change for a whole step"),
     ],
@@ -241,6 +242,9 @@ def test_rows_packed_beforehand_are_refused(tmp_path, tokenizer):
     for extra in ({}, {"dataset": dataset}):
         with pytest.raises(InputError, match=r"packed already.*unpack.*packing=True and .*dataset=dataset"):
             train(tmp_path, tokenizer, ResonanceCallback(**extra), dataset=dataset)
+    prepared = {"dataset_kwargs": {"skip_prepare_dataset": True}}
+    with pytest.raises(InputError, match=r"skip_prepare_dataset, which packs nothing\. Leave one of them out"):
+        packed(tmp_path, tokenizer, ResonanceCallback(dataset=dataset), dataset, **prepared)
 
 
 def test_packs_that_another_has_changed_are_refused(tmp_path, tokenizer):
