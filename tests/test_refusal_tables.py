@@ -7,13 +7,17 @@ from pathlib import Path
 
 import pytest
 
-from resofilter_trainer.training.refusals import MEASURING, WEIGHING
+from resofilter_trainer.training.refusals import BEFORE_SHARDED, CLEANING_SHARDED, MEASURING, WEIGHING
 
 PAGE = Path(__file__).parent.parent / "docs" / "engines.md"
 
 
 @pytest.mark.parametrize(
-    ("heading", "refusals"), [("ResonanceCallback refuses", MEASURING), ("SampleWeights refuses", WEIGHING)]
+    ("heading", "refusals"),
+    [
+        ("ResonanceCallback refuses", (*MEASURING, BEFORE_SHARDED, CLEANING_SHARDED)),
+        ("SampleWeights refuses", WEIGHING),
+    ],
 )
 def test_the_page_of_engines_has_each_refusal_as_the_code_says(heading, refusals):
     section = PAGE.read_text().split(f"## {heading}\n")[1].split("\n## ")[0]

@@ -21,6 +21,7 @@ from ..config.compatibility import sampling_strategy
 from ..io.digest import hash_rows
 from ..model.float32 import main_dtype
 from ..model.quantised import bits_of, stored_tensors
+from ..model.sharding import whole_parameters
 from ..scores.provenance import Provenance
 from .preparation import PreparedRows, survey
 
@@ -165,10 +166,11 @@ def _settings(model: PreTrainedModel) -> dict[str, Any]:
 def hash_weights(model: nn.Module) -> str:
     """Hash of every parameter's name, shape, dtype and bytes, in order; tied parameters count once.
 
-    For a quantised parameter it includes the tensors that its bytes are decoded with.
+    For a quantised parameter it includes the tensors that its bytes are decoded with. All processes that share a
+    sharded model must call this.
     """
     digest = xxhash.xxh3_128()
-    for name, parameter in model.named_parameters():
+    for name, parameter in whole_parameters(model):
         if bits_of(parameter) is None:
             add_tensor(digest, name, parameter)
             continue

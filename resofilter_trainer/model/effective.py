@@ -27,6 +27,7 @@ from .adapters import REMEDY
 from .gradients import input_of
 from .modes import at_least_float32, evaluating, own_precision
 from .quantised import PLAIN, bits_of, plain_matrix
+from .sharding import gathered
 from .up_projection import UpProjection, find_up_projections, is_map
 
 PROBES = 4  # inputs on which a map is compared with its matrix
@@ -57,7 +58,8 @@ def check_maps(up_projections: Sequence[UpProjection]) -> None:
                 'matrix as its weight, or pass up_projection="<regex>" that finds another map.'
             )
         if each.adapted:
-            effective_matrix(each)
+            with gathered(each.outer):
+                effective_matrix(each)
 
 
 @torch.no_grad()
@@ -192,7 +194,7 @@ def unshared(model: nn.Module, n_layers: int, pattern: str | None) -> Iterator[t
     """
     uses = Counter(parameter for _, parameter in model.named_parameters(remove_duplicate=False))
     found = find_up_projections(model, n_layers, pattern)
-    shared = [(each.owner, _own_name(each), each.parameter) for each in found if uses[each.parameter] > 1]
+    shared = [(each.owner, each.leaf, each.parameter) for each in found if uses[each.parameter] > 1]
     for owner, name, parameter in shared:
         owner._parameters[name] = nn.Parameter(parameter.detach().clone(), parameter.requires_grad)
     try:
@@ -200,10 +202,6 @@ def unshared(model: nn.Module, n_layers: int, pattern: str | None) -> Iterator[t
     finally:
         for owner, name, parameter in shared:
             owner._parameters[name] = parameter
-
-
-def _own_name(each: UpProjection) -> str:
-    return next(name for name, parameter in each.owner._parameters.items() if parameter is each.parameter)
 
 
 def _wrappers(each: UpProjection) -> Iterator[Any]:
@@ -215,7 +213,7 @@ def _wrappers(each: UpProjection) -> Iterator[Any]:
                 f"'{each.name}' is a stack of experts with an adapter ({type(module).__name__}) that is not LoRA's "
                 f"target_parameters. {REMEDY}."
             )
-        if module.parameter_name == _own_name(each):
+        if module.parameter_name == each.leaf:
             yield module
         module = module.base_layer
 

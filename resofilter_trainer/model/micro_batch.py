@@ -16,6 +16,7 @@ from .head import PIECE_LOGITS, losses_in_pieces
 from .loss_check import LossCheck, TokenLoss, field_of
 from .losses import IGNORE
 from .modes import at_least_float32
+from .sharding import whole
 
 
 @dataclass(eq=False)
@@ -104,15 +105,16 @@ def losses_after(hidden: Tensor, model: Any, batch: MicroBatch) -> Tensor | None
     if hidden.shape[:2] != batch.labels.shape:  # an adapter has added tokens
         return None
     config, head = model.config, model.get_output_embeddings()
+    weight, bias = whole(head.weight), None if head.bias is None else whole(head.bias)
     scale, cap = getattr(config, "logit_scale", 1.0), getattr(config, "final_logit_softcapping", None)
 
     def logits(own: Tensor) -> Tensor:
-        found = at_least_float32(F.linear(own.to(head.weight.dtype), head.weight, head.bias)) * scale
+        found = at_least_float32(F.linear(own.to(weight.dtype), weight, bias)) * scale
         return found if cap is None else cap * torch.tanh(found / cap)
 
     learnt = (batch.labels[:, 1:] != IGNORE).to(hidden.device)
     targets = batch.labels[:, 1:].to(hidden.device)[learnt]
-    size = max(PIECE_LOGITS // len(head.weight), 1)
+    size = max(PIECE_LOGITS // len(weight), 1)
     losses, _ = losses_in_pieces(hidden[:, :-1][learnt], logits, targets, None, size)
     per_token = losses.double().new_zeros(learnt.shape).masked_scatter(learnt, losses.double())
     return per_token.to(batch.labels.device)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import parametrize
 from torch.nn.utils.prune import BasePruningMethod
@@ -11,6 +12,7 @@ from torch.nn.utils.weight_norm import WeightNorm
 
 from ..config import InputError
 
+CHECKPOINTED = "_checkpoint_wrapped_module"  # the name of a module inside FSDP's wrapper for checkpointing
 UNCOMPILED = "Pass the model uncompiled, and train without torch.compile"
 UNDONE_BY = {
     BasePruningMethod: "prune.remove({}, 'weight')",
@@ -23,6 +25,12 @@ def refuse_wrapper(model: object) -> None:
     """Raise InputError for a model that is wrapped for several devices."""
     if isinstance(model, (nn.DataParallel, DistributedDataParallel)):
         raise InputError(f"The model is wrapped in {type(model).__name__}. Pass the model inside: `model.module`.")
+
+
+def class_of(module: nn.Module) -> type[nn.Module]:
+    """The class of a module, without the one that FSDP2 derives from it."""
+    own = type(module)
+    return own.__bases__[-1] if isinstance(module, FSDPModule) else own
 
 
 def is_compiled(module: nn.Module) -> bool:

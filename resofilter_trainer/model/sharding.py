@@ -5,23 +5,30 @@
 
 The measured weights are thus whole in every process, and the head can be read a tile at a time. Each process has
 batches of its own. All processes gather a layer together, so each must run the model equally often, or all wait.
+
+A training run has its model sharded by accelerate, all of it. There, a layer's weights are whole in the backward of
+that layer, where they are measured; elsewhere they are gathered by `gathered` or `whole`, by all processes together.
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
+from collections.abc import Iterator
 from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor, Partial, Replicate
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from ..config import InputError, ResonanceConfig
-from .quantised import bits_of
-from .up_projection import decoder_layers, find_up_projections
+from .plain import CHECKPOINTED
+from .quantised import bits_of, plain_matrix
+from .up_projection import UpProjection, decoder_layers, find_up_projections
 
 
 def shard(
@@ -56,6 +63,58 @@ def shard(
 def is_sharded(model: nn.Module) -> bool:
     """Whether each process stores a shard of the model, so that all must run it at the same time."""
     return _sharded_parameter(model) is not None
+
+
+def is_fsdp2(model: nn.Module) -> bool:
+    """Whether FSDP2 has sharded a model, whose layers' weights are then whole while they run."""
+    return isinstance(model, FSDPModule)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A sharded tensor as a whole, detached; all processes that share it must call this. Any other tensor unchanged."""
+    if not isinstance(tensor, DTensor):
+        return tensor
+    here = cast(DTensor, tensor.detach().to(tensor.device_mesh.device_type))  # from a CPU, if it is offloaded to one
+    return here.full_tensor()
+
+
+def whole_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """The parameters of a model by the names that they have without checkpointing, gathered one at a time."""
+    for name, parameter in model.named_parameters():
+        yield name.replace(f"{CHECKPOINTED}.", ""), whole(parameter)
+
+
+@contextlib.contextmanager
+def gathered(module: nn.Module) -> Iterator[None]:
+    """Replaces the sharded parameters of a module, outside of its own forward and backward, by whole ones."""
+    with contextlib.ExitStack() as stack:
+        for owner in module.modules():
+            for name, parameter in owner._parameters.items():
+                if isinstance(parameter, DTensor):
+                    stack.callback(owner._parameters.__setitem__, name, parameter)
+                    owner._parameters[name] = nn.Parameter(whole(parameter), parameter.requires_grad)
+        yield
+
+
+def own_part(each: UpProjection) -> Tensor:
+    """The entries of a stored up-projection that this process has, detached: all of them unless it is sharded."""
+    stored = plain_matrix(each.owner, each.parameter)
+    if not isinstance(stored, DTensor):
+        return each.up(stored)
+    local = stored.to_local()
+    wanted = torch.zeros(len(stored), dtype=torch.bool)
+    wanted[each.index[0]] = True
+    _, (start, *_) = compute_local_shape_and_global_offset(stored.shape, stored.device_mesh, stored.placements)
+    own = wanted[start : start + len(local)].to(local.device)
+    return local[own][(slice(None), *each.index[1:])]
+
+
+def sum_over_shards(sums: Tensor, parameter: Tensor) -> Tensor:
+    """Sums over the entries of a sharded parameter from those of every process's shard; all processes call this."""
+    assert isinstance(parameter, DTensor)
+    mesh = parameter.device_mesh
+    places = [Partial() if place.is_shard() else Replicate() for place in parameter.placements]
+    return DTensor.from_local(sums.to(mesh.device_type), mesh, places).full_tensor()
 
 
 def of_first_process(model: nn.Module, value: Any) -> Any:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
+import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from ..config import InputError, ResonanceConfig
 from .effective import check_maps, effective_weight
 from .modes import at_least_float32
 from .resonance import layer_values
+from .sharding import gathered, own_part, sum_over_shards
 from .training_recorder import TrainingRecorder
 from .up_projection import UpProjection, find_up_projections
 from .updates import UPDATES
@@ -39,14 +44,28 @@ class StepRecorder:
             )
 
     def before(self) -> None:
-        """Store the weights before the step."""
-        self._before = [_effective(each).clone() for each in self._up_projections]
+        """Store the weights before the step; of a sharded one that has no adapter, the shard of this process."""
+        self._before = [_compared(each).clone() for each in self._up_projections]
 
     def after(self) -> np.ndarray:
         """(L,) the change of each measured layer since `before`, in the unit of the weights."""
-        changes = [_effective(each) - old for each, old in zip(self._up_projections, self._before, strict=True)]
+        changes = [_compared(each) - old for each, old in zip(self._up_projections, self._before, strict=True)]
         self._before = []
+        if any(isinstance(each.parameter, DTensor) for each in self._up_projections):
+            return self._over_shards(changes)
         return np.array(layer_values(self._up_projections, changes, self._config))
+
+    def _over_shards(self, changes: Sequence[Tensor]) -> np.ndarray:
+        """What `layer_values` gives of the whole weights, from those parts of their changes that this process has."""
+        layers = sorted({each.layer for each in self._up_projections})
+        sums, entries = torch.zeros(2, len(layers), dtype=torch.float64), np.zeros(len(layers))
+        for each, change in zip(self._up_projections, changes, strict=True):
+            size = change.double().abs() if self._config.norm == "mean_abs" else change.double().square()
+            sums[int(each.adapted), layers.index(each.layer)] += size.sum().cpu()
+            entries[layers.index(each.layer)] += each.entries
+        sharded = next(each.parameter for each in self._up_projections if isinstance(each.parameter, DTensor))
+        total = (sum_over_shards(sums[0], sharded).cpu() + sums[1]).numpy()  # an adapted weight is whole everywhere
+        return total / entries if self._config.norm == "mean_abs" else np.sqrt(total)
 
 
 def recorders(model: nn.Module, config: ResonanceConfig, samples: int) -> tuple[TrainingRecorder, StepRecorder | None]:
@@ -76,5 +95,9 @@ def _is_trained(each: UpProjection) -> bool:
     return any(parameter.requires_grad for parameter in (each.parameter, *adapters))
 
 
-def _effective(each: UpProjection) -> Tensor:
-    return at_least_float32(effective_weight(each))
+def _compared(each: UpProjection) -> Tensor:
+    """The effective weight; of a sharded one without an adapter the part that this process has."""
+    if not each.adapted:
+        return at_least_float32(own_part(each))
+    with gathered(each.outer):
+        return at_least_float32(effective_weight(each))

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from ..config import InputError, ResonanceConfig
 from ..config.compatibility import has
@@ -29,6 +30,7 @@ from .losses import unwrapped
 from .micro_batch import MicroBatch, losses_after, mean_losses, token_losses
 from .recorder import Call, call_sums
 from .resonance import Resonance
+from .sharding import is_sharded
 from .unreached import not_called, used_twice
 from .up_projection import UpProjection, find_up_projections
 from .updates import closed_form, size_of_change, unchanged_sum
@@ -41,6 +43,15 @@ NOT_APART = (
     "The router's auxiliary loss is the batch's, and to take it out of the rows' scores needs a second backward, which "
     "failed: {error}. Leave out activation_offloading=True and selective or reentrant checkpointing; or the auxiliary "
     "loss, with router_aux_loss_coef=0 or model.config.output_router_logits=False; or pass when='before'."
+)
+NOT_APART_IN_SHARDS = (
+    "The router's auxiliary loss is the batch's, and to take it out of the rows' scores needs a second backward, which "
+    "a sharded model has no place for. Leave it out, with router_aux_loss_coef=0 or "
+    "model.config.output_router_logits=False; or score first, with score_dataset(..., sharded=True)."
+)
+NOT_WHOLE = (
+    "'{}' is sharded while its gradient is computed, so its weight cannot be decayed. Let FSDP2 wrap the decoder's "
+    "layers (auto_wrap_policy='TRANSFORMER_BASED_WRAP')."
 )
 CHECKPOINTING = "gradient_checkpointing"  # transformers' attribute of a layer
 NOT_SEEN = (
@@ -177,6 +188,8 @@ class TrainingRecorder:
         if self.config is not None:
             aux = field_of(output, "aux_loss")
             if isinstance(aux, Tensor) and aux.requires_grad and outputs is not None:
+                if is_sharded(model):
+                    raise InputError(NOT_APART_IN_SHARDS)
                 batch.aside = self._gradients(aux, outputs)  # before the run's own backward is watched
             batch.check.watch(output, losses, kwargs.get("num_items_in_batch"), coarse)
 
@@ -221,6 +234,9 @@ class TrainingRecorder:
         assert config is not None
         if module in batch.sums:
             raise used_twice(call.up_projections[0])
+        for each in call.up_projections:
+            if isinstance(each.parameter, DTensor):
+                raise InputError(NOT_WHOLE.format(each.name))
         device, (enabled, dtype) = b.device.type, autocast
         devices = [b.device] if device == "cuda" else []
         self._replaying = True

@@ -19,11 +19,12 @@ from typing import Any, Literal, cast
 import torch
 from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import ActivationWrapper
 
 from ..config import InputError, ResonanceConfig
 from .adapters import refuse_adapters
 from .losses import unwrapped
-from .plain import UNCOMPILED, is_compiled, makes_its_weight_plain, refuse_wrapper
+from .plain import CHECKPOINTED, UNCOMPILED, class_of, is_compiled, makes_its_weight_plain, refuse_wrapper
 from .quantised import REMEDY, bits_of, matrix_shape, plain_matrix
 
 Kind = Literal["linear", "conv1d", "experts"]
@@ -79,7 +80,7 @@ class UpProjection:
         block: the child of the decoder layer that contains it, often the whole feed-forward.
         owner: the module that owns the parameter.
         outer: the outermost wrapper around the owner, such as a layer of PEFT; without one the owner itself.
-        parameter: the whole parameter as it is stored; packed if the model is quantised.
+        leaf: the name of the parameter in its owner.
         shape: the shape of the matrix that it represents: (O, I), (I, O) for conv1d, (E, O, I) or (E, I, O) for most
             experts.
         kind: how tokens reach it; `"experts"` must be run again, because not every token passes through it.
@@ -93,7 +94,7 @@ class UpProjection:
     block: nn.Module
     owner: nn.Module
     outer: nn.Module
-    parameter: nn.Parameter
+    leaf: str
     shape: torch.Size
     kind: Kind
     outputs: slice
@@ -102,6 +103,11 @@ class UpProjection:
     def up(self, tensor: Tensor) -> Tensor:
         """The entries of the up-projection in a tensor of `shape`, as a view."""
         return tensor[self.index]
+
+    @property
+    def parameter(self) -> nn.Parameter:
+        """The whole parameter as it is stored now: packed if the model is quantised, a DTensor while it is sharded."""
+        return cast(nn.Parameter, self.owner._parameters[self.leaf])
 
     @property
     def entries(self) -> int:
@@ -183,7 +189,10 @@ def _in_use(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def _active(module: nn.Module) -> tuple[nn.Module, str]:
-    """The copy of a module that PEFT's `modules_to_save` runs, and its path in the wrapper; else the module itself."""
+    """The module in a wrapper, as the one that PEFT's `modules_to_save` runs, and its path there; else the module."""
+    if isinstance(module, ActivationWrapper):  # FSDP's checkpointing
+        inner, path = _active(module._checkpoint_wrapped_module)
+        return inner, f".{CHECKPOINTED}{path}"
     if not isinstance(module, ModulesToSaveWrapper):
         return module, ""
     names = module.active_adapters
@@ -197,12 +206,13 @@ class _Weight:
     """A parameter of two or more dimensions.
 
     `name` is the name of its linear map or its own, inside the layer and without PEFT's wrappers, and `path` the same
-    with the copies of `modules_to_save`; `owner` is the module that owns it, `outer` the outermost wrapper around that
-    module, `parent` the module around the linear map.
+    with the copies of `modules_to_save`; `leaf` is its name in `owner`, the module that owns it, `outer` the outermost
+    wrapper around that module, `parent` the module around the linear map.
     """
 
     name: str
     path: str
+    leaf: str
     owner: nn.Module
     outer: nn.Module
     parent: nn.Module
@@ -220,15 +230,14 @@ def _weights(
         yield from _weights(children["base_layer"], parent, name, path, outer or module)
         return
     if makes_its_weight_plain(module):
-        yield _Weight(name, path, module, outer or module, parent, next(module.parameters()))
+        yield _Weight(name, path, "weight", module, outer or module, parent, next(module.parameters()))
         return
     for own, parameter in module.named_parameters(recurse=False):
         if parameter.dim() < 2 or isinstance(module, nn.Embedding):
             continue
-        leaf, around = ("", parent) if own == "weight" else (f".{own}", module)
-        yield _Weight(
-            f"{name}{leaf}".lstrip("."), f"{path}{leaf}".lstrip("."), module, outer or module, around, parameter
-        )
+        end, around = ("", parent) if own == "weight" else (f".{own}", module)
+        found, whole = f"{name}{end}".lstrip("."), f"{path}{end}".lstrip(".")
+        yield _Weight(found, whole, own, module, outer or module, around, parameter)
     for own, child in children.items():
         yield from _weights(child, module, f"{name}.{own}".lstrip("."), f"{path}.{own}")
 
@@ -247,7 +256,7 @@ def _in_layer(layer: nn.Module, index: int, path: str, regex: re.Pattern[str] | 
             continue
         _refuse_computed(layer, path, weight)
         shape = matrix_shape(name, weight.owner, parameter)
-        transposed = vars(weight.owner).get("is_transposed", type(weight.owner).__name__ in TRANSPOSED_CLASSES)
+        transposed = vars(weight.owner).get("is_transposed", class_of(weight.owner).__name__ in TRANSPOSED_CLASSES)
         axis = len(shape) - (1 if transposed else 2)  # of the output features
         outputs = _outputs(weight, shape[axis])
         entries = tuple(outputs if each == axis else slice(None) for each in range(len(shape)))
@@ -256,7 +265,7 @@ def _in_layer(layer: nn.Module, index: int, path: str, regex: re.Pattern[str] | 
         if kind == "experts" and bits_of(parameter):
             raise InputError(f"'{name}' is quantised and sees only tokens routed to it. Leave experts unquantised.")
         yield UpProjection(
-            name, index, module, block, weight.owner, weight.outer, parameter, shape, kind, outputs, entries
+            name, index, module, block, weight.owner, weight.outer, weight.leaf, shape, kind, outputs, entries
         )
 
 
@@ -282,10 +291,10 @@ def _refuse_without_weight(layer: nn.Module, path: str) -> None:
 
 def _outputs(weight: _Weight, size: int) -> slice:
     known = _known(weight.name)
-    gated = type(weight.parent).__name__ in GATED_CLASSES or (known is not None and NAMES[known] == "second half")
+    gated = class_of(weight.parent).__name__ in GATED_CLASSES or (known is not None and NAMES[known] == "second half")
     if not gated:
         return slice(None)
-    concatenated = vars(weight.owner).get("is_concatenated", type(weight.owner).__name__ not in INTERLEAVED_CLASSES)
+    concatenated = vars(weight.owner).get("is_concatenated", class_of(weight.owner).__name__ not in INTERLEAVED_CLASSES)
     return slice(size // 2, None) if concatenated else slice(1, None, 2)
 
 

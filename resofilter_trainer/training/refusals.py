@@ -11,6 +11,7 @@ from typing import Any, cast
 
 import torch
 from accelerate.utils import DistributedType
+from torch.distributed.fsdp import FullyShardedDataParallel
 from transformers import Trainer
 
 from ..config import InputError
@@ -19,7 +20,7 @@ from ..model.adapters import keeps_a_prefix, refuse_adapters
 from ..model.float32 import main_dtype
 from ..model.head import mixes_samples
 from ..model.losses import unwrapped
-from ..model.sharding import is_sharded
+from ..model.sharding import is_fsdp2, is_sharded
 from ..selecting.weighted_rows import WEIGHT
 from .trainer_access import is_packed, is_sft
 from .trainer_packing import is_unsloth, packs
@@ -46,7 +47,6 @@ UNPACK = (
     "Pass SFTTrainer the rows themselves (resofilter_trainer.unpack makes rows of packs), with packing=True and "
     "callbacks=[ResonanceCallback(dataset=dataset)]"
 )
-SCORE_FIRST = "Score first (resofilter score), then train on the selection"
 
 # Both callbacks refuse these: the samples of a batch, or their rows, cannot be told apart.
 COMMON: tuple[Refusal, ...] = (
@@ -144,17 +144,15 @@ MEASURING: tuple[Refusal, ...] = (
         refused=lambda trainer, dataset: trainer.args.accelerator_config.dispatch_batches is True,
     ),
     Refusal(
-        what="FSDP",
-        why="which shards weights and gradients",
-        remedy=SCORE_FIRST,
-        refused=lambda trainer, dataset: (
-            trainer.accelerator.distributed_type == DistributedType.FSDP or is_sharded(cast(Any, trainer.model))
-        ),
+        what="a model that is sharded by other means than FSDP2, such as FSDP1",
+        why="whose weights are not whole where they are used",
+        remedy="Let the Trainer shard it, with fsdp_config={'fsdp_version': 2}",
+        refused=lambda trainer, dataset: _in_shards(trainer) and not _by_fsdp2(trainer),
     ),
     Refusal(
         what="DeepSpeed",
         why="which computes gradients in an engine of its own",
-        remedy=SCORE_FIRST,
+        remedy="Use FSDP2; or score first (resofilter score), then train on the selection",
         refused=lambda trainer, dataset: trainer.accelerator.distributed_type == DistributedType.DEEPSPEED,
     ),
     Refusal(
@@ -185,6 +183,22 @@ MEASURING: tuple[Refusal, ...] = (
             and not trainer.args.dataloader_drop_last
         ),
     ),
+)
+
+# ResonanceCallback refuses these for a model that is sharded.
+BEFORE_SHARDED = Refusal(
+    what="when='before' of a sharded model",
+    why="in which processes with fewer rows than others leave the others waiting",
+    remedy=(
+        "Score first, with score_dataset(..., sharded=True), and train on the selection; or measure while training"
+    ),
+    refused=lambda trainer, dataset: is_sharded(cast(Any, trainer.model)),
+)
+CLEANING_SHARDED = Refusal(
+    what="token_cleaning of a sharded model",
+    why="which measures tokens in passes of its own",
+    remedy="Clean the tokens first (resofilter clean)",
+    refused=lambda trainer, dataset: is_sharded(cast(Any, trainer.model)),
 )
 
 # SampleWeights refuses these.
@@ -222,7 +236,8 @@ def check_trainer(trainer: Trainer, train_dataloader: Any) -> None:
     args = cast(Any, trainer.args)
     if loss_type(args) == "dft":
         need("log_probs", "ResonanceCallback with loss_type='dft'")
-    _refuse("ResonanceCallback cannot work with", MEASURING, trainer, train_dataloader)
+    refuse_adapters(cast(Any, trainer.model))
+    _refuse("ResonanceCallback cannot work with", MEASURING, trainer, train_dataloader.dataset)
     if len(train_dataloader.dataset) == 0:
         raise InputError("The dataset has no rows to train on.")
     setting = next((name for name in ("packing", "padding_free") if getattr(args, name, False)), None)
@@ -230,18 +245,30 @@ def check_trainer(trainer: Trainer, train_dataloader: Any) -> None:
         _check_apart(cast(Any, trainer.model), 2e-2 if args.bf16 or args.fp16 else 1e-4, setting)
 
 
+def check_sharded(trainer: Trainer, before: bool, cleans: bool) -> None:
+    """Raise InputError for what cannot be measured of a sharded model.
+
+    Args:
+        trainer: the trainer.
+        before: whether rows are measured in a pass of their own, before the training.
+        cleans: whether tokens are cleaned.
+    """
+    asked = [*([BEFORE_SHARDED] if before else []), *([CLEANING_SHARDED] if cleans else [])]
+    _refuse("ResonanceCallback cannot work with", asked, trainer, trainer.train_dataset)
+
+
 def check_weighable(trainer: Trainer, train_dataloader: Any) -> None:
     """Raise InputError where a sample's loss cannot be weighted; it says what to change."""
     if not is_sft(trainer):
         raise InputError(f"Rows are weighted in SFTTrainer's loss, this is {type(trainer).__name__}.")
-    _refuse("Rows cannot be weighted with", WEIGHING, trainer, train_dataloader)
+    refuse_adapters(cast(Any, trainer.model))
+    _refuse("Rows cannot be weighted with", WEIGHING, trainer, train_dataloader.dataset)
     need("log_probs", "A weight for each row")
 
 
-def _refuse(cannot: str, refusals: Sequence[Refusal], trainer: Trainer, train_dataloader: Any) -> None:
-    refuse_adapters(cast(Any, trainer.model))
+def _refuse(cannot: str, refusals: Sequence[Refusal], trainer: Trainer, dataset: Any) -> None:
     for each in refusals:
-        if each.refused(trainer, train_dataloader.dataset):
+        if each.refused(trainer, dataset):
             raise InputError(f"{cannot} {each.what}, {each.why}. {each.remedy}.")
 
 
@@ -254,3 +281,15 @@ def _check_apart(model: Any, tolerance: float, setting: str) -> None:
             f"{setting}=False, or load the model with an attn_implementation that keeps them apart, such as "
             "'flash_attention_2'."
         )
+
+
+def _in_shards(trainer: Trainer) -> bool:
+    """Whether a trainer's model is sharded, by whatever means."""
+    by_class = isinstance(trainer.model, FullyShardedDataParallel)
+    by_engine = trainer.accelerator.distributed_type == DistributedType.FSDP
+    return by_class or by_engine or is_sharded(cast(Any, trainer.model))
+
+
+def _by_fsdp2(trainer: Trainer) -> bool:
+    """Whether the Trainer itself has sharded its model by FSDP2."""
+    return trainer.is_fsdp_enabled and is_fsdp2(cast(Any, trainer.model))

@@ -29,7 +29,7 @@ from .filtering import FilterConfig
 from .log import RunLog, warn_that_nothing_is_filtered
 from .measurements import Measurements
 from .plan_log import line, planned_epochs, save_plan
-from .refusals import check_trainer
+from .refusals import check_sharded, check_trainer
 from .resuming import check_settings, has_other_length, resumed
 from .sampler import ROW
 from .timeline import Timeline
@@ -67,6 +67,7 @@ class Run:
     ) -> None:
         check_causal(trainer.model)
         check_trainer(trainer, train_dataloader)
+        check_sharded(trainer, before=filtering.when == "before", cleans=cleaning is not None)
         self.trainer, self.results = trainer, results
         self.folder = Path(str(trainer.args.output_dir)) / STATE
         self.examples = examples_of(trainer, dataset, cleaning is not None)

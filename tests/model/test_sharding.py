@@ -8,17 +8,26 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from helpers.families import tiny
 from helpers.processes import torchrun
 from helpers.samples import collate, make_samples
 from helpers.training import train
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from resofilter_trainer import InputError, Recorder, ResonanceCallback, ResonanceConfig
+from resofilter_trainer.data.fingerprints import hash_weights
+from resofilter_trainer.model.plain import class_of
 from resofilter_trainer.model.quantised import bits_of
-from resofilter_trainer.model.sharding import is_sharded, shard
+from resofilter_trainer.model.sharding import is_sharded, own_part, shard
+from resofilter_trainer.model.step_recorder import StepRecorder
+from resofilter_trainer.model.up_projection import find_up_projections
+from resofilter_trainer.training import run
 
 CPU = torch.device("cpu")
 # An up-projection that is plain, transposed, half of a map, among experts; a head that caps its logits (gemma2).
@@ -50,37 +59,33 @@ def test_two_processes_measure_what_one_measures_on_the_whole_model(case: str, o
         assert found["share"] < (0.85 if "moe" in case or "mixtral" in case else 0.75)  # experts are kept whole
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("told", ["told", "untold"])
-def test_training_under_fsdp2_is_refused_in_one_line(told: str, tmp_path: Path) -> None:
-    said = torchrun("two_processes_refused", tmp_path, told)
-    lines = [line for line in said.splitlines() if "refused:" in line]
-    expected = (
-        f"sharded True, said {told == 'told'}, refused: ResonanceCallback cannot work with FSDP, which shards weights "
-        "and gradients. Score first (resofilter score), then train on the selection."
-    )
-    assert lines == [expected] * 2
-
-
-def test_training_under_deepspeed_is_refused_in_one_line(tmp_path, tokenizer, monkeypatch) -> None:
-    from accelerate import Accelerator
-
-    from resofilter_trainer.training import run
-
+@pytest.mark.parametrize(
+    ("engine", "said"),
+    [
+        (
+            DistributedType.FSDP,  # without FSDP2's classes, as FSDP1 and tensor parallelism have none
+            "a model that is sharded by other means than FSDP2, such as FSDP1, whose weights are not whole where they "
+            "are used. Let the Trainer shard it, with fsdp_config={'fsdp_version': 2}.",
+        ),
+        (
+            DistributedType.DEEPSPEED,
+            "DeepSpeed, which computes gradients in an engine of its own. Use FSDP2; or score first (resofilter "
+            "score), then train on the selection.",
+        ),
+    ],
+)
+def test_training_under_other_engines_is_refused_in_one_line(engine, said, tmp_path, tokenizer, monkeypatch) -> None:
     check = run.check_trainer
 
-    def under_deepspeed(*args):
+    def under_it(*args):
         with monkeypatch.context() as patch:
-            patch.setattr(Accelerator, "distributed_type", DistributedType.DEEPSPEED)
+            patch.setattr(Accelerator, "distributed_type", engine)
             check(*args)
 
-    monkeypatch.setattr(run, "check_trainer", under_deepspeed)
+    monkeypatch.setattr(run, "check_trainer", under_it)
     with pytest.raises(InputError) as refused:
         train(tmp_path, tokenizer, ResonanceCallback(keep=0.5))
-    assert str(refused.value) == (
-        "ResonanceCallback cannot work with DeepSpeed, which computes gradients in an engine of its own. Score first "
-        "(resofilter score), then train on the selection."
-    )
+    assert str(refused.value) == f"ResonanceCallback cannot work with {said}"
 
 
 @pytest.fixture
@@ -147,3 +152,63 @@ def test_what_cannot_be_sharded_is_refused(one_process) -> None:
 def test_one_process_alone_shards_nothing() -> None:
     with pytest.raises(InputError, match="over several processes, and there is one"):
         shard(tiny("llama"), ResonanceConfig(), CPU)
+
+
+@pytest.mark.parametrize("family", ["llama", "phi3", "gpt2"])  # whole, the second half of the rows, transposed
+@pytest.mark.parametrize("processes", [2, 3])
+def test_each_process_has_its_own_part_of_a_sharded_weight(family: str, processes: int) -> None:
+    truth = [each.plain_weight().clone() for each in find_up_projections(tiny(family), 2)]
+    parts: list[list[torch.Tensor]] = [[] for _ in truth]
+    for rank in range(processes):
+        dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=processes)
+        try:
+            mesh = DeviceMesh("cpu", range(processes))
+            for found, each in zip(parts, find_up_projections(tiny(family), 2), strict=True):
+                stored = each.parameter.detach()
+                local = stored.chunk(processes)[rank]
+                sharded = DTensor.from_local(local, mesh, [Shard(0)], shape=stored.shape, stride=stored.stride())
+                each.owner._parameters[each.leaf] = torch.nn.Parameter(sharded)
+                found.append(own_part(each))
+        finally:
+            dist.destroy_process_group()
+    for found, whole in zip(parts, truth, strict=True):
+        assert torch.equal(torch.cat(found), whole)
+
+
+@pytest.mark.parametrize("norm", ["mean_abs", "l2"])
+@pytest.mark.parametrize("family", ["llama", "phi3"])
+def test_the_optimizers_step_on_a_sharded_model_has_the_size_of_that_on_the_whole_one(family, norm, one_process):
+    config, sizes = ResonanceConfig(n_layers=2, update="optimizer", norm=norm), []
+    for sharded in (False, True):
+        model = tiny(family)
+        if sharded:
+            for layer in model.model.layers:
+                fully_shard(layer)
+            fully_shard(model)
+        recorder = StepRecorder(model, config)
+        recorder.before()
+        with torch.no_grad():
+            for i, (_, parameter) in enumerate(model.named_parameters()):
+                parameter.add_(1e-3 * (i + 1))
+        sizes.append(recorder.after())
+    assert sizes[0].min() > 1e-3
+    np.testing.assert_allclose(sizes[1], sizes[0], rtol=1e-12)
+
+
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+def test_checkpointing_by_a_wrapper_hides_nothing(family: str) -> None:
+    plain, wrapped = tiny(family), tiny(family)
+    for i, layer in enumerate(wrapped.model.layers):
+        wrapped.model.layers[i] = checkpoint_wrapper(layer)
+    for one, other in zip(find_up_projections(plain, 2), find_up_projections(wrapped, 2), strict=True):
+        assert (one.name, one.kind, one.entries) == (other.name, other.kind, other.entries)
+        assert type(one.module) is type(other.module)
+        assert torch.equal(one.plain_weight(), other.plain_weight())
+    assert hash_weights(plain) == hash_weights(wrapped)
+
+
+def test_the_class_that_fsdp2_derives_is_seen_through(one_process) -> None:
+    experts = torch.nn.Linear(2, 2)
+    fully_shard(experts)
+    assert type(experts) is not torch.nn.Linear
+    assert class_of(experts) is torch.nn.Linear

@@ -1,0 +1,176 @@
+"""Run by torchrun: trainings with the callback, kind by kind: of a whole model, or sharded by FSDP2.
+
+On a CPU accelerate would not shard: so its state is told that it is FSDP, as it tells itself on an accelerator.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType
+from peft import LoraConfig
+from torch.distributed.fsdp import CPUOffloadPolicy
+from transformers import set_seed
+
+from helpers.tokenizers import make_tokenizer
+from helpers.training import Outcome, llama, rows, train
+from helpers.versions import older_than
+from resofilter_trainer import InputError, ResonanceCallback
+from resofilter_trainer.model.modes import own_precision
+from resofilter_trainer.model.sharding import whole_parameters
+
+ROWS, BATCH = 48, 6  # a multiple of 2 and of 3 processes
+PROCESSES = int(os.environ.get("WORLD_SIZE", "1"))
+LORA = LoraConfig(r=2, target_modules=["q_proj", "up_proj"], lora_dropout=0.0, init_lora_weights=False)
+FSDP = {"version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}
+# What the kinds of run change in the arguments of `train`. "fsdp" counts only where the model is sharded, and
+# "micro_batches" are of a step in one process: those of two processes, as the Trainer's loss depends on them by 1e-9.
+KINDS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "double": {"model": lambda size: llama(size).double(), "micro_batches": 2},
+    "not resharded": {"fsdp": {"reshard_after_forward": False}},
+    "checkpointing": {"fsdp": {"activation_checkpointing": True}},
+    "the Trainer's checkpointing": {"activation_checkpointing": True},
+    "offload": {"fsdp": {"cpu_offload": True}},
+    "bfloat16": {"bf16": True},
+    "bfloat16, checkpointing": {"bf16": True, "fsdp": {"activation_checkpointing": True}},
+    "accumulation": {"gradient_accumulation_steps": 3},  # the last step of an epoch has fewer
+    "lora": {"peft": LORA},
+    "tied": {"model": partial(llama, tie_word_embeddings=True)},
+    "sharded checkpoints": {"fsdp": {"state_dict_type": "SHARDED_STATE_DICT"}},
+}
+
+
+def shard_on_cpu() -> None:
+    """Let accelerate shard models on a CPU, too."""
+    own = AcceleratorState.__init__
+
+    def init(self: AcceleratorState, *args: Any, fsdp_plugin: Any = None, **kwargs: Any) -> None:
+        own(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
+        if fsdp_plugin is not None:
+            if self._mixed_precision != "no":
+                fsdp_plugin.set_mixed_precision(self._mixed_precision)
+            if isinstance(fsdp_plugin.cpu_offload, CPUOffloadPolicy):
+                fsdp_plugin.cpu_offload = CPUOffloadPolicy(pin_memory=False)  # which needs an accelerator
+            self.fsdp_plugin = fsdp_plugin
+        if vars(self).get("fsdp_plugin") is not None:  # each new view of the state copies another type into it
+            self.distributed_type = DistributedType.FSDP
+
+    AcceleratorState.__init__ = init
+
+
+def engine() -> str:
+    """What shards the model: `"fsdp"` or `"nothing"`."""
+    return sys.argv[3]
+
+
+def run(output: Path, kind: str, callback: ResonanceCallback | None, **more: Any) -> Outcome:
+    """One training of a kind, on the same rows in steps of the same size in any number of processes."""
+    changes, tokenizer = {**KINDS[kind], **more}, make_tokenizer()
+    fsdp, make = changes.pop("fsdp", {}), changes.pop("model", llama)
+    size, parts = changes.pop("per_device_train_batch_size", BATCH), changes.pop("micro_batches", 1)
+    if PROCESSES == 1 and parts > 1:
+        changes["gradient_accumulation_steps"], size = parts, size // parts
+    if engine() == "fsdp":
+        new = not older_than("transformers", "5.23")
+        changes |= {"fsdp": True if new else "full_shard auto_wrap", "fsdp_config": {**FSDP, **fsdp}}
+    set_seed(0)
+    model = make(len(tokenizer))
+    with own_precision(model):
+        return train(
+            output,
+            tokenizer,
+            callback,
+            model=model,
+            dataset=rows(ROWS),
+            per_device_train_batch_size=size // PROCESSES,
+            **changes,
+        )
+
+
+def filtering(**settings: Any) -> ResonanceCallback:
+    return ResonanceCallback(**{"keep": [1.0, 0.5, 0.25], "eps": 1e-4, "weight_decay": 0.5, **settings})
+
+
+def numbers(outcome: Outcome) -> dict[str, np.ndarray]:
+    """What the callback found, and all weights, in every process."""
+    weights = {name: value.detach().double().flatten() for name, value in whole_parameters(outcome.trainer.model)}
+    found: dict[str, np.ndarray] = {"weights": torch.cat([weights[name] for name in sorted(weights)]).numpy()}
+    if outcome.callback is not None:
+        scores = outcome.callback.scores
+        found |= {name: scores.column(name) for name in ("measured", "score", "loss", "epoch")}
+        found |= {"keep": np.array([each.keep for each in outcome.callback.selections])}
+        found |= {"provenance": np.array(scores.provenance.weights)}
+    return {**found, "steps": np.array(outcome.trainer.state.global_step)}
+
+
+def scores(output: Path, kind: str) -> dict[str, np.ndarray]:
+    """A run that drops rows."""
+    return numbers(run(output / "scores", kind, filtering()))
+
+
+def untouched(output: Path, kind: str) -> dict[str, np.ndarray]:
+    """A run with the callback that drops nothing, and one without it."""
+    with_callback = run(output / "with", kind, filtering(keep=1.0))
+    without = run(output / "without", kind, None)
+    assert with_callback.logs == without.logs
+    return {"with": numbers(with_callback)["weights"], "without": numbers(without)["weights"]}
+
+
+def resumed(output: Path, kind: str) -> dict[str, np.ndarray]:
+    """A run that is resumed from each of its checkpoints; whether its end differs."""
+    whole = run(output / "whole", kind, filtering(), save_strategy="steps", save_steps=3)
+    truth, checkpoints = numbers(whole), sorted((output / "whole").glob("checkpoint-*"))
+    for checkpoint in checkpoints:
+        again = run(output / "resumed", kind, filtering(), resume=str(checkpoint))
+        found = numbers(again)
+        for name, value in truth.items():
+            assert np.array_equal(found[name], value, equal_nan=value.dtype.kind == "f"), (checkpoint.name, name)
+    return {"checkpoints": np.array(len(checkpoints))}
+
+
+def optimizer(output: Path, kind: str) -> dict[str, np.ndarray]:
+    """A run that measures the optimizer's own steps, each on one row."""
+    callback = filtering(update="optimizer")
+    return numbers(run(output / "optimizer", kind, callback, per_device_train_batch_size=PROCESSES))
+
+
+def refused(output: Path, kind: str) -> dict[str, np.ndarray]:
+    """What a pass of its own says."""
+    try:
+        run(output / "refused", kind, filtering(when="before"))
+    except InputError as error:
+        return {"said": np.array(str(error))}
+    return {}
+
+
+WHAT: dict[str, Callable[[Path, str], dict[str, np.ndarray]]] = {
+    each.__name__: each for each in (scores, untouched, resumed, optimizer, refused)
+}
+
+
+def main() -> None:
+    place, what = Path(sys.argv[1]), sys.argv[2]
+    warnings.filterwarnings("error", "The loss of .* weighs rows in its own way")  # it does not
+    if engine() == "fsdp":
+        shard_on_cpu()
+    for kind in sys.argv[4:]:
+        found = WHAT[what](place / kind, kind)
+        if not dist.is_initialized() or dist.get_rank() == 0:
+            np.savez(place / f"{what} {kind}.npz", **found)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

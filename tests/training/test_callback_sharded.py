@@ -1,0 +1,135 @@
+"""Processes that share a model by FSDP2 measure and keep what one process with the whole model does."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from helpers.processes import torchrun
+from helpers.sharded import ROWS
+
+pytestmark = pytest.mark.slow
+
+EXACT = (  # in float32 or float64
+    "plain",
+    "double",
+    "not resharded",
+    "checkpointing",
+    "the Trainer's checkpointing",
+    "offload",
+    "accumulation",
+    "lora",
+    "tied",
+)
+BY_THREE = ("plain", "accumulation")
+UNTOUCHED = (
+    "plain",
+    "not resharded",
+    "checkpointing",
+    "offload",
+    "bfloat16",
+    "bfloat16, checkpointing",
+    "accumulation",
+    "lora",
+)
+RESUMED = ("plain", "sharded checkpoints", "offload", "accumulation", "lora")
+
+
+def load(place: Path, what: str, kind: str) -> dict[str, np.ndarray]:
+    return dict(np.load(place / f"{what} {kind}.npz", allow_pickle=True))
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> Path:
+    """The runs of one process with the whole model."""
+    folder = tmp_path_factory.mktemp("whole")
+    torchrun("sharded", folder, "scores", "nothing", *EXACT, "bfloat16", processes=1)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def by_two(tmp_path_factory) -> Path:
+    """The runs of two processes that share the model."""
+    folder = tmp_path_factory.mktemp("two")
+    torchrun("sharded", folder, "scores", "fsdp", *EXACT, "bfloat16", processes=2)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def by_three(tmp_path_factory) -> Path:
+    """The runs of three processes that share the model."""
+    folder = tmp_path_factory.mktemp("three")
+    torchrun("sharded", folder, "scores", "fsdp", *BY_THREE, processes=3)
+    return folder
+
+
+def assert_same(found: dict[str, np.ndarray], truth: dict[str, np.ndarray], tolerance: float) -> None:
+    """The same rows in every epoch, and the same scores to a share of their spread."""
+    assert truth["keep"].sum(1).tolist() == [ROWS, ROWS // 2, ROWS // 4]
+    assert np.array_equal(found["keep"], truth["keep"])
+    assert np.array_equal(found["epoch"], truth["epoch"])
+    assert found["steps"] == truth["steps"]
+    assert found["provenance"] == truth["provenance"]
+    for name in ("measured", "score", "loss"):
+        assert np.abs(found[name] - truth[name]).max() <= tolerance * np.ptp(truth[name]), name
+
+
+@pytest.mark.parametrize("kind", EXACT)
+def test_two_processes_measure_and_keep_what_one_does(kind, whole, by_two):
+    assert_same(load(by_two, "scores", kind), load(whole, "scores", kind), 1e-9 if kind == "double" else 1e-5)
+
+
+@pytest.mark.parametrize("kind", BY_THREE)
+def test_so_do_three(kind, whole, by_three):
+    assert_same(load(by_three, "scores", kind), load(whole, "scores", kind), 1e-5)
+
+
+def test_in_bfloat16_the_scores_agree_as_far_as_its_rounding_lets_them(whole, by_two):
+    found, truth = load(by_two, "scores", "bfloat16"), load(whole, "scores", "bfloat16")
+    first = np.abs(found["measured"] - truth["measured"])[truth["epoch"] == 0]
+    assert first.max() <= 3e-2 * np.ptp(truth["measured"])
+
+
+@pytest.fixture(scope="module")
+def untouched(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("untouched")
+    torchrun("sharded", folder, "untouched", "fsdp", *UNTOUCHED, processes=2)
+    return folder
+
+
+@pytest.mark.parametrize("kind", UNTOUCHED)
+def test_with_all_rows_kept_the_weights_are_those_without_the_callback(kind, untouched):
+    found = load(untouched, "untouched", kind)
+    assert np.array_equal(found["with"], found["without"])
+    assert np.ptp(found["with"]) > 0
+
+
+@pytest.fixture(scope="module")
+def resumed(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("resumed")
+    torchrun("sharded", folder, "resumed", "fsdp", *RESUMED, processes=2)
+    return folder
+
+
+@pytest.mark.parametrize("kind", RESUMED)
+def test_the_end_is_the_same_from_every_checkpoint(kind, resumed):
+    assert load(resumed, "resumed", kind)["checkpoints"] >= 2
+
+
+def test_the_optimizers_own_steps_are_measured_on_a_sharded_model(tmp_path):
+    """In one process, since a step has one row: a user's way to train a model that is offloaded by FSDP2."""
+    for name in ("nothing", "fsdp"):
+        (tmp_path / name).mkdir()
+        torchrun("sharded", tmp_path / name, "optimizer", name, "plain", "lora", processes=1)
+    for kind in ("plain", "lora"):
+        found, truth = (load(tmp_path / name, "optimizer", kind) for name in ("fsdp", "nothing"))
+        np.testing.assert_allclose(found["measured"], truth["measured"], rtol=1e-6)
+        assert np.array_equal(found["keep"], truth["keep"])
+
+
+def test_a_pass_of_its_own_is_refused(tmp_path):
+    torchrun("sharded", tmp_path, "refused", "fsdp", "plain", processes=2)
+    said = str(load(tmp_path, "refused", "plain")["said"])
+    assert said.startswith("ResonanceCallback cannot work with when='before' of a sharded model")
+    assert "score_dataset(..., sharded=True)" in said
