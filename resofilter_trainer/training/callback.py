@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from datasets import Dataset
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..config import (
     OPTIMIZER,
@@ -38,6 +38,7 @@ from ..selecting.selection import Selection
 from . import trainer_access as access
 from .filtering import FilterConfig, Policy, When
 from .run import Run
+from .stream_run import StreamRun
 from .weighting import SampleWeights
 
 
@@ -53,6 +54,8 @@ class ResonanceCallback(TrainerCallback):
             and by which scores, see `FilterConfig`. By default, the half with the larger scores after the first epoch.
         token_cleaning: which tokens of the rows are learnt, see `TokenCleaning`. On its own, it drops only the rows
             that keep no token; together with `keep` and the like, rows are scored by the tokens that are learnt.
+        id_column: of a stream (`IterableDataset`), the column with a number or text of its own for each row, by which
+            rows are known in every pass; by default they are known by their order, which must then be the same.
         update: the step that is measured: the first step of a fresh optimizer, `"adamw"` or `"sgd"`, in closed form
             and at any batch size; or `"optimizer"`, what this run's own optimizer did, for steps of a single sample.
         report: whether to write `report.html` beside the scores at the end, see `write_report`.
@@ -65,6 +68,8 @@ class ResonanceCallback(TrainerCallback):
     With `max_steps`, the run has as many steps as asked for: every epoch is as long as one on all rows, and repeats the
     kept rows as often as necessary. Otherwise an epoch is one pass over the kept rows. The rows and steps of each
     epoch, and why, are logged and written to `output_dir/resofilter/plan.json`.
+
+    On a stream, an epoch is a pass over it, shares are of the rows of the first one, and the steps are `max_steps`.
 
     Raises:
         InputError: here or when training begins, where a setting cannot work; the message says what to change.
@@ -83,6 +88,7 @@ class ResonanceCallback(TrainerCallback):
         correct_drift: bool | None = None,
         warmup: int | Warmup | None = None,
         token_cleaning: TokenCleaning | None = None,
+        id_column: str | None = None,
         update: UpdateName = "adamw",
         report: bool = False,
         dataset: Dataset | None = None,
@@ -96,7 +102,7 @@ class ResonanceCallback(TrainerCallback):
             raise InputError(f"token_cleaning must be a TokenCleaning, got {token_cleaning!r}.")
         if token_cleaning is not None and keep is None and threshold is None and selector is None:
             keep = 1.0
-        self.token_cleaning = token_cleaning
+        self.token_cleaning, self.id_column = token_cleaning, id_column
         self.filter = FilterConfig(
             keep, threshold, selector, when, start_epoch, readmit, correct_drift, end_epoch, warmup
         )
@@ -107,7 +113,7 @@ class ResonanceCallback(TrainerCallback):
         if update == OPTIMIZER and when == "before":
             raise InputError("update='optimizer' is measured while training: leave out when='before'.")
         self._results = Results()
-        self._run: Run | None = None
+        self._run: Run | StreamRun | None = None
         self._lock = contextlib.ExitStack()  # of the run's folder
 
     @property
@@ -147,12 +153,19 @@ class ResonanceCallback(TrainerCallback):
                 "Leave out SampleWeights: pass the policy that weights rows to ResonanceCallback, as selector=."
             )
         self._results = Results()
-        loader = kwargs["train_dataloader"]
-        cleaning, dataset = self.token_cleaning, self.dataset
-        self._run = Run(trainer, loader, self.filter, self.config, self._results, cleaning, dataset)
+        self._run = self._run_of(trainer, kwargs["train_dataloader"])
         self._lock.close()  # of a training that an error ended
         self._lock.enter_context(locked(self._run.folder))
         self._run.begin(checkpoint)
+
+    def _run_of(self, trainer: Trainer, loader: Any) -> Run | StreamRun:
+        if not access.is_stream(trainer):
+            if self.id_column is not None:
+                raise InputError("id_column is for a stream, whose rows have no number of their own: leave it out.")
+            return Run(trainer, loader, self.filter, self.config, self._results, self.token_cleaning, self.dataset)
+        if self.token_cleaning is not None:
+            raise InputError("token_cleaning needs all rows before training: load the stream as a Dataset.")
+        return StreamRun(trainer, loader, self.filter, self.config, self._results, self.id_column)
 
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -205,7 +218,7 @@ class ResonanceCallback(TrainerCallback):
                 report_run(run.trainer, run.folder, run.rows.sample_ids, run.rows.total, run.examples.texts)
 
     @property
-    def _running(self) -> Run:
+    def _running(self) -> Run | StreamRun:
         if self._run is None:
             raise RuntimeError("The Trainer fired an event of a training that never began.")
         return self._run

@@ -24,7 +24,8 @@ class Rows:
     """Examples that are rows: each is one sample.
 
     Args:
-        trainer: the trainer.
+        rows: the rows of the user's dataset that the trainer trains on.
+        dataset: the trainer's dataset.
 
     Attributes:
         rows: the rows of the user's dataset that the trainer trains on.
@@ -39,10 +40,10 @@ class Rows:
     unit, most = "rows", 1
     collator, indexed = RowCollator, IndexedRows
 
-    def __init__(self, trainer: Trainer) -> None:
-        self.rows = access.rows_of(trainer)
-        self.samples = len(self.rows.sample_ids)
-        self.tokens: Any = trainer.train_dataset
+    def __init__(self, rows: TrainerRows, dataset: Any) -> None:
+        self.rows = rows
+        self.samples = len(rows.sample_ids)
+        self.tokens: Any = dataset
         self.texts = self.tokens
 
     def place(self, kept: np.ndarray, sizes: Sequence[int]) -> tuple[np.ndarray, Sequence[int]]:
@@ -150,7 +151,7 @@ def examples_of(trainer: Trainer, dataset: Dataset | None, cleans_tokens: bool) 
         InputError: the rows are packed in a way in which they cannot be told apart.
     """
     if not packs(trainer):
-        return Rows(trainer)
+        return Rows(access.rows_of(trainer), trainer.train_dataset)
     if cleans_tokens:
         raise InputError(
             "ResonanceCallback cannot work with packing=True and token_cleaning, which masks the tokens of single "

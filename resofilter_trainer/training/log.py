@@ -101,3 +101,13 @@ def warn_that_nothing_is_filtered(trainer: Trainer, first: int, epochs: int) -> 
             "scores. Train for more epochs, or pass when='before'.",
             stacklevel=2,
         )
+
+
+def warn_that_no_pass_is_filtered(trainer: Trainer, first: int, passes: int) -> None:
+    """Warn that a run on a stream ended in a pass before its filtering would begin."""
+    if trainer.args.process_index == 0:
+        warnings.warn(
+            f"max_steps={trainer.args.max_steps} ended in pass {passes + 1} over the stream, and filtering would begin "
+            f"with pass {first + 1}: no row was dropped, and the run only gives scores. Set a larger max_steps.",
+            stacklevel=2,
+        )

@@ -76,6 +76,14 @@ class Measurements:
         """Which rows were measured at all."""
         return self.epoch >= 0
 
+    def grow(self, rows: int) -> None:
+        """Make room for so many rows; the further ones were never measured."""
+        more, before = Measurements(rows, self.layer_indices), len(self.score)
+        for name in ("score", "loss", "layers", "num_tokens", "length", "epoch", "step", "idle"):
+            values = getattr(more, name)
+            values[:before] = getattr(self, name)
+            setattr(self, name, values)
+
     def add(self, found: Measured) -> None:
         """Add the measurements of one step. Of a row that comes more than once in an epoch, the first counts.
 

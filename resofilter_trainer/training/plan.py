@@ -26,6 +26,8 @@ class Batching:
         accumulation: the number of micro-batches of one step.
         drop_last: whether rows that do not fill a micro-batch are left out of their epoch.
         repeats: whether several processes repeat rows to end an epoch, as Accelerate does.
+        dispatched: the rows of one batch of the loader, where one process loads the rows of all and sends each its own
+            (Accelerate's `dispatch_batches`); 0 where each loads its own.
     """
 
     rows: int
@@ -34,11 +36,20 @@ class Batching:
     accumulation: int = 1
     drop_last: bool = False
     repeats: bool = False
+    dispatched: int = 0
 
     @property
     def per_micro_batch(self) -> int:
         """The rows of one micro-batch over all processes."""
         return self.per_process * self.processes
+
+    @property
+    def per_skipped_batch(self) -> int:
+        """The rows that are skipped for each micro-batch that the Trainer skips when it resumes.
+
+        Where one process loads, Accelerate skips as many batches of its loader, of which several make a micro-batch.
+        """
+        return self.dispatched or self.per_micro_batch
 
     def micro_batches(self, rows: int) -> int:
         """The micro-batches of an epoch on so many rows; the last may be smaller."""
@@ -52,7 +63,8 @@ class Batching:
         """An epoch's rows as its batches take them.
 
         Several processes need batches of the same size. A run that drops no row repeats the first rows, as Accelerate
-        does, and so trains as without the callback. Any other run adds fillers, whose labels are masked: they have no
+        does, and so trains as without the callback: until the last batch is full, or, where one process loads the rows,
+        until all processes have as many of them. Any other run adds fillers, whose labels are masked: they have no
         loss, no token and no gradient, so every step equals that of a single process.
 
         Args:
@@ -65,7 +77,8 @@ class Batching:
             return order
         size = self.per_micro_batch
         if self.repeats:
-            return np.resize(order, self.micro_batches(len(order)) * size)
+            whole = self.processes if self.dispatched else size
+            return np.resize(order, math.ceil(len(order) / whole) * whole)
         whole = len(order) // size * size
         if whole == len(order):
             return order

@@ -67,10 +67,11 @@ def position(plan: Plan, ended_epochs: int, step: int, skipped_steps: int = 0) -
     slots_per_step = plan.batching.accumulation * plan.batching.per_micro_batch
     steps_done = step - plan.first_step(ended_epochs)
     believed_epoch = step // plan.full_steps
-    skipped_slots, first_slot = skipped_steps * slots_per_step, steps_done * slots_per_step
+    skipped_batches, first_slot = skipped_steps * plan.batching.accumulation, steps_done * slots_per_step
+    skipped_slots = skipped_batches * plan.batching.per_skipped_batch
     if ended_epochs >= len(plan.sizes) or step >= plan.total:
         return Position(ended_epochs, steps_done, skipped_slots, None)
-    if skipped_steps and (believed_epoch, skipped_steps) == (ended_epochs, steps_done):
+    if skipped_steps and (believed_epoch, skipped_slots) == (ended_epochs, first_slot):
         return Position(ended_epochs, steps_done, 0, 0)
     if skipped_steps and believed_epoch < ended_epochs:
         return Position(ended_epochs, steps_done, skipped_slots, None)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
+from accelerate.data_loader import DataLoaderDispatcher
 from accelerate.utils import DistributedType
 from torch.distributed.fsdp import FullyShardedDataParallel
 from transformers import Trainer
@@ -22,7 +23,7 @@ from ..model.head import mixes_samples
 from ..model.losses import unwrapped
 from ..model.sharding import is_fsdp2, is_sharded
 from ..selecting.weighted_rows import WEIGHT
-from .trainer_access import is_packed, is_sft
+from .trainer_access import is_packed, is_sft, is_stream
 from .trainer_packing import is_unsloth, packs
 
 
@@ -50,12 +51,6 @@ UNPACK = (
 
 # Both callbacks refuse these: the samples of a batch, or their rows, cannot be told apart.
 COMMON: tuple[Refusal, ...] = (
-    Refusal(
-        what="a streaming dataset",
-        why="whose rows have no positions to drop",
-        remedy="Load it as a Dataset",
-        refused=lambda trainer, dataset: isinstance(dataset, torch.utils.data.IterableDataset),
-    ),
     Refusal(
         what="torch_compile=True",
         why="which drops hooks",
@@ -138,10 +133,13 @@ MEASURING: tuple[Refusal, ...] = (
         refused=lambda trainer, dataset: WEIGHT in (getattr(trainer.train_dataset, "column_names", None) or []),
     ),
     Refusal(
-        what="dispatch_batches=True",
-        why="with which one process reads the rows of all",
-        remedy="Leave it unset",
-        refused=lambda trainer, dataset: trainer.args.accelerator_config.dispatch_batches is True,
+        what="padding_free=True and dispatch_batches=True",
+        why="which divides the rows of a batch",
+        remedy="Leave dispatch_batches unset",
+        refused=lambda trainer, dataset: (
+            isinstance(trainer.callback_handler.train_dataloader, DataLoaderDispatcher)
+            and bool(getattr(trainer.args, "padding_free", False))
+        ),
     ),
     Refusal(
         what="a model that is sharded by other means than FSDP2, such as FSDP1",
@@ -205,6 +203,12 @@ CLEANING_SHARDED = Refusal(
 WEIGHING: tuple[Refusal, ...] = (
     *COMMON,
     Refusal(
+        what="a streaming dataset",
+        why="whose rows have no positions to weight",
+        remedy="Load it as a Dataset",
+        refused=lambda trainer, dataset: is_stream(trainer),
+    ),
+    Refusal(
         what="packed rows",
         why="of which several are one row of a batch",
         remedy="Set packing=False; padding_free=True wastes no padding either",
@@ -238,7 +242,7 @@ def check_trainer(trainer: Trainer, train_dataloader: Any) -> None:
         need("log_probs", "ResonanceCallback with loss_type='dft'")
     refuse_adapters(cast(Any, trainer.model))
     _refuse("ResonanceCallback cannot work with", MEASURING, trainer, train_dataloader.dataset)
-    if len(train_dataloader.dataset) == 0:
+    if not is_stream(trainer) and len(train_dataloader.dataset) == 0:
         raise InputError("The dataset has no rows to train on.")
     setting = next((name for name in ("packing", "padding_free") if getattr(args, name, False)), None)
     if setting is not None:

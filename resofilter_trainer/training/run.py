@@ -203,6 +203,8 @@ class Run:
         """
         if not self._patch.is_read:  # by a later training, without the callback
             return self._patch.inner(iterator, count, *args, **kwargs)
+        if self._batching.dispatched and not self._timeline.trains:
+            return [], None  # all is skipped, and Accelerate's dispatcher raises where nothing is left
         count = self._timeline.asked(count)
         iterator = iterator if self._tokens is None else self._tokens.masked_batches(iterator, self._enter_step)
         batches, num_items = self._patch.inner(iterator, count, *args, **kwargs)
@@ -222,6 +224,8 @@ class Run:
         """Clean the tokens of the stage that begins with this step, if one does."""
         plan, epoch, done = self._timeline.plan, self._timeline.ended_epochs, self._timeline.steps_done
         stage, order = tokens.stage_at(done, plan.steps(epoch)), self._timeline.sampler.order
+        if stage is not None and self._batching.dispatched:  # only the main process draws an order
+            order = access.from_main(order)
         if stage is not None and order is not None:
             size = self._batching.per_micro_batch
             rows, per_step = order[: plan.micro_batches(epoch) * size], size * self._batching.accumulation

@@ -16,7 +16,8 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from accelerate.data_loader import SeedableRandomSampler
+from accelerate.data_loader import DataLoaderDispatcher, SeedableRandomSampler
+from accelerate.utils import broadcast_object_list
 from datasets import Dataset
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import SequentialSampler
@@ -48,6 +49,11 @@ def calling_trainer() -> tuple[Trainer, str | None]:
             return trainer, None if checkpoint is None else os.fspath(checkpoint)
         frame = frame.f_back
     raise RuntimeError("This version of transformers fires its events in another way: no Trainer was found.")
+
+
+def is_stream(trainer: Trainer) -> bool:
+    """Whether a trainer's rows come one after another, and are as many as there are."""
+    return isinstance(trainer.train_dataset, torch.utils.data.IterableDataset)
 
 
 def is_sft(trainer: Trainer) -> bool:
@@ -85,13 +91,34 @@ def batching_of(trainer: Trainer, train_dataloader: Any, repeats: bool) -> Batch
     """
     args, processes = trainer.args, trainer.args.world_size
     batch_size = trainer._train_batch_size  # that of args, unless auto_find_batch_size has lowered it
-    per_process = batch_size // (processes if args.accelerator_config.split_batches else 1)
+    split = args.accelerator_config.split_batches
+    if split and batch_size % processes:
+        raise InputError(
+            f"split_batches=True divides batches of {batch_size} rows among {processes} processes: set "
+            f"per_device_train_batch_size to a multiple of {processes}."
+        )
+    per_process = batch_size // (processes if split else 1)
     rows, drop_last = len(train_dataloader.dataset), args.dataloader_drop_last
     if drop_last and rows < per_process * processes:
         raise InputError(
             f"{rows} rows do not fill a batch of {per_process * processes}: leave out dataloader_drop_last."
         )
-    return Batching(rows, per_process, processes, args.gradient_accumulation_steps, drop_last, repeats)
+    dispatched = batch_size if isinstance(train_dataloader, DataLoaderDispatcher) else 0
+    return Batching(rows, per_process, processes, args.gradient_accumulation_steps, drop_last, repeats, dispatched)
+
+
+def batching_of_stream(trainer: Trainer) -> Batching:
+    """How this trainer makes steps of the rows of a stream, of which none is known yet."""
+    args, processes = trainer.args, trainer.args.world_size
+    split = processes if args.accelerator_config.split_batches else 1
+    return Batching(0, trainer._train_batch_size // split, processes, args.gradient_accumulation_steps)
+
+
+def from_main(value: Any) -> Any:
+    """What the main process has, in every process."""
+    values = [value]
+    broadcast_object_list(values)
+    return values[0]
 
 
 def sampler_of(train_dataloader: Any) -> Any:

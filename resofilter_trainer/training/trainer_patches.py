@@ -7,11 +7,13 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
+from accelerate.data_loader import IterableDatasetShard
 from transformers import Trainer
 
 from ..model.losses import IGNORE
 from .examples import Examples
 from .sampler import IndexedRows, RowCollator, ShrinkingSampler
+from .stream_rows import StreamCollator, StreamRows
 from .trainer_access import scaled
 
 REPLACED = ("get_batch_samples", "compute_loss", "training_step")
@@ -128,6 +130,52 @@ class TrainerPatch:
         if isinstance(inputs, _LeftOut):
             return torch.zeros((), device=self._trainer.args.device)
         return self._training_step(model, inputs, *args, **kwargs)
+
+
+class StreamPatch:
+    """What a run on a stream changes in a trainer, and undoes.
+
+    Args:
+        trainer, train_dataloader: the trainer and the loader that it iterates.
+        id_column: the column with an id for each row; None to know rows by their order.
+        fetch: the function to use instead of `trainer.get_batch_samples`.
+
+    Attributes:
+        rows: the rows of the stream, which the loader reads once this is installed.
+        inner: the `get_batch_samples` that `install` has replaced.
+    """
+
+    def __init__(self, trainer: Trainer, train_dataloader: Any, id_column: str | None, fetch: Any) -> None:
+        self._trainer, self._loader, self._fetch = trainer, train_dataloader, fetch
+        self._base = getattr(train_dataloader, "base_dataloader", train_dataloader)
+        self._shard = self._base.dataset if isinstance(self._base.dataset, IterableDatasetShard) else None
+        self._stream = self._base.dataset if self._shard is None else self._shard.dataset
+        self._collate = self._base.collate_fn
+        self.rows = StreamRows(self._stream, id_column)
+
+    def install(self) -> None:
+        """Let batches say their rows, and the run fetch them."""
+        _restore(self._trainer, "get_batch_samples")  # after an earlier run that an exception ended
+        self.inner = self._trainer.get_batch_samples
+        self._set(self.rows, StreamCollator(RowCollator(self._collate)))
+        _replace(self._trainer, "get_batch_samples", self._fetch)
+
+    def remove(self) -> None:
+        """Leave the trainer as it was found."""
+        if _restore(self._trainer, "get_batch_samples"):
+            self._set(self._stream, self._collate)
+
+    @property
+    def is_read(self) -> bool:
+        """Whether the trainer's present training reads this loader."""
+        return self._trainer.callback_handler.train_dataloader is self._loader
+
+    def _set(self, stream: Any, collate: Any) -> None:
+        if self._shard is None:
+            self._base.__dict__["dataset"] = stream  # a loader refuses it as a plain attribute
+        else:
+            self._shard.dataset = stream
+        self._base.collate_fn = collate
 
 
 class BackwardPatch:

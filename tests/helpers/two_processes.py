@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -25,15 +26,23 @@ def run(output: Path, processes: int, kind: str) -> None:
     changes |= {"save_strategy": "steps", "save_steps": 2}
     if kind in ("sequential", "group_by_length"):
         changes["train_sampling_strategy"] = kind
-    if kind == "resumed":
-        changes["resume"] = str(output.parent / f"plain-{processes}" / "checkpoint-6")
+    if "dispatched" in kind or "split" in kind:
+        how = {"dispatch_batches": "dispatched" in kind or None, "split_batches": "split" in kind}
+        changes |= {"accelerator_config": how, "pad_to_multiple_of": 64}  # accelerate joins batches of the same length
+        changes["per_device_train_batch_size"] *= processes if "split" in kind else 1
+    if "resumed" in kind:
+        of = kind.replace("resumed", "").strip() or "plain"
+        changes["resume"] = str(output.parent / f"{of}-{processes}" / "checkpoint-6")
     settings = {"when": "before"} if kind == "before" else {}
     if "tokens" in kind:
         settings = {"token_cleaning": TokenCleaning(0.6, parts=2)}
-    dataset = rows(45 if "ragged" in kind else 44)
+    dataset: Any = rows(45 if "ragged" in kind else 44)
     if kind == "packed":
         changes["packing"], settings["dataset"] = True, dataset
     callback = ResonanceCallback(keep=[0.6 if kind == "before" else 1.0, 0.5, 0.25], eps=1e-4, **settings)
+    if "stream" in kind:
+        dataset = rows(50 if "ragged" in kind else 48).to_iterable_dataset()
+        changes |= {"max_steps": 10}
     outcome = train(output, make_tokenizer(), callback, dataset=dataset, **changes)
     if outcome.trainer.args.process_index == 0:
         steps = sorted(int(path.name.split("-")[1]) for path in output.glob("checkpoint-*"))

@@ -9,8 +9,11 @@ import pytest
 from helpers.processes import torchrun
 
 SIZES = {"plain": [44, 22, 11], "before": [27, 22, 11], "ragged": [45, 23, 12], "sequential": [44, 22, 11]}
-SIZES["packed"] = [44, 22, 11]
-TOKENS = ("tokens", "ragged tokens")
+SIZES |= {"packed": [44, 22, 11]}
+SIZES |= {"dispatched": [44, 22, 11], "dispatched ragged": [45, 23, 12], "split": [44, 22, 11]}
+SIZES |= {"dispatched split": [44, 22, 11]}
+SIZES |= {"stream": [48, 24, 12], "stream ragged": [50, 25, 13]}
+TOKENS = ("tokens", "ragged tokens", "dispatched tokens")
 
 
 def outcome(place: Path, processes: int, kind: str) -> dict[str, np.ndarray]:
@@ -32,10 +35,13 @@ def place(tmp_path_factory) -> Path:
 @pytest.mark.parametrize("kind", SIZES)
 def test_two_processes_keep_what_one_keeps(kind, place):
     sizes, (one, two) = SIZES[kind], (outcome(place, processes, kind) for processes in (1, 2))
-    assert np.array_equal(one["keep"], two["keep"])
+    same = 2 if kind == "stream ragged" else 3  # two processes repeat rows to end each pass, so weights differ
+    assert np.array_equal(one["keep"][:same], two["keep"][:same])
     assert one["keep"].sum(axis=1).tolist() == sizes
     assert one["steps"] == two["steps"]
-    np.testing.assert_allclose(two["measured"], one["measured"], rtol=1e-5)
+    same_weights = one["epoch"] <= (0 if kind == "stream ragged" else 2)
+    assert same_weights.any()
+    np.testing.assert_allclose(two["measured"][same_weights], one["measured"][same_weights], rtol=1e-5)
 
 
 @pytest.mark.slow
@@ -48,8 +54,10 @@ def test_two_processes_keep_the_tokens_that_one_keeps(kind, place):
 
 
 @pytest.mark.slow
-def test_two_processes_go_on_where_they_were(place):
-    torchrun("two_processes", place, 2, "resumed", processes=2)
-    whole, resumed = outcome(place, 2, "plain"), outcome(place, 2, "resumed")
+@pytest.mark.parametrize("kind", ["plain", "dispatched", "dispatched ragged", "split", "stream", "stream ragged"])
+def test_two_processes_go_on_where_they_were(kind, place):
+    name = "resumed" if kind == "plain" else f"resumed {kind}"
+    torchrun("two_processes", place, 2, name, processes=2)
+    whole, resumed = outcome(place, 2, kind), outcome(place, 2, name)
     for name, value in whole.items():
         assert np.array_equal(resumed[name], value, equal_nan=True), name

@@ -75,6 +75,16 @@ def test_where_nothing_is_dropped_the_first_rows_are_repeated_as_accelerate_does
         assert batches(batching.slots(order)) == batches(order)
 
 
+@pytest.mark.parametrize(
+    ("rows", "slots"),
+    [(5, [0, 1, 2, 3, 4, 0]), (7, [*range(7), 0]), (8, [*range(8)]), (6, [*range(6)]), (1, [0, 0])],
+)
+def test_where_one_process_loads_all_have_as_many_rows(rows, slots):
+    """As Accelerate's dispatcher divides the last batch: one each of 5, two each of 7, and so on."""
+    batching = Batching(rows=rows, per_process=2, processes=2, dispatched=2)
+    assert batching.slots(np.arange(rows)).tolist() == slots
+
+
 def test_rows_that_are_left_are_spread_over_the_processes():
     batching = Batching(rows=20, per_process=3, processes=2)
     assert batching.slots(np.arange(10)).tolist() == [0, 1, 2, 3, 4, 5, 6, 7, ~0, 8, 9, ~0]

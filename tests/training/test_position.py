@@ -15,9 +15,9 @@ SIZES = (1, 3, 4, 7)
 EPOCHS = (1, 2, 3)
 
 
-def plans(accumulation: int, processes: int, drop_last: bool) -> list[Plan]:
+def plans(accumulation: int, processes: int, drop_last: bool, dispatched: int = 0) -> list[Plan]:
     """Every combination of sizes with a batch in each epoch; half of a last epoch; a fixed number of steps."""
-    batching = Batching(ROWS, 2, processes, accumulation, drop_last)
+    batching = Batching(ROWS, 2, processes, accumulation, drop_last, dispatched)
     found = []
     for epochs in EPOCHS:
         for sizes in itertools.product(SIZES, repeat=epochs):
@@ -69,7 +69,8 @@ class Loop:
         given: list[tuple[int, int]] = [(-1, -1)] * at.skipped_slots
         if at.first_slot is not None:
             given += slots_of(self.plan, self.ended)[at.first_slot :]
-        steps = steps_of(self.plan, given)[self.to_skip :]
+        skipped = self.to_skip * self.plan.batching.accumulation * self.plan.batching.per_skipped_batch
+        steps = steps_of(self.plan, given[skipped:])
         for step in steps[: self.plan.full_steps - self.to_skip]:
             self.trained.append(step)
             self.step += 1
@@ -94,6 +95,16 @@ def test_every_small_run_resumed_at_every_step_trains_the_rest(accumulation, pro
             assert Loop(plan, step, ended, ignore_data_skip).run().trained == whole[step:], (plan, step)
             tried += 1
     assert tried > 10  # else nothing was tried
+
+
+@pytest.mark.parametrize("ignore_data_skip", [False, True])
+def test_where_one_process_loads_and_skips_less_the_rest_is_trained(ignore_data_skip):
+    """Accelerate skips batches of the loader, of which two make a micro-batch of two processes."""
+    for plan in plans(accumulation=2, processes=2, drop_last=False, dispatched=2):
+        whole = uninterrupted(plan)
+        for step in range(plan.total + 1):
+            ended = sum(plan.first_step(epoch + 1) <= step for epoch in range(len(plan.sizes)))
+            assert Loop(plan, step, ended, ignore_data_skip).run().trained == whole[step:], (plan, step)
 
 
 def test_a_run_that_starts_is_given_each_epoch_whole():

@@ -286,18 +286,14 @@ REFUSED = {
     "packing_strategy='bfd_split'": Pattern(
         "messages", {"packing": True, "packing_strategy": "bfd_split", "max_length": 64}
     ),
-    "a stream": Pattern(
-        config={"max_steps": 5}, trainer=lambda: {"train_dataset": zen("messages").to_iterable_dataset()}
-    ),
 }
-SAID = {"a stream": "a streaming dataset", **dict.fromkeys(list(REFUSED)[:3], "packed rows. Set packing=False")}
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")  # of TRL, which has no attention for packed rows here
 @pytest.mark.parametrize("name", REFUSED)
 def test_rows_that_cannot_be_told_apart_are_refused_in_one_line(name, tmp_path):
     trainer = REFUSED[name].build(tmp_path, ResonanceCallback(keep=0.5))
-    with pytest.raises(InputError, match=SAID[name]) as refused:
+    with pytest.raises(InputError, match=r"packed rows\. Set packing=False") as refused:
         trainer.train()
     assert "\n" not in str(refused.value)
     assert trainer.state.global_step == 0

@@ -1,0 +1,59 @@
+"""`dispatch_batches` and `split_batches`: the same rows, scores and weights as without. Two processes: see beside."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+from helpers.training import assert_same_end, assert_same_weights, train
+
+from resofilter_trainer import InputError, ResonanceCallback
+from resofilter_trainer.training.trainer_access import batching_of
+
+HOW = {
+    "dispatched": {"dispatch_batches": True},
+    "split": {"split_batches": True},
+    "both": {"dispatch_batches": True, "split_batches": True},
+}
+
+
+@pytest.mark.parametrize("how", HOW)
+def test_where_everything_stays_nothing_changes(how, tmp_path, tokenizer):
+    changes = {"accelerator_config": HOW[how], "num_train_epochs": 2, "gradient_accumulation_steps": 2}
+    without = train(tmp_path / "without", tokenizer, **changes)
+    with_callback = train(tmp_path / "with", tokenizer, ResonanceCallback(keep=1.0), **changes)
+    assert_same_weights(with_callback, without)
+    assert list(with_callback.seen) == list(without.seen)
+
+
+@pytest.mark.parametrize("how", HOW)
+def test_rows_scores_and_weights_are_those_without(how, tmp_path, tokenizer):
+    changes = {"gradient_accumulation_steps": 3, "num_train_epochs": 2}
+    usual = train(tmp_path / "usual", tokenizer, ResonanceCallback(keep=0.6), **changes)
+    own = train(tmp_path / "own", tokenizer, ResonanceCallback(keep=0.6), accelerator_config=HOW[how], **changes)
+    assert_same_end(own, usual)
+    assert not own.callback.selections[1].keep.all()
+
+
+@pytest.mark.parametrize("how", HOW)
+def test_the_end_is_the_same_from_every_checkpoint(how, tmp_path, tokenizer):
+    changes = {"accelerator_config": HOW[how], "num_train_epochs": 2, "per_device_train_batch_size": 5}
+    whole = train(tmp_path, tokenizer, ResonanceCallback(keep=0.5), save_strategy="steps", save_steps=1, **changes)
+    checkpoints = list(tmp_path.glob("checkpoint-*"))
+    assert len(checkpoints) == whole.trainer.state.global_step
+    for checkpoint in checkpoints:
+        resumed = train(tmp_path / "resumed", tokenizer, ResonanceCallback(keep=0.5), resume=str(checkpoint), **changes)
+        assert_same_end(resumed, whole)
+
+
+def test_rows_of_a_padding_free_batch_are_not_dispatched(tmp_path, tokenizer):
+    changes = {"accelerator_config": HOW["dispatched"], "padding_free": True, "max_length": None}
+    with pytest.raises(InputError, match="dispatch_batches=True, which divides the rows of a batch"):
+        train(tmp_path, tokenizer, ResonanceCallback(), **changes)
+
+
+def test_batches_that_cannot_be_divided_are_refused():
+    config = SimpleNamespace(split_batches=True)
+    args = SimpleNamespace(world_size=2, accelerator_config=config, dataloader_drop_last=False)
+    with pytest.raises(InputError, match="divides batches of 3 rows among 2 processes: set per_device_train_batch"):
+        batching_of(SimpleNamespace(args=args, _train_batch_size=3), SimpleNamespace(dataset=range(9)))
