@@ -24,7 +24,7 @@ from ..model.losses import IGNORE
 from .sampler import ROW, RowCollator
 
 MET = "resofilter_met"  # in a batch: (N, 3) row, position and mark of its rows
-IDS = "resofilter_ids"  # in a batch: the id of each of them
+IDS = "resofilter_ids"  # in a batch: (N, L) the bytes of the id of each of them, as JSON: accelerate takes no texts
 MANY = 10_000  # rows
 ORDER = (
     "Give each row an id, in a column that you name with id_column=; or let the stream give its rows in the same order "
@@ -70,6 +70,11 @@ class MetRows:
     def add(self, found: Iterable[Met]) -> None:
         """Add rows that came in a batch; those that are known already are left out."""
         self._new.update({each.row: each for each in found if each.row >= len(self)})
+
+    @property
+    def digest(self) -> str:
+        """A hash of all rows, in the order in which they came."""
+        return xxhash.xxh3_128_hexdigest(self.marks.tobytes())
 
     @property
     def has_many_new(self) -> bool:
@@ -236,14 +241,16 @@ class StreamCollator:
         batch = self._inner(examples)
         batch[MET] = torch.tensor([each[:3] for each in met])
         if met[0].id is not None:
-            batch[IDS] = [each.id for each in met]
+            texts = np.array([json.dumps(each.id).encode() for each in met])  # padded with zeros
+            batch[IDS] = torch.from_numpy(texts.view(np.uint8).reshape(len(met), -1))
         return batch
 
 
 def met_in(batch: dict[str, Any]) -> list[Met]:
     """Take what is known of its rows out of a batch."""
     found = batch.pop(MET).tolist()
-    ids = batch.pop(IDS, [None] * len(found))
+    texts = batch.pop(IDS).cpu().numpy() if IDS in batch else [None] * len(found)
+    ids = [None if each is None else json.loads(bytes(each).rstrip(b"\0")) for each in texts]
     return [Met(row, position, mark, own) for (row, position, mark), own in zip(found, ids, strict=True)]
 
 

@@ -292,7 +292,7 @@ class StreamRun:
     def _decide_from_here(self) -> None:
         """Make the decisions of the rows that are known; in the first pass, all are kept."""
         rows = self.rows
-        self._provenance = dataclasses.replace(self._provenance, rows=rows.total)
+        self._provenance = dataclasses.replace(self._provenance, rows=rows.total, dataset=self._known.digest)
         self._provenance_json = self._provenance.to_json()
         if self._decisions is None:
             self._decisions = Decisions(self._filter, self._max_steps, self.examples, self.results, None)

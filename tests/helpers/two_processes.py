@@ -41,7 +41,7 @@ def run(output: Path, processes: int, kind: str) -> None:
         changes["packing"], settings["dataset"] = True, dataset
     callback = ResonanceCallback(keep=[0.6 if kind == "before" else 1.0, 0.5, 0.25], eps=1e-4, **settings)
     if "stream" in kind:
-        dataset = rows(50 if "ragged" in kind else 48).to_iterable_dataset()
+        dataset = rows(50 if "ragged" in kind else 48).to_iterable_dataset(num_shards=2 if "split" in kind else 1)
         changes |= {"max_steps": 10}
     outcome = train(output, make_tokenizer(), callback, dataset=dataset, **changes)
     if outcome.trainer.args.process_index == 0:

@@ -601,7 +601,6 @@ def test_sequential_order_is_not_taken_for_drift(tmp_path, tokenizer):
         ({"packing": True, "max_length": 64}, "dataset=dataset"),
         ({"train_sampling_strategy": "batch_rebalance"}, "batch_rebalance"),
         ({"torch_compile": True}, "torch_compile=False"),
-        ({"streaming": True, "max_steps": 4}, "streaming"),
         ({"twice": True}, "added twice"),
         ({"callback": {"update": "optimizer"}}, "Use 1 sample"),
         ({"callback": {"keep": [1.0, 0.5, 0.4, 0.3]}}, "4 shares and the run 3 epochs"),
@@ -612,11 +611,10 @@ def test_sequential_order_is_not_taken_for_drift(tmp_path, tokenizer):
 def test_what_cannot_work_is_refused_before_the_first_step(changes, said, tmp_path, tokenizer):
     changes = dict(changes)
     callbacks = [ResonanceCallback(**changes.pop("callback", {})) for _ in range(1 + changes.pop("twice", False))]
-    dataset = rows(20).to_iterable_dataset() if changes.pop("streaming", False) else rows(20)
     trainer = SFTTrainer(
         model=llama(len(tokenizer)),
         args=arguments(tmp_path, **changes),
-        train_dataset=dataset,
+        train_dataset=rows(20),
         processing_class=tokenizer,
         callbacks=callbacks,
     )

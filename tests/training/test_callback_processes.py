@@ -12,7 +12,7 @@ SIZES = {"plain": [44, 22, 11], "before": [27, 22, 11], "ragged": [45, 23, 12], 
 SIZES |= {"packed": [44, 22, 11]}
 SIZES |= {"dispatched": [44, 22, 11], "dispatched ragged": [45, 23, 12], "split": [44, 22, 11]}
 SIZES |= {"dispatched split": [44, 22, 11]}
-SIZES |= {"stream": [48, 24, 12], "stream ragged": [50, 25, 13]}
+SIZES |= {"stream": [48, 24, 12], "stream ragged": [50, 25, 13], "split stream": [48, 24, 12]}
 TOKENS = ("tokens", "ragged tokens", "dispatched tokens")
 
 

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from accelerate.data_loader import IterableDatasetShard
 from datasets import Dataset, IterableDataset
 from helpers.training import Outcome, assert_same_end, assert_same_weights, llama, rows, train
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from resofilter_trainer import InputError, ResonanceCallback, ScoreTable, Selection, SoftPruning, TokenCleaning
+from resofilter_trainer.training.filtering import FilterConfig
 from resofilter_trainer.training.run import STATE
+from resofilter_trainer.training.stream_check import check_stream
 
 PASS = 11  # steps of 21 rows in batches of 2
 
@@ -50,9 +55,9 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "shuffled": ({"id_column": "name"}, {"dataset": with_ids}),
     "saved by epoch": ({}, {"gradient_accumulation_steps": 3, "max_steps": 7, "save_strategy": "epoch"}),
     "padding-free": ({}, {"padding_free": True, "max_length": None}),
+    "split": ({}, {"accelerator_config": {"split_batches": True}}),
 }
 SHORT = {"per_device_train_batch_size": 4, "max_steps": 6 + 3 + 2}  # with the third pass begun
-SLOW = ("untyped", "padding-free", "worker")
 
 
 def run(output: Path, tokenizer: Any, callback: ResonanceCallback | None, **changes: Any) -> Outcome:
@@ -63,11 +68,11 @@ def run(output: Path, tokenizer: Any, callback: ResonanceCallback | None, **chan
     return train(output, tokenizer, callback, **settings)
 
 
-def cases() -> list[Any]:
-    return [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in CASES]
+def cases(fast: Sequence[str]) -> list[Any]:
+    return [pytest.param(name, marks=[pytest.mark.slow] * (name not in fast)) for name in CASES]
 
 
-@pytest.mark.parametrize("name", cases())
+@pytest.mark.parametrize("name", cases(("plain", "accumulation with a rest", "without a learnt token", "shuffled")))
 def test_where_everything_stays_nothing_changes(name, tmp_path, tokenizer):
     settings, changes = CASES[name]
     changes = {"save_strategy": "steps", "save_steps": 4, **changes}
@@ -114,7 +119,7 @@ def test_from_the_second_pass_on_exactly_the_kept_rows_are_trained(tmp_path, tok
     ]
 
 
-@pytest.mark.parametrize("name", cases())
+@pytest.mark.parametrize("name", cases(("accumulation with a rest", "shuffled")))
 def test_the_end_is_the_same_from_every_checkpoint(name, tmp_path, tokenizer):
     settings, changes = CASES[name]
     saved = {} if "save_strategy" in changes else {"save_strategy": "steps", "save_steps": 1}
@@ -129,7 +134,8 @@ def test_the_end_is_the_same_from_every_checkpoint(name, tmp_path, tokenizer):
         assert_same_end(resumed, whole)
 
 
-@pytest.mark.parametrize("name", ["dropout", pytest.param("accumulation with a rest", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["dropout", "accumulation with a rest"])
 def test_the_end_is_the_same_where_the_trainer_skips_nothing(name, tmp_path, tokenizer):
     changes = {**SHORT, **CASES[name][1], "ignore_data_skip": True}
     whole = run(tmp_path, tokenizer, ResonanceCallback(keep=0.5), save_strategy="steps", save_steps=1, **changes)
@@ -234,7 +240,7 @@ REFUSED = {
     "the same id twice": ({"id_column": "name"}, {"dataset": lambda: of(doubled())}, "the id 3, which an earlier row"),
     "an id that is none": ({"id_column": "name"}, {"dataset": lambda: of(lists())}, "give each row a number or a text"),
     "a Dataset with ids": ({"id_column": "name"}, {"dataset": lambda: rows(4)}, "id_column is for a stream"),
-    "no rows": ({}, {"max_length": 1}, "The stream has no rows to train on"),
+    "no rows": ({}, {"dataset": lambda: of(nothing())}, "The stream has no rows to train on"),
     "no step": (
         {},
         {"gradient_accumulation_steps": 7, "max_steps": 4},
@@ -248,6 +254,10 @@ def doubled() -> Dataset:
     return rows(8).add_column("name", [0, 1, 2, 3, 3, 4, 5, 6])
 
 
+def nothing() -> Dataset:
+    return Dataset.from_dict({"input_ids": [[1, 2]], "labels": [[1, 2]]}).select([])
+
+
 def lists() -> Dataset:
     return rows(8).add_column("name", [[number] for number in range(8)])
 
@@ -259,6 +269,24 @@ def test_what_cannot_work_is_refused_in_one_line(name, tmp_path, tokenizer):
     with pytest.raises(InputError, match=said) as refused:
         run(tmp_path, tokenizer, ResonanceCallback(**settings), **changes)
     assert "\n" not in str(refused.value)
+
+
+def test_processes_that_read_other_shards_are_refused():
+    stream = of(rows(8))
+    config = SimpleNamespace(world_size=2, dataloader_num_workers=0)
+    trainer, loader = SimpleNamespace(args=config, train_dataset=stream), SimpleNamespace(dataset=stream)
+    with pytest.raises(InputError, match="2 processes that each read other shards of it"):
+        check_stream(trainer, loader, FilterConfig(), None)
+    check_stream(trainer, SimpleNamespace(dataset=IterableDatasetShard(stream)), FilterConfig(), None)
+
+
+def test_scores_of_other_streams_have_another_provenance(tmp_path, tokenizer):
+    found = []
+    for number, dataset in enumerate((rows(8), rows(8), rows(8).select([1, 0, *range(2, 8)]))):
+        callback = ResonanceCallback(keep=1.0)
+        run(tmp_path / str(number), tokenizer, callback, dataset=lambda kept=dataset: of(kept), max_steps=4)
+        found.append(callback.scores.provenance.dataset)
+    assert found[0] == found[1] != found[2]
 
 
 class Changing(TrainerCallback):
