@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from resofilter_trainer.training.refusals import BEFORE_SHARDED, CLEANING_SHARDED, MEASURING, WEIGHING
+from resofilter_trainer.training.refusals import BEFORE_SHARDED, CLEANING_SHARDED, MEASURING, UNKNOWN_ROWS, WEIGHING
 
 PAGE = Path(__file__).parent.parent / "docs" / "engines.md"
 
@@ -16,7 +16,7 @@ PAGE = Path(__file__).parent.parent / "docs" / "engines.md"
     ("heading", "refusals"),
     [
         ("ResonanceCallback refuses", (*MEASURING, BEFORE_SHARDED, CLEANING_SHARDED)),
-        ("SampleWeights refuses", WEIGHING),
+        ("SampleWeights refuses", (*UNKNOWN_ROWS, *WEIGHING)),
     ],
 )
 def test_the_page_of_engines_has_each_refusal_as_the_code_says(heading, refusals):
@@ -26,7 +26,7 @@ def test_the_page_of_engines_has_each_refusal_as_the_code_says(heading, refusals
     assert found[1:] == [(each.what, each.why, each.remedy) for each in refusals]
 
 
-@pytest.mark.parametrize("refusal", {*MEASURING, *WEIGHING}, ids=lambda refusal: refusal.what)
+@pytest.mark.parametrize("refusal", {*MEASURING, *UNKNOWN_ROWS, *WEIGHING}, ids=lambda refusal: refusal.what)
 def test_a_refusal_is_one_line_with_a_reason_and_a_way_round(refusal):
     for text in (refusal.what, refusal.why, refusal.remedy):
         assert text

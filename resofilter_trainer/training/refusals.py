@@ -199,9 +199,8 @@ CLEANING_SHARDED = Refusal(
     refused=lambda trainer, dataset: is_sharded(cast(Any, trainer.model)),
 )
 
-# SampleWeights refuses these.
-WEIGHING: tuple[Refusal, ...] = (
-    *COMMON,
+# SampleWeights refuses these, whose rows it does not know.
+UNKNOWN_ROWS: tuple[Refusal, ...] = (
     Refusal(
         what="a streaming dataset",
         why="whose rows have no positions to weight",
@@ -214,6 +213,11 @@ WEIGHING: tuple[Refusal, ...] = (
         remedy="Set packing=False; padding_free=True wastes no padding either",
         refused=lambda trainer, dataset: is_packed(trainer.args, dataset),
     ),
+)
+
+# Weights, by SampleWeights or by a policy in a run, cannot act with these.
+WEIGHING: tuple[Refusal, ...] = (
+    *COMMON,
     Refusal(
         what="a loss_type other than 'nll', such as loss_type='dft'",
         why="whose tokens are weighted already",
@@ -259,6 +263,12 @@ def check_sharded(trainer: Trainer, before: bool, cleans: bool) -> None:
     """
     asked = [*([BEFORE_SHARDED] if before else []), *([CLEANING_SHARDED] if cleans else [])]
     _refuse("ResonanceCallback cannot work with", asked, trainer, trainer.train_dataset)
+
+
+def check_sample_weights(trainer: Trainer, train_dataloader: Any) -> None:
+    """Raise InputError where SampleWeights cannot weight a sample's loss; it says what to change."""
+    _refuse("Rows cannot be weighted with", UNKNOWN_ROWS, trainer, train_dataloader.dataset)
+    check_weighable(trainer, train_dataloader)
 
 
 def check_weighable(trainer: Trainer, train_dataloader: Any) -> None:

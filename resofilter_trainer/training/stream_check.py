@@ -12,6 +12,7 @@ from trl import SFTConfig
 from ..config import InputError
 from .filtering import FilterConfig
 from .stream_rows import is_shuffled
+from .trainer_access import is_packed
 
 
 def check_stream(trainer: Trainer, train_dataloader: Any, filtering: FilterConfig, id_column: str | None) -> None:
@@ -30,6 +31,11 @@ def check_stream(trainer: Trainer, train_dataloader: Any, filtering: FilterConfi
             filtering.when == "before",
             "when='before'",
             "Score it first with score_stream, and train on selection.apply(stream)",
+        ),
+        (
+            bool(getattr(args, "packing", False)) or is_packed(args, stream),
+            "packed rows",
+            "Set packing=False; padding_free=True wastes no padding either",
         ),
         (
             bool(getattr(args, "shuffle_dataset", False)),

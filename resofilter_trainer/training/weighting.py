@@ -22,7 +22,7 @@ from ..selecting.results import NAME
 from ..selecting.selection import Selection
 from ..selecting.weighted_rows import WEIGHT, column_of_weights, reminder_of
 from . import trainer_access as access
-from .refusals import check_weighable
+from .refusals import check_sample_weights, check_weighable
 from .sampler import ROW, RowCollator
 from .trainer_patches import LoaderPatch
 
@@ -73,7 +73,7 @@ class SampleWeights(TrainerCallback):
         loader = kwargs["train_dataloader"]
         if sum(isinstance(each, SampleWeights) for each in trainer.callback_handler.callbacks) > 1:
             raise InputError("SampleWeights was added twice: multiply the weights, and add it once.")
-        check_weighable(trainer, loader)
+        check_sample_weights(trainer, loader)
         if NAME in trainer.state.stateful_callbacks:
             raise InputError(
                 "This checkpoint was made with ResonanceCallback, which is missing here: without it, the run would "

@@ -58,4 +58,4 @@ def test_batches_that_cannot_be_divided_are_refused():
     config = SimpleNamespace(split_batches=True)
     args = SimpleNamespace(world_size=2, accelerator_config=config, dataloader_drop_last=False)
     with pytest.raises(InputError, match="divides batches of 3 rows among 2 processes: set per_device_train_batch"):
-        batching_of(SimpleNamespace(args=args, _train_batch_size=3), SimpleNamespace(dataset=range(9)))
+        batching_of(SimpleNamespace(args=args, _train_batch_size=3), SimpleNamespace(dataset=range(9)), repeats=False)
