@@ -29,8 +29,8 @@ TWO_PASSES = "Score first (`resofilter score`), and train on the selection witho
 # axolotl's settings with which the callback cannot work: when set, what they are, and what to change.
 REFUSED = {
     "sample_packing": ("packs several rows into one", "Set `sample_packing: false`"),
-    "streaming": ("streams the rows, so none can be dropped", "Set `streaming: false`"),
-    "pretraining_dataset": ("streams the rows, so none can be dropped", "Use `datasets:` instead"),
+    "streaming": ("streams the rows, which axolotl packs and pads in its own way", "Set `streaming: false`"),
+    "pretraining_dataset": ("streams the rows, which axolotl packs and pads in its own way", "Use `datasets:` instead"),
     "rl": ("trains on pairs or rewards, not on rows with tokens to learn", "Leave the plugin out"),
     "reward_model": ("trains on pairs, not on rows with tokens to learn", "Leave the plugin out"),
     "process_reward_model": ("trains on steps, not on rows with tokens to learn", "Leave the plugin out"),

@@ -144,7 +144,7 @@ MEASURING: tuple[Refusal, ...] = (
     Refusal(
         what="a model that is sharded by other means than FSDP2, such as FSDP1",
         why="whose weights are not whole where they are used",
-        remedy="Let the Trainer shard it, with fsdp_config={'fsdp_version': 2}",
+        remedy="Let the Trainer shard it, with fsdp_config={'fsdp_version': 2} or accelerate's own configuration",
         refused=lambda trainer, dataset: _in_shards(trainer) and not _by_fsdp2(trainer),
     ),
     Refusal(

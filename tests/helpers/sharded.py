@@ -22,6 +22,7 @@ from peft import LoraConfig
 from torch.distributed.fsdp import CPUOffloadPolicy
 from transformers import set_seed
 
+from helpers.families import tiny
 from helpers.tokenizers import make_tokenizer
 from helpers.training import Outcome, llama, rows, train
 from helpers.versions import older_than
@@ -33,6 +34,10 @@ ROWS, BATCH = 48, 6  # a multiple of 2 and of 3 processes
 PROCESSES = int(os.environ.get("WORLD_SIZE", "1"))
 LORA = LoraConfig(r=2, target_modules=["q_proj", "up_proj"], lora_dropout=0.0, init_lora_weights=False)
 FSDP = {"version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}
+MIXTRAL: dict[str, Any] = {
+    "model": lambda size: tiny("mixtral", vocab_size=size),
+    "fsdp": {"transformer_layer_cls_to_wrap": ["MixtralDecoderLayer"]},
+}
 # What the kinds of run change in the arguments of `train`. "fsdp" counts only where the model is sharded, and
 # "micro_batches" are of a step in one process: those of two processes, as the Trainer's loss depends on them by 1e-9.
 KINDS: dict[str, dict[str, Any]] = {
@@ -47,6 +52,8 @@ KINDS: dict[str, dict[str, Any]] = {
     "accumulation": {"gradient_accumulation_steps": 3},  # the last step of an epoch has fewer
     "lora": {"peft": LORA},
     "tied": {"model": partial(llama, tie_word_embeddings=True)},
+    "experts": {**MIXTRAL, "router_aux_loss_coef": 0.0},
+    "experts and their router's loss": {**MIXTRAL, "router_aux_loss_coef": 0.1},
     "sharded checkpoints": {"fsdp": {"state_dict_type": "SHARDED_STATE_DICT"}},
 }
 
@@ -146,9 +153,9 @@ def optimizer(output: Path, kind: str) -> dict[str, np.ndarray]:
 
 
 def refused(output: Path, kind: str) -> dict[str, np.ndarray]:
-    """What a pass of its own says."""
+    """What is said of a pass before the training, and of a router's loss in it."""
     try:
-        run(output / "refused", kind, filtering(when="before"))
+        run(output / "refused", kind, filtering(when="before" if kind == "plain" else "training"))
     except InputError as error:
         return {"said": np.array(str(error))}
     return {}

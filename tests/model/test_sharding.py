@@ -65,7 +65,8 @@ def test_two_processes_measure_what_one_measures_on_the_whole_model(case: str, o
         (
             DistributedType.FSDP,  # without FSDP2's classes, as FSDP1 and tensor parallelism have none
             "a model that is sharded by other means than FSDP2, such as FSDP1, whose weights are not whole where they "
-            "are used. Let the Trainer shard it, with fsdp_config={'fsdp_version': 2}.",
+            "are used. Let the Trainer shard it, with fsdp_config={'fsdp_version': 2} or accelerate's own "
+            "configuration.",
         ),
         (
             DistributedType.DEEPSPEED,
