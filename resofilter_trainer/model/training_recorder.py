@@ -64,7 +64,7 @@ class TrainingRecorder:
     """Measures what `Recorder` measures, at the weights and in the mode of the training run that it watches.
 
     Args:
-        model: the model in training, wrapped by PEFT or not, but neither compiled nor wrapped for several processes.
+        model: the model in training, wrapped by PEFT or not, but not for several processes, nor as a compiled module.
         config: the step to measure, and how; None to measure the losses only.
 
     Raises:
@@ -91,15 +91,25 @@ class TrainingRecorder:
         self._hidden: tuple[Tensor, tuple[bool, torch.dtype]] | None = None
         self._stack = contextlib.ExitStack()
 
-    def attach(self) -> None:
-        """Register the hooks."""
+    def attach(self, compiled: bool = False) -> None:
+        """Register the hooks.
+
+        Args:
+            compiled: whether torch.compile makes graphs of the model. They then end at every hook, which runs between
+                them. What was compiled before is compiled anew, as torch does not notice hooks that are added.
+        """
+        outside: Any = torch.compiler.disable if compiled else lambda hook: hook
+        if compiled:
+            torch.compiler.reset()
+            self._stack.enter_context(torch._dynamo.config.patch(skip_nnmodule_hook_guards=False))
+        begin, end, catch, see = map(outside, (self._begin, self._end, self._catch, self._see_hidden))
         hooks = [
-            self.model.register_forward_pre_hook(self._begin, with_kwargs=True),
-            self.model.register_forward_hook(self._end, with_kwargs=True),
-            *(module.register_forward_hook(self._catch, with_kwargs=True) for module in self._modules),
+            self.model.register_forward_pre_hook(begin, with_kwargs=True),
+            self.model.register_forward_hook(end, with_kwargs=True),
+            *(module.register_forward_hook(catch, with_kwargs=True) for module in self._modules),
         ]
         if not has("one nll"):
-            hooks.append(unwrapped(self.model).base_model.register_forward_hook(self._see_hidden))
+            hooks.append(unwrapped(self.model).base_model.register_forward_hook(see))
         for hook in hooks:
             self._stack.callback(hook.remove)
 

@@ -23,7 +23,7 @@ from ..model.head import mixes_samples
 from ..model.losses import unwrapped
 from ..model.sharding import is_fsdp2, is_sharded
 from ..selecting.weighted_rows import WEIGHT
-from .trainer_access import is_packed, is_sft, is_stream
+from .trainer_access import compiles, is_packed, is_sft, is_stream
 from .trainer_packing import is_unsloth, packs
 
 
@@ -52,14 +52,8 @@ UNPACK = (
 # Both callbacks refuse these: the samples of a batch, or their rows, cannot be told apart.
 COMMON: tuple[Refusal, ...] = (
     Refusal(
-        what="torch_compile=True",
-        why="which drops hooks",
-        remedy="Set torch_compile=False",
-        refused=lambda trainer, dataset: trainer.args.torch_compile,
-    ),
-    Refusal(
         what="nn.DataParallel",
-        why="which copies the model for every batch and divides the batch among the copies",
+        why="whose copies of the model, made anew for every batch, the hooks do not know",
         remedy="Use accelerate launch, or show one GPU by CUDA_VISIBLE_DEVICES",
         refused=lambda trainer, dataset: trainer.args.n_gpu > 1,
     ),
@@ -113,8 +107,14 @@ MEASURING: tuple[Refusal, ...] = (
         refused=lambda trainer, dataset: packs(trainer) and sampling_strategy(trainer.args) == "group_by_length",
     ),
     Refusal(
+        what="torch_compile=True in several processes",
+        why="which compiles the model together with its wrapper, and was never compared",
+        remedy="Set torch_compile=False",
+        refused=lambda trainer, dataset: compiles(trainer) and trainer.args.world_size > 1,
+    ),
+    Refusal(
         what="train_sampling_strategy='batch_rebalance'",
-        why="which ignores the sampler that leaves rows out",
+        why="whose batches have sizes of their own, and which ignores the sampler that leaves rows out",
         remedy="Use 'random'",
         refused=lambda trainer, dataset: sampling_strategy(trainer.args) == "batch_rebalance",
     ),
@@ -218,6 +218,12 @@ UNKNOWN_ROWS: tuple[Refusal, ...] = (
 # Weights, by SampleWeights or by a policy in a run, cannot act with these.
 WEIGHING: tuple[Refusal, ...] = (
     *COMMON,
+    Refusal(
+        what="torch_compile=True",
+        why="which compiles the loss together with the model, before it is weighted",
+        remedy="Set torch_compile=False",
+        refused=lambda trainer, dataset: compiles(trainer),
+    ),
     Refusal(
         what="a loss_type other than 'nll', such as loss_type='dft'",
         why="whose tokens are weighted already",

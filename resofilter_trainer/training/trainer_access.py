@@ -17,7 +17,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 from accelerate.data_loader import DataLoaderDispatcher, SeedableRandomSampler
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import DynamoBackend, broadcast_object_list
 from datasets import Dataset
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import SequentialSampler
@@ -196,6 +196,12 @@ def token_weight(trainer: Trainer, num_items: Any, batch: Any, micro_batches: in
 def scaled(accelerator: Any, loss: torch.Tensor) -> torch.Tensor:
     """A loss as fp16 scales it before its backward, so that small gradients do not vanish; otherwise unchanged."""
     return loss if accelerator.scaler is None else accelerator.scaler.scale(loss)
+
+
+def compiles(trainer: Trainer) -> bool:
+    """Whether torch.compile makes graphs of the model, by the Trainer's setting or by Accelerate's own."""
+    plugin = getattr(trainer.accelerator.state, "dynamo_plugin", None)
+    return bool(trainer.args.torch_compile) or (plugin is not None and plugin.backend != DynamoBackend.NO)
 
 
 def token_loss(trainer: Trainer) -> TokenLoss:

@@ -63,8 +63,8 @@ class Watch:
     ) -> None:
         self._trainer = trainer
         self._loss = access.token_loss(trainer)
-        fillers = batching.processes > 1 and not batching.drop_last
-        self._fills = drops and (batching.accumulation > 1 or fillers)  # with batches without a learnt token
+        fillers = batching.processes > 1 and not batching.drop_last and not batching.repeats
+        self._fills = fillers or (drops and batching.accumulation > 1)  # with batches without a learnt token
         self._scales = trainer.accelerator.scaler is not None  # the loss, as fp16 does
         self._scale = torch.ones(())  # of the present step's loss
         self._told = False  # that the loss weighs rows in its own way
@@ -85,7 +85,7 @@ class Watch:
     def attach(self) -> None:
         """Add the hooks to the model."""
         if self._recorder is not None:
-            self._recorder.attach()
+            self._recorder.attach(compiled=access.compiles(self._trainer))
             self._backward.install()
 
     def detach(self) -> None:

@@ -600,7 +600,6 @@ def test_sequential_order_is_not_taken_for_drift(tmp_path, tokenizer):
     [
         ({"packing": True, "max_length": 64}, "dataset=dataset"),
         ({"train_sampling_strategy": "batch_rebalance"}, "batch_rebalance"),
-        ({"torch_compile": True}, "torch_compile=False"),
         ({"twice": True}, "added twice"),
         ({"callback": {"update": "optimizer"}}, "Use 1 sample"),
         ({"callback": {"keep": [1.0, 0.5, 0.4, 0.3]}}, "4 shares and the run 3 epochs"),
