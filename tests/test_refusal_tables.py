@@ -26,7 +26,9 @@ def test_the_page_of_engines_has_each_refusal_as_the_code_says(heading, refusals
     assert found[1:] == [(each.what, each.why, each.remedy) for each in refusals]
 
 
-@pytest.mark.parametrize("refusal", {*MEASURING, *UNKNOWN_ROWS, *WEIGHING}, ids=lambda refusal: refusal.what)
+@pytest.mark.parametrize(
+    "refusal", dict.fromkeys((*MEASURING, *UNKNOWN_ROWS, *WEIGHING)), ids=lambda refusal: refusal.what
+)
 def test_a_refusal_is_one_line_with_a_reason_and_a_way_round(refusal):
     for text in (refusal.what, refusal.why, refusal.remedy):
         assert text
