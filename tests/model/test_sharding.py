@@ -163,7 +163,8 @@ def test_each_process_has_its_own_part_of_a_sharded_weight(family: str, processe
     for rank in range(processes):
         dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=processes)
         try:
-            mesh = DeviceMesh("cpu", range(processes))
+            name = f"of process {rank}"  # else torch takes it for that of the last process, which it has cached
+            mesh = DeviceMesh("cpu", range(processes), mesh_dim_names=(name,))
             for found, each in zip(parts, find_up_projections(tiny(family), 2), strict=True):
                 stored = each.parameter.detach()
                 local = stored.chunk(processes)[rank]
