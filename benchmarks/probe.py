@@ -135,7 +135,7 @@ def _orders(result: ProbeResult, real: dict[str, float]) -> dict[str, float]:
     """Spearman's correlation over signals of each kind's AUROCs with those for real errors."""
     found = {}
     for kind in result.ordered_kinds:
-        pairs = [  # a record's AUROC is that of the end which the signal drops by itself, a real one of the largest values
+        pairs = [  # a record's AUROC is of the end that the signal drops by itself, a real one of the largest values
             (each["auroc"] if each["direction"] == "largest" else 1 - each["auroc"], real[each["signal"]])
             for each in result.signals
             if each["kind"] == kind and each["auroc"] is not None and each["signal"] in real
