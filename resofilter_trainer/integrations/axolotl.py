@@ -37,12 +37,12 @@ REFUSED = {
     "lora_mlp_kernel": ("calls no up-projection, so none can be measured", "Set `lora_mlp_kernel: false`"),
     "flash_attn_fuse_mlp": ("calls no up-projection, so none can be measured", "Set `flash_attn_fuse_mlp: false`"),
     "tiled_mlp": ("calls an up-projection several times for a row", "Set `tiled_mlp: false`"),
-    "torch_compile": ("drops the hooks that measure", "Set `torch_compile: false`"),
+    "torch_compile": ("was never compared in axolotl's trainer", "Set `torch_compile: false`"),
     "use_eaft": ("weights every token of a row in its own way", "Set `use_eaft: false`"),
-    "fp16": ("makes gradients near eps vanish", "Set `bf16: true`, or both `bf16: false` and `fp16: false`"),
+    "fp16": ("was never measured in axolotl's trainer", "Set `bf16: true`, or both `bf16: false` and `fp16: false`"),
     "deepspeed": ("is not supported while training", TWO_PASSES),
-    "fsdp": ("shards weights and gradients", TWO_PASSES),
-    "fsdp_config": ("shards weights and gradients", TWO_PASSES),
+    "fsdp": ("was never run in axolotl's trainer", TWO_PASSES),
+    "fsdp_config": ("was never run in axolotl's trainer", TWO_PASSES),
 }
 # Arguments of the callback that it cannot have here, and what to do.
 IMPOSSIBLE = {
@@ -51,6 +51,8 @@ IMPOSSIBLE = {
         "first (`resofilter clean`), and train on it"
     ),
     "selector": "is an object of Python, which YAML cannot hold. Use keep= or threshold=",
+    "dataset": "is for packed rows, which the plugin refuses. Leave it out",
+    "id_column": "is for a stream, which the plugin refuses. Leave it out",
 }
 PARALLEL = ("context_parallel_size", "tensor_parallel_size", "expert_parallel_size")  # when above 1
 # Schedules of axolotl's own, which are made for the steps of an epoch on all rows.
