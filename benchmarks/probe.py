@@ -14,20 +14,21 @@ import argparse
 import json
 import math
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from datasets import Dataset
-from real_models_rows import DATA, Rows
+from real_models_rows import DATA, Rows, named
 from trl import SFTConfig
 
 from resofilter_trainer import ProbeResult, ScoreTable, probe_dataset
+from resofilter_trainer.compare.cost import timed
 from resofilter_trainer.model.signals import SIGNALS
 from resofilter_trainer.probe.drawing import draw, kinds_of
 from resofilter_trainer.probe.measuring import SCORES, SCORES_WARMED
+from resofilter_trainer.probe.statistics import length_out
 from resofilter_trainer.scores.statistics import auroc, rank_correlation
 from resofilter_trainer.selecting.votes import WARMED
 
@@ -48,7 +49,7 @@ def main() -> None:
     print("\n".join(HEADER))
     for model in args.models:
         for name in args.data:
-            folder = args.output / f"{Path(model).name}-{name}{'' if args.warmup is None else '-warmup'}"
+            folder = args.output / f"{named(model)}-{name}{'' if args.warmup is None else '-warmup'}"
             case = measure(model, name, DATA[name](data), folder, args)
             found.append(case)
             print(line(case), flush=True)
@@ -72,24 +73,28 @@ def measure(model: str, name: str, rows: Rows, folder: Path, args: argparse.Name
     dataset = Dataset.from_list([{key: row[key] for key in ("prompt", "completion")} for row in rows])
     cpu = not torch.cuda.is_available()
     training = SFTConfig(output_dir="unused", bf16=args.bf16, use_cpu=cpu, report_to="none", max_length=512)
-    begun = time.monotonic()
-    result: ProbeResult = probe_dataset(
-        model, dataset, args=training, output=folder, rows=args.probe_rows, self_made=not args.no_self_made,
-        precision="bfloat16" if args.bf16 else "float32", signals=args.signals, warmup=args.warmup,
-    )  # fmt: skip
-    minutes = (time.monotonic() - begun) / 60
+
+    def probe() -> ProbeResult:
+        return probe_dataset(
+            model, dataset, args=training, output=folder, rows=args.probe_rows, self_made=not args.no_self_made,
+            precision="bfloat16" if args.bf16 else "float32", signals=args.signals, warmup=args.warmup,
+        )  # fmt: skip
+
+    result, seconds = timed(folder, probe, resumes=True)
     drawn = draw(dataset, training, args.probe_rows, kinds_of("all", ()), None, None, 0)
     labels = wrong[[each.row for each in drawn.examples]]
+    chosen = result.recommendation
     real = _real(folder / SCORES, labels, "")
+    without_length = _real(folder / SCORES, labels, "", out=True)
     if args.warmup is not None:
         real |= _real(folder / SCORES_WARMED, labels, WARMED)
+        without_length |= _real(folder / SCORES_WARMED, labels, WARMED, out=True)
     best = max(real, key=lambda each: max(real[each], 1 - real[each]))
-    chosen = result.recommendation
-    its = 0.5 if chosen.signal is None else real[chosen.name if chosen.name in real else chosen.signal]
+    its = 0.5 if chosen.name is None else (without_length if chosen.length_out else real)[chosen.name]
     its = its if chosen.drop != "smallest" else 1 - its
     most = max(real[best], 1 - real[best])
     return {
-        "model": Path(model).name + ("" if args.warmup is None else f", warm-up on {args.warmup} of its rows"),
+        "model": named(model) + ("" if args.warmup is None else f", warm-up on {args.warmup} of its rows"),
         "data": name,
         "rows": len(labels),
         "wrong": float(labels.mean()),
@@ -103,7 +108,7 @@ def measure(model: str, name: str, rows: Rows, folder: Path, args: argparse.Name
         "regret": most - its,
         "real": real,
         "kinds": _orders(result, real),
-        "minutes": minutes,
+        "minutes": seconds / 60,
     }
 
 
@@ -122,12 +127,21 @@ def orders(case: dict[str, Any]) -> list[str]:
     return [f"{case['model']}, {case['data']}: " + ", ".join(f"{kind} {value:+.2f}" for kind, value in kinds)]
 
 
-def _real(folder: Path, labels: np.ndarray, suffix: str) -> dict[str, float]:
-    """The AUROC of each signal for the drawn rows that are really wrong, of those that the model can measure."""
+def _real(folder: Path, labels: np.ndarray, suffix: str, out: bool = False) -> dict[str, float]:
+    """The AUROC of each signal for the drawn rows that are really wrong, of those that the model can measure.
+
+    Args:
+        folder: the scores.
+        labels: (N,) bool, which of the first N rows are wrong.
+        suffix: what follows the signals' names.
+        out: whether the length is taken out.
+    """
     scores = ScoreTable.load(folder)
     names = [each for each in scores.table.column_names if scores.direction(each) is not None]
     measured = scores.scored[: len(labels)]
     columns = {name: scores.column(name)[: len(labels)][measured] for name in [*names, "num_tokens"]}
+    if out:
+        columns = {name: length_out(values, columns["num_tokens"]) for name, values in columns.items()}
     return {f"{name}{suffix}": auroc(values, labels[measured]) for name, values in columns.items()}
 
 

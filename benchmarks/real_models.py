@@ -29,10 +29,11 @@ import real_models_plan
 import torch
 from real_models_detection import STATES, detect
 from real_models_detection import table as detection_table
-from real_models_rows import DATA, training_rows
+from real_models_rows import DATA, named, training_rows
 from real_models_training import Training
 from real_models_training import table as training_table
 
+from resofilter_trainer.config import InputError
 from resofilter_trainer.model.signals import SIGNALS
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
@@ -44,6 +45,7 @@ def main() -> None:
     data = args.shared / "data"
     if not data.is_dir():
         sys.exit(f"skipped: there is no data at '{data}'; pass --shared")
+    failed: list[str] = []
     for model in args.models:
         if not Path(model, "config.json").is_file():
             print(f"skipped: there is no model at '{model}'")
@@ -52,26 +54,32 @@ def main() -> None:
             print("\n".join(real_models_plan.plan(model, data, args)))
             continue
         for part in args.parts:
-            PARTS[part](model, data, args)
+            try:
+                PARTS[part](model, data, args)
+            except (InputError, OSError) as error:  # missing data, a damaged model, a warm-up that diverges
+                failed.append(f"{part} of {model}")
+                print(f"skipped: {part} of {model}: {error}", flush=True)
+    if failed:
+        sys.exit(f"not done: {', '.join(failed)}")
 
 
 def detection(model: str, data: Path, args: argparse.Namespace) -> None:
-    """Every rows and state; a table each."""
+    """A table for each set of rows and each state of the model."""
     for name in args.data:
         for state in args.states:
             settings = {"rows": args.rows, "signals": args.signals, "bf16": args.bf16, "device": _device()}
             found = detect(model, name, state, data, args.output, settings)
-            _save(args, f"detection-{Path(model).name}-{name}-{state.replace(' ', '-')}", found)
-            print(f"\n{Path(model).name} {state}, {found['rows']} rows of {name}, {found['seconds']:.0f} s\n")
-            print("\n".join(detection_table(found, least=3)), flush=True)
+            _save(args, f"detection-{named(model)}-{name}-{state.replace(' ', '-')}", found)
+            print(f"\n{named(model)} {state}, {found['rows']} rows of {name}, {found['seconds']:.0f} s\n")
+            print("\n".join(detection_table(found, shown_layers=3)), flush=True)
 
 
 def probing(model: str, data: Path, args: argparse.Namespace) -> None:
-    """Every rows; a line each, and how each kind of fault orders the signals."""
+    """A line for each set of rows, and how each kind of fault orders the signals."""
     for name in args.data:
-        folder = args.output / "probes" / f"{Path(model).name}-{name}"
+        folder = args.output / "probes" / f"{named(model)}-{name}"
         found = probe.measure(model, name, DATA[name](data), folder, args)
-        _save(args, f"probe-{Path(model).name}-{name}", found)
+        _save(args, f"probe-{named(model)}-{name}", found)
         print("\n".join(["", *probe.HEADER, probe.line(found), "", *probe.orders(found)]), flush=True)
 
 
@@ -79,15 +87,16 @@ def training(model: str, data: Path, args: argparse.Namespace) -> None:
     """The arms on the rows as they are, then on those with more wrong ones."""
     arms = _training(model, data, args)
     for name in args.sets:
-        folder = args.output / "probes" / f"{Path(model).name}-{name}"
+        folder = args.output / "probes" / f"{named(model)}-{name}"
         found = probe.measure(model, name, getattr(arms.rows, name), folder, args)
-        _save(args, f"probe-{Path(model).name}-{name}", found)
+        _save(args, f"probe-{named(model)}-{name}", found)
         print("\n".join(["", *probe.HEADER, probe.line(found)]), flush=True)
+        print(f"{name}: the probe took {found['minutes']:.0f} minutes, which no cost below counts")
         if found["signal"] is None:
             print(f"{name}: no arm by the probe, as it recommends not to filter")
         cells = arms.arms(name, None if found["signal"] is None else folder, args.equal_cost)
-        _save(args, f"training-{Path(model).name}-{name}", [cell.to_json() for cell in cells])
-        print(f"\n{Path(model).name}, {name}\n")
+        _save(args, f"training-{named(model)}-{name}", [cell.to_json() for cell in cells])
+        print(f"\n{named(model)}, {name}\n")
         print("\n".join(training_table(cells)), flush=True)
 
 
@@ -95,7 +104,7 @@ def detectors(model: str, data: Path, args: argparse.Namespace) -> None:
     """The curve, beside all rows and a random half."""
     arms = _training(model, data, args)
     cells = [each for each in arms.arms("noisy") if each.selector in ("full", "random")] + arms.detectors()
-    _save(args, f"detectors-{Path(model).name}", [cell.to_json() for cell in cells])
+    _save(args, f"detectors-{named(model)}", [cell.to_json() for cell in cells])
     print("\n".join(["", *training_table(cells)]), flush=True)
 
 

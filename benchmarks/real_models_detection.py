@@ -1,15 +1,13 @@
 """Which signal finds wrong rows, with which model? The detection part of `real_models.py`.
 
 For each model, rows and state (as it comes, or after a short warm-up on clean rows of GSM8K's training set), one pass
-measures all signals and the resonance at other eps; a second one measures the resonance of every layer. The
+measures all signals and the resonance at other eps; a second one the resonance of every layer. The
 tables of scores are kept, and a pass that was interrupted resumes. An AUROC has a 95 % interval over questions, as
 rows of one question are not independent (Obuchowski, Biometrics 53, 1997).
 """
 
 from __future__ import annotations
 
-import json
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,11 +15,12 @@ from typing import Any
 
 import numpy as np
 from datasets import Dataset
-from real_models_rows import DATA, Rows, gsm8k_training
+from real_models_rows import DATA, Rows, gsm8k_training, named
 from transformers import AutoConfig
 from trl import SFTConfig
 
 from resofilter_trainer import ResonanceConfig, ScoreTable, Warmup, score_dataset
+from resofilter_trainer.compare.cost import timed
 from resofilter_trainer.config import Precision
 from resofilter_trainer.model import signals as of_the_pass
 from resofilter_trainer.probe.statistics import Auroc, clustered_auroc, length_out
@@ -48,26 +47,36 @@ def detect(model: str, name: str, state: str, data: Path, output: Path, settings
     rows = first_questions(DATA[name](data), settings["rows"])
     dataset = Dataset.from_list([{key: row[key] for key in ("prompt", "completion")} for row in rows])
     args = SFTConfig(output_dir="unused", bf16=settings["bf16"], report_to="none", max_length=512, **settings["device"])
-    folder = output / "detection" / f"{Path(model).name}-{name}-{state.replace(' ', '-')}"
-    started, warmup = time.monotonic(), {}
+    folder = output / "detection" / f"{named(model)}-{name}-{state.replace(' ', '-')}"
+    warmup: dict[str, Any] = {}
     if STATES[state] is not None:
-        kept = output / "detection" / f"{Path(model).name}-warmup"
+        kept = output / "detection" / f"{named(model)}-warmup"
         clean = Dataset.from_list(gsm8k_training(data)).select_columns(["prompt", "completion"])
         warmup = {"warmup": Warmup(rows=STATES[state], cache=kept), "warmup_dataset": clean}
     precision: Precision = "bfloat16" if settings["bf16"] else "float32"
+    layers = AutoConfig.from_pretrained(model).get_text_config().num_hidden_layers
     with at_other_eps() as eps:
         signals = [*settings["signals"], *eps]
-        scores = score_dataset(model, dataset, args=args, output=folder, precision=precision, signals=signals, **warmup)
-    layers = AutoConfig.from_pretrained(model).get_text_config().num_hidden_layers
-    every = score_dataset(
-        model, dataset, args=args, config=ResonanceConfig(n_layers=layers), output=Path(f"{folder}-layers"),
-        precision=precision, **warmup,
+        scores, seconds = timed(
+            folder,
+            lambda: score_dataset(
+                model, dataset, args=args, output=folder, precision=precision, signals=signals, **warmup
+            ),
+            resumes=True,
+        )
+    every, more = timed(
+        Path(f"{folder}-layers"),
+        lambda: score_dataset(
+            model, dataset, args=args, config=ResonanceConfig(n_layers=layers), output=Path(f"{folder}-layers"),
+            precision=precision, **warmup,
+        ),
+        resumes=True,
     )  # fmt: skip
-    columns = {each: scores.column(each) for each in [*signals, LENGTH]}
+    columns = {each: scores.column(each) for each in [*signals, LENGTH] if each in scores.table.column_names}
     columns |= {f"{LAYER}{layer}": every.column(f"{LAYER}{layer}") for layer in range(layers)}
     columns["resonance, all layers"] = every.column("score")
     found = {each: aurocs(values, rows, scores) for each, values in columns.items()}
-    return {"signals": found, "rows": len(rows), "seconds": _seconds(folder, time.monotonic() - started)}
+    return {"signals": found, "rows": len(rows), "seconds": seconds + more}
 
 
 def first_questions(rows: Rows, count: int) -> Rows:
@@ -114,26 +123,21 @@ def at_other_eps() -> Iterator[list[str]]:
                 del table[name]
 
 
-def _seconds(folder: Path, now: float) -> float:
-    """The seconds of the first time, as a later one reads what is there."""
-    path = folder / "seconds.json"
-    if not path.exists():
-        path.write_text(json.dumps(now))
-    return float(json.loads(path.read_text()))
-
-
-def table(found: dict[str, Any], least: int) -> list[str]:
-    """A Markdown table, the best signals first; of single layers only those beside the best `least` signals."""
+def table(found: dict[str, Any], shown_layers: int) -> list[str]:
+    """A Markdown table, the best signals first; of the single layers those that are best by these labels."""
 
     def best(views: dict[str, list[float]]) -> float:
         return max(abs(views[view][0] - 0.5) for view in views)
 
     order = sorted(found["signals"].items(), key=lambda each: -best(each[1]))
-    layers = [name for name, _ in order if name.startswith(LAYER)]
-    shown = [(name, views) for name, views in order if not name.startswith(LAYER) or name in layers[:least]]
+    layers = [name for name, _ in order if name.removeprefix(LAYER).isdecimal()]
+    shown = [(name, views) for name, views in order if name not in layers[shown_layers:]]
     views = [view for view in VIEWS if any(view in each for _, each in shown)]
     lines = [f"| signal | {' | '.join(views)} |", "|---" * (len(views) + 1) + "|"]
-    return lines + [f"| {name} | {' | '.join(_shown(each.get(view)) for view in views)} |" for name, each in shown]
+    for name, each in shown:
+        title = f"{name}, picked afterwards" if name in layers else name
+        lines.append(f"| {title} | {' | '.join(_shown(each.get(view)) for view in views)} |")
+    return lines
 
 
 def _shown(bounds: list[float] | None) -> str:

@@ -11,11 +11,12 @@ from typing import Any
 
 import torch
 from real_models_detection import first_questions
-from real_models_rows import DATA, Rows, training_rows
+from real_models_rows import DATA, Rows, named, training_rows
 from real_models_training import ANSWER, DETECTORS, KEEP, RATES
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 ROWS, NEW_TOKENS, PROMPTS = 8, 16, 32
+PLANTED, WRITING = 1.65, 600  # rows with planted ones over drawn ones; seconds of writing in a probe at most
 SCORING = 1.5  # forwards and a part of the backward, for all signals of the one pass, and measuring some rows again
 EVERY_LAYER = 3.0  # the same for every layer
 ARMS = 3  # halves by a score: resonance, loss, the probe's; beside them all rows, a random half, and the right rows
@@ -33,18 +34,27 @@ def plan(model: str, data: Path, args: argparse.Namespace) -> list[str]:
         forward, training, writing = _speeds(loaded, tokenizer, rows.as_is[:ROWS], rows.test[:PROMPTS])
     tests = len(rows.test) * ANSWER / writing
     right = {name: sum(not row["wrong"] for row in getattr(rows, name)) / len(getattr(rows, name)) for name in tokens}
-    epochs = {name: 1 + (ARMS + 1) * (1 if args.equal_cost else KEEP) + right[name] for name in tokens}
-    seeds, pairs = len(args.seeds), ARMS + 3
+    trained = KEEP + (1 if args.equal_cost else 0)  # epochs of a half
+    arms = {name: 1 + (ARMS + 1) * trained + right[name] for name in tokens}
+    tested = 2 + (ARMS + 1) * (2 if args.equal_cost else 1)
+    row = sum(detected.values()) / args.rows / len(args.data)  # tokens
+    probes = args.probe_rows * PLANTED * row * SCORING / forward + WRITING
+    seeds = len(args.seeds)
+    rates = len(RATES) * args.epochs * tokens["as_is"] / training
     seconds = {
         "detection": sum(detected.values()) * (SCORING + EVERY_LAYER) * len(args.states) / forward,
-        "probe": args.probe_rows * 1.65 * sum(detected.values()) / args.rows * SCORING / forward + 600 * len(args.data),
-        "training": sum(
-            seeds * (args.epochs * epochs[name] * tokens[name] / training + pairs * tests) for name in args.sets
-        ) + len(RATES) * args.epochs * tokens["as_is"] / training,
+        "probe": len(args.data) * probes,
+        "training": rates
+        + sum(
+            seeds * (args.epochs * arms[name] * tokens[name] / training + tested * tests)
+            + ARMS * tokens[name] * SCORING / forward
+            + probes
+            for name in args.sets
+        ),
         "detectors": seeds * len(DETECTORS) * (args.epochs * KEEP * tokens["noisy"] / training + tests),
-    }  # fmt: skip
+    }
     lines = [
-        f"{Path(model).name} on {device}: {forward:,.0f} tokens a second in a forward, {training:,.0f} in training, "
+        f"{named(model)} on {device}: {forward:,.0f} tokens a second in a forward, {training:,.0f} in training, "
         f"{writing:,.0f} written"
     ]
     return lines + [f"  {part:10} about {seconds[part] / 3600:.1f} hours" for part in args.parts]

@@ -19,6 +19,8 @@ from typing import Any
 
 import numpy as np
 
+from resofilter_trainer.compare.config import slug
+
 SOLVERS = ("6b_finetuning", "6b_verification", "175b_finetuning", "175b_verification")
 VALIDATION = 100  # right rows, on whose loss the learning rate is chosen
 Rows = list[dict[str, Any]]
@@ -51,7 +53,8 @@ def gsm8k_training(data: Path) -> Rows:
 
 @dataclass(frozen=True)
 class TrainingRows:
-    """What models are trained and tested on. No question is in two of these, except that `noisy` has rows of `as_is`.
+    """What models are trained and tested on. No question is in two of these, but for those of `as_is` and `noisy`, and
+    of `held_out` and `test`.
 
     Attributes:
         as_is: LLM-Adapters' rows whose question is none of GSM8K's test set nor of SVAMP, about 6 % wrong.
@@ -81,16 +84,17 @@ def training_rows(data: Path) -> TrainingRows:
     held_out = [row for row in others if _plain(row["question"]) in tested and not row["wrong"]]
     others = [row for row in others if _plain(row["question"]) not in tested]
     generator = np.random.default_rng(0)
-    right = generator.permutation([number for number, row in enumerate(others) if not row["wrong"]])
-    validation = {int(number) for number in right[:VALIDATION]}
-    share = np.mean([row["wrong"] for row in of_gsm8k])
-    wrong = sum(row["wrong"] for row in others)
-    beside = {int(number) for number in right[VALIDATION : VALIDATION + round(wrong / share) - wrong]}
-    noisy = of_gsm8k + [row for number, row in enumerate(others) if row["wrong"] or number in beside]
+    drawn = [others[number] for number in generator.permutation(len(others)) if not others[number]["wrong"]]
+    validated = {_plain(row["question"]) for row in drawn[:VALIDATION]}  # some questions have several rows
+    as_is = [row for row in others if _plain(row["question"]) not in validated]
+    share, wrong = np.mean([row["wrong"] for row in of_gsm8k]), [row for row in as_is if row["wrong"]]
+    right = [row for row in as_is if not row["wrong"]]
+    beside = generator.permutation(len(right))[: round(len(wrong) / share) - len(wrong)]
+    noisy = [*of_gsm8k, *wrong, *(right[number] for number in beside)]
     return TrainingRows(
-        as_is=[row for number, row in enumerate(others) if number not in validation],
+        as_is=as_is,
         noisy=[noisy[number] for number in generator.permutation(len(noisy))],
-        validation=[others[number] for number in sorted(validation)],
+        validation=drawn[:VALIDATION],
         held_out=held_out,
         test=test,
     )
@@ -107,6 +111,11 @@ def _arithmetic(data: Path) -> Rows:
 
 def _row(question: str, answer: str, **more: Any) -> dict[str, Any]:
     return {"prompt": f"Question: {question}\nAnswer:", "completion": f" {answer}", "question": question, **more}
+
+
+def named(model: str) -> str:
+    """A model's name in those of files: the last two parts of its path."""
+    return slug("-".join(Path(model).resolve().parts[-2:]))
 
 
 def _plain(question: str) -> str:

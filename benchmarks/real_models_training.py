@@ -22,11 +22,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from real_models_rows import Rows, TrainingRows
+from real_models_rows import Rows, TrainingRows, named
 
 from resofilter_trainer.compare.cells import Cell, summarise
 from resofilter_trainer.compare.config import ComparisonConfig
 from resofilter_trainer.compare.run import run
+from resofilter_trainer.config import InputError
 from resofilter_trainer.selecting.results import FLOPS
 
 RATES = (3e-5, 1e-4, 3e-4)
@@ -59,7 +60,7 @@ class Training:
         self, model: str, rows: TrainingRows, output: Path, settings: dict[str, Any], seeds: Sequence[int]
     ) -> None:
         self.model, self.rows, self.seeds = model, rows, seeds
-        self.output, self.settings = output / "training" / Path(model).name, settings
+        self.output, self.settings = output / "training" / named(model), settings
         self.files = {name: self._file(name, getattr(rows, name)) for name in ("validation", "held_out", "test")}
 
     def rate(self) -> float:
@@ -69,7 +70,12 @@ class Training:
             cells = self._compare(f"rate-{rate:g}", self.rows.as_is, ["full"], seeds=[0], rate=rate, test="validation")
             losses[rate] = cells[0].held_out_loss if cells[0].held_out_loss is not None else float("inf")
         print("loss on rows for validation, by learning rate:", {f"{rate:g}": losses[rate] for rate in RATES})
-        return min(losses, key=lambda rate: losses[rate])
+        best = min(losses, key=lambda rate: losses[rate])
+        if math.isinf(losses[best]):
+            raise InputError(
+                f"Every training at a learning rate of {', '.join(f'{rate:g}' for rate in RATES)} diverged."
+            )
+        return best
 
     def arms(self, name: str, probe: Path | None = None, equal_cost: bool = False) -> list[Cell]:
         """All arms on the rows `as_is` or `noisy`.

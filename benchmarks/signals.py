@@ -77,6 +77,8 @@ def main() -> None:
         if args.model is not None or name != "verdict":
             runs[name] = partial(measure_forwards, model, opened, forwards, args.bf16)
     chosen = args.methods or [*runs]
+    if "verdict" in chosen and args.model is None:
+        sys.exit("verdict writes a question with a model's tokenizer: pass --model")
     memory = {}
     runs[ALONE]()  # warms up
     for name in chosen:

@@ -16,7 +16,8 @@ def recommended_selector(entry: Mapping[str, Any]) -> dict[str, Any]:
     """The YAML entry of a selector with the method `signal`, for one that names a probe.
 
     Args:
-        entry: the entry, whose `probe` is the output folder of `resofilter probe`, or its `probe.json`.
+        entry: the entry, whose `probe` is the output folder of `resofilter probe`, or its `probe.json`. What the probe
+            itself cost is not counted.
 
     Raises:
         InputError: there is no such probe, it recommends not to filter, or its warm-up cannot be repeated.
