@@ -7,7 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from resofilter_trainer.training.refusals import BEFORE_SHARDED, CLEANING_SHARDED, MEASURING, UNKNOWN_ROWS, WEIGHING
+from resofilter_trainer.training.refusals import (
+    BEFORE_SHARDED,
+    CLEANING_PACKED,
+    CLEANING_SHARDED,
+    MEASURING,
+    UNKNOWN_ROWS,
+    WEIGHING,
+)
 
 PAGE = Path(__file__).parent.parent / "docs" / "engines.md"
 
@@ -15,7 +22,7 @@ PAGE = Path(__file__).parent.parent / "docs" / "engines.md"
 @pytest.mark.parametrize(
     ("heading", "refusals"),
     [
-        ("ResonanceCallback refuses", (*MEASURING, BEFORE_SHARDED, CLEANING_SHARDED)),
+        ("ResonanceCallback refuses", (*MEASURING, BEFORE_SHARDED, CLEANING_SHARDED, CLEANING_PACKED)),
         ("SampleWeights refuses", (*UNKNOWN_ROWS, *WEIGHING)),
     ],
 )

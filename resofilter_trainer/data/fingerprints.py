@@ -101,7 +101,7 @@ def describe_training(
         "model_config": _hash_text(json.dumps(_settings(model), sort_keys=True, default=str)),
         "attention": model.config._attn_implementation,
         "dtype": str(main_dtype(model)).removeprefix("torch."),
-        "autocast": "bfloat16" if args.bf16 else "float16" if args.fp16 else None,
+        "autocast": "bfloat16" if args.bf16 else "float16" if args.fp16 and settings.get("when") != "before" else None,
         "run": dict(settings),
     }
     return Provenance(

@@ -16,6 +16,7 @@ from .selection import Selection
 NAME = "resofilter"  # the folder in a run's output_dir, its state in a checkpoint, the prefix of its scalars
 TOKENS_FILE = "token_cleaning.json"
 LOG_FILE = "log.json"  # the Trainer's log, and what was reported to its trackers
+IDS_FILE = "rows.parquet"  # of a stream: which id the row of each sample_id has
 FULL, RANDOM = "full", "random"  # the methods of a comparison that the others are compared with
 EPOCHS, FLOPS = "epochs", "flops"  # what is equal in the trainings of a comparison
 COMPARISON_FILE, SUMMARY_FILE = "comparison.json", "summary.json"  # of a comparison, of token cleaning
@@ -77,7 +78,7 @@ def remove_stale(folder: Path) -> None:
     """Remove the files of an earlier run, which may have had more epochs."""
     for stale in (
         *folder.glob("*-epoch-*.parquet"),
-        *(folder / name for name in (TOKENS_FILE, TOKEN_SCORES_FILE, LOG_FILE)),
+        *(folder / name for name in (TOKENS_FILE, TOKEN_SCORES_FILE, LOG_FILE, IDS_FILE)),
     ):
         stale.unlink(missing_ok=True)
 

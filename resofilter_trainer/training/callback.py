@@ -55,7 +55,8 @@ class ResonanceCallback(TrainerCallback):
         token_cleaning: which tokens of the rows are learnt, see `TokenCleaning`. On its own, it drops only the rows
             that keep no token; together with `keep` and the like, rows are scored by the tokens that are learnt.
         id_column: of a stream (`IterableDataset`), the column with a number or text of its own for each row, by which
-            rows are known in every pass; by default they are known by their order, which must then be the same.
+            rows are known in every pass; by default they are known by their order, which must then be the same. The
+            ids are in `rows.parquet`: `sample_id` is the position in the first pass, also of a shuffled stream.
         update: the step that is measured: the first step of a fresh optimizer, `"adamw"` or `"sgd"`, in closed form
             and at any batch size; or `"optimizer"`, what this run's own optimizer did, for steps of a single sample.
         report: whether to write `report.html` beside the scores at the end, see `write_report`.

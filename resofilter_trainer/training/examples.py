@@ -139,22 +139,14 @@ class Packs:
 Examples = Rows | Packs
 
 
-def examples_of(trainer: Trainer, dataset: Dataset | None, cleans_tokens: bool) -> Examples:
+def examples_of(trainer: Trainer, dataset: Dataset | None) -> Examples:
     """The examples of a trainer's loader.
 
     Args:
         trainer: the trainer.
         dataset: the rows as the trainer got them, which packed rows need; None where they are not known.
-        cleans_tokens: whether the run cleans tokens.
 
     Raises:
         InputError: the rows are packed in a way in which they cannot be told apart.
     """
-    if not packs(trainer):
-        return Rows(access.rows_of(trainer), trainer.train_dataset)
-    if cleans_tokens:
-        raise InputError(
-            "ResonanceCallback cannot work with packing=True and token_cleaning, which masks the tokens of single "
-            "rows. Set packing=False."
-        )
-    return Packs(trainer, dataset)
+    return Packs(trainer, dataset) if packs(trainer) else Rows(access.rows_of(trainer), trainer.train_dataset)

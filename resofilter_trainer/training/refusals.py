@@ -65,17 +65,23 @@ COMMON: tuple[Refusal, ...] = (
             bool(getattr(trainer.args, "padding_free", False)) and keeps_a_prefix(cast(Any, trainer.model))
         ),
     ),
+)
+
+# ResonanceCallback refuses these, too.
+MEASURING: tuple[Refusal, ...] = (
+    *COMMON,
     Refusal(
         what="packing=True and an adapter that keeps a prefix",
         why="which one sample of a pack sees",
         remedy="Set packing=False",
         refused=lambda trainer, dataset: packs(trainer) and keeps_a_prefix(cast(Any, trainer.model)),
     ),
-)
-
-# ResonanceCallback refuses these, too.
-MEASURING: tuple[Refusal, ...] = (
-    *COMMON,
+    Refusal(
+        what="packing=True and dispatch_batches=True",
+        why="which divides the rows of a batch",
+        remedy="Leave dispatch_batches unset",
+        refused=lambda trainer, dataset: packs(trainer) and _dispatches(trainer),
+    ),
     Refusal(
         what="rows that are packed already",
         why="of which several are one row of a batch",
@@ -136,10 +142,7 @@ MEASURING: tuple[Refusal, ...] = (
         what="padding_free=True and dispatch_batches=True",
         why="which divides the rows of a batch",
         remedy="Leave dispatch_batches unset",
-        refused=lambda trainer, dataset: (
-            isinstance(trainer.callback_handler.train_dataloader, DataLoaderDispatcher)
-            and bool(getattr(trainer.args, "padding_free", False))
-        ),
+        refused=lambda trainer, dataset: bool(getattr(trainer.args, "padding_free", False)) and _dispatches(trainer),
     ),
     Refusal(
         what="a model that is sharded by other means than FSDP2, such as FSDP1",
@@ -177,13 +180,14 @@ MEASURING: tuple[Refusal, ...] = (
         remedy="Set dataloader_drop_last=True",
         refused=lambda trainer, dataset: (
             trainer.args.world_size > 1
+            and not is_stream(trainer)  # of which Accelerate repeats rows
             and not trainer.model_accepts_loss_kwargs
             and not trainer.args.dataloader_drop_last
         ),
     ),
 )
 
-# ResonanceCallback refuses these for a model that is sharded.
+# ResonanceCallback refuses these uses of it.
 BEFORE_SHARDED = Refusal(
     what="when='before' of a sharded model",
     why="in which processes with fewer rows than others leave the others waiting",
@@ -197,6 +201,13 @@ CLEANING_SHARDED = Refusal(
     why="which measures tokens in passes of its own",
     remedy="Clean the tokens first (resofilter clean)",
     refused=lambda trainer, dataset: is_sharded(cast(Any, trainer.model)),
+)
+
+CLEANING_PACKED = Refusal(
+    what="token_cleaning and packing=True",
+    why="as it masks the tokens of single rows",
+    remedy="Set packing=False",
+    refused=lambda trainer, dataset: packs(trainer),
 )
 
 # SampleWeights refuses these, whose rows it does not know.
@@ -259,15 +270,15 @@ def check_trainer(trainer: Trainer, train_dataloader: Any) -> None:
         _check_apart(cast(Any, trainer.model), 2e-2 if args.bf16 or args.fp16 else 1e-4, setting)
 
 
-def check_sharded(trainer: Trainer, before: bool, cleans: bool) -> None:
-    """Raise InputError for what cannot be measured of a sharded model.
+def check_use(trainer: Trainer, before: bool, cleans: bool) -> None:
+    """Raise InputError for a use of the callback that this trainer does not allow.
 
     Args:
         trainer: the trainer.
         before: whether rows are measured in a pass of their own, before the training.
         cleans: whether tokens are cleaned.
     """
-    asked = [*([BEFORE_SHARDED] if before else []), *([CLEANING_SHARDED] if cleans else [])]
+    asked = [*([BEFORE_SHARDED] if before else []), *([CLEANING_SHARDED, CLEANING_PACKED] if cleans else [])]
     _refuse("ResonanceCallback cannot work with", asked, trainer, trainer.train_dataset)
 
 
@@ -313,3 +324,8 @@ def _in_shards(trainer: Trainer) -> bool:
 def _by_fsdp2(trainer: Trainer) -> bool:
     """Whether the Trainer itself has sharded its model by FSDP2."""
     return trainer.is_fsdp_enabled and is_fsdp2(cast(Any, trainer.model))
+
+
+def _dispatches(trainer: Trainer) -> bool:
+    """Whether one process loads the rows of all."""
+    return isinstance(trainer.callback_handler.train_dataloader, DataLoaderDispatcher)

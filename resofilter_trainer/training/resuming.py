@@ -17,7 +17,7 @@ from .plan import Batching
 
 LENGTH = ("epochs", "max_steps")
 DIVISION = ("per_process", "processes", "accumulation")
-FACTS = ("repeats", "order_by_process", "loss_by_batch", "loss_by_process")  # what a division depends on
+FACTS = ("repeats", "dispatched", "order_by_process", "loss_by_batch", "loss_by_process")  # what a division depends on
 SAME = "Resume with the numbers it was made with"
 
 Settings = Mapping[str, Any]
@@ -93,13 +93,14 @@ def _undivided(there: Settings, here: Settings) -> str | None:
 
 
 def _batching(settings: Settings) -> Batching:
-    return Batching(**{name: settings[name] for name in ("rows", *DIVISION, "drop_last")})
+    own = {name: settings[name] for name in ("rows", *DIVISION, "drop_last")}
+    return Batching(**own, dispatched=settings.get("dispatched", 0))
 
 
 def _padded(batching: Batching) -> int:
     """The slots of an epoch on all rows, with those that Accelerate repeats."""
-    whole = batching.micro_batches(batching.rows) * batching.per_micro_batch
-    return batching.rows if batching.processes == 1 else whole
+    whole = batching.processes if batching.dispatched else batching.per_micro_batch
+    return batching.rows if batching.processes == 1 else -(-batching.rows // whole) * whole
 
 
 def _rows_per_step(settings: Settings) -> int:

@@ -29,7 +29,7 @@ from .filtering import FilterConfig
 from .log import RunLog, warn_that_nothing_is_filtered
 from .measurements import Measurements
 from .plan_log import line, planned_epochs, save_plan
-from .refusals import check_sharded, check_trainer
+from .refusals import check_trainer, check_use
 from .resuming import check_settings, has_other_length, resumed
 from .sampler import ROW
 from .timeline import Timeline
@@ -67,10 +67,10 @@ class Run:
     ) -> None:
         check_causal(trainer.model)
         check_trainer(trainer, train_dataloader)
-        check_sharded(trainer, before=filtering.when == "before", cleans=cleaning is not None)
+        check_use(trainer, before=filtering.when == "before", cleans=cleaning is not None)
         self.trainer, self.results = trainer, results
         self.folder = Path(str(trainer.args.output_dir)) / STATE
-        self.examples = examples_of(trainer, dataset, cleaning is not None)
+        self.examples = examples_of(trainer, dataset)
         self.rows = self.examples.rows
         self._filter, self._config = filtering, config
         keeps_all = filtering.keeps_all and cleaning is None
@@ -79,7 +79,7 @@ class Run:
         self._random_order = isinstance(own_sampler, RandomSampler)
         self._timeline = Timeline(trainer, own_sampler, self._batching, filtering)
         in_training = filtering.when == "training"
-        self._watch = Watch(trainer, config, self._batching, self.examples, in_training, not filtering.keeps_all)
+        self._watch = Watch(trainer, config, self._batching, self.examples, in_training, not keeps_all)
         self._patch = TrainerPatch(trainer, train_dataloader, self._timeline.sampler, self.fetch, self.examples)
         self._weights = BatchWeights(trainer, train_dataloader)
         self._tokens = None if cleaning is None else CleaningRun(trainer, cleaning)
@@ -303,7 +303,9 @@ class Run:
 
     def _refusal(self, epoch: int, there: np.ndarray) -> InputError | None:
         """Why an epoch cannot be trained on the examples that are `there` now, (E,) bool; None where it can."""
-        kept = int(there.sum())
+        kept, error = int(there.sum()), self._weights.refusal(self._decisions.weights)
+        if error is not None:
+            return error
         if not self._batching.micro_batches(kept):
             return self._decisions.no_batch(epoch, self.folder)
         if self._tokens is None:
@@ -354,11 +356,12 @@ class Run:
         self.results.scores = None
         if np.isfinite(self._watch.measurements.score).any():
             self._decisions.score(self._watch.measurements, self._provenance)
-        if ended == epochs and not self._timeline.over:  # that run is finished, and this one has more epochs
-            self._decisions.select(ended)
         order = extra["order"][extra["order"] >= 0]
         there, _ = self._decisions.place()
         self.examples.check_same(self.trainer.state.stateful_callbacks[STATE])
+        if ended == epochs and not self._timeline.over:  # that run is finished, and this one has more epochs
+            self._decisions.select(ended)
+            there, _ = self._decisions.place()
         self._timeline.sampler.begin(ended, there, order if len(order) else None)
 
     def end(self) -> None:

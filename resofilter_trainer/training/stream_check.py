@@ -33,7 +33,7 @@ def check_stream(trainer: Trainer, train_dataloader: Any, filtering: FilterConfi
             "Score it first with score_stream, and train on selection.apply(stream)",
         ),
         (
-            bool(getattr(args, "packing", False)) or is_packed(args, stream),
+            is_packed(args, stream),
             "packed rows",
             "Set packing=False; padding_free=True wastes no padding either",
         ),

@@ -27,8 +27,8 @@ from ..data.models import check_causal
 from ..io.files import save_parquet
 from ..io.made_from import check_made_from
 from ..scores.provenance import Provenance
+from ..selecting.results import IDS_FILE, Results, remove_stale
 from ..selecting.results import NAME as STATE
-from ..selecting.results import Results, remove_stale
 from . import trainer_access as access
 from .checkpoints import checkpoint_folder, warn_of_missing_state
 from .deciding import Decisions
@@ -45,8 +45,6 @@ from .stream_rows import MetRows, met_in
 from .trainer_patches import StreamPatch
 from .watching import Watch
 from .weighting import BatchWeights
-
-IDS_FILE = "rows.parquet"  # which id the row of each sample_id has
 
 
 class StreamRun:
@@ -74,8 +72,8 @@ class StreamRun:
         id_column: str | None = None,
     ) -> None:
         check_causal(trainer.model)
-        check_trainer(trainer, train_dataloader)
         check_stream(trainer, train_dataloader, filtering, id_column)
+        check_trainer(trainer, train_dataloader)
         self.trainer, self.results = trainer, results
         self.folder = Path(str(trainer.args.output_dir)) / STATE
         self._filter, self._config = filtering, config
@@ -267,8 +265,7 @@ class StreamRun:
     def _close_pass(self) -> None:
         """Score, decide on the next pass, and begin it."""
         if self._partial:  # no step will: the rows are measured, and their gradient waits for the next pass
-            self._watch.before_step()
-            self._watch.end_step(self._passes, self.trainer.state.global_step)
+            self._watch.end_rest(self._passes, self.trainer.state.global_step)
         self._gather()
         if not len(self._known):
             raise InputError("The stream has no rows to train on.")
@@ -277,6 +274,7 @@ class StreamRun:
         decisions, ended = cast(Decisions, self._decisions), self._passes + 1
         decisions.select(ended)
         kept = int(decisions.kept.sum())
+        self._error = self._weights.refusal(decisions.weights)
         if self._batching.micro_batches(kept) < self._batching.accumulation:
             self._error = _no_step(ended, kept, self._batching) if kept else decisions.no_batch(ended, self.folder)
         self._passes, self._micro_batches, self._partial = ended, 0, 0

@@ -167,7 +167,8 @@ class Timeline:
         )
 
     def _follow_progress(self, now: bool) -> None:
-        if self._progress != Progress.of(self._trainers_total):  # otherwise the Trainer's own schedule is right
+        # otherwise the Trainer's own schedule is right; but a checkpoint of a run of another length has its last rate
+        if self._extended or self._progress != Progress.of(self._trainers_total):
             access.follow_progress(self._trainer, self._progress, now)
 
     def to_json(self) -> dict[str, Any]:

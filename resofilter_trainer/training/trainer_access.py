@@ -1,6 +1,6 @@
 """What a callback needs of the Trainer and is not given: the trainer itself, its rows, its schedule.
 
-Knows transformers' Trainer and TRL's SFTTrainer; beside `trainer_patches`, the only module that knows their internals.
+Knows transformers' Trainer and TRL's SFTTrainer; as `trainer_packing` and `trainer_patches`, it knows their internals.
 Knows no scores.
 """
 
@@ -111,7 +111,7 @@ def batching_of_stream(trainer: Trainer) -> Batching:
     """How this trainer makes steps of the rows of a stream, of which none is known yet."""
     args, processes = trainer.args, trainer.args.world_size
     split = processes if args.accelerator_config.split_batches else 1
-    return Batching(0, trainer._train_batch_size // split, processes, args.gradient_accumulation_steps)
+    return Batching(0, trainer._train_batch_size // split, processes, args.gradient_accumulation_steps, repeats=True)
 
 
 def from_main(value: Any) -> Any:

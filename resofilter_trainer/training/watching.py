@@ -198,6 +198,12 @@ class Watch:
             self._pending.append(measured)
         self._rows, self._expected = [], []
 
+    def end_rest(self, epoch: int, step: int) -> None:
+        """Keep what was measured of samples at the end of a pass that fill no step, see `end_step`."""
+        self.before_step()
+        self._left_out = self._scales  # whether their gradient is beyond float16's largest number shows in a later step
+        self.end_step(epoch, step)
+
     def gather(self) -> None:
         """Add what all processes have measured to the measurements of each."""
         pending, self._pending = self._pending, []

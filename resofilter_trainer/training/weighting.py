@@ -137,7 +137,7 @@ class WeightedLoss:
 
     def __init__(self, model: nn.Module) -> None:
         self._weight: Tensor | None = None
-        before = model.register_forward_pre_hook(self._take, with_kwargs=True)
+        before = model.register_forward_pre_hook(self._take, with_kwargs=True, prepend=True)  # before FSDP2 rounds it
         self._handles = [before, model.register_forward_hook(self._weigh)]
 
     def detach(self) -> None:
@@ -179,6 +179,16 @@ class BatchWeights:
         for batch, own_rows in zip(batches, rows, strict=True):
             segments = segments_of(batch)[: len(own_rows)]
             batch[WEIGHT] = token_weights(batch["labels"], segments, weights_of(own_rows, weights).tolist())
+
+    def refusal(self, weights: np.ndarray | None) -> InputError | None:
+        """Why rows cannot have these weights; None where they can, or all weigh the same."""
+        if weights is None or self._weighted is not None:
+            return None
+        try:
+            check_weighable(self._trainer, self._loader)
+        except InputError as error:
+            return error
+        return None
 
     def detach(self) -> None:
         """Leave the model as it was found."""

@@ -17,6 +17,7 @@ ROWS = 21
 EACH_STEP = {"save_strategy": "steps", "save_steps": 1, "per_device_train_batch_size": 4}
 EPOCHS = {epochs: {"num_train_epochs": epochs} for epochs in (1, 1.5, 2, 2.5, 3, 4)}
 THRESHOLD = {"selector": DataSelector(threshold=5.6, by="loss")}
+PACKED = {"packing": True, "max_length": 64}
 LONGER = {
     "keep": ({"keep": 0.5}, {}, EPOCHS[2], EPOCHS[4]),
     "saved by epoch": ({"keep": 0.5}, {"save_strategy": "epoch"}, EPOCHS[2], EPOCHS[4]),
@@ -26,6 +27,7 @@ LONGER = {
     "fewer": ({"keep": 0.5}, {}, EPOCHS[4], EPOCHS[3]),
     "steps": ({"keep": 0.5}, {}, {"max_steps": 9}, {"max_steps": 14}),
     "before": ({"keep": 0.5, "when": "before"}, {}, EPOCHS[1], EPOCHS[2]),
+    "packed": ({"keep": 0.5, "readmit": True, "dataset": rows(ROWS)}, PACKED, EPOCHS[2], EPOCHS[3]),
 }  # fmt: skip
 
 
@@ -63,6 +65,24 @@ def test_more_epochs_follow_the_learning_rate_of_a_run_that_has_them(tmp_path, t
     ]
     settings = resumed.callback.scores.provenance.preparation["run"]
     assert settings["epochs"] == 4
+
+
+@pytest.mark.parametrize(
+    ("keep", "there", "here"),
+    [(1.0, EPOCHS[1], EPOCHS[3]), (0.5, {"max_steps": 9}, {"max_steps": 14})],
+    ids=["all rows", "steps"],
+)
+def test_the_first_step_of_a_longer_run_has_its_learning_rate(keep, there, here, tmp_path, tokenizer):
+    """The checkpoint's last rate is 0, and the Trainer's schedule is that of the longer run already."""
+    linear = {"lr_scheduler_type": "linear"}
+    first = run(tmp_path / "first", tokenizer, {"keep": keep}, **there, **linear)
+    whole = run(tmp_path / "whole", tokenizer, {"keep": keep}, **here, **linear)
+    done = first.trainer.state.global_step
+    checkpoint = str(tmp_path / "first" / f"checkpoint-{done}")
+    resumed = run(tmp_path / "resumed", tokenizer, {"keep": keep}, resume=checkpoint, **here, **linear)
+    rates = [step[-1] for step in resumed.seen]
+    assert rates == [step[-1] for step in whole.seen[done:]]
+    assert rates[0] > 0
 
 
 @pytest.mark.parametrize("keep", [0.5, [1.0, 0.7, 0.4]], ids=str)

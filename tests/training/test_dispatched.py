@@ -5,6 +5,7 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 import pytest
+import torch
 from helpers.training import assert_same_end, assert_same_weights, train
 
 from resofilter_trainer import InputError, ResonanceCallback
@@ -48,10 +49,27 @@ def test_the_end_is_the_same_from_every_checkpoint(how, tmp_path, tokenizer):
         assert_same_end(resumed, whole)
 
 
-def test_rows_of_a_padding_free_batch_are_not_dispatched(tmp_path, tokenizer):
-    changes = {"accelerator_config": HOW["dispatched"], "padding_free": True, "max_length": None}
-    with pytest.raises(InputError, match="dispatch_batches=True, which divides the rows of a batch"):
-        train(tmp_path, tokenizer, ResonanceCallback(), **changes)
+@pytest.mark.parametrize("setting", ["padding_free", "packing"])
+def test_samples_that_share_a_row_are_not_dispatched(setting, tmp_path, tokenizer):
+    changes = {"padding_free": {"padding_free": True, "max_length": None}, "packing": {"packing": True}}[setting]
+    with pytest.raises(InputError, match=f"{setting}=True and dispatch_batches=True, which divides the rows"):
+        train(tmp_path, tokenizer, ResonanceCallback(), accelerator_config=HOW["dispatched"], **changes)
+
+
+def test_a_dispatched_run_resumes_with_another_division_of_its_steps(tmp_path, tokenizer):
+    changes = {"accelerator_config": HOW["dispatched"], "num_train_epochs": 2, "max_grad_norm": 0.0}
+    there = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 1}
+    here = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+    saving = {"save_strategy": "steps", "save_steps": 3}
+    whole = train(tmp_path, tokenizer, ResonanceCallback(keep=0.5), **changes, **there, **saving)
+    checkpoint = str(tmp_path / "checkpoint-3")
+    resumed = train(tmp_path / "resumed", tokenizer, ResonanceCallback(keep=0.5), resume=checkpoint, **changes, **here)
+    assert resumed.trainer.state.global_step == whole.trainer.state.global_step
+    assert [each.keep.tolist() for each in resumed.callback.selections] == [
+        each.keep.tolist() for each in whole.callback.selections
+    ]
+    for name, value in whole.weights.items():
+        torch.testing.assert_close(resumed.weights[name], value, rtol=1e-4, atol=1e-6)
 
 
 def test_batches_that_cannot_be_divided_are_refused():
