@@ -337,3 +337,11 @@ def test_the_trainer_is_left_as_it_was_found(tmp_path, tokenizer):
     assert isinstance(loader.dataset, IterableDataset)
     assert type(loader.collate_fn).__module__.startswith(("transformers", "trl"))
     assert "get_batch_samples" not in vars(own.trainer)
+
+
+def test_the_ids_of_an_earlier_run_do_not_stay(tmp_path, tokenizer):
+    run(tmp_path, tokenizer, ResonanceCallback(keep=0.5, id_column="name"), dataset=with_ids, **SHORT)
+    assert (tmp_path / STATE / "rows.parquet").exists()
+    run(tmp_path, tokenizer, ResonanceCallback(keep=0.5), **SHORT)
+    assert not (tmp_path / STATE / "rows.parquet").exists()
+    assert (tmp_path / STATE / "scores.parquet").exists()
