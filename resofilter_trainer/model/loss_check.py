@@ -327,11 +327,12 @@ def _on_gradient(tensor: Tensor, hook: Callable[[Tensor], None]) -> None:
         node, place = node.next_functions[0]
     if node is None:
         return
+    dtype = tensor.dtype  # a hook that knew the tensor would keep its graph: a cycle that Python cannot see
 
     @torch.no_grad()
     def see(gradients: tuple[Tensor | None, ...]) -> None:
         gradient = gradients[place]
         if gradient is not None:
-            hook(gradient.to(tensor.dtype) if tensor.dtype in HALF else gradient)  # it is no finer than the tensor's
+            hook(gradient.to(dtype) if dtype in HALF else gradient)  # it is no finer than the tensor's
 
     node.register_prehook(see)

@@ -35,6 +35,7 @@ def run(tmp_path, tokenizer):
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # torch's own look
+@pytest.mark.filterwarnings("ignore:.* should not be instantiated:DeprecationWarning")  # nor this one
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 def test_scores_and_weights_of_a_compiled_model(backend, run):
     compiled = {"torch_compile": True, "torch_compile_backend": backend}

@@ -81,7 +81,7 @@ def test_where_nothing_is_dropped_the_first_rows_are_repeated_as_accelerate_does
 )
 def test_where_one_process_loads_all_have_as_many_rows(rows, slots):
     """As Accelerate's dispatcher divides the last batch: one each of 5, two each of 7, and so on."""
-    batching = Batching(rows=rows, per_process=2, processes=2, dispatched=2)
+    batching = Batching(rows=rows, per_process=2, processes=2, repeats=True, dispatched=2)
     assert batching.slots(np.arange(rows)).tolist() == slots
 
 
