@@ -27,10 +27,14 @@ from resofilter_trainer.config import VersionError
 ROOT = Path(__file__).parents[1]
 
 LONGEST_FIRST = (  # so that no process is left with a long file at the end, while the others have nothing to do
+    "tests/training/test_callback_sharded.py",
+    "tests/benchmarks/test_real_models.py",
     "tests/demo/test_demo.py",
     "tests/compare/test_comparison_run.py",
     "tests/training/test_callback_resume.py",
     "tests/training/test_callback.py",
+    "tests/training/test_packing.py",
+    "tests/training/test_stream.py",
     "tests/test_kills.py",
     "tests/training/test_callback_processes.py",
     "tests/scoring/test_scoring_processes.py",

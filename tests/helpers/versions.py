@@ -36,3 +36,8 @@ def skip_without(feature: str) -> None:
 def all_there() -> bool:
     """Whether the installed versions lack nothing of `SINCE`."""
     return all(map(has, SINCE))
+
+
+takes_its_own_batch_size = pytest.mark.skipif(
+    older_than("transformers", "5.0"), reason="transformers before 5 resumes with the checkpoint's batch size"
+)

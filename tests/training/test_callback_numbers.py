@@ -9,9 +9,11 @@ import pytest
 import torch
 import transformers
 from helpers.training import Outcome, arguments, assert_same_end, llama, rows, train
+from helpers.versions import takes_its_own_batch_size
 from trl import SFTTrainer
 
 from resofilter_trainer import DataSelector, InputError, ResonanceCallback, SampleWeights
+from resofilter_trainer.config.compatibility import need
 
 ROWS = 21
 EACH_STEP = {"save_strategy": "steps", "save_steps": 1, "per_device_train_batch_size": 4}
@@ -85,6 +87,7 @@ def test_the_first_step_of_a_longer_run_has_its_learning_rate(keep, there, here,
     assert rates[0] > 0
 
 
+@takes_its_own_batch_size
 @pytest.mark.parametrize("keep", [0.5, [1.0, 0.7, 0.4]], ids=str)
 @pytest.mark.parametrize(("size", "accumulation"), [(2, 2), (1, 4)])
 def test_rows_of_a_step_may_be_divided_in_another_way(size, accumulation, keep, tmp_path, tokenizer):
@@ -128,7 +131,12 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize("name", REFUSED)
+DIVIDED = ("another product", "drop_last")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(each, marks=[takes_its_own_batch_size] * (each in DIVIDED)) for each in REFUSED]
+)
 def test_numbers_that_cannot_work_are_refused_in_one_line(name, tmp_path, tokenizer):
     there, here, said = REFUSED[name]
     run(tmp_path / "first", tokenizer, {"keep": 0.5}, **there)
@@ -138,6 +146,7 @@ def test_numbers_that_cannot_work_are_refused_in_one_line(name, tmp_path, tokeni
     assert "\n" not in str(refused.value)
 
 
+@takes_its_own_batch_size
 def test_a_loss_of_each_batchs_own_mean_is_not_divided_in_another_way(tmp_path, tokenizer):
     def trained(output, resume=None, **changes):
         trainer = SFTTrainer(
@@ -168,6 +177,7 @@ def test_a_checkpoint_that_was_trained_further_without_the_callback_is_refused(t
 
 
 def test_sample_weights_notice_that_the_callback_is_missing(tmp_path, tokenizer):
+    need("log_probs", "A weight for each row")
     run(tmp_path, tokenizer, {"keep": 0.5})
     with pytest.raises(InputError, match="made with ResonanceCallback, which is missing here"):
         train(

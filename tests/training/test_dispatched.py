@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from helpers.training import assert_same_end, assert_same_weights, train
+from helpers.versions import takes_its_own_batch_size
 
 from resofilter_trainer import InputError, ResonanceCallback
 from resofilter_trainer.training.trainer_access import batching_of
@@ -56,6 +57,7 @@ def test_samples_that_share_a_row_are_not_dispatched(setting, tmp_path, tokenize
         train(tmp_path, tokenizer, ResonanceCallback(), accelerator_config=HOW["dispatched"], **changes)
 
 
+@takes_its_own_batch_size
 def test_a_dispatched_run_resumes_with_another_division_of_its_steps(tmp_path, tokenizer):
     changes = {"accelerator_config": HOW["dispatched"], "num_train_epochs": 2, "max_grad_norm": 0.0}
     there = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 1}
