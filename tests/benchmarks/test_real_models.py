@@ -112,17 +112,17 @@ def test_the_whole_command_and_again(shared, tmp_path):
     assert first.returncode == 0, first.stderr
     assert "skipped: there is no model at 'missing'" in first.stdout
     files = {path: path.read_text() for path in (tmp_path / "real").glob("*.json")}
-    found = json.loads(files[tmp_path / "real" / "detection-base-gsm8k-as-it-comes.json"])
+    found = json.loads(files[tmp_path / "real" / "detection-demo-base-gsm8k-as-it-comes.json"])
     value, low, high = found["signals"]["loss"]["within question"]
     assert 0 <= low <= value <= high <= 1
     assert {"resonance, eps 0.001", "layer_0", "resonance, all layers"} <= found["signals"].keys()
-    cells = json.loads(files[tmp_path / "real" / "training-base-noisy.json"])
+    cells = json.loads(files[tmp_path / "real" / "training-demo-base-noisy.json"])
     arms = {cell["selector"] for cell in cells}
     assert {"full", "random", "resonance", "low_loss", "right rows only"} <= arms
     assert all(cell["held_out_loss"] > 0 for cell in cells)
     right = next(cell for cell in cells if cell["selector"] == "right rows only")
     assert (right["kept"], right["rows"]) == (35, 70)
-    detectors = json.loads(files[tmp_path / "real" / "detectors-base.json"])
+    detectors = json.loads(files[tmp_path / "real" / "detectors-demo-base.json"])
     best = next(cell for cell in detectors if cell["selector"] == "AUROC 1")
     assert (best["auroc"], best["wrong_kept"]) == (1.0, 0.0)
 
