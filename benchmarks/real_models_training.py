@@ -18,6 +18,7 @@ import json
 import math
 import statistics
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,7 @@ class Training:
         self.output, self.settings = output / "training" / named(model), settings
         self.files = {name: self._file(name, getattr(rows, name)) for name in ("validation", "held_out", "test")}
 
+    @cached_property
     def rate(self) -> float:
         """The learning rate at which a training on all rows has the least loss on the rows for validation."""
         losses = {}
@@ -110,7 +112,7 @@ class Training:
         self, name: str, rows: Rows, selectors: Sequence[Any], *, seeds: Sequence[int] | None = None,
         rate: float | None = None, test: str = "test", **settings: Any,
     ) -> list[Cell]:  # fmt: skip
-        chosen = self.rate() if rate is None else rate
+        chosen = self.rate if rate is None else rate
         config = ComparisonConfig.of(
             {
                 "model": self.model,

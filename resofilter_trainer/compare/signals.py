@@ -25,9 +25,9 @@ class SignalSettings:
         by: the name of a signal, one of `scoring.further_signals.ALL_SIGNALS`; or `num_tokens`.
         drop: the end to drop, `"largest"` or `"smallest"`; by default the signal's own.
         length_out: whether to rank by what the signal says beyond the length, as in `DataSelector`.
-        warmup: the number of rows of a short training before the pass, of a copy of the model, which then scores (rows
-            that it has learnt look easier, and are less likely to be dropped by a loss); or
-            a mapping with the fields of `Warmup`; None for no warm-up. The rows are some of the dataset's.
+        warmup: the number of rows of a short training before the pass, of a copy of the model, which then scores; or a
+            mapping with the fields of `Warmup`; None for no warm-up. The rows are some of the dataset's: their losses
+            are smaller for that, so a selection by a loss keeps more of them.
 
     Raises:
         InputError: a setting is unknown or cannot be used with another one.

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
-from accelerate.data_loader import DataLoaderDispatcher
 from accelerate.utils import DistributedType
 from torch.distributed.fsdp import FullyShardedDataParallel
 from transformers import Trainer
@@ -23,8 +22,8 @@ from ..model.head import mixes_samples
 from ..model.losses import unwrapped
 from ..model.sharding import is_fsdp2, is_sharded
 from ..selecting.weighted_rows import WEIGHT
-from .trainer_access import compiles, is_packed, is_sft, is_stream
-from .trainer_packing import is_unsloth, packs
+from .trainer_access import compiles, dispatches, is_packed, is_sft, is_stream, is_unsloth
+from .trainer_packing import packs
 
 
 @dataclass(frozen=True)
@@ -328,4 +327,4 @@ def _by_fsdp2(trainer: Trainer) -> bool:
 
 def _dispatches(trainer: Trainer) -> bool:
     """Whether one process loads the rows of all."""
-    return isinstance(trainer.callback_handler.train_dataloader, DataLoaderDispatcher)
+    return dispatches(trainer.callback_handler.train_dataloader)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any, cast
 
-from accelerate.data_loader import DataLoaderDispatcher
 from datasets import IterableDataset
 from transformers import Trainer
 from trl import SFTConfig
@@ -12,14 +11,14 @@ from trl import SFTConfig
 from ..config import InputError
 from .filtering import FilterConfig
 from .stream_rows import is_shuffled
-from .trainer_access import is_packed
+from .trainer_access import dispatches, is_packed
 
 
 def check_stream(trainer: Trainer, train_dataloader: Any, filtering: FilterConfig, id_column: str | None) -> None:
     """Raise InputError for a setting under which the rows of a stream cannot be known; it says what to change."""
     args, stream = cast(SFTConfig, trainer.args), trainer.train_dataset
     several, base = args.world_size > 1, getattr(train_dataloader, "base_dataloader", train_dataloader)
-    dispatched = isinstance(train_dataloader, DataLoaderDispatcher)
+    dispatched = dispatches(train_dataloader)
     shards = several and isinstance(base.dataset, IterableDataset) and not dispatched
     refusals = [
         (

@@ -58,7 +58,17 @@ def is_stream(trainer: Trainer) -> bool:
 
 def is_sft(trainer: Trainer) -> bool:
     """Whether a trainer prepares its rows as SFTTrainer does: TRL's own, or unsloth's copy of its source."""
-    return any(each.__name__ in ("SFTTrainer", "_UnslothSFTTrainer") for each in type(trainer).__mro__)
+    return is_unsloth(trainer) or any(each.__name__ == "SFTTrainer" for each in type(trainer).__mro__)
+
+
+def is_unsloth(trainer: Trainer) -> bool:
+    """Whether a trainer is unsloth's copy of SFTTrainer."""
+    return any(each.__name__ == "_UnslothSFTTrainer" for each in type(trainer).__mro__)
+
+
+def dispatches(train_dataloader: Any) -> bool:
+    """Whether one process loads the rows of all and sends each its own (Accelerate's `dispatch_batches`)."""
+    return isinstance(train_dataloader, DataLoaderDispatcher)
 
 
 def warmup_of(trainer: Trainer, prepared: PreparedRows, warmup: int | Warmup | None) -> WarmupPlan | None:
@@ -103,7 +113,7 @@ def batching_of(trainer: Trainer, train_dataloader: Any, repeats: bool) -> Batch
         raise InputError(
             f"{rows} rows do not fill a batch of {per_process * processes}: leave out dataloader_drop_last."
         )
-    dispatched = batch_size if isinstance(train_dataloader, DataLoaderDispatcher) else 0
+    dispatched = batch_size if dispatches(train_dataloader) else 0
     return Batching(rows, per_process, processes, args.gradient_accumulation_steps, drop_last, repeats, dispatched)
 
 

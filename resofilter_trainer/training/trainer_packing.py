@@ -19,11 +19,6 @@ def packs(trainer: Trainer) -> bool:
     return is_sft(trainer) and bool(cast(SFTConfig, trainer.args).packing)
 
 
-def is_unsloth(trainer: Trainer) -> bool:
-    """Whether a trainer is unsloth's copy of SFTTrainer."""
-    return any(each.__name__ == "_UnslothSFTTrainer" for each in type(trainer).__mro__)
-
-
 def unpacked_rows(trainer: Trainer, dataset: Dataset | None) -> Dataset:
     """The rows that a trainer has packed, as tokens and labels, whole and in the user's order.
 

@@ -108,7 +108,8 @@ class Watch:
         if self._recorder is None:
             return
         self._rows, self._expected = rows, []
-        self._scale = access.scaled(self._trainer.accelerator, torch.ones((), device=self._trainer.args.device))
+        if self._scales:
+            self._scale = access.scaled(self._trainer.accelerator, torch.ones((), device=self._trainer.args.device))
         for batch, own_rows in zip(batches, rows, strict=True):
             weight = access.token_weight(self._trainer, num_items, batch, len(batches))
             weight = weight * self._scale if self._scales else weight
