@@ -92,8 +92,7 @@ class Round:
         cost = method.cost(self.config, selector, epochs)
         seen = scored.table if isinstance(scored.table, ScoreTable) else self.scores.of_trained_model
         failure = self._failure(trained)
-        batch_size = self.args.per_device_eval_batch_size
-        tests = {} if failure else held_out_metrics(trained, self.config, self.data, batch_size)
+        tests = {} if failure else held_out_metrics(trained, self.config, self.data, self.args)
         loss_rows = None if failure else self._loss_tokens
         return Cell(
             selector=selector.name,

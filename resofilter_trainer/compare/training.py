@@ -148,14 +148,15 @@ def train(model: str, rows: Dataset, callback: ResonanceCallback | None, args: S
     return Trained(loaded, processor, float(tokens), float(trainer.state.epoch or 0), seconds, float(loss))
 
 
-def held_out_metrics(trained: Trained, config: ComparisonConfig, data: Data, batch_size: int) -> dict[str, float]:
+def held_out_metrics(trained: Trained, config: ComparisonConfig, data: Data, args: SFTConfig) -> dict[str, float]:
     """The metric of each task or, without tasks, the exact match on the held-out rows."""
-    model, tokenizer = trained.model, trained.tokenizer
+    model, tokenizer, batch_size = trained.model, trained.tokenizer, args.per_device_eval_batch_size
     if config.tasks:
         where = (config.task_folder, config.task_limit, config.unsafe_code)
         return evaluate_tasks(model, tokenizer, config.tasks, batch_size, *where)
     held_out = (data.prompts, data.answers)
-    return {"exact_match": exact_match(model, tokenizer, *held_out, config.max_new_tokens, batch_size)}
+    length = config.max_new_tokens
+    return {"exact_match": exact_match(model, tokenizer, *held_out, length, batch_size, bf16=bool(args.bf16))}
 
 
 def try_tasks(config: ComparisonConfig, model: str, args: SFTConfig) -> None:

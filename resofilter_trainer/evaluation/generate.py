@@ -14,8 +14,9 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
 
-from ..model.modes import evaluating
+from ..model.modes import bfloat16_forward, evaluating
 
+AT_FIRST = 64  # tokens
 FINAL_ANSWER = Path(__file__).parent / "metrics" / "final_answer.py"
 
 
@@ -26,6 +27,8 @@ def exact_match(
     references: Sequence[str],
     max_new_tokens: int,
     batch_size: int,
+    *,
+    bf16: bool = False,
 ) -> float:
     """The share of prompts that the model answers with the right final answer, by greedy generation.
 
@@ -36,10 +39,12 @@ def exact_match(
         references: the right answers, as texts with `#### <number>` or `The answer is <number>` at the end.
         max_new_tokens: the largest number of tokens of an answer.
         batch_size: the number of prompts in a batch of one process; the processes share the prompts.
+        bf16: whether to use bfloat16 autocast, as a trainer does with `bf16=True`.
     """
     import evaluate  # of the extra `compare`; writing answers does without
 
-    answers = generate(model, tokenizer, prompts, max_new_tokens, batch_size)
+    with bfloat16_forward(model, bf16):
+        answers = generate(model, tokenizer, prompts, max_new_tokens, batch_size)
     return evaluate.load(str(FINAL_ANSWER)).compute(predictions=answers, references=list(references))["exact_match"]
 
 
@@ -50,22 +55,52 @@ def generate(
     max_new_tokens: int,
     batch_size: int,
 ) -> list[str]:
-    """The greedy continuation of each prompt, without special tokens, in the order of the prompts."""
+    """The greedy continuation of each prompt, without special tokens, in the order of the prompts.
+
+    After `AT_FIRST` (64) tokens, answers that have not ended are put together in new batches, so that a few long ones do not
+    hold up all others.
+    """
     state = PartialState()
     chat = any(not isinstance(prompt, str) for prompt in prompts)
     texts = [_from_template(tokenizer, prompt) for prompt in prompts] if chat else list(prompts)
     special = not chat  # a chat template adds its own special tokens
     order = sorted(range(len(texts)), key=lambda row: len(texts[row]))  # little padding
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
-    mine = batches[state.process_index :: state.num_processes]
-    found: list[tuple[int, str]] = []
-    with torch.no_grad(), evaluating(model):
-        for rows in tqdm(mine, desc="Answering", unit="batch", disable=not state.is_main_process):
-            some = [texts[row] for row in rows]
-            found += zip(rows, _continue(model, tokenizer, some, special, max_new_tokens), strict=True)
+    mine = [row for batch in batches[state.process_index :: state.num_processes] for row in batch]
+    answers = _answers(model, tokenizer, [texts[row] for row in mine], special, max_new_tokens, batch_size)
+    found = list(zip(mine, answers, strict=True))
     if state.num_processes > 1:
         found = gather_object(found)
     return [text for _, text in sorted(found)]
+
+
+def _answers(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: list[str],
+    special: bool,
+    most: int,
+    batch_size: int,
+) -> list[str]:
+    """The continuation of each text by this process, of `most` tokens at most."""
+    if not texts:
+        return []
+    ids = tokenizer(texts, add_special_tokens=special)["input_ids"]
+    first = min(most, AT_FIRST)
+    with (
+        torch.no_grad(),
+        evaluating(model),
+        tqdm(total=len(ids), desc="Answering", unit="row", disable=not PartialState().is_main_process) as bar,
+    ):
+        written = _continued(model, tokenizer, ids, first, batch_size, bar)
+        answers = [tokens for tokens, _ in written]
+        unfinished = [row for row, (_, ended) in enumerate(written) if not ended and most > first]
+        bar.total += len(unfinished)
+        begun = [ids[row] + answers[row] for row in unfinished]
+        rest = _continued(model, tokenizer, begun, most - first, batch_size, bar)
+        for row, (tokens, _) in zip(unfinished, rest, strict=True):
+            answers[row] += tokens
+    return tokenizer.batch_decode(answers, skip_special_tokens=True)
 
 
 @dataclass(frozen=True)
@@ -167,14 +202,27 @@ def _inputs(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], special: b
     )
 
 
-def _continue(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: list[str], special: bool, max_new_tokens: int
-) -> list[str]:
-    inputs = _inputs(tokenizer, texts, special).to(model.device)
-    written = model.generate(
-        **inputs, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=tokenizer.pad_token_id
-    )
-    return tokenizer.batch_decode(written[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+def _continued(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    ids: list[list[int]],
+    most: int,
+    batch_size: int,
+    bar: Any,
+) -> list[tuple[list[int], bool]]:
+    """The greedy continuation of each list of tokens, and whether it has ended by itself."""
+    ends = torch.tensor(sorted({*_ends(model.generation_config.eos_token_id)}), device=model.device)
+    found = []
+    for start in range(0, len(ids), batch_size):
+        batch = {"input_ids": ids[start : start + batch_size]}
+        inputs = tokenizer.pad(batch, padding_side="left", return_tensors="pt").to(model.device)
+        tokens = model.generate(
+            **inputs, max_new_tokens=most, do_sample=False, pad_token_id=tokenizer.pad_token_id
+        )[:, inputs["input_ids"].shape[1] :]  # fmt: skip
+        for row, ended in zip(tokens.tolist(), torch.isin(tokens, ends).tolist(), strict=True):
+            found.append((row[: ended.index(True) + 1], True) if any(ended) else (row, False))
+        bar.update(len(batch["input_ids"]))
+    return found
 
 
 def _from_template(tokenizer: PreTrainedTokenizerBase, messages: Any) -> str:

@@ -91,6 +91,20 @@ def test_answers_are_each_prompts_own_in_the_prompts_order(tiny_llama, tokenizer
     assert generate(model, tokenizer, PROMPTS, max_new_tokens=6, batch_size=batch_size) == expected
 
 
+@pytest.mark.parametrize("at_first", [1, 3, 6])
+def test_long_answers_that_are_put_together_are_those_of_each_prompt_alone(
+    tiny_llama, tokenizer, monkeypatch, at_first
+):
+    """Some prompts are taught to end early, so only some of a batch are continued."""
+    monkeypatch.setattr("resofilter_trainer.evaluation.generate.AT_FIRST", at_first)
+    short = PROMPTS[1:4]
+    model = taught(tiny_llama(dtype=torch.float64), tokenizer, short, [" fox<eos>"] * len(short))
+    expected = [alone(model, tokenizer, prompt, 9) for prompt in PROMPTS]
+    assert len({len(tokenizer(text).input_ids) for text in expected}) > 1
+
+    assert generate(model, tokenizer, PROMPTS, max_new_tokens=9, batch_size=2) == expected
+
+
 def test_messages_are_answered_through_the_chat_template(tiny_llama, tokenizer):
     model = tiny_llama(dtype=torch.float64)
     talk = [{"role": "user", "content": "what is 1 + 2 ?"}]
