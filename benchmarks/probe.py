@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset
-from real_models_rows import DATA, Rows, named
+from real_models_rows import DATA, Rows, named, training_rows
 from trl import SFTConfig
 
 from resofilter_trainer import ProbeResult, ScoreTable, probe_dataset
@@ -32,6 +32,11 @@ from resofilter_trainer.probe.statistics import length_out
 from resofilter_trainer.scores.statistics import auroc, rank_correlation
 from resofilter_trainer.selecting.votes import WARMED
 
+ROWS = {
+    **DATA,
+    "as_is": lambda data: training_rows(data).as_is,
+    "noisy": lambda data: training_rows(data).noisy,
+}
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 HEADER = (
     "| model | data | rows | wrong | evidence | recommended | its AUROC | best | its AUROC | regret | minutes |",
@@ -50,7 +55,7 @@ def main() -> None:
     for model in args.models:
         for name in args.data:
             folder = args.output / f"{named(model)}-{name}{'' if args.warmup is None else '-warmup'}"
-            case = measure(model, name, DATA[name](data), folder, args)
+            case = measure(model, name, ROWS[name](data), folder, args)
             found.append(case)
             print(line(case), flush=True)
     for case in found:
@@ -162,7 +167,7 @@ def _orders(result: ProbeResult, real: dict[str, float]) -> dict[str, float]:
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", required=True, help="folders of models")
-    parser.add_argument("--data", nargs="+", choices=[*DATA], default=[*DATA])
+    parser.add_argument("--data", nargs="+", choices=[*ROWS], default=[*DATA])
     parser.add_argument("--shared", type=Path, default=SHARED, help="a folder with data/")
     parser.add_argument("--output", type=Path, default=Path("probes"), help="a folder for the probes")
     add_probe_arguments(parser)

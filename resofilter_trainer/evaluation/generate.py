@@ -57,8 +57,8 @@ def generate(
 ) -> list[str]:
     """The greedy continuation of each prompt, without special tokens, in the order of the prompts.
 
-    After `AT_FIRST` (64) tokens, answers that have not ended are put together in new batches, so that a few long ones do not
-    hold up all others.
+    Answers that have not ended after `AT_FIRST` (64) tokens are put together in new batches, so that a few long ones do
+    not hold up all others.
     """
     state = PartialState()
     chat = any(not isinstance(prompt, str) for prompt in prompts)

@@ -53,6 +53,25 @@ def test_self_made_errors_against_answers_of_others_are_no_evidence():
 
 
 @pytest.mark.parametrize("kind", [SELF_MADE, CONTRADICTED])
+@pytest.mark.parametrize(
+    ("best", "half", "expected"), [(0.70, 0.05, USUAL), (0.73, 0.05, USUAL), (0.76, 0.05, "a"), (0.76, 0.08, USUAL)]
+)
+def test_the_usual_signal_gives_way_only_to_one_whose_lower_bound_is_above_its_auroc(kind, best, half, expected):
+    found = recommend([record(USUAL, kind, 0.7, 0.1), record("a", kind, best, half)])
+    assert (found.signal, found.drop, found.evidence) == (expected, "largest", kind)
+    assert ("a, with an AUROC of 0." in found.reason) == (expected == USUAL)
+
+
+@pytest.mark.parametrize(("usual", "half"), [(0.7, 0.25), (0.54, 0.01), (0.3, 0.05)])
+def test_the_usual_signal_has_to_find_the_evidence_itself(usual, half):
+    assert recommend([record(USUAL, SELF_MADE, usual, half), record("a", SELF_MADE, 0.72, 0.03)]).signal == "a"
+
+
+def test_where_rows_are_labelled_no_signal_is_usual():
+    assert recommend([record(USUAL, LABELLED, 0.7), record("a", LABELLED, 0.71)]).signal == "a"
+
+
+@pytest.mark.parametrize("kind", [SELF_MADE, CONTRADICTED])
 @pytest.mark.parametrize(("half", "evidence"), [(0.14, True), (0.2, False)])
 def test_too_few_rows_are_no_evidence_that_nothing_finds_them(kind, half, evidence):
     """Eleven right answers beside sixty wrong ones leave an interval of .25 to both sides."""
