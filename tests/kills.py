@@ -89,6 +89,14 @@ def train_with_callback(inputs: Path, output: Path) -> None:
     train(output, make_tokenizer(), callback, dataset=rows(40), resume=last_complete(output), **often)
 
 
+def record(inputs: Path, output: Path) -> None:
+    """Train with a ledger, on packed rows, of which several processes have other numbers."""
+    dataset = rows(60)
+    often = {"save_strategy": "steps", "save_steps": 3, "save_total_limit": 3, "packing": True, "max_length": 48}
+    callback = ResonanceCallback(keep=[1.0, 0.6], dataset=dataset)
+    train(output, make_tokenizer(), callback, dataset=dataset, resume=last_complete(output), **often)
+
+
 def last_complete(output: Path) -> str | None:
     """The last complete checkpoint: its state, which the Trainer writes last, can be read."""
 
@@ -110,6 +118,7 @@ JOBS = {
     "cleaning": Job(clean, ("token_scores.arrow", "data-*.arrow", "summary.json")),
     "cleaning in two processes": Job(clean, ("token_scores.arrow", "data-*.arrow", "summary.json"), 2),
     "training": Job(train_with_callback, TRAINED),
+    "recording": Job(record, ("resofilter/ledger/*/*.parquet", *TRAINED)),
 }
 
 

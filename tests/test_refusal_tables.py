@@ -12,6 +12,7 @@ from resofilter_trainer.training.refusals import (
     CLEANING_PACKED,
     CLEANING_SHARDED,
     MEASURING,
+    SKIPPING,
     UNKNOWN_ROWS,
     WEIGHING,
 )
@@ -22,7 +23,7 @@ PAGE = Path(__file__).parent.parent / "docs" / "engines.md"
 @pytest.mark.parametrize(
     ("heading", "refusals"),
     [
-        ("ResonanceCallback refuses", (*MEASURING, BEFORE_SHARDED, CLEANING_SHARDED, CLEANING_PACKED)),
+        ("ResonanceCallback refuses", (*MEASURING, BEFORE_SHARDED, CLEANING_SHARDED, CLEANING_PACKED, SKIPPING)),
         ("SampleWeights refuses", (*UNKNOWN_ROWS, *WEIGHING)),
     ],
 )

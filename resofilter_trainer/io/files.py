@@ -93,12 +93,18 @@ def flush_entry(path: Path) -> None:
         os.close(descriptor)
 
 
-def save_parquet(table: pa.Table, path: Path, metadata: Mapping[str, str]) -> Path:
-    """Write a table and its metadata to a Parquet file that is complete or absent. Returns the file."""
+def save_parquet(table: pa.Table, path: Path, metadata: Mapping[str, str], **options: Any) -> Path:
+    """Write a table and its metadata to a Parquet file that is complete or absent. Returns the file.
+
+    Args:
+        table, path: the table and the file.
+        metadata: the metadata.
+        **options: arguments of `pyarrow.parquet.write_table`; by default, only texts have dictionaries.
+    """
     with replacing(path) as temporary:
         text = [each.name for each in table.schema if pa.types.is_string(each.type)]  # numbers hardly repeat
         table = _with_digest(table.replace_schema_metadata(dict(metadata)))
-        pq.write_table(table, temporary, use_dictionary=text, write_page_checksum=True)
+        pq.write_table(table, temporary, **{"use_dictionary": text, **options}, write_page_checksum=True)
     return path
 
 

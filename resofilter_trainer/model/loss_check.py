@@ -46,12 +46,17 @@ class Verdict:
     Attributes:
         own: (N,) bool, the samples whose tokens have another weight than expected.
         ratio: (N,) that weight, over the expected one.
+        expected: (N,) the expected weight.
+        sums: (N,) the sum of the losses of each sample's tokens, in their announced form; NaN if the output of the
+            model does not show them.
         fault: why the loss is no weighted sum of the samples' token losses; None where it is one.
         sample: the sample in which this was seen; None if it concerns the whole micro-batch.
     """
 
     own: np.ndarray
     ratio: np.ndarray
+    expected: np.ndarray
+    sums: np.ndarray
     fault: str | None = None
     sample: int | None = None
 
@@ -256,7 +261,8 @@ class LossCheck:
         return zeros.scatter_reduce(0, sample, values.to(zeros), "amax")
 
     def numbers(self) -> Tensor:
-        """(4 N + 4,) what `verdicts` reads: per sample, then of the whole micro-batch."""
+        """(6 N + 4,) what `verdicts` reads: per sample, then of the whole micro-batch."""
+        sums = self._expected.new_full((self._count,), torch.nan) if self._sums is None else self._sums
         value = self._expected.new_zeros(()) if self._backpropagated is None else self._backpropagated
         value, terms = value.to(self._expected), self._sums
         if self._backpropagated is None or terms is None:
@@ -267,15 +273,15 @@ class LossCheck:
                 terms = torch.cat([terms, (self.aux_weight * self._aux).to(terms)[None]])
         apart = _over(value - terms.sum(), terms.abs().sum() * self._value_tolerance)
         whole = [self._outside.to(value), apart, value, terms.sum()]
-        return torch.cat([self._found.flatten(), torch.stack(whole)])
+        return torch.cat([self._found.flatten(), self._expected, sums, torch.stack(whole)])
 
     def verdict(self, numbers: np.ndarray) -> Verdict:
         """The verdict, given `numbers` on the CPU."""
-        differs, apart, away, ratio = numbers[:-4].reshape(4, -1)
+        differs, apart, away, ratio, announced, sums = numbers[:-4].reshape(6, -1)
         outside, off, value, expected = numbers[-4:]
         own, sample = differs > 1, None
         if not len(self._places.row) or not self._watched:  # without a forward, the recorder itself refuses
-            return Verdict(np.zeros(self._count, bool), np.ones(self._count))
+            return Verdict(np.zeros(self._count, bool), np.ones(self._count), announced, sums)
         kinds = (
             (away > 1, "the gradient at a token's logits is not that of its cross entropy"),
             (apart > 1, "tokens of one row have different weights"),
@@ -290,7 +296,7 @@ class LossCheck:
             fault = "tokens whose label is -100 have a loss"
         elif off > 1:
             fault = f"it is {value:.6g} where its tokens' losses make {expected:.6g}, so it has other terms"
-        return Verdict(own, ratio, fault, sample)
+        return Verdict(own, ratio, announced, sums, fault, sample)
 
 
 def verdicts(checks: Sequence[LossCheck]) -> list[Verdict]:

@@ -135,6 +135,10 @@ class TrainingRecorder:
         """How the losses of the expected micro-batches differ from what is expected, once the backward is over."""
         return [] if self.config is None else verdicts([each.check for each in self._expected])
 
+    def measured(self) -> list[Resonance]:
+        """What is measured of the expected micro-batches so far, in order."""
+        return [self._result(each) for each in self._expected]
+
     def take(self) -> list[Resonance]:
         """The measurements of the expected micro-batches, in order. Clears the list of expected micro-batches.
 

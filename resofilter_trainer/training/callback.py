@@ -37,7 +37,10 @@ from ..selecting.results import Results
 from ..selecting.selection import Selection
 from . import trainer_access as access
 from .filtering import FilterConfig, Policy, When
+from .log import RunLog
+from .recording import Recording, check_recording
 from .run import Run
+from .spiking import OnSpike, SpikeWatch
 from .stream_run import StreamRun
 from .weighting import SampleWeights
 
@@ -64,6 +67,14 @@ class ResonanceCallback(TrainerCallback):
             begins, and forgets which is which. Not used without packing. The rows to keep are packed anew for every
             epoch. A row that `packing_strategy="bfd_split"` cuts has the mean score of its pieces, weighted by their
             learnt tokens.
+        ledger: whether to write a line for every row of every step to `output_dir/resofilter/ledger/`: its loss,
+            resonance and weight in the step, see `ledger.schema`; some 20 bytes. By default, where rows are measured
+            while training: not with `when="before"`. With `keep=1.0`, the callback only records.
+        on_spike: a function that is called, in the main process and before the update, with a `SpikingStep` when the
+            step's loss or gradient norm stands out from those of the last 100 steps, see `ledger.live`. It may return
+            `"stop"`, to stop the training after the step, or `"skip"`, to leave out the update of the step: weights and
+            the optimizer's state stay as they were; the step counts, and the learning rate goes on.
+        skip_update: whether the update of every step that stands out is left out, whatever `on_spike` returns.
         **config: the other fields of `ResonanceConfig`: `n_layers`, `norm`, `eps` and so on.
 
     With `max_steps`, the run has as many steps as asked for: every epoch is as long as one on all rows, and repeats the
@@ -93,6 +104,9 @@ class ResonanceCallback(TrainerCallback):
         update: UpdateName = "adamw",
         report: bool = False,
         dataset: Dataset | None = None,
+        ledger: bool | None = None,
+        on_spike: OnSpike | None = None,
+        skip_update: bool = False,
         **config: Any,
     ) -> None:
         own = [*inspect.signature(ResonanceCallback).parameters][:-1]  # without **config
@@ -113,6 +127,9 @@ class ResonanceCallback(TrainerCallback):
         self.config = ResonanceConfig(update=update, **config)
         if update == OPTIMIZER and when == "before":
             raise InputError("update='optimizer' is measured while training: leave out when='before'.")
+        check_recording(when == "before", ledger, on_spike, skip_update)
+        self.ledger = when == "training" if ledger is None else ledger
+        self.on_spike, self.skip_update = on_spike, skip_update
         self._results = Results()
         self._run: Run | StreamRun | None = None
         self._lock = contextlib.ExitStack()  # of the run's folder
@@ -160,13 +177,24 @@ class ResonanceCallback(TrainerCallback):
         self._run.begin(checkpoint)
 
     def _run_of(self, trainer: Trainer, loader: Any) -> Run | StreamRun:
+        spikes = SpikeWatch(trainer, self.on_spike, self.skip_update, RunLog(trainer, self._results.log))
+        recording = Recording(trainer, self.ledger, spikes)
         if not access.is_stream(trainer):
             if self.id_column is not None:
                 raise InputError("id_column is for a stream, whose rows have no number of their own: leave it out.")
-            return Run(trainer, loader, self.filter, self.config, self._results, self.token_cleaning, self.dataset)
+            return Run(
+                trainer,
+                loader,
+                self.filter,
+                self.config,
+                self._results,
+                recording,
+                self.token_cleaning,
+                self.dataset,
+            )
         if self.token_cleaning is not None:
             raise InputError("token_cleaning needs all rows before training: load the stream as a Dataset.")
-        return StreamRun(trainer, loader, self.filter, self.config, self._results, self.id_column)
+        return StreamRun(trainer, loader, self.filter, self.config, self._results, recording, self.id_column)
 
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -76,6 +76,10 @@ class RunLog:
         listed = "".join(f", {name} {kept:.1%}" for name, kept in groups.items())
         self._say(scalars, f"kept {numbers['tokens_kept']:,} of {numbers['tokens']:,} tokens{stage}{listed}")
 
+    def spike(self, line: str, left_out: int | None) -> None:
+        """Report a step that stands out; and how many updates are left out, if its own is."""
+        self._say({} if left_out is None else {"updates_left_out": float(left_out)}, line)
+
     def _say(self, scalars: Mapping[str, float], line: str) -> None:
         if scalars:
             access.log(self._trainer, {f"{NAME}/{name}": value for name, value in scalars.items()}, self._history)

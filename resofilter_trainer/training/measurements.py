@@ -39,6 +39,25 @@ class Measured:
         return dataclasses.replace(self, **{name: getattr(self, name)[which] for name in names})
 
 
+@dataclass(frozen=True)
+class Trained:
+    """What the rows of one micro-batch were in the loss of their step: (N,) each, and (N, L) for the layers.
+
+    Attributes:
+        rows: the rows, without fillers.
+        loss: the mean over each row's learnt tokens, as the trainer trains on it; NaN where it is not known.
+        num_tokens: the number of learnt tokens.
+        weight: the factor of `loss` in the loss that the trainer logs for the step.
+        layers: the measurement; NaN where there is none.
+    """
+
+    rows: np.ndarray
+    loss: np.ndarray
+    num_tokens: np.ndarray
+    weight: np.ndarray
+    layers: np.ndarray
+
+
 class Measurements:
     """The last measurement of every row that is trained on.
 

@@ -202,6 +202,13 @@ CLEANING_SHARDED = Refusal(
     refused=lambda trainer, dataset: is_sharded(cast(Any, trainer.model)),
 )
 
+SKIPPING = Refusal(
+    what="skip_update=True, or 'skip' from on_spike, and an optimizer that steps in the backward",
+    why="such as LOMO or a layer-wise one, which has no update left to leave out",
+    remedy="Return 'stop' from on_spike, or use another optim",
+    refused=lambda trainer, dataset: any(word in str(trainer.args.optim) for word in ("lomo", "layerwise")),
+)
+
 CLEANING_PACKED = Refusal(
     what="token_cleaning and packing=True",
     why="as it masks the tokens of single rows",
@@ -279,6 +286,11 @@ def check_use(trainer: Trainer, before: bool, cleans: bool) -> None:
     """
     asked = [*([BEFORE_SHARDED] if before else []), *([CLEANING_SHARDED, CLEANING_PACKED] if cleans else [])]
     _refuse("ResonanceCallback cannot work with", asked, trainer, trainer.train_dataset)
+
+
+def check_skipping(trainer: Trainer) -> None:
+    """Raise InputError where the update of a step cannot be left out."""
+    _refuse("ResonanceCallback cannot work with", [SKIPPING], trainer, trainer.train_dataset)
 
 
 def check_sample_weights(trainer: Trainer, train_dataloader: Any) -> None:

@@ -29,6 +29,7 @@ from .filtering import FilterConfig
 from .log import RunLog, warn_that_nothing_is_filtered
 from .measurements import Measurements
 from .plan_log import line, planned_epochs, save_plan
+from .recording import Recording
 from .refusals import check_trainer, check_use
 from .resuming import check_settings, has_other_length, resumed
 from .sampler import ROW
@@ -48,6 +49,7 @@ class Run:
         filtering: the settings of the filter: which rows to drop, and when.
         config: the step to measure, and how.
         results: the results, which the run fills in.
+        recording: the ledger of the run.
         cleaning: the settings of token cleaning; None to learn all tokens.
         dataset: the rows as the trainer got them, which packed rows need.
 
@@ -62,13 +64,14 @@ class Run:
         filtering: FilterConfig,
         config: ResonanceConfig,
         results: Results,
+        recording: Recording,
         cleaning: TokenCleaning | None = None,
         dataset: Dataset | None = None,
     ) -> None:
         check_causal(trainer.model)
         check_trainer(trainer, train_dataloader)
         check_use(trainer, before=filtering.when == "before", cleans=cleaning is not None)
-        self.trainer, self.results = trainer, results
+        self.trainer, self.results, self._recording = trainer, results, recording
         self.folder = Path(str(trainer.args.output_dir)) / STATE
         self.examples = examples_of(trainer, dataset)
         self.rows = self.examples.rows
@@ -79,7 +82,7 @@ class Run:
         self._random_order = isinstance(own_sampler, RandomSampler)
         self._timeline = Timeline(trainer, own_sampler, self._batching, filtering)
         in_training = filtering.when == "training"
-        self._watch = Watch(trainer, config, self._batching, self.examples, in_training, not keeps_all)
+        self._watch = Watch(trainer, config, self._batching, self.examples, in_training, not keeps_all, recording)
         self._patch = TrainerPatch(trainer, train_dataloader, self._timeline.sampler, self.fetch, self.examples)
         self._weights = BatchWeights(trainer, train_dataloader)
         self._tokens = None if cleaning is None else CleaningRun(trainer, cleaning)
@@ -116,7 +119,7 @@ class Run:
         self._provenance_json = self._provenance.to_json()  # which every step keeps in the Trainer's state
         self._tell_plan()  # before anything is changed in the trainer: the disk may refuse the file
         self._patch.install()
-        self._watch.attach()
+        self._watch.attach(self._provenance_json, self.examples.of_samples(self.rows.sample_ids).__getitem__)
         self._timeline.install(starts)
         self._remember()
 
@@ -335,6 +338,7 @@ class Run:
         if self._saved_at == now:
             return
         self._watch.gather()
+        self._recording.flush()
         self._saved_at = now
         if self.trainer.args.should_save:
             folder = checkpoint_folder(None, self.trainer)
@@ -371,6 +375,7 @@ class Run:
                 self._score()
                 if self.trainer.args.should_save:
                     self.results.save(self.folder, self._timeline.ended_epochs + 1)
+            self._recording.flush()
             if self.trainer.args.should_save:
                 self.results.save_log(self.folder, self.trainer.state.log_history)
         finally:
@@ -390,5 +395,5 @@ class Run:
         """Keep the small part of the state where the Trainer saves its own."""
         own = {"settings": self._settings, **self._timeline.to_json(), **self.examples.to_json()}
         own["provenance"] = self._provenance_json
-        own["log"] = self.results.log
+        own |= {"log": self.results.log, **self._recording.to_json()}
         self.trainer.state.stateful_callbacks[STATE] = own

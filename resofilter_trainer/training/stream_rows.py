@@ -71,6 +71,13 @@ class MetRows:
         """Add rows that came in a batch; those that are known already are left out."""
         self._new.update({each.row: each for each in found if each.row >= len(self)})
 
+    def positions_of(self, rows: np.ndarray) -> np.ndarray:
+        """The positions of rows, also of those that this process has added since the last `join`."""
+        known = len(self)
+        return np.array(
+            [self.positions[row] if row < known else self._new[row].position for row in rows.tolist()], dtype=np.int64
+        )
+
     @property
     def digest(self) -> str:
         """A hash of all rows, in the order in which they came."""

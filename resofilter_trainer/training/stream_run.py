@@ -38,6 +38,7 @@ from .log import RunLog, warn_that_no_pass_is_filtered
 from .measurements import Measurements
 from .plan import Batching, Plan
 from .plan_log import line, save_plan, why
+from .recording import Recording
 from .refusals import check_trainer
 from .sampler import ROW
 from .stream_check import check_stream
@@ -56,6 +57,7 @@ class StreamRun:
         filtering: the settings of the filter: which rows to drop, and when. Shares are of the rows of the first pass.
         config: the step to measure, and how.
         results: the results, which the run fills in.
+        recording: the ledger of the run.
         id_column: the column with an id for each row; None to know rows by their order.
 
     Raises:
@@ -69,12 +71,13 @@ class StreamRun:
         filtering: FilterConfig,
         config: ResonanceConfig,
         results: Results,
+        recording: Recording,
         id_column: str | None = None,
     ) -> None:
         check_causal(trainer.model)
         check_stream(trainer, train_dataloader, filtering, id_column)
         check_trainer(trainer, train_dataloader)
-        self.trainer, self.results = trainer, results
+        self.trainer, self.results, self._recording = trainer, results, recording
         self.folder = Path(str(trainer.args.output_dir)) / STATE
         self._filter, self._config = filtering, config
         self._batching = access.batching_of_stream(trainer)
@@ -92,7 +95,7 @@ class StreamRun:
         )
         self._log = RunLog(trainer, results.log)
         self._known = MetRows()
-        self._watch = Watch(trainer, config, self._batching, self.examples, each_step=True, drops=False)
+        self._watch = Watch(trainer, config, self._batching, self.examples, True, False, recording)
         self._decisions: Decisions | None = None  # from the end of the first pass on
         self._entries: list[dict[str, Any]] = []  # of the plan
         self._passes = 0  # that have ended
@@ -136,7 +139,7 @@ class StreamRun:
         self._begin_pass()
         self._patch.rows.place(skipped, self._micro_batches * size, size)
         self._patch.install()
-        self._watch.attach()
+        self._watch.attach(self._provenance_json, self._known.positions_of)
         self._remember()
 
     def _resume(self, folder: Path) -> None:
@@ -336,6 +339,7 @@ class StreamRun:
         if self._saved_at == now:
             return
         self._gather()
+        self._recording.flush()
         self._saved_at = now
         if self.trainer.args.should_save:
             folder = checkpoint_folder(None, self.trainer)
@@ -353,6 +357,7 @@ class StreamRun:
                 self._save_results(self._passes + 1)
                 if self._passes < self._filter.first and self._filter.keep != 1:
                     warn_that_no_pass_is_filtered(self.trainer, self._filter.first, self._passes)
+            self._recording.flush()
             if self.trainer.args.should_save:
                 self.results.save_log(self.folder, self.trainer.state.log_history)
         finally:
@@ -382,7 +387,7 @@ class StreamRun:
         """
         own = {"settings": self._settings, "passes": self._passes, "micro_batches": self._micro_batches - before}
         own |= {"total": self._known.total, "provenance": self._provenance_json, "ends_again": before > 0}
-        own |= {"plan": [*self._entries], "log": [*self.results.log]}
+        own |= {"plan": [*self._entries], "log": [*self.results.log], **self._recording.to_json()}
         self.trainer.state.stateful_callbacks[STATE] = own
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from accelerate.data_loader import IterableDatasetShard
+from torch.distributed.tensor import DTensor
 from transformers import Trainer
 
 from ..model.losses import IGNORE
@@ -204,6 +205,67 @@ class BackwardPatch:
     def remove(self) -> None:
         """Put the accelerator's own back."""
         _restore(self._accelerator, "backward")
+
+
+class GradientNormPatch:
+    """Keeps the norm of the gradient that the Trainer clips, and undoes it.
+
+    Args:
+        trainer: the trainer.
+
+    Attributes:
+        norm: the norm of the last gradient, before clipping: a number or a tensor; None where it was not computed.
+    """
+
+    def __init__(self, trainer: Trainer) -> None:
+        self._accelerator = trainer.accelerator
+        self.norm: Any = None
+
+    def install(self) -> None:
+        """Replace the accelerator's `clip_grad_norm_`."""
+        _restore(self._accelerator, "clip_grad_norm_")  # after an earlier run that an exception ended
+        inner = self._accelerator.clip_grad_norm_
+
+        def clip_grad_norm_(*args: Any, **kwargs: Any) -> Any:
+            found = inner(*args, **kwargs)
+            self.norm = found.full_tensor() if isinstance(found, DTensor) else found  # of which processes have parts
+            return found
+
+        _replace(self._accelerator, "clip_grad_norm_", clip_grad_norm_)
+
+    def remove(self) -> None:
+        """Put the accelerator's own back."""
+        _restore(self._accelerator, "clip_grad_norm_")
+
+
+class UpdatePatch:
+    """Leaves out a step of a trainer's optimizer, and undoes it: its weights and its state stay as they are.
+
+    Args:
+        trainer: the trainer.
+
+    Attributes:
+        unscaled: whether the gradient is divided by fp16's loss scale already, as clipping does.
+    """
+
+    def __init__(self, trainer: Trainer) -> None:
+        self._trainer, self.unscaled = trainer, False
+
+    def leave_out(self) -> None:
+        """Let the optimizer do nothing when it is asked for its next step."""
+        accelerator, optimizer = self._trainer.accelerator, self._trainer.optimizer
+
+        def nothing(*args: Any, **kwargs: Any) -> None:
+            if accelerator.scaler is not None:  # which expects that a gradient was checked, and then a new scale
+                if not self.unscaled:
+                    accelerator.unscale_gradients(optimizer)
+                accelerator.scaler.update()
+
+        _replace(optimizer, "step", nothing)
+
+    def restore(self) -> None:
+        """Put the optimizer's own step back."""
+        _restore(self._trainer.optimizer, "step")
 
 
 class _Replaced:

@@ -16,15 +16,16 @@ from transformers import Trainer
 
 from ..config import InputError, ResonanceConfig
 from ..model.gradients import segments_of
-from ..model.loss_check import Verdict
+from ..model.loss_check import TokenLoss, Verdict
 from ..model.micro_batch import MicroBatch
 from ..model.step_recorder import StepRecorder, recorders
 from ..model.training_recorder import TrainingRecorder
 from ..model.up_projection import find_up_projections
 from . import trainer_access as access
 from .examples import Examples
-from .measurements import Measured, Measurements
+from .measurements import Measured, Measurements, Trained
 from .plan import Batching
+from .recording import Recording, SampleIds
 from .trainer_patches import BackwardPatch
 from .weighting import weights_of
 
@@ -44,6 +45,7 @@ class Watch:
         examples: what the examples are.
         each_step: whether samples are measured while they are trained on; otherwise only `measurements` is used.
         drops: whether rows may be dropped.
+        recording: the ledger of the run.
 
     Attributes:
         measurements: the last measurement of every row, of all processes up to the last `gather`.
@@ -60,13 +62,14 @@ class Watch:
         examples: Examples,
         each_step: bool,
         drops: bool,
+        recording: Recording,
     ) -> None:
-        self._trainer = trainer
+        self._trainer, self._recording, self._examples = trainer, recording, examples
         self._loss = access.token_loss(trainer)
         fillers = batching.processes > 1 and not batching.drop_last and not batching.repeats
         self._fills = fillers or (drops and batching.accumulation > 1)  # with batches without a learnt token
         self._scales = trainer.accelerator.scaler is not None  # the loss, as fp16 does
-        self._scale = torch.ones(())  # of the present step's loss
+        self._scale: Any = 1.0  # of the present step's loss
         self._told = False  # that the loss weighs rows in its own way
         self._recorder: TrainingRecorder | None = None
         self._step_recorder: StepRecorder | None = None
@@ -79,17 +82,20 @@ class Watch:
         self._expected: list[MicroBatch] = []
         self._rows: Sequence[np.ndarray] = []  # of each expected micro-batch
         self._moved: np.ndarray | None = None  # (L,) by the optimizer's last step
-        self._left_out = False  # whether fp16 left out the optimizer's last step
+        self._verdicts: Sequence[Verdict] = []  # of each expected micro-batch, once their backward is over
+        self._left_out = False  # whether the optimizer's last step was left out
         self._pending: list[Measured] = []  # of this process, since the last gather
 
-    def attach(self) -> None:
-        """Add the hooks to the model."""
+    def attach(self, provenance: str, sample_ids: SampleIds) -> None:
+        """Add the hooks to the model, and begin the ledger, with the arguments of `Recording.begin`."""
+        self._recording.begin(provenance, self.measurements.layer_indices, sample_ids)
         if self._recorder is not None:
             self._recorder.attach(compiled=access.compiles(self._trainer))
             self._backward.install()
 
     def detach(self) -> None:
         """Leave the model as it was found."""
+        self._recording.detach()
         if self._recorder is not None:
             self._recorder.detach()
             self._backward.remove()
@@ -125,15 +131,26 @@ class Watch:
         Raises:
             InputError: the loss that was backpropagated is no weighted sum of the rows' token losses.
         """
-        if not self._scales:
-            self._check_losses()
+        self._judge()
+        self._recording.before_step(self._so_far, self._texts)
         if self._step_recorder is not None:
             self._step_recorder.before()
 
-    def _check_losses(self) -> None:
+    def _judge(self) -> None:
         if self._recorder is not None:
-            for rows, verdict in zip(self._rows, self._recorder.verdicts(), strict=False):
-                self._check_loss(rows, verdict)
+            self._verdicts, self._left_out = self._recorder.verdicts(), False
+            self._scale = float(self._scale)
+        if not self._scales:
+            self._check_losses()
+
+    def _so_far(self) -> list[Trained]:
+        """What the rows of each micro-batch are in the step, before its update."""
+        found = [] if self._recorder is None else self._recorder.measured()
+        return [self._trained(at, each.loss, each.num_tokens, each.layers) for at, each in enumerate(found)]
+
+    def _check_losses(self) -> None:
+        for rows, verdict in zip(self._rows, self._verdicts, strict=False):  # there are none of a step recorder
+            self._check_loss(rows, verdict)
 
     def _check_loss(self, rows: np.ndarray, verdict: Verdict) -> None:
         if verdict.fault is not None:
@@ -173,10 +190,11 @@ class Watch:
         optimizer leaves it out by itself, and Accelerate then takes it for made); there is nothing to check.
         """
         if self._scales and self._recorder is not None:
-            now = access.scaled(self._trainer.accelerator, torch.ones_like(self._scale))
-            self._left_out = bool(now < self._scale)
+            now = access.scaled(self._trainer.accelerator, torch.ones((), device=self._trainer.args.device))
+            self._left_out = float(now) < self._scale
             if not self._left_out:
                 self._check_losses()
+        self._recording.after_step()
         if self._step_recorder is not None:
             self._moved = self._step_recorder.after()
 
@@ -187,23 +205,58 @@ class Watch:
             epoch: the true epoch, counted from 0.
             step: the number of steps made, this one included.
         """
+        self._take(epoch, step)
+        self._recording.end_step()
+
+    def _take(self, epoch: int, step: int) -> None:
         if self._recorder is None:
             return
-        for rows, batch, found in zip(self._rows, self._expected, self._recorder.take(), strict=True):
+        for at, found in enumerate(self._recorder.take()):
+            rows, batch = self._rows[at], self._expected[at]
             length = np.array([each.tokens.stop - each.tokens.start for each in batch.segments])
             layers = found.layers if self._moved is None else self._moved[None]
             measured = Measured(epoch, step, rows, found.loss, found.num_tokens, length, layers)
-            if self._left_out:  # rows whose gradient is no number wait for their next step
-                finite = np.isfinite(layers).all(axis=1) & (self._moved is None)
+            left_out = self._left_out or self._recording.skips
+            finite = np.isfinite(layers).all(axis=1) & (self._moved is None or not left_out)
+            if left_out:  # rows whose gradient is no number wait for their next step
                 measured = measured.where(finite | (found.num_tokens == 0))
             self._pending.append(measured)
-        self._rows, self._expected = [], []
+            layers = np.where(finite[:, None], layers, np.nan)
+            self._recording.add(epoch, self._trained(at, found.loss, found.num_tokens, layers))
+        self._rows, self._expected, self._verdicts = [], [], []
+
+    def _trained(self, at: int, loss: np.ndarray, num_tokens: np.ndarray, layers: np.ndarray) -> Trained:
+        """What the rows of an expected micro-batch are in the loss of the step, by its verdict if there is one.
+
+        Args:
+            at: the micro-batch.
+            loss: (N,) the mean cross entropy of each row, used where nothing else is known.
+            num_tokens, layers: what was counted and measured of the rows.
+        """
+        rows, verdict, learnt = self._rows[at], self._verdicts[at] if self._verdicts else None, num_tokens > 0
+        if verdict is None:
+            weight = torch.as_tensor(self._expected[at].token_weight).cpu().double().numpy()
+            loss = loss if self._loss == TokenLoss() else np.full(len(rows), np.nan)
+        else:
+            own_weight = verdict.own if not self._left_out else np.zeros(len(rows), bool)
+            weight = verdict.expected * np.where(own_weight, verdict.ratio, 1.0)
+            loss = np.where(np.isfinite(verdict.sums), verdict.sums / np.maximum(num_tokens, 1), loss)
+        weight = np.where(learnt, weight * num_tokens, 0.0) / self._scale / self._trainer.args.world_size
+        loss, layers = np.where(learnt, loss, np.nan), np.where(learnt[:, None], layers, np.nan)
+        own = rows >= 0
+        return Trained(rows[own], loss[own], num_tokens[own], weight[own], layers[own])
 
     def end_rest(self, epoch: int, step: int) -> None:
         """Keep what was measured of samples at the end of a pass that fill no step, see `end_step`."""
-        self.before_step()
+        self._judge()
         self._left_out = self._scales  # whether their gradient is beyond float16's largest number shows in a later step
-        self.end_step(epoch, step)
+        self._take(epoch, step)
+
+    def _texts(self) -> Any:
+        from .report import texts_of  # charts take a second to import
+
+        rows = self._examples.rows
+        return texts_of(self._trainer, rows.sample_ids, rows.total, self._examples.texts)
 
     def gather(self) -> None:
         """Add what all processes have measured to the measurements of each."""

@@ -23,6 +23,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy
 from transformers import set_seed
 
 from helpers.families import tiny
+from helpers.ledgers import lines, losses
 from helpers.tokenizers import make_tokenizer
 from helpers.training import Outcome, llama, rows, train
 from helpers.versions import older_than
@@ -122,8 +123,14 @@ def numbers(outcome: Outcome) -> dict[str, np.ndarray]:
 
 
 def scores(output: Path, kind: str) -> dict[str, np.ndarray]:
-    """A run that drops rows."""
-    return numbers(run(output / "scores", kind, filtering()))
+    """A run that drops rows; and the loss and gradient norm of each step, in the ledger and as the Trainer logs it."""
+    outcome = run(output / "scores", kind, filtering())
+    if dist.is_initialized():
+        dist.barrier()  # all have written their lines
+    found = lines(output / "scores", PROCESSES)
+    recorded = np.stack([losses(found), found.groupby("step")["grad_norm"].first()])
+    logged = np.array([[each[name] for each in outcome.logs] for name in ("loss", "grad_norm")])
+    return {**numbers(outcome), "recorded": recorded, "logged": logged}
 
 
 def untouched(output: Path, kind: str) -> dict[str, np.ndarray]:

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from datasets import Dataset
 from torch import Tensor
+from torch.utils.data import SequentialSampler
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase, Trainer, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
@@ -57,6 +58,13 @@ def arguments(output: Path, **changes: Any) -> SFTConfig:
         "dataloader_pin_memory": False,
     }
     return SFTConfig(**arguments_here({**settings, **changes}))
+
+
+class InOrder(SFTTrainer):
+    """Takes its rows in their order, which transformers before 5.2 has no setting for."""
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> SequentialSampler:
+        return SequentialSampler(self.train_dataset)
 
 
 def in_order(args: SFTConfig) -> SFTConfig:

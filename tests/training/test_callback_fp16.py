@@ -5,11 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from helpers.ledgers import Unrounded, lines, losses
 from helpers.training import arguments, llama, rows
 from trl import SFTTrainer
 
 from resofilter_trainer import InputError, ResonanceCallback
 from resofilter_trainer.scores.score_table import ScoreTable
+from resofilter_trainer.training import spiking
 
 COUNT = 16
 ONE_OVERFLOW = {"init_scale": 2.0**40, "backoff_factor": 2.0**-24}  # the first step overflows, no other
@@ -69,6 +71,41 @@ def test_rows_of_a_step_that_overflows_are_measured_at_their_next_visit(train, t
     assert callback.selections[1].keep.sum() == 8
     assert np.isfinite(scores(callback)).all()
     assert (callback.scores.column("epoch")[missed] == 1).all()
+
+
+def test_the_ledger_has_the_losses_of_a_step_that_overflows_but_no_measurement(train, tmp_path, monkeypatch):
+    seen = []
+
+    class Seen(SFTTrainer):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            seen.append(Unrounded(self))
+
+    train(ResonanceCallback(keep=1.0), ONE_OVERFLOW, trainer=Seen)
+    found = lines(tmp_path)
+    np.testing.assert_allclose(losses(found), seen[0].column("loss"), rtol=1e-3)  # float16 has three digits
+    assert len(found) == 2 * COUNT
+    assert sorted(found["sample_id"]) == sorted([*range(COUNT)] * 2)
+    left_out = found["step"] == 1
+    layers = [name for name in found if name.startswith("layer_")]
+    assert not np.isfinite(found[left_out]["grad_norm"]).any()
+    assert found[left_out][layers].isna().any(axis=1).all()
+    assert np.isfinite(found[~left_out][["grad_norm", *layers]]).all(axis=None)
+
+
+def test_an_update_that_is_left_out_leaves_the_scaled_step_out(train, monkeypatch):
+    """A run of six steps whose last one is left out ends as one of five, and the scale is checked as in every step."""
+    monkeypatch.setattr(spiking, "stands_out", lambda value, earlier, by_factor=False: len(earlier) == 5)
+    settings = {"scaler": {"init_scale": 2.0**10, "growth_interval": 3}, "lr_scheduler_type": "constant"}
+    five = train(ResonanceCallback(keep=1.0), max_steps=5, **settings)
+    six = train(ResonanceCallback(keep=1.0, skip_update=True), max_steps=6, **settings)
+    assert six.state.global_step == 6
+    for name, weight in six.model.state_dict().items():
+        assert torch.equal(weight, five.model.state_dict()[name]), name
+    assert five.accelerator.scaler.get_scale() == 2.0**11
+    assert six.accelerator.scaler.get_scale() == 2.0**12
+    again = train(ResonanceCallback(keep=1.0, skip_update=True), max_steps=8, **settings)  # the next step is made
+    assert not torch.equal(again.model.lm_head.weight, six.model.lm_head.weight)
 
 
 def test_the_weights_are_those_without_the_callback(train):

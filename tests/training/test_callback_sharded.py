@@ -87,6 +87,13 @@ def test_two_processes_measure_and_keep_what_one_does(kind, whole, by_two):
     assert_same(load(by_two, "scores", kind), load(whole, "scores", kind), 1e-9 if kind == "double" else 1e-5)
 
 
+@pytest.mark.parametrize("kind", EXACT)
+def test_their_ledger_has_the_losses_and_norms_that_are_logged(kind, by_two):
+    found = load(by_two, "scores", kind)
+    assert len(found["logged"][0]) == found["steps"] > 10
+    np.testing.assert_allclose(found["recorded"], found["logged"], rtol=1e-6)
+
+
 @pytest.mark.parametrize("kind", BY_THREE)
 def test_so_do_three(kind, whole, by_three):
     assert_same(load(by_three, "scores", kind), load(whole, "scores", kind), 1e-5)

@@ -1,0 +1,164 @@
+"""Steps that stand out while a run trains: who is told, and the update that is left out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+from helpers.ledgers import Unrounded, lines
+from helpers.training import InOrder, arguments, llama
+from transformers import TrainerCallback
+
+from resofilter_trainer import InputError, ResonanceCallback
+from resofilter_trainer.training.refusals import check_skipping
+
+GARBAGE, STEP = 50, 26  # the row, and its step in batches of two
+USUAL = {"prompt": "question: what is 1 + 1 ?", "completion": " answer: 2 fox fox fox"}
+ROWS = Dataset.from_list(
+    [{**USUAL, "completion": " lazy jumps dog over brown"} if row == GARBAGE else USUAL for row in range(60)]
+)
+SETTINGS = {"num_train_epochs": 1, "learning_rate": 3e-2, "save_strategy": "no"}
+
+
+def run(output: Path, tokenizer, resume=None, callbacks=(), answer=None, **settings):
+    """A run on rows in their order; the trainer, the callback, what is logged, and the steps that stood out."""
+    seen = []
+    of_trainer = ("save_steps", "save_strategy", "per_device_train_batch_size")
+    changes = {name: settings.pop(name) for name in [*settings] if name in of_trainer}
+
+    def on_spike(step):
+        seen.append(step)
+        return answer
+
+    callback = ResonanceCallback(keep=1.0, on_spike=on_spike, **settings)
+    args = arguments(output, **{**SETTINGS, **changes})
+    trainer = InOrder(
+        llama(len(tokenizer)), args, None, ROWS, processing_class=tokenizer, callbacks=[callback, *callbacks]
+    )
+    logged = Unrounded(trainer)
+    trainer.train(resume_from_checkpoint=resume)
+    return SimpleNamespace(trainer=trainer, callback=callback, logged=logged, seen=seen)
+
+
+class States(TrainerCallback):
+    """The weights, and the optimizer's state, after each step."""
+
+    def __init__(self) -> None:
+        self.after: dict[int, list[torch.Tensor]] = {}
+
+    def on_step_end(self, args, state, control, **kwargs):
+        optimizer = kwargs["optimizer"].state_dict()["state"]
+        numbers = [value for own in optimizer.values() for value in own.values() if isinstance(value, torch.Tensor)]
+        weights = [*kwargs["model"].state_dict().values()]
+        self.after[state.global_step] = [each.clone() for each in (*weights, *numbers)]
+
+
+def same(one: list[torch.Tensor], two: list[torch.Tensor]) -> bool:
+    return all(torch.equal(mine, other) for mine, other in zip(one, two, strict=True))
+
+
+def test_the_function_is_told_of_the_step_and_of_the_row_behind_it(tmp_path, tokenizer):
+    found = run(tmp_path, tokenizer)
+    (spike,) = found.seen
+    assert (spike.step, spike.by) == (STEP, "loss")
+    assert [row.sample_id for row in spike.rows] == [GARBAGE, GARBAGE + 1]
+    assert spike.rows[0].text == (ROWS[GARBAGE]["prompt"], ROWS[GARBAGE]["completion"] + tokenizer.eos_token)
+    np.testing.assert_allclose(spike.loss, found.logged.column("loss")[STEP - 1], rtol=1e-6)
+    np.testing.assert_allclose(spike.grad_norm, found.logged.column("grad_norm")[STEP - 1], rtol=1e-6)
+    np.testing.assert_allclose(spike.usual_loss, np.median(found.logged.column("loss")[: STEP - 1]), rtol=1e-6)
+    own = lines(tmp_path).query("step == @STEP").set_index("sample_id")
+    shares = own["weight"] * own["loss"] / (own["weight"] * own["loss"]).sum()
+    layers = own[[name for name in own if name.startswith("layer_")]].mean(axis=1)
+    of_update = own["weight"] * layers / (own["weight"] * layers).sum()
+    for row in spike.rows:
+        assert row.num_tokens == own["num_tokens"][row.sample_id]
+        np.testing.assert_allclose(row.loss, own["loss"][row.sample_id], rtol=1e-6)
+        np.testing.assert_allclose(row.share_of_loss, shares[row.sample_id], rtol=1e-5)
+        np.testing.assert_allclose(row.share_of_update, of_update[row.sample_id], rtol=1e-5)
+    assert spike.rows[0].share_of_loss > 0.8
+
+
+def test_a_function_that_returns_nothing_changes_nothing(tmp_path, tokenizer):
+    found = run(tmp_path / "with", tokenizer)
+    args = arguments(tmp_path / "without", **SETTINGS)
+    without = InOrder(llama(len(tokenizer)), args, None, ROWS, processing_class=tokenizer)
+    without.train()
+    assert len(found.seen) == 1
+    for name, weight in without.model.state_dict().items():
+        assert torch.equal(weight, found.trainer.model.state_dict()[name]), name
+
+
+@pytest.mark.parametrize("how", ["skip_update", "answer"])
+def test_an_update_that_is_left_out_leaves_weights_and_optimizer_as_they_were(how, tmp_path, tokenizer, capsys):
+    states, settings = States(), {"skip_update": True} if how == "skip_update" else {"answer": "skip"}
+    found = run(tmp_path, tokenizer, callbacks=[states], **settings)
+    assert [each.step for each in found.seen] == [STEP]
+    assert same(states.after[STEP], states.after[STEP - 1])
+    assert not any(same(states.after[step], states.after[step - 1]) for step in range(2, 31) if step != STEP)
+    assert found.trainer.state.global_step == 30
+    rates = found.logged.column("learning_rate")
+    np.testing.assert_allclose(rates, 3e-2 * (1 - np.arange(30) / 30), rtol=1e-6)  # the schedule goes on
+    assert type(found.trainer.optimizer.step).__name__ != "_Replaced"
+    entries = [each for each in found.callback.log_history if "resofilter/updates_left_out" in each]
+    assert [(each["step"], each["resofilter/updates_left_out"]) for each in entries] == [(STEP, 1.0)]
+    assert f"step {STEP} stands out: loss" in (said := capsys.readouterr().out)
+    assert f"rows {GARBAGE}, {GARBAGE + 1}; its update is left out (1 so far)" in said
+
+
+def test_a_run_that_leaves_out_updates_resumes_exactly(tmp_path, tokenizer):
+    """Before the step, just before it, and after it: its window of steps is in the checkpoint."""
+    settings = {"skip_update": True, "save_strategy": "steps", "save_steps": 5}
+    whole = run(tmp_path, tokenizer, **settings)
+    for step, seen in ((5, 1), (25, 1), (30, 0)):
+        resumed = run(tmp_path, tokenizer, resume=str(tmp_path / f"checkpoint-{step}"), **settings)
+        assert len(resumed.seen) == seen
+        for name, weight in whole.trainer.model.state_dict().items():
+            assert torch.equal(weight, resumed.trainer.model.state_dict()[name]), (step, name)
+        assert resumed.callback.log_history == whole.callback.log_history
+        assert resumed.trainer.state.stateful_callbacks == whole.trainer.state.stateful_callbacks
+
+
+def test_an_update_that_is_left_out_is_no_measurement_of_the_optimizer(tmp_path, tokenizer):
+    found = run(tmp_path, tokenizer, skip_update=True, update="optimizer", per_device_train_batch_size=1)
+    out = [each.step for each in found.seen]
+    assert GARBAGE + 1 in out
+    assert np.isnan(found.seen[out.index(GARBAGE + 1)].rows[0].share_of_update)  # not known before the step
+    own = lines(tmp_path)
+    layers = [name for name in own if name.startswith("layer_")]
+    assert own[own["step"].isin(out)][layers].isna().all(axis=None)
+    assert own[~own["step"].isin(out)][layers].notna().all(axis=None)
+    assert own["loss"].notna().all()
+    missing = [row for row, why in enumerate(found.callback.scores.reasons) if why == "not measured yet"]
+    assert missing == [step - 1 for step in out]
+
+
+def test_a_function_can_stop_the_training(tmp_path, tokenizer):
+    found = run(tmp_path, tokenizer, answer="stop")
+    assert found.trainer.state.global_step == STEP
+    assert lines(tmp_path)["step"].max() == STEP
+    assert found.callback.scores is not None
+
+
+def test_other_answers_are_refused(tmp_path, tokenizer):
+    with pytest.raises(InputError, match=r"on_spike returned 7: return None, 'stop' or 'skip'\."):
+        run(tmp_path, tokenizer, answer=7)
+
+
+def test_arguments_that_cannot_work_are_refused():
+    with pytest.raises(InputError, match="on_spike must be a function of a step that stands out, got 'skip'"):
+        ResonanceCallback(on_spike="skip")
+    with pytest.raises(InputError, match="leave out when='before'"):
+        ResonanceCallback(skip_update=True, when="before")
+
+
+@pytest.mark.parametrize("optim", ["lomo", "adalomo", "galore_adamw_layerwise"])
+def test_an_optimizer_that_steps_in_the_backward_has_no_update_to_leave_out(optim):
+    trainer = SimpleNamespace(args=SimpleNamespace(optim=optim), train_dataset=None)
+    with pytest.raises(InputError, match=r"an optimizer that steps in the backward, such as LOMO .* Return 'stop'"):
+        check_skipping(trainer)
+    trainer.args.optim = "adamw_torch"
+    check_skipping(trainer)
