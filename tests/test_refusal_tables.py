@@ -7,15 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from resofilter_trainer.training.refusals import (
-    BEFORE_SHARDED,
-    CLEANING_PACKED,
-    CLEANING_SHARDED,
-    MEASURING,
-    SKIPPING,
-    UNKNOWN_ROWS,
-    WEIGHING,
-)
+from resofilter_trainer.training.refusals import MEASURING, UNKNOWN_ROWS, WEIGHING
+from resofilter_trainer.training.refused_uses import USES
+from resofilter_trainer.training.stream_check import STREAMS
 
 PAGE = Path(__file__).parent.parent / "docs" / "engines.md"
 
@@ -23,7 +17,8 @@ PAGE = Path(__file__).parent.parent / "docs" / "engines.md"
 @pytest.mark.parametrize(
     ("heading", "refusals"),
     [
-        ("ResonanceCallback refuses", (*MEASURING, BEFORE_SHARDED, CLEANING_SHARDED, CLEANING_PACKED, SKIPPING)),
+        ("ResonanceCallback refuses", (*MEASURING, *USES)),
+        ("ResonanceCallback refuses on a stream", STREAMS),
         ("SampleWeights refuses", (*UNKNOWN_ROWS, *WEIGHING)),
     ],
 )
@@ -35,7 +30,7 @@ def test_the_page_of_engines_has_each_refusal_as_the_code_says(heading, refusals
 
 
 @pytest.mark.parametrize(
-    "refusal", dict.fromkeys((*MEASURING, *UNKNOWN_ROWS, *WEIGHING)), ids=lambda refusal: refusal.what
+    "refusal", dict.fromkeys((*MEASURING, *USES, *STREAMS, *UNKNOWN_ROWS, *WEIGHING)), ids=lambda refusal: refusal.what
 )
 def test_a_refusal_is_one_line_with_a_reason_and_a_way_round(refusal):
     for text in (refusal.what, refusal.why, refusal.remedy):

@@ -40,7 +40,7 @@ REFUSED = {
     "torch_compile": ("was never compared in axolotl's trainer", "Set `torch_compile: false`"),
     "use_eaft": ("weights every token of a row in its own way", "Set `use_eaft: false`"),
     "fp16": ("was never measured in axolotl's trainer", "Set `bf16: true`, or both `bf16: false` and `fp16: false`"),
-    "deepspeed": ("is not supported while training", TWO_PASSES),
+    "deepspeed": ("was never run in axolotl's trainer", TWO_PASSES),
     "fsdp": ("shards weights and gradients", TWO_PASSES),
     "fsdp_config": ("shards weights and gradients", TWO_PASSES),
 }

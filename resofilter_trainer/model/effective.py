@@ -29,6 +29,7 @@ from .modes import at_least_float32, evaluating, own_precision
 from .quantised import PLAIN, bits_of, plain_matrix
 from .sharding import gathered
 from .up_projection import UpProjection, find_up_projections, is_map
+from .zero3 import is_divided
 
 PROBES = 4  # inputs on which a map is compared with its matrix
 CLOSE = 1e-3  # of the largest output, in float32; coarser weights have more rounding
@@ -86,7 +87,7 @@ def effective_matrix(each: UpProjection) -> Tensor:
 
 def _is_plain(each: UpProjection) -> bool:
     """Whether the map is known to be its weight and a bias, by its code."""
-    if bits_of(each.parameter) is not None or isinstance(each.parameter, DTensor):
+    if bits_of(each.parameter) is not None or isinstance(each.parameter, DTensor) or is_divided(each.parameter):
         return True
     hooked = each.owner._forward_hooks or each.owner._forward_pre_hooks or "forward" in vars(each.owner)
     return type(each.owner).forward in (nn.Linear.forward, Conv1D.forward) and not hooked

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from .quantised import PLAIN, bits_of
+from .zero3 import whole_shape
 
 HALF = (torch.bfloat16, torch.float16)
 SPARE = 2  # times what the weights need must be free: activations need memory, too
@@ -30,7 +31,7 @@ def main_dtype(model: nn.Module) -> torch.dtype:
     sizes: Counter[torch.dtype] = Counter()
     for each in model.parameters():
         if each.dtype in (torch.float32, *HALF):
-            sizes[each.dtype] += each.numel()
+            sizes[each.dtype] += whole_shape(each).numel()
     return sizes.most_common(1)[0][0] if own == torch.float32 and sizes else own
 
 

@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..config import InputError
+from .zero3 import whole_shape
 
 PLAIN = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 REMEDY = "Load the model without quantisation, or with bitsandbytes in 4 or 8 bits."
@@ -54,7 +55,7 @@ def matrix_shape(name: str, module: nn.Module, parameter: nn.Parameter) -> torch
     if wrapped or parameter.dtype not in PLAIN:
         kind = type(parameter).__name__ if wrapped else parameter.dtype
         raise InputError(f"'{name}' is quantised to {kind}, in a {type(module).__name__}. {REMEDY}")
-    return parameter.shape
+    return whole_shape(parameter)
 
 
 @torch.no_grad()

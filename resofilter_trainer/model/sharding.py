@@ -29,6 +29,7 @@ from ..config import InputError, ResonanceConfig
 from .plain import CHECKPOINTED
 from .quantised import bits_of, plain_matrix
 from .up_projection import UpProjection, decoder_layers, find_up_projections
+from .zero3 import is_divided, present
 
 
 def shard(
@@ -62,7 +63,7 @@ def shard(
 
 def is_sharded(model: nn.Module) -> bool:
     """Whether each process stores a shard of the model, so that all must run it at the same time."""
-    return _sharded_parameter(model) is not None
+    return any(isinstance(each, DTensor) or is_divided(each) for each in model.parameters())
 
 
 def is_fsdp2(model: nn.Module) -> bool:
@@ -72,6 +73,9 @@ def is_fsdp2(model: nn.Module) -> bool:
 
 def whole(tensor: Tensor) -> Tensor:
     """A sharded tensor as a whole, detached; all processes that share it must call this. Any other tensor unchanged."""
+    if is_divided(tensor):
+        with present([tensor]):
+            return tensor.detach().clone()
     if not isinstance(tensor, DTensor):
         return tensor
     here = cast(DTensor, tensor.detach().to(tensor.device_mesh.device_type))  # from a CPU, if it is offloaded to one

@@ -28,12 +28,14 @@ from .float32 import HALF
 from .loss_check import Verdict, field_of, verdicts
 from .losses import unwrapped
 from .micro_batch import MicroBatch, losses_after, mean_losses, token_losses
+from .quantised import bits_of
 from .recorder import Call, call_sums
 from .resonance import Resonance
 from .sharding import is_sharded
 from .unreached import not_called, used_twice
 from .up_projection import UpProjection, find_up_projections
 from .updates import closed_form, size_of_change, unchanged_sum
+from .zero3 import is_absent, is_divided
 
 NO_GRADIENT = (
     "A training step was not measured: its loss has no gradient at any measured up-projection. Measure lower layers "
@@ -52,6 +54,10 @@ NOT_APART_IN_SHARDS = (
 NOT_WHOLE = (
     "'{}' is sharded while its gradient is computed, so its weight cannot be decayed. Let FSDP2 wrap the decoder's "
     "layers (auto_wrap_policy='TRANSFORMER_BASED_WRAP')."
+)
+NOT_UNDER_ZERO_3 = (
+    "'{}' {}, and under DeepSpeed's ZeRO-3 only one weight at a time is whole. Use ZeRO-2, or FSDP2 "
+    "(fsdp_config={{'fsdp_version': 2}})."
 )
 CHECKPOINTING = "gradient_checkpointing"  # transformers' attribute of a layer
 NOT_SEEN = (
@@ -78,6 +84,7 @@ class TrainingRecorder:
         if config is not None:
             closed_form(config)  # refuses an update that has none
             up_projections = find_up_projections(model, config.n_layers, config.up_projection)
+            _refuse_under_zero_3(up_projections)
             check_maps(up_projections)
             self._layers = sorted({each.layer for each in up_projections})
             for each in up_projections:
@@ -106,8 +113,11 @@ class TrainingRecorder:
         hooks = [
             self.model.register_forward_pre_hook(begin, with_kwargs=True),
             self.model.register_forward_hook(end, with_kwargs=True),
-            *(module.register_forward_hook(catch, with_kwargs=True) for module in self._modules),
         ]
+        for module, measured in self._modules.items():
+            # before ZeRO-3's, which thus has the weight whole when the gradient arrives
+            first = any(is_divided(each.parameter) for each in measured)
+            hooks.append(module.register_forward_hook(catch, with_kwargs=True, prepend=first))
         if not has("one nll"):
             hooks.append(unwrapped(self.model).base_model.register_forward_hook(see))
         for hook in hooks:
@@ -249,7 +259,7 @@ class TrainingRecorder:
         if module in batch.sums:
             raise used_twice(call.up_projections[0])
         for each in call.up_projections:
-            if isinstance(each.parameter, DTensor):
+            if isinstance(each.parameter, DTensor) or is_absent(each.parameter):
                 raise InputError(NOT_WHOLE.format(each.name))
         device, (enabled, dtype) = b.device.type, autocast
         devices = [b.device] if device == "cuda" else []
@@ -265,6 +275,19 @@ class TrainingRecorder:
                 batch.sums[module] = call_sums(call, b, shape, batch.segments, [config], batch.scales)[0]
         finally:
             self._replaying = False
+
+
+def _refuse_under_zero_3(up_projections: Sequence[UpProjection]) -> None:
+    """Raise InputError for a divided weight whose step depends on more than that weight."""
+    for each in up_projections:
+        unfit = {
+            "has an adapter": each.adapted,
+            "sees only the tokens routed to it": each.kind == "experts",
+            "is quantised": bits_of(each.parameter) is not None,
+        }
+        reason = next((reason for reason, applies in unfit.items() if applies), None)
+        if is_divided(each.parameter) and reason is not None:
+            raise InputError(NOT_UNDER_ZERO_3.format(each.name, reason))
 
 
 @contextlib.contextmanager

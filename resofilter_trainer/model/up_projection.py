@@ -26,6 +26,7 @@ from .adapters import refuse_adapters
 from .losses import unwrapped
 from .plain import CHECKPOINTED, UNCOMPILED, class_of, is_compiled, makes_its_weight_plain, refuse_wrapper
 from .quantised import REMEDY, bits_of, matrix_shape, plain_matrix
+from .zero3 import whole_shape
 
 Kind = Literal["linear", "conv1d", "experts"]
 
@@ -233,7 +234,7 @@ def _weights(
         yield _Weight(name, path, "weight", module, outer or module, parent, next(module.parameters()))
         return
     for own, parameter in module.named_parameters(recurse=False):
-        if parameter.dim() < 2 or isinstance(module, nn.Embedding):
+        if len(whole_shape(parameter)) < 2 or isinstance(module, nn.Embedding):
             continue
         end, around = ("", parent) if own == "weight" else (f".{own}", module)
         found, whole = f"{name}{end}".lstrip("."), f"{path}{end}".lstrip(".")
@@ -306,7 +307,7 @@ def _what_to_hook(block: nn.Module, weight: _Weight, transposed: bool) -> tuple[
 
 def is_map(weight: _Weight | UpProjection) -> bool:
     """Whether the parameter is the matrix of a linear map of its own, not one of a stack."""
-    return weight.owner._parameters.get("weight") is weight.parameter and weight.parameter.dim() == 2
+    return weight.owner._parameters.get("weight") is weight.parameter and len(whole_shape(weight.parameter)) == 2
 
 
 def _compiled(pattern: str) -> re.Pattern[str]:

@@ -7,6 +7,7 @@ import warnings
 from pathlib import Path
 from typing import cast
 
+from accelerate.scheduler import AcceleratedScheduler
 from transformers import Trainer
 
 
@@ -19,6 +20,10 @@ def checkpoint_folder(checkpoint: str | None, trainer: Trainer) -> Path:
 def warn_of_missing_state(trainer: Trainer, checkpoint: Path) -> None:
     """Warn where a checkpoint lacks what the Trainer needs to resume exactly, as those of `save_only_model` do."""
     states = {"optimizer": "optimizer*", "scheduler": "scheduler*", "random state": "rng_state*"}
+    if trainer.is_deepspeed_enabled:  # whose engine has the optimizer in files of its own, and perhaps the scheduler
+        states["optimizer"] = "global_step*/*optim_states.pt"
+        if isinstance(trainer.lr_scheduler, AcceleratedScheduler):
+            states["scheduler"] = "global_step*/*model_states.pt"
     missing = [name for name, pattern in states.items() if not any(checkpoint.glob(pattern))]
     if missing and trainer.args.process_index == 0:
         warnings.warn(

@@ -34,13 +34,13 @@ class Refusal:
         what: its name, as the message has it.
         why: the reason, a clause that follows the name.
         remedy: the way round, a sentence without its full stop.
-        refused: whether a trainer, with the dataset of its loader, has it.
+        refused: whether a trainer, with the dataset of its loader, has it; or a stream, as it is read.
     """
 
     what: str
     why: str
     remedy: str
-    refused: Callable[[Trainer, Any], bool]
+    refused: Callable[..., bool]
 
 
 UNPACK = (
@@ -150,16 +150,40 @@ MEASURING: tuple[Refusal, ...] = (
         refused=lambda trainer, dataset: _in_shards(trainer) and not _by_fsdp2(trainer),
     ),
     Refusal(
-        what="DeepSpeed",
-        why="which computes gradients in an engine of its own",
-        remedy="Use FSDP2; or score first (resofilter score), then train on the selection",
-        refused=lambda trainer, dataset: trainer.accelerator.distributed_type == DistributedType.DEEPSPEED,
+        what="DeepSpeed's fp16",
+        why="whose loss scale is the engine's own",
+        remedy="Use bf16",
+        refused=lambda trainer, dataset: _deepspeed(trainer, "fp16", "enabled"),
+    ),
+    Refusal(
+        what="a scheduler in DeepSpeed's configuration",
+        why="which counts the steps of all rows",
+        remedy="Leave it out there, and set lr_scheduler_type",
+        refused=lambda trainer, dataset: _deepspeed(trainer, "scheduler"),
+    ),
+    Refusal(
+        what="packing=True or padding_free=True under DeepSpeed's ZeRO-3",
+        why="which has no whole weights to try whether the model keeps the samples of a row apart",
+        remedy="Use ZeRO-2, or leave both out",
+        refused=lambda trainer, dataset: (
+            trainer.is_deepspeed_enabled
+            and is_sharded(cast(Any, trainer.model))
+            and (packs(trainer) or bool(getattr(trainer.args, "padding_free", False)))
+        ),
+    ),
+    Refusal(
+        what="torch_compile=True and DeepSpeed",
+        why="whose engine compiles the model itself",
+        remedy="Set torch_compile=False",
+        refused=lambda trainer, dataset: trainer.is_deepspeed_enabled and compiles(trainer),
     ),
     Refusal(
         what="parallelism within a sample",
         why="of which each process sees a part only",
-        remedy="Leave parallelism_config unset",
-        refused=lambda trainer, dataset: trainer.accelerator.parallelism_config is not None,
+        remedy="Leave parallelism_config and DeepSpeed's tensor_parallel unset",
+        refused=lambda trainer, dataset: (
+            trainer.accelerator.parallelism_config is not None or _deepspeed(trainer, "tensor_parallel")
+        ),
     ),
     Refusal(
         what="Apple's GPU",
@@ -186,34 +210,11 @@ MEASURING: tuple[Refusal, ...] = (
     ),
 )
 
-# ResonanceCallback refuses these uses of it.
-BEFORE_SHARDED = Refusal(
-    what="when='before' of a sharded model",
-    why="in which processes with fewer rows than others leave the others waiting",
-    remedy=(
-        "Score first, with score_dataset(..., sharded=True), and train on the selection; or measure while training"
-    ),
-    refused=lambda trainer, dataset: is_sharded(cast(Any, trainer.model)),
-)
-CLEANING_SHARDED = Refusal(
-    what="token_cleaning of a sharded model",
-    why="which measures tokens in passes of its own",
-    remedy="Clean the tokens first (resofilter clean)",
-    refused=lambda trainer, dataset: is_sharded(cast(Any, trainer.model)),
-)
-
-SKIPPING = Refusal(
-    what="skip_update=True, or 'skip' from on_spike, and an optimizer that steps in the backward",
-    why="such as LOMO or a layer-wise one, which has no update left to leave out",
-    remedy="Return 'stop' from on_spike, or use another optim",
-    refused=lambda trainer, dataset: any(word in str(trainer.args.optim) for word in ("lomo", "layerwise")),
-)
-
-CLEANING_PACKED = Refusal(
-    what="token_cleaning and packing=True",
-    why="as it masks the tokens of single rows",
-    remedy="Set packing=False",
-    refused=lambda trainer, dataset: packs(trainer),
+PACKED = Refusal(
+    what="packed rows",
+    why="of which several are one row of a batch",
+    remedy="Set packing=False; padding_free=True wastes no padding either",
+    refused=lambda trainer, dataset: is_packed(trainer.args, dataset),
 )
 
 # SampleWeights refuses these, whose rows it does not know.
@@ -224,12 +225,7 @@ UNKNOWN_ROWS: tuple[Refusal, ...] = (
         remedy="Load it as a Dataset",
         refused=lambda trainer, dataset: is_stream(trainer),
     ),
-    Refusal(
-        what="packed rows",
-        why="of which several are one row of a batch",
-        remedy="Set packing=False; padding_free=True wastes no padding either",
-        refused=lambda trainer, dataset: is_packed(trainer.args, dataset),
-    ),
+    PACKED,
 )
 
 # Weights, by SampleWeights or by a policy in a run, cannot act with these.
@@ -268,7 +264,7 @@ def check_trainer(trainer: Trainer, train_dataloader: Any) -> None:
     if loss_type(args) == "dft":
         need("log_probs", "ResonanceCallback with loss_type='dft'")
     refuse_adapters(cast(Any, trainer.model))
-    _refuse("ResonanceCallback cannot work with", MEASURING, trainer, train_dataloader.dataset)
+    refuse("ResonanceCallback cannot work with", MEASURING, trainer, train_dataloader.dataset)
     if not is_stream(trainer) and len(train_dataloader.dataset) == 0:
         raise InputError("The dataset has no rows to train on.")
     setting = next((name for name in ("packing", "padding_free") if getattr(args, name, False)), None)
@@ -276,26 +272,9 @@ def check_trainer(trainer: Trainer, train_dataloader: Any) -> None:
         _check_apart(cast(Any, trainer.model), 2e-2 if args.bf16 or args.fp16 else 1e-4, setting)
 
 
-def check_use(trainer: Trainer, before: bool, cleans: bool) -> None:
-    """Raise InputError for a use of the callback that this trainer does not allow.
-
-    Args:
-        trainer: the trainer.
-        before: whether rows are measured in a pass of their own, before the training.
-        cleans: whether tokens are cleaned.
-    """
-    asked = [*([BEFORE_SHARDED] if before else []), *([CLEANING_SHARDED, CLEANING_PACKED] if cleans else [])]
-    _refuse("ResonanceCallback cannot work with", asked, trainer, trainer.train_dataset)
-
-
-def check_skipping(trainer: Trainer) -> None:
-    """Raise InputError where the update of a step cannot be left out."""
-    _refuse("ResonanceCallback cannot work with", [SKIPPING], trainer, trainer.train_dataset)
-
-
 def check_sample_weights(trainer: Trainer, train_dataloader: Any) -> None:
     """Raise InputError where SampleWeights cannot weight a sample's loss; it says what to change."""
-    _refuse("Rows cannot be weighted with", UNKNOWN_ROWS, trainer, train_dataloader.dataset)
+    refuse("Rows cannot be weighted with", UNKNOWN_ROWS, trainer, train_dataloader.dataset)
     check_weighable(trainer, train_dataloader)
 
 
@@ -304,13 +283,20 @@ def check_weighable(trainer: Trainer, train_dataloader: Any) -> None:
     if not is_sft(trainer):
         raise InputError(f"Rows are weighted in SFTTrainer's loss, this is {type(trainer).__name__}.")
     refuse_adapters(cast(Any, trainer.model))
-    _refuse("Rows cannot be weighted with", WEIGHING, trainer, train_dataloader.dataset)
+    refuse("Rows cannot be weighted with", WEIGHING, trainer, train_dataloader.dataset)
     need("log_probs", "A weight for each row")
 
 
-def _refuse(cannot: str, refusals: Sequence[Refusal], trainer: Trainer, dataset: Any) -> None:
+def refuse(cannot: str, refusals: Sequence[Refusal], *given: Any) -> None:
+    """Raise InputError for the first refusal that applies to what is given.
+
+    Args:
+        cannot: the beginning of the message.
+        refusals: the refusals, each with the same arguments.
+        given: these arguments.
+    """
     for each in refusals:
-        if each.refused(trainer, dataset):
+        if each.refused(*given):
             raise InputError(f"{cannot} {each.what}, {each.why}. {each.remedy}.")
 
 
@@ -327,6 +313,8 @@ def _check_apart(model: Any, tolerance: float, setting: str) -> None:
 
 def _in_shards(trainer: Trainer) -> bool:
     """Whether a trainer's model is sharded, by whatever means."""
+    if trainer.is_deepspeed_enabled:
+        return False  # whose ZeRO-3 has each layer whole while it runs
     by_class = isinstance(trainer.model, FullyShardedDataParallel)
     by_engine = trainer.accelerator.distributed_type == DistributedType.FSDP
     return by_class or by_engine or is_sharded(cast(Any, trainer.model))
@@ -335,6 +323,14 @@ def _in_shards(trainer: Trainer) -> bool:
 def _by_fsdp2(trainer: Trainer) -> bool:
     """Whether the Trainer itself has sharded its model by FSDP2."""
     return trainer.is_fsdp_enabled and is_fsdp2(cast(Any, trainer.model))
+
+
+def _deepspeed(trainer: Trainer, *path: str) -> bool:
+    """Whether an entry of DeepSpeed's configuration is there and true; never without DeepSpeed."""
+    found = trainer.accelerator.deepspeed_config if trainer.is_deepspeed_enabled else {}
+    for name in path:
+        found = found.get(name) or {}
+    return bool(found)
 
 
 def _dispatches(trainer: Trainer) -> bool:

@@ -30,7 +30,8 @@ from .log import RunLog, warn_that_nothing_is_filtered
 from .measurements import Measurements
 from .plan_log import line, planned_epochs, save_plan
 from .recording import Recording
-from .refusals import check_trainer, check_use
+from .refusals import check_trainer
+from .refused_uses import check_use
 from .resuming import check_settings, has_other_length, resumed
 from .sampler import ROW
 from .timeline import Timeline
@@ -70,7 +71,7 @@ class Run:
     ) -> None:
         check_causal(trainer.model)
         check_trainer(trainer, train_dataloader)
-        check_use(trainer, before=filtering.when == "before", cleans=cleaning is not None)
+        check_use(trainer, config.update, before=filtering.when == "before", cleans=cleaning is not None)
         self.trainer, self.results, self._recording = trainer, results, recording
         self.folder = Path(str(trainer.args.output_dir)) / STATE
         self.examples = examples_of(trainer, dataset)

@@ -16,7 +16,7 @@ from ..ledger.live import LAST, SpikingRow, SpikingStep, stands_out, usual
 from . import trainer_access as access
 from .log import RunLog
 from .measurements import Trained
-from .refusals import check_skipping
+from .refused_uses import check_skipping
 from .trainer_patches import UpdatePatch
 
 OnSpike = Callable[[SpikingStep], Any]

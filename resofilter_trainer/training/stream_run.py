@@ -40,6 +40,7 @@ from .plan import Batching, Plan
 from .plan_log import line, save_plan, why
 from .recording import Recording
 from .refusals import check_trainer
+from .refused_uses import check_use
 from .sampler import ROW
 from .stream_check import check_stream
 from .stream_rows import MetRows, met_in
@@ -77,6 +78,7 @@ class StreamRun:
         check_causal(trainer.model)
         check_stream(trainer, train_dataloader, filtering, id_column)
         check_trainer(trainer, train_dataloader)
+        check_use(trainer, config.update)
         self.trainer, self.results, self._recording = trainer, results, recording
         self.folder = Path(str(trainer.args.output_dir)) / STATE
         self._filter, self._config = filtering, config
@@ -110,10 +112,9 @@ class StreamRun:
     @property
     def rows(self) -> access.TrainerRows:
         """The rows that were met."""
-        total = self._known.total
-        if total is None:
-            total = int(self._known.positions.max(initial=-1)) + 1
-        return access.TrainerRows(self._known.positions, total, access.no_token(self.trainer))
+        there, total = self._known.positions, self._known.total
+        total = int(there.max(initial=-1)) + 1 if total is None else total
+        return access.TrainerRows(there, total, access.no_token(self.trainer))
 
     @property
     def examples(self) -> Rows:

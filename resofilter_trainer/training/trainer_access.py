@@ -17,6 +17,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 from accelerate.data_loader import DataLoaderDispatcher, SeedableRandomSampler
+from accelerate.scheduler import AcceleratedScheduler
 from accelerate.utils import DynamoBackend, broadcast_object_list
 from datasets import Dataset
 from torch.optim.lr_scheduler import LambdaLR
@@ -246,7 +247,10 @@ def follow_progress(trainer: Trainer, progress: Progress, now: bool) -> None:
         now: whether the learning rate of the next step is set, too.
     """
     args, scheduler = trainer.args, trainer.lr_scheduler
-    if not trainer._created_lr_scheduler or not isinstance(scheduler, LambdaLR):
+    created = trainer._created_lr_scheduler
+    if isinstance(scheduler, AcceleratedScheduler):  # in DeepSpeed's engine, beside an optimizer of its configuration
+        scheduler, created = scheduler.scheduler, True
+    if not created or not isinstance(scheduler, LambdaLR):
         return
     stand_in = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=args.learning_rate)
     schedule = get_scheduler(

@@ -197,7 +197,8 @@ class BackwardPatch:
         inner = accelerator.backward
 
         def backward(loss: torch.Tensor, **kwargs: Any) -> None:
-            with around(scaled(accelerator, loss.detach() / accelerator.gradient_accumulation_steps)):
+            parts = accelerator.gradient_accumulation_steps if kwargs.get("scale_wrt_gas", True) else 1
+            with around(scaled(accelerator, loss.detach() / parts)):
                 inner(loss, **kwargs)
 
         _replace(accelerator, "backward", backward)

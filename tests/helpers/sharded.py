@@ -1,4 +1,4 @@
-"""Run by torchrun: trainings with the callback, kind by kind: of a whole model, or sharded by FSDP2.
+"""Run by torchrun: trainings with the callback, kind by kind: of a whole model, or sharded by FSDP2 or DeepSpeed.
 
 On a CPU accelerate would not shard: so its state is told that it is FSDP, as it tells itself on an accelerator.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
+from datasets import IterableDataset
 from peft import LoraConfig
 from torch.distributed.fsdp import CPUOffloadPolicy
 from transformers import set_seed
@@ -27,7 +28,7 @@ from helpers.ledgers import lines, losses
 from helpers.tokenizers import make_tokenizer
 from helpers.training import Outcome, llama, rows, train
 from helpers.versions import older_than
-from resofilter_trainer import InputError, ResonanceCallback
+from resofilter_trainer import InputError, ResonanceCallback, TokenCleaning
 from resofilter_trainer.model.modes import own_precision
 from resofilter_trainer.model.sharding import whole_parameters
 
@@ -39,15 +40,31 @@ MIXTRAL: dict[str, Any] = {
     "model": lambda size: tiny("mixtral", vocab_size=size),
     "fsdp": {"transformer_layer_cls_to_wrap": ["MixtralDecoderLayer"]},
 }
-# What the kinds of run change in the arguments of `train`. "fsdp" counts only where the model is sharded, and
-# "micro_batches" are of a step in one process: those of two processes, as the Trainer's loss depends on them by 1e-9.
+SIZES = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "train_batch_size", "gradient_clipping")
+DEEPSPEED = {
+    **dict.fromkeys(SIZES, "auto"),
+    "bf16": {"enabled": "auto"},
+    "zero_allow_untested_optimizer": True,
+    "zero_force_ds_cpu_optimizer": False,  # which is compiled when it is first used
+}
+ADAMW = {**dict.fromkeys(("lr", "betas", "eps", "weight_decay"), "auto"), "torch_adam": True}
+ON_CPU = {"offload_optimizer": {"device": "cpu"}}
+
+
+def rows_in_order() -> Iterator[dict[str, str]]:
+    yield from rows(ROWS)
+
+
+# What the kinds of run change in the arguments of `train`. "fsdp", "zero" and "deepspeed" count only with that engine,
+# and "micro_batches" are of a step in one process: those of two processes, as the Trainer's loss depends on them by
+# 1e-9.
 KINDS: dict[str, dict[str, Any]] = {
     "plain": {},
     "double": {"model": lambda size: llama(size).double(), "micro_batches": 2},
     "not resharded": {"fsdp": {"reshard_after_forward": False}},
     "checkpointing": {"fsdp": {"activation_checkpointing": True}},
     "the Trainer's checkpointing": {"activation_checkpointing": True},
-    "offload": {"fsdp": {"cpu_offload": True}},
+    "offload": {"fsdp": {"cpu_offload": True}, "zero": ON_CPU},
     "bfloat16": {"bf16": True},
     "bfloat16, checkpointing": {"bf16": True, "fsdp": {"activation_checkpointing": True}},
     "accumulation": {"gradient_accumulation_steps": 3},  # the last step of an epoch has fewer
@@ -56,6 +73,21 @@ KINDS: dict[str, dict[str, Any]] = {
     "experts": {**MIXTRAL, "router_aux_loss_coef": 0.0},
     "experts and their router's loss": {**MIXTRAL, "router_aux_loss_coef": 0.1},
     "sharded checkpoints": {"fsdp": {"state_dict_type": "SHARDED_STATE_DICT"}},
+    "the engine's optimizer": {"deepspeed": {"optimizer": {"type": "AdamW", "params": ADAMW}}},
+    "a schedule": {"deepspeed": {"scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": "auto"}}}},
+    "offload of the weights": {"zero": {**ON_CPU, "offload_param": {"device": "cpu"}}},
+    "packing": {"packing": True, "max_length": 48, "dataset": rows(ROWS), "per_device_train_batch_size": 2},
+    "stream": {
+        "dataset": IterableDataset.from_generator(rows_in_order),
+        "max_steps": 14,
+        "per_device_train_batch_size": BATCH * PROCESSES,  # of all processes, each of which reads all rows
+        "accelerator_config": {"split_batches": True},
+    },
+}
+KINDS |= {
+    f"ZeRO-{stage}, {kind}": {**changes, "zero": {**changes.get("zero", {}), "stage": stage}}
+    for stage in range(4)
+    for kind, changes in KINDS.items()
 }
 
 
@@ -77,8 +109,15 @@ def shard_on_cpu() -> None:
     AcceleratorState.__init__ = init
 
 
+def without_compiling() -> None:
+    """Let DeepSpeed use gloo on a CPU, and not compile a way of its own when the processes meet, for minutes."""
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
 def engine() -> str:
-    """What shards the model: `"fsdp"` or `"nothing"`."""
+    """What shards the model: `"fsdp"`, `"deepspeed"` or `"nothing"`."""
     return sys.argv[3]
 
 
@@ -86,12 +125,16 @@ def run(output: Path, kind: str, callback: ResonanceCallback | None, **more: Any
     """One training of a kind, on the same rows in steps of the same size in any number of processes."""
     changes, tokenizer = {**KINDS[kind], **more}, make_tokenizer()
     fsdp, make = changes.pop("fsdp", {}), changes.pop("model", llama)
+    zero, deepspeed = changes.pop("zero", {}), changes.pop("deepspeed", {})
     size, parts = changes.pop("per_device_train_batch_size", BATCH), changes.pop("micro_batches", 1)
     if PROCESSES == 1 and parts > 1:
         changes["gradient_accumulation_steps"], size = parts, size // parts
     if engine() == "fsdp":
         new = not older_than("transformers", "5.23")
         changes |= {"fsdp": True if new else "full_shard auto_wrap", "fsdp_config": {**FSDP, **fsdp}}
+    if engine() == "deepspeed":
+        zero = {"stage3_param_persistence_threshold": 0, **zero}  # otherwise it divides no parameter of a tiny model
+        changes["deepspeed"] = {**DEEPSPEED, **deepspeed, "zero_optimization": zero}
     set_seed(0)
     model = make(len(tokenizer))
     with own_precision(model):
@@ -100,7 +143,7 @@ def run(output: Path, kind: str, callback: ResonanceCallback | None, **more: Any
             tokenizer,
             callback,
             model=model,
-            dataset=rows(ROWS),
+            dataset=changes.pop("dataset", rows(ROWS)),
             per_device_train_batch_size=size // PROCESSES,
             **changes,
         )
@@ -124,7 +167,7 @@ def numbers(outcome: Outcome) -> dict[str, np.ndarray]:
 
 def scores(output: Path, kind: str) -> dict[str, np.ndarray]:
     """A run that drops rows; and the loss and gradient norm of each step, in the ledger and as the Trainer logs it."""
-    outcome = run(output / "scores", kind, filtering())
+    outcome = run(output / "scores", kind, filtering(**({"dataset": rows(ROWS)} if "packing" in kind else {})))
     if dist.is_initialized():
         dist.barrier()  # all have written their lines
     found = lines(output / "scores", PROCESSES)
@@ -160,12 +203,32 @@ def optimizer(output: Path, kind: str) -> dict[str, np.ndarray]:
 
 
 def refused(output: Path, kind: str) -> dict[str, np.ndarray]:
-    """What is said of a pass before the training, and of a router's loss in it."""
-    try:
-        run(output / "refused", kind, filtering(when="before" if kind == "plain" else "training"))
-    except InputError as error:
-        return {"said": np.array(str(error))}
-    return {}
+    """What is said of the uses of the callback that are refused."""
+    uses: dict[str, dict[str, Any]] = {"in training": {}, "before": {"when": "before"}}
+    if engine() == "deepspeed":
+        uses |= {"cleaning": {"token_cleaning": TokenCleaning(keep=0.5)}, "optimizer": {"update": "optimizer"}}
+    said = {}
+    for name, settings in uses.items():
+        try:
+            run(output / name, kind, filtering(**settings))
+        except InputError as error:
+            said[name] = np.array(str(error))
+    return said
+
+
+def load(place: Path, what: str, kind: str) -> dict[str, np.ndarray]:
+    return dict(np.load(place / f"{what} {kind}.npz", allow_pickle=True))
+
+
+def assert_same(found: dict[str, np.ndarray], truth: dict[str, np.ndarray], tolerance: float) -> None:
+    """The same rows in every epoch, and the same scores to a share of their spread."""
+    assert truth["keep"].sum(1).tolist() == [ROWS, ROWS // 2, ROWS // 4]
+    assert np.array_equal(found["keep"], truth["keep"])
+    assert np.array_equal(found["epoch"], truth["epoch"])
+    assert found["steps"] == truth["steps"]
+    assert found["provenance"] == truth["provenance"]
+    for name in ("measured", "score", "loss"):
+        assert np.abs(found[name] - truth[name]).max() <= tolerance * np.ptp(truth[name]), name
 
 
 WHAT: dict[str, Callable[[Path, str], dict[str, np.ndarray]]] = {
@@ -176,8 +239,11 @@ WHAT: dict[str, Callable[[Path, str], dict[str, np.ndarray]]] = {
 def main() -> None:
     place, what = Path(sys.argv[1]), sys.argv[2]
     warnings.filterwarnings("error", "The loss of .* weighs rows in its own way")  # it does not
+    warnings.filterwarnings("error", ".* lacks the .*save_only_model")  # a checkpoint has all
     if engine() == "fsdp":
         shard_on_cpu()
+    if engine() == "deepspeed":
+        without_compiling()
     for kind in sys.argv[4:]:
         found = WHAT[what](place / kind, kind)
         if not dist.is_initialized() or dist.get_rank() == 0:

@@ -59,34 +59,55 @@ def test_two_processes_measure_what_one_measures_on_the_whole_model(case: str, o
         assert found["share"] < (0.85 if "moe" in case or "mixtral" in case else 0.75)  # experts are kept whole
 
 
+def said_of(change, output, tokenizer, monkeypatch) -> str:
+    """What the callback refuses in a trainer that `change` has changed."""
+    check = run.check_trainer
+
+    def changed(trainer, *args):
+        with monkeypatch.context() as patch:
+            change(trainer, patch)
+            check(trainer, *args)
+
+    monkeypatch.setattr(run, "check_trainer", changed)
+    with pytest.raises(InputError) as refused:
+        train(output, tokenizer, ResonanceCallback(keep=0.5))
+    return str(refused.value)
+
+
+def test_training_under_other_engines_is_refused_in_one_line(tmp_path, tokenizer, monkeypatch) -> None:
+    def by_others(trainer, patch):  # without FSDP2's classes, as FSDP1 and tensor parallelism have none
+        patch.setattr(Accelerator, "distributed_type", DistributedType.FSDP)
+
+    assert said_of(by_others, tmp_path, tokenizer, monkeypatch) == (
+        "ResonanceCallback cannot work with a model that is sharded by other means than FSDP2, such as FSDP1, whose "
+        "weights are not whole where they are used. Let the Trainer shard it, with fsdp_config={'fsdp_version': 2} or "
+        "accelerate's own configuration."
+    )
+
+
 @pytest.mark.parametrize(
-    ("engine", "said"),
+    ("configuration", "said"),
     [
+        ({"fp16": {"enabled": True}}, "DeepSpeed's fp16, whose loss scale is the engine's own. Use bf16."),
         (
-            DistributedType.FSDP,  # without FSDP2's classes, as FSDP1 and tensor parallelism have none
-            "a model that is sharded by other means than FSDP2, such as FSDP1, whose weights are not whole where they "
-            "are used. Let the Trainer shard it, with fsdp_config={'fsdp_version': 2} or accelerate's own "
-            "configuration.",
+            {"scheduler": {"type": "WarmupLR"}},
+            "a scheduler in DeepSpeed's configuration, which counts the steps of all rows. Leave it out there, and set "
+            "lr_scheduler_type.",
         ),
         (
-            DistributedType.DEEPSPEED,
-            "DeepSpeed, which computes gradients in an engine of its own. Use FSDP2; or score first (resofilter "
-            "score), then train on the selection.",
+            {"tensor_parallel": {"autotp_size": 2}},
+            "parallelism within a sample, of which each process sees a part only. Leave parallelism_config and "
+            "DeepSpeed's tensor_parallel unset.",
         ),
     ],
 )
-def test_training_under_other_engines_is_refused_in_one_line(engine, said, tmp_path, tokenizer, monkeypatch) -> None:
-    check = run.check_trainer
+def test_settings_of_deepspeed_are_refused_in_one_line(configuration, said, tmp_path, tokenizer, monkeypatch) -> None:
+    def by_deepspeed(trainer, patch):
+        patch.setattr(trainer, "is_deepspeed_enabled", True)
+        patch.setattr(trainer.accelerator, "deepspeed_config", configuration, raising=False)
 
-    def under_it(*args):
-        with monkeypatch.context() as patch:
-            patch.setattr(Accelerator, "distributed_type", engine)
-            check(*args)
-
-    monkeypatch.setattr(run, "check_trainer", under_it)
-    with pytest.raises(InputError) as refused:
-        train(tmp_path, tokenizer, ResonanceCallback(keep=0.5))
-    assert str(refused.value) == f"ResonanceCallback cannot work with {said}"
+    found = said_of(by_deepspeed, tmp_path, tokenizer, monkeypatch)
+    assert found == f"ResonanceCallback cannot work with {said}"
 
 
 @pytest.fixture

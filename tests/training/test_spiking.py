@@ -14,7 +14,7 @@ from helpers.training import InOrder, arguments, llama
 from transformers import TrainerCallback
 
 from resofilter_trainer import InputError, ResonanceCallback
-from resofilter_trainer.training.refusals import check_skipping
+from resofilter_trainer.training.refused_uses import check_skipping
 
 GARBAGE, STEP = 50, 26  # the row, and its step in batches of two
 USUAL = {"prompt": "question: what is 1 + 1 ?", "completion": " answer: 2 fox fox fox"}

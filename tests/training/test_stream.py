@@ -225,12 +225,16 @@ def test_a_plain_trainer_whose_batches_accelerate_dispatches(tmp_path):
 
 
 REFUSED = {
-    "before": ({"when": "before"}, {}, "when='before'. Score it first with score_stream"),
+    "before": ({"when": "before"}, {}, "when='before', which needs all rows first. Score it first with score_stream"),
     "tokens": ({"token_cleaning": TokenCleaning(0.5)}, {}, "token_cleaning needs all rows before training"),
     "shuffled": ({}, {"dataset": with_ids}, "known by their order. Give each row an id"),
     "shuffled and mapped": ({}, {"dataset": lambda: with_ids().map(dict)}, "known by their order. Give each row an id"),
     "shuffle_dataset": ({}, {"shuffle_dataset": True}, "shuffle_dataset=True, after which"),
-    "workers": ({}, {"dataloader_num_workers": 2}, "dataloader_num_workers=2. Set it to 1 or 0"),
+    "workers": (
+        {},
+        {"dataloader_num_workers": 2},
+        "above 1, as each worker reads rows of its own. Set it to 1 or 0",
+    ),
     "persistent": (
         {},
         {"dataloader_num_workers": 1, "dataloader_persistent_workers": True},
@@ -246,7 +250,7 @@ REFUSED = {
         {"gradient_accumulation_steps": 7, "max_steps": 4},
         "11 rows, which fill no step of 7",
     ),
-    "packing": ({}, {"packing": True}, "packed rows"),
+    "packing": ({}, {"packing": True}, "packed rows, of which several are one row of a batch. Set packing=False"),
 }
 
 
@@ -271,7 +275,7 @@ def test_processes_that_read_other_shards_are_refused():
     stream = of(rows(8))
     config = SimpleNamespace(world_size=2, dataloader_num_workers=0)
     trainer, loader = SimpleNamespace(args=config, train_dataset=stream), SimpleNamespace(dataset=stream)
-    with pytest.raises(InputError, match="2 processes that each read other shards of it"):
+    with pytest.raises(InputError, match="several processes that each read other shards of it"):
         check_stream(trainer, loader, FilterConfig(), None)
     check_stream(trainer, SimpleNamespace(dataset=IterableDatasetShard(stream)), FilterConfig(), None)
 
