@@ -42,8 +42,8 @@ from resofilter_trainer import (
     write_report,
 )
 from resofilter_trainer.cli.entry import exit_on_input_error
+from resofilter_trainer.cli.naming import told
 from resofilter_trainer.cli.recipe import parse_recipe, recipe_parser
-from resofilter_trainer.cli.score import summary
 from resofilter_trainer.config import Norm
 from resofilter_trainer.config.compatibility import need_extra, settle_arguments
 from resofilter_trainer.data.files import only_split
@@ -250,7 +250,7 @@ def score_rows(train: Dataset, recipe: RecipeArguments, training: SFTConfig, mod
         },
     )
     if PartialState().is_main_process:
-        print(summary(scores))
+        print(told(scores.summary()))
     return scores
 
 

@@ -14,13 +14,14 @@ if TYPE_CHECKING:
     from .criteria.criterion import Criterion
     from .data.exporting import export_rows
     from .data.files import load_rows
+    from .data.row_report import write_report
     from .data.rows import map_columns, unpack
     from .data.text_checks import TextChecks, check_texts
     from .model.recorder import Recorder
     from .model.resonance import Resonance, literal
     from .probe.results import ProbeResult
     from .probe.run import probe_dataset
-    from .report import Report, read_contents, write_report
+    from .report import Report, read_contents
     from .scores.provenance import Provenance, Trust
     from .scores.score_table import ScoreTable
     from .scores.token_scores import TokenScores
@@ -47,13 +48,14 @@ _NAMES = {  # the public names of each module, as above
     "criteria.criterion": ("Criterion",),
     "data.exporting": ("export_rows",),
     "data.files": ("load_rows",),
+    "data.row_report": ("write_report",),
     "data.rows": ("map_columns", "unpack"),
     "data.text_checks": ("TextChecks", "check_texts"),
     "model.recorder": ("Recorder",),
     "model.resonance": ("Resonance", "literal"),
     "probe.results": ("ProbeResult",),
     "probe.run": ("probe_dataset",),
-    "report": ("Report", "read_contents", "write_report"),
+    "report": ("Report", "read_contents"),
     "scores.provenance": ("Provenance", "Trust"),
     "scores.score_table": ("ScoreTable",),
     "scores.token_scores": ("TokenScores",),

@@ -29,7 +29,7 @@ MAY_KNOW = {
     "ledger": "io scores",
     "report": "config io scores selecting",
     "model": "config",
-    "data": "config io scores selecting model",
+    "data": "config io scores selecting report model",
     "criteria": "config selecting model data",
     "scoring": "config io scores model data criteria",
     "tokens": "config io scores selecting model data scoring",

@@ -16,14 +16,17 @@ from .parser import CommandParser, column_arguments, dataset_arguments
 if TYPE_CHECKING:
     from ..data.text_checks import TextChecks
 
-EXAMPLE = "resofilter check --dataset rows.jsonl --output checks/"
+EXAMPLES = (
+    "resofilter check --dataset rows.jsonl --output checks/",
+    "resofilter check --dataset rows.jsonl --output checks/ --only exact_duplicate cut",
+)
 SHOWN = 2  # rows of each check
 
 
 def add_arguments(parser: CommandParser) -> None:
     """Add the arguments of the checks."""
     dataset_arguments(parser)
-    parser.add_argument("--output", help="a folder for what is found")
+    parser.needed("--output", help="a folder for what is found")
     parser.add_argument("--only", nargs="+", metavar="CHECK", help="the checks to make, by default all")
     column_arguments(parser)
 

@@ -9,11 +9,14 @@ from typing import Any, get_args
 from ..config import CLEANING_MODES, InputError, Ranking, TokenCleaning, cleaning_of_mode, whole_number
 from ..config.compatibility import set_sequential
 from .inputs import dataset_of, require, row_options, sft_config
-from .parser import CommandParser, process_arguments, row_arguments
+from .parser import CommandParser, process_arguments, row_arguments, seed_argument
 
 SELF_EVOLVING = "self-evolving"
 OF_TRAINING = ("parts", "lora_r", "learning_rate", "per_device_train_batch_size", "gradient_accumulation_steps")
-EXAMPLE = "resofilter clean --model BASE --reference REFERENCE --dataset rows.jsonl --output cleaned/"
+EXAMPLES = (
+    "resofilter clean --model BASE --reference REFERENCE --dataset rows.jsonl --output cleaned/",
+    "resofilter clean --model BASE --mode self-evolving --dataset rows.jsonl --output cleaned/",
+)
 
 
 def add_arguments(parser: CommandParser) -> None:
@@ -21,14 +24,16 @@ def add_arguments(parser: CommandParser) -> None:
     row_arguments(parser)
     process_arguments(parser)
     defaults = TokenCleaning()
-    parser.add_argument("--output", help="a folder for the cleaned dataset, the token scores and a summary")
+    parser.needed("--output", help="a folder for the cleaned dataset, the token scores and a summary")
     parser.add_argument("--reference", help="a model or a LoRA adapter, tuned from the same base model on good data")
     parser.add_argument("--keep_tokens", type=float, default=defaults.keep, help="the share of the tokens to keep")
-    parser.add_argument("--mode", default="fixed", help=" | ".join(CLEANING_MODES))
-    parser.add_argument("--ranking", help=" or ".join(get_args(Ranking)) + "; by default global, or sample in mode rho")
+    parser.add_argument("--mode", choices=CLEANING_MODES, default="fixed", help="how the reference comes about")
+    ranking = "tokens are ranked together, or by row; by default global, or sample in mode rho"
+    parser.add_argument("--ranking", choices=get_args(Ranking), help=ranking)
     parser.add_argument("--group_by", help="a column, such as the source, to report the kept share of each group")
     parser.add_argument("--tokens_per_batch", type=int, default=defaults.tokens_per_batch, help="batch size in tokens")
     parser.add_argument("--bf16", action="store_true", help="forward with bfloat16 autocast, also in training")
+    seed_argument(parser)
     training = parser.add_argument_group("self-evolving: one training per stage, as in the paper")
     training.add_argument("--parts", type=int, default=defaults.parts, help="the number of stages")
     training.add_argument("--lora_r", type=int, default=64, help="the rank of the adapters; 0 trains all weights")
@@ -60,6 +65,7 @@ def run(args: argparse.Namespace) -> None:
     cleaned = (_self_evolve if args.mode == SELF_EVOLVING else _clean)(args, cleaning)
     from accelerate import PartialState
 
+    from ..selecting.training_lines import TOKENS, training_lines
     from ..tokens.cleaned_dataset import described
 
     if PartialState().is_main_process:
@@ -67,12 +73,15 @@ def run(args: argparse.Namespace) -> None:
         print(f"Dataset to train on: {args.output} (datasets.load_from_disk)")
         if args.mode == SELF_EVOLVING:
             print(f"Model of the last stage: {Path(args.output) / f'stage-{args.parts - 1}' / 'model'}")
+        else:
+            lines = training_lines(args.model, Path(args.output), {"max_length": args.max_length}, [TOKENS])
+            print("\n    ".join(["To train on it, in Python:", *lines]))
 
 
 def _clean(args: argparse.Namespace, cleaning: TokenCleaning) -> Any:
     from ..tokens.cleaning import clean_dataset
 
-    training = sft_config(args, bf16=args.bf16)
+    training = sft_config(args, bf16=args.bf16, seed=args.seed)
     rows, options = dataset_of(args), row_options(args)
     return clean_dataset(args.model, rows, cleaning, args=training, output=args.output, **options)
 
@@ -86,6 +95,7 @@ def _self_evolve(args: argparse.Namespace, cleaning: TokenCleaning) -> Any:
     training = sft_config(
         args,
         bf16=args.bf16,
+        seed=args.seed,
         per_device_train_batch_size=args.per_device_train_batch_size,
         gradient_accumulation_steps=args.gradient_accumulation_steps,
         learning_rate=args.learning_rate,

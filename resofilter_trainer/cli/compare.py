@@ -10,7 +10,7 @@ from ..config import InputError
 from ..config.compatibility import need_extra
 from .parser import CommandParser
 
-EXAMPLE = "resofilter compare recipes/compare.yaml --output comparison/"
+EXAMPLES = ("resofilter compare recipes/compare.yaml --output comparison/", "resofilter compare --published")
 
 
 def add_arguments(parser: CommandParser) -> None:

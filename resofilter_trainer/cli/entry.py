@@ -19,7 +19,7 @@ from .naming import options_of, speaking, told
 from .parser import CommandHelp, CommandParser
 from .settings_file import yaml_arguments
 
-COMMANDS = {  # each module has `EXAMPLE`, `add_arguments` and `run`, which imports what it needs
+COMMANDS = {  # each module has `EXAMPLES`, `add_arguments` and `run`, which imports what it needs
     "demo": (demo, "the whole method in a few minutes, on data that it makes"),
     "score": (score, "measure how far a step on each row of a dataset moves W_up"),
     "select": (select, "decide from scores which rows to keep"),
@@ -111,13 +111,24 @@ def _refuse_empty(args: argparse.Namespace) -> None:
 
 
 def _parser() -> CommandParser:
-    parser = CommandParser(prog="resofilter", description="Score, select, train.")
+    parser = CommandParser(
+        prog="resofilter",
+        description="Score the rows of a dataset by how far a step on each moves the model, and select which to keep.",
+        epilog="\n  ".join(["examples:", *demo.EXAMPLES[:1], *score.EXAMPLES[:1], "resofilter select --help"]),
+        formatter_class=CommandHelp,
+    )
     parser.add_argument("--version", action="version", version=f"resofilter_trainer {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
     for name, (module, text) in COMMANDS.items():
-        command = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.",
-                                      epilog=f"example:\n  {module.EXAMPLE}", formatter_class=CommandHelp)  # fmt: skip
+        command = commands.add_parser(
+            name,
+            help=text,
+            description=f"{text[0].upper()}{text[1:]}.",
+            epilog="\n  ".join(["examples:", *module.EXAMPLES]),
+            formatter_class=CommandHelp,
+        )
         command.set_defaults(run=module.run, parser=command)
         command.add_argument("--config", help="a YAML file with any of these arguments")
         module.add_arguments(command)
+        command.usage = command.in_short()
     return parser

@@ -11,7 +11,7 @@ from .parser import CommandParser
 
 PACKAGES = ("resofilter_trainer", "torch", "transformers", "trl", "peft", "datasets", "accelerate", "evaluate")
 
-EXAMPLE = "resofilter env"
+EXAMPLES = ("resofilter env", "resofilter env > versions.txt")
 
 
 def add_arguments(parser: CommandParser) -> None:

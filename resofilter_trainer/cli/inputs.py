@@ -12,7 +12,8 @@ from ..config import ColumnMapping, InputError
 
 def require(args: argparse.Namespace, *names: str) -> None:
     """Raise InputError for the arguments that are missing."""
-    missing = [f"--{name}" for name in names if getattr(args, name) is None]
+    options = {each.dest: each.option_strings for each in args.parser._actions}
+    missing = [f"--{name}" if options[name] else name for name in names if getattr(args, name) in (None, [])]
     if missing:
         *first, last = missing
         raise InputError(f"{', '.join(first)} and {last} are missing." if first else f"{last} is missing.")

@@ -18,6 +18,7 @@ OTHER_NAMES = {
     "model_name_or_path": "model",
     "dataset_name": "dataset",
     "dataset_text_field": "text_column",
+    "dataset_train_split": "split",
     "output_dir": "output",
     "ddp_timeout": "timeout",
     "keep": "keep_tokens",

@@ -18,15 +18,23 @@ INSTEAD = {  # options of other programs, and what a command may have for them
     "learning_rate": "--lr",
     "max_seq_length": "--max_length",
 }
-YES_OR_NO = ("true", "false", "yes", "no", "on", "off", "1", "0")
+YES_OR_NO = ("yes", "no", "on", "off", "1", "0")
+TRUE_OR_FALSE = ("true", "false")
+NEEDED = "required, here or in the file of --config"
 REQUIRED = "the following arguments are required: "  # argparse's words
 
 
 class CommandHelp(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     """Help with the defaults that say something, and examples as they are written."""
 
+    def __init__(self, prog: str, **settings: Any) -> None:
+        super().__init__(prog, **{"max_help_position": 32, **settings})
+
+    def _get_default_metavar_for_optional(self, action: argparse.Action) -> str:
+        return action.dest.rpartition("_")[2].upper()
+
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        said = action.default in (None, False) or "default" in (action.help or "")
+        said = action.default is None or action.default is False or "default" in (action.help or "")
         return action.help if said else super()._get_help_string(action)
 
 
@@ -39,6 +47,18 @@ class CommandParser(argparse.ArgumentParser):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **{"allow_abbrev": False, **kwargs})
+
+    def needed(self, *names: str, **settings: Any) -> None:
+        """Add an argument that must be given, on the command line or in the file of `--config`, see `require`."""
+        group = next((each for each in self._action_groups if each.title == NEEDED), None)
+        (self.add_argument_group(NEEDED) if group is None else group).add_argument(*names, **settings)
+
+    def in_short(self) -> str:
+        """The usage: the arguments that must be given."""
+        places = ["SCORES ..." if each.nargs == "*" else each.dest.upper() for each in self._positionals._group_actions]
+        groups = [each for each in self._action_groups if each.title == NEEDED]
+        options = [f"{each.option_strings[0]} ..." for group in groups for each in group._group_actions]
+        return " ".join([self.prog, *places, *options, "[options]"])
 
     def error(self, message: str) -> NoReturn:
         """Print one line and exit with code 2."""
@@ -72,7 +92,7 @@ class CommandParser(argparse.ArgumentParser):
     def refuse(self, rest: Sequence[str]) -> NoReturn:
         """Exit with one line about the arguments that nothing takes."""
         options = [each.removeprefix("--").split("=")[0] for each in rest if each.startswith("--")]
-        flag = " A flag such as --drop_empty has no value." if rest[0].lower() in YES_OR_NO else ""
+        flag = " A flag such as --drop_empty is true or false." if rest[0].lower() in YES_OR_NO else ""
         self.error(self.unknown(options[0]) if options else f"Nothing takes the argument '{rest[0]}'.{flag}")
 
     def _get_value(self, action: argparse.Action, arg_string: str) -> Any:
@@ -94,16 +114,25 @@ class CommandParser(argparse.ArgumentParser):
             raise argparse.ArgumentError(None, str(error)) from error
 
     def _spelled(self, arguments: Sequence[str]) -> list[str]:
-        """The arguments with the options' own names, and with values that begin with a minus joined to their option."""
+        """The arguments with the options' own names, and with values that begin with a minus joined to their option.
+
+        A flag may have a value as in TRL's commands: `--drop_empty true` is `--drop_empty`, and with `false` it is out.
+        """
         known, spelled = self._option_string_actions, list[str]()
         for each in arguments:
             option, equals, value = each.partition("=")
             if option.startswith("--") and option not in known:
                 option = f"--{self.own_name(option[2:])}"
                 each = f"{option}{equals}{value}"
-            if equals and option in known and known[option].nargs == 0:
-                self.error(f"{option} is a flag without a value: write {option}, or leave it out.")
             before = known.get(spelled[-1]) if spelled else None
+            flag, said = (known.get(option), value) if equals else (before, each)
+            if _is_flag(flag) and (equals or said.lower() in TRUE_OR_FALSE):
+                if said.lower() not in TRUE_OR_FALSE:
+                    self.error(f"{option} is true or false, got '{said}': write {option}, or leave it out.")
+                spelled += [option] if equals else []
+                if said.lower() == "false":  # also one that the file of `--config` has
+                    spelled = [other for other in spelled if other != spelled[-1]]
+                continue
             is_value = each.startswith("-") and not each.startswith("--") and each not in known
             if before is not None and before.nargs is None and is_value:
                 spelled[-1] = f"{spelled[-1]}={each}"
@@ -112,43 +141,48 @@ class CommandParser(argparse.ArgumentParser):
         return spelled
 
 
-def row_arguments(parser: argparse.ArgumentParser) -> None:
+def _is_flag(action: argparse.Action | None) -> bool:
+    """Whether an option is a flag of its own, unlike `--help`."""
+    return action is not None and action.nargs == 0 and action.default is False
+
+
+def row_arguments(parser: CommandParser) -> None:
     """Add the arguments for the rows, their columns, and how rows become tokens."""
-    parser.add_argument("--model", help="a name on the hub, or a folder")
+    parser.needed("--model", help="a name on the hub, or a folder")
     dataset_arguments(parser)
     parser.add_argument("--drop_duplicates", action="store_true", help="drop rows whose prompt repeats another row's")
     parser.add_argument("--drop_empty", action="store_true", help="drop rows with an empty completion")
     column_arguments(parser)
     tokens = parser.add_argument_group("tokens, as in SFTConfig")
-    tokens.add_argument("--max_length", type=_length, default=1024, help="the maximum tokens of a row, or none")
+    tokens.add_argument("--max_length", type=_length, default=1024, help="tokens of a row, or none")
     tokens.add_argument("--assistant_only_loss", action="store_true", help="learn what the assistant says only")
-    tokens.add_argument("--completion_only_loss", type=_true_or_false, help="false to learn the prompt, too")
-    tokens.add_argument("--chat_template_path", help="a file with a chat template, or a model to take it from")
+    tokens.add_argument("--completion_only_loss", type=true_or_false, help="false to learn the prompt, too")
+    tokens.add_argument("--chat_template_path", help="a chat template, or a model with one")
     tokens.add_argument("--trust_remote_code", action="store_true", help="run code of the model's own")
 
 
-def dataset_arguments(parser: argparse.ArgumentParser) -> None:
+def dataset_arguments(parser: CommandParser) -> None:
     """Add the arguments that name a dataset."""
-    parser.add_argument("--dataset", help="a name on the hub, a JSON, JSONL, CSV or Parquet file, or a folder")
-    parser.add_argument("--split", default="train", help="the split, or a part of it: train[:1000]")
-    parser.add_argument("--dataset_config", help="the configuration of a dataset on the hub")
+    parser.needed("--dataset", help="a name on the hub, a JSON, JSONL, CSV or Parquet file, or a folder")
+    parser.add_argument("--split", default="train", help="a split, or a part: train[:1000]")
+    parser.add_argument("--dataset_config", help="a configuration on the hub")
 
 
 def column_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments that say which columns are what."""
     columns = parser.add_argument_group("columns")
-    columns.add_argument("--prompt_column", nargs="+", help="one column, or several to join: instruction input")
+    columns.add_argument("--prompt_column", nargs="+", help="one or several: instruction input")
     columns.add_argument("--completion_column", help="the answer, which is learnt")
     columns.add_argument("--messages_column", help="a list of messages with role and content")
     columns.add_argument("--text_column", help="plain text, all of which is learnt")
-    columns.add_argument("--separator", default="\n", help="between prompt and completion; by default a line break")
+    columns.add_argument("--separator", default="\n", help="after the prompt; by default a line break")
     columns.add_argument("--conversational", action="store_true", help="make messages of prompt and completion")
 
 
 def process_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments for several processes."""
-    parser.add_argument("--num_processes", type=int, help="processes on this machine; on several: accelerate launch")
-    parser.add_argument("--timeout", type=int, default=1800, help="seconds of silence until a process counts as lost")
+    parser.add_argument("--num_processes", type=int, help="here; on several machines: accelerate launch")
+    parser.add_argument("--timeout", type=int, default=1800, help="seconds until a silent process is lost")
 
 
 def scored_dataset_arguments(parser: argparse.ArgumentParser) -> None:
@@ -161,15 +195,21 @@ def _length(text: str) -> int | None:
     return None if text.lower() == "none" else int(text)
 
 
-def _true_or_false(text: str) -> bool:
+def true_or_false(text: str) -> bool:
+    """The value of `true` or `false`, the type of an option that may have one."""
     if text.lower() not in ("true", "false"):
         raise ValueError
     return text.lower() == "true"
+
+
+def seed_argument(parser: argparse.ArgumentParser) -> None:
+    """Add the seed of Python's, NumPy's and torch's random numbers, with SFTConfig's default."""
+    parser.add_argument("--seed", type=int, default=42, help="the random seed")
 
 
 VALUES: dict[Any, str] = {  # what the values of a type are, for the error
     int: "a whole number",
     float: "a number",
     _length: "a whole number or none",
-    _true_or_false: "true or false",
+    true_or_false: "true or false",
 }

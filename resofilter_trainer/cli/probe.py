@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 from shlex import quote
-from typing import get_args
+from typing import Any, get_args
 
 from ..config import InputError, Precision
 from .inputs import dataset_of, require, row_options, sft_config, warmup_dataset_of
@@ -17,7 +17,10 @@ KINDS = (  # the names of those in `probe.faults`, which needs torch
     *("exchanged", "number", "number_carried", "final_number", "cut", "shuffled", "other_turn", "lost_turn"),
     *("boilerplate", "repeated_prompt"),
 )
-EXAMPLE = "resofilter probe --model google/gemma-2-2b --dataset rows.jsonl --output probe/"
+EXAMPLES = (
+    "resofilter probe --model google/gemma-2-2b --dataset rows.jsonl --output probe/",
+    "resofilter probe --model google/gemma-2-2b --dataset rows.jsonl --rows 1000 --no_self_made",
+)
 
 
 def add_arguments(parser: CommandParser) -> None:
@@ -53,6 +56,7 @@ def run(args: argparse.Namespace) -> None:
         raise InputError("--writer writes the answers that --no_self_made leaves out: leave one of them out.")
     from accelerate import PartialState
 
+    signals: dict[str, Any] = {"signals": _names(args.signals)} if args.signals else {}
     from ..probe.run import probe_dataset
     from ..probe.table import table_of
 
@@ -70,7 +74,7 @@ def run(args: argparse.Namespace) -> None:
         reference=args.reference,
         warmup=args.warmup,
         warmup_dataset=warmup_dataset_of(args),
-        **({"signals": _names(args.signals)} if args.signals else {}),
+        **signals,
         wrong_column=args.wrong_column,
         seed=args.seed,
         precision=args.precision,

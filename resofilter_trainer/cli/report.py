@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from pathlib import Path
 from typing import Any
 
-from ..config import InputError
+from ..config import ColumnMapping, InputError
 from . import score
-from .inputs import scored_dataset
+from .inputs import scored_dataset, settings_of
 from .naming import in_shell, options_of, told
-from .parser import CommandParser, scored_dataset_arguments
+from .parser import CommandParser, column_arguments, scored_dataset_arguments
 
-EXAMPLE = "resofilter report scores/ --selection kept/ --open"
+EXAMPLES = (
+    "resofilter report scores/ --selection kept/ --open",
+    "resofilter report out/ --dataset rows.jsonl --group_column source",
+)
+
+COLUMNS = tuple(each.name for each in dataclasses.fields(ColumnMapping))
 
 
 def add_arguments(parser: CommandParser) -> None:
@@ -21,10 +27,11 @@ def add_arguments(parser: CommandParser) -> None:
     parser.add_argument("source", help=source)
     parser.add_argument("--selection", help="the output of select, if it is in another folder")
     parser.add_argument("--comparison", help="the output of compare, if it is in another folder")
-    parser.add_argument("--output", help="a folder for report.html; by default the folder of the source")
+    parser.add_argument("--output", help="a folder for report.html; by default that of --selection or of the source")
     scored_dataset_arguments(parser)
     parser.add_argument("--group_column", help="a column of the dataset, such as its source")
     parser.add_argument("--title", help="the title of the page")
+    column_arguments(parser)
     parser.add_argument("--open", action="store_true", help="open the page in the browser")
 
 
@@ -46,7 +53,8 @@ def run(args: argparse.Namespace) -> None:
         from ..data.row_texts import decoder
 
         decode = decoder(contents.cleaned.scores.provenance.model)
-    folder = Path(args.source).parent if Path(args.source).suffix == ".parquet" else Path(args.source)
+    place = Path(args.selection or args.source)  # so that each selection has its own
+    folder = place.parent if place.suffix == ".parquet" else place
     report = write_report(contents, args.output or folder, texts, groups, decode, args.title)
     if report.numbers is not None:
         scoring = CommandParser()
@@ -61,8 +69,8 @@ def _report_probe(args: argparse.Namespace) -> None:
     from ..probe.page import write_page
     from ..probe.results import ProbeResult
 
-    for name in ("selection", "comparison", "dataset", "split", "group_column", "title"):
-        if getattr(args, name) is not None:
+    for name in ("selection", "comparison", "dataset", "split", "group_column", "title", *COLUMNS):
+        if getattr(args, name) != args.parser.get_default(name):
             raise InputError(f"'{args.source}' holds a probe, whose page has no --{name}: leave it out.")
     _show(write_page(ProbeResult.load(args.source), Path(args.output or args.source)), args.open)
 
@@ -99,5 +107,11 @@ def _texts_and_groups(args: argparse.Namespace, provenance: Any) -> tuple[Any, A
     if args.group_column and args.group_column not in dataset.column_names:
         raise InputError(f"--group_column {args.group_column}: the dataset has {', '.join(dataset.column_names)}.")
     groups = [str(each) for each in dataset[args.group_column][:]] if args.group_column else None
-    texts = RowTexts(dataset, scored_columns(provenance.preparation))
+    mapping = settings_of(args, ColumnMapping)  # of a run, whose rows were mapped before
+    texts = RowTexts(dataset, scored_columns(provenance.preparation) if mapping == ColumnMapping() else mapping)
+    if not texts.known:
+        print(
+            f"The report has no text: say which columns have it, with --prompt_column and --completion_column or "
+            f"--text_column. The dataset has: {', '.join(dataset.column_names)}."
+        )
     return (texts if texts.known else None), groups

@@ -8,8 +8,6 @@ import warnings
 from shlex import quote
 from typing import Any, get_args
 
-import numpy as np
-
 from ..config import (
     OPTIMIZER,
     RESONANCE,
@@ -21,16 +19,12 @@ from ..config import (
     UpdateName,
     Warmup,
     WarmupMethod,
-    one_of,
     whole_number,
 )
-from ..scores.doubts import trust_lines
-from ..scores.full_step import full_step_of, percent, span_of
-from ..scores.score_table import WARMED_UP, count_reasons
 from .inputs import dataset_of, require, row_options, settings_of, sft_config, warmup_dataset_of
-from .launching import is_launched
+from .launching import is_launched, say_stage
 from .naming import told
-from .parser import CommandParser, process_arguments, row_arguments
+from .parser import CommandParser, process_arguments, row_arguments, seed_argument, true_or_false
 
 CRITERIA = (  # the names of those in `criteria`, which needs torch
     *("loss", "perplexity", "entropy", "el2n", "grand", "ifd", "length", "response_ratio", "repetition", "rarity"),
@@ -41,7 +35,10 @@ SIGNALS = (  # the names of those in `model.signals`, and below of those in `sco
     *("entropy", "conflict", "surprise", "rank", "rsr", "el2n", "grand_head", "embedding_chain", "layer_vote"),
     *("ifd", "verdict", "loss_alone", "jitter", "excess", "superfiltering"),
 )
-EXAMPLE = "resofilter score --model google/gemma-2-2b --dataset rows.jsonl --output scores/"
+EXAMPLES = (
+    "resofilter score --model google/gemma-2-2b --dataset rows.jsonl --output scores/",
+    "resofilter score --config run.yaml --prompt_column question --completion_column answer --signals all",
+)
 UPDATES = [name for name in get_args(UpdateName) if name != OPTIMIZER]  # without a run's own optimizer
 
 
@@ -49,54 +46,52 @@ def add_arguments(parser: CommandParser) -> None:
     """Add the arguments of the scoring pass."""
     row_arguments(parser)
     process_arguments(parser)
-    parser.add_argument("--output", help="a folder for the scores")
-    parser.add_argument("--sharded", action="store_true", help="shard the model's weights over the processes (FSDP2)")
+    parser.needed("--output", help="a folder for the scores")
+    parser.add_argument("--sharded", action="store_true", help="shard weights over the processes (FSDP2)")
     parser.add_argument("--streaming", action="store_true", help="read the dataset as a stream")
-    measures = f"resonance, or another criterion: {', '.join(CRITERIA)}"
-    parser.add_argument("--criterion", default=RESONANCE, help=measures)
-    signals = f"with resonance: all, or some of {', '.join(SIGNALS)}; each is a column to select by"
+    measures = f"{RESONANCE}, {', '.join(CRITERIA)}"
+    parser.add_argument("--criterion", choices=(RESONANCE, *CRITERIA), metavar="NAME", default=RESONANCE, help=measures)
+    signals = f"columns to select by: all, or some of {', '.join(SIGNALS)}"
     parser.add_argument("--signals", nargs="+", metavar="NAME", help=signals)
-    parser.add_argument(
-        "--reference", help="the second model of the signals excess and superfiltering, or a LoRA adapter"
-    )
-    parser.add_argument("--tokens_per_batch", type=int, help="batch size in tokens; by default what suits the device")
+    parser.add_argument("--reference", help="a model or adapter, for excess and superfiltering")
+    parser.add_argument("--tokens_per_batch", type=int, help="by default what suits the device")
     parser.add_argument(
         "--precision",
         choices=get_args(Precision),
         default="auto",
-        help="the forward's precision: float32, bfloat16, or auto: bfloat16 if faster and ranks alike (resonance)",
+        help="of the forward; auto: what is faster and ranks alike",
     )
-    parser.add_argument("--layers", choices=["all"], help="measure every layer, on --limit rows, for the report")
-    parser.add_argument("--limit", type=int, help="with --layers all: the number of random rows, by default 500")
+    parser.add_argument("--bf16", nargs="?", const=True, type=true_or_false, help="short for --precision bfloat16")
+    seed_argument(parser)
+    parser.add_argument("--layers", choices=["all"], help="measure every layer, on --limit rows")
+    parser.add_argument("--limit", type=int, help="the rows of --layers all, by default 500")
     measure = parser.add_argument_group("measure")
     defaults = ResonanceConfig()
     measure.add_argument("--n_layers", type=int, default=defaults.n_layers, help="the number of last layers")
-    measure.add_argument("--update", default=defaults.update, help=" or ".join(UPDATES))
-    measure.add_argument("--norm", default=defaults.norm, help=" or ".join(get_args(Norm)))
+    measure.add_argument("--update", choices=UPDATES, default=defaults.update, help="the optimizer of the step")
+    measure.add_argument("--norm", choices=get_args(Norm), default=defaults.norm, help="the size of the step")
     measure.add_argument("--lr", type=float, default=defaults.lr, help="the learning rate of the step")
     measure.add_argument("--eps", type=float, default=defaults.eps, help="AdamW's; a larger one spreads scores")
     measure.add_argument("--weight_decay", type=float, default=defaults.weight_decay, help="AdamW's")
-    measure.add_argument("--up_projection", help="a regex over module names, for an unknown model family")
+    measure.add_argument("--up_projection", help="a regex, for an unknown model family")
     warm = parser.add_argument_group("warm-up, of a copy of the model that then scores")
-    warm.add_argument("--warmup", type=int, metavar="ROWS", help="tune on so many rows first, such as 640")
-    warm.add_argument("--warmup_dataset", help="tune on these rows, by default all; else on rows of --dataset")
+    warm.add_argument("--warmup", type=int, metavar="ROWS", help="tune on so many rows first: 640")
+    warm.add_argument("--warmup_dataset", help="by default rows of --dataset")
     warm.add_argument("--warmup_split", default="train", help="its split")
     own = Warmup()
-    warm.add_argument("--warmup_method", default=own.method, help="full: all weights; or lora")
-    warm.add_argument("--warmup_lr", type=float, help="the first step's; by default 1e-4, for lora 2e-4")
-    warm.add_argument("--warmup_epochs", type=int, default=own.epochs, help="how often each row is learnt")
-    warm.add_argument("--warmup_batch_size", type=int, default=own.batch_size, help="the rows of an optimizer step")
-    warm.add_argument("--warmup_lora_rank", type=int, default=own.lora_rank, help="the rank of the LoRA adapter")
+    warm.add_argument("--warmup_method", choices=get_args(WarmupMethod), default=own.method, help="the weights to tune")
+    warm.add_argument("--warmup_lr", type=float, help="by default 1e-4, for lora 2e-4")
+    warm.add_argument("--warmup_epochs", type=int, default=own.epochs, help="how often a row is learnt")
+    warm.add_argument("--warmup_batch_size", type=int, default=own.batch_size, help="rows of a step")
+    warm.add_argument("--warmup_lora_rank", type=int, default=own.lora_rank, help="the rank of the adapter")
     warm.add_argument("--warmup_seed", type=int, default=own.seed, help="draws the rows and their order")
-    warm.add_argument("--warmup_cache", help="a folder for the tuned weights; by default OUTPUT/warmup")
+    warm.add_argument("--warmup_cache", help="tuned weights; by default OUTPUT/warmup")
 
 
 def run(args: argparse.Namespace) -> None:
     """Score a dataset and print a summary."""
     require(args, "model", "dataset", "output")
-    one_of("--criterion", args.criterion, (RESONANCE, *CRITERIA))
     _check(args)
-    one_of("--update", args.update, UPDATES)
     common: dict[str, Any] = {"output": args.output, **row_options(args)}
     common |= _warmup(args)
     if args.tokens_per_batch is not None:
@@ -108,22 +103,27 @@ def run(args: argparse.Namespace) -> None:
     from accelerate import PartialState
 
     from ..io.files import file_at
-    from ..scores.score_table import SCORES_FILE
+    from ..scores.doubts import trust_lines
+    from ..scores.score_table import SCORES_FILE, warmup_line
 
     if not PartialState().is_main_process:
         return
     if args.layers:
         lines = [f"{int(scores.scored.sum())} of {len(scores)} rows, every layer."]
-        lines += [*_warmup_line(scores), *trust_lines(scores)]
+        lines += [*warmup_line(scores), *trust_lines(scores)]
         print(told("\n".join([*lines, f"Next: resofilter report {quote(args.output)}"])))
     else:
-        print(summary(scores))
+        print(told(scores.summary()))
         print(f"Scores: {file_at(args.output, SCORES_FILE)}")
         print(f"Next: resofilter select {quote(args.output)} --keep 0.5 --output kept")
 
 
 def _check(args: argparse.Namespace) -> None:
-    """Raise InputError for arguments that do not go together."""
+    """Raise InputError for arguments that do not go together; take `--bf16` for the precision that it is short for."""
+    if args.bf16 is not None:
+        if args.precision != args.parser.get_default("precision"):
+            raise InputError(f"--bf16 is short for --precision bfloat16: leave it or --precision {args.precision} out.")
+        args.precision = "bfloat16" if args.bf16 else "float32"
     own = [each.name for each in dataclasses.fields(ResonanceConfig)]
     changed = [name for name in own if getattr(args, name) != args.parser.get_default(name)]
     if args.criterion != RESONANCE and changed:
@@ -154,7 +154,6 @@ def _warmup(args: argparse.Namespace) -> dict[str, Any]:
         return {}
     if args.warmup is not None:
         whole_number("--warmup", args.warmup, least=1)
-    one_of("--warmup_method", args.warmup_method, get_args(WarmupMethod))
     if args.sharded:
         raise InputError("A warm-up trains a whole copy of the model in every process: leave --sharded out.")
     others = [each.name for each in dataclasses.fields(Warmup) if each.name != "rows"]
@@ -174,19 +173,30 @@ def _score_by_resonance(args: argparse.Namespace, common: dict[str, Any]) -> Any
 
     measure = {"config": settings_of(args, ResonanceConfig), "precision": args.precision, "sharded": args.sharded}
     measure["signals"] = ",".join(each.strip(",") for each in args.signals) if args.signals else None
-    training = sft_config(args, bf16=False)
+    training = sft_config(args, bf16=False, seed=args.seed)
     if args.streaming:
+        say_stage(1, 1, f"scoring the stream {args.dataset} by {args.model}")
         stream = load_stream(args.dataset, args.split, args.dataset_config)
         return score_stream(args.model, stream, args=training, **measure, **common)
-    return score_dataset(args.model, dataset_of(args), args=training, reference=args.reference, **measure, **common)
+    rows = _rows(args, "scoring")
+    return score_dataset(args.model, rows, args=training, reference=args.reference, **measure, **common)
+
+
+def _rows(args: argparse.Namespace, what: str) -> Any:
+    """The rows to score, with a line for each stage of the work."""
+    say_stage(1, 2, f"reading {args.dataset}")
+    rows = dataset_of(args)
+    say_stage(2, 2, f"{what} {len(rows):,} rows with {args.model}")
+    return rows
 
 
 def _score_by(args: argparse.Namespace, common: dict[str, Any]) -> Any:
     """Scores by another criterion than resonance."""
     from ..scoring.criterion import score_by
 
-    training = sft_config(args, bf16=args.precision == "bfloat16")
-    return score_by(args.criterion, args.model, dataset_of(args), args=training, **common)
+    training = sft_config(args, bf16=args.precision == "bfloat16", seed=args.seed)
+    rows = _rows(args, f"measuring {args.criterion} of")
+    return score_by(args.criterion, args.model, rows, args=training, **common)
 
 
 def _score_layers(args: argparse.Namespace, common: dict[str, Any]) -> Any:
@@ -197,31 +207,6 @@ def _score_layers(args: argparse.Namespace, common: dict[str, Any]) -> Any:
         if getattr(args, name) != args.parser.get_default(name):
             raise InputError(f"--layers all measures every layer in float32: leave --{name} out.")
     limit = LIMIT if args.limit is None else args.limit
-    training, config = sft_config(args, bf16=False), settings_of(args, ResonanceConfig)
-    return score_layers(args.model, dataset_of(args), args=training, config=config, limit=limit, **common)
-
-
-def summary(scores: Any) -> str:
-    """A ScoreTable in a few lines."""
-    values = scores.column("score")[scores.scored]
-    full = full_step_of(scores.provenance.config)
-    mean = f"{values.mean():.6g}" if full is None else percent(values.mean(), full, float(np.ptp(values)))
-    lines = [f"{len(scores)} rows, {len(values)} scored: {span_of(values, full)}, mean {mean}"]
-    for reason, count in count_reasons((why for why in scores.reasons if why is not None), 5):
-        lines.append(f"  {count} not scored: {reason}")
-    lines += _warmup_line(scores)
-    limit = scores.provenance.preparation["max_length"]
-    if limit is not None and (full := int((scores.column("length") == limit).sum())):
-        lines.append(f"  {full} have max_length {limit} tokens: they were truncated, or are exactly that long")
-    return told("\n".join([*lines, *trust_lines(scores)]))
-
-
-def _warmup_line(scores: Any) -> list[str]:
-    """What the warm-up has cost, if there was one, and how many of the scored rows it has learnt."""
-    cost = scores.provenance.warmup
-    if not cost:
-        return []
-    learnt = int((scores.column(WARMED_UP) == 1).sum())
-    end = f"; {learnt} scored rows were learnt there, which biases their scores ({WARMED_UP})" if learnt else ""
-    size = f"{cost['rows']} rows, {cost['tokens']} tokens, {cost['steps']} steps, {cost['seconds']:g} s"
-    return [f"  scored by a copy of the model after a warm-up ({size}){end}"]
+    training, config = sft_config(args, bf16=False, seed=args.seed), settings_of(args, ResonanceConfig)
+    rows = _rows(args, f"measuring every layer, on {limit:,} of")
+    return score_layers(args.model, rows, args=training, config=config, limit=limit, **common)

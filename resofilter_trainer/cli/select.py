@@ -9,8 +9,7 @@ from shlex import quote
 from typing import TYPE_CHECKING, Any
 
 from ..config import InputError, one_of
-from ..scores.score_table import count_reasons
-from .inputs import scored_dataset
+from .inputs import require, scored_dataset
 from .parser import CommandParser, scored_dataset_arguments
 
 if TYPE_CHECKING:
@@ -19,17 +18,24 @@ if TYPE_CHECKING:
     from ..scores.score_table import ScoreTable
     from ..selecting.selection import Selection
 
-EXAMPLE = "resofilter select scores/ --keep 0.5 --output kept/"
+EXAMPLES = (
+    "resofilter select scores/ --keep 0.5 --output kept/",
+    "resofilter select scores/ --by loss,-num_tokens --combine pareto --group_column source --output kept/",
+)
+ENDS, COMBINATIONS = ("largest", "smallest", "both"), ("ranks", "topsis", "pareto", "residual")
 
 
 def add_arguments(parser: CommandParser) -> None:
     """Add the arguments of the selection."""
-    parser.add_argument("scores", nargs="+", help="folders or files of scores; several are shards of one dataset's")
-    parser.add_argument("--output", help="a folder for the selection and the kept rows")
+    several = "folders or files of scores; several are shards of one dataset's"
+    parser.add_argument("scores", nargs="*", help=f"{several} (required)")
+    parser.needed("--output", help="a folder for the selection and the kept rows")
+    parser.add_argument("--overwrite", action="store_true", help="replace another selection in that folder")
     parser.add_argument("--keep", type=float, help="the share of the rows to keep; a half, without a threshold")
     parser.add_argument(
         "--drop",
-        help="the end to drop: largest, smallest or both; by default the signal's or criterion's own, or largest",
+        choices=ENDS,
+        help="the end to drop; by default the signal's or criterion's own, or largest",
     )
     parser.add_argument(
         "--threshold",
@@ -41,9 +47,7 @@ def add_arguments(parser: CommandParser) -> None:
         help="the column to rank, by default score: loss, num_tokens, layer_<i>, a signal; several with commas, with a "
         "minus before one whose other end is dropped: score,-num_tokens or --by=-num_tokens",
     )
-    parser.add_argument(
-        "--combine", default="ranks", help="how several columns become one: ranks, topsis, pareto or residual"
-    )
+    parser.add_argument("--combine", choices=COMBINATIONS, default="ranks", help="how several columns become one")
     parser.add_argument("--length_out", action="store_true", help="rank by what the values say beyond num_tokens")
     parser.add_argument(
         "--weights", nargs="+", type=float, metavar="WEIGHT", help="the weights of the columns in --by, which then vote"
@@ -84,10 +88,10 @@ def run(args: argparse.Namespace) -> None:
     """Decide from saved scores, and write the selection and the kept rows."""
     from ..io.files import check_folder
     from ..scores.score_table import ScoreTable
-    from ..selecting.kept_dataset import DATASET, EXPORTED, check_place
+    from ..selecting.kept_dataset import DATASET, EXPORTED, check_no_other, check_place
+    from ..selecting.training_lines import training_lines
 
-    if args.output is None:
-        raise InputError("--output is missing: a folder for the selection and the kept rows.")
+    require(args, "scores", "output")
     output = Path(args.output)
     if output.suffix == ".parquet":
         raise InputError(f"--output {args.output} must be a folder, for the selection and the kept rows.")
@@ -100,19 +104,25 @@ def run(args: argparse.Namespace) -> None:
     if args.group_column and (dataset is None or args.group_column not in dataset.column_names):
         has = "pass --dataset" if dataset is None else f"the dataset has {', '.join(dataset.column_names)}"
         raise InputError(f"--group_column {args.group_column} is a column of the dataset: {has}.")
-    selection = policy.select(scores, groups=dataset[args.group_column][:] if args.group_column else None)
+    groups = dataset[args.group_column][:] if args.group_column else None
+    selection = policy.select(scores, groups=groups)
     if not selection.keep.any():
         raise InputError(f"There is no row to keep, of {len(selection)}. Choose another threshold or share.")
+    if not args.overwrite:
+        check_no_other(output, selection)
     saved = _save(selection, dataset, output, args.group_column, args.format)
+    print(selection.summary(groups))
     print(f"Selection: {saved}")
-    for reason, count in count_reasons(selection.reason, 10):
-        print(f"  {count:>8} {reason}")
     if dataset is None:
         print("The scores name no dataset to filter. In Python: Selection.load(...).apply(dataset).")
     else:
         print(f"Kept rows: {output / DATASET} ({_how_to_open(dataset)})")
         for file in sorted((output / EXPORTED).glob("*")) if args.format else ():
             print(f"Exported: {file}")
+        made = scores.provenance
+        template = made.source.get("chat_template_path")
+        lines = training_lines(made.model, output / DATASET, made.preparation, dataset.column_names, template)
+        print("\n    ".join(["To train on them, in Python:", *lines]))
     if len(args.scores) == 1:
         print(f"Next: resofilter report {quote(args.scores[0])} --selection {quote(args.output)}")
 

@@ -20,10 +20,12 @@ from .published import Needs, dense_ranks, efficiency_ranks, feasibility_ranks, 
 PICTURE = "comparison.png"
 OWN, BASELINE = "#0072b2", "#999999"  # distinct for colour-blind readers as well
 NOTE = """metric: held-out, mean over seeds with its 95 % interval (Student's t); over random, over all: paired by seed.
-SDF: kept / all. PIR: 3.1311 p - 1.6875, p the ratio to training on all rows. line: PIR above the survey's line, ranked
-in `effic`; `feas` ranks what a selector needs before it runs (arXiv 2406.14115). length, loss: rank correlations with
-the order of dropping, so -1 where the longest rows, or those with the highest loss, are kept. Seconds are this
-machine's."""
+SDF: kept / all. PIR: 3.1311 p - 1.6875, p the ratio to training on all rows. over line: PIR above the survey's line,
+ranked in `efficiency`; `feasibility` ranks what a selector needs before it runs (arXiv 2406.14115). length, loss: rank
+correlations with the order of dropping, so -1 where the longest rows, or those with the highest loss, are kept. Seconds
+are this machine's."""
+FLOOR = """The metric is at its floor: it is 0 in every training, and tells no selector from another. Train longer, take
+a better model or an easier metric, or set loss_dataset, whose loss has no floor."""
 
 
 def write(config: ComparisonConfig, cells: Sequence[Cell], needs: dict[str, Needs]) -> str:
@@ -87,9 +89,9 @@ COLUMNS = (
     ("over all", 24, lambda line: _interval(line["over_full"], "+")),
     ("SDF", 6, lambda line: f"{line['sdf']:.2f}"),
     ("PIR", 7, lambda line: _number(line["pir"])),
-    ("line", 8, lambda line: _number(line.get("above_line"), "+")),
-    ("effic", 6, lambda line: str(line.get("efficiency_rank", "-"))),
-    ("feas", 5, lambda line: str(line["feasibility_rank"])),
+    ("over line", 10, lambda line: _number(line.get("above_line"), "+")),
+    ("efficiency", 11, lambda line: str(line.get("efficiency_rank", "-"))),
+    ("feasibility", 12, lambda line: str(line["feasibility_rank"])),
     ("select s", 9, lambda line: f"{line['selection_seconds']:.1f}"),
     ("train s", 8, lambda line: f"{line['training_seconds']:.1f}"),
     ("GFLOPs", 9, lambda line: f"{line['flops'] / 1e9:.0f}"),
@@ -116,6 +118,8 @@ def table(lines: Sequence[dict[str, Any]]) -> str:
         if own:
             shown += [*([title] if title else []), *_table(own), ""]
     notes = [NOTE, LOSS_NOTE] if _has_loss(lines) else [NOTE]
+    trained = [line["metric"] for line in lines if line["seeds"]]
+    notes += [FLOOR] if trained and not any(trained) else []
     return "\n".join([*shown, *notes, *_transfer_tables(lines)])
 
 

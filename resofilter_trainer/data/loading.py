@@ -100,6 +100,8 @@ def open_pass(
         raise
     check_model(model, prepared)
     source = {**(source or {}), "content": hash_rows(dataset)}
+    if args.chat_template_path:
+        source["chat_template_path"] = str(args.chat_template_path)
     provenance = describe(model, tokenizer, prepared, len(dataset), args, config, mapping, source, precision)
     return model, Opened(tokenizer, prepared, reasons | prepared.reasons, len(dataset), provenance)
 

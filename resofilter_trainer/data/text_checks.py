@@ -8,7 +8,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 import pyarrow as pa
@@ -16,9 +16,11 @@ import pyarrow.compute as pc
 from datasets import Dataset
 
 from ..config import ColumnMapping, InputError, check_keywords, check_kind
+from ..config.keywords import ColumnOptions
 from ..io.digest import ARROW, hash_rows
 from ..io.files import file_at, load_parquet, save_parquet
 from ..scores.provenance import Provenance
+from ..scores.row_record import RowRecord
 from ..scores.score_table import ScoreTable
 from .chat import said
 from .checks import CHECKS, OTHER, Found, Texts
@@ -34,8 +36,8 @@ READ = "cannot be read"  # begins the reason of a row without a meaning
 RARE = 1 / 3  # of the prompts, at most, are empty where an empty one is a fault
 
 
-@dataclass(frozen=True)
-class TextChecks:
+@dataclass(frozen=True, eq=False)
+class TextChecks(RowRecord):
     """What checks have found, for every row of the user's dataset.
 
     Attributes:
@@ -55,6 +57,12 @@ class TextChecks:
     def __repr__(self) -> str:
         found = ", ".join(f"{count:,} {name}" for name, count in self.counts.items() if count)
         return f"TextChecks({len(self):,} rows: {found or 'nothing found'})"
+
+    def _columns(self) -> Mapping[str, Any]:
+        return dict(zip(self.table.column_names, self.table.columns, strict=True))
+
+    def _made_from(self) -> object:
+        return dict(self.source), dict(self.left_out)
 
     @property
     def names(self) -> list[str]:
@@ -162,7 +170,11 @@ class TextChecks:
 
 
 def check_texts(
-    dataset: Dataset, checks: Sequence[str] | None = None, *, text_field: str = "text", **row_options: Any
+    dataset: Dataset,
+    checks: Sequence[str] | None = None,
+    *,
+    text_field: str = "text",
+    **row_options: Unpack[ColumnOptions],
 ) -> TextChecks:
     """Look for repeats, contradictions, cut and damaged texts; needs no model.
 
@@ -177,12 +189,13 @@ def check_texts(
         InputError: the dataset has no rows or no texts, or a check or option is not known.
     """
     check_keywords(row_options, OPTIONS)
-    source = dict(row_options.pop("source", None) or {})
+    columns: dict[str, Any] = dict(row_options)
+    source = dict(columns.pop("source", None) or {})
     check_kind("checks", checks, (list, tuple, type(None)), "a list of names of checks")
     for name in checks or ():
         if name not in CHECKS:
             raise InputError(f"There is no check '{name}'. There are: {', '.join(CHECKS)}.")
-    read = read_rows(dataset, ColumnMapping(**row_options), text_field)
+    read = read_rows(dataset, ColumnMapping(**columns), text_field)
     if TOKENS in read.passed:
         raise InputError("The rows are tokens, and checks read texts: pass the rows before they were tokenised.")
     texts, left_out = _texts(read.dataset, text_field), _left_out(read.dataset)

@@ -23,7 +23,7 @@ from ..selecting.shares import drop_share
 from ..training.callback import ResonanceCallback
 from ..training.drift import drop_rate_by_moment
 from ..training.run import STATE
-from .run import KEEP, make_data, train_with, training_arguments
+from .run import KEEP, ROWS, Stages, make_data, train_with, training_arguments
 
 INTERVALS = 10  # of an epoch, in each of which the drop rate is counted
 
@@ -79,10 +79,11 @@ class RandomHalf:
         return Selection(keep, [KEPT if each else "random" for each in keep], {}, scores.provenance.to_json())
 
 
-def run(output: Path, seed: int) -> dict[str, object]:
+def run(output: Path, seed: int, rows: int = ROWS) -> dict[str, object]:
     """Run the demo, print its table, and write the runs' scores and selections and `results.json` to `output`."""
     started = time.perf_counter()
-    dataset, wrong, held_out = make_data(seed)
+    stages = Stages(5)
+    dataset, wrong, held_out = make_data(seed, rows)
     outcomes = []
     for name, callback in {
         "all": ResonanceCallback(keep=1.0),
@@ -90,13 +91,14 @@ def run(output: Path, seed: int) -> dict[str, object]:
         "training": ResonanceCallback(keep=KEEP, report=True),
         "before": ResonanceCallback(keep=KEEP, when="before"),
     }.items():
-        print(f"Training: {name}")
+        stages.next(f"the run '{name}' on {rows:,} rows, and answering {len(held_out)} problems")
         args = copy.copy(training_arguments(output, seed))
         args.output_dir = str(output / name)
         accuracy = train_with(dataset, held_out, args, [callback])
         keeps = [selection.keep for selection in callback.selections]
         sizes = [int(keep.sum()) for keep in keeps]
         outcomes.append(Outcome(name, sizes, float(wrong[keeps[-1]].mean()), accuracy))
+    stages.next("comparing the scores")
     rankings = compare(output, wrong)
     results: dict[str, object] = {
         "rows": [dataclasses.asdict(outcome) for outcome in outcomes],
@@ -104,9 +106,9 @@ def run(output: Path, seed: int) -> dict[str, object]:
         "seed": seed,
     }
     (output / "results.json").write_text(json.dumps(results, indent=2) + "\n")
-    print(table(outcomes, rankings))
     print(f"Report, with the reason for each dropped row: {output / 'training' / STATE / PAGE}")
     print(f"Scores, selections and results.json: {output}  ({time.perf_counter() - started:.0f} s)")
+    print(table(outcomes, rankings))
     return results
 
 

@@ -13,10 +13,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+from transformers.utils import logging
 from trl import SFTConfig, SFTTrainer
 
 from ..config import ColumnMapping, compatibility
@@ -54,19 +56,23 @@ TRAINING: dict[str, Any] = {
 }
 
 
-def run(output: Path, seed: int) -> dict[str, object]:
+def run(output: Path, seed: int, rows: int = ROWS) -> dict[str, object]:
     """Run the demo, print its table, and write scores, selection, `results.json`, picture and report to `output`."""
     started = time.perf_counter()
-    dataset, wrong, held_out = make_data(seed)
+    stages = Stages(6)
+    dataset, wrong, held_out = make_data(seed, rows)
     args = training_arguments(output, seed)
 
+    stages.next(f"scoring {rows:,} rows")
     scores = score_dataset(str(BASE), dataset, args=args, output=output)
     selection = DataSelector(keep=KEEP).select(scores)
     selection.save(output)
-    outcomes = [
-        Outcome(name, len(rows), float(wrong[rows].mean()), train_and_test(dataset.select(rows), held_out, args, name))
-        for name, rows in row_sets(selection, wrong, seed).items()
-    ]
+    outcomes = []
+    for name, chosen in row_sets(selection, wrong, seed).items():
+        stages.next(f"training on {name}, {len(chosen):,} rows, and answering {len(held_out)} problems")
+        accuracy = train_with(dataset.select(chosen), held_out, args, [])
+        outcomes.append(Outcome(name, len(chosen), float(wrong[chosen].mean()), accuracy))
+    stages.next("writing the report")
     detectors = detect(scores, wrong)
     results = {"rows": [dataclasses.asdict(outcome) for outcome in outcomes], "auroc": detectors, "seed": seed}
     (output / "results.json").write_text(json.dumps(results, indent=2) + "\n")
@@ -74,11 +80,29 @@ def run(output: Path, seed: int) -> dict[str, object]:
     kinds = ["wrong" if each else "right" for each in wrong]
     texts = RowTexts(dataset, ColumnMapping())
     report = write_report(Contents(scores, selection), output, texts, kinds, title="The demo")
-    print(table(outcomes, detectors))
     print("\n".join(trust_lines(scores)))
     print(f"Report, with the reason for each dropped row: {report.path}")
     print(f"Scores, selection, results.json and picture.png: {output}  ({time.perf_counter() - started:.0f} s)")
+    print(table(outcomes, detectors))
     return results
+
+
+class Stages:
+    """The stages of the demo as lines, `2 of 6: training on all`, and one bar at a time: that of the stage.
+
+    Args:
+        total: the number of stages.
+    """
+
+    def __init__(self, total: int) -> None:
+        self._total, self._begun = total, 0
+        datasets.disable_progress_bars()  # of the many short passes over the rows, and of loading the model
+        logging.disable_progress_bar()
+
+    def next(self, text: str) -> None:
+        """Say what is done now."""
+        self._begun += 1
+        print(f"{self._begun} of {self._total}: {text}", flush=True)
 
 
 def make_data(
@@ -113,14 +137,8 @@ def row_sets(selection: Selection, wrong: np.ndarray, seed: int) -> dict[str, np
     return {"all": np.arange(len(wrong)), "random": np.sort(random), "kept": kept, "oracle": np.flatnonzero(~wrong)}
 
 
-def train_and_test(rows: Dataset, held_out: Sequence[Problem], args: SFTConfig, name: str) -> float:
-    """Fine-tune a new copy of the base model with SFTTrainer. Returns the exact match on the held-out problems."""
-    print(f"Training on {name}: {len(rows)} rows")
-    return train_with(rows, held_out, args, [])
-
-
 def train_with(rows: Dataset, held_out: Sequence[Problem], args: SFTConfig, callbacks: list[TrainerCallback]) -> float:
-    """Like `train_and_test`, with callbacks."""
+    """Fine-tune a new copy of the base model with SFTTrainer. Returns the exact match on the held-out problems."""
     model = AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(BASE)
     trainer = SFTTrainer(model=model, args=args, train_dataset=rows, processing_class=tokenizer, callbacks=callbacks)

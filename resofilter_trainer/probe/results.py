@@ -10,8 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
+
 from ..config import InputError
 from ..io.files import file_at, read_json, replacing
+from ..scores.row_record import as_html
 from .findings import ALL, LABELLED, Record
 from .recommendation import Recommendation
 
@@ -75,6 +78,17 @@ class ProbeResult:
 
     def __str__(self) -> str:
         return self.recommendation.reason
+
+    def __repr__(self) -> str:
+        best = self.recommendation
+        what = "do not filter" if best.signal is None else f"drop the {best.drop} {best.name}"
+        return f"ProbeResult({len(self.ranked)} signals, {len(self.ordered_kinds)} kinds of faults; {what})"
+
+    def _repr_html_(self) -> str:
+        """How well each signal finds the evidence, and the recommendation, for a notebook."""
+        records = [self.record(name, self.evidence) for name in self.ranked]
+        columns = {name: [each[name] for each in records] for name in ("signal", "auroc", "low", "high")}
+        return as_html(repr(self), pd.DataFrame(columns).round(3), f"AUROC for {self.evidence}. {self}")
 
     def to_json(self) -> dict[str, Any]:
         """The content of `probe.json`."""

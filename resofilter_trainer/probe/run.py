@@ -12,7 +12,7 @@ import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 from datasets import Dataset
@@ -20,6 +20,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from trl import SFTConfig
 
 from ..config import InputError, Precision, Warmup, check_kind, warmup_settings
+from ..config.keywords import RowOptions
 from ..data.arguments import check_call
 from ..data.fingerprints import PACKAGES, hash_tokenizer, identity
 from ..data.loading import check_arguments, check_loss, default_arguments, load_model, placed
@@ -77,7 +78,7 @@ def probe_dataset(
     seed: int = 0,
     precision: Precision | None = None,
     tokens_per_batch: int | None = None,
-    **row_options: Any,
+    **row_options: Unpack[RowOptions],
 ) -> ProbeResult:
     """Find out which signal finds which fault in your rows with your model, without labels.
 

@@ -1,20 +1,41 @@
-"""What makes scores doubtful, in words. Knows tables of scores, no model; whoever makes or shows scores asks here."""
+"""What makes scores doubtful, in words. Knows a table of scores, no model; whoever makes or shows scores asks here."""
 
 from __future__ import annotations
 
 import re
+from typing import Protocol
 
 import numpy as np
+import pyarrow as pa
 
 from ..config import RESONANCE
 from .full_step import LITTLE_RANGE, full_step_of, is_saturated, span_of
 from .provenance import SATURATED, Provenance
-from .score_table import LAYER, ScoreTable
+from .statistics import LAYER
 
 HALF = ("bfloat16", "float16")
 
 
-def doubts_of(scores: ScoreTable) -> dict[str, str]:
+class Scores(Protocol):
+    """What is asked of a `ScoreTable`, which prints these doubts itself."""
+
+    @property
+    def table(self) -> pa.Table:
+        """The columns."""
+
+    @property
+    def provenance(self) -> Provenance:
+        """What the scores were made from."""
+
+    @property
+    def scored(self) -> np.ndarray:
+        """(N,) bool, the rows with a score."""
+
+    def column(self, name: str) -> np.ndarray:
+        """A column of numbers."""
+
+
+def doubts_of(scores: Scores) -> dict[str, str]:
     """What makes scores doubtful, a sentence with its remedy for each, by name: noise, saturation, rounding.
 
     Args:
@@ -32,7 +53,7 @@ def doubts_of(scores: ScoreTable) -> dict[str, str]:
     return found
 
 
-def remarks_of(scores: ScoreTable) -> dict[str, str]:
+def remarks_of(scores: Scores) -> dict[str, str]:
     """The doubts, and what else is to be said once where scores are made."""
     asked, measured = scores.provenance.config.get("n_layers"), layers_of(scores)
     if not isinstance(asked, int) or not 0 < measured < asked:
@@ -42,19 +63,19 @@ def remarks_of(scores: ScoreTable) -> dict[str, str]:
     return {"layers": fewer} | doubts_of(scores)
 
 
-def trust_lines(scores: ScoreTable) -> list[str]:
+def trust_lines(scores: Scores) -> list[str]:
     """How far scores can be trusted, as lines to print: what was measured again, and each remark."""
     trust = scores.provenance.trust
     measured = [] if trust is None else [f"Trust: {trust.measured}"]
     return measured + [f"Warning: {remark}" for remark in remarks_of(scores).values()]
 
 
-def layers_of(scores: ScoreTable) -> int:
+def layers_of(scores: Scores) -> int:
     """The number of measured layers."""
     return sum(re.fullmatch(rf"{LAYER}\d+", name) is not None for name in scores.table.column_names)
 
 
-def _saturation(scores: ScoreTable) -> str | None:
+def _saturation(scores: Scores) -> str | None:
     config, trust = scores.provenance.config, scores.provenance.trust
     values = scores.column("score")[scores.scored]
     values = values[np.isfinite(values)]

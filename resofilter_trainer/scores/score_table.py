@@ -15,9 +15,11 @@ import pyarrow as pa
 
 from ..config import InputError, check_kind
 from ..io.files import file_at, load_parquet, save_parquet
-from .full_step import full_step_of, span_of
+from .doubts import trust_lines
+from .full_step import full_step_of, percent, span_of
 from .provenance import Provenance
-from .statistics import layer_vote
+from .row_record import RowRecord
+from .statistics import LAYER, layer_vote
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -32,13 +34,14 @@ WARMED_UP = "warmed_up"  # a column: 1 for the rows that a warm-up has learnt, e
 PROMPT = "prompt"  # the column with a hash of each row's prompt
 OF_PROMPT = " has the same prompt and "  # in the reason of a row that was dropped among those with its prompt
 LENGTH = "num_tokens"  # the column of the length that selections take out
-LAYER = "layer_"  # layer_27, layer_28, ...: a column for each measured layer
 LAYER_VOTE = "layer_vote"  # a signal that is made from those of all rows
 
 
-@dataclass(frozen=True)
-class ScoreTable:
+@dataclass(frozen=True, eq=False)
+class ScoreTable(RowRecord):
     """The score of every row of the user's dataset, or the reason why it has none.
+
+    `scores["score"]` is a column, `scores[0]` a row, see `RowRecord`.
 
     Columns, with null for a missing value (so pandas shows integers as floats):
         sample_id: int64, the position of the row in the user's dataset.
@@ -63,7 +66,7 @@ class ScoreTable:
 
     table: pa.Table
     provenance: Provenance
-    seconds: Mapping[str, float] = field(default_factory=dict, compare=False, repr=False)
+    seconds: Mapping[str, float] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return self.table.num_rows
@@ -72,6 +75,27 @@ class ScoreTable:
         values = self.column("score")[self.scored]
         span = span_of(values[np.isfinite(values)], full_step_of(self.provenance.config))
         return f"ScoreTable({len(self):,} rows, {len(values):,} scored, scores {span})"
+
+    def _columns(self) -> Mapping[str, pa.ChunkedArray]:
+        return dict(zip(self.table.column_names, self.table.columns, strict=True))
+
+    def _made_from(self) -> Provenance:
+        return self.provenance
+
+    def summary(self) -> str:
+        """What the scores are, why rows have none, and what makes them doubtful, in a few lines."""
+        values = self.column("score")[self.scored]
+        full = full_step_of(self.provenance.config)
+        mean = "none" if not len(values) else _mean(values, full)
+        lines = [f"{len(self)} rows, {len(values)} scored: {span_of(values, full)}, mean {mean}"]
+        for reason, count in count_reasons((why for why in self.reasons if why is not None), 5):
+            lines.append(f"  {count} not scored: {reason}")
+        lines += warmup_line(self)
+        limit = self.provenance.preparation.get("max_length")
+        known = limit is not None and "length" in self.table.column_names
+        if known and (cut := int((self.column("length") == limit).sum())):
+            lines.append(f"  {cut} have max_length {limit} tokens: they were truncated, or are exactly that long")
+        return "\n".join([*lines, *trust_lines(self)])
 
     def column(self, name: str) -> np.ndarray:
         """A numeric column, with NaN for a missing value. Raises InputError for an unknown column."""
@@ -166,6 +190,22 @@ class ScoreTable:
         if len(repeated):
             raise InputError(f"Row {repeated[0]} is scored twice: the same shard was passed more than once.")
         return cls(with_votes_of_all(table) if len(tables) > 1 else table, first.provenance)
+
+
+def warmup_line(scores: ScoreTable) -> list[str]:
+    """What the warm-up has cost, if there was one, and how many of the scored rows it has learnt."""
+    cost = scores.provenance.warmup
+    if not cost:
+        return []
+    learnt = int((scores.column(WARMED_UP) == 1).sum())
+    end = f"; {learnt} scored rows were learnt there, which biases their scores ({WARMED_UP})" if learnt else ""
+    size = f"{cost['rows']} rows, {cost['tokens']} tokens, {cost['steps']} steps, {cost['seconds']:g} s"
+    return [f"  scored by a copy of the model after a warm-up ({size}){end}"]
+
+
+def _mean(values: np.ndarray, full_step: float | None) -> str:
+    mean = float(values.mean())
+    return f"{mean:.6g}" if full_step is None else percent(mean, full_step, float(np.ptp(values)))
 
 
 def with_votes_of_all(table: pa.Table) -> pa.Table:

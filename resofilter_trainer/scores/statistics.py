@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 
+LAYER = "layer_"  # layer_27, layer_28, ...: a column of scores for each measured layer
 # The 97.5 % quantile of Student's t for 1 to 30 degrees of freedom, and of the normal distribution
 T975 = (
     *(12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131),

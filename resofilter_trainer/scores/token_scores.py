@@ -11,11 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 
 from ..config import InputError
 from ..io.files import load_arrow, save_arrow
 from .provenance import Provenance
+from .row_record import SHOWN, as_html, same_values
 
 TOKEN_SCORES_FILE = "token_scores.arrow"
 KEY = "resofilter_token_scores"  # the metadata key of the provenance
@@ -25,7 +27,7 @@ SCHEMA = pa.schema(
 )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class TokenScores:
     """The losses of the N learnt tokens of R rows under the base model and the reference model, in nats.
 
@@ -63,6 +65,26 @@ class TokenScores:
 
     def __len__(self) -> int:
         return len(self.base)
+
+    def __repr__(self) -> str:
+        return f"TokenScores({len(self):,} learnt tokens of {len(self.sample_id):,} rows)"
+
+    def _repr_html_(self) -> str:
+        """The first rows as a table, for a notebook."""
+        shown = slice(0, SHOWN)
+        of_row = [float(self.of_row(row).mean()) if n else None for row, n in enumerate(self.num_tokens[shown])]
+        first = {"sample_id": self.sample_id[shown], "tokens": self.num_tokens[shown], "mean score": of_row}
+        rows = len(self.sample_id)
+        note = "" if rows <= SHOWN else f"The first {SHOWN} of {rows:,} rows."
+        return as_html(repr(self), pd.DataFrame(first), note)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, TokenScores):
+            return NotImplemented
+        same = all(same_values(getattr(self, name), getattr(other, name)) for name in ("sample_id", "offsets", *LISTS))
+        return same and self.provenance == other.provenance
+
+    __hash__ = None  # type: ignore[assignment]
 
     @property
     def num_tokens(self) -> np.ndarray:

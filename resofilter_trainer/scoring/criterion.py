@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 import pyarrow as pa
@@ -18,6 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import SFTConfig
 
 from ..config import InputError, NotFiniteError, Warmup, whole_number
+from ..config.keywords import RowOptions
 from ..criteria.criterion import CRITERIA, Criterion, source_of
 from ..criteria.text import without_prompt
 from ..data.arguments import check_call
@@ -53,7 +54,7 @@ def score_by(
     tokens_per_batch: int = TOKENS_PER_BATCH,
     warmup: int | Warmup | None = None,
     warmup_dataset: Dataset | None = None,
-    **row_options: Any,
+    **row_options: Unpack[RowOptions],
 ) -> ScoreTable:
     """Score every row by a criterion of another selector.
 

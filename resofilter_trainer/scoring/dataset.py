@@ -10,7 +10,7 @@ import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, get_args
+from typing import Any, Unpack, get_args
 
 import numpy as np
 import torch
@@ -25,6 +25,7 @@ from transformers import (
 from trl import SFTConfig
 
 from ..config import InputError, NotFiniteError, Precision, ResonanceConfig, Warmup, one_of, whole_number
+from ..config.keywords import RowOptions
 from ..data.arguments import check_call
 from ..data.loading import Opened, default_arguments, placed
 from ..data.preparation import PreparedRows
@@ -69,7 +70,7 @@ def score_dataset(
     reference: str | None = None,
     warmup: int | Warmup | None = None,
     warmup_dataset: Dataset | None = None,
-    **row_options: Any,
+    **row_options: Unpack[RowOptions],
 ) -> ScoreTable:
     """Score every row of a dataset by how far training on it would move W_up (ResoFilter).
 

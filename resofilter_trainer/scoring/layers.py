@@ -10,7 +10,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Unpack
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import SFTConfig
 
 from ..config import ResonanceConfig, Warmup, whole_number
+from ..config.keywords import RowOptions
 from ..data.arguments import check_call
 from ..data.loading import Opened, default_arguments, placed
 from ..model.effective import check_maps, effective_weight, standing_in, unshared
@@ -50,7 +51,7 @@ def score_layers(
     limit: int = LIMIT,
     warmup: int | Warmup | None = None,
     warmup_dataset: Dataset | None = None,
-    **row_options: Any,
+    **row_options: Unpack[RowOptions],
 ) -> ScoreTable:
     """Measure every layer on a random subset of the rows.
 

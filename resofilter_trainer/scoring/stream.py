@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 import pyarrow as pa
@@ -26,6 +26,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import SFTConfig
 
 from ..config import InputError, NothingError, Precision, ResonanceConfig, ScoreWarning, whole_number
+from ..config.keywords import StreamOptions
 from ..data.arguments import check_call
 from ..data.loading import default_arguments, load_model, open_pass
 from ..io.digest import PIECE, RowsDigest, columns_of, tables_of
@@ -53,7 +54,7 @@ def score_stream(
     *,
     rows_per_piece: int = PIECE,
     source: Mapping[str, Any] | None = None,
-    **options: Any,
+    **options: Unpack[StreamOptions],
 ) -> ScoreTable:
     """Score every row of a stream: `score_dataset` for rows that do not fit on a disk.
 

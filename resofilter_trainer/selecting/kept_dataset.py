@@ -34,6 +34,20 @@ def check_place(output: Path, source: str | None) -> None:
             raise InputError(f"'{folder}' {what}. Choose another output.")
 
 
+def check_no_other(output: Path, selection: Selection) -> None:
+    """Raise InputError where a folder holds another selection than this one, which would be lost."""
+    if not (output / SELECTION_FILE).exists():
+        return
+    try:
+        same = Selection.load(output) == selection
+    except InputError:  # damaged, or of another version
+        same = False
+    if not same:
+        raise InputError(
+            f"'{output}' holds another selection. Choose another folder, or pass overwrite=True to replace it."
+        )
+
+
 def save_kept(
     rows: Dataset | None,
     selection: Selection,

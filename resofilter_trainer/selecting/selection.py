@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
 import os
-import sys
 import warnings
 from collections.abc import Mapping, Sequence, Sized
 from dataclasses import dataclass
@@ -14,19 +12,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 
 from ..config import InputError, check_kind, with_known_keywords
-from ..config.compatibility import has
-from ..io.digest import PIECE, RowsDigest, same_rows, tables_of
+from ..io.digest import same_rows
 from ..io.files import file_at, load_parquet, save_parquet
 from ..scores.provenance import Provenance
+from ..scores.row_record import RowRecord, as_html
 from ..scores.score_table import PROMPT, ScoreTable, count_reasons
+from .applying import OTHER_ROWS, check_dataset, check_stream, kept_of_stream
 from .dataset_card import make_card, push_card
+from .groups import group_lines
 from .weighted_rows import OF_A_STREAM, WEIGHT, Reminder, keep_weighted, weighted, with_columns
 
 if TYPE_CHECKING:
-    import pandas as pd
     from datasets import Dataset, IterableDataset
     from huggingface_hub import DatasetCard
 
@@ -34,22 +34,15 @@ SELECTION_FILE = "selection.parquet"
 KEY = "resofilter_selection"  # the Parquet metadata that holds policy and provenance
 KEPT = "kept"
 LATER = "later"  # in the metadata of a policy's field: a setting that version 0.1.0 lacks
-OTHER_ROWS = (
-    "The dataset is not what was scored: its values, its columns or the order of its rows differ. Apply the selection "
-    "to the dataset as it was scored, before shuffling or changing it. If only columns differ, and row i is still row "
-    "i, pass check_rows=False."
-)
-UNTYPED = (
-    "The stream does not know the types of its columns, so that its rows cannot all be compared with those that were "
-    "scored: if they are the same, pass check_rows=False."
-)
-MORE_ROWS = "The selection was made for {} rows and the stream has more. Score it again."
+LISTED = 10  # reasons in a summary
 COLUMN = "resofilter_"  # prefix of a score's column in an annotated dataset
 
 
-@dataclass(frozen=True)
-class Selection:
+@dataclass(frozen=True, eq=False)
+class Selection(RowRecord):
     """Keep or drop, with a reason, for every row of the user's dataset. A policy builds one with `Selection.of`.
+
+    `selection["reason"]` is a column, `selection[0]` a row, see `RowRecord`.
 
     Attributes:
         keep: (N,) bool, in the dataset's order.
@@ -67,7 +60,7 @@ class Selection:
     policy: Mapping[str, Any]
     provenance: str
     weight: np.ndarray | None = None
-    _reminder: Reminder = dataclasses.field(default_factory=Reminder, init=False, repr=False, compare=False)
+    _reminder: Reminder = dataclasses.field(default_factory=Reminder, init=False, repr=False)
 
     def __post_init__(self) -> None:
         if not isinstance(self.keep, np.ndarray) or self.keep.dtype != bool or self.keep.ndim != 1:
@@ -82,6 +75,31 @@ class Selection:
     def __repr__(self) -> str:
         why = ", ".join(f"{count:,} {why}" for why, count in count_reasons((w for w in self.reason if w != KEPT), 3))
         return f"Selection({int(self.keep.sum()):,} of {len(self):,} kept; dropped: {why or 'none'})"
+
+    def _repr_html_(self) -> str:
+        """How many rows are kept, and why the others are not, as a table for a notebook."""
+        counts = count_reasons(self.reason, LISTED)
+        return as_html(repr(self), pd.DataFrame({"rows": [n for _, n in counts], "reason": [why for why, _ in counts]}))
+
+    def _columns(self) -> Mapping[str, Any]:
+        columns = {"sample_id": np.arange(len(self)), "keep": self.keep, "reason": self.reason}
+        return columns if self.weight is None else {**columns, "weight": self.weight}
+
+    def _made_from(self) -> object:
+        return json.loads(self._metadata())
+
+    def summary(self, groups: Sequence[Any] | None = None) -> str:
+        """How many rows are kept, and why the others are not, in a few lines.
+
+        Args:
+            groups: (N,) the group of each row, such as its source: each group has a line with its kept rows.
+
+        Raises:
+            InputError: the number of groups is not the number of rows.
+        """
+        lines = [f"{int(self.keep.sum()):,} of {len(self):,} rows kept"]
+        lines += [f"  {count:>8,} {why}" for why, count in count_reasons(self.reason, LISTED)]
+        return "\n".join([*lines, *([] if groups is None else group_lines(self.keep, self.reason, groups))])
 
     @classmethod
     def of(
@@ -151,14 +169,14 @@ class Selection:
         Raises:
             InputError: the dataset has other rows than was scored, or another number of rows.
         """
-        _check_kind(dataset)
+        check_dataset(dataset)
         if not isinstance(dataset, Sized):
-            self._check_stream(dataset, check_rows)
+            content = content_of(self.provenance) if check_rows else None
+            if content is not None:
+                check_stream(dataset, content, len(self))
             if self.has_weights:
                 warnings.warn(OF_A_STREAM, stacklevel=3)
-            keeps = functools.partial(self._keeps, shards=dataset.num_shards)
-            kept = dataset.skip(0).filter(keeps, with_indices=True)  # skip: a later shuffling leaves the shards alone
-            return kept if has("decoding after a filter") else _decoding(kept)
+            return kept_of_stream(dataset, self.keep)
         dataset = cast("Dataset", dataset)
         self._check(dataset, check_rows)
         if self.has_weights:
@@ -189,35 +207,6 @@ class Selection:
         content = content_of(self.provenance) if check_rows else None
         if content is not None and not same_rows(content, dataset):
             raise InputError(OTHER_ROWS)
-
-    def _check_stream(self, stream: IterableDataset, check_rows: bool) -> None:
-        """Read a stream. Raise InputError unless its rows are those that were scored."""
-        content = content_of(self.provenance) if check_rows else None
-        if content is None:
-            return
-        digest, rows = RowsDigest(like=content), 0
-        try:
-            for table in tables_of(stream, PIECE):
-                digest.add(table)
-                rows += len(table)
-                if rows > len(self):
-                    raise InputError(MORE_ROWS.format(len(self)))
-        except (pa.ArrowException, OverflowError) as error:
-            raise InputError(UNTYPED) from error
-        if rows < len(self):
-            raise InputError(f"The selection was made for {len(self)} rows and the stream has {rows}. Score it again.")
-        if digest.hexdigest() != content:
-            raise InputError(OTHER_ROWS if stream.features is not None else f"{OTHER_ROWS} {UNTYPED}")
-
-    def _keeps(self, row: Any, position: int, shards: int) -> bool:
-        if shards > 1 and _in_one_of_several_workers():
-            raise InputError(
-                "The rows of a stream of several shards have a position in one process only: pass "
-                "dataloader_num_workers=0."
-            )
-        if position >= len(self):
-            raise InputError(MORE_ROWS.format(len(self)))
-        return bool(self.keep[position])
 
     @with_known_keywords
     def annotate(self, dataset: Dataset, scores: ScoreTable, *, check_rows: bool = True) -> Dataset:
@@ -281,12 +270,7 @@ class Selection:
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write to a Parquet file, or to `selection.parquet` in a folder; whole or not at all. Returns the file."""
-        policy = dict(self.policy)
-        if isinstance(policy.get("keep"), Mapping):
-            policy["keep_of_groups"] = list(policy.pop("keep").items())  # JSON's keys are strings, groups need not be
-        # numpy's numbers become Python's
-        metadata = json.dumps({"policy": policy, "provenance": self.provenance}, default=lambda number: number.item())
-        return save_parquet(self._table(), file_at(path, SELECTION_FILE), {KEY: metadata})
+        return save_parquet(self._table(), file_at(path, SELECTION_FILE), {KEY: self._metadata()})
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Selection:
@@ -307,41 +291,20 @@ class Selection:
         except (TypeError, KeyError, ValueError, pa.ArrowException, RecursionError) as error:
             raise InputError(f"The selection at '{path}' was written by another version. Make it again.") from error
 
+    def _metadata(self) -> str:
+        """The policy and the provenance as JSON."""
+        policy = dict(self.policy)
+        if isinstance(policy.get("keep"), Mapping):
+            policy["keep_of_groups"] = list(policy.pop("keep").items())  # JSON's keys are strings, groups need not be
+        return json.dumps({"policy": policy, "provenance": self.provenance}, default=_as_json)
+
     def _table(self) -> pa.Table:
-        columns = {"sample_id": np.arange(len(self)), "keep": self.keep, "reason": list(self.reason)}
-        return pa.table(columns if self.weight is None else {**columns, "weight": self.weight})
+        return pa.table({**self._columns(), "reason": list(self.reason)})
 
 
-def _check_kind(dataset: Any) -> None:
-    """Raise InputError for anything but a Dataset or a stream."""
-    if isinstance(dataset, dict):
-        split = next(iter(dataset), "train")
-        raise InputError(
-            f"A selection is of one split, and this is a {type(dataset).__name__}: pass dataset['{split}']."
-        )
-    if not hasattr(dataset, "with_format"):
-        raise InputError(
-            f"A selection applies to a datasets.Dataset or IterableDataset, and this is a {type(dataset).__name__}."
-        )
-
-
-def _decoding(stream: IterableDataset) -> IterableDataset:
-    """A filtered stream whose images and the like are decoded."""
-    features: Any = sys.modules["datasets.features.features"]  # imported by the stream's user only
-    if stream.features is None or not features.require_decoding(dict(stream.features)):
-        return stream
-    return stream.map(_same, features=stream.features)
-
-
-def _same(row: Any) -> Any:
-    return row
-
-
-def _in_one_of_several_workers() -> bool:
-    """Whether this process is a worker of a DataLoader that has others."""
-    torch: Any = sys.modules.get("torch")
-    worker = torch.utils.data.get_worker_info() if torch is not None else None
-    return worker is not None and worker.num_workers > 1
+def _as_json(value: Any) -> Any:
+    """A setting that JSON does not know: a number of NumPy's as Python's, anything else as its text."""
+    return value.item() if isinstance(value, np.generic) else repr(value)
 
 
 def content_of(provenance: str) -> str | None:

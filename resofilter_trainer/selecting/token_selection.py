@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 
 from ..config import InputError, Ranking, check_kind, one_of, share, with_known_keywords
+from ..scores.row_record import SHOWN, as_html
 from ..scores.token_scores import TokenScores
 
 CHUNK = 1 << 21  # tokens that are processed at once
@@ -61,7 +62,7 @@ class TokenSelector:
         return TokenSelection(scores, keep)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class TokenSelection:
     """Keep or mask, for every learnt token.
 
@@ -72,6 +73,27 @@ class TokenSelection:
 
     scores: TokenScores
     keep: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.keep)
+
+    def __repr__(self) -> str:
+        rows = f"{int(self.emptied.sum()):,} of {len(self.scores.sample_id):,} rows keep none"
+        return f"TokenSelection({int(self.keep.sum()):,} of {len(self):,} tokens kept; {rows})"
+
+    def _repr_html_(self) -> str:
+        """The first rows as a table, for a notebook."""
+        tokens = self.scores.num_tokens
+        first = {"sample_id": self.scores.sample_id, "tokens": tokens, "kept": self.kept_of_row}
+        note = "" if len(tokens) <= SHOWN else f"The first {SHOWN} of {len(tokens):,} rows."
+        return as_html(repr(self), pd.DataFrame({name: each[:SHOWN] for name, each in first.items()}), note)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, TokenSelection):
+            return NotImplemented
+        return self.scores == other.scores and np.array_equal(self.keep, other.keep)
+
+    __hash__ = None  # type: ignore[assignment]
 
     @property
     def kept_of_row(self) -> np.ndarray:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 import xxhash
@@ -23,6 +24,7 @@ from ..config import InputError
 from ..data.preparation import ROW_POSITION
 from ..io.files import check_folder, writing
 from ..model.losses import IGNORE
+from ..scores.row_record import as_html
 from ..selecting.results import SUMMARY_FILE
 from ..selecting.token_selection import TokenSelection
 
@@ -46,6 +48,19 @@ class CleanedDataset:
     selection: TokenSelection
     reasons: Mapping[int, str]
     summary: Mapping[str, Any]
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __repr__(self) -> str:
+        left = f"{len(self.reasons):,} other rows left out"
+        kept = f"{int(self.selection.keep.sum()):,} of {len(self.selection):,} tokens kept"
+        return f"CleanedDataset({len(self):,} rows to train on; {kept}; {left})"
+
+    def _repr_html_(self) -> str:
+        """The numbers as a table, for a notebook."""
+        numbers = {name: value for name, value in self.summary.items() if isinstance(value, int | float | str)}
+        return as_html(repr(self), pd.DataFrame({"": list(numbers), "value": [str(each) for each in numbers.values()]}))
 
 
 def masked(dataset: Dataset, offsets: np.ndarray, position: np.ndarray, keep: np.ndarray) -> Dataset:

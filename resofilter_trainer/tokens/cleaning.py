@@ -12,7 +12,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 from accelerate import PartialState
@@ -21,6 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import SFTConfig
 
 from ..config import SELF, InputError, TokenCleaning, check_kind
+from ..config.keywords import RowOptions
 from ..data.arguments import check_call
 from ..data.loading import Opened, check_arguments, check_model, default_arguments, open_pass, placed
 from ..data.preparation import PreparedRows
@@ -42,7 +43,7 @@ def clean_dataset(
     processing_class: PreTrainedTokenizerBase | None = None,
     args: SFTConfig | None = None,
     output: str | os.PathLike[str] | None = None,
-    **row_options: Any,
+    **row_options: Unpack[RowOptions],
 ) -> CleanedDataset:
     """Mask the tokens that a reference model has nothing to teach about (Token Cleaning, arXiv 2502.01968, section 3).
 

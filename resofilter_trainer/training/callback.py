@@ -14,7 +14,7 @@ import contextlib
 import dataclasses
 import inspect
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Unpack
 
 from datasets import Dataset
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -30,6 +30,7 @@ from ..config import (
     check_kind,
 )
 from ..config.compatibility import need_extra
+from ..config.keywords import StepOptions
 from ..scores.score_table import ScoreTable
 from ..scoring.passes import locked
 from ..selecting.data_selector import DataSelector
@@ -37,7 +38,7 @@ from ..selecting.results import Results
 from ..selecting.selection import Selection
 from . import trainer_access as access
 from .filtering import FilterConfig, Policy, When
-from .log import RunLog
+from .log import RunLog, say_next
 from .recording import Recording, check_recording
 from .run import Run
 from .spiking import OnSpike, SpikeWatch
@@ -107,7 +108,7 @@ class ResonanceCallback(TrainerCallback):
         ledger: bool | None = None,
         on_spike: OnSpike | None = None,
         skip_update: bool = False,
-        **config: Any,
+        **config: Unpack[StepOptions],
     ) -> None:
         own = [*inspect.signature(ResonanceCallback).parameters][:-1]  # without **config
         check_keywords(config, [*own, *(each.name for each in dataclasses.fields(ResonanceConfig))])
@@ -245,6 +246,8 @@ class ResonanceCallback(TrainerCallback):
                 from .report import report_run  # charts take a second to import
 
                 report_run(run.trainer, run.folder, run.rows.sample_ids, run.rows.total, run.examples.texts)
+            elif self._results.scores is not None:
+                say_next(run.trainer)
 
     @property
     def _running(self) -> Run | StreamRun:

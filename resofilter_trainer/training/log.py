@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,7 +15,8 @@ from transformers import Trainer
 from ..scores.doubts import remarks_of
 from ..scores.full_step import full_step_of, span_of
 from ..scores.score_table import SCORES_FILE, ScoreTable, count_reasons
-from ..selecting.results import NAME
+from ..selecting.results import NAME, Results
+from ..selecting.selection import KEPT, Selection
 from . import trainer_access as access
 from .measurements import Measurements
 
@@ -33,15 +35,17 @@ class RunLog:
         self._trainer, self._history = trainer, history
         self._told: set[str] = set()  # the names of the remarks that were made
 
-    def rows(self, when: str, measurements: Measurements, kept: np.ndarray, table: ScoreTable) -> None:
+    def rows(self, when: str, measurements: Measurements, kept: np.ndarray, results: Results) -> None:
         """Report the scores, how many rows have none, and how many the next epoch keeps with how many of the tokens.
 
         Args:
             when: the moment of the scores, as text: `"after epoch 1 of 3"`.
             measurements: what was measured of every row.
             kept: (N,) bool, the rows to keep.
-            table: the scores of all rows of the user's dataset.
+            results: the scores of all rows of the user's dataset, and what was decided on them.
         """
+        table, selection = results.scores, results.selections[-1]
+        assert table is not None, "scores are made before they are reported"
         scores = measurements.score[np.isfinite(measurements.score)]
         tokens = measurements.num_tokens
         dropped_tokens = float(tokens[~kept].sum() / max(tokens.sum(), 1))
@@ -54,13 +58,21 @@ class RunLog:
         span = span_of(scores, full_step_of(table.provenance.config))
         line = (
             f"scores {when}: {span}{notes}; kept: {int(kept.sum()):,} of {len(kept):,} rows "
-            f"with {1 - dropped_tokens:.1%} of the tokens{_without_score(self._trainer, table)}"
+            f"with {1 - dropped_tokens:.1%} of the tokens"
+            f"{_dropped(table, selection)}{_without_score(self._trainer, table)}"
         )
         self._say(scalars, line)
         for name, remark in remarks_of(table).items():
             if name not in self._told:
                 self._told.add(name)
                 self._say({}, f"warning: {remark}")
+
+    def end(self, results: Results, folder: Path) -> None:
+        """Write the log beside the scores, and report where these are."""
+        if self._trainer.args.should_save:
+            results.save_log(folder, self._trainer.state.log_history)
+        if results.scores is not None:
+            self._say({}, f"scores, selections and plan: {folder}")
 
     def plan(self, line: str) -> None:
         """Report the plan of an epoch in the console."""
@@ -85,6 +97,21 @@ class RunLog:
             access.log(self._trainer, {f"{NAME}/{name}": value for name, value in scalars.items()}, self._history)
         if self._trainer.args.process_index == 0:
             tqdm.write(f"{NAME}: {line}")
+
+
+def say_next(trainer: Trainer) -> None:
+    """Say in the console which command shows the scores of a run."""
+    if trainer.args.process_index == 0:
+        output = shlex.quote(str(trainer.args.output_dir))
+        tqdm.write(f"{NAME}: Next: resofilter report {output} (with --dataset, it shows the rows' texts)")
+
+
+def _dropped(table: ScoreTable, selection: Selection) -> str:
+    """How many of the rows with a score are dropped, and why; empty where none is."""
+    scored = dict(zip(table.table["sample_id"].to_pylist(), table.scored.tolist(), strict=True))
+    reasons = [why for row, why in enumerate(selection.reason) if why != KEPT and scored.get(row)]
+    why = ", ".join(f"{count:,} {reason}" for reason, count in count_reasons(reasons, LISTED))
+    return f"; dropped: {why}" if reasons else ""
 
 
 def _without_score(trainer: Trainer, table: ScoreTable) -> str:

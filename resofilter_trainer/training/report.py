@@ -8,11 +8,13 @@ from typing import Any
 
 import numpy as np
 from datasets import Dataset
+from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase, Trainer
 
 from ..data.row_texts import TOKENS, TokenTexts
 from ..report import Report, read_contents, write_report
 from ..scores.score_table import SCORES_FILE
+from ..selecting.results import NAME
 
 
 def report_run(trainer: Trainer, folder: Path, sample_ids: np.ndarray, rows: int, dataset: Any) -> Report | None:
@@ -33,7 +35,9 @@ def report_run(trainer: Trainer, folder: Path, sample_ids: np.ndarray, rows: int
     if not trainer.args.should_save or not (folder / SCORES_FILE).is_file():
         return None
     try:
-        return write_report(read_contents(folder), folder, texts_of(trainer, sample_ids, rows, dataset))
+        written = write_report(read_contents(folder), folder, texts_of(trainer, sample_ids, rows, dataset))
+        tqdm.write(f"{NAME}: report: {written.path}")
+        return written
     except Exception as error:
         warnings.warn(
             f"The report was not written ({error}). To write it later, run: resofilter report {folder}", stacklevel=2

@@ -377,8 +377,7 @@ class Run:
                 if self.trainer.args.should_save:
                     self.results.save(self.folder, self._timeline.ended_epochs + 1)
             self._recording.flush()
-            if self.trainer.args.should_save:
-                self.results.save_log(self.folder, self.trainer.state.log_history)
+            self._log.end(self.results, self.folder)
         finally:
             self.uninstall()
         if self._error is not None:
@@ -386,11 +385,9 @@ class Run:
 
     def _tell_results(self, ended: int, when: str) -> None:
         """Write the scores and selections of all ended epochs, and report them."""
-        scores = self.results.scores
-        assert scores is not None, "scores are made before they are reported"
         if self.trainer.args.should_save:
             self.results.save(self.folder, ended)
-        self._log.rows(when, self.examples.by_row(self._watch.measurements), self._decisions.kept, scores)
+        self._log.rows(when, self.examples.by_row(self._watch.measurements), self._decisions.kept, self.results)
 
     def _remember(self) -> None:
         """Keep the small part of the state where the Trainer saves its own."""

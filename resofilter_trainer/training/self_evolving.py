@@ -12,7 +12,7 @@ import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 from accelerate import PartialState
@@ -22,6 +22,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import SFTConfig
 
 from ..config import InputError, TokenCleaning, check_kind, number
+from ..config.keywords import RowOptions
 from ..data.arguments import check_call
 from ..data.loading import load_weights, placed
 from ..data.preparation import ROW_POSITION, PreparedRows
@@ -78,7 +79,7 @@ def self_evolve(
     args: SFTConfig,
     processing_class: PreTrainedTokenizerBase | None = None,
     peft_config: PeftConfig | None = None,
-    **row_options: Any,
+    **row_options: Unpack[RowOptions],
 ) -> Evolved:
     """Clean and train, stage after stage.
 

@@ -359,8 +359,7 @@ class StreamRun:
                 if self._passes < self._filter.first and self._filter.keep != 1:
                     warn_that_no_pass_is_filtered(self.trainer, self._filter.first, self._passes)
             self._recording.flush()
-            if self.trainer.args.should_save:
-                self.results.save_log(self.folder, self.trainer.state.log_history)
+            self._log.end(self.results, self.folder)
         finally:
             self.uninstall()
         if self._error is not None:
@@ -369,9 +368,8 @@ class StreamRun:
     def _tell_results(self, ended: int) -> None:
         """Write the scores and selections of all ended passes, and report them."""
         self._save_results(ended)
-        kept, scores = cast(Decisions, self._decisions).kept, self.results.scores
-        assert scores is not None, "scores are made before they are reported"
-        self._log.rows(f"after pass {ended} over the stream", self._watch.measurements, kept, scores)
+        kept = cast(Decisions, self._decisions).kept
+        self._log.rows(f"after pass {ended} over the stream", self._watch.measurements, kept, self.results)
 
     def _save_results(self, ended: int) -> None:
         if self.trainer.args.should_save:

@@ -17,6 +17,7 @@ from datasets import Dataset, load_from_disk
 from helpers.commands import EMPTY, QUESTIONS, ROWS, files_in, refused, write
 from helpers.tokenizers import make_tokenizer
 from transformers import LlamaForCausalLM, MambaConfig, MambaForCausalLM, PreTrainedModel
+from trl import SFTTrainer
 
 from resofilter_trainer.cli.entry import main
 from resofilter_trainer.criteria.criterion import CRITERIA
@@ -218,7 +219,10 @@ def test_dropped_rows_have_a_reason_and_are_counted_in_the_summary(place, tmp_pa
     expected = {3: "empty completion", 7: "empty completion", 12: "same prompt as row 2"}
     assert {row: why for row, why in enumerate(scores.reasons) if why} == expected
 
-    printed = capsys.readouterr().out
+    told = capsys.readouterr()
+    printed = told.out
+    stages = [line for line in told.err.splitlines() if " of 2: " in line]
+    assert stages == [f"1 of 2: reading {rows}", f"2 of 2: scoring 13 rows with {place.model}"]
     assert "13 rows, 10 scored" in printed
     assert "2 not scored: empty completion" in printed
     assert "1 not scored: same prompt as another row" in printed
@@ -351,10 +355,48 @@ def test_kept_rows_have_the_users_own_columns(place, tmp_path):
     assert sorted(kept["kind"]) == ["a"] * 3 + ["b"] * 3  # the share holds within each group
 
 
-def test_selecting_again_replaces(scored, tmp_path):
-    for keep in ("1", "0.25"):
-        main(["select", str(scored), "--keep", keep, "--output", str(tmp_path)])
+def test_another_selection_is_replaced_only_if_asked_for(scored, tmp_path, capsys):
+    for more in ([], []):  # the same selection again is no loss
+        main(["select", str(scored), "--keep", "1", "--output", str(tmp_path), *more])
+    capsys.readouterr()
+    again = ["select", scored, "--keep", "0.25", "--output", tmp_path]
+    message = refused(capsys, *again)
+    expected = f"'{tmp_path}' holds another selection. Choose another folder, or pass --overwrite to replace it."
+    assert message == expected
+    assert len(load_from_disk(tmp_path / "dataset")) == Selection.load(tmp_path).keep.sum() == 12
+    main([*map(str, again), "--overwrite"])
     assert len(load_from_disk(tmp_path / "dataset")) == Selection.load(tmp_path).keep.sum() == 3
+
+
+def test_each_group_has_its_kept_rows_in_the_console(place, tmp_path, capsys):
+    rows = write(tmp_path / "rows.jsonl", QUESTIONS)
+    score(place, tmp_path / "scores", "--prompt_column", "question", "--completion_column", "answer", dataset=rows)
+    main(["select", str(tmp_path / "scores"), "--output", str(tmp_path / "kept"), "--group_column", "kind"])
+    printed = capsys.readouterr().out
+    assert "  a: 3 of 6 rows kept; dropped: 3 largest 50 %\n" in printed
+    assert "  b: 3 of 6 rows kept; dropped: 3 largest 50 %\n" in printed
+
+
+@pytest.mark.filterwarnings("ignore:.*pin_memory:UserWarning")
+@pytest.mark.parametrize("mapped", [True, False])
+def test_the_printed_lines_train(mapped, place, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    rows = write(tmp_path / "rows.jsonl", QUESTIONS if mapped else ROWS)
+    columns = ["--prompt_column", "question", "--completion_column", "answer"] if mapped else []
+    score(place, tmp_path / "scores", *columns, "--max_length", "64", dataset=rows)
+    main(["select", "scores", "--output", "kept"])
+    printed = capsys.readouterr().out
+    block = printed.split("To train on them, in Python:\n")[1].split("Next:")[0]
+    lines = [line.removeprefix("    ") for line in block.splitlines()]
+
+    trained, train = list[SFTTrainer](), SFTTrainer.train
+    monkeypatch.setattr(SFTTrainer, "train", lambda self: (trained.append(self), train(self)))
+    exec("\n".join(lines), {})
+
+    assert trained[0].state.global_step == 3  # of a batch with all rows, in each epoch
+    assert trained[0].args.max_length == 64
+    assert len(trained[0].train_dataset) == Selection.load("kept").keep.sum() == 6
 
 
 def test_dataset_that_moved_can_be_named(place, tmp_path):
@@ -459,6 +501,23 @@ def test_warnings_of_a_report_name_the_options_of_score(scored, tmp_path, monkey
     monkeypatch.setattr("resofilter_trainer.report.write_report", lambda *args: written)
     main(["report", str(scored), "--output", str(tmp_path)])
     assert "Use a larger eps, such as --eps 1e-4, or --update sgd with --norm l2." in capsys.readouterr().out
+
+
+def test_each_selection_has_a_report_of_its_own(scored, tmp_path, monkeypatch):
+    places: list[Path] = []
+
+    def write_report(contents: Any, output: Path, *others: Any) -> SimpleNamespace:
+        places.append(Path(output))
+        return SimpleNamespace(numbers=None, path=tmp_path / "report.html")
+
+    monkeypatch.setattr("resofilter_trainer.report.write_report", write_report)
+    for name, keep in (("a", "0.5"), ("b", "0.25")):
+        main(["select", str(scored), "--keep", keep, "--output", str(tmp_path / name)])
+        main(["report", str(scored), "--selection", str(tmp_path / name)])
+    main(["report", str(scored), "--selection", str(tmp_path / "a" / "selection.parquet")])
+    main(["report", str(scored)])
+    main(["report", str(scored), "--selection", str(tmp_path / "a"), "--output", str(tmp_path / "page")])
+    assert places == [tmp_path / "a", tmp_path / "b", tmp_path / "a", scored, tmp_path / "page"]
 
 
 def test_report_refuses_a_split_that_is_not_there(scored, tmp_path, capsys):

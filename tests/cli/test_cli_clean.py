@@ -80,7 +80,10 @@ def test_fixed(reference, place, tmp_path, capsys):
     assert sum(labels_kept(output).values()) == int(tokens * 0.3)
     assert printed[0] == f"{int(tokens * 0.3)} of {tokens} tokens kept ({int(tokens * 0.3) / tokens:.1%})"
     assert [line[:5] for line in printed[1:3]] == ["  a: ", "  b: "]
-    assert printed[-1] == f"Dataset to train on: {output} (datasets.load_from_disk)"
+    place_of_lines = printed.index(f"Dataset to train on: {output} (datasets.load_from_disk)") + 1
+    assert printed[place_of_lines] == "To train on it, in Python:"
+    assert f"    rows = load_rows({str(output)!r})" in printed[place_of_lines:]
+    assert printed[-1] == f"    SFTTrainer({str(place / 'base')!r}, args, train_dataset=rows).train()"
     summary = json.loads((output / "summary.json").read_text())
     assert (summary["keep_tokens"], summary["ranking"]) == (0.3, "global")
     assert TokenScores.load(output).provenance.source["dataset"] == str(place / "rows.jsonl")

@@ -30,7 +30,7 @@ def scores(tmp_path: Path) -> Path:
 
 def select(scores: Path, *options: str) -> Path:
     output = scores.parent / "kept"
-    main(["select", str(scores), "--output", str(output), *options])
+    main(["select", str(scores), "--output", str(output), "--overwrite", *options])
     return output
 
 

@@ -12,6 +12,8 @@ from helpers.commands import refused
 
 from resofilter_trainer import __version__
 from resofilter_trainer.cli.entry import COMMANDS, _parser, exit_on_input_error, main
+from resofilter_trainer.cli.parser import NEEDED
+from resofilter_trainer.cli.score import _check
 from resofilter_trainer.cli.settings_file import yaml_arguments
 from resofilter_trainer.config import InputError, nearest
 
@@ -29,6 +31,25 @@ def test_names_of_trl_are_understood():
     args = parsed("score", "--model_name_or_path", "m", "--dataset-name=d", "--output_dir", "o", "--ddp_timeout", "9")
     assert (args.model, args.dataset, args.output, args.timeout) == ("m", "d", "o", 9)
     assert parsed("clean", "--keep", "0.3").keep_tokens == 0.3
+    args = parsed("score", "--dataset_train_split", "test", "--bf16", "--seed", "7", "--drop_empty", "True")
+    assert (args.split, args.bf16, args.seed, args.drop_empty) == ("test", True, 7, True)
+    args = parsed("score", "--bf16", "False", "--drop_empty", "false", "--streaming=True", "--sharded=false")
+    assert (args.bf16, args.drop_empty, args.streaming, args.sharded) == (False, False, True, False)
+    for false in (["--drop_empty", "FALSE"], ["--drop-empty=false"]):  # the last one wins, as over a file's
+        args = parsed("score", "--drop_empty", "--n_layers", "2", *false, "--streaming")
+        assert (args.drop_empty, args.n_layers, args.streaming) == (False, 2, True)
+
+
+def test_bf16_is_short_for_the_precision(capsys):
+    args = parsed("score", "--bf16")
+    _check(args)
+    assert args.precision == "bfloat16"
+    args = parsed("score", "--bf16", "false")
+    _check(args)
+    assert args.precision == "float32"
+    usual = ["--model", "m", "--dataset", "d", "--output", "o", "--bf16", "--precision", "float32"]
+    expected = "--bf16 is short for --precision bfloat16: leave it or --precision float32 out."
+    assert refused(capsys, "score", *usual) == expected
 
 
 def test_names_in_yaml_are_spelled_alike(tmp_path):
@@ -55,18 +76,19 @@ def test_a_known_short_option_is_no_value(capsys):
     [
         (["score", "--prompt_col", "x"], "There is no option --prompt_col. Did you mean --prompt_column?"),
         (["score", "--promt-column=x"], "There is no option --promt-column. Did you mean --prompt_column?"),
-        (["score", "--bf16"], "There is no option --bf16. Did you mean --precision bfloat16?"),
+        (["probe", "--bf16"], "There is no option --bf16. Did you mean --precision bfloat16?"),
+        (["score", "--bf16", "half"], "--bf16 must be true or false, got 'half'."),
         (["clean", "--bf-16"], "There is no option --bf-16. Did you mean --bf16?"),
         (["score", "--learning_rate", "1"], "There is no option --learning_rate. Did you mean --lr?"),
         (["score", "--zzz"], "There is no option --zzz. resofilter score --help lists all."),
         (["score", "rows.jsonl"], "Nothing takes the argument 'rows.jsonl'."),
         (
-            ["score", "--drop_empty", "True"],
-            "Nothing takes the argument 'True'. A flag such as --drop_empty has no value.",
+            ["score", "--drop_empty", "yes"],
+            "Nothing takes the argument 'yes'. A flag such as --drop_empty is true or false.",
         ),
         (
-            ["score", "--drop-empty=true"],
-            "--drop_empty is a flag without a value: write --drop_empty, or leave it out.",
+            ["score", "--drop-empty=maybe"],
+            "--drop_empty is true or false, got 'maybe': write --drop_empty, or leave it out.",
         ),
         (["score", "--n_layers", "two"], "--n_layers must be a whole number, got 'two'."),
         (["score", "--lr=ten"], "--lr must be a number, got 'ten'."),
@@ -76,7 +98,13 @@ def test_a_known_short_option_is_no_value(capsys):
             ["score", "--precision", "bf16"],
             "--precision must be one of 'auto', 'float32', 'bfloat16', got 'bf16'. Did you mean 'bfloat16'?",
         ),
-        (["select"], "scores is missing: folders or files of scores; several are shards of one dataset's."),
+        (["select"], "scores and --output are missing."),
+        (["select", "scores"], "--output is missing."),
+        (
+            ["report"],
+            "source is missing: a folder or file of scores, or the folder of a run, a cleaning, a comparison or a "
+            "probe.",
+        ),
         (["score", "--model", ""], "--model is empty. Pass a value, or leave it out."),
         (["score", "--prompt_column", "a", ""], "--prompt_column is empty. Pass a value, or leave it out."),
         (["select", ""], "scores is empty. Pass a value, or leave it out."),
@@ -205,26 +233,59 @@ def test_the_version(capsys):
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_the_help_has_an_example_and_a_line_for_every_option(command, capsys):
+def test_the_help_has_two_examples_and_a_line_for_every_option(command, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
     with pytest.raises(SystemExit):
         main([command, "--help"])
     text = capsys.readouterr().out
-    assert f"example:\n  resofilter {command}" in text
+    assert text.split("examples:\n")[1].count(f"  resofilter {command}") == 2
     assert "None" not in text
     assert "(default: False)" not in text
-    parser = parsed(command, *(["x"] if command in ("select", "report") else [])).parser
+    assert text.count("\n") < 100
+    parser = parsed(command, *(["x"] if command == "report" else [])).parser
     assert [action.dest for action in parser._actions if not action.help] == []
 
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_example_parses(command):
-    parsed(*COMMANDS[command][0].EXAMPLE.removeprefix("resofilter ").split())
+    for example in COMMANDS[command][0].EXAMPLES:
+        parsed(*example.split(" > ")[0].removeprefix("resofilter ").split())
 
 
-def test_help_needs_no_torch():
+@pytest.mark.parametrize(
+    ("command", "needed"),
+    [("score", "model dataset output"), ("clean", "model dataset output"), ("probe", "model dataset"),
+     ("check", "dataset output"), ("select", "output")],
+)  # fmt: skip
+def test_what_is_required_is_marked_and_named_in_one_message(command, needed, capsys):
+    """The help, the usage and the message agree."""
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    text = capsys.readouterr().out
+    marked = text.split(f"{NEEDED}:\n")[1].split("\n\n")[0]
+    assert re.findall(r"^  --(\w+)", marked, flags=re.MULTILINE) == needed.split()
+    assert re.findall(r"--(\w+) \.\.\.", text.splitlines()[0]) == needed.split()
+    names = [*(["scores"] if command == "select" else []), *(f"--{name}" for name in needed.split())]
+    several = f"{', '.join(names[:-1])} and {names[-1]} are missing."
+    assert refused(capsys, command) == several
+
+
+def test_defaults_and_choices_are_listed(capsys):
+    with pytest.raises(SystemExit):
+        main(["select", "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "--drop {largest,smallest,both}" in text
+    assert "--combine {ranks,topsis,pareto,residual} how several columns become one (default: ranks)" in text
+    with pytest.raises(SystemExit):
+        main(["probe", "--help"])
+    assert "the random seed (default: 0)" in " ".join(capsys.readouterr().out.split())
+
+
+def test_help_needs_neither_torch_nor_pandas():
     code = (
         "import sys; from resofilter_trainer.cli import main\ntry: main(['score', '--help'])\nexcept SystemExit: pass\n"
     )
-    code += "sys.exit(', '.join({'torch', 'transformers', 'datasets', 'trl'} & set(sys.modules)) or 0)"
+    heavy = {"torch", "transformers", "datasets", "trl", "pandas", "pyarrow", "numpy"}
+    code += f"sys.exit(', '.join({heavy} & set(sys.modules)) or 0)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stderr) == (0, "")

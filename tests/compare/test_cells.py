@@ -15,7 +15,7 @@ from resofilter_trainer.compare.config import ComparisonConfig, DemoProblems, Se
 from resofilter_trainer.compare.cost import longer_by
 from resofilter_trainer.compare.methods import check
 from resofilter_trainer.compare.published import Needs, pir, residual
-from resofilter_trainer.compare.report import judged, table
+from resofilter_trainer.compare.report import FLOOR, judged, table
 from resofilter_trainer.compare.training import sft_config
 from resofilter_trainer.scores.statistics import interval
 
@@ -145,6 +145,15 @@ def test_without_all_rows_there_is_no_ratio(cells):
     )
     assert all(line["p"] is None and line["pir"] is None and "efficiency_rank" not in line for line in lines)
     assert "-" in table(lines)
+
+
+def test_a_metric_at_its_floor_is_said_to_be_there(cells):
+    needs = {name: Needs(0, 1) for name in ("full", "random", "mine")}
+    usual = table(judged(summarise(cells), needs))
+    assert "floor" not in usual
+    assert "over line efficiency feasibility" in usual.splitlines()[0]
+    nothing_solved = [dataclasses.replace(each, metric=0.0) for each in cells]
+    assert FLOOR in table(judged(summarise(nothing_solved), needs))
 
 
 def test_efficiency_is_the_surveys(cells):

@@ -89,7 +89,7 @@ def test_a_stream_takes_what_its_pieces_take(tmp_path):
         (lambda: self_evolve("m", ROWS, TokenCleaning(), None), "args must be an SFTConfig, got None."),
         (
             lambda: write_report(None, "x"),
-            "contents must be the result of read_contents, or Contents(scores, selection), got None.",
+            "scores must be a ScoreTable, as score_dataset returns, or the result of read_contents, got None.",
         ),
     ],
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,12 +12,13 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
+from helpers.commands import refused
 from trl import SFTConfig
 
 from resofilter_trainer import DataSelector, ScoreTable, Selection, score_dataset
 from resofilter_trainer.cli.entry import main
 from resofilter_trainer.demo.problems import make_problems
-from resofilter_trainer.demo.run import BASE, KEEP, ROWS, WRONG_SHARE
+from resofilter_trainer.demo.run import BASE, KEEP, ROWS, WRONG_SHARE, make_data
 from resofilter_trainer.scores.statistics import rank_correlation
 
 
@@ -75,6 +77,33 @@ def demo(tmp_path, request) -> Path:
         request.getfixturevalue("free_cores")
         main(["demo", "--output", str(tmp_path), "--seed", "0"])
     return Path(folder or tmp_path)
+
+
+def test_stages_are_named_and_the_table_is_alone_at_the_end(tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.setattr("resofilter_trainer.demo.run.train_with", lambda *_: 0.5)
+    main(["demo", "--rows", "64", "--output", str(tmp_path)])
+    lines = capsys.readouterr().out.rstrip("\n").split("\n")
+    stages = [line for line in lines if re.match(r"\d of 6: ", line)]
+    wrong = make_data(0, rows=64)[1]
+    assert stages == [
+        "1 of 6: scoring 64 rows",
+        "2 of 6: training on all, 64 rows, and answering 400 problems",
+        "3 of 6: training on random, 32 rows, and answering 400 problems",
+        "4 of 6: training on kept, 32 rows, and answering 400 problems",
+        f"5 of 6: training on oracle, {int((~wrong).sum())} rows, and answering 400 problems",
+        "6 of 6: writing the report",
+    ]
+    table = next(place for place, line in enumerate(lines) if line.startswith("trained on"))
+    assert [line.split()[:2] for line in lines[table + 1 : table + 5]] == [
+        ["all", "64"], ["random", "32"], ["kept", "32"], ["oracle", str(int((~wrong).sum()))]
+    ]  # fmt: skip
+    assert lines[table + 5 :] == ["", lines[-1]]
+    assert lines[-1].startswith("AUROC as detectors of the wrong rows: resonance")
+    assert len(ScoreTable.load(tmp_path)) == 64
+
+
+def test_a_demo_of_too_few_rows_is_refused(tmp_path, capsys) -> None:
+    assert refused(capsys, "demo", "--rows", "3", "--output", tmp_path).startswith("--rows must be a whole number of")
 
 
 @pytest.mark.slow

@@ -48,6 +48,18 @@ def test_a_folder_without_a_probe_is_refused(tmp_path):
         ProbeResult.load(tmp_path)
 
 
+def test_a_console_shows_a_line_and_a_notebook_a_table():
+    records = [record(name, ALL, value) for name, value in (("a", 0.9), ("<b>", 0.6))]
+    found = result(records, recommendation=Recommendation("a", "largest", "Drop by a & more."))
+    assert repr(found) == "ProbeResult(2 signals, 1 kinds of faults; drop the largest a)"
+    assert "do not filter" in repr(result(records, recommendation=Recommendation(None, None, "Do not.")))
+    shown = found._repr_html_()
+    assert shown.count("<tr") == 3
+    assert "&lt;b&gt;" in shown
+    assert "Drop by a &amp; more." in shown
+    assert "0.93" in shown  # the interval's end
+
+
 def test_the_records_of_a_signal_and_the_order_of_signals_and_kinds():
     records = [record(name, kind, value) for kind in ("cut", SELF_MADE, ALL)
                for name, value in (("a", 0.6), ("b", 0.2), ("c", None))]  # fmt: skip

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 from helpers.commands import QUESTIONS, files_in, refused, write
 from helpers.pages import data_of
+from helpers.tables import make_provenance, make_scores
 from helpers.training import arguments, llama, rows
 from trl import SFTTrainer
 
@@ -96,6 +97,23 @@ def test_without_its_dataset_a_page_has_no_text(scored, tmp_path, capsys):
         assert data_of(scored / "scores" / "report.html")["samples"]["prompt"] is not None
     finally:
         moved.rename(scored / "rows.jsonl")
+
+
+def test_the_rows_of_a_run_are_shown_by_their_columns(tmp_path, capsys):
+    """A run knows neither where its rows are from nor which columns they had."""
+    provenance = make_provenance(rows=12, source={}, preparation={"max_length": 64})
+    make_scores([float(i) for i in range(12)], provenance=provenance).save(tmp_path / "resofilter")
+    rows = write(tmp_path / "rows.jsonl", QUESTIONS)
+    page = tmp_path / "resofilter" / "report.html"
+    where = ["report", str(tmp_path), "--dataset", str(rows), "--output", str(page.parent)]
+
+    main(where)
+    assert "The report has no text: say which columns have it, with --prompt_column and" in capsys.readouterr().out
+    assert data_of(page)["samples"]["prompt"] is None
+
+    main([*where, "--prompt_column", "question", "--completion_column", "answer"])
+    assert "no text" not in capsys.readouterr().out
+    assert data_of(page)["samples"]["completion"] == [row["answer"] for row in QUESTIONS]
 
 
 BAD = {

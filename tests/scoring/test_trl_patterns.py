@@ -67,7 +67,9 @@ def test_settings_that_change_the_tokens_or_what_is_learnt(name, tmp_path):
 def test_a_template_from_a_file(tmp_path):
     (tmp_path / "own.jinja").write_text(TEMPLATE.replace("<|end|>", "<|end|> ."))
     pattern = Pattern("messages", {"chat_template_path": str(tmp_path / "own.jinja")})
-    assert_scored(pattern.scores(model(), tmp_path), learnt_rows(pattern.build(tmp_path)), model())
+    scores = pattern.scores(model(), tmp_path)
+    assert_scored(scores, learnt_rows(pattern.build(tmp_path)), model())
+    assert scores.provenance.source["chat_template_path"] == str(tmp_path / "own.jinja")
 
 
 CHANGES_NO_SCORE = {

@@ -6,6 +6,7 @@ import copy
 import itertools
 import json
 import math
+import shlex
 import shutil
 import warnings
 from pathlib import Path
@@ -450,6 +451,12 @@ def test_scalars_go_through_the_trackers_and_a_line_to_the_console(tmp_path, tok
     scores = [line for line in printed if line.startswith("scores after epoch")]
     assert len(scores) == 3
     assert "kept: 10 of 20 rows with" in scores[0]
+    assert scores[0].endswith("% of the tokens; dropped: 10 largest 50 %, after epoch 1")
+    command = f"resofilter report {shlex.quote(str(tmp_path))}"
+    assert printed[-2:] == [
+        f"scores, selections and plan: {tmp_path / STATE}",
+        f"Next: {command} (with --dataset, it shows the rows' texts)",
+    ]
 
 
 class LogSpy(TrainerCallback):

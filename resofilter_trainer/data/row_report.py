@@ -1,0 +1,103 @@
+"""The report of scores with the texts of their rows. Knows rows and the page; imports datasets only where rows are."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from ..config import InputError, check_kind, with_known_keywords
+from ..io.digest import same_rows
+from ..report import Contents, Report
+from ..report import write_report as write_page
+from ..scores.score_table import ScoreTable
+from ..selecting.selection import Selection
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+FOLDER = "resofilter-report"
+WHAT = "a ScoreTable, as score_dataset returns, or the result of read_contents"
+
+
+@with_known_keywords
+def write_report(
+    scores: ScoreTable | Contents,
+    selection: Selection | str | os.PathLike[str] | None = None,
+    dataset: Dataset | Sequence[tuple[str, str]] | None = None,
+    groups: str | Sequence[Any] | None = None,
+    decode: Callable[[Sequence[int]], list[str]] | None = None,
+    title: str | None = None,
+    *,
+    output: str | os.PathLike[str] | None = None,
+    check_rows: bool = True,
+) -> Report:
+    """Write a page that shows why rows were dropped: `report.html`, and charts and all dropped rows beside it.
+
+    >>> write_report(scores, selection, dataset)    # in a notebook, the page is shown
+
+    Args:
+        scores: the scores of all rows; or what `read_contents` found in a folder.
+        selection: the selection that was made from them; by default that of `read_contents`, or of `DataSelector()`.
+            As in version 0.1.0, `write_report(contents, folder, texts)` is understood, too.
+        dataset: the dataset that was scored, whose texts the page shows; or its texts, a pair of prompt and completion
+            for each row.
+        groups: the column of the dataset with the group of each row, such as its source; or the groups themselves.
+        decode: a function from token ids to the text of each; it shows which tokens are learnt.
+        title: the title of the page.
+        output: the folder to write to; by default `resofilter-report`.
+        check_rows: whether all values of the dataset must be those that were scored. `False` is for the same rows in
+            the same order with other columns.
+
+    Raises:
+        InputError: the dataset has other rows than were scored, the selection is of other scores, a column is missing,
+            the folder cannot be written to, or what draws the charts is not installed.
+    """
+    check_kind("scores", scores, (ScoreTable, Contents), WHAT)
+    if isinstance(selection, str | os.PathLike):
+        if not isinstance(scores, Contents) or output is not None:
+            raise InputError(f"selection must be a Selection, got {selection!r}: pass Selection.load of that folder.")
+        selection, output = None, selection  # the order of version 0.1.0: contents, folder, texts
+    check_kind("selection", selection, (Selection, type(None)), "a Selection")
+    contents = _contents(scores, selection)
+    texts = dataset
+    if hasattr(dataset, "column_names"):
+        texts, groups = _texts_and_groups(contents.scores, dataset, groups, check_rows)
+    elif isinstance(groups, str):
+        raise InputError(f"groups='{groups}' is a column of the dataset: pass dataset=.")
+    return write_page(contents, FOLDER if output is None else output, texts, groups, decode, title)
+
+
+def _contents(scores: ScoreTable | Contents, selection: Selection | None) -> Contents:
+    """What to show: the contents, with another selection if one is passed."""
+    if isinstance(scores, ScoreTable):
+        return Contents(scores, selection)
+    if selection is None:
+        return scores
+    return Contents(
+        scores.scores, selection, scores.epochs, scores.log, scores.layers, scores.cleaned, scores.comparison
+    )
+
+
+def _texts_and_groups(scores: ScoreTable | None, dataset: Any, groups: Any, check_rows: bool) -> tuple[Any, Any]:
+    """The text and the group of each row of a dataset. Raises InputError for other rows than were scored."""
+    from .layout import scored_columns
+    from .row_texts import RowTexts
+
+    if scores is None:
+        raise InputError("There are no scores whose rows could be shown: leave dataset= out.")
+    provenance = scores.provenance
+    if len(dataset) != provenance.rows:
+        raise InputError(f"The dataset has {len(dataset)} rows and the scores are of {provenance.rows}.")
+    content = provenance.source.get("content") if check_rows else None
+    if content is not None and not same_rows(content, dataset):
+        raise InputError(
+            "The dataset is not what was scored: its values, its columns or the order of its rows differ. Pass the "
+            "dataset as it was scored; if only columns differ, and row i is still row i, pass check_rows=False."
+        )
+    if isinstance(groups, str):
+        if groups not in dataset.column_names:
+            raise InputError(f"There is no column '{groups}'. The dataset has: {', '.join(dataset.column_names)}.")
+        groups = [str(each) for each in dataset[groups][:]]
+    texts = RowTexts(dataset, scored_columns(provenance.preparation))
+    return (texts if texts.known else None), groups
