@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from .data.row_report import write_report
     from .data.rows import map_columns, unpack
     from .data.text_checks import TextChecks, check_texts
+    from .ledger.ledger import Ledger
     from .model.recorder import Recorder
     from .model.resonance import Resonance, literal
     from .probe.results import ProbeResult
@@ -51,6 +52,7 @@ _NAMES = {  # the public names of each module, as above
     "data.row_report": ("write_report",),
     "data.rows": ("map_columns", "unpack"),
     "data.text_checks": ("TextChecks", "check_texts"),
+    "ledger.ledger": ("Ledger",),
     "model.recorder": ("Recorder",),
     "model.resonance": ("Resonance", "literal"),
     "probe.results": ("ProbeResult",),

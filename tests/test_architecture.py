@@ -26,8 +26,8 @@ MAY_KNOW = {
     "io": "config",
     "scores": "config io",
     "selecting": "config io scores",
-    "ledger": "io scores",
-    "report": "config io scores selecting",
+    "ledger": "config io scores selecting",
+    "report": "config io scores selecting ledger",
     "model": "config",
     "data": "config io scores selecting report model",
     "criteria": "config selecting model data",
@@ -39,11 +39,11 @@ MAY_KNOW = {
     "demo": "config scores selecting report data scoring training evaluation",
     "probe": "config io scores selecting report model data scoring evaluation",
     "compare": "config io scores selecting data criteria scoring tokens training evaluation demo probe",
-    "cli": "config io scores selecting report data scoring tokens training demo probe compare",
+    "cli": "config io scores selecting ledger report data scoring tokens training demo probe compare",
 }
 WITHOUT_TORCH = ["config", "io", "scores", "selecting", "ledger", "report", "cli"]  # packages, all modules of them
 ALSO_WITHOUT_TORCH = [
-    *("training.plan", "training.position", "training.plan_log", "training.drift", "training.measurements"),
+    *("training.plan", "training.position", "training.plan_log", "training.measurements"),
     *("training.filtering", "compare.config", "compare.cells", "compare.report", "compare.published"),
 ]
 HEAVY = {"torch", "transformers", "datasets", "trl", "accelerate", "peft", "evaluate"}

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from .. import __version__
 from ..config import InputError, nearest
-from . import check, clean, compare, demo, env, probe, report, score, select
+from . import check, clean, compare, demo, env, inspect, probe, report, score, select
 from .interrupts import interruptible
 from .launching import check_environment, is_launched, run_in_processes
 from .naming import options_of, speaking, told
@@ -27,6 +27,7 @@ COMMANDS = {  # each module has `EXAMPLES`, `add_arguments` and `run`, which imp
     "check": (check, "look for repeats, cut answers and the like in a dataset's texts; needs no model"),
     "compare": (compare, "compare selectors on your model and data"),
     "probe": (probe, "find out which signal finds which fault in your rows"),
+    "inspect": (inspect, "what a run's ledger says of its steps, its spikes and its rows"),
     "report": (report, "one page that shows why a row was dropped"),
     "env": (env, "print the versions, for a bug report"),
 }

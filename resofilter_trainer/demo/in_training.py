@@ -16,12 +16,12 @@ from pathlib import Path
 import numpy as np
 
 from ..report import PAGE
+from ..scores.drift import drop_rate_by_moment
 from ..scores.score_table import ScoreTable
 from ..scores.statistics import auroc, rank_correlation
 from ..selecting.selection import KEPT, Selection
 from ..selecting.shares import drop_share
 from ..training.callback import ResonanceCallback
-from ..training.drift import drop_rate_by_moment
 from ..training.run import STATE
 from .run import KEEP, ROWS, Stages, make_data, train_with, training_arguments
 

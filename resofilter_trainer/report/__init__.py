@@ -25,6 +25,7 @@ from .contents import Contents, read_contents
 from .numbers import Numbers, numbers_of
 from .paper_figures import ratios_of, word_frequency
 from .samples import Decode, Text, samples_of, shortened
+from .timeline import lives_of
 
 __all__ = ["Contents", "Numbers", "Report", "read_contents", "write_report"]
 
@@ -104,7 +105,8 @@ def write_report(
     pictures = [output / FILES / f"{name}.png" for name in charts]
     for chart, picture in zip(charts.values(), pictures, strict=True):
         save_png(chart, picture)
-    page = make_page(title or TITLE, numbers, charts, scores, selection, samples, groups, contents.epochs, files)
+    lives = None if samples is None else lives_of(contents.ledger, samples.rows)
+    page = make_page(title or TITLE, numbers, charts, scores, selection, samples, groups, contents.epochs, files, lives)
     with replacing(output / PAGE) as temporary:
         temporary.write_bytes(page.encode("utf-8", "replace"))  # a lone surrogate becomes a question mark
     return Report(output / PAGE, numbers, pictures)

@@ -20,6 +20,7 @@ from ..scores.score_table import ScoreTable
 from .distribution import Scale
 from .numbers import Numbers
 from .paper_figures import Quarter
+from .timeline import Timeline
 
 VERSIONS = vl_convert.get_vegalite_versions()  # oldest first
 SCHEMA = ".".join(alt.SCHEMA_VERSION.removeprefix("v").split(".")[:2])
@@ -30,6 +31,7 @@ HEIGHT, WIDTH = 220, 460
 KINDS = ("means of rows", "entries of W_up")
 NAMES = (  # of all charts
     *("scores", "length", "loss", "layers", "length_of_quarters", "frequency_of_quarters", "ratios", "epochs", "steps"),
+    *("timeline", "curves"),
 )
 Specification = dict[str, Any]
 Chart = alt.Chart | alt.LayerChart | alt.VConcatChart
@@ -52,6 +54,8 @@ def charts_of(numbers: Numbers, points: Sequence[dict[str, Any]]) -> dict[str, S
         "ratios": ratios_chart(numbers.ratios) if numbers.ratios else None,
         "epochs": epochs_chart(numbers) if any(each.median is not None for each in numbers.epochs) else None,
         "steps": steps_chart(numbers.log) if numbers.log else None,
+        "timeline": None if numbers.timeline is None else timeline_chart(numbers.timeline),
+        "curves": curves_chart(numbers.curves) if numbers.curves else None,
     }
     return {name: specification(chart) for name, chart in found.items() if chart is not None}
 
@@ -231,6 +235,36 @@ def steps_chart(log: Sequence[dict[str, Any]]) -> Chart:
         )
         panels.append(panel.properties(width=WIDTH, height=110))
     return alt.vconcat(*panels)
+
+
+def timeline_chart(timeline: Timeline) -> Chart:
+    """The loss and the gradient norm by step, a panel each, with the steps that stand out."""
+    panels = []
+    for name, title in (("loss", "loss, nats per token"), ("grad_norm", "gradient norm")):
+        if all(each[name] is None for each in timeline.steps):
+            continue
+        x, y = alt.X("step:Q", title="step"), alt.Y(f"{name}:Q", title=title, scale=alt.Scale(zero=False))
+        line = alt.Chart(_data(timeline.steps)).mark_line(color=KEPT_COLOUR).encode(x=x, y=y)
+        spikes = [{"step": each.step, name: getattr(each, name), "spike": each.step} for each in timeline.spikes]
+        points = alt.Chart(_data([each for each in spikes if each[name] is not None]))
+        marked = points.mark_point(color=DROPPED_COLOUR, filled=True, size=70, cursor="pointer")
+        marked = marked.encode(x=x, y=y, tooltip=["step:Q", f"{name}:Q"])
+        panels.append((line + marked).properties(width=WIDTH, height=110))
+    return alt.vconcat(*panels)
+
+
+def curves_chart(curves: Sequence[dict[str, Any]]) -> Chart:
+    """The mean loss of kept, dropped and random rows by epoch."""
+    names, colours = ["kept", "dropped", "random half"], [KEPT_COLOUR, DROPPED_COLOUR, OTHER]
+    lines = alt.Chart(_data(curves)).mark_line(point=True)
+    return _sized(
+        lines.encode(
+            x=alt.X("epoch:O", title="epoch", axis=alt.Axis(labelAngle=0)),
+            y=alt.Y("loss:Q", title="mean loss of the rows trained", scale=alt.Scale(zero=False)),
+            color=alt.Color("rows:N", title=None, scale=alt.Scale(domain=names, range=colours)),
+            tooltip=["epoch:O", "rows:N", "loss:Q", "count:Q"],
+        )
+    )
 
 
 def specification(chart: Chart) -> Specification:

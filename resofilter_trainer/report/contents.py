@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -13,9 +14,11 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from ..config import InputError, with_known_keywords
+from ..config import InputError, ScoreWarning, with_known_keywords
 from ..io.files import file_at, read_json
 from ..io.made_from import check_made_from, refuse_differences
+from ..ledger.ledger import Ledger
+from ..ledger.schema import LEDGER
 from ..scores.provenance import Provenance
 from ..scores.score_table import LAYERS_FOLDER, SCORES_FILE, ScoreTable
 from ..scores.token_scores import TOKEN_SCORES_FILE, TokenScores
@@ -59,6 +62,7 @@ class Contents:
         layers: scores of every layer for some rows (`score_layers`).
         cleaned: the tokens to learn and their losses under both models (`resofilter clean`).
         comparison: the content of `comparison.json` (`resofilter compare`).
+        ledger: the ledger of a training run.
 
     Raises:
         InputError: the scores do not cover every row, or a selection, epoch or layer belongs to other scores.
@@ -71,6 +75,7 @@ class Contents:
     layers: ScoreTable | None = None
     cleaned: TokenSelection | None = None
     comparison: dict[str, Any] | None = None
+    ledger: Ledger | None = None
 
     def __post_init__(self) -> None:
         if self.scores is None:
@@ -147,6 +152,7 @@ def read_contents(
         layers=ScoreTable.load(layers) if (layers / SCORES_FILE).is_file() else None,
         cleaned=cleaned,
         comparison=compared,
+        ledger=_ledger(folder),
     )
 
 
@@ -255,6 +261,19 @@ def _cleaned(folder: Path) -> TokenSelection | None:
     if len(ids) and not 0 <= ids.min() <= ids.max() < scores.provenance.rows:
         raise InputError(f"The token scores in '{folder}' have rows that are not in the dataset. Make them again.")
     return TokenSelector(settings["keep_tokens"], settings["ranking"]).select(scores)
+
+
+def _ledger(folder: Path) -> Ledger | None:
+    """Open a run's ledger; None, and a warning, where it cannot be read as a whole."""
+    if not any((folder / LEDGER).glob("*/*.parquet")):
+        return None
+    try:
+        ledger = Ledger.load(folder)
+        ledger.steps()
+        return ledger
+    except InputError as error:
+        warnings.warn(f"The report has no time line: {error}", ScoreWarning, stacklevel=3)
+        return None
 
 
 def _json(path: Path) -> Any:

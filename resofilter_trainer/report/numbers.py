@@ -8,6 +8,7 @@ library cannot differ. A new number goes into the module that its subject belong
     what_if         what another share would keep
     paper_figures   layers, quarters and ratios, as in ResoFilter's figures
     epochs          rows and scores by epoch, the log by step
+    timeline        losses by step and by epoch, steps that stand out, from a run's ledger
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from .contents import Contents
 from .distribution import Bar, Scale, histogram, scale_of, threshold_of
 from .epochs import EpochNumbers, epochs_of, steps_of
 from .paper_figures import Layer, Quarter, layers_of, quarters_of, ratios_of
+from .timeline import Timeline, curves_of, timeline_of
 from .verdict import Verdict, verdict_of, warnings_of
 from .what_if import WhatIf, selector_of, what_if
 
@@ -41,6 +43,8 @@ class Numbers:
         quarters, layers: token counts and word frequency by score, and the change by layer.
         epochs, log: rows and scores by epoch of a training run; learning rate and kept share by step.
         ratios: a comparison's metric by kept share.
+        timeline: a run by step, and the steps that stand out.
+        curves: the mean loss of kept, dropped and random rows by epoch.
     """
 
     verdict: Verdict
@@ -56,6 +60,8 @@ class Numbers:
     epochs: list[EpochNumbers]
     log: list[dict[str, Any]]
     ratios: list[dict[str, Any]]
+    timeline: Timeline | None
+    curves: list[dict[str, Any]]
 
 
 def numbers_of(contents: Contents, groups: Sequence[str] | None, frequency: np.ndarray | None, copies: int) -> Numbers:
@@ -87,4 +93,6 @@ def numbers_of(contents: Contents, groups: Sequence[str] | None, frequency: np.n
         epochs=epochs_of(contents.epochs),
         log=steps_of(contents.log),
         ratios=ratios_of(contents.comparison),
+        timeline=timeline_of(contents.ledger),
+        curves=curves_of(contents.ledger, selection.keep),
     )

@@ -40,9 +40,18 @@
     const drawn = Object.entries(data.charts).map(([name, chart]) => {
       const target = at(`chart-${name}`);
       const options = { actions: false, renderer: "svg", mode: "vega-lite", config };
-      return target && vegaEmbed(target, structuredClone(chart), options);
+      return target && vegaEmbed(target, structuredClone(chart), options).then((made) => {
+        if (name === "timeline") made.view.addEventListener("click", (event, item) => showSpike(item?.datum?.spike));
+      });
     });
     return Promise.all(drawn).then(() => { root.dataset.drawn = "true"; });
+  }
+
+  function showSpike(step) {
+    const rows = at(`spike-${step}`);
+    if (!rows) return;
+    rows.open = true;
+    rows.scrollIntoView({ block: "nearest" });
   }
 
   function setTheme(dark) {
@@ -156,6 +165,10 @@
       cell.append(...block("completion", textNodes(samples.completion[i]), "Completion"));
     }
     if (samples.cut[i]) cell.append(element("p", `${count(samples.cut[i])} more characters are not shown.`));
+    for (const [epoch, step, loss, resonance] of samples.life?.[i] ?? []) {
+      const measured = resonance === null ? "" : `, resonance ${resonance.toPrecision(4)}`;
+      cell.append(element("div", `Epoch ${epoch}, step ${count(step)}: loss ${loss === null ? "–" : loss.toPrecision(4)}${measured}`, { class: "visit" }));
+    }
     const first = samples.copy_of[i];
     if (first !== samples.row[i]) cell.append("Same text as ", samples.row.includes(first) ? rowLink(first) : `row ${count(first)}, which is not shown`, ". ");
     if (samples.neighbours[i].length) {
@@ -245,6 +258,13 @@
     URL.revokeObjectURL(link.href);
   }
 
+  for (const cell of document.querySelectorAll(".spike td[data-row]")) {
+    const row = Number(cell.dataset.row);
+    if (!samples.row.includes(row)) continue;
+    const link = rowLink(row);
+    link.addEventListener("click", () => at("found").scrollIntoView({ block: "nearest" }));
+    cell.replaceChildren(link);
+  }
   at("group-label").hidden = !samples.group;
   at("colour-label").hidden = !samples.tokens.some(Boolean);
   for (const name of [...new Set(samples.group ?? [])].sort()) at("group").append(element("option", name || "(none)", { value: `=${name}` }));

@@ -25,6 +25,7 @@ from .columns import finite
 from .contents import Epoch
 from .numbers import Numbers
 from .samples import Samples, as_json, shortened
+from .timeline import Visit
 from .what_if import LISTED_GROUPS
 
 HERE = Path(__file__).parent
@@ -40,6 +41,7 @@ def make_page(
     groups: Sequence[str] | None,
     epochs: Sequence[Epoch],
     files: str,
+    lives: list[list[Visit]] | None = None,
 ) -> str:
     """Render the page.
 
@@ -50,6 +52,7 @@ def make_page(
         scores, selection, samples, groups: the rows of the dataset; None where there are none.
         epochs: the epochs of a training run.
         files: where all dropped rows are listed, as text; may be empty.
+        lives: every time that each of the samples was trained; None without a ledger.
 
     Returns:
         The HTML.
@@ -61,7 +64,7 @@ def make_page(
     if numbers is not None and scores is not None and selection is not None and samples is not None:
         content |= {
             "what_if": _what_if(numbers, groups),
-            "samples": rows_shown(scores, selection, samples, groups, epochs),
+            "samples": {**rows_shown(scores, selection, samples, groups, epochs), "life": lives},
         }
         about = {
             "verdict": verdict_line(numbers, scores),
@@ -83,6 +86,7 @@ def make_page(
         files=files,
         version=__version__,
         listed_groups=LISTED_GROUPS,
+        digits=lambda value: "unknown" if value is None else f"{value:.4g}",
         correlation=lambda value: "unknown." if value is None else f"{value:+.3f}.",
         **about,
     )

@@ -13,9 +13,9 @@ import pyarrow as pa
 
 from ..config import InputError
 from ..io.files import load_parquet, save_parquet
+from ..scores.drift import on_scale_of, without_drift
 from ..scores.provenance import Provenance
 from ..scores.score_table import LAYER, ScoreTable
-from .drift import on_scale_of, without_drift
 
 FILE = "measurements.parquet"
 KEY = "resofilter_measurements"

@@ -242,7 +242,7 @@ def test_the_help_has_two_examples_and_a_line_for_every_option(command, capsys, 
     assert "None" not in text
     assert "(default: False)" not in text
     assert text.count("\n") < 100
-    parser = parsed(command, *(["x"] if command == "report" else [])).parser
+    parser = parsed(command, *(["x"] if command in ("inspect", "report") else [])).parser
     assert [action.dest for action in parser._actions if not action.help] == []
 
 

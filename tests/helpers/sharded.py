@@ -24,7 +24,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy
 from transformers import set_seed
 
 from helpers.families import tiny
-from helpers.ledgers import lines, losses
+from helpers.run_ledgers import lines, losses
 from helpers.tokenizers import make_tokenizer
 from helpers.training import Outcome, llama, rows, train
 from helpers.versions import older_than

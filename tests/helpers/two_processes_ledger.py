@@ -12,7 +12,7 @@ from accelerate.utils import gather_object
 from datasets import Dataset
 from trl import SFTTrainer
 
-from helpers.ledgers import Unrounded
+from helpers.run_ledgers import Unrounded
 from helpers.tokenizers import make_tokenizer
 from helpers.training import InOrder, arguments, llama, rows
 from resofilter_trainer import ResonanceCallback

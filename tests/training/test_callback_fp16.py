@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from helpers.ledgers import Unrounded, lines, losses
+from helpers.run_ledgers import Unrounded, lines, losses
 from helpers.training import arguments, llama, rows
 from trl import SFTTrainer
 

@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 from datasets import Dataset
-from helpers.ledgers import Unrounded, lines, losses, parts_of
+from helpers.run_ledgers import Unrounded, lines, losses, parts_of
 from helpers.training import arguments, assert_same_weights, llama, rows, train
 from helpers.versions import skip_without
 from trl import SFTTrainer

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers.ledgers import lines, losses
+from helpers.run_ledgers import lines, losses
 from helpers.processes import torchrun
 from helpers.two_processes_ledger import GARBAGE, KINDS
 

@@ -10,7 +10,7 @@ import pytest
 from helpers.tables import make_provenance, make_scores
 
 from resofilter_trainer.config import InputError
-from resofilter_trainer.training.drift import on_scale_of, without_drift
+from resofilter_trainer.scores.drift import on_scale_of, without_drift
 from resofilter_trainer.training.measurements import FILE, Measured, Measurements
 
 LAYERS = [2, 3]

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from helpers.ledgers import Unrounded, lines
+from helpers.run_ledgers import Unrounded, lines
 from helpers.training import InOrder, arguments, llama
 from transformers import TrainerCallback
 

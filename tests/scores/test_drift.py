@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from resofilter_trainer.scores.drift import drop_rate_by_moment, on_scale_of, without_drift
 from resofilter_trainer.scores.statistics import rank_correlation
-from resofilter_trainer.training.drift import drop_rate_by_moment, on_scale_of, without_drift
 
 ROWS = 4000
 QUARTILES = [0.25, 0.5, 0.75]
