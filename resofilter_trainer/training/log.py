@@ -103,7 +103,7 @@ def say_next(trainer: Trainer) -> None:
     """Say in the console which command shows the scores of a run."""
     if trainer.args.process_index == 0:
         output = shlex.quote(str(trainer.args.output_dir))
-        tqdm.write(f"{NAME}: Next: resofilter report {output} (with --dataset, it shows the rows' texts)")
+        tqdm.write(f"{NAME}: Next: resofilter report {output} (report=True writes it with the rows' texts)")
 
 
 def _dropped(table: ScoreTable, selection: Selection) -> str:

@@ -467,8 +467,8 @@ def test_the_help_of_score_names_every_criterion_and_two_updates(capsys):
         main(["score", "--help"])
     text = " ".join(capsys.readouterr().out.split())
     assert stopped.value.code == 0
-    assert f"resonance, or another criterion: {', '.join(CRITERIA)} (default: resonance)" in text
-    assert "--update UPDATE adamw or sgd (default: adamw)" in text
+    assert f"--criterion NAME resonance, {', '.join(CRITERIA)} (default: resonance)" in text
+    assert "--update {adamw,sgd} the optimizer of the step (default: adamw)" in text
 
 
 def test_arguments_are_parsed_without_torch():
@@ -575,7 +575,7 @@ def test_select_never_replaces_the_dataset_that_was_scored(place, tmp_path, caps
 
 def test_select_again_replaces_its_own_rows(scored, tmp_path):
     for keep, stay in (("0.5", 6), ("0.25", 3)):
-        main(["select", str(scored), "--keep", keep, "--output", str(tmp_path / "kept")])
+        main(["select", str(scored), "--keep", keep, "--output", str(tmp_path / "kept"), "--overwrite"])
         assert len(load_from_disk(tmp_path / "kept" / "dataset")) == stay
 
 

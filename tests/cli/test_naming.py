@@ -52,7 +52,7 @@ def options(command) -> dict[str, argparse.Action]:
         (
             score,
             "Set chat_template_path in SFTConfig, or bf16 of SFTConfig",
-            "Set --chat_template_path, or bf16 of SFTConfig",
+            "Set --chat_template_path, or --bf16",
         ),
         (score, "Split split in SFTConfig.", "Split --split."),
         (score, 'such as up_projection=r"mlp\\.up$"', "such as --up_projection 'mlp\\.up$'"),

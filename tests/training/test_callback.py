@@ -455,7 +455,7 @@ def test_scalars_go_through_the_trackers_and_a_line_to_the_console(tmp_path, tok
     command = f"resofilter report {shlex.quote(str(tmp_path))}"
     assert printed[-2:] == [
         f"scores, selections and plan: {tmp_path / STATE}",
-        f"Next: {command} (with --dataset, it shows the rows' texts)",
+        f"Next: {command} (report=True writes it with the rows' texts)",
     ]
 
 
