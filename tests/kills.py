@@ -22,6 +22,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -29,6 +30,7 @@ import datasets
 from datasets import load_from_disk
 from helpers.tokenizers import make_tokenizer
 from helpers.training import arguments, llama, rows, train
+from helpers.versions import older_than
 
 from resofilter_trainer import ResonanceCallback, TokenCleaning, score_dataset
 from resofilter_trainer.cli.entry import main as resofilter
@@ -38,6 +40,7 @@ from resofilter_trainer.tokens.cleaning import clean_dataset
 SILENCE = 6  # seconds after which the other process counts a killed one as lost
 LIMIT = 180  # seconds for one start of a job, which takes a few
 STARTS = 20
+KEEP = [1.0, 0.6, 0.3]  # of the rows, epoch by epoch
 FORK = multiprocessing.get_context("fork")  # a child does not import everything again
 
 
@@ -84,17 +87,38 @@ def clean(inputs: Path, output: Path) -> None:
 
 
 def train_with_callback(inputs: Path, output: Path) -> None:
-    callback = ResonanceCallback(keep=[1.0, 0.6, 0.3])
+    train_often_saved(output, ResonanceCallback(keep=KEEP))
+
+
+def train_on_packs(inputs: Path, output: Path) -> None:
+    callback = ResonanceCallback(keep=KEEP, dataset=rows(40))
+    train_often_saved(output, callback, packing=True, gradient_accumulation_steps=2)
+
+
+def train_on_split_rows(inputs: Path, output: Path) -> None:
+    callback = ResonanceCallback(keep=KEEP, dataset=rows(40))
+    train_often_saved(output, callback, packing=True, packing_strategy="bfd_split", max_length=9)
+
+
+def train_on_a_stream(inputs: Path, output: Path) -> None:
+    """A stream that is shuffled anew in every pass."""
+    stream = rows(40).add_column("name", list(range(0, 280, 7))).to_iterable_dataset()
+    callback = ResonanceCallback(keep=KEEP, id_column="name")
+    train_often_saved(output, callback, dataset=stream.shuffle(seed=3, buffer_size=8), max_steps=15)
+
+
+def train_sharded(inputs: Path, output: Path) -> None:
+    from helpers import sharded  # which counts the processes of its environment
+
+    sharded.shard_on_cpu()
+    train_often_saved(output, ResonanceCallback(keep=KEEP), ddp_timeout=SILENCE, **sharded.by_fsdp2())
+
+
+def train_often_saved(output: Path, callback: ResonanceCallback, **changes: Any) -> None:
+    """Train, from the last complete checkpoint if there is one."""
     often = {"save_strategy": "steps", "save_steps": 2, "save_total_limit": 3, "gradient_accumulation_steps": 3}
-    train(output, make_tokenizer(), callback, dataset=rows(40), resume=last_complete(output), **often)
-
-
-def record(inputs: Path, output: Path) -> None:
-    """Train with a ledger, on packed rows, of which several processes have other numbers."""
-    dataset = rows(60)
-    often = {"save_strategy": "steps", "save_steps": 3, "save_total_limit": 3, "packing": True, "max_length": 48}
-    callback = ResonanceCallback(keep=[1.0, 0.6], dataset=dataset)
-    train(output, make_tokenizer(), callback, dataset=dataset, resume=last_complete(output), **often)
+    settings = {"dataset": rows(40), **often, **changes}
+    train(output, make_tokenizer(), callback, resume=last_complete(output), **settings)
 
 
 def last_complete(output: Path) -> str | None:
@@ -110,7 +134,13 @@ def last_complete(output: Path) -> str | None:
     return str(max(complete, key=lambda path: int(path.name.split("-")[1]))) if complete else None
 
 
-TRAINED = ("checkpoint-*/model.safetensors", "resofilter/scores.parquet", "resofilter/selection-epoch-*.parquet")
+LEDGER = "resofilter/ledger/*/*.parquet"
+TRAINED = (
+    "checkpoint-*/model.safetensors",
+    "resofilter/scores.parquet",
+    "resofilter/selection-epoch-*.parquet",
+    LEDGER,
+)
 JOBS = {
     "scoring": Job(score, ("scores.parquet",)),
     "scoring in two processes": Job(score, ("scores.parquet",), 2),
@@ -118,8 +148,12 @@ JOBS = {
     "cleaning": Job(clean, ("token_scores.arrow", "data-*.arrow", "summary.json")),
     "cleaning in two processes": Job(clean, ("token_scores.arrow", "data-*.arrow", "summary.json"), 2),
     "training": Job(train_with_callback, TRAINED),
-    "recording": Job(record, ("resofilter/ledger/*/*.parquet", *TRAINED)),
+    "training on packs": Job(train_on_packs, TRAINED),
+    "training on split rows": Job(train_on_split_rows, TRAINED),
+    "training on a stream": Job(train_on_a_stream, (*TRAINED, "resofilter/rows.parquet")),
 }
+if not older_than("transformers", "5.0"):  # which takes FSDP2's settings from the environment
+    JOBS["training in shards"] = Job(train_sharded, TRAINED, 2)
 
 
 def start(job: Job, inputs: Path, output: Path) -> list[multiprocessing.process.BaseProcess]:

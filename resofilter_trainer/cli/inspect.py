@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from ..ledger.ledger import Ledger
     from ..ledger.spikes import Spike
 
-EXAMPLE = "resofilter inspect run/ --spikes --dataset rows.jsonl"
+EXAMPLES = ("resofilter inspect run/ --spikes --dataset rows.jsonl", "resofilter inspect run/ --row 17")
 MOST_TEXT = 200  # characters of a prompt or a completion
 Content = dict[str, Any]
 Texts = Sequence[tuple[str, str]]

@@ -116,6 +116,12 @@ def without_compiling() -> None:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
+def by_fsdp2(**settings: Any) -> dict[str, Any]:
+    """SFTConfig's arguments that shard a Llama by FSDP2."""
+    new = not older_than("transformers", "5.23")
+    return {"fsdp": True if new else "full_shard auto_wrap", "fsdp_config": {**FSDP, **settings}}
+
+
 def engine() -> str:
     """What shards the model: `"fsdp"`, `"deepspeed"` or `"nothing"`."""
     return sys.argv[3]
@@ -130,8 +136,7 @@ def run(output: Path, kind: str, callback: ResonanceCallback | None, **more: Any
     if PROCESSES == 1 and parts > 1:
         changes["gradient_accumulation_steps"], size = parts, size // parts
     if engine() == "fsdp":
-        new = not older_than("transformers", "5.23")
-        changes |= {"fsdp": True if new else "full_shard auto_wrap", "fsdp_config": {**FSDP, **fsdp}}
+        changes |= by_fsdp2(**fsdp)
     if engine() == "deepspeed":
         zero = {"stage3_param_persistence_threshold": 0, **zero}  # otherwise it divides no parameter of a tiny model
         changes["deepspeed"] = {**DEEPSPEED, **deepspeed, "zero_optimization": zero}
@@ -193,7 +198,16 @@ def resumed(output: Path, kind: str) -> dict[str, np.ndarray]:
         found = numbers(again)
         for name, value in truth.items():
             assert np.array_equal(found[name], value, equal_nan=value.dtype.kind == "f"), (checkpoint.name, name)
-    return {"checkpoints": np.array(len(checkpoints))}
+    return {**truth, "checkpoints": np.array(len(checkpoints))}
+
+
+def elsewhere(output: Path, kind: str) -> dict[str, np.ndarray]:
+    """A run resumed from a checkpoint of another engine, or of another number of processes; or what is said of it."""
+    checkpoint = min((output / "whole").glob("checkpoint-*"), key=lambda path: int(path.name[11:]))
+    try:
+        return numbers(run(output / "elsewhere", kind, filtering(), resume=str(checkpoint)))
+    except (ValueError, OSError) as error:  # the Trainer's own
+        return {"said": np.array(str(error))}
 
 
 def optimizer(output: Path, kind: str) -> dict[str, np.ndarray]:
@@ -232,7 +246,7 @@ def assert_same(found: dict[str, np.ndarray], truth: dict[str, np.ndarray], tole
 
 
 WHAT: dict[str, Callable[[Path, str], dict[str, np.ndarray]]] = {
-    each.__name__: each for each in (scores, untouched, resumed, optimizer, refused)
+    each.__name__: each for each in (scores, untouched, resumed, elsewhere, optimizer, refused)
 }
 
 

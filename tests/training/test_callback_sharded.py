@@ -116,6 +116,25 @@ def test_the_end_is_the_same_from_every_checkpoint(kind, resumed):
     assert load(resumed, "resumed", kind)["checkpoints"] >= 2
 
 
+def test_another_number_of_processes_resumes(resumed):
+    torchrun("sharded", resumed, "elsewhere", "fsdp", "plain", processes=1)
+    found, truth = load(resumed, "elsewhere", "plain"), load(resumed, "resumed", "plain")
+    assert_same(found, truth, 1e-5)
+    assert np.abs(found["weights"] - truth["weights"]).max() <= 1e-5 * np.ptp(truth["weights"])
+
+
+def test_the_trainer_refuses_a_checkpoint_of_another_engine(resumed, tmp_path):
+    torchrun("sharded", resumed, "elsewhere", "nothing", "plain", processes=1)
+    said = str(load(resumed, "elsewhere", "plain")["said"])
+    assert said.endswith("is only supported when using PyTorch FSDP")
+    torchrun("sharded", tmp_path, "resumed", "nothing", "plain", processes=1)
+    torchrun("sharded", tmp_path, "elsewhere", "fsdp", "plain", processes=1)
+    said = str(load(tmp_path, "elsewhere", "plain")["said"])
+    assert "No such file or directory" in said
+    assert "pytorch_model_fsdp.bin" in said
+    assert "\n" not in said
+
+
 def test_the_optimizers_own_steps_are_measured_on_a_sharded_model(tmp_path):
     """In one process, since a step has one row: a user's way to train a model that is offloaded by FSDP2."""
     for name in ("nothing", "fsdp"):

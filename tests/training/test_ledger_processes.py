@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers.run_ledgers import lines, losses
 from helpers.processes import torchrun
+from helpers.run_ledgers import lines, losses
 from helpers.two_processes_ledger import GARBAGE, KINDS
 
 
