@@ -241,7 +241,7 @@ class Watch:
             own_weight = verdict.own if not self._left_out else np.zeros(len(rows), bool)
             weight = verdict.expected * np.where(own_weight, verdict.ratio, 1.0)
             loss = np.where(np.isfinite(verdict.sums), verdict.sums / np.maximum(num_tokens, 1), loss)
-        weight = np.where(learnt, weight * num_tokens, 0.0) / self._scale / self._trainer.args.world_size
+        weight = np.where(learnt, weight, 0.0) * num_tokens / self._scale / self._trainer.args.world_size
         loss, layers = np.where(learnt, loss, np.nan), np.where(learnt[:, None], layers, np.nan)
         own = rows >= 0
         return Trained(rows[own], loss[own], num_tokens[own], weight[own], layers[own])

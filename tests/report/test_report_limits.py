@@ -143,12 +143,12 @@ def test_the_dropped_rows_are_written_next_to_the_page(written):
         assert table["reason"].to_pylist() == [selection.reason[row] for row in dropped]
 
 
-@pytest.mark.parametrize("what", ["texts", "groups"])
+@pytest.mark.parametrize(("what", "argument"), [("texts", "dataset"), ("groups", "groups")])
 @pytest.mark.parametrize("count", [0, 7, 9])
-def test_every_row_needs_a_text_and_a_group(what, count, tmp_path):
+def test_every_row_needs_a_text_and_a_group(what, argument, count, tmp_path):
     values = [("", "")] * count if what == "texts" else ["a"] * count
     with pytest.raises(InputError, match=f"8 rows and {count} {what}"):
-        write_report(Contents(usual(8)), tmp_path, **{what: values})
+        write_report(Contents(usual(8)), tmp_path, **{argument: values})
     assert list(tmp_path.iterdir()) == []
 
 
