@@ -80,17 +80,16 @@ class LedgerWriter:
             self.flush()
 
     def flush(self) -> None:
-        """Write the lines of all steps that have ended as a part."""
+        """Write the lines of all steps that have ended as a part, also where there are none, as of fillers alone."""
         if not self._steps:
             return
         first, last = self._written + 1, self._steps[-1][0]
-        if self._ended:
-            numbers, lines, rates, norms = zip(*self._steps, strict=True)
-            of_steps = {"step": numbers, "learning_rate": rates, "grad_norm": [float(each) for each in norms]}
-            values: Mapping[str, Any] = {name: np.repeat(own, lines) for name, own in of_steps.items()}
-            values = {**{name: own[: self._ended] for name, own in self._columns.items()}, **values}
-            arrays = [pa.array(np.asarray(values[each.name]), each.type, from_pandas=False) for each in self._schema]
-            write_part(pa.table(arrays, self._schema), self._folder / part_name(first, last), self._about)
+        numbers, lines, rates, norms = zip(*self._steps, strict=True)
+        of_steps = {"step": numbers, "learning_rate": rates, "grad_norm": [float(each) for each in norms]}
+        values: Mapping[str, Any] = {name: np.repeat(own, lines) for name, own in of_steps.items()}
+        values = {**{name: own[: self._ended] for name, own in self._columns.items()}, **values}
+        arrays = [pa.array(np.asarray(values[each.name]), each.type, from_pandas=False) for each in self._schema]
+        write_part(pa.table(arrays, self._schema), self._folder / part_name(first, last), self._about)
         waiting = self._lines - self._ended  # lines of a step that has not ended
         for own in self._columns.values():
             own[:waiting] = own[self._ended : self._lines].copy()

@@ -5,6 +5,7 @@ begin -> before_step -> the step -> end_step -> ... -> flush
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any, cast
 
 import numpy as np
 import xxhash
-from transformers import Trainer
+from transformers import Trainer, TrainingArguments
 
 from ..config import InputError
 from ..io.files import remove_folder
@@ -24,6 +25,11 @@ from .spiking import SpikeWatch
 from .trainer_patches import GradientNormPatch
 
 SPIKES = "spikes"  # in a checkpoint
+OF_RUN = (  # the trainer's settings that tell runs apart, beside what is measured and on which rows
+    *("learning_rate", "lr_scheduler_type", "warmup_steps", "optim", "weight_decay", "max_grad_norm"),
+    *("num_train_epochs", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps"),
+    *("label_smoothing_factor", "neftune_noise_alpha", "bf16", "fp16"),
+)
 SampleIds = Callable[[np.ndarray], np.ndarray]
 
 
@@ -59,16 +65,17 @@ class Recording:
         """
         args, step = self._trainer.args, self._trainer.state.global_step
         saved = self._trainer.state.stateful_callbacks.get(STATE, {}) if step else {}
-        self._run = saved.get(LEDGER) or xxhash.xxh3_64_hexdigest(provenance.encode())
+        self._run = saved.get(LEDGER) or _known_by(provenance, args)
         self._sample_ids, self._waiting = sample_ids, []
         self._spikes.begin(saved.get(SPIKES, {}))
+        until = step if self._on else 0
         if args.should_save:
-            self._keep_until(step)
+            self._keep_until(until)
         if self._on:
             self._writer = LedgerWriter(self._folder, self._run, args.process_index, args.world_size, layers)
             self._writer.begin(step)
         else:
-            keep_until(self._folder / f"{PROCESS}{args.process_index}", step, self._run)
+            keep_until(self._folder / f"{PROCESS}{args.process_index}", until, self._run)
         if self._on or self._spikes.on:
             self._norm.install()
 
@@ -140,6 +147,12 @@ class Recording:
         """What a checkpoint remembers of the ledger and of the steps' losses."""
         ledger = {LEDGER: self._run} if self._on else {}
         return {**ledger, SPIKES: self._spikes.to_json()} if self._spikes.on else ledger
+
+
+def _known_by(provenance: str, args: TrainingArguments) -> str:
+    """What the parts of a run are known by: the same for the same training, wherever it is written."""
+    settings = {name: str(getattr(args, name, None)) for name in OF_RUN}
+    return xxhash.xxh3_64_hexdigest(json.dumps([provenance, settings]).encode())
 
 
 def check_recording(before: bool, ledger: bool | None, on_spike: Any, skip_update: bool) -> None:

@@ -339,7 +339,6 @@ class Run:
         if self._saved_at == now:
             return
         self._watch.gather()
-        self._recording.flush()
         self._saved_at = now
         if self.trainer.args.should_save:
             folder = checkpoint_folder(None, self.trainer)

@@ -88,7 +88,7 @@ class SpikeWatch:
         parts = gather_object(list(trained)) if self._trainer.args.world_size > 1 else trained
         number, answer = self._trainer.state.global_step + 1, None
         if self._trainer.args.process_index == 0:
-            rows = rows_of(parts, usual(self._losses), texts())
+            rows = rows_of(parts, usual(self._losses), None if self._on_spike is None else texts())
             step = SpikingStep(number, loss, grad_norm, usual(self._losses), usual(self._norms), by, rows)
             answer = None if self._on_spike is None else self._on_spike(step)
             named = ", ".join(str(each.sample_id) for each in rows[:NAMED])

@@ -340,7 +340,6 @@ class StreamRun:
         if self._saved_at == now:
             return
         self._gather()
-        self._recording.flush()
         self._saved_at = now
         if self.trainer.args.should_save:
             folder = checkpoint_folder(None, self.trainer)

@@ -261,6 +261,8 @@ class UpdatePatch:
                 if not self.unscaled:
                     accelerator.unscale_gradients(optimizer)
                 accelerator.scaler.update()
+            if hasattr(optimizer, "_is_overflow"):  # of the step before, for which the learning rate stayed
+                optimizer._is_overflow = False
 
         _replace(optimizer, "step", nothing)
 

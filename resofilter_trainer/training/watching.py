@@ -259,7 +259,8 @@ class Watch:
         return texts_of(self._trainer, rows.sample_ids, rows.total, self._examples.texts)
 
     def gather(self) -> None:
-        """Add what all processes have measured to the measurements of each."""
+        """Add what all processes have measured to the measurements of each, once all have written their ledgers."""
+        self._recording.flush()
         pending, self._pending = self._pending, []
         if self._trainer.args.world_size > 1:
             pending = sorted(gather_object(pending), key=lambda each: each.step)

@@ -83,16 +83,18 @@ def test_micro_batches_of_a_step_that_has_not_ended_wait_for_it(tmp_path):
     assert table["grad_norm"].null_count == 0
 
 
-def test_a_process_without_a_line_in_some_steps_writes_none(tmp_path):
+def test_a_process_without_a_line_in_some_steps_writes_an_empty_part(tmp_path):
+    """As one with fillers alone; without the part, its steps would seem to be lost."""
     own = writer(tmp_path)
     add(own, [1, 2], rows=0)
     own.flush()
-    assert not (tmp_path / "process-1").exists()
     add(own, [3], rows=0)
     add(own, [4])
     own.flush()
-    assert steps(tmp_path) == [[4, 4, 4]]
-    assert steps_of(parts(tmp_path)[0]) == (3, 4)
+    own.flush()
+    assert steps(tmp_path) == [[], [4, 4, 4]]
+    assert [steps_of(path) for path in parts(tmp_path)] == [(1, 2), (3, 4)]
+    assert load_parquet(parts(tmp_path)[0], KEY, "part")[0].schema.remove_metadata() == schema_of(LAYERS)
 
 
 @pytest.mark.parametrize(("name", "most"), [("MOST_LINES", 6), ("MOST_STEPS", 2)])

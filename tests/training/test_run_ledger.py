@@ -207,6 +207,27 @@ def test_a_run_that_starts_anew_has_only_its_own_lines(tmp_path, tokenizer):
     assert not (tmp_path / "resofilter" / LEDGER).exists()
 
 
+def test_a_run_without_a_ledger_that_resumes_leaves_no_half_of_one(tmp_path, tokenizer):
+    train(tmp_path, tokenizer, ResonanceCallback(keep=1.0), save_strategy="steps", save_steps=3)
+    checkpoint = str(tmp_path / "checkpoint-6")
+    train(tmp_path, tokenizer, ResonanceCallback(keep=1.0, ledger=False), resume=checkpoint)
+    assert not (tmp_path / "resofilter" / LEDGER).exists()
+
+
+def test_parts_of_runs_with_another_learning_rate_are_told_apart(tmp_path, tokenizer):
+    """The run of `b` resumes into the folder of `a`, whose lines are none of its own."""
+    changes = {"save_strategy": "steps", "save_steps": 3, "num_train_epochs": 2}
+    train(tmp_path / "a", tokenizer, ResonanceCallback(keep=1.0), learning_rate=1e-2, **changes)
+    train(tmp_path / "b", tokenizer, ResonanceCallback(keep=1.0), learning_rate=1e-4, **changes)
+    runs = {json.loads(load_parquet(parts_of(tmp_path / each)[0], KEY, "part")[1])["run"] for each in "ab"}
+    assert len(runs) == 2
+    resume = str(tmp_path / "b" / "checkpoint-6")
+    train(tmp_path / "a", tokenizer, ResonanceCallback(keep=1.0), learning_rate=1e-4, resume=resume, **changes)
+    found = lines(tmp_path / "a")
+    assert found["step"].min() == 7
+    assert found["learning_rate"].max() <= 1e-4
+
+
 def test_a_run_with_a_ledger_trains_as_one_without(tmp_path, tokenizer):
     changes = {"gradient_accumulation_steps": 2, "num_train_epochs": 2}
     runs = [
