@@ -21,7 +21,8 @@ def warn_of_missing_state(trainer: Trainer, checkpoint: Path) -> None:
     """Warn where a checkpoint lacks what the Trainer needs to resume exactly, as those of `save_only_model` do."""
     states = {"optimizer": "optimizer*", "scheduler": "scheduler*", "random state": "rng_state*"}
     if trainer.is_deepspeed_enabled:  # whose engine has the optimizer in files of its own, and perhaps the scheduler
-        states["optimizer"] = "global_step*/*optim_states.pt"
+        whole = not trainer.accelerator.deepspeed_config.get("zero_optimization", {}).get("stage", 0)
+        states["optimizer"] = f"global_step*/*{'model' if whole else 'optim'}_states.pt"  # ZeRO-0 has them in one file
         if isinstance(trainer.lr_scheduler, AcceleratedScheduler):
             states["scheduler"] = "global_step*/*model_states.pt"
     missing = [name for name, pattern in states.items() if not any(checkpoint.glob(pattern))]
