@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from shlex import quote
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..config import InputError, at_most_one, whole_number
 from .inputs import scored_dataset
@@ -25,6 +25,28 @@ Content = dict[str, Any]
 Texts = Sequence[tuple[str, str]]
 
 
+class Setting(NamedTuple):
+    """A number that some questions use.
+
+    Attributes:
+        usual: its default.
+        questions: those that use it, None for the summary.
+        help: what it is.
+    """
+
+    usual: float
+    questions: tuple[str | None, ...]
+    help: str
+
+
+SETTINGS = {
+    "shown": Setting(10, ("step", "spikes"), "the rows to show of a step; 3 of a spike at most"),
+    "most": Setting(20, ("spikes", None), "the spikes to show"),
+    "threshold": Setting(4.0, ("spikes", None), "robust standard deviations that make a spike"),
+    "window": Setting(101, ("spikes", None), "the steps that a step is compared with"),
+}
+
+
 def add_arguments(parser: CommandParser) -> None:
     """Add the arguments of the answers."""
     parser.add_argument("source", help="the output folder of a run, or its ledger")
@@ -32,10 +54,9 @@ def add_arguments(parser: CommandParser) -> None:
     parser.add_argument("--spikes", action="store_true", help="show the steps that stand out, and their rows")
     parser.add_argument("--row", type=int, help="show the life of this row: each time it was trained, kept or dropped")
     parser.add_argument("--dynamics", metavar="FOLDER", help="write scores with how each row was learnt to this folder")
-    parser.add_argument("--shown", type=int, default=10, help="the rows to show of a step; 3 of a spike at most")
-    parser.add_argument("--most", type=int, default=20, help="the spikes to show")
-    parser.add_argument("--threshold", type=float, default=4.0, help="robust standard deviations that make a spike")
-    parser.add_argument("--window", type=int, default=101, help="the steps that a step is compared with")
+    for name, setting in SETTINGS.items():
+        kind, said = type(setting.usual), f"{setting.help} (default: {setting.usual})"
+        parser.add_argument(f"--{name}", type=kind, help=said)
     parser.add_argument("--partial", action="store_true", help="read a ledger that lacks steps or processes")
     parser.add_argument("--json", help="a file for what is shown")
     scored_dataset_arguments(parser)
@@ -50,6 +71,7 @@ def run(args: argparse.Namespace) -> None:
         raise InputError("--split goes with --dataset.")
     if args.dataset and asked not in ("step", "spikes", "row"):
         raise InputError("--dataset has the texts of --step, --spikes and --row: pass one of them, or leave it out.")
+    args = with_settings(args, asked)
     whole_number("--shown", args.shown, least=1)
     ledger = Ledger.load(args.source, args.partial)
     content = ANSWERS[asked](ledger, args)
@@ -63,6 +85,18 @@ def run(args: argparse.Namespace) -> None:
 
         with replacing(Path(args.json)) as temporary:
             temporary.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def with_settings(args: argparse.Namespace, asked: str | None) -> argparse.Namespace:
+    """The arguments with settings that are not given. Raises InputError for one that the question does not use."""
+    found = {**vars(args)}
+    for name, setting in SETTINGS.items():
+        if found[name] is None:
+            found[name] = setting.usual
+        elif asked not in setting.questions:
+            names = [f"--{each}" if each else "the summary" for each in setting.questions]
+            raise InputError(f"--{name} goes with {' or '.join(names)}.")
+    return argparse.Namespace(**found)
 
 
 # ---- answers
@@ -100,7 +134,7 @@ def summary(ledger: Ledger, args: argparse.Namespace) -> Content:
 def step(ledger: Ledger, args: argparse.Namespace) -> Content:
     """A step and its rows, those with the largest share of the loss first."""
     rows = ledger.step(args.step).sort_values("share_of_loss", ascending=False, kind="stable")
-    line = ledger.steps().iloc[args.step - ledger.first]
+    line = ledger.steps(args.step, args.step).iloc[0]
     return {**record(line), "rows": records(rows.head(args.shown))}
 
 
@@ -155,6 +189,9 @@ def summary_lines(content: Content) -> Iterator[str]:
 
 def step_lines(content: Content) -> Iterator[str]:
     """The lines of a step."""
+    if not content["lines"]:
+        yield f"Step {content['step']:,}: no row was trained"
+        return
     yield (
         f"Step {content['step']:,}, epoch {content['epoch'] + 1}: loss {shown(content['loss'])}, gradient norm "
         f"{shown(content['grad_norm'])}, learning rate {shown(content['learning_rate'])}, {content['lines']:,} lines "

@@ -15,7 +15,7 @@ import pyarrow as pa
 
 from ..config import InputError
 from ..scores.drift import without_drift
-from ..scores.score_table import ScoreTable
+from ..scores.score_table import CLUSTER, ScoreTable
 from .trajectories import Trajectories, clusters_of, filled, trajectories_of
 
 
@@ -27,20 +27,21 @@ class Dynamic:
         of: a function from the trajectories of N rows to a number for each, (N,), NaN for a missing one.
         formula: the formula, as text.
         source: where it comes from.
-        drop: the end of its values to drop by default.
+        drop: the end of its values to drop by default; None where they are names, which have no order.
         unit: the unit of its values.
     """
 
     of: Callable[[Trajectories], np.ndarray]
     formula: str
     source: str
-    drop: Literal["largest", "smallest"] = "largest"
+    drop: Literal["largest", "smallest"] | None = "largest"
     unit: str = "nats"
 
     @property
     def metadata(self) -> dict[str, str]:
         """What a table of scores says of the column."""
-        return {"direction": self.drop, "unit": self.unit, "formula": self.formula, "source": self.source}
+        said = {"unit": self.unit, "formula": self.formula, "source": self.source}
+        return said if self.drop is None else {"direction": self.drop, **said}
 
 
 def visits(of: Trajectories) -> np.ndarray:
@@ -108,7 +109,7 @@ DYNAMICS = {
         "smallest",
     ),
 }
-TRAJECTORY = Dynamic(visits, "the cluster of (x_1 ... x_k) by k-means", "S2L, arXiv 2403.07384", unit="cluster")
+TRAJECTORY = Dynamic(visits, "the cluster of (x_1 ... x_k) by k-means", "S2L, arXiv 2403.07384", None, CLUSTER)
 S2L = Dynamic(
     visits,
     "the place of the row in its cluster, in random order: keeping the smallest takes equally from all clusters",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Iterator, Sequence
 from functools import cached_property
@@ -106,13 +107,11 @@ class Ledger:
             first, last: the steps to read, by default all.
 
         Raises:
-            InputError: a part is damaged or of another run, or a column does not exist.
+            InputError: a part is damaged or of another run, a column does not exist, or a step is no whole number.
         """
-        wanted = self._known(columns)
-        start, end = self.first if first is None else first, self.last if last is None else min(last, self.last)
-        for part in self._all():
-            if part.first <= end and part.last >= start:
-                yield from part.tables(wanted, start, end, self._run)
+        wanted, (start, end) = self._known(columns), self._span(first, last)
+        parts = [part for part in self._all() if part.first <= end and part.last >= start]
+        return itertools.chain.from_iterable(part.tables(wanted, start, end, self._run) for part in parts)
 
     def to_arrow(self, columns: Sequence[str] | None = None) -> pa.Table:
         """All lines, by ascending step and process, in the order of training. Arguments as for `batches`."""
@@ -124,15 +123,21 @@ class Ledger:
 
     # ---- answers
 
-    def steps(self) -> pd.DataFrame:
+    def steps(self, first: int | None = None, last: int | None = None) -> pd.DataFrame:
         """A line for each step.
+
+        Args:
+            first, last: the steps to read, by default all.
 
         Returns:
             `step`; `epoch`; `loss`, the sum of weight * loss, as the Trainer logs it; `grad_norm`; `learning_rate`;
             `lines`, the number of rows or pieces; and `tokens`, the number of learnt ones. A step without a line has
             no loss and the epoch -1.
         """
-        return self._steps.copy()
+        if first is None and last is None:
+            return self._steps.copy()
+        start, end = self._span(first, last)
+        return steps.step_lines(self.batches(steps.READ, start, end), start, end)
 
     def step(self, step: int) -> pd.DataFrame:
         """The lines of one step.
@@ -239,11 +244,12 @@ class Ledger:
     def _lines_of(self, row: int) -> Iterator[pa.Table]:
         """The lines of a row, found by a column of numbers before the others are read."""
         for part in self._all():
+            there: list[int] = []
             for table in part.tables(["sample_id"], self.first, self.last, self._run):
-                there = table["step"].to_numpy()[table["sample_id"].to_numpy() == row]
-                for step in np.unique(there).tolist():
-                    for lines in part.tables(self.columns, step, step, self._run):
-                        yield lines.filter(pa.array(lines["sample_id"].to_numpy() == row))
+                there += table["step"].to_numpy()[table["sample_id"].to_numpy() == row].tolist()
+            if there:
+                for lines in part.tables(self.columns, there[0], there[-1], self._run):
+                    yield lines.filter(pa.array(lines["sample_id"].to_numpy() == row))
 
     def _resonance(self, rows: pd.DataFrame) -> np.ndarray:
         """(R,) the mean over the measured layers; NaN without one."""
@@ -264,9 +270,16 @@ class Ledger:
 
     def _known(self, columns: Sequence[str] | None) -> list[str]:
         """The names of the columns to read, `step` first. Raises InputError for one that does not exist."""
+        if isinstance(columns, str):
+            raise InputError(f"columns is a list of names, got {columns!r}: pass [{columns!r}].")
         for name in columns or ():
             one_of("columns", name, self.columns)
         return self.columns if columns is None else list(dict.fromkeys(("step", *columns)))
+
+    def _span(self, first: int | None, last: int | None) -> tuple[int, int]:
+        """The first and the last of the steps to read. Raises InputError for what is no number of a step."""
+        start = self.first if first is None else max(whole_number("first", first), self.first)
+        return start, self.last if last is None else min(whole_number("last", last), self.last)
 
     def _why_not(self, row: int) -> str:
         """Why a row was not trained, as far as the run's selections tell."""

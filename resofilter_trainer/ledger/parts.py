@@ -132,12 +132,20 @@ def folder_of(run: str | os.PathLike[str]) -> Path:
     path = Path(run)
     if not path.exists():
         raise InputError(f"'{path}' does not exist. Pass the output_dir of a run with ResonanceCallback.")
+    _check_above(path)
     for place in (path, path / LEDGER, path / NAME / LEDGER):
         if any(place.glob(f"{PROCESS}*/*.parquet")):
             return place
     if any(place.is_dir() for place in (path / LEDGER, path / NAME / LEDGER)):
         raise InputError(f"The ledger of '{path}' has no part yet: parts are written as the run goes. Wait for one.")
     raise InputError(f"'{path}' holds no ledger. Pass the output_dir of a run with ResonanceCallback(ledger=True).")
+
+
+def _check_above(path: Path) -> None:
+    """Raise InputError for one part of a ledger, or the folder of one process, with the ledger above it."""
+    for what, folder in (("the folder of one process", path), ("one part", path.parent)):
+        if folder.resolve().name.startswith(PROCESS) and any(folder.glob("*.parquet")):
+            raise InputError(f"'{path}' is {what} of a ledger. Pass the whole ledger: '{folder.resolve().parent}'.")
 
 
 def parts_in(folder: Path) -> dict[int, list[Part]]:
@@ -174,7 +182,7 @@ def missing_steps(parts: Mapping[int, Sequence[Part]], last: int) -> Iterator[tu
     if 0 not in parts:
         yield 0, min(each[0].first for each in parts.values()), last
         return
-    first = parts[0][0].first
+    first = min(each[0].first for each in parts.values())
     for process in range(max(max(parts) + 1, parts[0][0].about["processes"], parts[0][-1].about["processes"])):
         for start, end in _between_parts(parts.get(process, ()), first, last):
             while_there = [part for part in parts[0] if part.first <= end and part.last >= start]

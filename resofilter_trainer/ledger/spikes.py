@@ -7,7 +7,9 @@ distance of the steps around it from their own levels, as a standard deviation.
     score = (value - level) / max(1.4826 * median |value - level|, level / 1000)
 
 of the loss, and of the logarithm of the gradient norm (with 1 / 1000 as the least noise), as norms vary by factors. A
-loss or norm that is not finite stands out infinitely. The rows of a spike are ranked by what they add:
+loss that is not finite stands out infinitely where some other of the run is finite. A norm that is not finite does so
+only where its loss or the next one is not finite, either: fp16 leaves the other such steps out. The rows of a spike are
+ranked by what they add:
 
     of the loss           weight * (loss - level) / (the step's loss - level), which adds up to 1
     of the update         weight * (resonance - the step's mean resonance) / sum(weight * resonance), adds up to 0
@@ -77,7 +79,7 @@ def stands_out(values: np.ndarray, window: int, by_factor: bool = False) -> tupl
         by_factor: whether logarithms are compared; values that have none are not known.
 
     Returns:
-        (S,) levels and (S,) scores, NaN for a value that is not known.
+        (S,) levels and (S,) scores, NaN for a value that is not known, and where none is finite.
     """
     import pandas as pd
 
@@ -93,7 +95,7 @@ def stands_out(values: np.ndarray, window: int, by_factor: bool = False) -> tupl
     noise = NORMAL * pd.Series(np.abs(above)).rolling(**around).median().to_numpy()
     least = FLOOR if by_factor else np.maximum(FLOOR * np.abs(level), np.finfo(np.float32).tiny)
     score = above / np.maximum(noise, least)
-    score[infinite] = np.inf
+    score[infinite] = np.inf if known.notna().any() else np.nan
     return np.exp(level) if by_factor else level, score
 
 
@@ -111,6 +113,8 @@ def spikes_of(steps: pd.DataFrame, threshold: float, window: int, most: int) -> 
     loss[np.isnan(loss) & (steps["lines"] > 0).to_numpy()] = np.inf  # of a step that has a loss, which is broken
     loss_level, loss_score = stands_out(loss, window)
     grad_level, grad_score = stands_out(grad_norm, window, by_factor=True)
+    broken = loss_score == np.inf
+    grad_score[(grad_norm == np.inf) & ~(broken | np.append(broken[1:], False))] = np.nan
     score = np.fmax(loss_score, grad_score)
     order = np.argsort(-np.nan_to_num(score, nan=-np.inf, posinf=np.inf), kind="stable")
     found = []

@@ -26,7 +26,7 @@ def step_lines(tables: Iterable[pa.Table], first: int, last: int) -> pd.DataFram
     """
     import pandas as pd
 
-    count = last - first + 1
+    count = max(last - first + 1, 0)
     loss, grad_norm, rate = np.zeros(count), np.full(count, np.nan), np.full(count, np.nan)
     lines, tokens = np.zeros(count, np.int64), np.zeros(count, np.int64)
     epoch = np.full(count, -1, np.int64)
@@ -45,7 +45,7 @@ def step_lines(tables: Iterable[pa.Table], first: int, last: int) -> pd.DataFram
     loss[lines == 0] = np.nan
     return pd.DataFrame(
         {
-            "step": np.arange(first, last + 1),
+            "step": first + np.arange(count),
             "epoch": epoch,
             "loss": loss,
             "grad_norm": grad_norm,

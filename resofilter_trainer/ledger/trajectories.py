@@ -11,6 +11,7 @@ import pyarrow as pa
 from ..config import InputError
 
 READ = ("epoch", "sample_id", "loss", "num_tokens")  # columns, beside `step`
+MOST_ROWS = 100_000  # that centres are found from
 ROUNDS = 50  # of Lloyd's algorithm, at most
 CHUNK = 1 << 16  # rows whose distances to all centres are in memory at once
 
@@ -78,8 +79,16 @@ def filled(values: np.ndarray) -> np.ndarray:
 
 
 def clusters_of(points: np.ndarray, count: int, seed: int) -> np.ndarray:
-    """(N,) the cluster of each of (N, E) points: Lloyd's k-means from k-means++ centres; at most N clusters."""
+    """(N,) the cluster of each of (N, E) points, at most N; centres are found from at most 100,000 drawn ones."""
     draw = np.random.default_rng(seed)
+    if len(points) <= MOST_ROWS:
+        return _centres(points, count, draw)[1]
+    some = points[draw.choice(len(points), MOST_ROWS, replace=False)]
+    return _nearest(points, _centres(some, count, draw)[0])
+
+
+def _centres(points: np.ndarray, count: int, draw: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """(K, E) centres and the (N,) nearest of each point: Lloyd's k-means from k-means++ centres."""
     centres = _first_centres(points, min(count, len(np.unique(points, axis=0))), draw)
     cluster = _nearest(points, centres)
     for _ in range(ROUNDS):
@@ -89,7 +98,7 @@ def clusters_of(points: np.ndarray, count: int, seed: int) -> np.ndarray:
         before, cluster = cluster, _nearest(points, centres)
         if (cluster == before).all():
             break
-    return cluster
+    return centres, cluster
 
 
 def _first_centres(points: np.ndarray, count: int, draw: np.random.Generator) -> np.ndarray:
@@ -105,11 +114,9 @@ def _first_centres(points: np.ndarray, count: int, draw: np.random.Generator) ->
 
 def _nearest(points: np.ndarray, centres: np.ndarray) -> np.ndarray:
     """(N,) the nearest centre of each point."""
-    cluster = np.empty(len(points), np.int64)
+    points, centres = points - points.mean(axis=0), centres - points.mean(axis=0)  # for the precision of what follows
+    cluster, size, twice = np.empty(len(points), np.int64), (centres**2).sum(axis=1), 2 * centres.T
     for start in range(0, len(points), CHUNK):
-        some = points[start : start + CHUNK]
-        squared = np.zeros((len(some), len(centres)))
-        for own, centre in zip(some.T, centres.T, strict=True):
-            squared += (own[:, None] - centre) ** 2
-        cluster[start : start + CHUNK] = squared.argmin(axis=1)
+        apart = size - points[start : start + CHUNK] @ twice  # |point - centre|^2 - |point|^2
+        cluster[start : start + CHUNK] = apart.argmin(axis=1)
     return cluster

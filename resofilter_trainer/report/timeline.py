@@ -86,15 +86,25 @@ def lives_of(ledger: Ledger | None, rows: Sequence[int]) -> list[list[Visit]] | 
     """Every time that each of some rows was trained, at most 50 of each; None without a ledger."""
     if ledger is None:
         return None
-    index, found = {row: place for place, row in enumerate(rows)}, [list[Visit]() for _ in rows]
+    ids, found = np.array(rows, np.int64), [list[Visit]() for _ in rows]
+    order, full = np.argsort(ids), np.full(len(ids), np.inf)  # the step from which on a row has enough
     layers = [name for name in ledger.columns if name.startswith("layer_")]
     for table in ledger.batches(["epoch", "sample_id", "loss", *layers]):
-        own = table.filter(np.isin(table["sample_id"].to_numpy(), rows))
+        own = table.filter(np.isin(table["sample_id"].to_numpy(), ids))
+        place = order[np.searchsorted(ids, own["sample_id"].to_numpy(), sorter=order)]
+        early = own["step"].to_numpy() < full[place]
+        own, place = own.filter(early), place[early]
         moved_by = [own[name].to_numpy() for name in layers] or [np.full(len(own), np.nan)]
-        lines = (own[name].to_pylist() for name in ("sample_id", "epoch", "step", "loss"))
-        for row, epoch, step, loss, moved in zip(*lines, np.mean(moved_by, axis=0).tolist(), strict=True):
-            found[index[row]].append((epoch + 1, step, finite(loss), finite(moved)))
-    return [sorted(visits, key=lambda visit: visit[1])[:MAX_VISITS] for visits in found]
+        lines = (own[name].to_pylist() for name in ("epoch", "step", "loss"))
+        for at, epoch, step, loss, moved in zip(
+            place.tolist(), *lines, np.mean(moved_by, axis=0).tolist(), strict=True
+        ):
+            found[at].append((epoch + 1, step, finite(loss), finite(moved)))
+        for at in np.unique(place).tolist():
+            found[at] = sorted(found[at], key=lambda visit: visit[1])[:MAX_VISITS]
+            if len(found[at]) == MAX_VISITS:
+                full[at] = found[at][-1][1]
+    return found
 
 
 def curves_of(ledger: Ledger | None, keep: np.ndarray) -> list[dict[str, Any]]:

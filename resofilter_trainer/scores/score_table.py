@@ -34,6 +34,7 @@ WARMED_UP = "warmed_up"  # a column: 1 for the rows that a warm-up has learnt, e
 PROMPT = "prompt"  # the column with a hash of each row's prompt
 OF_PROMPT = " has the same prompt and "  # in the reason of a row that was dropped among those with its prompt
 LENGTH = "num_tokens"  # the column of the length that selections take out
+CLUSTER = "cluster"  # the unit of a column of names, which have no order
 LAYER_VOTE = "layer_vote"  # a signal that is made from those of all rows
 
 
@@ -106,8 +107,16 @@ class ScoreTable(RowRecord):
 
     def direction(self, name: str) -> str | None:
         """The end of a column to drop by default, as its metadata has it; None for a column that says nothing."""
+        return self._said(name, "direction")
+
+    def is_cluster(self, name: str) -> bool:
+        """Whether a column has the numbers of clusters, which are names: their order means nothing."""
+        return self._said(name, "unit") == CLUSTER
+
+    def _said(self, name: str, what: str) -> str | None:
+        """What the metadata of a column has under a key; None without it."""
         place = self.table.schema.get_field_index(name)
-        said = None if place < 0 else (self.table.schema.field(place).metadata or {}).get(b"direction")
+        said = None if place < 0 else (self.table.schema.field(place).metadata or {}).get(what.encode())
         return None if said is None else said.decode("utf-8", "replace")
 
     @property

@@ -169,6 +169,8 @@ class DataSelector:
         """A column; its negative with a minus before its name, or for a vote against its smallest values."""
         votes = self._weights is not None
         plain = _unsigned(name) if votes else name.removeprefix("-")
+        if scores.is_cluster(plain):
+            raise InputError(f"'{plain}' has numbers of clusters, whose order means nothing: rank by another column.")
         turned = name.startswith("-") or (votes and name == plain and _own_end(scores, name) == "smallest")
         return -scores.column(plain) if turned else scores.column(plain)
 

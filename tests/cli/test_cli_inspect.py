@@ -85,6 +85,38 @@ def test_a_step(run, capsys):
     assert sum(row["weight"] * row["loss"] for row in found["rows"]) == pytest.approx(loss)
 
 
+def test_a_step_is_read_without_the_others(run, capsys):
+    cut = sorted((run / NAME / "ledger" / "process-0").iterdir())[1]
+    loss = Ledger.load(run).steps()["loss"][31]
+    cut.write_bytes(cut.read_bytes()[:-100])
+    assert printed(capsys, "--step", "32").startswith(f"Step 32, epoch 3: loss {loss:.4g}, gradient norm 1.5,")
+
+
+def test_a_step_that_trained_no_row(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    write_part(tmp_path / "run", part([{"step": 1}]), 1, 2)
+    assert printed(capsys, "--step", "2") == "Step 2: no row was trained\n"
+
+
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        (["--step", "1", "--window", "101"], "--window goes with --spikes or the summary."),
+        (["--row", "9", "--most", "3"], "--most goes with --spikes or the summary."),
+        (["--dynamics", "new", "--threshold", "5"], "--threshold goes with --spikes or the summary."),
+        (["--row", "9", "--shown", "3"], "--shown goes with --step or --spikes."),
+        (["--shown", "3"], "--shown goes with --step or --spikes."),
+    ],
+)
+def test_a_setting_that_the_question_does_not_use(argv, says, run, capsys):
+    assert refused(capsys, "inspect", "run", *argv) == says
+    assert not Path("new").exists()
+
+
+def test_the_settings_of_a_summary(run):
+    assert len(inspected("--threshold", "0.1", "--window", "11", "--most", "3")["spikes"]) == 3
+
+
 def test_spikes_with_their_texts(run, capsys):
     said = printed(capsys, "--spikes", "--dataset", "rows.jsonl").splitlines()
     assert said[0].endswith("stands out by its loss:")

@@ -11,6 +11,7 @@ from helpers.ledgers import Line, drawn, part, write_ledger, write_part
 from helpers.tables import make_provenance, make_scores
 
 from resofilter_trainer import DataSelector, InputError, Ledger, ScoreTable
+from resofilter_trainer.ledger import trajectories as trajectories_module
 from resofilter_trainer.ledger.dynamics import DYNAMICS, balanced
 from resofilter_trainer.ledger.trajectories import Trajectories, clusters_of, filled, trajectories_of
 from resofilter_trainer.scores.drift import without_drift
@@ -130,6 +131,21 @@ def test_fewer_different_trajectories_than_clusters():
     assert len({*clusters_of(points, 100, seed=0).tolist()}) == 2
 
 
+def test_centres_of_many_rows_are_found_from_a_part_of_them(monkeypatch):
+    draw = np.random.default_rng(0)
+    of = draw.integers(3, size=120_000)
+    points = np.array([[0.0, 0.0], [9.0, 9.0], [9.0, 0.0]])[of] + 0.1 * draw.standard_normal((120_000, 2))
+    sizes, nearest = [], trajectories_module._nearest
+    monkeypatch.setattr(
+        trajectories_module, "_nearest", lambda some, centres: sizes.append(len(some)) or nearest(some, centres)
+    )
+    found = clusters_of(points, 3, seed=0)
+    assert len({*zip(found.tolist(), of.tolist(), strict=True)}) == len({*found.tolist()}) == 3
+    assert {*sizes[:-1]} == {100_000}
+    assert sizes[-1] == 120_000
+    np.testing.assert_array_equal(found, clusters_of(points, 3, seed=0))
+
+
 def s2l(cluster: np.ndarray, budget: int) -> list[int]:
     """How many rows S2L takes from each cluster: from the smallest on, an equal part of what is left of the budget."""
     sizes, taken = np.bincount(cluster), np.zeros(cluster.max() + 1, int)
@@ -186,6 +202,24 @@ def test_a_selector_takes_every_column(tmp_path, name):
     kept, dropped = values[selection.keep], values[~selection.keep & np.isfinite(values)]
     assert kept.max() <= dropped.min() if found.direction(name) == "largest" else kept.min() >= dropped.max()
     assert not selection.keep[7]
+
+
+@pytest.mark.parametrize("by", ["trajectory", "-trajectory", ["score", "trajectory"], {"trajectory": 1, "score": 1}])
+def test_the_number_of_a_cluster_is_nothing_to_rank_by(tmp_path, by):
+    saved(tmp_path)[0].dynamics().save(tmp_path / "dynamics")
+    found = ScoreTable.load(tmp_path / "dynamics")
+    assert found.direction("trajectory") is None
+    with pytest.raises(InputError, match=r"'trajectory' has numbers of clusters, whose order means nothing"):
+        DataSelector(keep=0.5, by=by).select(found)
+
+
+def test_an_epoch_that_has_not_ended_counts_for_the_rows_it_has_trained(tmp_path):
+    lines = [line for line in drawn(30, epochs=2) if line["step"] <= 20]
+    write_part(tmp_path, part(lines), 1, 20)
+    make_scores([float(row) for row in range(60)]).save(tmp_path / NAME)
+    twice = {line["sample_id"] for line in lines if line["epoch"] == 1}
+    visits = Ledger.load(tmp_path).dynamics().column("visits")
+    assert visits.tolist() == [2 if row in twice else 1 for row in range(60)]
 
 
 def test_columns_of_the_scores_of_a_part_of_the_rows(tmp_path):

@@ -255,6 +255,63 @@ def test_a_gap_in_another_process(run_of_two):
         Ledger.load(run_of_two)
 
 
+def test_the_first_part_of_one_process(run_of_two):
+    """Of the first one, too, whose parts tell where the others begin."""
+    parts_of(run_of_two, 0)[0].unlink()
+    with pytest.raises(InputError, match=r"lacks steps 1 to 10 of process 0\."):
+        Ledger.load(run_of_two)
+    write_part(run_of_two, part([line for line in TWO if line["step"] <= 10 and not line["process"]]), 1, 10, 0, 2)
+    assert len(Ledger.load(run_of_two)) == len(TWO)
+    parts_of(run_of_two, 1)[0].unlink()
+    with pytest.raises(InputError, match=r"lacks steps 1 to 10 of process 1\."):
+        Ledger.load(run_of_two)
+
+
+def test_a_part_without_lines_is_one_of_steps_without_rows(run_of_two):
+    """As a process writes it that had nothing but fillers to train."""
+    more = [{**line, "step": line["step"] + 45} for line in TWO if line["step"] <= 5 and line["process"] == 0]
+    row, more[0]["loss"] = more[0]["sample_id"], 90.0
+    write_part(run_of_two, part(more), 46, 50, 0, 2)
+    write_part(run_of_two, part([]), 46, 50, 1, 2)
+    make_scores([float(row) for row in range(120)]).save(run_of_two / NAME)
+    ledger = Ledger.load(run_of_two)
+    assert (ledger.last, ledger.left_out, len(ledger)) == (50, 0, len(TWO) + len(more))
+    assert len(ledger.to_pandas()) == len(TWO) + len(more)
+    assert ledger.step(48)["process"].tolist() == [0] * 4
+    assert ledger.steps()["lines"].tolist() == [8] * 45 + [4] * 5
+    assert ledger.row(row)["step"].tolist() == [line["step"] for line in TWO + more if line["sample_id"] == row]
+    (spike,) = ledger.spikes(most=1)
+    assert (spike.step, spike.rows["sample_id"][0]) == (46, row)
+    assert np.isfinite(ledger.dynamics().column("mean_loss")).all()
+
+
+def test_some_steps_are_those_of_all(run_of_two):
+    ledger = Ledger.load(run_of_two)
+    pd.testing.assert_frame_equal(
+        ledger.steps(first=12, last=31), ledger.steps().iloc[11:31].reset_index(drop=True), check_exact=True
+    )
+    assert ledger.steps(first=-3, last=2)["step"].tolist() == [1, 2]
+    assert ledger.steps(first=44)["step"].tolist() == [44, 45]
+    assert len(ledger.steps(first=46)) == len(ledger.steps(first=3, last=1)) == 0
+
+
+def test_a_life_reads_no_row_group_twice(tmp_path, monkeypatch):
+    lines = [{"step": step, "sample_id": step % 3} for step in range(1, 301)]
+    write_part(tmp_path, part(lines), 1, 300, row_group_size=100)
+    read = []
+
+    class Counting(pq.ParquetFile):
+        def read_row_group(self, group: int, columns: list[str]) -> Any:
+            read.append((group, len(columns)))
+            return super().read_row_group(group, columns=columns)
+
+    monkeypatch.setattr(parts.pq, "ParquetFile", Counting)
+    ledger = Ledger.load(tmp_path)
+    assert ledger.row(1)["step"].tolist() == [*range(1, 301, 3)]
+    all_columns = len(ledger.columns)
+    assert read == [(0, 2), (1, 2), (2, 2), (0, all_columns), (1, all_columns), (2, all_columns)]
+
+
 def test_steps_at_the_end_that_one_process_lacks_are_left_out(run_of_two):
     """A run that is killed, or is still running."""
     parts_of(run_of_two, 1)[-1].unlink()
@@ -304,6 +361,29 @@ def test_another_version(tmp_path, monkeypatch):
 def test_a_column_that_does_not_exist(run):
     with pytest.raises(InputError, match=r"columns must be one of 'step', .* got 'los'\. Did you mean 'loss'\?"):
         Ledger.load(run).to_pandas(["los"])
+
+
+def test_what_is_no_list_of_columns_and_no_step(run):
+    ledger = Ledger.load(run)
+    for ask in (ledger.to_pandas, ledger.to_arrow, ledger.batches):
+        with pytest.raises(InputError, match=r"columns is a list of names, got 'loss': pass \['loss'\]\."):
+            ask("loss")
+    for ask in (ledger.batches, ledger.steps):
+        with pytest.raises(InputError, match=r"first must be a whole number, got 'a'\."):
+            ask(first="a")
+        with pytest.raises(InputError, match=r"last must be a whole number, got 2\.5\."):
+            ask(last=2.5)
+
+
+def test_a_part_and_a_process_name_the_ledger_above(run, monkeypatch):
+    ledger = run / NAME / LEDGER
+    with pytest.raises(InputError, match=f"process-0' is the folder of one process of a ledger.* ledger: '{ledger}'"):
+        Ledger.load(ledger / "process-0")
+    with pytest.raises(InputError, match=f"parquet' is one part of a ledger.* ledger: '{ledger}'"):
+        Ledger.load(ledger / "process-0" / part_name(1, 10))
+    monkeypatch.chdir(ledger / "process-0")
+    with pytest.raises(InputError, match=f"'.' is the folder of one process of a ledger.* ledger: '{ledger}'"):
+        Ledger.load(".")
 
 
 def test_opening_reads_names_and_a_step_its_own_part(tmp_path, monkeypatch):

@@ -137,6 +137,54 @@ def test_a_loss_that_is_not_a_number_is_a_spike_of_the_row_that_has_it(tmp_path)
     assert spike.rows["explains"].tolist() == [1, 0, 0, 0]
 
 
+def overflowing(steps: int = 3000, every: int = 100) -> list[dict[str, Any]]:
+    """Lines of an fp16 run whose gradient scaler leaves out a step in a hundred: its norm is infinite."""
+    return [{**line, "grad_norm": 1.0 if line["step"] % every else np.inf} for line in drawn(steps, rows=2)]
+
+
+def test_steps_that_fp16_leaves_out_do_not_hide_a_spike_of_the_loss(tmp_path):
+    lines = overflowing()
+    planted = [line for line in lines if line["step"] in (1234, 1500)][1:3]  # step 1500 is one of those
+    for line in planted:
+        line["loss"] = 12.0
+    lines = [line for line in lines if line["step"] != 701]  # no row was trained after an infinite norm
+    write_part(tmp_path, part(lines), 1, 3000)
+    spikes = Ledger.load(tmp_path).spikes()
+    assert {spike.step for spike in spikes[:2]} == {1234, 1500}
+    assert {spike.rows["sample_id"][0] for spike in spikes[:2]} == {line["sample_id"] for line in planted}
+    assert [spike.by for spike in spikes if spike.step == 1500] == ["loss"]
+    assert not [spike.step for spike in spikes if spike.step % 100 == 0 and spike.step != 1500]
+
+
+def test_a_norm_that_is_not_finite_stands_out_where_the_loss_breaks(tmp_path):
+    """Its own, or the next: the update of the first was taken, and the model is lost."""
+    lines = [
+        {
+            **line,
+            "loss": np.nan if line["step"] > 70 else line["loss"],
+            "grad_norm": np.inf if line["step"] == 70 else 1.0,
+        }
+        for line in drawn(120)
+    ]
+    write_part(tmp_path, part(lines), 1, 120)
+    first, second = Ledger.load(tmp_path).spikes(most=2)
+    assert (first.step, first.by, first.score) == (70, "grad_norm", np.inf)
+    assert (second.step, second.by) == (71, "loss")
+
+
+def test_losses_and_norms_of_which_none_is_known_are_no_spikes(tmp_path):
+    """As those of update="optimizer" with label smoothing."""
+    lines = [{**line, "loss": np.nan, "grad_norm": 60.0 if line["step"] == 90 else 1.0} for line in drawn(120)]
+    write_part(tmp_path, part(lines), 1, 120)
+    assert [(spike.step, spike.by) for spike in Ledger.load(tmp_path).spikes()] == [(90, "grad_norm")]
+    overflow = [{**line, "loss": np.nan} for line in overflowing(steps=300)]
+    write_part(tmp_path / "fp16", part(overflow), 1, 300)
+    assert Ledger.load(tmp_path / "fp16").spikes() == []
+    level, score = stands_out(np.full(30, np.inf), 11, by_factor=True)
+    assert np.isnan(level).all()
+    assert np.isnan(score).all()
+
+
 def test_both_stand_out(tmp_path):
     (spike,) = spiked(tmp_path, loss=30.0, grad_norm=50.0).spikes()
     assert spike.by == "loss and grad_norm"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import tracemalloc
 import warnings
 from pathlib import Path
 
@@ -96,6 +97,23 @@ def test_a_long_life_is_cut_and_one_without_layers_has_no_resonance(tmp_path):
     assert [visit[1] for visit in visits] == [*range(1, MAX_VISITS + 1)]
     assert {visit[3] for visit in visits} == {None}
     assert none == []
+
+
+def test_a_long_life_is_cut_while_it_is_read(tmp_path):
+    """The first visits by step, whichever process has them; memory is that of a few."""
+    count = 20_000
+    lines = [{"step": step, "sample_id": 2, "process": step % 2} for step in range(1, count + 1)]
+    for process in (1, 0):
+        own = [line for line in lines if line["process"] == process]
+        write_part(tmp_path, part(own, layers=[]), 1, count, process, 2, layers=[], row_group_size=100)
+    ledger = Ledger.load(tmp_path)
+    tracemalloc.start()
+    (none, visits) = lives_of(ledger, [7, 2])
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert none == []
+    assert [visit[1] for visit in visits] == [*range(1, MAX_VISITS + 1)]
+    assert peak < 500_000, peak
 
 
 def test_what_filtering_did(run):
