@@ -74,7 +74,9 @@ def run(args: argparse.Namespace) -> None:
         if args.mode == SELF_EVOLVING:
             print(f"Model of the last stage: {Path(args.output) / f'stage-{args.parts - 1}' / 'model'}")
         else:
-            lines = training_lines(args.model, Path(args.output), {"max_length": args.max_length}, [TOKENS])
+            place, preparation = Path(args.output), {"max_length": args.max_length}
+            source = {"trust_remote_code": args.trust_remote_code}  # tokens need no chat template
+            lines = training_lines(args.model, place, place, preparation, [TOKENS], source)
             print("\n    ".join(["To train on it, in Python:", *lines]))
 
 

@@ -129,7 +129,7 @@ def _parser() -> CommandParser:
             formatter_class=CommandHelp,
         )
         command.set_defaults(run=module.run, parser=command)
-        command.add_argument("--config", help="a YAML file with any of these arguments")
+        command.add_argument("--config", help="a YAML file with any of these options")
         module.add_arguments(command)
         command.usage = command.in_short()
     return parser

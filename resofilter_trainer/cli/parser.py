@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from ..config import InputError, nearest, one_of
-from .naming import options_of
+from .naming import options_of, reads
 
 INSTEAD = {  # options of other programs, and what a command may have for them
     "bf16": "--precision bfloat16",
@@ -18,7 +19,6 @@ INSTEAD = {  # options of other programs, and what a command may have for them
     "learning_rate": "--lr",
     "max_seq_length": "--max_length",
 }
-YES_OR_NO = ("yes", "no", "on", "off", "1", "0")
 TRUE_OR_FALSE = ("true", "false")
 NEEDED = "required, here or in the file of --config"
 REQUIRED = "the following arguments are required: "  # argparse's words
@@ -47,6 +47,7 @@ class CommandParser(argparse.ArgumentParser):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **{"allow_abbrev": False, **kwargs})
+        self._given: list[str] = []  # the arguments, as `_spelled` returns them
 
     def needed(self, *names: str, **settings: Any) -> None:
         """Add an argument that must be given, on the command line or in the file of `--config`, see `require`."""
@@ -55,7 +56,9 @@ class CommandParser(argparse.ArgumentParser):
 
     def in_short(self) -> str:
         """The usage: the arguments that must be given."""
-        places = ["SCORES ..." if each.nargs == "*" else each.dest.upper() for each in self._positionals._group_actions]
+        forms = {"*": "SCORES ...", "?": "[{}]"}
+        actions = self._positionals._group_actions
+        places = [forms.get(str(each.nargs), "{}").format(each.dest.upper()) for each in actions]
         groups = [each for each in self._action_groups if each.title == NEEDED]
         options = [f"{each.option_strings[0]} ..." for group in groups for each in group._group_actions]
         return " ".join([self.prog, *places, *options, "[options]"])
@@ -70,7 +73,8 @@ class CommandParser(argparse.ArgumentParser):
 
     def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
         """As `ArgumentParser.parse_known_args`, for options as people write them."""
-        return super().parse_known_args(self._spelled(sys.argv[1:] if args is None else args), namespace)
+        self._given = self._spelled(sys.argv[1:] if args is None else args)
+        return super().parse_known_args(self._given, namespace)
 
     def own_name(self, name: str) -> str:
         """The name of an option that may be written with hyphens, or as in TRL; an unknown name stays."""
@@ -81,7 +85,10 @@ class CommandParser(argparse.ArgumentParser):
     def unknown(self, name: str) -> str:
         """What to say of an option that does not exist."""
         known = {action.dest: action for action in options_of(self).values()}
-        instead = INSTEAD.get(name.replace("-", "_"), "")
+        instead, (no, _, negated) = INSTEAD.get(name.replace("-", "_"), ""), name.replace("-", "_").partition("_")
+        action = known.get(self.own_name(negated)) if no == "no" else None
+        if action is not None and (_is_flag(action) or reads(action, "false", False)):
+            return f"There is no option --{name}: write --{action.dest} false."
         if instead.split(" ")[0].removeprefix("--") not in known:
             close = nearest(name.replace("-", "_"), list(known))
             instead = f"--{close}" if close else ""
@@ -92,8 +99,15 @@ class CommandParser(argparse.ArgumentParser):
     def refuse(self, rest: Sequence[str]) -> NoReturn:
         """Exit with one line about the arguments that nothing takes."""
         options = [each.removeprefix("--").split("=")[0] for each in rest if each.startswith("--")]
-        flag = " A flag such as --drop_empty is true or false." if rest[0].lower() in YES_OR_NO else ""
-        self.error(self.unknown(options[0]) if options else f"Nothing takes the argument '{rest[0]}'.{flag}")
+        if options:
+            self.error(self.unknown(options[0]))
+        flags = [option for option, value in itertools.pairwise(self._given) if value == rest[0]]
+        if flags and _is_flag(self._option_string_actions.get(flags[-1])):
+            self._refuse_value(flags[-1], rest[0])
+        self.error(f"Nothing takes the argument '{rest[0]}'.")
+
+    def _refuse_value(self, flag: str, value: str) -> NoReturn:
+        self.error(f"{flag} is true or false, got '{value}': write {flag}, or leave it out.")
 
     def _get_value(self, action: argparse.Action, arg_string: str) -> Any:
         try:
@@ -128,7 +142,7 @@ class CommandParser(argparse.ArgumentParser):
             flag, said = (known.get(option), value) if equals else (before, each)
             if _is_flag(flag) and (equals or said.lower() in TRUE_OR_FALSE):
                 if said.lower() not in TRUE_OR_FALSE:
-                    self.error(f"{option} is true or false, got '{said}': write {option}, or leave it out.")
+                    self._refuse_value(option, said)
                 spelled += [option] if equals else []
                 if said.lower() == "false":  # also one that the file of `--config` has
                     spelled = [other for other in spelled if other != spelled[-1]]

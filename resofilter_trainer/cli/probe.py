@@ -11,7 +11,7 @@ from ..config import InputError, Precision
 from .inputs import dataset_of, require, row_options, sft_config, warmup_dataset_of
 from .naming import told
 from .parser import CommandParser, process_arguments, row_arguments
-from .score import SIGNALS
+from .score import SIGNALS, check_values
 
 KINDS = (  # the names of those in `probe.faults`, which needs torch
     *("exchanged", "number", "number_carried", "final_number", "cut", "shuffled", "other_turn", "lost_turn"),
@@ -52,6 +52,7 @@ def add_arguments(parser: CommandParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Probe a dataset, and print a table and a recommendation."""
     require(args, "model", "dataset")
+    check_values(args)
     if args.writer and args.no_self_made:
         raise InputError("--writer writes the answers that --no_self_made leaves out: leave one of them out.")
     from accelerate import PartialState

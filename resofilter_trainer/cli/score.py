@@ -19,6 +19,7 @@ from ..config import (
     UpdateName,
     Warmup,
     WarmupMethod,
+    one_of,
     whole_number,
 )
 from .inputs import dataset_of, require, row_options, settings_of, sft_config, warmup_dataset_of
@@ -124,12 +125,17 @@ def _check(args: argparse.Namespace) -> None:
         if args.precision != args.parser.get_default("precision"):
             raise InputError(f"--bf16 is short for --precision bfloat16: leave it or --precision {args.precision} out.")
         args.precision = "bfloat16" if args.bf16 else "float32"
+    check_values(args)
     own = [each.name for each in dataclasses.fields(ResonanceConfig)]
     changed = [name for name in own if getattr(args, name) != args.parser.get_default(name)]
     if args.criterion != RESONANCE and changed:
         raise InputError(f"--{changed[0]} is a setting of resonance: leave it out with --criterion {args.criterion}.")
     if args.layers and (args.criterion != RESONANCE or args.tokens_per_batch is not None):
         raise InputError("--layers all measures resonance, row by row: leave --criterion and --tokens_per_batch out.")
+    needless = {"n_layers": "n_layers" in changed, "bf16" if args.bf16 else "precision": args.precision == "bfloat16"}
+    for name, given in needless.items():
+        if args.layers and given:
+            raise InputError(f"--layers all measures every layer in float32: leave --{name} out.")
     if (args.streaming or args.sharded) and (args.criterion != RESONANCE or args.layers):
         raise InputError("--streaming and --sharded are for resonance: leave --criterion and --layers out.")
     if args.signals and (args.criterion != RESONANCE or args.layers):
@@ -142,6 +148,20 @@ def _check(args: argparse.Namespace) -> None:
         raise InputError("--sharded is for several processes: pass --num_processes, or use accelerate launch.")
     if args.limit is not None and not args.layers:
         raise InputError("--limit goes with --layers all: without it, every row is scored.")
+
+
+def check_values(args: argparse.Namespace) -> None:
+    """Raise InputError for a number or a signal that cannot be, before anything is read."""
+    for name in ("tokens_per_batch", "limit", "max_length", "timeout"):
+        if getattr(args, name, None) is not None:
+            whole_number(f"--{name}", getattr(args, name), least=1)
+    for signal in _signals(args) or ():
+        one_of("--signals", signal, (*SIGNALS, "all"))
+
+
+def _signals(args: argparse.Namespace) -> list[str] | None:
+    """The names in `--signals`, which have spaces or commas between them; None without any."""
+    return [name.strip() for each in args.signals for name in each.strip(",").split(",")] if args.signals else None
 
 
 def _warmup(args: argparse.Namespace) -> dict[str, Any]:
@@ -172,7 +192,8 @@ def _score_by_resonance(args: argparse.Namespace, common: dict[str, Any]) -> Any
     from ..scoring.stream import score_stream
 
     measure = {"config": settings_of(args, ResonanceConfig), "precision": args.precision, "sharded": args.sharded}
-    measure["signals"] = ",".join(each.strip(",") for each in args.signals) if args.signals else None
+    signals = _signals(args)
+    measure["signals"] = None if signals is None else ",".join(signals)
     training = sft_config(args, bf16=False, seed=args.seed)
     if args.streaming:
         say_stage(1, 1, f"scoring the stream {args.dataset} by {args.model}")
@@ -203,9 +224,6 @@ def _score_layers(args: argparse.Namespace, common: dict[str, Any]) -> Any:
     """Measure every layer on some rows, for the report."""
     from ..scoring.layers import LIMIT, score_layers
 
-    for name in ("n_layers", "precision"):
-        if getattr(args, name) != args.parser.get_default(name):
-            raise InputError(f"--layers all measures every layer in float32: leave --{name} out.")
     limit = LIMIT if args.limit is None else args.limit
     training, config = sft_config(args, bf16=False, seed=args.seed), settings_of(args, ResonanceConfig)
     rows = _rows(args, f"measuring every layer, on {limit:,} of")

@@ -8,7 +8,7 @@ from pathlib import Path
 from shlex import quote
 from typing import TYPE_CHECKING, Any
 
-from ..config import InputError, one_of
+from ..config import InputError
 from .inputs import require, scored_dataset
 from .parser import CommandParser, scored_dataset_arguments
 
@@ -23,6 +23,7 @@ EXAMPLES = (
     "resofilter select scores/ --by loss,-num_tokens --combine pareto --group_column source --output kept/",
 )
 ENDS, COMBINATIONS = ("largest", "smallest", "both"), ("ranks", "topsis", "pareto", "residual")
+FORMATS = ("jsonl", "parquet", "sharegpt", "alpaca")  # the names of those in `data.exporting`
 
 
 def add_arguments(parser: CommandParser) -> None:
@@ -77,9 +78,9 @@ def add_arguments(parser: CommandParser) -> None:
     parser.add_argument(
         "--format",
         nargs="+",
-        default=[],
+        choices=FORMATS,
         metavar="FORMAT",
-        help="also write the kept rows for other trainers, to exported/: jsonl, parquet, sharegpt, alpaca",
+        help=f"also write the kept rows for other trainers, to exported/: {', '.join(FORMATS)}",
     )
     scored_dataset_arguments(parser)
 
@@ -99,7 +100,8 @@ def run(args: argparse.Namespace) -> None:
     policy = _policy(args)
     scores = _without_faults(args, ScoreTable.join([ScoreTable.load(path) for path in args.scores]))
     dataset = scored_dataset(args, scores.provenance.source)
-    _check_formats(args.format, dataset)
+    if args.format and dataset is None:
+        raise InputError("--format needs the rows, and the scores name no dataset: pass --dataset.")
     check_place(output, args.dataset or scores.provenance.source.get("dataset"))
     if args.group_column and (dataset is None or args.group_column not in dataset.column_names):
         has = "pass --dataset" if dataset is None else f"the dataset has {', '.join(dataset.column_names)}"
@@ -110,7 +112,7 @@ def run(args: argparse.Namespace) -> None:
         raise InputError(f"There is no row to keep, of {len(selection)}. Choose another threshold or share.")
     if not args.overwrite:
         check_no_other(output, selection)
-    saved = _save(selection, dataset, output, args.group_column, args.format)
+    saved = _save(selection, dataset, output, args.group_column, args.format or ())
     print(selection.summary(groups))
     print(f"Selection: {saved}")
     if dataset is None:
@@ -120,8 +122,8 @@ def run(args: argparse.Namespace) -> None:
         for file in sorted((output / EXPORTED).glob("*")) if args.format else ():
             print(f"Exported: {file}")
         made = scores.provenance
-        template = made.source.get("chat_template_path")
-        lines = training_lines(made.model, output / DATASET, made.preparation, dataset.column_names, template)
+        rows, names = output / DATASET, dataset.column_names
+        lines = training_lines(made.model, rows, output, made.preparation, names, made.source)
         print("\n    ".join(["To train on them, in Python:", *lines]))
     if len(args.scores) == 1:
         print(f"Next: resofilter report {quote(args.scores[0])} --selection {quote(args.output)}")
@@ -179,9 +181,13 @@ def _by(args: argparse.Namespace, default: str) -> Any:
     if args.weights is None:
         return names[0] if len(names) == 1 else names
     if args.by is None or len(args.weights) != len(names) or len(set(names)) < len(names):
+        weights, columns = (
+            f"{count} {what}{'s' if count > 1 else ''}"
+            for count, what in ((len(args.weights), "weight"), (len(names), "column"))
+        )
         raise InputError(
-            f"--weights has {len(args.weights)} weights for {len(names)} columns: pass one for each in --by, such as "
-            "--by loss,-rsr --weights 0.7 0.6."
+            f"--weights has {weights} for {columns}: pass one for each in --by, such as --by loss,-rsr --weights 0.7 "
+            "0.6."
         )
     return dict(zip(names, args.weights, strict=True))
 
@@ -196,18 +202,6 @@ def _how_to_open(dataset: Dataset) -> str:
         f"datasets.load_from_disk, in datasets 4.7 or later, as values of {', '.join(varying)} differ in their keys or "
         "types; for others, add --format jsonl"
     )
-
-
-def _check_formats(formats: Sequence[str], dataset: Any) -> None:
-    """Raise InputError for a format that is not known, and where there are no rows to write."""
-    if not formats:
-        return
-    from ..data.exporting import FILES
-
-    for format in formats:
-        one_of("--format", format, list(FILES))
-    if dataset is None:
-        raise InputError("--format needs the rows, and the scores name no dataset: pass --dataset.")
 
 
 def _export(formats: Sequence[str], rows: Any, selection: Selection) -> Callable[[Path], None]:

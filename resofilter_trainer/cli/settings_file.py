@@ -26,9 +26,13 @@ def yaml_arguments(args: argparse.Namespace, commands: Collection[str] = ()) -> 
     if not isinstance(values, dict | None):
         raise InputError(f"--config {args.config} must be a mapping, 'name: value' on each line.")
     known = {each.dest: each for each in args.parser._actions if each.option_strings}
+    places = {each.dest for each in args.parser._actions if not each.option_strings}
     arguments: list[str] = []
     for written, value in from_sections(values or {}, [args.command], commands).items():
         name = args.parser.own_name(str(written))
+        if name in places:
+            command = f"{args.parser.prog} {name.upper()} --config {args.config}"
+            raise InputError(f"--config {args.config}: '{written}' is named on the command line: {command}")
         if name not in known or name in ("help", "config"):
             close = nearest(name, set(known) - {"help", "config"})
             hint = f" Did you mean '{close}'?" if close else ""

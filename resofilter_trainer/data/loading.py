@@ -102,6 +102,8 @@ def open_pass(
     source = {**(source or {}), "content": hash_rows(dataset)}
     if args.chat_template_path:
         source["chat_template_path"] = str(args.chat_template_path)
+    if args.trust_remote_code:
+        source["trust_remote_code"] = True
     provenance = describe(model, tokenizer, prepared, len(dataset), args, config, mapping, source, precision)
     return model, Opened(tokenizer, prepared, reasons | prepared.reasons, len(dataset), provenance)
 

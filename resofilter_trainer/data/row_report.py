@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence, Sized
 from typing import TYPE_CHECKING, Any
 
 from ..config import InputError, check_kind, with_known_keywords
@@ -11,6 +12,7 @@ from ..io.digest import same_rows
 from ..report import Contents, Report
 from ..report import write_report as write_page
 from ..scores.score_table import ScoreTable
+from ..selecting.groups import check_groups
 from ..selecting.selection import Selection
 
 if TYPE_CHECKING:
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
 
 FOLDER = "resofilter-report"
 WHAT = "a ScoreTable, as score_dataset returns, or the result of read_contents"
+ROWS = "a datasets.Dataset, as load_rows returns, or a list with a pair of prompt and completion for each row"
 
 
 @with_known_keywords
@@ -61,10 +64,12 @@ def write_report(
     check_kind("selection", selection, (Selection, type(None)), "a Selection")
     contents = _contents(scores, selection)
     texts = dataset
-    if hasattr(dataset, "column_names"):
+    if _is_dataset(dataset):
         texts, groups = _texts_and_groups(contents.scores, dataset, groups, check_rows)
     elif isinstance(groups, str):
         raise InputError(f"groups='{groups}' is a column of the dataset: pass dataset=.")
+    if groups is not None and contents.scores is not None:
+        check_groups(groups, len(contents.scores))
     return write_page(contents, FOLDER if output is None else output, texts, groups, decode, title)
 
 
@@ -74,9 +79,24 @@ def _contents(scores: ScoreTable | Contents, selection: Selection | None) -> Con
         return Contents(scores, selection)
     if selection is None:
         return scores
-    return Contents(
-        scores.scores, selection, scores.epochs, scores.log, scores.layers, scores.cleaned, scores.comparison
-    )
+    return dataclasses.replace(scores, selection=selection)
+
+
+def _is_dataset(rows: Any) -> bool:
+    """Whether rows are a Dataset, not texts. Raises InputError for what is neither."""
+    if isinstance(rows, Mapping):
+        split = next(iter(rows), "train")
+        raise InputError(f"dataset must be one split, and this is a {type(rows).__name__}: pass dataset['{split}'].")
+    if rows is None or (hasattr(rows, "with_format") and isinstance(rows, Sized)):
+        return rows is not None
+    if isinstance(rows, str):
+        raise InputError(f"dataset must be {ROWS}, got {rows!r}: pass load_rows({rows!r}).")
+    check_kind("dataset", rows, Sequence, ROWS)
+    for row, each in enumerate(rows if isinstance(rows, list | tuple) else ()):
+        pair = isinstance(each, list | tuple) and len(each) == 2
+        if not pair or not all(isinstance(text, str) for text in each):
+            raise InputError(f"dataset must be {ROWS}, and row {row} is no pair of texts but a {type(each).__name__}.")
+    return False
 
 
 def _texts_and_groups(scores: ScoreTable | None, dataset: Any, groups: Any, check_rows: bool) -> tuple[Any, Any]:

@@ -20,6 +20,8 @@ from ..config import InputError, check_kind, with_known_keywords
 from ..config.compatibility import need_extra
 from ..io.files import check_folder, replacing
 from ..scores.score_table import ScoreTable
+from ..selecting.results import DROPPED_FILE, PAGE
+from ..selecting.results import PAGE_FILES as FILES
 from ..selecting.selection import Selection
 from .contents import Contents, read_contents
 from .numbers import Numbers, numbers_of
@@ -30,7 +32,7 @@ from .timeline import lives_of
 __all__ = ["Contents", "Numbers", "Report", "read_contents", "write_report"]
 
 FORMULA = tuple("=+-@\t\r")  # a spreadsheet computes text that begins with one of these
-PAGE, FILES, TITLE = "report.html", "report", "Why rows were dropped"
+TITLE = "Why rows were dropped"
 COUNTED = 20_000  # rows whose words are counted
 
 
@@ -127,10 +129,10 @@ def _save_dropped(scores: ScoreTable, selection: Selection, folder: Path) -> str
     dropped = np.flatnonzero(~selection.keep)
     columns = {name: scores.table[name] for name in scores.table.column_names if name != "reason"}
     table = pa.table({**columns, "reason": pa.array(list(selection.reason), pa.string())}).take(dropped)
-    with replacing(folder / "dropped.parquet") as temporary:
+    with replacing(folder / DROPPED_FILE) as temporary:
         pyarrow.parquet.write_table(table, temporary)
     with replacing(folder / "dropped.csv") as temporary:
         quoted = [f"'{why}" if why[:1] in FORMULA else why for why in table["reason"].to_pylist()]
         index = table.column_names.index("reason")
         pyarrow.csv.write_csv(table.set_column(index, "reason", pa.array(quoted, pa.string())), temporary)
-    return f"{FILES}/dropped.csv and {FILES}/dropped.parquet, next to this page"
+    return f"{FILES}/dropped.csv and {FILES}/{DROPPED_FILE}, next to this page"

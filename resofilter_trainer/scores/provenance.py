@@ -15,6 +15,7 @@ SATURATED = (
     "the ranking rests on the few entries whose gradient is near eps. Use a larger eps, such as eps=1e-4, or "
     'update="sgd" with norm="l2"'
 )
+OF_SOURCE = ("chat_template_path", "trust_remote_code")  # arguments of SFTConfig, where they were passed
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,8 @@ class Provenance:
         config: the ResonanceConfig, or the settings of another criterion.
         preparation: how rows were turned into tokens: column mapping, lengths, masking, precision.
         versions: the versions of this package and of the packages that compute.
-        source: the dataset's name as the user passed it, and a hash of its rows. Not compared.
+        source: the dataset's name as the user passed it, a hash of its rows, and the arguments in `OF_SOURCE`. Not
+            compared.
         trust: see `Trust`. Not compared, except for its `forward`.
         warmup: what a warm-up has cost (`rows`, `tokens`, `steps`, `seconds`, `processes`), and a hash of the tuned
             `weights`; empty without one. Not compared: `weights` are those of the model before it, and what it depends

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import numbers
+import reprlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -20,12 +21,12 @@ class RowRecord:
     """A record with a value for each row in each of its columns.
 
     `record["score"]` is a column: an array of numbers, or a list of texts. `record[0]` is a row as a dictionary, and
-    iteration gives each. `record[:5]` and `record[[0, 7]]` are the columns of several rows. Two records are equal if
-    all their values are.
+    iteration gives each. `record[:5]`, `record[[0, 7]]` and `record[record["score"] > 1e-4]` are the columns of several
+    rows. `"score" in record` says whether there is such a column. Two records are equal if all their values are.
     """
 
     def _columns(self) -> Mapping[str, Any]:
-        """The columns: arrays, Arrow's columns or lists, all of one length."""
+        """The columns: arrays, Arrow's columns, lists or a range, all of one length."""
         raise NotImplementedError
 
     def _made_from(self) -> object:
@@ -49,6 +50,9 @@ class RowRecord:
             return {name: _plain(column[row]) for name, column in columns.items()}
         rows = _positions(key, length)
         return {name: values_of(_taken(column, rows)) for name, column in columns.items()}
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._columns() if isinstance(key, str) else any(row == key for row in self)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         columns = self._columns()
@@ -82,6 +86,8 @@ def as_html(title: str, frame: pd.DataFrame, note: str = "") -> str:
 
 def values_of(column: Any) -> Any:
     """A column's values: an array of numbers, with NaN for a missing one, or a list."""
+    if isinstance(column, range):
+        return np.arange(column.start, column.stop, column.step)
     if not isinstance(column, pa.ChunkedArray):
         return column
     number = pa.types.is_integer(column.type) or pa.types.is_floating(column.type)
@@ -111,16 +117,25 @@ def _position(row: int, length: int) -> int:
 def _positions(key: Any, length: int) -> np.ndarray:
     if isinstance(key, slice):
         return np.arange(length)[key]
-    rows = np.asarray(key)
+    try:
+        rows = np.asarray(key)
+    except ValueError:  # lists of several lengths
+        rows = np.empty((0, 0))
+    if rows.ndim == 1 and rows.dtype == bool:
+        if len(rows) != length:
+            raise InputError(f"There are {length} rows and the mask has {len(rows)} values: every row needs one.")
+        return np.flatnonzero(rows)
     if rows.ndim != 1 or (rows.size and not np.issubdtype(rows.dtype, np.integer)):
-        raise InputError(f"Pass a column's name, a row's number, a slice or a list of numbers, got {key!r}.")
+        shown = reprlib.repr(key)
+        raise InputError(f"Pass a column's name, a row's number, a slice, a list of numbers or a mask, got {shown}.")
     return np.array([_position(row, length) for row in rows.tolist()], dtype=np.int64)
 
 
 def _taken(column: Any, rows: np.ndarray) -> Any:
     if isinstance(column, np.ndarray | pa.ChunkedArray):
         return column[rows] if isinstance(column, np.ndarray) else column.take(pa.array(rows, pa.int64()))
-    return [column[row] for row in rows.tolist()]
+    taken = [column[row] for row in rows.tolist()]
+    return np.array(taken, dtype=np.int64) if isinstance(column, range) else taken
 
 
 def _plain(value: Any) -> Any:

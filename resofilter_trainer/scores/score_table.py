@@ -73,9 +73,9 @@ class ScoreTable(RowRecord):
         return self.table.num_rows
 
     def __repr__(self) -> str:
-        values = self.column("score")[self.scored]
-        span = span_of(values[np.isfinite(values)], full_step_of(self.provenance.config))
-        return f"ScoreTable({len(self):,} rows, {len(values):,} scored, scores {span})"
+        values, broken = self._numbers()
+        scored = f"{len(values) + broken:,} scored, scores {span_of(values, full_step_of(self.provenance.config))}"
+        return f"ScoreTable({len(self):,} rows, {scored}{_not_numbers(broken)})"
 
     def _columns(self) -> Mapping[str, pa.ChunkedArray]:
         return dict(zip(self.table.column_names, self.table.columns, strict=True))
@@ -85,10 +85,11 @@ class ScoreTable(RowRecord):
 
     def summary(self) -> str:
         """What the scores are, why rows have none, and what makes them doubtful, in a few lines."""
-        values = self.column("score")[self.scored]
+        values, broken = self._numbers()
         full = full_step_of(self.provenance.config)
         mean = "none" if not len(values) else _mean(values, full)
-        lines = [f"{len(self)} rows, {len(values)} scored: {span_of(values, full)}, mean {mean}"]
+        scored = f"{len(values) + broken} scored: {span_of(values, full)}, mean {mean}"
+        lines = [f"{len(self)} rows, {scored}{_not_numbers(broken)}"]
         for reason, count in count_reasons((why for why in self.reasons if why is not None), 5):
             lines.append(f"  {count} not scored: {reason}")
         lines += warmup_line(self)
@@ -97,6 +98,12 @@ class ScoreTable(RowRecord):
         if known and (cut := int((self.column("length") == limit).sum())):
             lines.append(f"  {cut} have max_length {limit} tokens: they were truncated, or are exactly that long")
         return "\n".join([*lines, *trust_lines(self)])
+
+    def _numbers(self) -> tuple[np.ndarray, int]:
+        """The scores that are finite numbers, and how many others there are."""
+        values = self.column("score")[self.scored]
+        finite = values[np.isfinite(values)]
+        return finite, len(values) - len(finite)
 
     def column(self, name: str) -> np.ndarray:
         """A numeric column, with NaN for a missing value. Raises InputError for an unknown column."""
@@ -215,6 +222,10 @@ def warmup_line(scores: ScoreTable) -> list[str]:
 def _mean(values: np.ndarray, full_step: float | None) -> str:
     mean = float(values.mean())
     return f"{mean:.6g}" if full_step is None else percent(mean, full_step, float(np.ptp(values)))
+
+
+def _not_numbers(count: int) -> str:
+    return "" if not count else f", {count:,} {'row has' if count == 1 else 'rows have'} a score that is not a number"
 
 
 def with_votes_of_all(table: pa.Table) -> pa.Table:

@@ -32,7 +32,7 @@ from ..data.loading import default_arguments, load_model, open_pass
 from ..io.digest import PIECE, RowsDigest, columns_of, tables_of
 from ..io.files import remove_folder
 from ..scores.full_step import is_saturated
-from ..scores.provenance import Provenance, Trust
+from ..scores.provenance import OF_SOURCE, Provenance, Trust
 from ..scores.score_table import SAME_PROMPT, SCORES_FILE, ScoreTable, with_votes_of_all
 from .dataset import measured_settings, score_dataset
 from .further_signals import of_one_pass
@@ -193,8 +193,13 @@ def together(
         )
     whole = ScoreTable(with_votes_of_all(pa.concat_tables(moved)), scored[0].provenance)
     content = xxhash.xxh3_128("".join(each.provenance.dataset for each in scored).encode()).hexdigest()
+    arguments = {name: value for name, value in scored[0].provenance.source.items() if name in OF_SOURCE}
     provenance = dataclasses.replace(
-        scored[0].provenance, dataset=content, rows=start, source=dict(source), trust=_trust(scored, whole, config)
+        scored[0].provenance,
+        dataset=content,
+        rows=start,
+        source={**arguments, **source},
+        trust=_trust(scored, whole, config),
     )
     return ScoreTable(whole.table, provenance)
 

@@ -15,6 +15,7 @@ import numpy as np
 from ..config import InputError, at_most_one, check_kind, number, one_of, share, whole_number, with_known_keywords
 from ..scores.score_table import LENGTH, OF_GROUP, ScoreTable
 from .combining import COMBINATIONS, residual, weighted_rank
+from .groups import check_groups
 from .selection import LATER, Selection, check_complete
 from .shares import Drop, Side, complement, drop_share, outside, share_reason
 from .thresholds import RULES
@@ -200,8 +201,8 @@ class DataSelector:
 
     def _check_groups(self, groups: Sequence[Any] | None, rows: int) -> None:
         """Raise InputError where groups are missing, or the settings do not allow them."""
-        if groups is not None and len(groups) != rows:
-            raise InputError(f"There are {rows} rows and {len(groups)} groups: every row needs one.")
+        if groups is not None:
+            check_groups(groups, rows)
         at_most_one(groups=groups, stratify_by=self.stratify_by)
         if groups is None and isinstance(self.keep, Mapping):
             raise InputError("keep has a share for each group: pass the group of each row (groups=).")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence, Sized
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,17 @@ from ..scores.score_table import OF_GROUP, count_reasons
 LISTED, REASONS = 20, 3  # groups, and reasons of each
 
 
+def check_groups(groups: Any, rows: int) -> None:
+    """Raise InputError unless there is a group for each of the rows."""
+    if isinstance(groups, str):
+        raise InputError(f"groups={groups!r} is one text, and every row needs a group: pass dataset[{groups!r}].")
+    if not isinstance(groups, Sized) or isinstance(groups, Mapping) or not hasattr(groups, "__getitem__"):
+        what = repr(groups) if isinstance(groups, int | float) else f"a {type(groups).__name__}"
+        raise InputError(f"groups must be a list with the group of each row, got {what}: pass dataset['source'].")
+    if len(groups) != rows:
+        raise InputError(f"There are {rows} rows and {len(groups)} groups: every row needs one.")
+
+
 def group_lines(keep: np.ndarray, reason: Sequence[str], groups: Sequence[Any]) -> list[str]:
     """A line for each group, the largest first: its kept rows, all its rows, and why the others are dropped.
 
@@ -23,10 +34,9 @@ def group_lines(keep: np.ndarray, reason: Sequence[str], groups: Sequence[Any]) 
         groups: (N,) the group of each row.
 
     Raises:
-        InputError: the number of groups is not N.
+        InputError: there are not N groups.
     """
-    if len(groups) != len(keep):
-        raise InputError(f"There are {len(keep)} rows and {len(groups)} groups: every row needs one.")
+    check_groups(groups, len(keep))
     codes, names = pd.factorize(np.array([str(each) for each in groups], dtype=object))
     totals = np.bincount(codes, minlength=len(names))
     order = np.argsort(-totals, kind="stable")

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..config import InputError
-from ..io.files import flush, replacing
-from .selection import SELECTION_FILE, Selection
+from ..io.files import flush, remove_folder, replacing
+from .results import DROPPED_FILE, PAGE, PAGE_FILES
+from .selection import SELECTION_FILE, Selection, content_of
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
 DATASET = "dataset"
 EXPORTED = "exported"  # the rows as files for other trainers
+OF_SELECTION = (DATASET, EXPORTED, PAGE, PAGE_FILES)  # what is made of a selection, and goes with it
 
 
 def check_place(output: Path, source: str | None) -> None:
@@ -36,16 +38,18 @@ def check_place(output: Path, source: str | None) -> None:
 
 def check_no_other(output: Path, selection: Selection) -> None:
     """Raise InputError where a folder holds another selection than this one, which would be lost."""
-    if not (output / SELECTION_FILE).exists():
-        return
-    try:
-        same = Selection.load(output) == selection
-    except InputError:  # damaged, or of another version
-        same = False
-    if not same:
+    if (output / SELECTION_FILE).exists() and not _holds(output, selection):
         raise InputError(
             f"'{output}' holds another selection. Choose another folder, or pass overwrite=True to replace it."
         )
+
+
+def _holds(output: Path, selection: Selection) -> bool:
+    """Whether a folder holds this very selection."""
+    try:
+        return Selection.load(output) == selection
+    except InputError:  # none, a damaged one, or one of another version
+        return False
 
 
 def save_kept(
@@ -57,16 +61,24 @@ def save_kept(
 ) -> Path:
     """Write a selection, the rows that it keeps and their card. Rows are never beside another selection than theirs.
 
+    Of another selection in the folder, its rows, exported files and report are removed; of the same one, what is not
+    written anew stays.
+
     Args:
         rows: the kept rows, as `Selection.apply` gives them; None to write the selection alone.
         selection: the selection that keeps them.
-        output: a folder; the rows of an earlier selection in it are replaced.
+        output: a folder.
         group_column: the column whose groups each have their share, for the card.
         export: writes the rows to a folder as files for other trainers, if they are wanted.
 
     Returns:
         The selection's file.
     """
+    same = _holds(output, selection) and content_of(selection.provenance) is not None  # else the rows may differ
+    written = {DATASET: rows is not None, EXPORTED: export is not None}
+    replaced = [name for name, anew in written.items() if anew or not same]
+    if not same and (output / SELECTION_FILE).exists() and (output / PAGE_FILES / DROPPED_FILE).exists():
+        replaced += [PAGE, PAGE_FILES]
     with contextlib.ExitStack() as stack:
         if rows is not None:
             folder = stack.enter_context(replacing(output / DATASET))
@@ -75,32 +87,35 @@ def save_kept(
             flush(folder)  # before the earlier rows are moved away
         if export is not None:
             exported = stack.enter_context(replacing(output / EXPORTED))
-            exported.mkdir()
+            if same and (output / EXPORTED).is_dir():
+                shutil.copytree(output / EXPORTED, exported)  # files in other formats
+            exported.mkdir(exist_ok=True)
             export(exported)
             flush(exported)
-        with _moved_away(output):
+        with _moved_away(output, replaced):
             saved = selection.save(output)
-    for name in (DATASET, EXPORTED):
-        shutil.rmtree(_replaced(output, name), ignore_errors=True)
+    for name in replaced:
+        remove_folder(_replaced(output, name))
     return saved
 
 
 @contextlib.contextmanager
-def _moved_away(output: Path) -> Iterator[None]:
-    """Moves the earlier rows out of the way, and back after an error."""
-    for name in (DATASET, EXPORTED):
-        shutil.rmtree(_replaced(output, name), ignore_errors=True)
+def _moved_away(output: Path, names: Sequence[str]) -> Iterator[None]:
+    """Moves what is replaced out of the way, and back after an error."""
+    for name in OF_SELECTION:  # a killed run may have left some
+        remove_folder(_replaced(output, name))
+    for name in names:
         if (output / name).exists():
             (output / name).rename(_replaced(output, name))
     try:
         yield
     except BaseException:
-        for name in (DATASET, EXPORTED):
+        for name in names:
             if _replaced(output, name).exists():
                 _replaced(output, name).rename(output / name)
         raise
 
 
 def _replaced(output: Path, name: str) -> Path:
-    """Where earlier rows are until the new ones are in place."""
+    """Where an earlier folder or file is until the new ones are in place."""
     return output / f".{name}.replaced"

@@ -13,6 +13,7 @@ import pyarrow.compute as pc
 from ..config import InputError, check_kind, one_of, whole_number, with_known_keywords
 from ..scores.score_table import OF_PROMPT, PROMPT, ScoreTable
 from .data_selector import DataSelector
+from .groups import check_groups
 from .selection import Selection
 from .shares import Side
 
@@ -102,8 +103,7 @@ def _prompts(scores: ScoreTable) -> np.ndarray:
 
 def _codes(groups: Sequence[Any], rows: int) -> np.ndarray:
     """(N,) the number of each row's group, -1 for None."""
-    if len(groups) != rows:
-        raise InputError(f"There are {rows} rows and {len(groups)} groups: every row needs one.")
+    check_groups(groups, rows)
     names = [None if each is None else repr(each) for each in groups]  # a prompt may be a list of messages
     codes: np.ndarray = pd.factorize(np.array(names, dtype=object))[0]
     return codes

@@ -19,6 +19,8 @@ LOG_FILE = "log.json"  # the Trainer's log, and what was reported to its tracker
 IDS_FILE = "rows.parquet"  # of a stream: which id the row of each sample_id has
 FULL, RANDOM = "full", "random"  # the methods of a comparison that the others are compared with
 EPOCHS, FLOPS = "epochs", "flops"  # what is equal in the trainings of a comparison
+PAGE, PAGE_FILES = "report.html", "report"  # a report, and the folder of what is beside it
+DROPPED_FILE = "dropped.parquet"  # in that folder: all dropped rows
 COMPARISON_FILE, SUMMARY_FILE = "comparison.json", "summary.json"  # of a comparison, of token cleaning
 
 

@@ -82,7 +82,7 @@ class Selection(RowRecord):
         return as_html(repr(self), pd.DataFrame({"rows": [n for _, n in counts], "reason": [why for why, _ in counts]}))
 
     def _columns(self) -> Mapping[str, Any]:
-        columns = {"sample_id": np.arange(len(self)), "keep": self.keep, "reason": self.reason}
+        columns = {"sample_id": range(len(self)), "keep": self.keep, "reason": self.reason}
         return columns if self.weight is None else {**columns, "weight": self.weight}
 
     def _made_from(self) -> object:
@@ -95,7 +95,7 @@ class Selection(RowRecord):
             groups: (N,) the group of each row, such as its source: each group has a line with its kept rows.
 
         Raises:
-            InputError: the number of groups is not the number of rows.
+            InputError: there is not one group for each row.
         """
         lines = [f"{int(self.keep.sum()):,} of {len(self):,} rows kept"]
         lines += [f"  {count:>8,} {why}" for why, count in count_reasons(self.reason, LISTED)]
@@ -299,7 +299,7 @@ class Selection(RowRecord):
         return json.dumps({"policy": policy, "provenance": self.provenance}, default=_as_json)
 
     def _table(self) -> pa.Table:
-        return pa.table({**self._columns(), "reason": list(self.reason)})
+        return pa.table({**self._columns(), "sample_id": np.arange(len(self)), "reason": list(self.reason)})
 
 
 def _as_json(value: Any) -> Any:

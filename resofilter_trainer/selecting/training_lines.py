@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config import ColumnMapping
+from ..scores.provenance import OF_SOURCE
 from .weighted_rows import WEIGHT
 
 TOKENS = "input_ids"
@@ -16,16 +17,22 @@ LEARNT: dict[str, bool | None] = {"assistant_only_loss": False, "completion_only
 
 
 def training_lines(
-    model: str, rows: Path, preparation: Mapping[str, Any], column_names: list[str], template: str | None = None
+    model: str,
+    rows: Path,
+    output: Path,
+    preparation: Mapping[str, Any],
+    column_names: list[str],
+    source: Mapping[str, Any] | None = None,
 ) -> list[str]:
     """Lines that run as they are, on a GPU or without one, and train with SFTTrainer.
 
     Args:
         model: the name or folder of the model to train.
         rows: the folder of the rows.
+        output: the folder of everything, in which the trained model gets one of its own.
         preparation: how rows became tokens, as in the provenance of their scores.
         column_names: the columns of the rows.
-        template: the chat template's `chat_template_path`, if one was passed.
+        source: the source in the provenance of their scores, which has the arguments in `OF_SOURCE` that were passed.
     """
     tokens, weighted = TOKENS in column_names, WEIGHT in column_names
     columns = {each.name: preparation.get(each.name) for each in dataclasses.fields(ColumnMapping)}
@@ -41,21 +48,21 @@ def training_lines(
     for name, usual in LEARNT.items():
         if preparation.get(name, usual) != usual:
             config[name] = repr(preparation[name])
-    if template is not None:
-        config["chat_template_path"] = repr(template)
+    passed = {name: (source or {}).get(name) for name in OF_SOURCE}
+    config |= {name: repr(value) for name, value in passed.items() if value}
     names = ["load_rows"] if tokens else ["ColumnMapping", "load_rows", "map_columns"]
     names += ["SampleWeights"] if weighted else []
     read = f"load_rows({str(rows)!r})"
     mapped = read if tokens else f"map_columns({read}, ColumnMapping({_keywords(columns)}))"
     callbacks = f", callbacks=[SampleWeights(rows[{WEIGHT!r}])]" if weighted else ""
-    output = str(rows.with_name("trained"))
+    trained = str(output / "trained")
     return [
         "import torch",
         f"from resofilter_trainer import {', '.join(sorted(names))}",
         "from trl import SFTConfig, SFTTrainer",
         f"rows = {mapped}",
         "gpu = torch.cuda.is_available()",
-        f"args = SFTConfig({output!r}, {', '.join(f'{name}={value}' for name, value in config.items())})",
+        f"args = SFTConfig({trained!r}, {', '.join(f'{name}={value}' for name, value in config.items())})",
         f"SFTTrainer({model!r}, args, train_dataset=rows{callbacks}).train()",
     ]
 

@@ -89,6 +89,13 @@ def test_fixed(reference, place, tmp_path, capsys):
     assert TokenScores.load(output).provenance.source["dataset"] == str(place / "rows.jsonl")
 
 
+def test_the_current_folder_is_an_output_and_the_trained_model_has_a_folder_in_it(place, capsys):
+    main(usual(place, Path("."), "--reference", place / "reference", "--trust_remote_code"))
+    printed = capsys.readouterr().out
+    assert "    args = SFTConfig('trained', bf16=gpu, use_cpu=not gpu, trust_remote_code=True)\n" in printed
+    assert "    rows = load_rows('.')\n" in printed
+
+
 def test_sixty_percent_of_all_is_the_default(place, tmp_path):
     main(usual(place, tmp_path / "out", "--reference", place / "reference"))
     assert sum(labels_kept(tmp_path / "out").values()) == int(len(TokenScores.load(tmp_path / "out")) * 0.6)

@@ -10,8 +10,11 @@ import pytest
 from datasets import load_from_disk
 from helpers.tables import files_in, make_provenance, make_scores
 
-from resofilter_trainer import Selection
+from resofilter_trainer import Selection, load_rows
 from resofilter_trainer.cli.entry import main
+from resofilter_trainer.cli.select import FORMATS
+from resofilter_trainer.data.exporting import FILES
+from resofilter_trainer.io.digest import hash_rows
 
 ROWS = [{"q": f"{i}?", "a": f"00{i}", "id": f"r{i}"} for i in range(6)]
 MAPPED = {"prompt_column": ["q"], "completion_column": "a", "separator": "\n", "conversational": False}
@@ -23,9 +26,20 @@ def scores(tmp_path: Path) -> Path:
     """A folder of scores that rise from row to row, of a file of rows."""
     source = tmp_path / "rows.jsonl"
     source.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
-    provenance = make_provenance(preparation=MAPPED, source={"dataset": str(source), "split": "train"})
-    make_scores([float(i) for i in range(6)], provenance=provenance).save(tmp_path / "scores")
-    return tmp_path / "scores"
+    return save_scores(tmp_path / "scores", {"dataset": str(source), "split": "train"})
+
+
+@pytest.fixture
+def known(scores: Path) -> Path:
+    """The same scores, with a digest of the rows, as `resofilter score` writes it."""
+    source = str(scores.parent / "rows.jsonl")
+    return save_scores(scores, {"dataset": source, "split": "train", "content": hash_rows(load_rows(source))})
+
+
+def save_scores(folder: Path, source: dict[str, str]) -> Path:
+    provenance = make_provenance(preparation=MAPPED, source=source)
+    make_scores([float(i) for i in range(6)], provenance=provenance).save(folder)
+    return folder
 
 
 def select(scores: Path, *options: str) -> Path:
@@ -64,6 +78,50 @@ def test_files_never_lie_beside_another_selection(scores):
     assert files_in(kept) == ["selection.parquet"]
 
 
+def test_the_same_selection_again_loses_no_file(known):
+    kept = select(known, "--format", "jsonl")
+    (kept / "report").mkdir()
+    (kept / "report" / "dropped.parquet").write_text("of these rows")
+    (kept / "report.html").write_text("a page")
+    main(["select", str(known), "--output", str(kept)])
+    assert files_in(kept) == ["dataset", "exported", "report", "report.html", "selection.parquet"]
+    main(["select", str(known), "--output", str(kept), "--format", "alpaca"])
+    assert files_in(kept / "exported") == ["alpaca.jsonl", "dataset_info.json", "rows.jsonl"]
+    assert lines(kept / "exported" / "rows.jsonl") == [ROWS[i] | {"sample_id": i} for i in KEPT]
+    assert load_from_disk(kept / "dataset")["id"][:] == ["r0", "r1", "r2"]
+
+
+def test_another_selection_takes_the_report_of_the_earlier_one_away(known):
+    kept = select(known)
+    main(["report", str(known), "--selection", str(kept)])
+    assert "report.html" in files_in(kept)
+    select(known, "--drop", "smallest")
+    assert files_in(kept) == ["dataset", "selection.parquet"]
+
+
+def test_a_report_folder_that_is_not_ours_stays(known):
+    kept = select(known)
+    (kept / "report").mkdir()
+    (kept / "report" / "mine.txt").write_text("mine")
+    (kept / "report.html").write_text("mine")
+    select(known, "--drop", "smallest")
+    assert files_in(kept) == ["dataset", "report", "report.html", "selection.parquet"]
+
+
+def test_after_an_error_the_earlier_files_are_back(known, monkeypatch):
+    kept = select(known, "--format", "jsonl")
+    main(["report", str(known), "--selection", str(kept)])
+    before = files_in(kept)
+
+    def full(*args: object) -> None:
+        raise OSError("the disk is full")
+
+    monkeypatch.setattr(Selection, "save", full)
+    with pytest.raises(OSError, match="the disk is full"):
+        select(known, "--drop", "smallest")
+    assert files_in(kept) == before
+
+
 def test_a_row_that_does_not_fit_leaves_everything_as_it_was(scores, capsys):
     kept = select(scores, "--format", "jsonl")
     source = scores.parent / "rows.jsonl"
@@ -79,6 +137,10 @@ def test_an_unknown_format_and_scores_without_rows(scores, capsys):
     with pytest.raises(SystemExit):
         select(scores, "--format", "csv")
     assert "--format must be one of 'jsonl', 'parquet', 'sharegpt', 'alpaca', got 'csv'." in capsys.readouterr().err
+    with pytest.raises(SystemExit):  # before anything is read
+        main(["select", "/nowhere", "--output", str(scores.parent / "kept"), "--format", "csv"])
+    assert "got 'csv'" in capsys.readouterr().err
+    assert tuple(FILES) == FORMATS
     make_scores([1.0, 2.0], provenance=make_provenance(rows=2, source={})).save(scores)
     with pytest.raises(SystemExit):
         select(scores, "--format", "jsonl")

@@ -59,8 +59,8 @@ def test_the_command_selects_as_the_policy(options, policy, scores, tmp_path, mo
 @pytest.mark.parametrize(
     ("options", "named"),
     [
-        ("--weights 0.7", "--weights has 1 weights for 1 columns: pass one for each in --by"),
-        ("--by loss,score --weights 0.7", "--weights has 1 weights for 2 columns"),
+        ("--weights 0.7", "--weights has 1 weight for 1 column: pass one for each in --by"),
+        ("--by loss,score --weights 0.7", "--weights has 1 weight for 2 columns: pass"),
         ("--by loss --weights -1", "The weight of loss must be a finite number of at least 0"),
         ("--votes probe --by loss", "--votes has the columns and their weights: leave --by and --weights out."),
         ("--votes nowhere", "There is no 'nowhere/probe.json'"),

@@ -72,3 +72,11 @@ def test_a_split_that_is_not_there(tmp_path, tiny_model_dir, capsys):
     with pytest.raises(SystemExit):
         score(as_csv(tmp_path / "rows"), tmp_path / "scores", tiny_model_dir, "--split", "validation")
     assert "has no split 'validation'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("more", [[], ["--streaming"]])
+def test_lines_that_train_run_the_code_of_the_model_as_scoring_did(more, tmp_path, tiny_model_dir, capsys):
+    score(as_csv(tmp_path / "rows"), tmp_path / "scores", tiny_model_dir, "--trust_remote_code", *more)
+    assert ScoreTable.load(tmp_path / "scores").provenance.source["trust_remote_code"] is True
+    main(["select", str(tmp_path / "scores"), "--output", str(tmp_path / "kept")])
+    assert "trust_remote_code=True)" in capsys.readouterr().out

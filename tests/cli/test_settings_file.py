@@ -44,6 +44,18 @@ def test_several_columns_to_rank_by(tmp_path):
     assert arguments(tmp_path, "by: [score, -loss]", "select", "scores") == ["--by=score,-loss"]
 
 
+@pytest.mark.parametrize(
+    ("argv", "name"),
+    [(["select"], "scores"), (["report", "sc"], "source"), (["inspect", "sc"], "source"), (["compare"], "comparison")],
+)
+def test_what_is_named_on_the_command_line_is_not_in_the_file(argv, name, tmp_path, capsys):
+    path = tmp_path / "run.yaml"
+    path.write_text(f"{name}: sc\n")
+    command = f"resofilter {argv[0]} {name.upper()} --config {path}"
+    said = refused(capsys, *argv, "--config", path)
+    assert said == f"--config {path}: '{name}' is named on the command line: {command}"
+
+
 SECTIONS = "model: m\nscore: {signals: [rank], output: s}\nselect:\n  by: [rank]\n  output: k\nclean:\n"
 
 

@@ -13,9 +13,14 @@ from helpers.commands import refused
 from resofilter_trainer import __version__
 from resofilter_trainer.cli.entry import COMMANDS, _parser, exit_on_input_error, main
 from resofilter_trainer.cli.parser import NEEDED
-from resofilter_trainer.cli.score import _check
+from resofilter_trainer.cli.score import SIGNALS, _check
 from resofilter_trainer.cli.settings_file import yaml_arguments
 from resofilter_trainer.config import InputError, nearest
+
+NOWHERE = ["--model", "m", "--dataset", "/nowhere/rows.jsonl", "--output", "o"]  # no file: arguments are checked first
+LAYERS = ["--layers", "all"]
+IN_FLOAT32 = "--layers all measures every layer in float32"
+KNOWN = ", ".join(map(repr, (*SIGNALS, "all")))
 
 
 def parsed(*argv: str):
@@ -84,11 +89,43 @@ def test_a_known_short_option_is_no_value(capsys):
         (["score", "rows.jsonl"], "Nothing takes the argument 'rows.jsonl'."),
         (
             ["score", "--drop_empty", "yes"],
-            "Nothing takes the argument 'yes'. A flag such as --drop_empty is true or false.",
+            "--drop_empty is true or false, got 'yes': write --drop_empty, or leave it out.",
         ),
         (
             ["score", "--drop-empty=maybe"],
             "--drop_empty is true or false, got 'maybe': write --drop_empty, or leave it out.",
+        ),
+        (
+            ["select", "scores", "--output", "o", "--overwrite", "maybe"],
+            "--overwrite is true or false, got 'maybe': write --overwrite, or leave it out.",
+        ),
+        (["score", "--drop_empty", "--n_layers", "2", "yes"], "Nothing takes the argument 'yes'."),
+        (["select", "scores", "--no-overwrite"], "There is no option --no-overwrite: write --overwrite false."),
+        (["score", "--no_drop_empty"], "There is no option --no_drop_empty: write --drop_empty false."),
+        (["score", "--no-bf16"], "There is no option --no-bf16: write --bf16 false."),
+        (["score", "--no-model"], "There is no option --no-model. Did you mean --model?"),
+        (
+            ["score", *NOWHERE, "--signals", "rank,losss"],
+            f"--signals must be one of {KNOWN}, got 'losss'. Did you mean 'loss'?",
+        ),
+        (
+            ["score", *NOWHERE, "--tokens_per_batch", "0"],
+            "--tokens_per_batch must be a whole number of at least 1, got 0.",
+        ),
+        (["score", *NOWHERE, "--max_length", "0"], "--max_length must be a whole number of at least 1, got 0."),
+        (["score", *NOWHERE, "--timeout", "0"], "--timeout must be a whole number of at least 1, got 0."),
+        (["probe", *NOWHERE, "--timeout", "0"], "--timeout must be a whole number of at least 1, got 0."),
+        (
+            ["probe", *NOWHERE, "--signals", "all", "losss"],
+            f"--signals must be one of {KNOWN}, got 'losss'. Did you mean 'loss'?",
+        ),
+        (["score", *NOWHERE, *LAYERS, "--limit", "0"], "--limit must be a whole number of at least 1, got 0."),
+        (["score", *NOWHERE, *LAYERS, "--bf16"], f"{IN_FLOAT32}: leave --bf16 out."),
+        (["score", *NOWHERE, *LAYERS, "--precision", "bfloat16"], f"{IN_FLOAT32}: leave --precision out."),
+        (["score", *NOWHERE, *LAYERS, "--n_layers", "2"], f"{IN_FLOAT32}: leave --n_layers out."),
+        (
+            ["score", *NOWHERE, *LAYERS, "--bf16", "false"],
+            "There is no dataset at '/nowhere/rows.jsonl'. Pass a file, a folder, or a name on the hub.",
         ),
         (["score", "--n_layers", "two"], "--n_layers must be a whole number, got 'two'."),
         (["score", "--lr=ten"], "--lr must be a number, got 'ten'."),
@@ -276,6 +313,10 @@ def test_defaults_and_choices_are_listed(capsys):
     text = " ".join(capsys.readouterr().out.split())
     assert "--drop {largest,smallest,both}" in text
     assert "--combine {ranks,topsis,pareto,residual} how several columns become one (default: ranks)" in text
+    assert "(default: [])" not in text
+    with pytest.raises(SystemExit):
+        main(["compare", "--help"])
+    assert capsys.readouterr().out.startswith("usage: resofilter compare [COMPARISON] [options]\n")
     with pytest.raises(SystemExit):
         main(["probe", "--help"])
     assert "the random seed (default: 0)" in " ".join(capsys.readouterr().out.split())

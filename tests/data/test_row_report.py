@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
-from datasets import Dataset
+from datasets import Dataset, DatasetDict
 from helpers.tables import make_provenance, make_scores
 
 from resofilter_trainer import DataSelector, InputError, RandomSelector, read_contents, write_report
 from resofilter_trainer.data import row_report
 from resofilter_trainer.io.digest import hash_rows
 from resofilter_trainer.report import Contents
+from resofilter_trainer.report.contents import Epoch
 
 ROWS = Dataset.from_list([{"q": f"question {i}", "a": f"answer {i}", "from": "ab"[i % 2]} for i in range(4)])
 PREPARATION = {"max_length": 64, "prompt_column": ["q"], "completion_column": "a"}
@@ -20,6 +22,11 @@ SCORES = make_scores(
     provenance=make_provenance(rows=4, preparation=PREPARATION, source={"content": hash_rows(ROWS)}),
 )
 SELECTION = DataSelector(keep=0.75).select(SCORES)
+
+A_DATASET = (
+    "dataset must be a datasets.Dataset, as load_rows returns, or a list with a pair of prompt and completion for each "
+    "row"
+)
 
 
 @pytest.fixture
@@ -57,6 +64,19 @@ def test_contents_of_a_folder_take_the_dataset_and_another_selection(written, tm
     assert len(written["texts"]) == 4
 
 
+def test_another_selection_leaves_everything_else_as_it_was(written):
+    layers, ledger, cleaned = SCORES, object(), object()
+    epochs, log, comparison = [Epoch(1, SCORES, None)], [{"loss": 1.0}], {"lines": []}
+    contents = Contents(SCORES, SELECTION, epochs, log, layers, cleaned, comparison, ledger)
+    other = RandomSelector(keep=0.5).select(SCORES)
+    write_report(contents, other)
+    shown = written["contents"]
+    assert shown.selection == other
+    fields = {each.name for each in dataclasses.fields(Contents)} - {"selection"}
+    assert {name for name in fields if getattr(shown, name) != getattr(contents, name)} == set()
+    assert {name for name in fields if getattr(shown, name) is None} == set()
+
+
 def test_the_arguments_of_version_0_1_0_are_understood(written, tmp_path):
     contents, texts = Contents(SCORES, SELECTION), [("p", "c")] * 4
     write_report(contents, tmp_path, texts, ["x"] * 4, None, "Title")
@@ -80,6 +100,22 @@ def test_other_rows_are_refused_unless_only_columns_differ(written):
         (lambda: write_report(SCORES, SCORES), "selection must be a Selection, got a ScoreTable."),
         (lambda: write_report(SCORES, SELECTION, ROWS, "source"), "There is no column 'source'. The dataset has: q, a"),
         (lambda: write_report(SCORES, groups="from"), "groups='from' is a column of the dataset: pass dataset=."),
+        (lambda: write_report(SCORES, groups=5), "groups must be a list with the group of each row, got 5"),
+        (lambda: write_report(SCORES, dataset=ROWS.to_iterable_dataset()), f"{A_DATASET}, got a IterableDataset."),
+        (lambda: write_report(SCORES, dataset=ROWS.to_pandas()), f"{A_DATASET}, got a DataFrame."),
+        (
+            lambda: write_report(SCORES, dataset=ROWS.to_list()),
+            f"{A_DATASET}, and row 0 is no pair of texts but a dict",
+        ),
+        (
+            lambda: write_report(SCORES, dataset=[("p", "c"), ("p", "c", "d")]),
+            f"{A_DATASET}, and row 1 is no pair of texts but a tuple.",
+        ),
+        (lambda: write_report(SCORES, dataset="rows.jsonl"), f"{A_DATASET}, got 'rows.jsonl': pass load_rows("),
+        (
+            lambda: write_report(SCORES, dataset=DatasetDict(test=ROWS)),
+            "dataset must be one split, and this is a DatasetDict: pass dataset['test'].",
+        ),
         (lambda: write_report(Contents(None, comparison={"lines": []}), None, ROWS), "There are no scores whose rows"),
     ],
 )

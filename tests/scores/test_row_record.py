@@ -3,15 +3,27 @@
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 
 import numpy as np
 import pytest
 from helpers.tables import WHY, make_provenance, make_scores, make_token_scores
 
-from resofilter_trainer import DataSelector, InputError, ScoreTable, Selection, SoftPruning, TokenScores, TokenSelector
+from resofilter_trainer import (
+    DataSelector,
+    InputError,
+    OnePerPrompt,
+    ScoreTable,
+    Selection,
+    SoftPruning,
+    TokenScores,
+    TokenSelector,
+)
+from resofilter_trainer.scores.row_record import RowRecord
 
 SCORES = make_scores([3.0, None, 1.0, 2.0, float("nan"), 5.0, 6.0])
 SELECTION = Selection(np.array([True, False, True]), ["kept", "largest 50 %", "kept"], {"by": ("a", "b")}, "{}")
+ANY_KEY = "Pass a column's name, a row's number, a slice, a list of numbers or a mask"
 
 
 def test_a_name_gives_a_column():
@@ -39,6 +51,29 @@ def test_several_numbers_give_columns_of_these_rows():
     assert SELECTION[::2]["reason"] == ["kept", "kept"]
     assert SELECTION[[-1, 0]]["sample_id"].tolist() == [2, 0]
     assert SCORES[[]]["reason"] == []
+    assert SELECTION[[]]["sample_id"].tolist() == []
+
+
+def test_a_mask_gives_columns_of_its_rows():
+    assert SCORES[SCORES["score"] > 2]["sample_id"].tolist() == [0, 5, 6]
+    assert SCORES[[False] * 6 + [True]]["score"].tolist() == [6.0]
+    assert SELECTION[~SELECTION["keep"]]["reason"] == ["largest 50 %"]
+
+
+def test_a_row_is_read_without_a_column_being_made(monkeypatch):
+    many = Selection(np.ones(10**5, dtype=bool), ["kept"] * 10**5, {}, "{}")
+    for name in ("arange", "array", "flatnonzero"):
+        monkeypatch.delattr(np, name)
+    assert many[-1] == {"sample_id": 99999, "keep": True, "reason": "kept"}
+
+
+def test_a_name_is_in_a_record_that_has_the_column(monkeypatch):
+    assert SCORES[0] in SCORES
+    assert {**SCORES[0], "score": 9.0} not in SCORES
+    monkeypatch.delattr(RowRecord, "__iter__")
+    assert "score" in SCORES
+    assert "scor" not in SCORES
+    assert ("keep" in SELECTION, "weight" in SELECTION) == (True, False)
 
 
 def test_iteration_gives_rows():
@@ -54,9 +89,11 @@ def test_iteration_gives_rows():
         (7, "There is no row 7: there are 7 rows, counted from 0."),
         (-8, "There is no row -8: there are 7 rows, counted from 0."),
         ([0, 9], "There is no row 9: there are 7 rows, counted from 0."),
-        (1.5, "Pass a column's name, a row's number, a slice or a list of numbers, got 1.5."),
-        (True, "Pass a column's name, a row's number, a slice or a list of numbers, got True."),
-        ([True, False], "Pass a column's name, a row's number, a slice or a list of numbers, got [True, False]."),
+        (1.5, f"{ANY_KEY}, got 1.5."),
+        (True, f"{ANY_KEY}, got True."),
+        ([0, [1]], f"{ANY_KEY}, got [0, [1]]."),
+        ([0.5] * 1000, f"{ANY_KEY}, got [0.5, 0.5, 0.5, 0.5, 0.5, 0.5, ...]."),
+        ([True, False], "There are 7 rows and the mask has 2 values: every row needs one."),
     ],
 )
 def test_any_other_key_is_refused(key, message):
@@ -129,7 +166,7 @@ def test_a_notebook_shows_the_first_rows():
     shown = SCORES._repr_html_()
     assert shown.count("<tr") == 6
     assert "The first 5 of 7 rows." in shown
-    assert "ScoreTable(7 rows, 6 scored, scores 1 to 6)" in shown
+    assert "ScoreTable(7 rows, 6 scored, scores 1 to 6, 1 row has a score that is not a number)" in shown
     tokens = make_token_scores([[(1.0, 0.5), (2.0, 0.5)], []])
     assert tokens._repr_html_().count("<tr") == 3
     assert TokenSelector(0.5).select(tokens)._repr_html_().count("<tr") == 3
@@ -140,6 +177,18 @@ def test_the_summary_of_scores():
     assert lines[:2] == ["3 rows, 2 scored: 1 to 3, mean 2", f"  1 not scored: {WHY}"]
     assert lines[-1].startswith("Trust: rank agreement 0.9900")
     assert make_scores([None]).summary().startswith("1 rows, 0 scored: none, mean none")
+
+
+def test_scores_that_are_not_numbers_are_counted():
+    broken = [1.0, None, float("nan"), float("inf"), 3.0]
+    counted = "2 rows have a score that is not a number"
+    assert make_scores(broken).summary().splitlines()[0] == f"5 rows, 4 scored: 1 to 3, mean 2, {counted}"
+    assert repr(make_scores(broken)) == f"ScoreTable(5 rows, 4 scored, scores 1 to 3, {counted})"
+    shares = make_provenance(rows=5, config={"update": "adamw", "lr": 10.0})
+    whole = "4 scored: 10.0 % to 30.0 % of a full step, mean 20.0 %"
+    assert make_scores(broken, provenance=shares).summary().splitlines()[0] == f"5 rows, {whole}, {counted}"
+    one = make_scores([float("nan")])
+    assert one.summary().startswith("1 rows, 1 scored: none, mean none, 1 row has a score that is not a number")
 
 
 def test_the_summary_of_a_selection_has_groups():
@@ -157,6 +206,25 @@ def test_the_summary_of_a_selection_has_groups():
     ]
     with pytest.raises(InputError, match="There are 5 rows and 2 groups: every row needs one"):
         selection.summary(["a", "b"])
+
+
+@pytest.mark.parametrize(
+    ("groups", "message"),
+    [
+        ("prompt", "groups='prompt' is one text, and every row needs a group: pass dataset['prompt']."),
+        (5, "groups must be a list with the group of each row, got 5: pass dataset['source']."),
+        ({"a": 1}, "groups must be a list with the group of each row, got a dict: pass dataset['source']."),
+        (iter([1]), "groups must be a list with the group of each row, got a list_iterator: pass dataset"),
+    ],
+)
+def test_what_is_no_group_for_each_row_is_refused(groups, message):
+    scores = make_scores([1.0, 2.0, 3.0, 4.0, 5.0, 6.0])
+    selection = DataSelector(keep=0.5).select(scores)
+    ways = [selection.summary, *(partial(each.select, scores) for each in (DataSelector(keep=0.5), OnePerPrompt()))]
+    for way in ways:
+        with pytest.raises(InputError) as refused:
+            way(groups=groups)
+        assert str(refused.value).startswith(message)
 
 
 def test_many_groups_end_in_one_line():

@@ -13,7 +13,7 @@ MAPPED = {"prompt_column": ["a", "b"], "completion_column": "c", "separator": "-
 
 
 def lines(preparation: dict[str, object], *columns: str) -> dict[str, str]:
-    found = training_lines("my/model", ROWS, preparation, list(columns))
+    found = training_lines("my/model", ROWS, ROWS.parent, preparation, list(columns))
     compile("\n".join(found), "lines", "exec")
     return {name: next((line for line in found if line.startswith(name)), "") for name in
             ("from resofilter", "rows", "args", "SFTTrainer")}  # fmt: skip
@@ -35,8 +35,22 @@ def test_columns_and_settings_are_those_of_the_scores():
 
 
 def test_the_chat_template_is_that_of_the_scores():
-    found = training_lines("m", ROWS, {}, ["messages"], "templates/mine.jinja")
-    assert found[-2].endswith(", chat_template_path='templates/mine.jinja')")
+    source = {"dataset": "rows.jsonl", "chat_template_path": "templates/mine.jinja"}
+    found = training_lines("m", ROWS, ROWS.parent, {}, ["messages"], source)
+    assert found[-2].endswith(", use_cpu=not gpu, chat_template_path='templates/mine.jinja')")
+
+
+def test_code_of_the_model_is_run_only_where_it_was():
+    for source, more in (({"trust_remote_code": True}, ", trust_remote_code=True"), ({}, ""), (None, "")):
+        found = training_lines("m", ROWS, ROWS.parent, {}, ["messages"], source)
+        assert found[-2].endswith(f"use_cpu=not gpu{more})")
+
+
+@pytest.mark.parametrize(("output", "model"), [(".", "trained"), ("cl", "cl/trained"), ("/a/cl", "/a/cl/trained")])
+def test_the_trained_model_has_a_folder_in_the_output(output, model):
+    for rows in (Path(output), Path(output) / "dataset"):
+        found = training_lines("m", rows, Path(output), {}, ["input_ids"])
+        assert found[-2].startswith(f"args = SFTConfig({model!r}, ")
 
 
 @pytest.mark.parametrize("columns", [("input_ids", "labels"), ("input_ids", "resofilter_weight")])
