@@ -16,6 +16,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # the models are tiny: threads on
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 import torch
 from helpers.tokenizers import make_tokenizer
@@ -23,6 +24,9 @@ from helpers.versions import all_there
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from resofilter_trainer.config import VersionError
+
+hypothesis.settings.register_profile("untimed", deadline=None)  # machines are shared: tests assert no times
+hypothesis.settings.load_profile("untimed")
 
 ROOT = Path(__file__).parents[1]
 
