@@ -25,7 +25,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from resofilter_trainer.config import VersionError
 
-hypothesis.settings.register_profile("untimed", deadline=None)  # machines are shared: tests assert no times
+hypothesis.settings.register_profile(
+    "untimed", hypothesis.settings.default, deadline=None
+)  # machines are shared: tests assert no times
 hypothesis.settings.load_profile("untimed")
 
 ROOT = Path(__file__).parents[1]

@@ -32,7 +32,7 @@ def test_the_lines_of_all_processes_add_up_to_the_loss_that_is_logged(kind, plac
     of_step = found.groupby("step")[["grad_norm", "learning_rate"]]
     assert (of_step.nunique() == 1).all(axis=None)
     for name in ("grad_norm", "learning_rate"):
-        np.testing.assert_allclose(of_step[name].first(), truth[name], rtol=1e-6)
+        np.testing.assert_allclose(of_step.first()[name], truth[name], rtol=1e-6)
     visits = found[found["epoch"] == 0]["sample_id"].value_counts()
     assert sorted(visits.index) == list(range(23))
     assert kind == "stream" or (visits == 1).all()  # of a stream, Accelerate repeats rows to end a pass
