@@ -8,8 +8,8 @@ from typing import Any, TypedDict
 from .settings import Norm, Precision, Warmup
 
 
-class ColumnOptions(TypedDict, total=False):
-    """The fields of `ColumnMapping`, and where rows come from."""
+class Columns(TypedDict, total=False):
+    """The fields of `ColumnMapping`."""
 
     prompt_column: str | Sequence[str] | None
     completion_column: str | None
@@ -17,27 +17,28 @@ class ColumnOptions(TypedDict, total=False):
     text_column: str | None
     separator: str
     conversational: bool
+
+
+class ColumnOptions(Columns, total=False):
+    """The fields of `ColumnMapping`, and where rows come from."""
+
     source: Mapping[str, Any] | None
 
 
-class RowOptions(ColumnOptions, total=False):
+class DropOptions(TypedDict, total=False):
+    """Which rows a pass leaves out."""
+
+    drop_duplicates: bool
+    drop_empty: bool
+
+
+class RowOptions(ColumnOptions, DropOptions, total=False):
     """What every pass over a dataset takes to read its rows, see `score_dataset`."""
 
-    drop_duplicates: bool
-    drop_empty: bool
 
-
-class StreamOptions(TypedDict, total=False):
+class StreamOptions(Columns, DropOptions, total=False):
     """What `score_stream` passes on to `score_dataset`."""
 
-    prompt_column: str | Sequence[str] | None
-    completion_column: str | None
-    messages_column: str | None
-    text_column: str | None
-    separator: str
-    conversational: bool
-    drop_duplicates: bool
-    drop_empty: bool
     precision: Precision | None
     tokens_per_batch: int | None
     sharded: bool

@@ -40,7 +40,7 @@ class Ledger:
         sample_id: the position of the row in the user's dataset.
         loss: the mean over the row's learnt tokens, in nats; NaN without one.
         num_tokens: the number of learnt tokens.
-        weight: the share of the row's loss in the step's loss.
+        weight: of the row's loss in that of the step, which is the sum of weight * loss over all lines.
         learning_rate: of the step.
         grad_norm: of the step, before clipping; NaN where it is not known.
         layer_<i>: the resonance of the row in each measured layer.

@@ -16,7 +16,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-LAST, LEAST, DEVIATIONS, FLOOR = 100, 20, 6.0, 1e-3
+from .spikes import FLOOR, NORMAL
+
+LAST, LEAST, DEVIATIONS = 100, 20, 6.0
 
 
 @dataclass(frozen=True)
@@ -81,7 +83,7 @@ def stands_out(value: float, earlier: Sequence[float], by_factor: bool = False) 
         known, value = np.log(known), math.log(value) if value > 0 else -math.inf
     level = float(np.median(known))
     least = FLOOR if by_factor else FLOOR * abs(level)
-    return value > level + DEVIATIONS * max(1.4826 * float(np.median(np.abs(known - level))), least)
+    return value > level + DEVIATIONS * max(NORMAL * float(np.median(np.abs(known - level))), least)
 
 
 def usual(earlier: Sequence[float]) -> float:

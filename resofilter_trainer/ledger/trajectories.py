@@ -48,8 +48,9 @@ def trajectories_of(tables: Iterable[pa.Table], rows: int) -> Trajectories:
         of = {name: values[learnt] for name, values in of.items()}
         ids = of["sample_id"]
         if len(ids) and not 0 <= ids.min() <= ids.max() < rows:
+            other = ids.min() if ids.min() < 0 else ids.max()
             raise InputError(
-                f"The ledger has row {ids.max()}, and the scores are of {rows:,} rows: they are of different runs."
+                f"The ledger has row {other}, and the scores are of {rows:,} rows: they are of different runs."
             )
         while len(of["epoch"]) and len(sums) <= of["epoch"].max():
             sums.append(np.zeros(rows))

@@ -15,6 +15,7 @@ from transformers import TrainerCallback
 
 from resofilter_trainer import InputError, ResonanceCallback
 from resofilter_trainer.training.refused_uses import check_skipping
+from resofilter_trainer.training.trainer_patches import UpdatePatch
 
 GARBAGE, STEP = 50, 26  # the row, and its step in batches of two
 USUAL = {"prompt": "question: what is 1 + 1 ?", "completion": " answer: 2 fox fox fox"}
@@ -165,3 +166,13 @@ def test_an_optimizer_that_steps_in_the_backward_has_no_update_to_leave_out(opti
     trainer.is_deepspeed_enabled = True
     with pytest.raises(InputError, match="DeepSpeed"):
         check_skipping(trainer)
+
+
+def test_after_an_overflow_the_learning_rate_goes_on_where_an_update_is_left_out():
+    """Accelerate keeps the learning rate after a step that fp16 left out; a later one must not seem to be it."""
+    scaler = SimpleNamespace(update=lambda: None)
+    accelerator = SimpleNamespace(scaler=scaler, unscale_gradients=lambda optimizer: None)
+    optimizer = SimpleNamespace(_is_overflow=True)
+    UpdatePatch(SimpleNamespace(accelerator=accelerator, optimizer=optimizer)).leave_out()
+    optimizer.step()
+    assert optimizer._is_overflow is False
