@@ -3,6 +3,7 @@
     python benchmarks/callback.py                        # plain, sharded, packing, compile: one row of a table for each
     python benchmarks/callback.py sharded --pairs 12
     python benchmarks/callback.py --compare ledger       # over the callback without its ledger
+    python benchmarks/callback.py --compare nothing      # twice the same: what the ratio is by chance
 
 The model is a Llama of 135M parameters with random weights, trained by SFTTrainer on rows of GSM8K's lengths and random
 tokens. Both trainings (`callback_worker.py`) run at once, each in its own process or processes, and make their steps in
@@ -10,9 +11,10 @@ turn, so that the two steps of a pair are on the same rows and a moment apart:
 
     with, without | without, with | with, without | ...
 
-Time is that of whole steps, loading included, without the first pairs, which allocate and compile. Memory is the
-largest resident set of the first process; on a GPU, the most that is allocated. Only ratios are meaningful. This file
-does not import torch, to keep its own memory small.
+Time is that of whole steps, loading included, without the first pairs, which allocate and compile. Two equal processes
+can differ by several per cent for as long as they run, so the pairs are divided among several starts, in which each
+training is in turn the first to start. Memory is the largest resident set of the first process; on a GPU, the most that
+is allocated. Only ratios are meaningful. This file does not import torch, to keep its own memory small.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -110,13 +113,25 @@ def main() -> None:
 
 
 def run_pairs(configuration: str, args: argparse.Namespace) -> Found:
-    """Both trainings step by step: the seconds of every step after the warm-up, and the results."""
+    """Both trainings in all starts: the seconds of every step after the warm-up, and the medians of the results."""
+    starts = [_run_pairs(configuration, args, KINDS[:: 1 - 2 * (number % 2)]) for number in range(args.starts)]
+    return {
+        kind: {
+            "seconds": [seconds for start in starts for seconds in start[kind]["seconds"]],
+            **{name: statistics.median(start[kind][name] for start in starts) for name in ("peak_mb", "end")},
+        }
+        for kind in KINDS
+    }
+
+
+def _run_pairs(configuration: str, args: argparse.Namespace, kinds: Sequence[str]) -> Found:
+    """Both trainings of one start, the first of `kinds` first, step by step."""
     with tempfile.TemporaryDirectory() as folder:
-        trainings = [Training(kind, configuration, args, Path(folder)) for kind in KINDS]
+        trainings = [Training(kind, configuration, args, Path(folder)) for kind in kinds]
         try:
             for each in trainings:
                 each.listen()  # it is ready
-            seconds: dict[str, list[float]] = {kind: [] for kind in KINDS}
+            seconds: dict[str, list[float]] = {kind: [] for kind in kinds}
             for number in range(args.warmup + args.pairs):
                 for each in trainings if number % 2 == 0 else trainings[::-1]:
                     seconds[each.kind].append(each.turn())
@@ -146,8 +161,11 @@ def row(configuration: str, found: Found) -> str:
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("configurations", nargs="*", metavar="configuration", help=f"{', '.join(CONFIGURATIONS)}")
-    parser.add_argument("--compare", choices=["callback", "ledger"], default="callback", help="what is with or without")
-    parser.add_argument("--pairs", type=int, default=12)
+    parser.add_argument(
+        "--compare", choices=["callback", "ledger", "nothing"], default="callback", help="with, without"
+    )
+    parser.add_argument("--pairs", type=int, default=12, help="of each start")
+    parser.add_argument("--starts", type=int, default=1, help="of both trainings anew")
     parser.add_argument("--warmup", type=int, default=2, help="pairs of steps that are not counted")
     parser.add_argument(
         "--batch_size", type=int, default=4, help="rows of a step; with packing, a quarter as many packs"

@@ -109,7 +109,7 @@ def opened(pipe: str) -> TextIO:
 
 def measuring(kind: str, configuration: str, compare: str, rows: Dataset) -> list[ResonanceCallback]:
     """What is compared, with or without it."""
-    if compare == "callback" and kind == "without":
+    if compare == "nothing" or (compare == "callback" and kind == "without"):
         return []
     settings: dict[str, Any] = {"ledger": False} if kind == "without" else {}
     return [ResonanceCallback(dataset=rows if configuration == "packing" else None, **settings)]

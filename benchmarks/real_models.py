@@ -118,7 +118,7 @@ PARTS: dict[str, Callable[[str, Path, argparse.Namespace], None]] = {
 
 def _training(model: str, data: Path, args: argparse.Namespace) -> Training:
     settings = {"bf16": args.bf16, "num_train_epochs": args.epochs, **_device()}
-    return Training(model, training_rows(data), args.output, settings, args.seeds)
+    return Training(model, training_rows(data), args.output, settings, args.seeds, args.learning_rate)
 
 
 def _device() -> dict[str, Any]:
@@ -143,6 +143,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--sets", nargs="+", choices=("as_is", "noisy"), default=("as_is", "noisy"), help="of training")
     parser.add_argument("--seeds", type=int, nargs="+", default=(0, 1, 2), help="of training")
     parser.add_argument("--epochs", type=float, default=1, help="of training")
+    parser.add_argument("--learning_rate", type=float, help="of training; by default chosen by the loss on other rows")
     parser.add_argument("--equal_cost", action="store_true", help="train halves at the cost of all rows, too")
     probe.add_probe_arguments(parser)
     parser.add_argument("--bf16", action="store_true", help="bfloat16 autocast")

@@ -55,18 +55,22 @@ class Training:
         output: a folder for everything.
         settings: fields of SFTConfig, beside `TRAINING`.
         seeds: the seeds.
+        rate: the learning rate; by default it is chosen.
     """
 
     def __init__(
-        self, model: str, rows: TrainingRows, output: Path, settings: dict[str, Any], seeds: Sequence[int]
-    ) -> None:
-        self.model, self.rows, self.seeds = model, rows, seeds
+        self, model: str, rows: TrainingRows, output: Path, settings: dict[str, Any], seeds: Sequence[int],
+        rate: float | None = None,
+    ) -> None:  # fmt: skip
+        self.model, self.rows, self.seeds, self._rate = model, rows, seeds, rate
         self.output, self.settings = output / "training" / named(model), settings
         self.files = {name: self._file(name, getattr(rows, name)) for name in ("validation", "held_out", "test")}
 
     @cached_property
     def rate(self) -> float:
         """The learning rate at which a training on all rows has the least loss on the rows for validation."""
+        if self._rate is not None:
+            return self._rate
         losses = {}
         for rate in RATES:
             cells = self._compare(f"rate-{rate:g}", self.rows.as_is, ["full"], seeds=[0], rate=rate, test="validation")
