@@ -30,7 +30,7 @@ from resofilter_trainer.ledger.schema import KEY, LEDGER, PROCESS, VERSION, part
 from resofilter_trainer.selecting.results import NAME
 
 LAYERS = (25, 26, 27)
-OF_STEP = ("step", "epoch", "micro_batch", "process", "learning_rate", "grad_norm", "num_tokens")
+OF_STEP = ("step", "epoch", "micro_batch", "process", "learning_rate", "grad_norm", "num_tokens", "left_out")
 MB = 1 << 20
 
 
@@ -93,6 +93,7 @@ def write(folder: Path, lines: int, epochs: int, rows_per_step: int, part: int) 
             "weight": tokens / np.add.reduceat(tokens, np.arange(0, len(at), rows_per_step))[of_step],
             "learning_rate": 1e-5 * (1 - step * rows_per_step / lines),
             "grad_norm": draw.lognormal(0, 0.2, len(at) // rows_per_step + 1)[of_step],
+            "left_out": np.zeros(len(at)),
             **{f"layer_{layer}": 9e-6 * (1 + 0.05 * draw.random(len(at))) for layer in LAYERS},
         }
         schema = schema_of(LAYERS)

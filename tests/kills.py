@@ -107,6 +107,11 @@ def train_on_a_stream(inputs: Path, output: Path) -> None:
     train_often_saved(output, callback, dataset=stream.shuffle(seed=3, buffer_size=8), max_steps=15)
 
 
+def train_in_two_processes(inputs: Path, output: Path) -> None:
+    """By plain DDP, in which each process writes a ledger of its own."""
+    train_often_saved(output, ResonanceCallback(keep=KEEP), ddp_timeout=SILENCE)
+
+
 def train_sharded(inputs: Path, output: Path) -> None:
     from helpers import sharded  # which counts the processes of its environment
 
@@ -148,6 +153,7 @@ JOBS = {
     "cleaning": Job(clean, ("token_scores.arrow", "data-*.arrow", "summary.json")),
     "cleaning in two processes": Job(clean, ("token_scores.arrow", "data-*.arrow", "summary.json"), 2),
     "training": Job(train_with_callback, TRAINED),
+    "training in two processes": Job(train_in_two_processes, TRAINED, 2),
     "training on packs": Job(train_on_packs, TRAINED),
     "training on split rows": Job(train_on_split_rows, TRAINED),
     "training on a stream": Job(train_on_a_stream, (*TRAINED, "resofilter/rows.parquet")),

@@ -38,7 +38,7 @@ MAY_KNOW = {
     "evaluation": "config model data",
     "demo": "config scores selecting report data scoring training evaluation",
     "probe": "config io scores selecting report model data scoring evaluation",
-    "compare": "config io scores selecting data criteria scoring tokens training evaluation demo probe",
+    "compare": "config io scores selecting ledger data criteria scoring tokens training evaluation demo probe",
     "cli": "config io scores selecting ledger report data scoring tokens training demo probe compare",
 }
 WITHOUT_TORCH = ["config", "io", "scores", "selecting", "ledger", "report", "cli"]  # packages, all modules of them

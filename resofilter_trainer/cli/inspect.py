@@ -128,6 +128,7 @@ def summary(ledger: Ledger, args: argparse.Namespace) -> Content:
         "tokens": int(steps["tokens"].sum()),
         "epochs": epochs,
         "spikes": [each["step"] for each in found],
+        "updates_left_out": int(steps["left_out"].sum()),
     }
 
 
@@ -185,6 +186,8 @@ def summary_lines(content: Content) -> Iterator[str]:
         yield f"  {steps}, mean loss {shown(each['loss'])}, median gradient norm {shown(each['grad_norm'])}"
     spikes = content["spikes"]
     yield f"Steps that stand out: {', '.join(map(str, spikes))}." if spikes else "No step stands out."
+    if out := content["updates_left_out"]:
+        yield "The update of 1 step was left out." if out == 1 else f"The updates of {out:,} steps were left out."
 
 
 def step_lines(content: Content) -> Iterator[str]:
@@ -195,7 +198,7 @@ def step_lines(content: Content) -> Iterator[str]:
     yield (
         f"Step {content['step']:,}, epoch {content['epoch'] + 1}: loss {shown(content['loss'])}, gradient norm "
         f"{shown(content['grad_norm'])}, learning rate {shown(content['learning_rate'])}, {content['lines']:,} lines "
-        f"with {content['tokens']:,} learnt tokens"
+        f"with {content['tokens']:,} learnt tokens{', its update was left out' if content['left_out'] else ''}"
     )
     for each in content["rows"]:
         yield from row_lines(each)
@@ -210,6 +213,8 @@ def spike_lines(content: Content) -> Iterator[str]:
         for name in ("loss", "grad_norm"):
             at, score = shown(each[f"{name}_level"]), shown(each[f"{name}_score"])
             yield f"  {told_by(name)} {shown(each[name])} at a level of {at}, {score} standard deviations"
+        if any(line["left_out"] for line in each["rows"]):
+            yield "  its update was left out"
         for line in each["rows"]:
             yield from row_lines(line)
 
@@ -239,6 +244,7 @@ def life_lines(content: Content) -> Iterator[str]:
                 yield (
                     f"    step {visit['step']:,}: loss {shown(visit['loss'])}, resonance {shown(visit['resonance'])}, "
                     f"learning rate {shown(visit['learning_rate'])}"
+                    f"{', the update was left out' if visit['left_out'] else ''}"
                 )
 
 
@@ -298,14 +304,15 @@ def records(rows: pd.DataFrame) -> list[Content]:
 def record(line: pd.Series) -> Content:
     """A line of steps as plain values."""
     whole = ("step", "epoch", "lines", "tokens")
-    return {str(name): int(value) if name in whole else number(value) for name, value in line.items()}
+    found = {str(name): int(value) if name in whole else number(value) for name, value in line.items()}
+    return {**found, "left_out": None if found["left_out"] is None else bool(found["left_out"])}
 
 
 def number(value: Any) -> Any:
-    """A value that JSON has: None for one that is not finite, `inf` as text."""
+    """A value that JSON has: None for one that is not known, `inf` as text."""
     if isinstance(value, float):
         return value if abs(value) < float("inf") else None if value != value else str(value)
-    return value
+    return None if str(value) == "<NA>" else value  # pandas's, of a nullable column
 
 
 def shown(value: Any) -> str:

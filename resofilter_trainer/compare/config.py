@@ -15,6 +15,7 @@ from ..selecting.results import FULL, RANDOM
 from .recommended import PROBE, SIGNAL, recommended_selector
 
 DEMO = "demo"  # the model and the problems that come with the package
+DYNAMICS = "dynamics"  # the method that selects by how rows are learnt
 COLUMN = "column"  # the method that selects by a column of the user's dataset
 NOT_FOR_DEMO = (
     *("dataset_config", "split", "prompt_column", "completion_column", "wrong_column"),
@@ -39,7 +40,8 @@ class SelectorConfig:
         score_column: for the method `column`, the column with the user's own scores. Rows with the smallest scores
             are dropped.
         drop: for the method `column`, the end to drop, `"smallest"` or `"largest"`.
-        settings: settings of the method, for `less` the fields of `LessConfig`, for `signal` those of `SignalSettings`.
+        settings: settings of the method, for `less` the fields of `LessConfig`, for `signal` those of `SignalSettings`,
+            for `dynamics` those of `DynamicsSettings`.
         score_model: a model that scores instead of the trained one (transfer).
     """
 
@@ -69,12 +71,15 @@ class SelectorConfig:
     def of(cls, entry: Any) -> SelectorConfig:
         """The selector of a YAML entry: a name, or a mapping. Raises InputError for anything else.
 
-        With `probe`, the folder of a probe, the method is `signal`, with the settings that the probe recommends.
+        With `probe`, the folder of a probe, the method is `signal`, with the settings that the probe recommends. With
+        `dynamics`, a criterion of learning dynamics, the method is `dynamics`, by that criterion.
         """
         if isinstance(entry, str):
             return cls(entry)
         if isinstance(entry, Mapping) and PROBE in entry:
             entry = recommended_selector(entry)
+        if isinstance(entry, Mapping) and DYNAMICS in entry:
+            entry = _by_dynamics(entry)
         if isinstance(entry, Mapping) and "score_column" in entry:
             entry = {"method": COLUMN, **entry}
         if not isinstance(entry, Mapping) or "method" not in entry:
@@ -283,10 +288,21 @@ def slug(name: str) -> str:
     return re.sub(r"[^\w.-]+", "-", name).strip("-.")
 
 
+def _by_dynamics(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """The YAML entry of a selector with the method `dynamics`, for one that names a criterion by `dynamics`."""
+    if "method" in entry:
+        raise InputError(f"A selector with '{DYNAMICS}' has the method '{DYNAMICS}': leave method out.")
+    by, settings = entry[DYNAMICS], entry.get("settings", {})
+    others = {name: value for name, value in entry.items() if name != DYNAMICS}
+    settings = {"by": by, **settings} if isinstance(settings, Mapping) else settings
+    return {"name": str(by), **others, "method": DYNAMICS, "settings": settings}
+
+
 def _check_drop(method: Any) -> None:
     """Raise InputError for a method whose end to drop is not the field `drop` of its selector."""
-    if method == SIGNAL:
-        raise InputError(f"The method '{SIGNAL}' has its end to drop in its settings: {{by: loss_sum, drop: largest}}.")
+    by = {SIGNAL: "loss_sum", DYNAMICS: "mean_loss"}.get(method)
+    if by is not None:
+        raise InputError(f"The method '{method}' has its end to drop in its settings: {{by: {by}, drop: largest}}.")
     if method != COLUMN:
         raise InputError(f"The method '{method}' has an end to drop of its own: drop goes with score_column.")
 

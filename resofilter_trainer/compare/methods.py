@@ -5,6 +5,8 @@
     low_loss, high_loss, perplexity, entropy, el2n, ...   one criterion, one end
     signal                                                any column of the scoring pass, by `settings: {by: loss_sum}`
                                                           (see `signals`); all signals of one forward share a pass
+    dynamics                                              how rows are learnt in one training on all rows, which all
+                                                          such selectors share, by `{dynamics: loss_slope}`
     selectit, nuggets, less, column                       a rating by the model, validation rows, the user's own scores
     resonance, resonance_sgd, resonance_l2                how far a step moves W_up (ResoFilter)
     resonance_and_loss, resonance_residual                the same together with the loss, or beyond loss and length
@@ -34,6 +36,7 @@ from ..selecting.data_selector import DataSelector
 from ..selecting.policies import Policy, RandomSelector, SoftPruning
 from ..selecting.token_selection import TokenSelector
 from .config import DEMO, ComparisonConfig, SelectorConfig
+from .dynamics import DynamicsSettings
 from .method_scores import (
     REFERENCE_SHARE,
     Request,
@@ -47,6 +50,7 @@ from .method_scores import (
     by_token_losses,
 )
 from .published import Needs
+from .recorded import by_dynamics
 from .signals import SignalSettings
 
 RESONANCE_FORWARDS = 1.2  # a forward, and the backward through the last layers, counted (benchmarks/RESULTS.md)
@@ -76,6 +80,7 @@ class Method:
         variant: a function from a selector to the fields of the method that its settings change (see
             `method_of`), the folder of the scores among them; None if they change none.
         flops: the FLOPs of measuring besides forwards, by the scoring model, the number of rows and the selector.
+        epochs: the least length of the training that scores are made from, in epochs.
     """
 
     score: Callable[[Request], ScoreTable | TokenScores]
@@ -91,6 +96,7 @@ class Method:
     settings: type[Any] | None = None
     variant: Callable[[SelectorConfig], dict[str, Any]] | None = None
     flops: Callable[[PreTrainedModel, int, SelectorConfig], float] = lambda model, rows, selector: 0.0
+    epochs: int = 0
 
     def cost(self, config: ComparisonConfig, selector: SelectorConfig, epochs: float) -> float:
         """The cost of measuring one row, in forwards of the scoring model."""
@@ -132,6 +138,10 @@ def _of_signal(selector: SelectorConfig) -> dict[str, Any]:
         "by_reference": own.by_reference,
         "needs": Needs(int(warms_up), 3 if warms_up else 2, model_free=not (warms_up or own.by_reference)),
     }
+
+
+def _dynamics_settings(selector: SelectorConfig) -> DynamicsSettings:
+    return DynamicsSettings(**selector.settings)
 
 
 def _ranked(**settings: Any) -> MakePolicy:
@@ -227,6 +237,16 @@ METHODS = {
         needs=SCORE_AND_SELECT,
         settings=SignalSettings,
         variant=_of_signal,
+    ),
+    "dynamics": Method(
+        score=by_dynamics,
+        policy=lambda keep, seed, selector: _dynamics_settings(selector).policy(keep),
+        scores="dynamics",
+        forwards=lambda config, selector, epochs: 3 * epochs,  # a forward and a backward in every epoch
+        needs=Needs(1, 3, model_free=False),
+        trains=True,
+        settings=DynamicsSettings,
+        variant=lambda selector: {"epochs": _dynamics_settings(selector).epochs},
     ),
     "infobatch": _unscored(
         lambda keep, seed, selector: SoftPruning(keep, seed=seed), SCORE_AND_SELECT, model="trained", in_run=True

@@ -29,6 +29,7 @@ from .methods import method_of
 from .selector_scores import SelectorScores
 from .training import Trained, epochs_of, held_out_metrics, lengthened, model_path, sft_config, train, try_tasks
 
+ROUNDING = 1e-6  # of a budget
 COSTS = ("selection_seconds", "selection_flops", "training_seconds", "training_flops")
 
 
@@ -40,12 +41,16 @@ class Round:
         model: the model that is trained.
         seed: the seed of the training.
         data: the data of that seed.
+
+    Raises:
+        InputError: the settings of the training cannot work, or a selector needs a longer one.
     """
 
     def __init__(self, config: ComparisonConfig, model: str, seed: int, data: Data) -> None:
         self.config, self.model, self.seed, self.data = config, model, seed, data
         self.args = sft_config(config, model, seed)
         self.scores = SelectorScores(config, model, seed, data)
+        self.scores.check_epochs()
         self._tasks_tried = False
 
     def try_tests(self) -> None:
@@ -127,8 +132,10 @@ class Round:
         if method.in_run and once:  # the rest of the cost of selecting grows with the epochs
             once *= method.cost(self.config, selector, 0) / method.cost(self.config, selector, epochs)
         left, grows = full.training_flops - once, cell.selection_flops - once
-        if left <= 0 or cell.metric is None:
-            failure = cell.failure or "selecting alone costs more than training on all rows"
+        rounding = ROUNDING * full.training_flops
+        if left <= rounding or cell.metric is None:
+            than = "more than" if left < -rounding else "as much as"
+            failure = cell.failure or f"selecting alone costs {than} training on all rows"
             nothing: dict[str, Any] = {"training_seconds": 0.0, "training_flops": 0.0, "held_out_loss": None}
             return dataclasses.replace(cell, budget=FLOPS, metric=None, failure=failure, tasks={}, **nothing)
         cost = cell.training_flops + grows

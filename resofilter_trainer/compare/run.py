@@ -56,11 +56,11 @@ def run(config: ComparisonConfig) -> list[Cell]:
     with folder_lock(output):
         for seed in config.seeds:
             data = make_data(config, seed)
-            for model in config.model:
-                one = Round(config, model, seed, data)
-                if seed == config.seeds[0]:  # the settings are known to work
-                    _save_settings(output, config)
-                cells += _cells_of(one, output / "cells" / slug(model))
+            rounds = [Round(config, model, seed, data) for model in config.model]
+            if seed == config.seeds[0]:  # the settings are known to work
+                save_settings(output, config)
+            for one in rounds:
+                cells += _cells_of(one, output / "cells" / slug(one.model))
     return cells
 
 
@@ -100,7 +100,7 @@ def _once(
     return read_cell(path, origin)
 
 
-def _save_settings(output: Path, config: ComparisonConfig) -> None:
+def save_settings(output: Path, config: ComparisonConfig) -> None:
     """Save the settings that every cell depends on, or check them against those of the comparison in the folder.
 
     Raises:

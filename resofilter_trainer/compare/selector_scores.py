@@ -12,6 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
+from ..config import InputError
 from ..data.loading import load_model
 from ..scores.score_table import ScoreTable
 from ..scores.token_scores import TokenScores
@@ -20,7 +21,7 @@ from .cost import COST, parameters_of, seconds_of, timed
 from .data import Data, hash_files
 from .method_scores import Request, tune_reference
 from .methods import method_of
-from .training import model_path, sft_config
+from .training import epochs_of, model_path, sft_config
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,18 @@ class SelectorScores:
     def of_trained_model(self) -> ScoreTable:
         """Each row's tokens and loss under the trained model, before any training."""
         return cast(ScoreTable, self._scored_by(SelectorConfig("low_loss"), self.model).table)
+
+    def check_epochs(self) -> None:
+        """Raise InputError for a selector whose scores need a longer training, before anything is trained."""
+        for selector in self.config.selectors:
+            least = method_of(selector).epochs
+            epochs = epochs_of(sft_config(self.config, self.scorer(selector), self.seed), len(self.data.rows))
+            if epochs < least:
+                epoch, another = ("epochs", ", or rank by mean_loss") if least > 1 else ("epoch", "")
+                raise InputError(
+                    f"The selector '{selector.name}' needs the losses of every row in {least} {epoch}, and the "
+                    f"training has {epochs:g}: set num_train_epochs in training to {least} or more{another}."
+                )
 
     def scorer(self, selector: SelectorConfig) -> str:
         """The name of the model that scores for a selector."""

@@ -29,6 +29,7 @@ class Dynamic:
         source: where it comes from.
         drop: the end of its values to drop by default; None where they are names, which have no order.
         unit: the unit of its values.
+        least: the number of visits that it needs; it is missing for a row with fewer.
     """
 
     of: Callable[[Trajectories], np.ndarray]
@@ -36,6 +37,7 @@ class Dynamic:
     source: str
     drop: Literal["largest", "smallest"] | None = "largest"
     unit: str = "nats"
+    least: int = 1
 
     @property
     def metadata(self) -> dict[str, str]:
@@ -93,20 +95,31 @@ DYNAMICS = {
     "visits": Dynamic(visits, "k", "this package", "smallest", "epochs"),
     "mean_loss": Dynamic(mean_loss, "mean_i x_i", CARTOGRAPHY),
     "loss_slope": Dynamic(
-        loss_slope, "sum_i (e_i - mean e) x_i / sum_i (e_i - mean e)^2", "this package", unit="nats per epoch"
+        loss_slope,
+        "sum_i (e_i - mean e) x_i / sum_i (e_i - mean e)^2",
+        "this package",
+        unit="nats per epoch",
+        least=2,
     ),
-    "loss_std": Dynamic(loss_std, "sqrt(mean_i (x_i - mean x)^2)", CARTOGRAPHY, "smallest"),
+    "loss_std": Dynamic(loss_std, "sqrt(mean_i (x_i - mean x)^2)", CARTOGRAPHY, "smallest", least=2),
     "forgetting": Dynamic(
-        forgetting, "max(0, max_{i<j} x_j - x_i)", "example forgetting, arXiv 1812.05159, for losses: nats, not events"
+        forgetting,
+        "max(0, max_{i<j} x_j - x_i)",
+        "example forgetting, arXiv 1812.05159, for losses: nats, not events",
+        least=2,
     ),
     "loss_area": Dynamic(
-        loss_area, "sum_i (s_{i+1} - s_i) (x_i + x_{i+1}) / 2 / (s_k - s_1)", "AUM, arXiv 2001.10528, for losses"
+        loss_area,
+        "sum_i (s_{i+1} - s_i) (x_i + x_{i+1}) / 2 / (s_k - s_1)",
+        "AUM, arXiv 2001.10528, for losses",
+        least=2,
     ),
     "loss_drop": Dynamic(
         loss_drop,
         "y_1 - y_k, y_i = Q_all(F_moment(x_i)) of epoch i (scores/drift.py)",
         "this package",
         "smallest",
+        least=2,
     ),
 }
 TRAJECTORY = Dynamic(visits, "the cluster of (x_1 ... x_k) by k-means", "S2L, arXiv 2403.07384", None, CLUSTER)
@@ -116,6 +129,7 @@ S2L = Dynamic(
     "S2L, arXiv 2403.07384",
     unit="place",
 )
+RANKED = {**DYNAMICS, "s2l": S2L}  # the columns that rows can be ranked by
 
 
 def dynamics_of(tables: Iterable[pa.Table], scores: ScoreTable, clusters: int, seed: int) -> ScoreTable:

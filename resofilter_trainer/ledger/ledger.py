@@ -43,6 +43,8 @@ class Ledger:
         weight: of the row's loss in that of the step, which is the sum of weight * loss over all lines.
         learning_rate: of the step.
         grad_norm: of the step, before clipping; NaN where it is not known.
+        left_out: whether the step's update was left out, by `on_spike`, `skip_update` or fp16; in data frames a
+            nullable boolean, as a ledger of an earlier version does not say it.
         layer_<i>: the resonance of the row in each measured layer.
 
     Attributes:
@@ -119,7 +121,7 @@ class Ledger:
 
     def to_pandas(self, columns: Sequence[str] | None = None) -> pd.DataFrame:
         """All lines, by ascending step and process, in the order of training. Arguments as for `batches`."""
-        return self.to_arrow(columns).to_pandas()
+        return frame_of(self.to_arrow(columns))
 
     # ---- answers
 
@@ -131,8 +133,8 @@ class Ledger:
 
         Returns:
             `step`; `epoch`; `loss`, the sum of weight * loss, as the Trainer logs it; `grad_norm`; `learning_rate`;
-            `lines`, the number of rows or pieces; and `tokens`, the number of learnt ones. A step without a line has
-            no loss and the epoch -1.
+            `lines`, the number of rows or pieces; `tokens`, the number of learnt ones; and `left_out`, whether its
+            update was left out. A step without a line has no loss and the epoch -1.
         """
         if first is None and last is None:
             return self._steps.copy()
@@ -155,7 +157,7 @@ class Ledger:
         step = whole_number("step", step)
         if not self.first <= step <= self.last:
             raise InputError(f"Step {step} is not in the ledger, which has steps {self.first:,} to {self.last:,}.")
-        rows = self._in_order(self.batches(first=step, last=step)).to_pandas()
+        rows = frame_of(self._in_order(self.batches(first=step, last=step)))
         return rows.assign(resonance=self._resonance(rows), **shares(rows, self._resonance(rows)))
 
     def row(self, row: int) -> pd.DataFrame:
@@ -174,7 +176,7 @@ class Ledger:
         found = [*self._lines_of(row)]
         if not found:
             raise InputError(f"Row {row} was not trained in steps {self.first:,} to {self.last:,}{self._why_not(row)}.")
-        rows = self._in_order(iter(found)).to_pandas()
+        rows = frame_of(self._in_order(iter(found)))
         return rows.assign(resonance=self._resonance(rows))
 
     def decisions(self, row: int) -> list[tuple[int, bool, str]]:
@@ -303,3 +305,10 @@ class Ledger:
                 f"'{self.folder}' lacks {what} of process {process}. Copy its parts there, or pass partial=True for "
                 "what the others have."
             )
+
+
+def frame_of(lines: pa.Table) -> pd.DataFrame:
+    """The lines as a data frame, with nullable booleans, whether any is null or not."""
+    import pandas as pd
+
+    return lines.to_pandas(types_mapper={pa.bool_(): pd.BooleanDtype()}.get)

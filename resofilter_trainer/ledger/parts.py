@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 
 from ..config import InputError
 from ..selecting.results import NAME
-from .schema import KEY, LEDGER, PROCESS, VERSION, schema_of, steps_of
+from .schema import ADDED, COLUMNS, KEY, LEDGER, PROCESS, VERSION, schema_of, steps_of
 
 STEP = "step"
 COPY_AGAIN = "Copy it again from where the run has written it"
@@ -69,7 +69,7 @@ class Part:
             for group in self._groups(file, first, last):
                 with self._reading():
                     table = file.read_row_group(group, columns=wanted)
-                yield self._between(table, first, last)
+                yield self._between(with_added(table, wanted), first, last)
 
     def _groups(self, file: pq.ParquetFile, first: int, last: int) -> Iterator[int]:
         """The row groups that may have lines of these steps, by their statistics."""
@@ -93,7 +93,7 @@ class Part:
             found = {}
         if not isinstance(found, dict) or not found.keys() >= {"run", "process", "processes", "layers"}:
             raise InputError(f"'{self.path}' is a Parquet file, but no part of a ledger. Remove it.")
-        if found.get("version") != VERSION or not {*schema_of(found["layers"]).names} <= {*file.schema_arrow.names}:
+        if found.get("version") != VERSION or not _needed(found["layers"]) <= {*file.schema_arrow.names}:
             raise InputError(f"'{self.path}' is of another version of resofilter_trainer: read it with that one.")
         if found["process"] != self.process:
             raise InputError(
@@ -118,6 +118,19 @@ class Part:
             raise InputError(f"'{self.path}' is gone: the run has resumed from before it. Load again.") from None
         except (pa.ArrowException, OSError, ValueError) as error:
             raise InputError(f"'{self.path}' is cut short or damaged ({error}). {COPY_AGAIN}.") from error
+
+
+def with_added(table: pa.Table, wanted: Sequence[str]) -> pa.Table:
+    """The lines with the columns that earlier versions have not written, of which nothing is known: all null."""
+    missing = [name for name in ADDED if name in wanted and name not in table.column_names]
+    for name in missing:
+        table = table.append_column(name, pa.nulls(table.num_rows, COLUMNS[name]))
+    return table.select(list(wanted)) if missing else table
+
+
+def _needed(layers: Sequence[int]) -> set[str]:
+    """The columns that every part has."""
+    return {*schema_of(layers).names} - {*ADDED}
 
 
 def folder_of(run: str | os.PathLike[str]) -> Path:

@@ -27,7 +27,10 @@ COLUMNS = {
     "weight": pa.float32(),  # of the row's loss in that of the step: the sum of weight * loss is what is logged
     "learning_rate": pa.float32(),  # of the first group of parameters
     "grad_norm": pa.float32(),  # of the step, before clipping, as the Trainer logs it; NaN where it is not known
+    "left_out": pa.bool_(),  # whether the step's update was left out, by `on_spike`, `skip_update` or fp16
 }  # and, for each measured layer, a float32 `layer_<i>`: the resonance of the row there
+
+ADDED = ("left_out",)  # columns that the parts of earlier versions lack: their values are null
 
 
 def schema_of(layers: Sequence[int]) -> pa.Schema:

@@ -11,7 +11,7 @@ import pyarrow as pa
 if TYPE_CHECKING:
     import pandas as pd
 
-READ = ("epoch", "loss", "num_tokens", "weight", "learning_rate", "grad_norm")  # columns, beside `step`
+READ = ("epoch", "loss", "num_tokens", "weight", "learning_rate", "grad_norm", "left_out")  # columns, beside `step`
 
 
 def step_lines(tables: Iterable[pa.Table], first: int, last: int) -> pd.DataFrame:
@@ -29,11 +29,11 @@ def step_lines(tables: Iterable[pa.Table], first: int, last: int) -> pd.DataFram
     count = max(last - first + 1, 0)
     loss, grad_norm, rate = np.zeros(count), np.full(count, np.nan), np.full(count, np.nan)
     lines, tokens = np.zeros(count, np.int64), np.zeros(count, np.int64)
-    epoch = np.full(count, -1, np.int64)
+    epoch, left_out = np.full(count, -1, np.int64), np.full(count, -1, np.int8)  # -1 where not known
     for table in tables:
         if not table.num_rows:
             continue
-        of = {name: table[name].to_numpy() for name in table.column_names}
+        of = {name: table[name].to_numpy() for name in table.column_names if name != "left_out"}
         starts = np.flatnonzero(np.diff(of["step"], prepend=of["step"][0] - 1))
         at = of["step"][starts] - first
         loss[at] += np.add.reduceat(contributions(of["weight"], of["loss"]), starts)
@@ -42,6 +42,7 @@ def step_lines(tables: Iterable[pa.Table], first: int, last: int) -> pd.DataFram
         grad_norm[at] = np.fmax(grad_norm[at], np.fmax.reduceat(of["grad_norm"], starts))
         rate[at] = of["learning_rate"][starts]
         epoch[at] = np.maximum(epoch[at], of["epoch"][starts])
+        left_out[at] = np.maximum(left_out[at], table["left_out"].cast(pa.int8()).fill_null(-1).to_numpy()[starts])
     loss[lines == 0] = np.nan
     return pd.DataFrame(
         {
@@ -52,6 +53,7 @@ def step_lines(tables: Iterable[pa.Table], first: int, last: int) -> pd.DataFram
             "learning_rate": rate,
             "lines": lines,
             "tokens": tokens,
+            "left_out": pd.arrays.BooleanArray(left_out == 1, left_out < 0),
         }
     )
 

@@ -19,7 +19,7 @@ from ..io.files import load_parquet, remove_folder, save_parquet
 from .schema import COLUMNS, KEY, PROCESS, VERSION, part_name, schema_of, steps_of
 
 MOST_LINES, MOST_STEPS = 1 << 17, 1000  # in memory: some 10 MB
-OF_STEP = ("step", "learning_rate", "grad_norm")  # the columns that are known when a step ends
+OF_STEP = ("step", "learning_rate", "grad_norm", "left_out")  # the columns that are known when a step ends
 REPEATED = ("step", "epoch", "micro_batch", "process", "num_tokens", "learning_rate", "grad_norm")
 WHAT = "part of a run's ledger"
 
@@ -43,7 +43,8 @@ class LedgerWriter:
         self._columns = {each.name: np.empty(0, each.type.to_pandas_dtype()) for each in own}
         self._lines = 0  # in memory, of which those of the present step come last
         self._ended = 0  # of them, those of steps that have ended
-        self._steps: list[tuple[int, int, float, Any]] = []  # number, lines, learning rate, norm of the gradient
+        # number, lines, learning rate, norm of the gradient, whether the update was left out
+        self._steps: list[tuple[int, int, float, Any, bool]] = []
         self._written = 0  # the last step of the last part
 
     def begin(self, step: int) -> None:
@@ -66,15 +67,16 @@ class LedgerWriter:
                 column = self._columns[name] = np.resize(column, max(2 * len(column), self._lines, 1024))
             column[there : self._lines] = values
 
-    def end_step(self, step: int, learning_rate: float, grad_norm: Any) -> None:
+    def end_step(self, step: int, learning_rate: float, grad_norm: Any, left_out: bool = False) -> None:
         """End a step; lines that were added since the last one are its own.
 
         Args:
             step: its number, counted from 1.
             learning_rate: the learning rate of the step.
             grad_norm: the norm of its gradient, a number or a tensor of one, which is read when it is written.
+            left_out: whether its update was left out.
         """
-        self._steps.append((step, self._lines - self._ended, learning_rate, grad_norm))
+        self._steps.append((step, self._lines - self._ended, learning_rate, grad_norm, left_out))
         self._ended = self._lines
         if self._ended >= MOST_LINES or step - self._written >= MOST_STEPS:
             self.flush()
@@ -84,8 +86,9 @@ class LedgerWriter:
         if not self._steps:
             return
         first, last = self._written + 1, self._steps[-1][0]
-        numbers, lines, rates, norms = zip(*self._steps, strict=True)
+        numbers, lines, rates, norms, left_out = zip(*self._steps, strict=True)
         of_steps = {"step": numbers, "learning_rate": rates, "grad_norm": [float(each) for each in norms]}
+        of_steps["left_out"] = left_out
         values: Mapping[str, Any] = {name: np.repeat(own, lines) for name, own in of_steps.items()}
         values = {**{name: own[: self._ended] for name, own in self._columns.items()}, **values}
         arrays = [pa.array(np.asarray(values[each.name]), each.type, from_pandas=False) for each in self._schema]

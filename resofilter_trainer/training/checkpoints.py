@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import warnings
 from pathlib import Path
@@ -10,11 +11,29 @@ from typing import cast
 from accelerate.scheduler import AcceleratedScheduler
 from transformers import Trainer
 
+from .resuming import Settings, other_skipping
+
 
 def checkpoint_folder(checkpoint: str | None, trainer: Trainer) -> Path:
     """The folder of a checkpoint for what belongs to this package; by default of the checkpoint of the current step."""
     default = os.path.join(cast(str, trainer.args.output_dir), f"checkpoint-{trainer.state.global_step}")
     return Path(checkpoint or default) / "resofilter"
+
+
+def last_complete(output_dir: Path) -> str | None:
+    """The last checkpoint in a folder that was written to its end; None without one.
+
+    The Trainer writes `trainer_state.json` last, so a checkpoint is whole if that file is.
+    """
+    found = [each for each in output_dir.glob("checkpoint-*/trainer_state.json") if _is_json(each)]
+    return str(max(found, key=lambda each: int(each.parent.name.split("-")[1])).parent) if found else None
+
+
+def _is_json(path: Path) -> bool:
+    try:
+        return bool(json.loads(path.read_text()))
+    except ValueError:
+        return False
 
 
 def warn_of_missing_state(trainer: Trainer, checkpoint: Path) -> None:
@@ -30,5 +49,16 @@ def warn_of_missing_state(trainer: Trainer, checkpoint: Path) -> None:
         warnings.warn(
             f"'{checkpoint}' lacks the {', '.join(missing)} (save_only_model=True?). The Trainer resumes with new "
             "ones, so the run ends with other weights than an uninterrupted one. Rows and scores are resumed.",
+            stacklevel=2,
+        )
+
+
+def warn_of_other_skipping(trainer: Trainer, checkpoint: Path, there: Settings, here: Settings) -> None:
+    """Warn where a run does something else about steps that stand out than the checkpoint's, see `resuming`."""
+    found = other_skipping(there, here)
+    if found and trainer.args.process_index == 0:
+        warnings.warn(
+            f"'{checkpoint}' is of a run that differs in {'; '.join(found)} (there / here). Later steps that stand out "
+            "are treated as they are here, so the run may end with other weights than an uninterrupted one.",
             stacklevel=2,
         )

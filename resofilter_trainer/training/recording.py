@@ -55,6 +55,11 @@ class Recording:
         """Whether the update of the present step is left out."""
         return self._spikes.skips
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What is done about steps that stand out (`resuming.SKIPPING`), where anything is."""
+        return self._spikes.settings
+
     def begin(self, provenance: str, layers: Sequence[int], sample_ids: SampleIds) -> None:
         """Start, or resume after the trainer's step.
 
@@ -125,11 +130,15 @@ class Recording:
             )
         self._waiting.append((sample_id, found))
 
-    def end_step(self) -> None:
-        """End the step that the trainer has made."""
+    def end_step(self, left_out: bool) -> None:
+        """End the step that the trainer has made.
+
+        Args:
+            left_out: whether fp16 left out its update.
+        """
         if self._writer is not None:
             norm = math.nan if self._norm.norm is None else self._norm.norm
-            self._writer.end_step(self._trainer.state.global_step, self._rate, norm)
+            self._writer.end_step(self._trainer.state.global_step, self._rate, norm, left_out or self.skips)
         self._waiting, self._norm.norm = [], None
         self._spikes.end_step()
 

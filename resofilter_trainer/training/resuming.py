@@ -1,7 +1,8 @@
 """What may differ between a checkpoint and the run that resumes from it. Knows settings by name, no Trainer.
 
 A run may have another number of epochs or steps, and divide the rows of a step in another way among micro-batches and
-processes. All else must be the same.
+processes. It may do something else about steps that stand out, as to get past one, and says so. All else must be the
+same.
 """
 
 from __future__ import annotations
@@ -11,13 +12,14 @@ from dataclasses import replace
 from typing import Any
 
 from ..config import InputError
-from ..io.made_from import check_made_from
+from ..io.made_from import check_made_from, differences
 from ..scores.provenance import Provenance
 from .plan import Batching
 
 LENGTH = ("epochs", "max_steps")
 DIVISION = ("per_process", "processes", "accumulation")
 FACTS = ("repeats", "dispatched", "order_by_process", "loss_by_batch", "loss_by_process")  # what a division depends on
+SKIPPING = ("on_spike", "skip_update")  # missing where nothing is done about steps that stand out
 SAME = "Resume with the numbers it was made with"
 
 Settings = Mapping[str, Any]
@@ -31,7 +33,7 @@ def check_settings(there: Settings, here: Settings, what: str) -> None:
         here: the settings of this run.
         what: the place and its content, for the message: `'checkpoint-8' holds a checkpoint`.
     """
-    names = {*there, "warmup"} - {*LENGTH, *DIVISION, *FACTS}
+    names = {*there, "warmup"} - {*LENGTH, *DIVISION, *FACTS, *SKIPPING}
     check_made_from(there, here, what, "Resume with the settings it was made with.", names)
     if (there["max_steps"] is None) != (here["max_steps"] is None):
         raise InputError(
@@ -56,10 +58,17 @@ def has_other_length(there: Settings, here: Settings) -> bool:
 
 def resumed(provenance: Provenance, there: Settings, here: Settings) -> Provenance:
     """The provenance of a resumed run, with its own numbers where they are others than the checkpoint's."""
-    changed = {name: here[name] for name in (*LENGTH, *DIVISION) if here[name] != there[name]}
-    if not changed:
+    changed = {name: here[name] for name in (*LENGTH, *DIVISION) if here.get(name) != there.get(name)}
+    if not changed and not other_skipping(there, here):
         return provenance
-    return replace(provenance, preparation={**provenance.preparation, "run": {**there, **changed}})
+    kept = {name: value for name, value in there.items() if name not in SKIPPING}
+    changed |= {name: here[name] for name in SKIPPING if name in here}
+    return replace(provenance, preparation={**provenance.preparation, "run": {**kept, **changed}})
+
+
+def other_skipping(there: Settings, here: Settings) -> list[str]:
+    """What a run does about steps that stand out and the checkpoint's does not, as `name (there / here)`."""
+    return differences(there, here, SKIPPING)
 
 
 def _undivided(there: Settings, here: Settings) -> str | None:

@@ -22,7 +22,7 @@ from ..selecting.results import NAME as STATE
 from ..selecting.results import Results, remove_stale
 from . import trainer_access as access
 from .before import measured_before
-from .checkpoints import checkpoint_folder, warn_of_missing_state
+from .checkpoints import checkpoint_folder, warn_of_missing_state, warn_of_other_skipping
 from .deciding import Decisions
 from .examples import examples_of
 from .filtering import FilterConfig
@@ -99,6 +99,7 @@ class Run:
             epochs=self._timeline.plan.epochs,
             max_steps=self._timeline.plan.max_steps,
             token_cleaning=None if cleaning is None else dataclasses.asdict(cleaning),
+            **recording.settings,
         )
         self._log = RunLog(trainer, results.log)
         self.nothing_learnt = False  # in this step, in any process
@@ -177,6 +178,7 @@ class Run:
         there = saved["settings"]
         here = {**self._settings, "dataset": fingerprint(self.trainer.train_dataset, there.get("dataset"))}
         check_settings(there, here, f"'{folder.parent}' holds a checkpoint")
+        warn_of_other_skipping(self.trainer, folder.parent, there, here)
         self._provenance = resumed(Provenance.from_json(saved["provenance"]), there, here)
         self.results.log[:] = saved.get("log", [])  # version 0.1.0 kept it in the Trainer's
         self._timeline.resume(saved, folder.parent)

@@ -51,6 +51,13 @@ class SpikeWatch:
         self.skips = False
         self._told: str | None = None  # of the present step, to be reported at its end
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What a checkpoint says of it: whether there is a function, by its name, and whether updates are left out."""
+        function = self._on_spike
+        named = {} if function is None else {"on_spike": getattr(function, "__qualname__", type(function).__qualname__)}
+        return {**named, "skip_update": True} if self._skip_update else named
+
     def begin(self, saved: Mapping[str, Any]) -> None:
         """Start, or resume with what `to_json` returned."""
         self._losses, self._norms = list(saved.get("losses", ())), list(saved.get("grad_norms", ()))

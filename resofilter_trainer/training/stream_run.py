@@ -30,7 +30,7 @@ from ..scores.provenance import Provenance
 from ..selecting.results import IDS_FILE, Results, remove_stale
 from ..selecting.results import NAME as STATE
 from . import trainer_access as access
-from .checkpoints import checkpoint_folder, warn_of_missing_state
+from .checkpoints import checkpoint_folder, warn_of_missing_state, warn_of_other_skipping
 from .deciding import Decisions
 from .examples import Rows
 from .filtering import FilterConfig
@@ -41,6 +41,7 @@ from .plan_log import line, save_plan, why
 from .recording import Recording
 from .refusals import check_trainer
 from .refused_uses import check_use
+from .resuming import SKIPPING, resumed
 from .sampler import ROW
 from .stream_check import check_stream
 from .stream_rows import MetRows, met_in
@@ -94,6 +95,7 @@ class StreamRun:
             **dataclasses.asdict(self._batching),
             max_steps=self._max_steps,
             id_column=id_column,
+            **recording.settings,
         )
         self._log = RunLog(trainer, results.log)
         self._known = MetRows()
@@ -154,8 +156,9 @@ class StreamRun:
         warn_of_missing_state(self.trainer, folder.parent)
         what, remedy = f"'{folder.parent}' holds a checkpoint", "Resume with the settings it was made with."
         there = saved["settings"]
-        check_made_from(there, self._settings, what, remedy, names={*there})
-        self._provenance = Provenance.from_json(saved["provenance"])
+        check_made_from(there, self._settings, what, remedy, names={*there} - {*SKIPPING})
+        warn_of_other_skipping(self.trainer, folder.parent, there, self._settings)
+        self._provenance = resumed(Provenance.from_json(saved["provenance"]), there, self._settings)
         self.results.log[:] = saved["log"]
         self._passes, self._micro_batches = saved["passes"], saved["micro_batches"]
         self._entries, self._resumed_at, self._ends_again = saved["plan"], folder.parent, saved["ends_again"]

@@ -206,7 +206,7 @@ class Watch:
             step: the number of steps made, this one included.
         """
         self._take(epoch, step)
-        self._recording.end_step()
+        self._recording.end_step(self._left_out)
 
     def _take(self, epoch: int, step: int) -> None:
         if self._recorder is None:

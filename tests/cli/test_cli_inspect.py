@@ -85,6 +85,34 @@ def test_a_step(run, capsys):
     assert sum(row["weight"] * row["loss"] for row in found["rows"]) == pytest.approx(loss)
 
 
+def test_a_step_whose_update_was_left_out_says_so(run, capsys):
+    spike = int(Ledger.load(run).row(BAD)["step"][0])
+    other = next(line["sample_id"] for line in drawn(45, epochs=3) if line["step"] == spike + 1)
+    lines = [{**line, "left_out": line["step"] == spike} for line in drawn(45, epochs=3)]
+    next(line for line in lines if line["sample_id"] == BAD)["loss"] = 64.0
+    write_ledger(run, lines)
+    assert "learnt tokens, its update was left out\n" in printed(capsys, "--step", str(spike))
+    assert "left out" not in printed(capsys, "--step", str(spike + 1))
+    assert f"Steps that stand out: {spike}" in (said := printed(capsys))
+    assert "The update of 1 step was left out." in said
+    assert printed(capsys, "--spikes").count("  its update was left out\n") == 1
+    life = printed(capsys, "--row", str(BAD)).splitlines()
+    assert [line.endswith(", the update was left out") for line in life if "  step " in line] == [True, False, False]
+    assert "left out" not in printed(capsys, "--row", str(other))
+    found = inspected("--step", str(spike))
+    assert (found["left_out"], found["rows"][0]["left_out"]) == (True, True)
+    assert inspected()["updates_left_out"] == 1
+
+
+def test_an_earlier_version_does_not_say_whose_update_was_left_out(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    write_part(tmp_path / "run", part(drawn(30)).drop_columns(["left_out"]), 1, 30)
+    for argv in ([], ["--step", "3"], ["--row", "3"], ["--spikes", "--threshold", "0.1"]):
+        assert "left out" not in printed(capsys, *argv)
+    found = inspected("--step", "3")
+    assert (found["left_out"], found["rows"][0]["left_out"]) == (None, None)
+
+
 def test_a_step_is_read_without_the_others(run, capsys):
     cut = sorted((run / NAME / "ledger" / "process-0").iterdir())[1]
     loss = Ledger.load(run).steps()["loss"][31]

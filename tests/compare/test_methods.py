@@ -13,11 +13,12 @@ from resofilter_trainer.config import TokenCleaning
 from resofilter_trainer.criteria.criterion import CRITERIA
 from resofilter_trainer.selecting.token_selection import TokenSelector
 
+BY = {"signal": "loss_sum", "dynamics": "mean_loss"}  # the methods with a setting that they need
 every_method = pytest.mark.parametrize("name", METHODS)
 
 
 def selector(method: str, **fields) -> SelectorConfig:
-    needed = {"settings": {"by": "loss_sum"}} if method == "signal" else {}
+    needed = {"settings": {"by": BY[method]}} if method in BY else {}
     return SelectorConfig(method, score_column="quality" if method == COLUMN else None, **{**needed, **fields})
 
 

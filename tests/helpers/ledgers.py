@@ -22,6 +22,7 @@ def part(lines: Sequence[Line], layers: Sequence[int] = LAYERS) -> pa.Table:
     """Lines as a table; what a line leaves out is 0, its weight 1."""
     schema = schema_of(layers)
     usual = {**dict.fromkeys(schema.names, 0), "weight": 1.0, "num_tokens": 1, "learning_rate": 0.5, "loss": 1.0}
+    usual["left_out"] = False
     return pa.Table.from_pylist([{**usual, **line} for line in lines], schema)
 
 

@@ -16,6 +16,7 @@ from helpers.tables import make_scores
 
 from resofilter_trainer import DataSelector, InputError, Ledger
 from resofilter_trainer.ledger import parts
+from resofilter_trainer.ledger.ledger import frame_of
 from resofilter_trainer.ledger.schema import LEDGER, PROCESS, VERSION, part_name
 from resofilter_trainer.selecting.results import NAME, selection_file
 
@@ -46,13 +47,13 @@ def test_a_run_its_results_and_its_ledger_are_the_same(run, below):
 
 
 def test_all_lines_come_back_as_they_were_written(run):
-    pd.testing.assert_frame_equal(Ledger.load(run).to_pandas(), part(LINES).to_pandas())
+    pd.testing.assert_frame_equal(Ledger.load(run).to_pandas(), frame_of(part(LINES)))
 
 
 def test_lines_of_several_processes_are_in_the_order_of_training(run_of_two):
     ledger = Ledger.load(run_of_two)
     assert (ledger.processes, len(ledger)) == (2, len(TWO))
-    pd.testing.assert_frame_equal(ledger.to_pandas(), part(TWO).to_pandas())
+    pd.testing.assert_frame_equal(ledger.to_pandas(), frame_of(part(TWO)))
 
 
 def test_some_columns_of_some_steps_are_read_in_batches(run_of_two):
@@ -67,7 +68,7 @@ def test_some_columns_of_some_steps_are_read_in_batches(run_of_two):
 def test_row_groups_are_read_as_one(tmp_path):
     write_part(tmp_path, part(LINES), 1, 45, row_group_size=7)
     ledger = Ledger.load(tmp_path)
-    pd.testing.assert_frame_equal(ledger.to_pandas(), part(LINES).to_pandas())
+    pd.testing.assert_frame_equal(ledger.to_pandas(), frame_of(part(LINES)))
     assert ledger.step(9)["sample_id"].tolist() == [line["sample_id"] for line in of_step(LINES, 9)]
     losses = [sum(line["weight"] * line["loss"] for line in of_step(LINES, step)) for step in range(1, 46)]
     np.testing.assert_allclose(ledger.steps()["loss"], losses, rtol=1e-12)
@@ -105,6 +106,36 @@ def test_the_shares_of_a_step(run):
     np.testing.assert_allclose(rows["share_of_loss"], loss / loss.sum(), rtol=1e-5)
     np.testing.assert_allclose(rows["share_of_update"], update / update.sum(), rtol=1e-5)
     np.testing.assert_allclose(rows["resonance"], [(line["layer_3"] + line["layer_5"]) / 2 for line in own], rtol=1e-5)
+
+
+def test_steps_whose_update_was_left_out(tmp_path):
+    lines = [{**line, "left_out": line["step"] in (12, 31)} for line in TWO]
+    ledger = Ledger.load(write_ledger(tmp_path, lines, processes=2))
+    assert ledger.steps()["left_out"].dtype == "boolean"
+    assert ledger.steps().query("left_out")["step"].tolist() == [12, 31]
+    assert ledger.step(12)["left_out"].all()
+    assert not ledger.step(13)["left_out"].any()
+    row = of_step(lines, 12)[0]["sample_id"]
+    expected = [line["step"] for line in lines if line["sample_id"] == row and line["left_out"]]
+    assert ledger.row(row).query("left_out")["step"].tolist() == expected
+
+
+def test_an_earlier_version_does_not_say_whose_update_was_left_out(tmp_path):
+    """Its parts lack the column, also those before others of this version: nothing is known of their steps."""
+    old, new = drawn(20), [{**line, "step": line["step"] + 20, "left_out": line["step"] == 5} for line in drawn(20)]
+    write_part(tmp_path, part(old).drop_columns(["left_out"]), 1, 20)
+    write_part(tmp_path, part(new), 21, 40)
+    ledger = Ledger.load(tmp_path)
+    found, steps = ledger.to_pandas(), ledger.steps()
+    assert [*found] == ledger.columns
+    for lines in (found, steps):
+        assert lines["left_out"][lines["step"] <= 20].isna().all()
+        assert lines["left_out"][lines["step"] > 20].notna().all()
+        assert {*lines["step"][lines["left_out"].fillna(False)]} == {25}
+    assert ledger.step(3)["left_out"].isna().all()
+    columns = [table.column_names for table in ledger.batches(["left_out", "loss"], last=30)]
+    assert columns == [["step", "left_out", "loss"]] * 2
+    assert ledger.to_arrow(["loss", "left_out"])["left_out"].null_count == 20 * 4
 
 
 def test_a_ledger_without_layers_has_no_share_of_the_update(tmp_path):

@@ -65,6 +65,19 @@ def test_a_part_has_the_columns_of_the_schema(tmp_path):
     np.testing.assert_allclose(found["layer_6"], [10.6, 11.6, 12.6, 20.6, 21.6, 22.6], rtol=1e-6)
 
 
+def test_a_step_whose_update_was_left_out_is_marked(tmp_path):
+    own = writer(tmp_path)
+    add(own, [1])
+    own.add(np.ones((2, 3)), epoch=0, micro_batch=0, sample_id=np.array([8, 9]), loss=2.0, num_tokens=7, weight=0.5)
+    own.end_step(2, 1e-3, 0.5, left_out=True)
+    add(own, [3])
+    own.flush()
+    assert (
+        load_parquet(parts(tmp_path)[0], KEY, "part")[0]["left_out"].to_pylist()
+        == [False] * 3 + [True] * 2 + [False] * 3
+    )
+
+
 def test_micro_batches_of_a_step_that_has_not_ended_wait_for_it(tmp_path):
     own = writer(tmp_path)
     add(own, [1])

@@ -87,6 +87,7 @@ def test_the_ledger_has_the_losses_of_a_step_that_overflows_but_no_measurement(t
     assert len(found) == 2 * COUNT
     assert sorted(found["sample_id"]) == sorted([*range(COUNT)] * 2)
     left_out = found["step"] == 1
+    assert found["left_out"].equals(left_out.rename("left_out"))
     layers = [name for name in found if name.startswith("layer_")]
     assert not np.isfinite(found[left_out]["grad_norm"]).any()
     assert found[left_out][layers].isna().any(axis=1).all()

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from resofilter_trainer.training.checkpoints import warn_of_missing_state
+from resofilter_trainer.training.checkpoints import last_complete, warn_of_missing_state
 
 OPTIMIZER = "bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt"
 
@@ -35,3 +35,12 @@ def test_where_deepspeed_keeps_the_optimizer(stage, files, whole, tmp_path):
     else:
         with pytest.warns(UserWarning, match="optimizer"):
             warn_of_missing_state(trainer, tmp_path)
+
+
+def test_the_last_checkpoint_is_one_that_was_written_to_its_end(tmp_path):
+    assert last_complete(tmp_path) is None
+    for step, state in ((2, "{}"), (8, '{"step": 8}'), (10, '{"step": 10}'), (12, '{"st'), (14, "")):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(state)
+    (tmp_path / "checkpoint-16").mkdir()
+    assert last_complete(tmp_path) == str(tmp_path / "checkpoint-10")

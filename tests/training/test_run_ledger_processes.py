@@ -51,3 +51,4 @@ def test_all_processes_leave_out_the_update_that_the_main_one_decides_on(place):
     assert found["step"] == found["left_out"] == 26
     own = lines(place / "spikes", processes=2)
     np.testing.assert_allclose(losses(own)[25], found["loss"], rtol=1e-6)
+    assert own["left_out"].equals((own["step"] == 26).rename("left_out"))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -9,12 +11,16 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from helpers.run_ledgers import Unrounded, lines
+from helpers.run_ledgers import Unrounded, lines, parts_of
+from helpers.tables import make_provenance
 from helpers.training import InOrder, arguments, llama
 from transformers import TrainerCallback
 
-from resofilter_trainer import InputError, ResonanceCallback
+from resofilter_trainer import InputError, Ledger, ResonanceCallback, ScoreTable
+from resofilter_trainer.training.checkpoints import warn_of_other_skipping
 from resofilter_trainer.training.refused_uses import check_skipping
+from resofilter_trainer.training.resuming import resumed
+from resofilter_trainer.training.spiking import SpikeWatch
 from resofilter_trainer.training.trainer_patches import UpdatePatch
 
 GARBAGE, STEP = 50, 26  # the row, and its step in batches of two
@@ -22,6 +28,8 @@ USUAL = {"prompt": "question: what is 1 + 1 ?", "completion": " answer: 2 fox fo
 ROWS = Dataset.from_list(
     [{**USUAL, "completion": " lazy jumps dog over brown"} if row == GARBAGE else USUAL for row in range(60)]
 )
+ARGS = SimpleNamespace(optim="adamw_torch", process_index=0)
+TRAINER = SimpleNamespace(args=ARGS, train_dataset=None, is_deepspeed_enabled=False)
 SETTINGS = {"num_train_epochs": 1, "learning_rate": 3e-2, "save_strategy": "no"}
 
 
@@ -35,7 +43,7 @@ def run(output: Path, tokenizer, resume=None, callbacks=(), answer=None, **setti
         seen.append(step)
         return answer
 
-    callback = ResonanceCallback(keep=1.0, on_spike=on_spike, **settings)
+    callback = ResonanceCallback(keep=1.0, **{"on_spike": on_spike, **settings})
     args = arguments(output, **{**SETTINGS, **changes})
     trainer = InOrder(
         llama(len(tokenizer)), args, None, ROWS, processing_class=tokenizer, callbacks=[callback, *callbacks]
@@ -108,12 +116,18 @@ def test_an_update_that_is_left_out_leaves_weights_and_optimizer_as_they_were(ho
     assert [(each["step"], each["resofilter/updates_left_out"]) for each in entries] == [(STEP, 1.0)]
     assert f"step {STEP} stands out: loss" in (said := capsys.readouterr().out)
     assert f"rows {GARBAGE}, {GARBAGE + 1}; its update is left out (1 so far)" in said
+    own = lines(tmp_path)
+    assert own[own["left_out"]]["sample_id"].tolist() == [GARBAGE, GARBAGE + 1]
+    ledger = Ledger.load(tmp_path)
+    assert ledger.step(STEP)["left_out"].tolist() == [True, True]
+    assert ledger.steps().query("left_out")["step"].tolist() == [STEP]
 
 
 def test_a_run_that_leaves_out_updates_resumes_exactly(tmp_path, tokenizer):
     """Before the step, just before it, and after it: its window of steps is in the checkpoint."""
     settings = {"skip_update": True, "save_strategy": "steps", "save_steps": 5}
     whole = run(tmp_path, tokenizer, **settings)
+    files = {path: path.read_bytes() for path in parts_of(tmp_path)}
     for step, seen in ((5, 1), (25, 1), (30, 0)):
         resumed = run(tmp_path, tokenizer, resume=str(tmp_path / f"checkpoint-{step}"), **settings)
         assert len(resumed.seen) == seen
@@ -121,6 +135,55 @@ def test_a_run_that_leaves_out_updates_resumes_exactly(tmp_path, tokenizer):
             assert torch.equal(weight, resumed.trainer.model.state_dict()[name]), (step, name)
         assert resumed.callback.log_history == whole.callback.log_history
         assert resumed.trainer.state.stateful_callbacks == whole.trainer.state.stateful_callbacks
+        assert {path: path.read_bytes() for path in parts_of(tmp_path)} == files
+
+
+def test_a_run_may_resume_to_get_past_a_spike_and_says_so(tmp_path, tokenizer):
+    plain = run(tmp_path, tokenizer, save_strategy="steps", save_steps=10)
+    assert plain.trainer.state.stateful_callbacks["resofilter"]["settings"]["on_spike"] == "run.<locals>.on_spike"
+    said = r"checkpoint-10' is of a run that differs in skip_update \(None / True\) \(there / here\)\. Later steps"
+    with pytest.warns(UserWarning, match=said):
+        found = run(tmp_path, tokenizer, resume=str(tmp_path / "checkpoint-10"), skip_update=True)
+    assert Ledger.load(tmp_path).steps().query("left_out")["step"].tolist() == [STEP]
+    of_run = ScoreTable.load(tmp_path / "resofilter").provenance.preparation["run"]
+    assert of_run["skip_update"] is True
+    assert found.trainer.state.stateful_callbacks["resofilter"]["settings"]["skip_update"] is True
+
+
+def test_a_function_is_known_by_its_name(capsys):
+    class Watcher:
+        def look(self, step):
+            pass
+
+        __call__ = look
+
+    names = [(print, "print"), ([].append, "list.append"), (partial(print, 1), "partial")]
+    names += [(Watcher().look, "test_a_function_is_known_by_its_name.<locals>.Watcher.look")]
+    names += [(Watcher(), "test_a_function_is_known_by_its_name.<locals>.Watcher")]
+    for function, name in names:
+        assert SpikeWatch(TRAINER, function, False, None).settings == {"on_spike": name}
+    assert SpikeWatch(TRAINER, None, False, None).settings == {}
+    assert SpikeWatch(TRAINER, None, True, None).settings == {"skip_update": True}
+
+
+@pytest.mark.parametrize(
+    ("there", "here", "said"),
+    [
+        ({}, {}, None),
+        ({"on_spike": "look"}, {"on_spike": "look"}, None),
+        ({"on_spike": "look"}, {}, "on_spike (look / None)"),
+        ({"skip_update": True}, {"on_spike": "look"}, "on_spike (None / look); skip_update (True / None)"),
+    ],
+)
+def test_what_a_run_that_resumes_does_otherwise_is_said_and_recorded(there, here, said, tmp_path):
+    before = make_provenance(preparation={"run": {"epochs": 3, "keep": 1, **there}})
+    settings = {"epochs": 3, "keep": 1}
+    with warnings.catch_warnings(record=True) as found:
+        warn_of_other_skipping(TRAINER, tmp_path, {**settings, **there}, {**settings, **here})
+    assert len(found) == (said is not None)
+    assert said is None or f"differs in {said} (there / here)" in str(found[0].message)
+    after = resumed(before, {**settings, **there}, {**settings, **here})
+    assert after.preparation["run"] == {**settings, **here}
 
 
 def test_an_update_that_is_left_out_is_no_measurement_of_the_optimizer(tmp_path, tokenizer):
