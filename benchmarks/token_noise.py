@@ -238,7 +238,7 @@ def detect(
 ) -> dict[str, float]:
     """AUROC of score and losses for all noise, of the score for each kind of noise, and the share of noise."""
     among = np.ones(len(kinds), dtype=bool) if among is None else among
-    base, reference, kinds, keep = scores.base[among], scores.reference[among], kinds[among], keep[among]
+    base, reference, kinds, keep = scores.base[among], scores.reference_losses[among], kinds[among], keep[among]
     score, noisy = base.astype(np.float64) - reference, kinds != CLEAN
     filler, equation = kinds != EQUATION, kinds != FILLER
     return {

@@ -31,15 +31,18 @@ if TYPE_CHECKING:
     from .scoring.layers import score_layers
     from .scoring.stream import score_stream
     from .selecting.data_selector import DataSelector
+    from .selecting.named_rules import token_rule
     from .selecting.per_prompt import OnePerPrompt
     from .selecting.policies import DiverseSelector, RandomSelector, SoftPruning
     from .selecting.selection import Selection
+    from .selecting.token_rules import TokenInputs, TokenRule
     from .selecting.token_selection import TokenSelection, TokenSelector
     from .selecting.votes import votes_of
     from .tokens.cleaned_dataset import CleanedDataset
     from .tokens.cleaning import clean_dataset
     from .training.callback import ResonanceCallback
     from .training.self_evolving import self_evolve
+    from .training.token_weighting import TokenWeights
     from .training.weighting import SampleWeights
 
 __version__ = "0.1.0"
@@ -66,15 +69,18 @@ _NAMES = {  # the public names of each module, as above
     "scoring.layers": ("score_layers",),
     "scoring.stream": ("score_stream",),
     "selecting.data_selector": ("DataSelector",),
+    "selecting.named_rules": ("token_rule",),
     "selecting.per_prompt": ("OnePerPrompt",),
     "selecting.policies": ("DiverseSelector", "RandomSelector", "SoftPruning"),
     "selecting.selection": ("Selection",),
+    "selecting.token_rules": ("TokenInputs", "TokenRule"),
     "selecting.token_selection": ("TokenSelection", "TokenSelector"),
     "selecting.votes": ("votes_of",),
     "tokens.cleaned_dataset": ("CleanedDataset",),
     "tokens.cleaning": ("clean_dataset",),
     "training.callback": ("ResonanceCallback",),
     "training.self_evolving": ("self_evolve",),
+    "training.token_weighting": ("TokenWeights",),
     "training.weighting": ("SampleWeights",),
 }
 _MODULE_OF = {name: module for module, names in _NAMES.items() for name in names}

@@ -1,4 +1,4 @@
-"""`resofilter clean`: mask the tokens that a reference model has little to teach about."""
+"""`resofilter clean`: mask the tokens that teach little, by a rule, or weigh them."""
 
 from __future__ import annotations
 
@@ -12,9 +12,12 @@ from .inputs import dataset_of, require, row_options, sft_config
 from .parser import CommandParser, process_arguments, row_arguments, seed_argument
 
 SELF_EVOLVING = "self-evolving"
+RULES = ("token_cleaning", "rho", "sstoken", "profit", "stm", "eaft", "conflict", "random", "all_but_first")
+OF_RULES = ("threshold", "first")  # settings of a rule
 OF_TRAINING = ("parts", "lora_r", "learning_rate", "per_device_train_batch_size", "gradient_accumulation_steps")
 EXAMPLES = (
     "resofilter clean --model BASE --reference REFERENCE --dataset rows.jsonl --output cleaned/",
+    "resofilter clean --model BASE --rule profit --dataset rows.jsonl --output cleaned/",
     "resofilter clean --model BASE --mode self-evolving --dataset rows.jsonl --output cleaned/",
 )
 
@@ -26,7 +29,11 @@ def add_arguments(parser: CommandParser) -> None:
     defaults = TokenCleaning()
     parser.needed("--output", help="a folder for the cleaned dataset, the token scores and a summary")
     parser.add_argument("--reference", help="a model or a LoRA adapter, tuned from the same base model on good data")
-    parser.add_argument("--keep_tokens", type=float, default=defaults.keep, help="the share of the tokens to keep")
+    share = "the share of the tokens to keep; by default 0.6, or the bound of the paper of rule profit or stm"
+    parser.add_argument("--keep_tokens", type=float, help=share)
+    parser.add_argument("--rule", choices=RULES, help="which tokens are learnt; by default token_cleaning")
+    parser.add_argument("--threshold", type=float, help="of rule profit: a probability; of rule stm: a perplexity")
+    parser.add_argument("--first", type=int, help="the tokens of each row that rule all_but_first masks")
     parser.add_argument("--mode", choices=CLEANING_MODES, default="fixed", help="how the reference comes about")
     ranking = "tokens are ranked together, or by row; by default global, or sample in mode rho"
     parser.add_argument("--ranking", choices=get_args(Ranking), help=ranking)
@@ -43,29 +50,66 @@ def add_arguments(parser: CommandParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Mask tokens by a base and a reference model, and print what was kept."""
+    """Mask or weigh tokens, and print what was kept."""
     require(args, "model", "dataset", "output")
+    if args.rule == "rho":
+        args.mode = _mode_of_rho(args.mode)
+    if args.rule not in (None, "token_cleaning", "rho"):
+        return _report(args, _by_rule(args), token_weights=args.rule == "eaft")
+    for name in OF_RULES:
+        if getattr(args, name) is not None:
+            raise InputError(f"--{name} goes with --rule, and with one that has it: leave it out.")
     cleaning = cleaning_of_mode(
         args.mode,
         args.reference,
         args.ranking,
-        keep=args.keep_tokens,
+        keep=TokenCleaning().keep if args.keep_tokens is None else args.keep_tokens,
         parts=args.parts,
         group_by=args.group_by,
         tokens_per_batch=args.tokens_per_batch,
     )
     if args.reference is None and args.mode != SELF_EVOLVING:
         raise InputError(
-            "--reference is missing: a model or LoRA adapter tuned on good data. Or use --mode self-evolving."
+            "--reference is missing: a model or LoRA adapter tuned on good data. Or use --mode self-evolving, or a "
+            "--rule that needs none, such as profit."
         )
     changed = [name for name in OF_TRAINING if getattr(args, name) != args.parser.get_default(name)]
     if args.mode != SELF_EVOLVING and changed:
         raise InputError(f"--{changed[0]} is for --mode {SELF_EVOLVING}: leave it out with --mode {args.mode}.")
     whole_number("--lora_r", args.lora_r, least=0)
-    cleaned = (_self_evolve if args.mode == SELF_EVOLVING else _clean)(args, cleaning)
+    _report(args, (_self_evolve if args.mode == SELF_EVOLVING else _clean)(args, cleaning))
+
+
+def _mode_of_rho(mode: str) -> str:
+    """The mode of rule rho. Raises InputError for self-evolving cleaning, which has its own ranking."""
+    if mode == SELF_EVOLVING:
+        raise InputError("--rule rho is of a fixed reference: with --mode self-evolving, pass --ranking sample.")
+    return "rho"
+
+
+def _by_rule(args: argparse.Namespace) -> Any:
+    """Clean by a rule other than those of a mode."""
+    for name in ("mode", "ranking", *OF_TRAINING):
+        if getattr(args, name) != args.parser.get_default(name):
+            raise InputError(f"--{name} is for --rule token_cleaning: leave it out with --rule {args.rule}.")
+    from ..selecting.named_rules import token_rule
+    from ..tokens.cleaning import clean_dataset
+
+    settings = {"keep": args.keep_tokens, "threshold": args.threshold, "first": args.first}
+    settings["seed"] = args.seed if args.rule == "random" else None
+    rule = token_rule(args.rule, **{name: value for name, value in settings.items() if value is not None})
+    training = sft_config(args, bf16=args.bf16, seed=args.seed)
+    rows, options = dataset_of(args), row_options(args)
+    options |= {"reference": args.reference, "group_by": args.group_by, "tokens_per_batch": args.tokens_per_batch}
+    return clean_dataset(args.model, rows, rule=rule, args=training, output=args.output, **options)
+
+
+def _report(args: argparse.Namespace, cleaned: Any, token_weights: bool = False) -> None:
+    """Print what was kept, and how to train on it."""
     from accelerate import PartialState
 
     from ..selecting.training_lines import TOKENS, training_lines
+    from ..selecting.weighted_rows import TOKEN_WEIGHTS
     from ..tokens.cleaned_dataset import described
 
     if PartialState().is_main_process:
@@ -76,7 +120,8 @@ def run(args: argparse.Namespace) -> None:
         else:
             place, preparation = Path(args.output), {"max_length": args.max_length}
             source = {"trust_remote_code": args.trust_remote_code}  # tokens need no chat template
-            lines = training_lines(args.model, place, place, preparation, [TOKENS], source)
+            columns = [TOKENS, TOKEN_WEIGHTS] if token_weights else [TOKENS]
+            lines = training_lines(args.model, place, place, preparation, columns, source)
             print("\n    ".join(["To train on it, in Python:", *lines]))
 
 

@@ -145,5 +145,5 @@ def row_values(scores: ScoreTable, policy: DataSelector) -> np.ndarray:
 def token_row_values(scores: TokenScores) -> np.ndarray:
     """(R,) a value for each row that has tokens, minus the mean of its token scores: larger is dropped first."""
     row = np.repeat(np.arange(len(scores.sample_id)), scores.num_tokens)
-    sums = np.bincount(row, scores.reference.astype(np.float64) - scores.base, minlength=len(scores.sample_id))
+    sums = np.bincount(row, scores.reference_losses.astype(np.float64) - scores.base, minlength=len(scores.sample_id))
     return sums / np.maximum(scores.num_tokens, 1)

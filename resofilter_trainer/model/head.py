@@ -54,9 +54,9 @@ class Decoded:
     vocabulary: int
     linear: nn.Linear | None = None
 
-    def losses(self) -> Tensor:
-        """(N,) in nats, at least float32."""
-        return self._measure(None)[0]
+    def losses(self, statistics: TokenStatistics | None = None) -> Tensor:
+        """(N,) in nats, at least float32. The statistics are collected on the way."""
+        return self._measure(None, statistics)[0]
 
     def losses_and_gradient(self, weights: Tensor, statistics: TokenStatistics | None = None) -> tuple[Tensor, Tensor]:
         """The losses, (N,), and the gradient at `hidden` of their sum weighted by (N,) `weights`, (N, H).

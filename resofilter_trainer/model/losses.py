@@ -149,6 +149,13 @@ def at_positions(positions: Tensor, index: Tensor) -> Tensor:
     return positions[index.to(positions.device)]
 
 
+def vocabulary_of(model: nn.Module) -> int:
+    """The number of logits of a transformers model, wrapped by PEFT or not."""
+    inner = unwrapped(model)
+    head = inner.get_output_embeddings()
+    return int(inner.config.get_text_config().vocab_size) if head is None else len(head.weight)
+
+
 def unwrapped(model: nn.Module) -> Any:
     """The transformers model, without PEFT's wrapper."""
     return model.get_base_model() if isinstance(model, PeftModel) else model

@@ -7,9 +7,10 @@ out, as those of `head.py` do, and shrink when m rises by s:
     u = sum e^d d         becomes e^-s (u - s r)
     q = sqrt(sum e^2d)    becomes e^-s q
 
-In the end, with z = r + e^d_y: entropy log z - (u + e^d_y d_y) / z, and ||p - y|| = sqrt(r^2 + q^2) / z. Nothing is
-subtracted from 1, so these are accurate for a target that is almost certain. The gradient of the head's weight, of
-which a row has one, is in `head_gradient.py`.
+The largest logits so far, the target's among them, are kept as they are. In the end, with z = r + e^d_y: entropy
+log z - (u + e^d_y d_y) / z, and ||p - y|| = sqrt(r^2 + q^2) / z. Nothing is subtracted from 1, so these are accurate
+for a target that is almost certain. The gradient of the head's weight, of which a row has one, is in
+`head_gradient.py`.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ from .head_gradient import SECOND_RUN, RowGrams, Tile, norms_in_tiles, runs_of_r
 from .modes import at_least_float32
 
 ENTROPY, ERROR, RANK = "entropy", "error", "rank"
+TOP_ENTROPY = "top_entropy"
+TOP = 20  # of so many most probable tokens is TOP_ENTROPY
 HEAD_GRADIENT = "head_gradient"
 OTHERS = "others"  # the logarithm of the sum of e^l without the target, where HEAD_GRADIENT is wanted
 LOWEST = -1e4  # stands for a logit of -inf below the largest: its exponential is 0 in every precision
@@ -33,7 +36,7 @@ class TokenStatistics:
     """Collects statistics of N learnt tokens while `Decoded` computes their losses.
 
     Args:
-        wanted: the statistics to compute: `"entropy"`, `"error"`, `"rank"`, `"head_gradient"`.
+        wanted: the statistics to compute: `"entropy"`, `"error"`, `"rank"`, `"top_entropy"`, `"head_gradient"`.
         counts: the number of learnt tokens of each of the B rows, for `"head_gradient"`.
 
     They are, (N,) each but the last:
@@ -41,6 +44,7 @@ class TokenStatistics:
         entropy: in nats.
         error: the L2 norm of `p - y`, with y one-hot.
         rank: 1 plus the number of more probable tokens; equally probable ones do not count.
+        top_entropy: the entropy of the 20 most probable tokens, their probabilities scaled to the sum 1, in nats.
         head_gradient: (B,), the norm of the gradient of a row's mean loss with respect to the head's weight.
     """
 
@@ -132,9 +136,10 @@ class RunningSums:
     def __init__(self, wanted: Collection[str], bound: Tensor, grams: RowGrams | None = None) -> None:
         self._wanted, self._bound, self.grams = wanted, bound, grams
         self._above, self._weighted, self._norm = (torch.zeros_like(bound) for _ in range(3))
+        self._top = bound.new_empty(len(bound), 0)
 
     def count(self, logits: Tensor, place: Tensor, inside: Tensor) -> None:
-        """Count the tokens above the bound, without the target.
+        """Count the tokens above the bound, without the target, and remember the largest logits.
 
         Args:
             logits: (n, v), those of a tile.
@@ -145,6 +150,9 @@ class RunningSums:
             above = torch.gt(logits, self._bound, out=torch.empty_like(logits))  # numbers add up faster than bools
             above.scatter_(1, place, above.gather(1, place).masked_fill(inside, 0))
             self._above += above.sum(1, keepdim=True)
+        if TOP_ENTROPY in self._wanted:
+            best = torch.cat([self._top, logits.topk(min(TOP, logits.shape[1]), sorted=False).values], 1)
+            self._top = best.topk(min(TOP, best.shape[1]), sorted=False).values
 
     def shrink(self, risen: Tensor, total: Tensor) -> None:
         """Let the largest logit rise.
@@ -192,9 +200,20 @@ class RunningSums:
             found[ERROR] = torch.hypot(total, self._norm) / whole
         if RANK in self._wanted:
             found[RANK] = 1 + self._above
+        if TOP_ENTROPY in self._wanted:
+            found[TOP_ENTROPY] = entropy_of(self._top)
         if HEAD_GRADIENT in self._wanted:
             found[OTHERS] = total.clamp(min=torch.finfo(total.dtype).tiny).log() + largest
         return {name: values[:, 0] for name, values in found.items()}
+
+
+def entropy_of(logits: Tensor) -> Tensor:
+    """The entropy of the distribution of (n, k) logits, (n, 1) in nats, with all digits of a small one."""
+    below = logits.sort(1, descending=True).values
+    below = (below - below[:, :1]).clamp_(min=LOWEST)
+    terms = below.exp()
+    rest = terms[:, 1:].sum(1, keepdim=True)
+    return rest.log1p() - torch.linalg.vecdot(terms, below)[:, None] / (1 + rest)
 
 
 def bound_of(hidden: Tensor, head: nn.Linear, targets: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from ..config import InputError, ScoreWarning, with_known_keywords
+from ..config import InputError, ScoreWarning, whole_number, with_known_keywords
 from ..io.files import file_at, read_json
 from ..io.made_from import check_made_from, refuse_differences
 from ..ledger.ledger import Ledger
@@ -23,8 +23,10 @@ from ..scores.provenance import Provenance
 from ..scores.score_table import LAYERS_FOLDER, SCORES_FILE, ScoreTable
 from ..scores.token_scores import TOKEN_SCORES_FILE, TokenScores
 from ..selecting.data_selector import DataSelector
+from ..selecting.named_rules import RULES, token_rule
 from ..selecting.results import COMPARISON_FILE, LOG_FILE, NAME, SUMMARY_FILE, selection_file
 from ..selecting.selection import KEPT, SELECTION_FILE, Selection, check_complete
+from ..selecting.token_rules import TokenInputs
 from ..selecting.token_selection import EMPTIED, TokenSelection, TokenSelector
 
 SCORES_FOLDER = "scores"
@@ -252,15 +254,21 @@ def _log(path: Path) -> list[dict[str, Any]]:
 
 def _cleaned(folder: Path) -> TokenSelection | None:
     """The tokens that a cleaning kept, selected again from its scores and settings; None where there is none."""
-    settings = _json(folder / SUMMARY_FILE)
-    sound = isinstance(settings, dict) and {"keep_tokens", "ranking"} <= settings.keys()
-    if not sound or not (folder / TOKEN_SCORES_FILE).is_file():
+    summary = _json(folder / SUMMARY_FILE)
+    if not isinstance(summary, dict) or not (folder / TOKEN_SCORES_FILE).is_file():
+        return None
+    by_share = {"keep_tokens", "ranking"} <= summary.keys()
+    rule = str(summary.get("rule")) if isinstance(summary.get("settings"), dict) else ""
+    if not by_share and rule not in RULES:  # nothing, or a user's own rule, which cannot be applied again
         return None
     scores = TokenScores.load(folder)
     ids = scores.sample_id
     if len(ids) and not 0 <= ids.min() <= ids.max() < scores.provenance.rows:
         raise InputError(f"The token scores in '{folder}' have rows that are not in the dataset. Make them again.")
-    return TokenSelector(settings["keep_tokens"], settings["ranking"]).select(scores)
+    if by_share:
+        return TokenSelector(summary["keep_tokens"], summary["ranking"]).select(scores)
+    inputs = TokenInputs.of(scores, whole_number("vocabulary", summary.get("vocabulary"), least=1))
+    return TokenSelection.of_weights(scores, token_rule(rule, **summary["settings"]).weights(inputs))
 
 
 def _ledger(folder: Path) -> Ledger | None:

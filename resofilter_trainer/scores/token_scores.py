@@ -1,4 +1,4 @@
-"""The losses of two models on every learnt token. Knows arrays and Arrow files, no model.
+"""What was measured on every learnt token: losses of one or two models, and statistics. Knows arrays, no model.
 
 The arrays are ragged: a row has a score for each learnt token, and the rows follow each other. A file is mapped into
 memory, so 50 million scores take no memory until they are read. Its digest is checked first, a column at a time.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -21,7 +22,9 @@ from .row_record import SHOWN, as_html, same_values
 
 TOKEN_SCORES_FILE = "token_scores.arrow"
 KEY = "resofilter_token_scores"  # the metadata key of the provenance
-LISTS = {"position": np.int32, "token": np.int32, "base": np.float32, "reference": np.float32}
+STATISTICS = ("entropy", "rank", "top_entropy")  # of the base model's distribution, where a token rule needs them
+ALWAYS = {"position": np.int32, "token": np.int32, "base": np.float32}
+LISTS = {**ALWAYS, "reference": np.float32, **dict.fromkeys(STATISTICS, np.float32)}
 SCHEMA = pa.schema(
     {"sample_id": pa.int64(), **{name: pa.large_list(pa.from_numpy_dtype(kind)) for name, kind in LISTS.items()}}
 )
@@ -29,18 +32,21 @@ SCHEMA = pa.schema(
 
 @dataclass(frozen=True, eq=False)
 class TokenScores:
-    """The losses of the N learnt tokens of R rows under the base model and the reference model, in nats.
+    """What was measured on the N learnt tokens of R rows: losses, in nats, and statistics.
 
     A token's score is `base - reference`: it is high if the reference model has learnt the token and the base model has
-    not (Token Cleaning, arXiv 2502.01968, section 3). The score is not stored; it is computed in float64.
+    not (Token Cleaning, arXiv 2502.01968, section 3). The score is not stored; it is computed in float64. Where tokens
+    were cleaned by a rule that needs no reference model, there is no score.
 
     Attributes:
         sample_id: (R,) int64, the position of each row in the user's dataset.
         offsets: (R + 1,) int64; row r has the tokens `offsets[r]:offsets[r + 1]`.
         position: (N,) int32, the position of each token in its row.
         token: (N,) int32, the token ids.
-        base, reference: (N,) float32, the losses.
+        base: (N,) float32, the losses under the base model.
+        reference: (N,) float32, those under the reference model; None where there is none.
         provenance: what the base losses were made from; its `config` has the reference model's name and weights hash.
+        entropy, rank, top_entropy: (N,) float32, see `TokenInputs`; None where they were not measured.
 
     Raises:
         InputError: the lengths of the arrays do not fit together.
@@ -51,15 +57,18 @@ class TokenScores:
     position: np.ndarray
     token: np.ndarray
     base: np.ndarray
-    reference: np.ndarray
+    reference: np.ndarray | None
     provenance: Provenance
+    entropy: np.ndarray | None = None
+    rank: np.ndarray | None = None
+    top_entropy: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         rows, tokens = len(self.sample_id), len(self.base)
         sound = len(self.offsets) == rows + 1 and self.offsets[0] == 0 and self.offsets[-1] == tokens
         if not sound or (np.diff(self.offsets) < 0).any():
             raise InputError(f"The offsets do not cut {tokens} tokens into {rows} rows.")
-        for name in LISTS:
+        for name in self.columns:
             if len(getattr(self, name)) != tokens:
                 raise InputError(f"'{name}' has {len(getattr(self, name))} values for {tokens} tokens.")
 
@@ -72,8 +81,9 @@ class TokenScores:
     def _repr_html_(self) -> str:
         """The first rows as a table, for a notebook."""
         shown = slice(0, SHOWN)
-        of_row = [float(self.of_row(row).mean()) if n else None for row, n in enumerate(self.num_tokens[shown])]
-        first = {"sample_id": self.sample_id[shown], "tokens": self.num_tokens[shown], "mean score": of_row}
+        what, of_row = ("mean loss", self._losses) if self.reference is None else ("mean score", self.of_row)
+        means = [float(of_row(row).mean()) if n else None for row, n in enumerate(self.num_tokens[shown])]
+        first = {"sample_id": self.sample_id[shown], "tokens": self.num_tokens[shown], what: means}
         rows = len(self.sample_id)
         note = "" if rows <= SHOWN else f"The first {SHOWN} of {rows:,} rows."
         return as_html(repr(self), pd.DataFrame(first), note)
@@ -81,8 +91,10 @@ class TokenScores:
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, TokenScores):
             return NotImplemented
-        same = all(same_values(getattr(self, name), getattr(other, name)) for name in ("sample_id", "offsets", *LISTS))
-        return same and self.provenance == other.provenance
+        if self.columns != other.columns or self.provenance != other.provenance:
+            return False
+        names = ("sample_id", "offsets", *self.columns)
+        return all(same_values(getattr(self, name), getattr(other, name)) for name in names)
 
     __hash__ = None  # type: ignore[assignment]
 
@@ -91,17 +103,32 @@ class TokenScores:
         """(R,) the number of learnt tokens in each row."""
         return np.diff(self.offsets)
 
+    @property
+    def columns(self) -> list[str]:
+        """The names of the arrays with a value for each token."""
+        return [name for name in LISTS if name in ALWAYS or getattr(self, name) is not None]
+
+    @property
+    def reference_losses(self) -> np.ndarray:
+        """(N,) the losses under the reference model. Raises InputError where there are none."""
+        if self.reference is None:
+            raise InputError("These tokens have no score: their losses were measured without a reference model.")
+        return self.reference
+
     def of_row(self, row: int) -> np.ndarray:
-        """The scores of one row's learnt tokens, (n,) float64."""
+        """The scores of one row's learnt tokens, (n,) float64. Raises InputError without a reference model."""
         span = slice(self.offsets[row], self.offsets[row + 1])
-        return self.base[span].astype(np.float64) - self.reference[span]
+        return self._losses(row) - self.reference_losses[span]
+
+    def _losses(self, row: int) -> np.ndarray:
+        return self.base[self.offsets[row] : self.offsets[row + 1]].astype(np.float64)
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write to an Arrow file, or to `token_scores.arrow` in a folder; complete or not at all. Returns the file."""
         offsets = pa.array(self.offsets.astype(np.int64))
         lists = {
-            name: pa.LargeListArray.from_arrays(offsets, pa.array(getattr(self, name).astype(kind, copy=False)))
-            for name, kind in LISTS.items()
+            name: pa.LargeListArray.from_arrays(offsets, pa.array(getattr(self, name).astype(LISTS[name], copy=False)))
+            for name in self.columns
         }
         table = pa.table({"sample_id": self.sample_id.astype(np.int64), **lists})
         return save_arrow(table, token_scores_at(path), KEY, self.provenance.to_json())
@@ -111,15 +138,18 @@ class TokenScores:
         """Map what `save` wrote into memory. Raises InputError if the file is missing, damaged, or something else."""
         table, metadata = load_arrow(token_scores_at(path), KEY, "token scores")
         try:
-            if table.schema.remove_metadata() != SCHEMA or table["base"].num_chunks != 1:
+            names = [name for name in SCHEMA.names if name in table.column_names or name in ALWAYS]
+            schema = pa.schema([SCHEMA.field(name) for name in names])
+            if table.schema.remove_metadata() != schema or table["base"].num_chunks != 1:
                 raise ValueError("other columns")
-            chunks = {name: table[name].chunk(0) for name in SCHEMA.names}  # one chunk, so nothing is copied
+            chunks = {name: table[name].chunk(0) for name in names}  # one chunk, so nothing is copied
             if any(chunk.null_count or chunk.offset for chunk in chunks.values()):
                 raise ValueError("rows without values")
+            lists: dict[str, Any] = {name: chunks[name].values.to_numpy() for name in LISTS if name in chunks}
             return cls(
                 chunks["sample_id"].to_numpy(),
                 chunks["base"].offsets.to_numpy(),
-                **{name: chunks[name].values.to_numpy() for name in LISTS},
+                **{"reference": None, **lists},
                 provenance=Provenance.from_json(metadata),
             )
         except (TypeError, KeyError, ValueError, AttributeError, RecursionError) as error:

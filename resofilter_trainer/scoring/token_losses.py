@@ -1,11 +1,11 @@
-"""The pass over a dataset that measures a model's loss on every learnt token. Knows models and batches.
+"""The pass over a dataset that measures a model's loss, and more, on every learnt token. Knows models and batches.
 
 batches of similar lengths within a token budget -> each measured once, by any process -> losses, row after row
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,9 +16,11 @@ from transformers import TrainingArguments
 
 from ..config import InputError, NotFiniteError
 from ..data.preparation import PreparedRows
+from ..io.store import UNIT
 from ..model.head import PROBE, Way, find_way
 from ..model.losses import inputs_of, learnt_positions
 from ..model.modes import bfloat16_forward, evaluating
+from ..model.token_statistics import TokenStatistics
 from .batches import collate, padded_tokens, split_by_tokens
 from .passes import Parts, measure_batches
 
@@ -52,26 +54,77 @@ def measure_token_losses(
     Raises:
         InputError: a loss is not finite; the message names the row.
     """
+
+    def of_batch(rows: np.ndarray, way: Way) -> dict[str, np.ndarray]:
+        return {LOSS: _losses_of(model, prepared, rows, way)}
+
+    return _measure(model, prepared, args, tokens_per_batch, label, parts, of_batch)[LOSS]
+
+
+def measure_token_statistics(
+    model: nn.Module,
+    prepared: PreparedRows,
+    args: TrainingArguments,
+    tokens_per_batch: int,
+    label: str,
+    statistics: Sequence[str],
+    parts: Parts | None = None,
+) -> dict[str, np.ndarray]:
+    """The loss and some statistics of every learnt token, from one forward, the head a tile at a time.
+
+    Args:
+        statistics: which, see `TokenStatistics`; one value for each token.
+        model, prepared, args, tokens_per_batch, label, parts: as for `measure_token_losses`.
+
+    Returns:
+        `"loss"`, the same to the last bit as without statistics, and each statistic by its name: (N,) float32, in every
+        process.
+
+    Raises:
+        InputError: a loss is not finite; the message names the row.
+    """
+
+    def of_batch(rows: np.ndarray, way: Way) -> dict[str, np.ndarray]:
+        collected = TokenStatistics(statistics)
+        losses = _losses_of(model, prepared, rows, way, collected)
+        return {LOSS: losses, **{name: collected.of(name).float().cpu().numpy() for name in statistics}}
+
+    return _measure(model, prepared, args, tokens_per_batch, label, parts, of_batch)
+
+
+def _measure(
+    model: nn.Module,
+    prepared: PreparedRows,
+    args: TrainingArguments,
+    tokens_per_batch: int,
+    label: str,
+    parts: Parts | None,
+    of_rows: Callable[[np.ndarray, Way], Mapping[str, np.ndarray]],
+) -> dict[str, np.ndarray]:
+    """The columns that `of_rows` measures of a batch's learnt tokens, (n,) each, for all rows: (N,) float32."""
     batches = split_by_tokens(prepared.lengths, tokens_per_batch)
     some = prepared.dataset[int(batches[0][0])]["input_ids"][:PROBE]
     with evaluating(model), torch.no_grad(), bfloat16_forward(model, bool(args.bf16)):
         way = find_way(model, torch.tensor([some], device=next(model.parameters()).device))
 
         def of_batch(number: int) -> dict[str, Any]:
-            losses = _losses_of(model, prepared, batches[number], way)
-            of_rows = np.split(losses, np.cumsum(prepared.num_tokens[batches[number]])[:-1])
-            return {LOSS: pa.array(of_rows, pa.large_list(pa.float32()))}
+            ends = np.cumsum(prepared.num_tokens[batches[number]])[:-1]
+            found = of_rows(batches[number], way)
+            return {name: pa.array(np.split(each, ends), pa.large_list(pa.float32())) for name, each in found.items()}
 
         costs = padded_tokens(prepared.lengths, batches)
         store = None if parts is None else parts.store(prepared.sample_ids, batches)
         found = measure_batches(batches, costs, of_batch, args, label, store)
-    return _in_order(batches, found[LOSS].combine_chunks(), prepared.num_tokens)
+    columns = [name for name in found.column_names if name != UNIT]
+    return {name: _in_order(batches, found[name].combine_chunks(), prepared.num_tokens) for name in columns}
 
 
-def _losses_of(model: nn.Module, prepared: PreparedRows, rows: np.ndarray, way: Way) -> np.ndarray:
-    """The losses of a batch's learnt tokens, (n,) float32, in the order of its rows."""
+def _losses_of(
+    model: nn.Module, prepared: PreparedRows, rows: np.ndarray, way: Way, statistics: TokenStatistics | None = None
+) -> np.ndarray:
+    """The losses of a batch's learnt tokens, (n,) float32, in the order of its rows; statistics are collected."""
     batch = collate(prepared, rows, next(model.parameters()).device)
-    losses = way(model, inputs_of(model, batch, causal=False)).losses()
+    losses = way(model, inputs_of(model, batch, causal=False)).losses(statistics)
     _check_finite(losses, batch, prepared.sample_ids[rows])
     return losses.float().cpu().numpy()
 

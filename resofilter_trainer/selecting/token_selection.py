@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, get_args
 
@@ -53,26 +53,29 @@ class TokenSelector:
             raise InputError(f"Of {total} tokens, keep={self.keep} keeps none: choose a larger share.")
 
     def select(self, scores: TokenScores) -> TokenSelection:
-        """Keep or mask, for every learnt token. Raises InputError where a score is not a number."""
+        """Keep or mask, for every learnt token. Raises InputError where a score is missing or not a number."""
         check_kind("scores", scores, TokenScores, "TokenScores")
         if self.ranking == "global":
-            keep = keep_globally(scores.base, scores.reference, self.keep)
+            keep = keep_globally(scores.base, scores.reference_losses, self.keep)
         else:
-            keep = keep_by_sample(scores.base, scores.reference, scores.offsets, self.keep)
+            keep = keep_by_sample(scores.base, scores.reference_losses, scores.offsets, self.keep)
         return TokenSelection(scores, keep)
 
 
 @dataclass(frozen=True, eq=False)
 class TokenSelection:
-    """Keep or mask, for every learnt token.
+    """Keep or mask, for every learnt token; or a weight.
 
     Attributes:
         scores: the scores that were decided on.
-        keep: (N,) bool.
+        keep: (N,) bool, the tokens that are learnt.
+        weight: (N,) float64, the weight of each token in the loss, above 0 where it is learnt; None where all that are
+            learnt count alike.
     """
 
     scores: TokenScores
     keep: np.ndarray
+    weight: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.keep)
@@ -91,9 +94,20 @@ class TokenSelection:
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, TokenSelection):
             return NotImplemented
-        return self.scores == other.scores and np.array_equal(self.keep, other.keep)
+        same = np.array_equal(self.keep, other.keep) and np.array_equal(self.weights, other.weights)
+        return same and self.scores == other.scores and (self.weight is None) == (other.weight is None)
 
     __hash__ = None  # type: ignore[assignment]
+
+    @classmethod
+    def of_weights(cls, scores: TokenScores, weights: np.ndarray) -> TokenSelection:
+        """The selection of a rule's weights, (N,): bool for a mask."""
+        return cls(scores, weights) if weights.dtype == bool else cls(scores, weights > 0, weights)
+
+    @property
+    def weights(self) -> np.ndarray:
+        """(N,) the weight of each token: `keep` where all that are learnt count alike."""
+        return self.keep if self.weight is None else self.weight
 
     @property
     def kept_of_row(self) -> np.ndarray:
@@ -106,11 +120,11 @@ class TokenSelection:
         return (self.scores.num_tokens > 0) & (self.kept_of_row == 0)
 
     def share(self) -> float:
-        """The kept share of all tokens."""
-        return float(self.keep.mean()) if len(self.keep) else 0.0
+        """The kept share of all tokens; with weights, their mean."""
+        return float(self.weights.mean()) if len(self.keep) else 0.0
 
     def share_of_groups(self, groups: Sequence[Any]) -> dict[str, float]:
-        """The kept share of each group's tokens.
+        """The kept share of each group's tokens; with weights, their mean.
 
         Args:
             groups: the group or source of each row, R values.
@@ -120,23 +134,26 @@ class TokenSelection:
         """
         if len(groups) != len(self.scores.sample_id):
             raise InputError(f"{len(groups)} groups for {len(self.scores.sample_id)} rows: give one for each row.")
-        frame = pd.DataFrame({"tokens": self.scores.num_tokens, "kept": self.kept_of_row})
+        kept = self.kept_of_row if self.weight is None else sums_of_rows(self.weight, self.scores.offsets)
+        frame = pd.DataFrame({"tokens": self.scores.num_tokens, "kept": kept})
         sums = frame.groupby([str(group) for group in groups]).sum()
         return {str(name): kept / tokens for name, tokens, kept in sums.itertuples() if tokens}
 
     def tokens_by_share(self, at_least: int = 5) -> pd.DataFrame:
         """The kept share of each frequent token id, the highest first: `token`, `count` and `share`.
 
+        With weights, the share is their mean.
+
         Args:
             at_least: the least number of times that a listed token id occurs; it also makes up at least a thousandth of
                 all tokens.
         """
         token, size = self.scores.token, int(self.scores.token.max(initial=0)) + 1
-        count, kept = np.zeros(size, dtype=np.int64), np.zeros(size, dtype=np.int64)
+        count, kept = np.zeros(size, dtype=np.int64), np.zeros(size)
         for start in range(0, len(token), CHUNK):
             span = slice(start, start + CHUNK)
             count += np.bincount(token[span], minlength=size)
-            kept += np.bincount(token[span][self.keep[span]], minlength=size)
+            kept += np.bincount(token[span], self.weights[span], minlength=size)
         ids = np.flatnonzero(count >= max(at_least, len(self.keep) / 1000))
         frame = pd.DataFrame({"token": ids, "count": count[ids], "share": kept[ids] / count[ids]})
         return frame.sort_values(["share", "count", "token"], ascending=[False, False, True], ignore_index=True)
@@ -176,22 +193,40 @@ def keep_by_sample(base: np.ndarray, reference: np.ndarray, offsets: np.ndarray,
         offsets: (R + 1,) the start of each row, and the end.
         keep: the share k to keep.
     """
-    kept = np.empty(len(base), dtype=bool)
+    counts = (np.diff(offsets) * keep).astype(np.int64)
+    return keep_in_rows(lambda span: base[span].astype(np.float64) - reference[span], offsets, counts)
+
+
+def keep_in_rows(values: Callable[[slice], np.ndarray], offsets: np.ndarray, keep: np.ndarray) -> np.ndarray:
+    """(N,) bool: the tokens of each row with the largest values; of equal ones, the first.
+
+    Args:
+        values: a function from a slice of the N tokens to their values.
+        offsets: (R + 1,) the start of each row, and the end.
+        keep: (R,) the number of tokens of each row to keep.
+    """
+    kept = np.empty(offsets[-1], dtype=bool)
     first = 0
     while first < len(offsets) - 1:  # as many complete rows as fit into a chunk
         last = max(int(np.searchsorted(offsets, offsets[first] + CHUNK, side="right")) - 1, first + 1)
         start, stop = offsets[first], offsets[last]
         counts = np.diff(offsets[first : last + 1])
-        exact = base[start:stop].astype(np.float64) - reference[start:stop]
+        exact = values(slice(start, stop))
         _check_numbers(exact)
         row = np.repeat(np.arange(len(counts)), counts)
         order = np.lexsort((-exact, row))  # by row, then by falling score; stable
         rank = np.empty(stop - start, dtype=np.int64)
         rank[order] = np.arange(stop - start)
         rank -= np.repeat(offsets[first:last] - start, counts)
-        kept[start:stop] = rank < np.repeat((counts * keep).astype(np.int64), counts)
+        kept[start:stop] = rank < np.repeat(keep[first:last], counts)
         first = last
     return kept
+
+
+def keep_largest(values: np.ndarray, keep: float) -> np.ndarray:
+    """(N,) bool: the int(N * keep) tokens with the largest values; of equal ones, the first."""
+    _check_numbers(values)
+    return _largest(values, int(len(values) * keep))
 
 
 def kept_of_rows(keep: np.ndarray, offsets: np.ndarray) -> np.ndarray:
@@ -201,11 +236,16 @@ def kept_of_rows(keep: np.ndarray, offsets: np.ndarray) -> np.ndarray:
         keep: (N,) bool, for every token.
         offsets: (R + 1,) the start of each row, and the end.
     """
+    return sums_of_rows(keep, offsets, np.int64)
+
+
+def sums_of_rows(values: np.ndarray, offsets: np.ndarray, dtype: Any = np.float64) -> np.ndarray:
+    """(R,) the sum of each row's values, (N,)."""
     some = np.diff(offsets) > 0
-    kept = np.zeros(len(some), dtype=np.int64)
+    sums = np.zeros(len(some), dtype=dtype)
     if some.any():
-        kept[some] = np.add.reduceat(keep, offsets[:-1][some], dtype=np.int64)
-    return kept
+        sums[some] = np.add.reduceat(values, offsets[:-1][some], dtype=dtype)
+    return sums
 
 
 def _check_numbers(values: np.ndarray) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 from ..config import ColumnMapping
 from ..scores.provenance import OF_SOURCE
-from .weighted_rows import WEIGHT
+from .weighted_rows import TOKEN_WEIGHTS, WEIGHT
 
 TOKENS = "input_ids"
 LENGTH = 1024  # SFTConfig's `max_length`
@@ -52,9 +52,11 @@ def training_lines(
     config |= {name: repr(value) for name, value in passed.items() if value}
     names = ["load_rows"] if tokens else ["ColumnMapping", "load_rows", "map_columns"]
     names += ["SampleWeights"] if weighted else []
+    names += ["TokenWeights"] if TOKEN_WEIGHTS in column_names else []
     read = f"load_rows({str(rows)!r})"
     mapped = read if tokens else f"map_columns({read}, ColumnMapping({_keywords(columns)}))"
     callbacks = f", callbacks=[SampleWeights(rows[{WEIGHT!r}])]" if weighted else ""
+    callbacks = ", callbacks=[TokenWeights()]" if TOKEN_WEIGHTS in column_names else callbacks
     trained = str(output / "trained")
     return [
         "import torch",

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
 
 WEIGHT = "resofilter_weight"  # the column of the weights
+TOKEN_WEIGHTS = "token_weights"  # the column of the weights of tokens, a list for each row
 NEEDS_WEIGHTS = (
     "The selection weights the rows that it keeps: a training on them without their weights is biased. Pass "
     "callbacks=[SampleWeights.of(selection)] to the trainer."

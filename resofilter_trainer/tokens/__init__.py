@@ -1,1 +1,1 @@
-"""Token cleaning: a base and a reference model decide which tokens of a dataset are learnt. Knows no Trainer."""
+"""Token cleaning: a rule decides which tokens of a dataset are learnt, by a model or two. Knows no Trainer."""

@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -27,6 +27,7 @@ from ..model.losses import IGNORE
 from ..scores.row_record import as_html
 from ..selecting.results import SUMMARY_FILE
 from ..selecting.token_selection import TokenSelection
+from ..selecting.weighted_rows import TOKEN_WEIGHTS
 
 SAMPLE_ID = "sample_id"
 SHOWN = 5  # of the most and of the least kept tokens
@@ -37,8 +38,8 @@ class CleanedDataset:
     """A dataset that SFTTrainer trains on as it is, and what led to it.
 
     Attributes:
-        dataset: `input_ids`, `labels` and `sample_id`, the position in the user's dataset. Rows without a learnt token
-            are left out.
+        dataset: `input_ids`, `labels` and `sample_id`, the position in the user's dataset; with weights, also
+            `token_weights`. Rows without a learnt token are left out.
         selection: the decision on every token that could be learnt, and the token scores.
         reasons: why each of the user's other rows is left out, by position.
         summary: the numbers of tokens and rows, as in `summary.json`.
@@ -71,11 +72,28 @@ def masked(dataset: Dataset, offsets: np.ndarray, position: np.ndarray, keep: np
         offsets, position: (R + 1,) and (N,), the positions of their learnt tokens, as in `TokenScores`.
         keep: (N,) bool, the tokens to keep.
     """
-    digest = xxhash.xxh3_128(str(dataset._fingerprint).encode())
-    for array in (keep, offsets, position):
+    return _mapped(dataset, _mask_batch, offsets, position, keep)
+
+
+def weighted(dataset: Dataset, offsets: np.ndarray, position: np.ndarray, weight: np.ndarray) -> Dataset:
+    """Prepared rows with the column `token_weights`.
+
+    Args:
+        dataset, offsets, position: as for `masked`.
+        weight: (N,) the weight of each learnt token.
+    """
+    return _mapped(dataset, _weigh_batch, offsets, position, weight)
+
+
+def _mapped(
+    dataset: Dataset, of_batch: Callable[..., pa.Table], offsets: np.ndarray, position: np.ndarray, values: np.ndarray
+) -> Dataset:
+    """The rows, changed by a function of consecutive rows and the values of all tokens."""
+    digest = xxhash.xxh3_128(f"{dataset._fingerprint} {of_batch.__name__}".encode())
+    for array in (values, offsets, position):
         digest.update(np.ascontiguousarray(array).data)
     arrow = dataset.with_format("arrow").map(
-        partial(_mask_batch, offsets=offsets, position=position, keep=keep),
+        partial(of_batch, offsets=offsets, position=position, values=values),
         with_indices=True,
         batched=True,
         new_fingerprint=digest.hexdigest()[:16],  # otherwise `map` pickles the arrays to compute one
@@ -86,15 +104,23 @@ def masked(dataset: Dataset, offsets: np.ndarray, position: np.ndarray, keep: np
 def mask_labels(dataset: Dataset, selection: TokenSelection) -> Dataset:
     """The rows to train on: all but the kept labels are masked, and rows that keep none are left out.
 
+    With weights, the labels stay as they are, also those of the weight 0, so that a trainer divides the loss by the
+    same number of tokens.
+
     Args:
         dataset: R prepared rows, in the order of the selection.
         selection: the decision on their learnt tokens.
 
     Returns:
-        `input_ids`, `labels` and `sample_id`.
+        `input_ids`, `labels` and `sample_id`; with weights, also `token_weights`, a list of T numbers for each row, 0
+        where no token is learnt.
     """
-    scores = selection.scores
-    cleaned = masked(dataset, scores.offsets, scores.position, selection.keep).rename_column(ROW_POSITION, SAMPLE_ID)
+    scores, weight = selection.scores, selection.weight
+    if weight is None:
+        cleaned = masked(dataset, scores.offsets, scores.position, selection.keep)
+    else:
+        cleaned = weighted(dataset, scores.offsets, scores.position, weight)
+    cleaned = cleaned.rename_column(ROW_POSITION, SAMPLE_ID)
     some = np.flatnonzero(selection.kept_of_row > 0)
     return cleaned if len(some) == len(cleaned) else cleaned.select(some)
 
@@ -123,6 +149,7 @@ def summarise(
         "tokens_kept": int(selection.keep.sum()),
         "rows": len(selection.scores.sample_id),
         "rows_emptied": selection.scores.sample_id[selection.emptied].tolist(),
+        **({} if selection.weight is None else {"mean_weight": selection.share()}),
         **({} if groups is None else {"share_of_groups": selection.share_of_groups(groups)}),
         **listed,
     }
@@ -135,6 +162,8 @@ def described(summary: Mapping[str, Any], reasons: Mapping[int, str]) -> str:
         name = f"stage {stage['stage']}: " if "stage" in stage else ""
         share = stage["tokens_kept"] / max(stage["tokens"], 1)
         lines.append(f"{name}{stage['tokens_kept']:,} of {stage['tokens']:,} tokens kept ({share:.1%})")
+        if "mean_weight" in stage:
+            lines.append(f"  mean weight of a token: {stage['mean_weight']:.3f}")
         for group, kept in stage.get("share_of_groups", {}).items():
             lines.append(f"  {group}: {kept:.1%}")
         for ends in ("most_kept", "least_kept"):
@@ -189,9 +218,28 @@ def save_dataset(dataset: Dataset, summary: Mapping[str, Any], folder: Path) -> 
 
 
 def _mask_batch(
-    table: pa.Table, rows: list[int], offsets: np.ndarray, position: np.ndarray, keep: np.ndarray
+    table: pa.Table, rows: list[int], offsets: np.ndarray, position: np.ndarray, values: np.ndarray
 ) -> pa.Table:
-    """Consecutive rows with the labels of all but the kept tokens masked."""
+    """Consecutive rows with the labels of all but the kept tokens masked; `values` says which are kept."""
+    flat, ends, places, span = _places(table, rows, offsets, position)
+    flat[places[~values[span]]] = IGNORE
+    return table.set_column(table.column_names.index("labels"), "labels", _lists(flat, ends))
+
+
+def _weigh_batch(
+    table: pa.Table, rows: list[int], offsets: np.ndarray, position: np.ndarray, values: np.ndarray
+) -> pa.Table:
+    """Consecutive rows with the weights of their tokens as a column."""
+    flat, ends, places, span = _places(table, rows, offsets, position)
+    weights = np.zeros(len(flat), dtype=np.float32)
+    weights[places] = values[span]
+    return table.append_column(TOKEN_WEIGHTS, _lists(weights, ends))
+
+
+def _places(
+    table: pa.Table, rows: list[int], offsets: np.ndarray, position: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, slice]:
+    """The labels of consecutive rows as one array, the rows' ends, and the places and numbers of the learnt ones."""
     labels = table["labels"].combine_chunks()
     flat = labels.flatten().to_numpy().copy()
     lengths = pc.list_value_length(labels).to_numpy()
@@ -199,6 +247,8 @@ def _mask_batch(
     first, last = rows[0], rows[-1] + 1
     span = slice(offsets[first], offsets[last])
     starts = np.repeat(ends - lengths, np.diff(offsets[first : last + 1]))
-    flat[(starts + position[span])[~keep[span]]] = IGNORE
-    column = pa.ListArray.from_arrays(pa.array(np.concatenate([[0], ends]).astype(np.int32)), pa.array(flat))
-    return table.set_column(table.column_names.index("labels"), "labels", column)
+    return flat, ends, starts + position[span], span
+
+
+def _lists(flat: np.ndarray, ends: np.ndarray) -> pa.ListArray:
+    return pa.ListArray.from_arrays(pa.array(np.concatenate([[0], ends]).astype(np.int32)), pa.array(flat))

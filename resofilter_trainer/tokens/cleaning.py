@@ -1,15 +1,15 @@
-"""Token cleaning: which tokens of a dataset are worth learning, according to a base and a reference model.
+"""Token cleaning: which tokens of a dataset are worth learning, by a rule and what a model or two say of them.
 
-    base losses, reference losses -> TokenScores  ==saved==>  TokenSelector -> labels with -100
+    losses, statistics -> TokenScores  ==saved==>  TokenRule -> labels with -100, or a weight for each
 
-Knows models and rows as tokens. `scoring.token_losses` measures, `selecting.token_selection` decides.
+Knows models and rows as tokens. `scoring.token_losses` measures, `selecting.token_rules` decides.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Unpack
@@ -26,51 +26,79 @@ from ..data.arguments import check_call
 from ..data.loading import Opened, check_arguments, check_model, default_arguments, open_pass, placed
 from ..data.preparation import PreparedRows
 from ..data.reference_model import Reference
+from ..model.losses import vocabulary_of
 from ..scores.provenance import Provenance
-from ..scores.token_scores import TOKEN_SCORES_FILE, TokenScores
+from ..scores.token_scores import STATISTICS, TOKEN_SCORES_FILE, TokenScores
 from ..scoring.passes import locked
-from ..selecting.token_selection import EMPTIED, TokenSelector
+from ..selecting.named_rules import rho, rule_of, token_cleaning
+from ..selecting.token_rules import OF_OTHERS, PROMPT_ATTENTION, TokenInputs, TokenRule
+from ..selecting.token_selection import EMPTIED, TokenSelection, TokenSelector
 from .cleaned_dataset import CleanedDataset, check_output, groups_of, mask_labels, save_dataset, summarise
-from .losses import against, losses_under, remove_loss_parts, score_tokens
+from .losses import against, losses_under, remove_loss_parts, score_tokens, statistics_under
 
+RANKINGS = {"token_cleaning": "global", "rho": "sample"}
 REFERENCE_NAMES = ("reference_weights", "reference_settings")  # in the provenance's config
+NO_REFERENCE = "pass reference=, a model or a LoRA adapter"
+NO_ATTENTION = (
+    "cleaning measures no attention. Use gamma=1, the part of ssToken that needs none, or a rule that needs something "
+    "else"
+)
 
 
 def clean_dataset(
     model: str | PreTrainedModel,
     dataset: Dataset,
-    cleaning: TokenCleaning,
+    cleaning: TokenCleaning | None = None,
     processing_class: PreTrainedTokenizerBase | None = None,
     args: SFTConfig | None = None,
     output: str | os.PathLike[str] | None = None,
+    *,
+    rule: str | TokenRule | Callable[[TokenInputs], Any] | None = None,
+    keep: float | None = None,
+    reference: str | None = None,
+    group_by: str | None = None,
+    tokens_per_batch: int | None = None,
     **row_options: Unpack[RowOptions],
 ) -> CleanedDataset:
-    """Mask the tokens that a reference model has nothing to teach about (Token Cleaning, arXiv 2502.01968, section 3).
+    """Mask or weigh the tokens of a dataset by a rule, before training on them.
+
+    >>> clean_dataset(model, rows, rule="profit")  # one forward of the model
+    >>> clean_dataset(model, rows, rule="token_cleaning", keep=0.6, reference="tuned/")  # one of each model
+    >>> clean_dataset(model, rows, TokenCleaning(reference="tuned/"))  # the same
 
     Args:
         model: the base model, or its name or folder, which is then loaded in float32.
         dataset: rows as for `score_dataset`. Labels that are masked already stay masked and are no candidates.
-        cleaning: the reference model, the share of tokens to keep and their ranking. Two models are in memory at once
-            only where `model` is a loaded model and the reference is no adapter.
+        cleaning: the reference model, the share of tokens to keep and their ranking, for Token Cleaning (arXiv
+            2502.01968, section 3) and RHO. In the place of all arguments from `rule` to `tokens_per_batch`. Two models
+            are in memory at once only where `model` is a loaded model and the reference is no adapter.
         processing_class: the tokenizer of both models; by default the base model's own.
         args: SFTTrainer's arguments: lengths, masking, device, and `bf16` for a forward in bfloat16 autocast. By
             default SFTConfig's own, without bf16.
         output: a folder for the cleaned dataset (`datasets.load_from_disk`), the token scores and a summary. Existing
             scores of the same models and rows are reused; an interrupted pass is resumed.
+        rule: the name of a rule (see `token_rule`, `docs/tokens.md`), a `TokenRule`, or a function from `TokenInputs`
+            to weights. A mask gives labels of -100; weights give the column `token_weights`, a list for each row.
+        keep: the share of the tokens to keep, for a rule's name; by default the rule's own, or its paper's bound.
+        reference: the model or LoRA adapter whose losses the rule compares with; for `"sstoken"`, earlier weights of
+            `model`.
+        group_by, tokens_per_batch: as in `TokenCleaning`.
         **row_options: `drop_duplicates`, `drop_empty`, `source` and the columns, as for `score_dataset`.
 
     As in SFTTrainer, random numbers start from `args.seed`.
 
     Raises:
-        InputError: no token can be learnt, the reference is missing or has another vocabulary, a loss is not finite,
-            `output` holds something else, or another run writes to it.
+        InputError: no token can be learnt, the rule needs what is not there or returns no weights, the reference is
+            missing or has another vocabulary, a loss is not finite, `output` holds something else, or another run
+            writes to it.
     """
     check_call(clean_dataset, row_options, model, processing_class, args)
-    check_kind("cleaning", cleaning, TokenCleaning, "a TokenCleaning")
+    given = {"keep": keep, "reference": reference, "group_by": group_by, "tokens_per_batch": tokens_per_batch}
+    settings, chosen = _settings(cleaning, rule, given, (args or default_arguments()).seed)
     folder = _folder(output)
     check_output(folder, TOKEN_SCORES_FILE)
     with locked(folder):
-        task, scores = _scored(model, dataset, cleaning, processing_class, args, folder, **row_options)
+        task, scores = _scored(model, dataset, settings, chosen, processing_class, args, folder, **row_options)
         return _cleaned(task, scores)
 
 
@@ -90,7 +118,7 @@ def measure_tokens(
     """
     folder = _folder(output)
     with locked(folder):
-        return _scored(model, dataset, cleaning, processing_class, args, folder, **row_options)
+        return _scored(model, dataset, cleaning, _rule_of(cleaning), processing_class, args, folder, **row_options)
 
 
 @dataclass(frozen=True)
@@ -103,6 +131,8 @@ class CleaningTask:
         opened: the tokenizer, the rows as tokens, and the provenance of the base model's losses.
         groups: the group of each of the user's rows, or None.
         folder: the output folder, or None.
+        rule: the rule that decides on tokens.
+        vocabulary: the number of the base model's logits.
     """
 
     cleaning: TokenCleaning
@@ -110,6 +140,8 @@ class CleaningTask:
     opened: Opened
     groups: list[Any] | None
     folder: Path | None
+    rule: TokenRule
+    vocabulary: int
 
     @property
     def selector(self) -> TokenSelector:
@@ -120,6 +152,23 @@ class CleaningTask:
         """A model's loss of every learnt token, (N,) float32; see `losses_under`."""
         budget = self.cleaning.tokens_per_batch
         return losses_under(model, name, rows, self.args, budget, self.folder, provenance.compared)
+
+    def measured(self, base: PreTrainedModel, existing: TokenScores | None) -> dict[str, np.ndarray]:
+        """What the rule needs of the base model, (N,) each by its name in `TokenScores`, and what exists already.
+
+        Args:
+            base: the base model.
+            existing: existing token scores of the same model and rows.
+        """
+        rows, provenance = self.opened.prepared, self.opened.provenance
+        found = {} if existing is None else {name: getattr(existing, name) for name in existing.columns}
+        found = {name: found[name] for name in ("base", *STATISTICS) if name in found}
+        missing = [name for name in STATISTICS if name in self.rule.needs and name not in found]
+        if missing:
+            budget = self.cleaning.tokens_per_batch
+            more = statistics_under(base, "base", rows, self.args, budget, missing, self.folder, provenance.compared)
+            return {"base": more["loss"], **{name: more[name] for name in missing}, **found}
+        return found or {"base": self.losses(base, "base", rows, provenance)}
 
     def existing_scores(self) -> TokenScores | None:
         """The token scores that are in the folder already, of the same base model and rows and whatever reference."""
@@ -145,6 +194,7 @@ def open_task(
     args: SFTConfig,
     folder: Path | None,
     *,
+    rule: TokenRule | None = None,
     source: Mapping[str, Any] | None = None,
     **row_options: Any,
 ) -> tuple[PreTrainedModel, CleaningTask]:
@@ -152,61 +202,121 @@ def open_task(
     check_arguments(args, folder)
     groups = groups_of(dataset, cleaning.group_by)
     config = {"tokens_per_batch": cleaning.tokens_per_batch}
-    source = {**(source or {}), "reference": cleaning.reference}
+    rule = rule or _rule_of(cleaning)
+    if {*OF_OTHERS} & {*rule.needs}:
+        source = {**(source or {}), "reference": cleaning.reference}
     base, opened = open_pass(model, dataset, processing_class, args, config, source=source, **row_options)
-    return placed(base, args), CleaningTask(cleaning, args, opened, groups, folder)
+    return placed(base, args), CleaningTask(cleaning, args, opened, groups, folder, rule, vocabulary_of(base))
+
+
+def _settings(
+    cleaning: TokenCleaning | None, rule: Any, given: Mapping[str, Any], seed: int
+) -> tuple[TokenCleaning, TokenRule]:
+    """The settings of a cleaning and its rule, from `cleaning` or from `rule` and what goes with it.
+
+    Raises:
+        InputError: both or neither are given, or the rule needs what is not there.
+    """
+    given = {name: value for name, value in given.items() if value is not None}
+    if (cleaning is None) == (rule is None):
+        raise InputError("Pass a rule, such as rule='profit', or cleaning=TokenCleaning(reference=...).")
+    if rule is None:
+        check_kind("cleaning", cleaning, TokenCleaning, "a TokenCleaning")
+        if given:
+            name = next(iter(given))
+            raise InputError(f"{name}= goes with rule=: without a rule, it is a setting of TokenCleaning.")
+        assert cleaning is not None, "its kind was checked"
+        return cleaning, _rule_of(cleaning)
+    chosen = rule_of(rule, given.pop("keep", None), seed)
+    others = [need for need in chosen.needs if need in OF_OTHERS]
+    missing = {PROMPT_ATTENTION: NO_ATTENTION}
+    if "reference" not in given:
+        missing |= dict.fromkeys(OF_OTHERS, NO_REFERENCE)
+    chosen.check_needs(missing)
+    if len(others) > 1:
+        raise InputError(f"The token rule '{chosen.name}' needs the losses of two other models, and one is measured.")
+    if "reference" in given and not others:
+        raise InputError(f"The token rule '{chosen.name}' needs no reference model: leave reference= out.")
+    return TokenCleaning(**given), chosen
+
+
+def _rule_of(cleaning: TokenCleaning) -> TokenRule:
+    """The rule of the settings of token cleaning."""
+    return (token_cleaning if cleaning.ranking == "global" else rho)(cleaning.keep)
 
 
 def _scored(
     model: str | PreTrainedModel,
     dataset: Dataset,
     cleaning: TokenCleaning,
+    rule: TokenRule,
     processing_class: PreTrainedTokenizerBase | None,
     args: SFTConfig | None,
     folder: Path | None,
     **row_options: Any,
 ) -> tuple[CleaningTask, TokenScores]:
-    """Open the models one after the other, measure both, and save the token scores. The caller locks the folder."""
-    if cleaning.reference == SELF:
+    """Measure what the rule needs, one model after the other, and save it. The caller locks the folder."""
+    of_other = bool({*OF_OTHERS} & {*rule.needs})
+    if of_other and cleaning.reference == SELF:
         raise InputError(
             "reference='self' cleans while a model trains: use self_evolve or ResonanceCallback, or pass a reference."
         )
     args = args or default_arguments()
-    reference = Reference.find(cleaning.reference, args)
+    reference = Reference.find(cleaning.reference, args) if of_other else None
     base: PreTrainedModel | None
-    base, task = open_task(model, dataset, cleaning, processing_class, args, folder, **row_options)
-    rows, provenance = task.opened.prepared, task.opened.provenance
-    reference.check_vocabulary(base, task.opened.tokenizer)
-    task.selector.check(rows.num_tokens)
+    base, task = open_task(model, dataset, cleaning, processing_class, args, folder, rule=rule, **row_options)
+    if reference is not None:
+        reference.check_vocabulary(base, task.opened.tokenizer)
+    rule.check(task.opened.prepared.num_tokens)
     existing = task.existing_scores()
-    base_losses = task.losses(base, "base", rows, provenance) if existing is None else existing.base
-    if not reference.is_adapter:
-        base = None  # frees a model that was loaded here before the reference is loaded
-    with reference.loaded(base) as other:
-        check_model(other, rows)
-        provenance = against(provenance, other)
-        if existing is not None:
-            existing.provenance.check_same(provenance, "token scores", folder)
-            return task, existing
-        losses = task.losses(other, "reference", rows, provenance)
-    scores = score_tokens(rows, base_losses, losses, provenance)
+    found = task.measured(base, existing)
+    if reference is None:
+        other = None if existing is None else existing.reference
+        provenance = task.opened.provenance if existing is None else existing.provenance
+    else:
+        base = base if reference.is_adapter else None  # frees a model that was loaded here before the reference is
+        other, provenance = _other_losses(task, reference, base, existing)
+    names = [] if existing is None else existing.columns
+    if existing is not None and {*found} <= {*names} and (other is None) == (existing.reference is None):
+        return task, existing
+    base_losses = found.pop("base")
+    scores = score_tokens(task.opened.prepared, base_losses, other, provenance, found)
     if folder is not None and PartialState().is_main_process:
         scores.save(folder)
         remove_loss_parts(folder)
     return task, scores
 
 
+def _other_losses(
+    task: CleaningTask, reference: Reference, base: PreTrainedModel | None, existing: TokenScores | None
+) -> tuple[np.ndarray, Provenance]:
+    """The losses under the reference model, measured unless they exist, and the provenance of the token scores."""
+    rows = task.opened.prepared
+    with reference.loaded(base) as other:
+        check_model(other, rows)
+        provenance = against(task.opened.provenance, other)
+        if existing is not None and existing.reference is not None:
+            existing.provenance.check_same(provenance, "token scores", task.folder)
+            return existing.reference, existing.provenance
+        return task.losses(other, "reference", rows, provenance), provenance
+
+
 def _cleaned(task: CleaningTask, scores: TokenScores) -> CleanedDataset:
-    """Decide which tokens are kept, and mask the others; saved to the task's folder."""
-    selection = task.selector.select(scores)
+    """Decide which tokens are kept, and mask or weigh them; saved to the task's folder."""
+    rule, prepared = task.rule, task.opened.prepared
+    selection = TokenSelection.of_weights(scores, rule.weights(TokenInputs.of(scores, task.vocabulary)))
     reasons = task.opened.reasons | {int(row): EMPTIED for row in scores.sample_id[selection.emptied]}
+    settings = dict(rule.settings or {})
     summary = {
-        "reference": task.cleaning.reference,
-        "keep_tokens": task.cleaning.keep,
-        "ranking": task.cleaning.ranking,
+        "rule": rule.name,
+        **({"reference": task.cleaning.reference} if {*OF_OTHERS} & {*rule.needs} else {}),
+        **({"keep_tokens": settings["keep"]} if "keep" in settings else {}),
+        **({"ranking": RANKINGS[rule.name]} if rule.name in RANKINGS and settings else {}),
+        "settings": None if rule.settings is None else settings,
+        "vocabulary": task.vocabulary,
         **summarise(selection, task.opened.tokenizer, task.groups_of(scores.sample_id)),
     }
-    cleaned = CleanedDataset(mask_labels(task.opened.prepared.dataset, selection), selection, reasons, summary)
+    cleaned = CleanedDataset(mask_labels(prepared.dataset, selection), selection, reasons, summary)
     if task.folder is not None and PartialState().is_main_process:
         save_dataset(cleaned.dataset, {**summary, "rows_left_out": len(reasons)}, task.folder)
     return cleaned

@@ -43,6 +43,7 @@ from .recording import Recording, check_recording
 from .run import Run
 from .spiking import OnSpike, SpikeWatch
 from .stream_run import StreamRun
+from .token_weighting import TokenWeights
 from .weighting import SampleWeights
 
 
@@ -170,6 +171,11 @@ class ResonanceCallback(TrainerCallback):
         if any(isinstance(each, SampleWeights) for each in trainer.callback_handler.callbacks):
             raise InputError(
                 "Leave out SampleWeights: pass the policy that weights rows to ResonanceCallback, as selector=."
+            )
+        if any(isinstance(each, TokenWeights) for each in trainer.callback_handler.callbacks):
+            raise InputError(
+                "TokenWeights cannot act beside ResonanceCallback, which measures each row's own loss. Use one of "
+                "them, or mask the tokens first (clean_dataset)."
             )
         self._results = Results()
         self._run = self._run_of(trainer, kwargs["train_dataloader"])

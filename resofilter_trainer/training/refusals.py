@@ -21,7 +21,7 @@ from ..model.float32 import main_dtype
 from ..model.head import mixes_samples
 from ..model.losses import unwrapped
 from ..model.sharding import is_fsdp2, is_sharded
-from ..selecting.weighted_rows import WEIGHT
+from ..selecting.weighted_rows import TOKEN_WEIGHTS, WEIGHT
 from .trainer_access import compiles, dispatches, is_packed, is_sft, is_stream, is_unsloth
 from .trainer_packing import packs
 
@@ -136,6 +136,12 @@ MEASURING: tuple[Refusal, ...] = (
         why="which the loss would ignore",
         remedy="Train on them with SampleWeights, or remove the column",
         refused=lambda trainer, dataset: WEIGHT in (getattr(trainer.train_dataset, "column_names", None) or []),
+    ),
+    Refusal(
+        what=f"rows whose tokens have weights ('{TOKEN_WEIGHTS}')",
+        why="which the loss would ignore",
+        remedy="Train on them with TokenWeights, or remove the column",
+        refused=lambda trainer, dataset: TOKEN_WEIGHTS in (getattr(trainer.train_dataset, "column_names", None) or []),
     ),
     Refusal(
         what="padding_free=True and dispatch_batches=True",

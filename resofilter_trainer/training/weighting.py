@@ -80,16 +80,14 @@ class SampleWeights(TrainerCallback):
                 "train on all rows. Resume with ResonanceCallback, or start again with SampleWeights."
             )
         weight = self._of_rows(trainer)
-        patch = LoaderPatch(loader, lambda inner: _WeightCollator(RowCollator(inner), weight))
-        patch.install()
-        weighted, reminder = WeightedLoss(cast(nn.Module, trainer.model)), reminder_of(trainer.train_dataset)
+        remove = weigh_batches(trainer, loader, lambda inner: _WeightCollator(RowCollator(inner), weight))
+        reminder = reminder_of(trainer.train_dataset)
         due = reminder is not None and reminder.due
         if reminder is not None:
             reminder.due = False
 
         def release() -> None:
-            patch.remove()
-            weighted.detach()
+            remove()
             if reminder is not None:
                 reminder.due = due
             self._release = lambda: None
@@ -126,6 +124,27 @@ class SampleWeights(TrainerCallback):
     ) -> None:
         """Leave the trainer as it was found."""
         self._release()
+
+
+def weigh_batches(trainer: Trainer, loader: Any, collator: Callable[[Any], Any]) -> Callable[[], None]:
+    """Let a run's batches have weights, `WEIGHT` (B, T), and apply them to the model's outputs.
+
+    Args:
+        trainer, loader: the run's trainer and its loader.
+        collator: a function from the loader's collator to one that adds the weights.
+
+    Returns:
+        A function that leaves both as they were found.
+    """
+    patch = LoaderPatch(loader, collator)
+    patch.install()
+    weighted = WeightedLoss(cast(nn.Module, trainer.model))
+
+    def remove() -> None:
+        patch.remove()
+        weighted.detach()
+
+    return remove
 
 
 class WeightedLoss:

@@ -161,6 +161,42 @@ def test_cleaning_again_with_another_share_replaces(place, tmp_path):
     assert sum(labels_kept(tmp_path / "out").values()) == int(len(TokenScores.load(tmp_path / "out")) * 0.3)
 
 
+@pytest.mark.parametrize(
+    ("more", "settings"),
+    [
+        (["--rule", "profit"], {"threshold": 0.1}),
+        (["--rule", "stm", "--threshold", 300], {"threshold": 300.0}),
+        (["--rule", "conflict", "--keep_tokens", 0.5], {"keep": 0.5}),
+        (["--rule", "random", "--seed", 7], {"keep": 0.6, "seed": 7}),
+        (["--rule", "all_but_first", "--first", 2], {"first": 2}),
+        (["--rule", "sstoken", "--reference", "{place}/reference"], {"keep": 0.6, "gamma": 1.0}),
+        (["--rule", "eaft"], {}),
+    ],
+)
+def test_a_rule(more, settings, place, tmp_path, capsys):
+    if more[1] == "profit":  # an untrained model finds every token improbable
+        assert "the weight 0" in refused(capsys, *usual(place, tmp_path / "out", *more))
+        return
+    main(usual(place, tmp_path / "out", "--group_by", "source", *in_place(more, place)))
+    printed = capsys.readouterr().out.splitlines()
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert (summary["rule"], summary["settings"]) == (more[1], settings)
+    assert printed[0].startswith(f"{summary['tokens_kept']} of {summary['tokens']} tokens kept")
+    assert ("token_weights" in load_from_disk(tmp_path / "out").column_names) == (more[1] == "eaft")
+    assert printed[-1].endswith("callbacks=[TokenWeights()]).train()") == (more[1] == "eaft")
+    if more[1] == "eaft":
+        assert any(line.startswith("  mean weight of a token: ") for line in printed)
+        assert "    from resofilter_trainer import TokenWeights, load_rows" in printed
+
+
+@pytest.mark.parametrize(("rule", "mode"), [("token_cleaning", "fixed"), ("rho", "rho")])
+def test_the_rules_of_a_mode_are_that_mode(rule, mode, place, tmp_path):
+    reference = ["--reference", place / "reference", "--keep_tokens", 0.4]
+    main(usual(place, tmp_path / "rule", "--rule", rule, *reference))
+    main(usual(place, tmp_path / "mode", "--mode", mode, *reference))
+    assert (tmp_path / "rule" / "summary.json").read_text() == (tmp_path / "mode" / "summary.json").read_text()
+
+
 EVOLVE = ("--mode", "self-evolving")
 BAD = {
     "nothing kept": (
@@ -201,6 +237,21 @@ BAD = {
     ),
     "unknown group": (["--group_by", "bogus", "--reference", "{place}/reference"], "no column 'bogus'"),
     "unknown group, evolving": ([*EVOLVE, "--group_by", "bogus"], "no column 'bogus'"),
+    "unknown rule": (["--rule", "proffit"], "Did you mean 'profit'?"),
+    "rule without its reference": (["--rule", "sstoken"], "needs 'earlier_loss': pass --reference, a model"),
+    "rule with a reference": (
+        ["--rule", "profit", "--reference", "{place}/reference"],
+        "needs no reference model: leave --reference out",
+    ),
+    "rule without a share": (["--rule", "eaft", "--keep_tokens", 0.5], "'eaft' has no setting --keep_tokens"),
+    "rule with share and bound": (
+        ["--rule", "stm", "--keep_tokens", 0.5, "--threshold", 3],
+        "Pass one of --keep_tokens and --threshold",
+    ),
+    "rule and mode": (["--rule", "stm", *EVOLVE], "--mode is for --rule token_cleaning: leave it out with --rule stm."),
+    "rule and ranking": (["--rule", "stm", "--ranking", "sample"], "--ranking is for --rule token_cleaning"),
+    "rho in stages": (["--rule", "rho", *EVOLVE], "with --mode self-evolving, pass --ranking sample"),
+    "bound without a rule": (["--threshold", 3, "--reference", "{place}/reference"], "--threshold goes with --rule"),
     "no batch": (["--tokens_per_batch", 0, "--reference", "{place}/reference"], "tokens_per_batch"),
     "no batch, evolving": ([*EVOLVE, "--per_device_train_batch_size", 0], "per_device_train_batch_size"),
 }

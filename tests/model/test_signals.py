@@ -23,7 +23,7 @@ from resofilter_trainer.model.modes import own_precision
 from resofilter_trainer.model.signals import SIGNALS, Tokens, chosen_signals
 from resofilter_trainer.model.token_statistics import TokenStatistics
 
-ALL = ("entropy", "error", "rank")
+ALL = ("entropy", "error", "rank", "top_entropy")
 FORMS = {
     "resonance": {},
     "resonance_sgd": {"update": "sgd", "norm": "mean_abs"},
@@ -35,8 +35,10 @@ RECORDED = [name for name, signal in SIGNALS.items() if not signal.of_layers]
 
 
 def plain_tokens(logits: Tensor, targets: Tensor) -> dict[str, Tensor]:
-    """Loss, entropy, error and rank of each token, by the book in float64."""
+    """Loss, entropy, error, rank and the entropy of the top 20 of each token, by the book in float64."""
     p = logits.double().softmax(-1)
+    top = p.sort(1, descending=True).values[:, :20]
+    top /= top.sum(1, keepdim=True)
     own = p.gather(1, targets[:, None])
     error = p - nn.functional.one_hot(targets, p.shape[1])
     return {
@@ -44,6 +46,7 @@ def plain_tokens(logits: Tensor, targets: Tensor) -> dict[str, Tensor]:
         "entropy": -torch.where(p > 0, p * p.log(), 0).sum(1),
         "error": error.square().sum(1).sqrt(),
         "rank": 1 + (logits > logits.gather(1, targets[:, None])).sum(1).double(),
+        "top_entropy": -torch.where(top > 0, top * top.log(), 0).sum(1),
     }
 
 
@@ -90,7 +93,7 @@ def plain_signals(model: nn.Module, sample: Sample) -> dict[str, float]:
         logits = model(input_ids=sample["input_ids"][None], use_cache=False).logits[0, :-1].double()
     learnt = sample["labels"][1:] != -100
     found = plain_tokens(logits[learnt], sample["labels"][1:][learnt])
-    loss, entropy, error, rank = (each.tolist() for each in found.values())
+    loss, entropy, error, rank = (found[name].tolist() for name in ("losses", "entropy", "error", "rank"))
     count, vocabulary = len(loss), logits.shape[1]
     return {
         "loss": sum(loss) / count,
@@ -186,6 +189,7 @@ def test_an_all_but_certain_token_has_all_its_digits(margin, width, narrow_tiles
         "entropy": math.log1p(r) + margin * r / (1 + r),
         "error": r * math.sqrt(1 + 1 / 11) / (1 + r),
         "rank": 1.0,
+        "top_entropy": math.log1p(r) + margin * r / (1 + r),  # of a vocabulary of 12
     }
     for statistics in (tiles := TokenStatistics(ALL), pieces := TokenStatistics(ALL)):
         if statistics is tiles:
@@ -259,7 +263,7 @@ def test_only_what_is_asked_for_is_collected():
     hidden, linear = certain(1.0, 5, torch.float32)
     statistics = TokenStatistics(["rank"])
     linear_losses(hidden, linear, torch.tensor([1]), None, 5, statistics)
-    assert [len(statistics.of(name)) for name in ("losses", *ALL)] == [1, 0, 0, 1]
+    assert [len(statistics.of(name)) for name in ("losses", *ALL)] == [1, 0, 0, 1, 0]
     assert len(TokenStatistics(ALL).of("rank")) == 0
 
 

@@ -18,15 +18,16 @@ from hypothesis import strategies as st
 from resofilter_trainer.config import InputError
 from resofilter_trainer.io.files import load_arrow
 from resofilter_trainer.scores.provenance import Trust
-from resofilter_trainer.scores.token_scores import KEY, LISTS, TOKEN_SCORES_FILE, TokenScores
+from resofilter_trainer.scores.token_scores import ALWAYS, KEY, STATISTICS, TOKEN_SCORES_FILE, TokenScores
 
 ROWS = [[(1.5, 0.5), (0.1, 0.2)], [], [(3.0, 2.0)], []]
-KINDS = {"sample_id": np.int64, "offsets": np.int64, **LISTS}
+KINDS = {"sample_id": np.int64, "offsets": np.int64, **ALWAYS, "reference": np.float32}
 losses = st.floats(-1e9, 1e9, width=32)
 
 
 def assert_same(one: TokenScores, other: TokenScores) -> None:
-    for name in KINDS:
+    assert one.columns == other.columns
+    for name in ("sample_id", "offsets", *one.columns):
         mine, theirs = getattr(one, name), getattr(other, name)
         assert mine.dtype == theirs.dtype, name
         assert mine.tobytes() == theirs.tobytes(), name  # -0.0 is not 0.0
@@ -60,8 +61,12 @@ def assert_refused(path: Path, match: str) -> None:
 
 @pytest.mark.parametrize("rows", [ROWS, [[(1.0, -0.0)]], [[], [], []], []], ids=["ragged", "one", "no token", "no row"])
 @pytest.mark.parametrize("name", ["", "new/folder", "mine.arrow"])
-def test_round_trip_is_exact_to_the_bit(tmp_path, rows, name):
+@pytest.mark.parametrize("more", [(), ("entropy",), STATISTICS])
+@pytest.mark.parametrize("reference", [True, False])
+def test_round_trip_is_exact_to_the_bit(tmp_path, rows, name, more, reference):
     scores = make_token_scores(rows)
+    found = {each: np.random.default_rng(0).random(len(scores)).astype(np.float32) for each in more}
+    scores = dataclasses.replace(scores, reference=scores.reference if reference else None, **found)
 
     path = scores.save(tmp_path / name)
 
@@ -173,7 +178,7 @@ def test_every_row_needs_its_id(ids):
 @pytest.mark.parametrize("length", [0, 2, 4])
 def test_lists_of_another_length_are_refused_and_named(name, length):
     with pytest.raises(InputError, match=rf"^'{name}' has {length} values for 3 tokens\.$"):
-        dataclasses.replace(make_token_scores(ROWS), **{name: np.zeros(length, dtype=LISTS[name])})
+        dataclasses.replace(make_token_scores(ROWS), **{name: np.zeros(length, dtype=KINDS[name])})
 
 
 def test_base_of_another_length_is_refused():
@@ -230,14 +235,14 @@ def test_an_arrow_file_of_another_program_is_refused(tmp_path, metadata):
     assert_refused(path, "holds no token scores written by resofilter")
 
 
-@pytest.mark.parametrize("column", ["sample_id", *LISTS])
+@pytest.mark.parametrize("column", ["sample_id", *ALWAYS])
 def test_a_missing_column_is_refused(tmp_path, column):
     table, metadata = table_of(make_token_scores(ROWS), tmp_path)
     path = write(table.drop_columns([column]), tmp_path / "other.arrow", metadata)
     assert_refused(path, r"written by another version\. Make them again")
 
 
-@pytest.mark.parametrize("column", LISTS)
+@pytest.mark.parametrize("column", [*ALWAYS, "reference"])
 @pytest.mark.parametrize(
     "values",
     [

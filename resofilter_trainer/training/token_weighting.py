@@ -1,0 +1,257 @@
+"""Tokens whose loss is weighted in SFTTrainer's own loss, by a column of the rows or by a rule. Knows batches.
+
+    loss = sum over tokens of w_t * -log p_t, over the number of learnt tokens of the step
+
+which is what SFTTrainer computes, apart from w_t: a token of the weight 0 still counts in that number, as in the code
+of EAFT.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any, cast
+
+import numpy as np
+import pyarrow as pa
+import torch
+from torch import Tensor, nn
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from ..config import InputError, ScoreWarning, with_known_keywords
+from ..model.gradients import segments_of
+from ..model.losses import IGNORE, learnt_positions, vocabulary_of
+from ..model.modes import at_least_float32
+from ..selecting.named_rules import rule_of
+from ..selecting.results import NAME
+from ..selecting.token_rules import ENTROPY, KNOWN, OF_OTHERS, TokenInputs, TokenRule
+from ..selecting.weighted_rows import TOKEN_WEIGHTS, WEIGHT
+from . import trainer_access as access
+from .refusals import check_sample_weights, check_weighable
+from .sampler import ROW, RowCollator
+from .weighting import SampleWeights, weigh_batches
+
+NOT_IN_A_RUN = dict.fromkeys(KNOWN, "SFTTrainer's forward does not compute it. Clean first (clean_dataset)")
+NOT_IN_A_RUN |= dict.fromkeys(OF_OTHERS, "a run has one model. Clean first (clean_dataset)")
+del NOT_IN_A_RUN[ENTROPY]
+
+
+@with_known_keywords
+class TokenWeights(TrainerCallback):
+    """Weights each token's loss: by the column `token_weights` of the rows, or by a rule, from the step's own forward.
+
+    >>> cleaned = clean_dataset(model, rows, rule="eaft")
+    >>> SFTTrainer(model, args, train_dataset=cleaned.dataset, callbacks=[TokenWeights()]).train()
+    >>> SFTTrainer(model, args, train_dataset=rows, callbacks=[TokenWeights(rule="profit")]).train()
+
+    With a rule there is no second pass: it reads the losses, and the entropies, that SFTTrainer computes anyway, of one
+    micro-batch after the other. A share (`keep=`) is one of the tokens of each micro-batch. The backward takes the
+    weights as constants.
+
+    Args:
+        rule: as for `clean_dataset`, of rules that need nothing but `"entropy"`; by default, the column is read.
+        keep: as for `clean_dataset`.
+
+    Attributes:
+        mean_weights: with a rule, the mean weight of the learnt tokens of each step, of this process.
+
+    Raises:
+        InputError: here, where there is no such rule, or it needs what the forward does not compute; when training
+            begins, where the trainer has another loss, or rows have no proper weights; at a batch, where a row has
+            another number of weights than tokens, or the rule returns no weights.
+    """
+
+    def __init__(
+        self, rule: str | TokenRule | Callable[[TokenInputs], Any] | None = None, keep: float | None = None
+    ) -> None:
+        self.rule = None if rule is None else rule_of(rule, keep)
+        if rule is None and keep is not None:
+            raise InputError("keep= goes with rule=: a column has a weight for each token.")
+        if self.rule is not None:
+            self.rule.check_needs(NOT_IN_A_RUN)
+            if self.rule.name == "random" and self.rule.settings is not None:
+                raise InputError("In a run, the rule 'random' would take the same places of every batch: clean first.")
+        self.mean_weights: list[float] = []
+        self._sums = np.zeros(2)  # of the weights, and of the tokens of a step
+        self._release: Callable[[], None] = lambda: None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Let the weights act in the loss."""
+        self._release()
+        trainer, _ = access.calling_trainer()
+        loader = kwargs["train_dataloader"]
+        if sum(isinstance(each, TokenWeights | SampleWeights) for each in trainer.callback_handler.callbacks) > 1:
+            raise InputError("TokenWeights goes with no other weights: multiply them in the column, and add it once.")
+        if NAME in trainer.state.stateful_callbacks:
+            raise InputError(
+                "This checkpoint was made with ResonanceCallback, which is missing here: without it, the run would "
+                "train on all rows. Resume with ResonanceCallback, or start again with TokenWeights."
+            )
+        self.mean_weights.clear()
+        remove = self._by_column(trainer, loader) if self.rule is None else self._by_rule(trainer, loader, self.rule)
+
+        def release() -> None:
+            remove()
+            self._release = lambda: None
+
+        self._release = release
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Note the mean weight of the step; warn, once, of a step whose tokens all have the weight 0."""
+        weight, tokens = self._sums
+        self._sums[:] = 0
+        if self.rule is None or not tokens:
+            return
+        if not weight and all(self.mean_weights):
+            warnings.warn(
+                f"The token rule '{self.rule.name}' gives each of the {int(tokens)} tokens of step {state.global_step} "
+                "the weight 0: the step learns nothing. Choose another bound if that is no exception.",
+                ScoreWarning,
+                stacklevel=2,
+            )
+        self.mean_weights.append(float(weight / tokens))
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Leave the trainer as it was found."""
+        self._release()
+
+    def _by_column(self, trainer: Trainer, loader: Any) -> Callable[[], None]:
+        check_sample_weights(trainer, loader)
+        weights = RaggedWeights.of(trainer)
+        return weigh_batches(trainer, loader, lambda inner: _TokenWeightCollator(RowCollator(inner), weights))
+
+    def _by_rule(self, trainer: Trainer, loader: Any, rule: TokenRule) -> Callable[[], None]:
+        check_weighable(trainer, loader)
+        for column in (WEIGHT, TOKEN_WEIGHTS):
+            if column in (getattr(trainer.train_dataset, "column_names", None) or []):
+                raise InputError(f"The rows have weights ('{column}'): leave rule= out, or remove the column.")
+        return RuleLoss(cast(nn.Module, trainer.model), rule, self._sums).detach
+
+
+class RuleLoss:
+    """Multiplies the log-probability of each learnt token by a rule's weight, while the model trains.
+
+    Args:
+        model: the model as SFTTrainer has patched it: its output has `log_probs` and `entropy`, (B, T - 1).
+        rule: the rule.
+        sums: (2,) numbers, to which the sum of the weights and the number of tokens of each micro-batch are added.
+    """
+
+    def __init__(self, model: nn.Module, rule: TokenRule, sums: np.ndarray) -> None:
+        self._rule, self._sums, self._vocabulary = rule, sums, vocabulary_of(model)
+        self._handle = model.register_forward_hook(self._weigh, with_kwargs=True)
+
+    def detach(self) -> None:
+        """Leave the model as it was found."""
+        self._handle.remove()
+
+    def _weigh(self, model: nn.Module, args: Any, batch: dict[str, Any], output: Any) -> None:
+        if not model.training or getattr(output, "log_probs", None) is None:
+            return
+        learnt = learnt_positions(batch["labels"]).to(output.log_probs.device)
+        if learnt.shape != output.log_probs.shape:
+            raise InputError(
+                f"The labels of a batch are {tuple(learnt.shape)}, the losses {tuple(output.log_probs.shape)}: the "
+                "tokens of such a model cannot be weighed."
+            )
+        weights = self._rule.weights(self._inputs(batch, learnt, output), some=False)
+        self._sums += weights.sum(), len(weights)
+        found = torch.zeros_like(output.log_probs)
+        found[learnt] = torch.from_numpy(weights).to(found)
+        output.log_probs = output.log_probs * found
+
+    def _inputs(self, batch: dict[str, Any], learnt: Tensor, output: Any) -> TokenInputs:
+        """What the output says of the learnt tokens, sample after sample."""
+        of_segments = [
+            int(learnt[each.row, max(each.tokens.start - 1, 0) : each.tokens.stop - 1].sum())
+            for each in segments_of({name: value for name, value in batch.items() if value is not None})
+        ]
+        found = {}
+        for name in ("log_probs", ENTROPY) if ENTROPY in self._rule.needs else ("log_probs",):
+            found[name] = at_least_float32(getattr(output, name).detach()[learnt]).cpu().numpy()
+        loss = -found.pop("log_probs")
+        return TokenInputs(np.cumsum([0, *of_segments]), loss, self._vocabulary, found)
+
+
+class RaggedWeights:
+    """The weights of the tokens of R rows.
+
+    Args:
+        offsets: (R + 1,) the start of each row, and the end.
+        weight: (M,) float32, the weight of every token, prompts included.
+
+    Raises:
+        InputError: a weight is missing, negative or not finite.
+    """
+
+    def __init__(self, offsets: np.ndarray, weight: np.ndarray) -> None:
+        self.offsets, self.weight = offsets, weight
+        wrong = np.flatnonzero(~(np.isfinite(weight) & (weight >= 0)))
+        if len(wrong):
+            row = int(np.searchsorted(offsets, wrong[0], side="right")) - 1
+            raise InputError(
+                f"Row {row} has the weight {weight[wrong[0]]:g} in its column '{TOKEN_WEIGHTS}': weights are finite "
+                "numbers of at least 0."
+            )
+
+    @classmethod
+    def of(cls, trainer: Trainer) -> RaggedWeights:
+        """The column of a trainer's rows, in its order. Raises InputError where there is none of this kind."""
+        rows: Any = trainer.train_dataset
+        if TOKEN_WEIGHTS not in (getattr(rows, "column_names", None) or []):
+            raise InputError(
+                f"The trainer's rows have no column '{TOKEN_WEIGHTS}'. Train on what clean_dataset(rule='eaft') "
+                "returns or writes, or leave TokenWeights out."
+            )
+        column = rows.with_format("arrow").select_columns(TOKEN_WEIGHTS)[:].column(0)
+        try:
+            lists = column.cast(pa.large_list(pa.float32())).combine_chunks()
+        except pa.ArrowException as error:
+            raise InputError(f"The column '{TOKEN_WEIGHTS}' holds {column.type}, not lists of numbers.") from error
+        if lists.null_count:
+            raise InputError(f"{lists.null_count} rows have no list in their column '{TOKEN_WEIGHTS}'.")
+        counts = lists.value_lengths().to_numpy()
+        return cls(np.concatenate([[0], np.cumsum(counts)]), lists.flatten().to_numpy(zero_copy_only=False))
+
+    def of_row(self, row: int, labels: Tensor) -> np.ndarray:
+        """(n,) the weights of a row's tokens in a batch; 1 for padding.
+
+        Args:
+            row: the row.
+            labels: (n,) its labels in the batch; padding may follow.
+
+        Raises:
+            InputError: there is another number of weights.
+        """
+        own = self.weight[self.offsets[row] : self.offsets[row + 1]]
+        beyond = len(labels) - len(own)
+        if beyond < 0 or (labels[len(own) :] != IGNORE).any():
+            raise InputError(
+                f"Row {row} has {len(own)} weights in its column '{TOKEN_WEIGHTS}' and {len(labels)} tokens in its "
+                "batch: train on the rows as they were cleaned, with the same max_length."
+            )
+        return np.concatenate([own, np.ones(beyond, dtype=own.dtype)])
+
+
+class _TokenWeightCollator:
+    """A collator whose batches contain the weights of their tokens."""
+
+    def __init__(self, inner: RowCollator, weights: RaggedWeights) -> None:
+        self.inner, self.weights = inner, weights
+
+    def __call__(self, examples: list[Any]) -> Mapping[str, Any]:
+        """Collate, in the main process or in a worker."""
+        batch = self.inner(examples)
+        rows = batch.pop(ROW).tolist()
+        labels = batch["labels"]
+        found = torch.ones(labels.shape, dtype=torch.float32)
+        for where, row in zip(segments_of(batch)[: len(rows)], rows, strict=True):
+            if row >= 0:
+                own = self.weights.of_row(row, labels[where.row, where.tokens])
+                found[where.row, where.tokens] = torch.from_numpy(own)
+        batch[WEIGHT] = found
+        return batch
