@@ -41,6 +41,7 @@ LONGEST_FIRST = (  # so that no process is left with a long file at the end, whi
     "tests/training/test_callback.py",
     "tests/training/test_packing.py",
     "tests/training/test_stream.py",
+    "tests/docs/test_documented_examples.py",
     "tests/test_kills.py",
     "tests/training/test_callback_processes.py",
     "tests/scoring/test_scoring_processes.py",

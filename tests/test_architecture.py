@@ -174,13 +174,6 @@ def test_every_path_that_is_named_exists(name):
     assert [path for path in sorted(paths) if not any(list(place.glob(path)) for place in places)] == []
 
 
-def test_links_of_the_readme_work_outside_the_repository():
-    """It is the package's page in an index, too, where only addresses lead somewhere; a picture has its text."""
-    links = re.findall(r"(?<!!)\[[^\]]+\]\(([^)]+)\)", (ROOT / "README.md").read_text())
-    assert len(links) > 2
-    assert [link for link in links if not link.startswith("https://")] == []
-
-
 def light() -> list[str]:
     """Modules that need no model; commands import what they need when they run."""
     return [module for module in MODULES if package_of(module) in WITHOUT_TORCH] + ALSO_WITHOUT_TORCH

@@ -9,7 +9,7 @@ from resofilter_trainer.cli import clean
 from resofilter_trainer.selecting.named_rules import RULES
 from resofilter_trainer.selecting.token_rules import KNOWN
 
-PAGE = (Path(__file__).parent.parent / "docs" / "tokens.md").read_text()
+PAGE = (Path(__file__).parent.parent / "docs" / "token_rules.md").read_text()
 
 
 def test_the_page_of_tokens_has_each_rule_as_the_code_says():

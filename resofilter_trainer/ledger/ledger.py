@@ -43,8 +43,7 @@ class Ledger:
         weight: of the row's loss in that of the step, which is the sum of weight * loss over all lines.
         learning_rate: of the step.
         grad_norm: of the step, before clipping; NaN where it is not known.
-        left_out: whether the step's update was left out, by `on_spike`, `skip_update` or fp16; in data frames a
-            nullable boolean, as a ledger of an earlier version does not say it.
+        left_out: whether the step's update was left out; nullable, as ledgers of earlier versions do not say it.
         layer_<i>: the resonance of the row in each measured layer.
 
     Attributes:
@@ -145,11 +144,10 @@ class Ledger:
         """The lines of one step.
 
         Returns:
-            All columns, and for each line:
-            `resonance`: the mean over the measured layers.
-            `share_of_loss`: its part of the step's loss, `weight * loss / sum(weight * loss)`.
-            `share_of_update`: its part of the step's update, `weight * resonance / sum(weight * resonance)`: what the
-                row would move by itself. Both are NaN where nothing was measured.
+            All columns, and for each line `resonance`, the mean over the measured layers; `share_of_loss`, its part of
+            the step's loss, `weight * loss / sum(weight * loss)`; and `share_of_update`, its part of the step's update,
+            `weight * resonance / sum(weight * resonance)`, what the row would move by itself. Both shares are NaN where
+            nothing was measured.
 
         Raises:
             InputError: the ledger has no such step.

@@ -42,9 +42,10 @@ LAYER_VOTE = "layer_vote"  # a signal that is made from those of all rows
 class ScoreTable(RowRecord):
     """The score of every row of the user's dataset, or the reason why it has none.
 
-    `scores["score"]` is a column, `scores[0]` a row, see `RowRecord`.
+    `scores["score"]` is a column, `scores[0]` a row, see `RowRecord`. A missing value is null, so pandas shows integers
+    as floats.
 
-    Columns, with null for a missing value (so pandas shows integers as floats):
+    Columns:
         sample_id: int64, the position of the row in the user's dataset.
         score: float64; for resonance the mean absolute weight change, about lr.
         loss: float64, the mean over the sample's learnt tokens, in nats.

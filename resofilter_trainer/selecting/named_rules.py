@@ -253,7 +253,7 @@ def token_rule(name: str, **settings: Any) -> TokenRule:
     """The token rule of a name.
 
     Args:
-        name: a name in `docs/tokens.md`, such as `"profit"`.
+        name: a name in `docs/token_rules.md`, such as `"profit"`.
         **settings: its settings: `keep`, the share of the tokens to keep; `threshold`, for `profit` and `stm`; `gamma`,
             for `sstoken`; `seed`, for `random`; `first`, for `all_but_first`.
 

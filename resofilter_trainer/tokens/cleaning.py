@@ -77,8 +77,9 @@ def clean_dataset(
             default SFTConfig's own, without bf16.
         output: a folder for the cleaned dataset (`datasets.load_from_disk`), the token scores and a summary. Existing
             scores of the same models and rows are reused; an interrupted pass is resumed.
-        rule: the name of a rule (see `token_rule`, `docs/tokens.md`), a `TokenRule`, or a function from `TokenInputs`
-            to weights. A mask gives labels of -100; weights give the column `token_weights`, a list for each row.
+        rule: the name of a rule (see `token_rule` and `docs/token_rules.md`), a `TokenRule`, or a function from
+            `TokenInputs` to weights. A mask gives labels of -100; weights give the column `token_weights`, a list for
+            each row.
         keep: the share of the tokens to keep, for a rule's name; by default the rule's own, or its paper's bound.
         reference: the model or LoRA adapter whose losses the rule compares with; for `"sstoken"`, earlier weights of
             `model`.

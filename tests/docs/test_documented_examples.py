@@ -1,0 +1,130 @@
+"""Every example of README.md and the pages runs as it is written; there, names of the hub are folders."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from helpers.examples import ROOT, blocks_of, commands_of, run_block
+from helpers.probes import result
+from safetensors.torch import load_file, save_file
+
+from resofilter_trainer.demo.problems import make_problems
+from resofilter_trainer.demo.run import BASE
+
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+LANGUAGES = {"", "text", "bash", "python", "yaml", "{toctree}", "{eval-rst}", "{include}"}
+MODELS = ("google/gemma-2-2b", "Qwen/Qwen3-0.6B-Base", "MODEL", "BASE", "resofilter_trainer/demo/base")
+MOST_MARKED = 8
+
+
+def runs(page: Path) -> bool:
+    return any(each.language in ("bash", "python") and each.mark != "not run" for each in blocks_of(page))
+
+
+def measures(page: Path) -> bool:
+    """Whether a page loads a model: then it is slow."""
+    text = "\n".join(each.code for each in blocks_of(page) if not each.mark)
+    commands = [f"resofilter {command}" for command in ("score", "probe", "clean")]
+    return any(word in text for word in (*commands, "SFTTrainer(", "score_dataset("))
+
+
+def name_of(page: Path) -> str:
+    return page.relative_to(ROOT).as_posix()
+
+
+def test_blocks_are_found():
+    blocks = blocks_of(ROOT / "README.md")
+    assert [each.language for each in blocks] == ["bash", "bash", "python", "python", "bash"]
+    assert blocks[0].code == 'pip install -c constraints.txt -e ".[test]" && resofilter demo\n'
+    assert commands_of(blocks[0].code)[1] == ["resofilter", "demo"]
+    assert (ROOT / "README.md").read_text().splitlines()[blocks[2].line - 1] == blocks[2].code.splitlines()[0]
+    assert commands_of("a \\\n  b  # c\n# d\ne && f\n") == [["a", "b"], ["e"], ["f"]]
+
+
+def test_few_blocks_are_not_run_and_each_says_why():
+    marked = [each for page in PAGES for each in blocks_of(page) if each.mark]
+    assert len(marked) <= MOST_MARKED
+    assert {each.language for page in PAGES for each in blocks_of(page)} <= {*LANGUAGES}
+
+
+def test_every_fence_is_a_block():
+    """One that is not found would not be run."""
+    for page in PAGES:
+        found = sum(line.strip().startswith("```") for line in page.read_text().splitlines())
+        assert found == 2 * len(blocks_of(page)), page
+
+
+def make_run() -> None:
+    from trl import SFTConfig, SFTTrainer
+
+    from resofilter_trainer import ColumnMapping, ResonanceCallback, load_rows, map_columns
+
+    rows = map_columns(load_rows("rows.jsonl"), ColumnMapping(prompt_column="question", completion_column="answer"))
+    args = SFTConfig("run", num_train_epochs=2, bf16=False, use_cpu=True, report_to="none")
+    SFTTrainer(str(BASE), args, train_dataset=rows, callbacks=[ResonanceCallback(keep=1.0)]).train()
+
+
+def make_texts() -> None:
+    from resofilter_trainer import ColumnMapping, load_rows, map_columns
+
+    columns = ColumnMapping(prompt_column="question", completion_column="answer")
+    map_columns(load_rows("rows.jsonl"), columns).select_columns(["prompt", "completion"]).to_json("texts.jsonl")
+
+
+# What a page takes for granted: the output of a command that another page shows.
+BEFORE: dict[str, Callable[[], object]] = {
+    "docs/ledger.md": make_run,
+    "docs/token_rules.md": make_texts,
+    "docs/signals.md": lambda: result().save("probe"),
+}
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with rows, and with a tiny model under every name that the pages use."""
+    problems = make_problems(24, 0.4, seed=0)
+    rows = [{"question": each.prompt, "answer": each.completion, "id": f"row-{number}", "source": "ab"[number % 2]}
+            for number, each in enumerate(problems)]  # fmt: skip
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for name in MODELS:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).symlink_to(BASE)
+    shutil.copytree(BASE, tmp_path / "REF")
+    weights = load_file(tmp_path / "REF" / "model.safetensors")
+    torch.manual_seed(0)
+    changed = {key: each + 1e-3 * torch.randn(each.shape) for key, each in weights.items()}
+    save_file(changed, tmp_path / "REF" / "model.safetensors", {"format": "pt"})
+    (tmp_path / "recipes").symlink_to(ROOT / "recipes")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.filterwarnings("ignore")  # of other libraries, and of saturated scores: the model and the rows are tiny
+@pytest.mark.parametrize(
+    "page",
+    [pytest.param(page, id=name_of(page), marks=[pytest.mark.slow] if measures(page) else [])
+     for page in PAGES if runs(page)],
+)  # fmt: skip
+def test_the_examples_of_a_page_run(page, place, capsys):
+    BEFORE.get(name_of(page), lambda: None)()
+    names: dict[str, object] = {"__name__": "__main__"}
+    for block in blocks_of(page):
+        if block.mark == "not run":
+            continue
+        try:
+            run_block(block, names)
+        except SystemExit as stopped:
+            raise AssertionError(f"{name_of(page)}, line {block.line}: {capsys.readouterr().err}") from stopped
+
+
+def test_the_settings_of_a_comparison_are_those_of_the_recipe():
+    (block,) = [each for each in blocks_of(ROOT / "docs/tasks/comparison.md") if each.language == "yaml"]
+    recipe = yaml.safe_load((ROOT / "recipes" / "compare.yaml").read_text())
+    shown = yaml.safe_load(block.code)
+    assert {name: recipe[name] for name in shown} == shown

@@ -1,0 +1,87 @@
+"""The examples of the documentation: blocks of Markdown, and how they are run. Knows text and folders, no page."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import shlex
+import textwrap
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from resofilter_trainer.cli import entry
+
+ROOT = Path(__file__).parents[2]
+FENCE = re.compile(
+    r"^( *)(?:<!-- (not run|only parsed): (.+?) -->\n\1)?```([\w{}-]*)[^\n]*\n(.*?)^\1```$", re.MULTILINE | re.DOTALL
+)
+# Programs that are no part of this package. That the files they name exist is tested.
+OTHERS = {"pip", "pytest", "accelerate", "llamafactory-cli", "axolotl"}
+
+
+@dataclass(frozen=True)
+class Block:
+    """A block of code.
+
+    Attributes:
+        page: the file.
+        line: its first line there, from 1.
+        language: such as `python`.
+        code: the text.
+        mark: `"not run"` or `"only parsed"`, by a comment before it; else empty.
+        reason: the reason in that comment.
+    """
+
+    page: Path
+    line: int
+    language: str
+    code: str
+    mark: str
+    reason: str
+
+
+def blocks_of(page: Path) -> list[Block]:
+    """Every block of a page, first to last."""
+    text = page.read_text()
+    return [
+        Block(page, text[: found.start()].count("\n") + 2 + bool(found[2]), found[4], textwrap.dedent(found[5]),
+              found[2] or "", found[3] or "")
+        for found in FENCE.finditer(text)
+    ]  # fmt: skip
+
+
+def commands_of(code: str) -> list[list[str]]:
+    """The commands of a block for the shell, as words; without comments."""
+    lines = [re.sub(r"(^|\s)#.*", "", line) for line in re.sub(r"\\\n", " ", code).splitlines()]
+    return [shlex.split(command) for line in lines for command in line.split("&&") if command.strip()]
+
+
+def run_block(block: Block, names: dict[str, Any]) -> None:
+    """Run a block in this process and folder; Python in `names`, which it may add to."""
+    if block.language == "python":
+        code = "\n" * block.line + block.code  # so that a traceback has the line of the page
+        exec(compile(code, str(block.page), "exec"), names)
+    elif block.language == "bash":
+        for words in commands_of(block.code):
+            run_command(words, block.mark == "only parsed")
+
+
+def run_command(words: list[str], only_parsed: bool) -> None:
+    """Run a command of `resofilter`, or see that its options are known; of others, see that their files exist."""
+    if words[0] == "resofilter":
+        known = parse(words[1:])
+        if not only_parsed:
+            entry.main(words[1:])
+        assert known.command in entry.COMMANDS
+        return
+    assert words[0] in OTHERS, words
+    files = [word for word in words if re.fullmatch(r"[\w./-]+\.(py|yaml|txt)", word) and "/" in word]
+    assert [file for file in files if not (ROOT / file).exists() and not Path(file).exists()] == []
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    """What the commands understand of these words; an unknown option is an error."""
+    parsed, rest = entry._parser().parse_known_args(argv)
+    assert rest == [], rest
+    return parsed
