@@ -121,7 +121,7 @@ def summary(ledger: Ledger, args: argparse.Namespace) -> Content:
         "ledger": str(ledger.folder),
         "first": ledger.first,
         "last": ledger.last,
-        "left_out": ledger.left_out,
+        "unfinished": ledger.unfinished,
         "processes": ledger.processes,
         "layers": ledger.layers,
         "lines": int(steps["lines"].sum()),
@@ -179,8 +179,8 @@ def summary_lines(content: Content) -> Iterator[str]:
     processes = f"{content['processes']} process{'es' if content['processes'] > 1 else ''}"
     yield f"Steps {content['first']:,} to {content['last']:,} by {processes}, in {content['ledger']}:"
     yield f"{content['lines']:,} lines with {content['tokens']:,} learnt tokens."
-    if content["left_out"]:
-        yield f"Left out are {content['left_out']:,} steps after them, which not all processes have written."
+    if content["unfinished"]:
+        yield f"Left out are {content['unfinished']:,} steps after them, which not all processes have written."
     for each in content["epochs"]:
         steps = f"epoch {each['epoch'] + 1}: steps {each['first']:,} to {each['last']:,}, {each['lines']:,} lines"
         yield f"  {steps}, mean loss {shown(each['loss'])}, median gradient norm {shown(each['grad_norm'])}"

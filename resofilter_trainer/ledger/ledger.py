@@ -51,7 +51,7 @@ class Ledger:
         first, last: the steps that the ledger has.
         processes: the number of processes whose parts are there.
         layers: the measured layers.
-        left_out: the number of steps at the end that only some processes have written, as when a run was killed.
+        unfinished: the number of steps at the end that only some processes have written, as when a run was killed.
     """
 
     def __init__(self, folder: Path, parts: dict[int, list[Part]]) -> None:
@@ -61,7 +61,7 @@ class Ledger:
         self.processes = len(parts)
         self.first = min(each[0].first for each in parts.values())
         self.last = common_end(parts)
-        self.left_out = max(each[-1].last for each in parts.values()) - self.last
+        self.unfinished = max(each[-1].last for each in parts.values()) - self.last
 
     @classmethod
     def load(cls, run: str | os.PathLike[str], partial: bool = False) -> Ledger:
@@ -83,7 +83,7 @@ class Ledger:
 
     def __len__(self) -> int:
         """The number of lines."""
-        if self.left_out:
+        if self.unfinished:
             return sum(table.num_rows for table in self.batches(["step"]))
         return sum(part.rows for part in self._all())
 

@@ -14,6 +14,7 @@ from helpers.examples import ROOT, blocks_of, commands_of, run_block
 from helpers.probes import result
 from safetensors.torch import load_file, save_file
 
+from resofilter_trainer.cli import entry
 from resofilter_trainer.demo.problems import make_problems
 from resofilter_trainer.demo.run import BASE
 
@@ -30,8 +31,8 @@ def runs(page: Path) -> bool:
 def measures(page: Path) -> bool:
     """Whether a page loads a model: then it is slow."""
     text = "\n".join(each.code for each in blocks_of(page) if not each.mark)
-    commands = [f"resofilter {command}" for command in ("score", "probe", "clean")]
-    return any(word in text for word in (*commands, "SFTTrainer(", "score_dataset("))
+    words = ("resofilter score", "resofilter probe", "resofilter clean", "SFTTrainer(", "score_dataset(")
+    return any(word in text for word in words)
 
 
 def name_of(page: Path) -> str:
@@ -70,6 +71,11 @@ def make_run() -> None:
     SFTTrainer(str(BASE), args, train_dataset=rows, callbacks=[ResonanceCallback(keep=1.0)]).train()
 
 
+def make_probe() -> None:
+    words = "--model MODEL --dataset rows.jsonl --prompt_column question --completion_column answer"
+    entry.main(["probe", *words.split(), "--no_self_made", "--kinds", "number", "--faults_per_kind", "16"])
+
+
 def make_texts() -> None:
     from resofilter_trainer import ColumnMapping, load_rows, map_columns
 
@@ -80,6 +86,7 @@ def make_texts() -> None:
 # What a page takes for granted: the output of a command that another page shows.
 BEFORE: dict[str, Callable[[], object]] = {
     "docs/ledger.md": make_run,
+    "docs/probe.md": make_probe,
     "docs/token_rules.md": make_texts,
     "docs/signals.md": lambda: result().save("probe"),
 }

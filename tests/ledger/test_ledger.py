@@ -306,7 +306,7 @@ def test_a_part_without_lines_is_one_of_steps_without_rows(run_of_two):
     write_part(run_of_two, part([]), 46, 50, 1, 2)
     make_scores([float(row) for row in range(120)]).save(run_of_two / NAME)
     ledger = Ledger.load(run_of_two)
-    assert (ledger.last, ledger.left_out, len(ledger)) == (50, 0, len(TWO) + len(more))
+    assert (ledger.last, ledger.unfinished, len(ledger)) == (50, 0, len(TWO) + len(more))
     assert len(ledger.to_pandas()) == len(TWO) + len(more)
     assert ledger.step(48)["process"].tolist() == [0] * 4
     assert ledger.steps()["lines"].tolist() == [8] * 45 + [4] * 5
@@ -347,7 +347,7 @@ def test_steps_at_the_end_that_one_process_lacks_are_left_out(run_of_two):
     """A run that is killed, or is still running."""
     parts_of(run_of_two, 1)[-1].unlink()
     ledger = Ledger.load(run_of_two)
-    assert (ledger.last, ledger.left_out) == (40, 5)
+    assert (ledger.last, ledger.unfinished) == (40, 5)
     assert len(ledger) == len(ledger.to_pandas()) == 40 * 8
     assert len(ledger.steps()) == 40
     with pytest.raises(InputError, match="which has steps 1 to 40"):
@@ -362,7 +362,7 @@ def test_a_run_may_resume_with_another_number_of_processes(tmp_path):
         write_part(tmp_path, part([line for line in later if line["process"] == process]), 11, 20, process, 2)
     write_part(tmp_path, part([{**line, "step": line["step"] + 20} for line in one]), 21, 30)
     ledger = Ledger.load(tmp_path)
-    assert (ledger.last, ledger.left_out) == (30, 0)
+    assert (ledger.last, ledger.unfinished) == (30, 0)
     assert ledger.steps()["lines"].tolist() == [4] * 10 + [8] * 10 + [4] * 10
 
 
