@@ -18,7 +18,6 @@ OF_TRAINING = ("parts", "lora_r", "learning_rate", "per_device_train_batch_size"
 EXAMPLES = (
     "resofilter clean --model BASE --reference REFERENCE --dataset rows.jsonl --output cleaned/",
     "resofilter clean --model BASE --rule profit --dataset rows.jsonl --output cleaned/",
-    "resofilter clean --model BASE --mode self-evolving --dataset rows.jsonl --output cleaned/",
 )
 
 
