@@ -179,6 +179,7 @@ def test_what_a_run_that_resumes_does_otherwise_is_said_and_recorded(there, here
     before = make_provenance(preparation={"run": {"epochs": 3, "keep": 1, **there}})
     settings = {"epochs": 3, "keep": 1}
     with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
         warn_of_other_skipping(TRAINER, tmp_path, {**settings, **there}, {**settings, **here})
     assert len(found) == (said is not None)
     assert said is None or f"differs in {said} (there / here)" in str(found[0].message)
