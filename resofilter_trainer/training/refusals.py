@@ -278,19 +278,24 @@ def check_trainer(trainer: Trainer, train_dataloader: Any) -> None:
         _check_apart(cast(Any, trainer.model), 2e-2 if args.bf16 or args.fp16 else 1e-4, setting)
 
 
-def check_sample_weights(trainer: Trainer, train_dataloader: Any) -> None:
-    """Raise InputError where SampleWeights cannot weight a sample's loss; it says what to change."""
-    refuse("Rows cannot be weighted with", UNKNOWN_ROWS, trainer, train_dataloader.dataset)
-    check_weighable(trainer, train_dataloader)
+def check_sample_weights(trainer: Trainer, train_dataloader: Any, what: str = "row") -> None:
+    """Raise InputError where weights cannot be taken from the dataset's rows; arguments as for `check_weighable`."""
+    refuse(f"{what.capitalize()}s cannot be weighted with", UNKNOWN_ROWS, trainer, train_dataloader.dataset)
+    check_weighable(trainer, train_dataloader, what)
 
 
-def check_weighable(trainer: Trainer, train_dataloader: Any) -> None:
-    """Raise InputError where a sample's loss cannot be weighted; it says what to change."""
+def check_weighable(trainer: Trainer, train_dataloader: Any, what: str = "row") -> None:
+    """Raise InputError where a loss cannot be weighted; it says what to change.
+
+    Args:
+        trainer, train_dataloader: the run's.
+        what: what has a weight, a row or a token.
+    """
     if not is_sft(trainer):
-        raise InputError(f"Rows are weighted in SFTTrainer's loss, this is {type(trainer).__name__}.")
+        raise InputError(f"{what.capitalize()}s are weighted in SFTTrainer's loss, this is {type(trainer).__name__}.")
     refuse_adapters(cast(Any, trainer.model))
-    refuse("Rows cannot be weighted with", WEIGHING, trainer, train_dataloader.dataset)
-    need("log_probs", "A weight for each row")
+    refuse(f"{what.capitalize()}s cannot be weighted with", WEIGHING, trainer, train_dataloader.dataset)
+    need("log_probs", f"A weight for each {what}")
 
 
 def refuse(cannot: str, refusals: Sequence[Refusal], *given: Any) -> None:

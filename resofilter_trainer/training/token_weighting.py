@@ -120,12 +120,12 @@ class TokenWeights(TrainerCallback):
         self._release()
 
     def _by_column(self, trainer: Trainer, loader: Any) -> Callable[[], None]:
-        check_sample_weights(trainer, loader)
+        check_sample_weights(trainer, loader, "token")
         weights = RaggedWeights.of(trainer)
         return weigh_batches(trainer, loader, lambda inner: _TokenWeightCollator(RowCollator(inner), weights))
 
     def _by_rule(self, trainer: Trainer, loader: Any, rule: TokenRule) -> Callable[[], None]:
-        check_weighable(trainer, loader)
+        check_weighable(trainer, loader, "token")
         for column in (WEIGHT, TOKEN_WEIGHTS):
             if column in (getattr(trainer.train_dataset, "column_names", None) or []):
                 raise InputError(f"The rows have weights ('{column}'): leave rule= out, or remove the column.")

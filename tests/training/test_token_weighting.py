@@ -223,6 +223,7 @@ def test_weights_of_one_by_a_rule_change_nothing_and_evaluation_is_not_weighed(p
 
 
 def test_a_step_without_weights_is_warned_of_once_and_moves_nothing(prepared, tmp_path, tokenizer):
+    skip_without("log_probs")
     model = llama(len(tokenizer))
     before = copy.deepcopy(model.state_dict())
     with pytest.warns(ScoreWarning, match="The token rule 'profit' gives each of the [0-9]+ tokens of step 1") as told:
