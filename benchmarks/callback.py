@@ -118,7 +118,7 @@ def run_pairs(configuration: str, args: argparse.Namespace) -> Found:
     return {
         kind: {
             "seconds": [seconds for start in starts for seconds in start[kind]["seconds"]],
-            **{name: statistics.median(start[kind][name] for start in starts) for name in ("peak_mb", "end")},
+            **{name: statistics.median(start[kind][name] for start in starts) for name in ("loss", "peak_mb", "end")},
         }
         for kind in KINDS
     }
