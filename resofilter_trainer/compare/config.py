@@ -294,7 +294,10 @@ def _by_dynamics(entry: Mapping[str, Any]) -> dict[str, Any]:
         raise InputError(f"A selector with '{DYNAMICS}' has the method '{DYNAMICS}': leave method out.")
     by, settings = entry[DYNAMICS], entry.get("settings", {})
     others = {name: value for name, value in entry.items() if name != DYNAMICS}
-    settings = {"by": by, **settings} if isinstance(settings, Mapping) else settings
+    if isinstance(settings, Mapping):
+        if "by" in settings:
+            raise InputError(f"A selector with '{DYNAMICS}' has its criterion there: leave by out of its settings.")
+        settings = {"by": by, **settings}
     return {"name": str(by), **others, "method": DYNAMICS, "settings": settings}
 
 

@@ -90,6 +90,8 @@ class TokenWeights(TrainerCallback):
                 "train on all rows. Resume with ResonanceCallback, or start again with TokenWeights."
             )
         self.mean_weights.clear()
+        self._sums[:] = 0
+        RuleLoss.leave(cast(nn.Module, trainer.model))  # a run that ended in an error did not
         remove = self._by_column(trainer, loader) if self.rule is None else self._by_rule(trainer, loader, self.rule)
 
         def release() -> None:
@@ -120,6 +122,8 @@ class TokenWeights(TrainerCallback):
         self._release()
 
     def _by_column(self, trainer: Trainer, loader: Any) -> Callable[[], None]:
+        if WEIGHT in (getattr(trainer.train_dataset, "column_names", None) or []):
+            raise InputError(f"The rows have '{WEIGHT}' as well: multiply '{TOKEN_WEIGHTS}' by it, and remove it.")
         check_sample_weights(trainer, loader, "token")
         weights = RaggedWeights.of(trainer)
         return weigh_batches(trainer, loader, lambda inner: _TokenWeightCollator(RowCollator(inner), weights))
@@ -129,28 +133,47 @@ class TokenWeights(TrainerCallback):
         for column in (WEIGHT, TOKEN_WEIGHTS):
             if column in (getattr(trainer.train_dataset, "column_names", None) or []):
                 raise InputError(f"The rows have weights ('{column}'): leave rule= out, or remove the column.")
-        return RuleLoss(cast(nn.Module, trainer.model), rule, self._sums).detach
+        return RuleLoss(trainer, rule, self._sums).detach
 
 
 class RuleLoss:
     """Multiplies the log-probability of each learnt token by a rule's weight, while the model trains.
 
     Args:
-        model: the model as SFTTrainer has patched it: its output has `log_probs` and `entropy`, (B, T - 1).
+        trainer: the run's trainer, in whose present training alone the rule acts: an error that ends it leaves the
+            hook on the model, whose output has `log_probs` and `entropy`, (B, T - 1), as SFTTrainer has patched it.
         rule: the rule.
         sums: (2,) numbers, to which the sum of the weights and the number of tokens of each micro-batch are added.
     """
 
-    def __init__(self, model: nn.Module, rule: TokenRule, sums: np.ndarray) -> None:
+    def __init__(self, trainer: Trainer, rule: TokenRule, sums: np.ndarray) -> None:
+        model = cast(nn.Module, trainer.model)
         self._rule, self._sums, self._vocabulary = rule, sums, vocabulary_of(model)
         self._handle = model.register_forward_hook(self._weigh, with_kwargs=True)
+        self._trainer, self._compute_loss, self._acts = trainer, trainer.compute_loss, False
+        vars(trainer)["compute_loss"] = self._loss
+
+    @staticmethod
+    def leave(model: nn.Module) -> None:
+        """Remove what earlier runs have left on a model."""
+        for hook in [*model._forward_hooks.values()]:
+            if isinstance(owner := getattr(hook, "__self__", None), RuleLoss):
+                owner._handle.remove()
 
     def detach(self) -> None:
-        """Leave the model as it was found."""
+        """Leave the model and the trainer as they were found."""
         self._handle.remove()
+        vars(self._trainer).pop("compute_loss", None)
+
+    def _loss(self, *args: Any, **kwargs: Any) -> Any:
+        self._acts = True
+        try:
+            return self._compute_loss(*args, **kwargs)
+        finally:
+            self._acts = False
 
     def _weigh(self, model: nn.Module, args: Any, batch: dict[str, Any], output: Any) -> None:
-        if not model.training or getattr(output, "log_probs", None) is None:
+        if not self._acts or not model.training or getattr(output, "log_probs", None) is None:
             return
         learnt = learnt_positions(batch["labels"]).to(output.log_probs.device)
         if learnt.shape != output.log_probs.shape:

@@ -261,3 +261,28 @@ def test_what_a_rule_returns_is_checked_in_a_run(prepared, weighted, tmp_path, t
 def test_a_run_that_would_ignore_the_weights_is_refused(weighted, tmp_path, tokenizer):
     with pytest.raises(InputError, match=r"rows whose tokens have weights \('token_weights'\)"):
         train(tmp_path, tokenizer, ResonanceCallback(), dataset=weighted)
+
+
+def test_a_run_that_an_error_ends_leaves_no_rule_on_the_model(prepared, tmp_path, tokenizer):
+    skip_without("log_probs")
+    settings = {"dataset": prepared, "num_train_epochs": 1, **SGD}
+    start = llama(len(tokenizer))
+    plain, used = copy.deepcopy(start), copy.deepcopy(start)
+
+    def fail(tokens):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path / "broken", tokenizer, TokenWeights(fail), model=used, **settings)
+    train(tmp_path / "plain", tokenizer, model=plain, **settings)
+    train(tmp_path / "used", tokenizer, model=used, **settings)
+    for name, value in plain.state_dict().items():
+        assert torch.equal(value, used.state_dict()[name])
+
+
+def test_rows_with_both_weights_are_refused(prepared, tmp_path, tokenizer):
+    skip_without("log_probs")
+    ones = [[1.0] * len(row["labels"]) for row in prepared]
+    both = prepared.add_column("token_weights", ones).add_column("resofilter_weight", [0.5] * len(prepared))
+    with pytest.raises(InputError, match="The rows have 'resofilter_weight' as well"):
+        train(tmp_path, tokenizer, TokenWeights(), dataset=both, num_train_epochs=1, **SGD)
