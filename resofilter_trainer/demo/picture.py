@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from matplotlib.figure import Figure
 
 from ..scores.score_table import ScoreTable
 from ..selecting.selection import Selection
@@ -34,6 +33,8 @@ class Outcome:
 
 def draw(scores: ScoreTable, selection: Selection, wrong: np.ndarray, outcomes: Sequence[Outcome], path: Path) -> None:
     """Draw the picture and write it to `path`."""
+    from matplotlib.figure import Figure  # of the extra `report`; the demo's rows and model need none
+
     figure = Figure(figsize=(10, 4), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(3, 2))
     lr = scores.provenance.config["lr"]
