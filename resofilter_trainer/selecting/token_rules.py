@@ -168,13 +168,21 @@ class TokenRule:
                 each token, or 0 for all of them.
         """
         self.check_needs({name: "it was not measured" for name in KNOWN if name not in inputs.measured})
-        found = np.asarray(self.weigh(inputs))
+        returned = self.weigh(inputs)
+        try:
+            found = np.asarray(returned)
+        except (TypeError, ValueError, RuntimeError) as error:  # each kind of object raises its own
+            kind, why = type(returned).__name__, str(error).partition("\n")[0]
+            raise InputError(
+                f"The token rule '{self.name}' returned a {kind} that is no array of numbers ({why}): return one "
+                "number for each token."
+            ) from error
         fault = _fault(found, len(inputs), some)
         if fault is not None:
             raise InputError(f"The token rule '{self.name}' {fault}.")
         if not self.soft and (found.dtype.kind in "bui" or ((found == 0) | (found == 1)).all()):
-            return found.astype(bool, copy=False)
-        return found.astype(np.float64, copy=False)
+            return np.ascontiguousarray(found, dtype=bool)
+        return np.ascontiguousarray(found, dtype=np.float64)
 
 
 def _fault(found: np.ndarray, tokens: int, some: bool) -> str | None:

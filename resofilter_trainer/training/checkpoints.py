@@ -25,8 +25,9 @@ def last_complete(output_dir: Path) -> str | None:
 
     The Trainer writes `trainer_state.json` last, so a checkpoint is whole if that file is.
     """
-    found = [each for each in output_dir.glob("checkpoint-*/trainer_state.json") if _is_json(each)]
-    return str(max(found, key=lambda each: int(each.parent.name.split("-")[1])).parent) if found else None
+    there = output_dir.glob("checkpoint-*/trainer_state.json")
+    steps = {int(step): each for each in there if (step := each.parent.name.split("-")[1]).isdigit() and _is_json(each)}
+    return str(steps[max(steps)].parent) if steps else None
 
 
 def _is_json(path: Path) -> bool:

@@ -21,6 +21,7 @@ from ..model.float32 import main_dtype
 from ..model.head import mixes_samples
 from ..model.losses import unwrapped
 from ..model.sharding import is_fsdp2, is_sharded
+from ..selecting.results import NAME
 from ..selecting.weighted_rows import TOKEN_WEIGHTS, WEIGHT
 from .trainer_access import compiles, dispatches, is_packed, is_sft, is_stream, is_unsloth
 from .trainer_packing import packs
@@ -135,13 +136,13 @@ MEASURING: tuple[Refusal, ...] = (
         what=f"rows that have weights ('{WEIGHT}')",
         why="which the loss would ignore",
         remedy="Train on them with SampleWeights, or remove the column",
-        refused=lambda trainer, dataset: WEIGHT in (getattr(trainer.train_dataset, "column_names", None) or []),
+        refused=lambda trainer, dataset: has_column(trainer, WEIGHT),
     ),
     Refusal(
         what=f"rows whose tokens have weights ('{TOKEN_WEIGHTS}')",
         why="which the loss would ignore",
         remedy="Train on them with TokenWeights, or remove the column",
-        refused=lambda trainer, dataset: TOKEN_WEIGHTS in (getattr(trainer.train_dataset, "column_names", None) or []),
+        refused=lambda trainer, dataset: has_column(trainer, TOKEN_WEIGHTS),
     ),
     Refusal(
         what="padding_free=True and dispatch_batches=True",
@@ -296,6 +297,31 @@ def check_weighable(trainer: Trainer, train_dataloader: Any, what: str = "row") 
     refuse_adapters(cast(Any, trainer.model))
     refuse(f"{what.capitalize()}s cannot be weighted with", WEIGHING, trainer, train_dataloader.dataset)
     need("log_probs", f"A weight for each {what}")
+
+
+def check_checkpoint(trainer: Trainer, name: str) -> None:
+    """Raise InputError where a run resumes without the ResonanceCallback of its checkpoint.
+
+    Args:
+        trainer: the run's trainer.
+        name: the callback that it has instead.
+    """
+    if NAME in trainer.state.stateful_callbacks:
+        raise InputError(
+            "This checkpoint was made with ResonanceCallback, which is missing here: without it, the run would train "
+            f"on all rows. Resume with ResonanceCallback, or start again with {name}."
+        )
+
+
+def refuse_both_weights(trainer: Trainer) -> None:
+    """Raise InputError where rows have weights of their own and weights of their tokens: only one kind would act."""
+    if has_column(trainer, WEIGHT) and has_column(trainer, TOKEN_WEIGHTS):
+        raise InputError(f"The rows have '{WEIGHT}' as well: multiply '{TOKEN_WEIGHTS}' by it, and remove it.")
+
+
+def has_column(trainer: Trainer, name: str) -> bool:
+    """Whether the rows that a trainer trains on have a column."""
+    return name in (getattr(trainer.train_dataset, "column_names", None) or [])
 
 
 def refuse(cannot: str, refusals: Sequence[Refusal], *given: Any) -> None:

@@ -9,7 +9,8 @@ of EAFT.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, cast
 
 import numpy as np
@@ -19,18 +20,20 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..config import InputError, ScoreWarning, with_known_keywords
+from ..io.made_from import as_json, check_made_from
 from ..model.gradients import segments_of
 from ..model.losses import IGNORE, learnt_positions, vocabulary_of
 from ..model.modes import at_least_float32
 from ..selecting.named_rules import rule_of
-from ..selecting.results import NAME
 from ..selecting.token_rules import ENTROPY, KNOWN, OF_OTHERS, TokenInputs, TokenRule
 from ..selecting.weighted_rows import TOKEN_WEIGHTS, WEIGHT
 from . import trainer_access as access
-from .refusals import check_sample_weights, check_weighable
+from .refusals import check_checkpoint, check_sample_weights, check_weighable, has_column, refuse_both_weights
 from .sampler import ROW, RowCollator
+from .trainer_patches import LossPatch
 from .weighting import SampleWeights, weigh_batches
 
+STATE = "TokenWeights"  # in the state of a checkpoint
 NOT_IN_A_RUN = dict.fromkeys(KNOWN, "SFTTrainer's forward does not compute it. Clean first (clean_dataset)")
 NOT_IN_A_RUN |= dict.fromkeys(OF_OTHERS, "a run has one model. Clean first (clean_dataset)")
 del NOT_IN_A_RUN[ENTROPY]
@@ -84,14 +87,10 @@ class TokenWeights(TrainerCallback):
         loader = kwargs["train_dataloader"]
         if sum(isinstance(each, TokenWeights | SampleWeights) for each in trainer.callback_handler.callbacks) > 1:
             raise InputError("TokenWeights goes with no other weights: multiply them in the column, and add it once.")
-        if NAME in trainer.state.stateful_callbacks:
-            raise InputError(
-                "This checkpoint was made with ResonanceCallback, which is missing here: without it, the run would "
-                "train on all rows. Resume with ResonanceCallback, or start again with TokenWeights."
-            )
+        check_checkpoint(trainer, type(self).__name__)
+        self._check_resumed(state)
         self.mean_weights.clear()
         self._sums[:] = 0
-        RuleLoss.leave(cast(nn.Module, trainer.model))  # a run that ended in an error did not
         remove = self._by_column(trainer, loader) if self.rule is None else self._by_rule(trainer, loader, self.rule)
 
         def release() -> None:
@@ -107,9 +106,10 @@ class TokenWeights(TrainerCallback):
         if self.rule is None or not tokens:
             return
         if not weight and all(self.mean_weights):
+            where = f" in process {args.process_index}" if args.world_size > 1 else ""
             warnings.warn(
-                f"The token rule '{self.rule.name}' gives each of the {int(tokens)} tokens of step {state.global_step} "
-                "the weight 0: the step learns nothing. Choose another bound if that is no exception.",
+                f"The token rule '{self.rule.name}' gives each of the {int(tokens)} tokens of step {state.global_step}"
+                f"{where} the weight 0: nothing is learnt from them. Choose another bound if that is no exception.",
                 ScoreWarning,
                 stacklevel=2,
             )
@@ -121,9 +121,18 @@ class TokenWeights(TrainerCallback):
         """Leave the trainer as it was found."""
         self._release()
 
+    def _check_resumed(self, state: TrainerState) -> None:
+        """Refuse to resume a run that weighed tokens in another way, and note how this one does."""
+        rule = None if self.rule is None else {"rule": self.rule.name, "settings": self.rule.settings}
+        here = as_json({"weights": rule or f"the column '{TOKEN_WEIGHTS}'"})
+        if state.global_step:
+            what = f"The checkpoint of step {state.global_step} was"
+            remedy = "Resume with the weights it was made with, or start again."
+            check_made_from(state.stateful_callbacks.get(STATE, {}), here, what, remedy)
+        state.stateful_callbacks[STATE] = here
+
     def _by_column(self, trainer: Trainer, loader: Any) -> Callable[[], None]:
-        if WEIGHT in (getattr(trainer.train_dataset, "column_names", None) or []):
-            raise InputError(f"The rows have '{WEIGHT}' as well: multiply '{TOKEN_WEIGHTS}' by it, and remove it.")
+        refuse_both_weights(trainer)
         check_sample_weights(trainer, loader, "token")
         weights = RaggedWeights.of(trainer)
         return weigh_batches(trainer, loader, lambda inner: _TokenWeightCollator(RowCollator(inner), weights))
@@ -131,49 +140,37 @@ class TokenWeights(TrainerCallback):
     def _by_rule(self, trainer: Trainer, loader: Any, rule: TokenRule) -> Callable[[], None]:
         check_weighable(trainer, loader, "token")
         for column in (WEIGHT, TOKEN_WEIGHTS):
-            if column in (getattr(trainer.train_dataset, "column_names", None) or []):
+            if has_column(trainer, column):
                 raise InputError(f"The rows have weights ('{column}'): leave rule= out, or remove the column.")
-        return RuleLoss(trainer, rule, self._sums).detach
+        weighing = RuleLoss(cast(nn.Module, trainer.model), rule, self._sums)
+        patch = LossPatch(trainer, loader, weighing.acting)
+        patch.install()
+        return patch.remove
 
 
 class RuleLoss:
     """Multiplies the log-probability of each learnt token by a rule's weight, while the model trains.
 
     Args:
-        trainer: the run's trainer, in whose present training alone the rule acts: an error that ends it leaves the
-            hook on the model, whose output has `log_probs` and `entropy`, (B, T - 1), as SFTTrainer has patched it.
+        model: the model as SFTTrainer has patched it: its output has `log_probs` and `entropy`, (B, T - 1).
         rule: the rule.
         sums: (2,) numbers, to which the sum of the weights and the number of tokens of each micro-batch are added.
     """
 
-    def __init__(self, trainer: Trainer, rule: TokenRule, sums: np.ndarray) -> None:
-        model = cast(nn.Module, trainer.model)
-        self._rule, self._sums, self._vocabulary = rule, sums, vocabulary_of(model)
-        self._handle = model.register_forward_hook(self._weigh, with_kwargs=True)
-        self._trainer, self._compute_loss, self._acts = trainer, trainer.compute_loss, False
-        vars(trainer)["compute_loss"] = self._loss
+    def __init__(self, model: nn.Module, rule: TokenRule, sums: np.ndarray) -> None:
+        self._model, self._rule, self._sums, self._vocabulary = model, rule, sums, vocabulary_of(model)
 
-    @staticmethod
-    def leave(model: nn.Module) -> None:
-        """Remove what earlier runs have left on a model."""
-        for hook in [*model._forward_hooks.values()]:
-            if isinstance(owner := getattr(hook, "__self__", None), RuleLoss):
-                owner._handle.remove()
-
-    def detach(self) -> None:
-        """Leave the model and the trainer as they were found."""
-        self._handle.remove()
-        vars(self._trainer).pop("compute_loss", None)
-
-    def _loss(self, *args: Any, **kwargs: Any) -> Any:
-        self._acts = True
+    @contextmanager
+    def acting(self) -> Iterator[None]:
+        """A context in which the model's forward weighs."""
+        handle = self._model.register_forward_hook(self._weigh, with_kwargs=True)
         try:
-            return self._compute_loss(*args, **kwargs)
+            yield
         finally:
-            self._acts = False
+            handle.remove()
 
     def _weigh(self, model: nn.Module, args: Any, batch: dict[str, Any], output: Any) -> None:
-        if not self._acts or not model.training or getattr(output, "log_probs", None) is None:
+        if not model.training or getattr(output, "log_probs", None) is None:
             return
         learnt = learnt_positions(batch["labels"]).to(output.log_probs.device)
         if learnt.shape != output.log_probs.shape:
@@ -181,10 +178,13 @@ class RuleLoss:
                 f"The labels of a batch are {tuple(learnt.shape)}, the losses {tuple(output.log_probs.shape)}: the "
                 "tokens of such a model cannot be weighed."
             )
-        weights = self._rule.weights(self._inputs(batch, learnt, output), some=False)
+        inputs = self._inputs(batch, learnt, output)
+        if not np.isfinite(inputs.loss).all():
+            return  # whatever the weights, the loss is no number, which the trainer's log and scaler see
+        weights = self._rule.weights(inputs, some=False)
         self._sums += weights.sum(), len(weights)
         found = torch.zeros_like(output.log_probs)
-        found[learnt] = torch.from_numpy(weights).to(found)
+        found[learnt] = torch.tensor(weights).to(found)
         output.log_probs = output.log_probs * found
 
     def _inputs(self, batch: dict[str, Any], learnt: Tensor, output: Any) -> TokenInputs:
@@ -225,7 +225,7 @@ class RaggedWeights:
     def of(cls, trainer: Trainer) -> RaggedWeights:
         """The column of a trainer's rows, in its order. Raises InputError where there is none of this kind."""
         rows: Any = trainer.train_dataset
-        if TOKEN_WEIGHTS not in (getattr(rows, "column_names", None) or []):
+        if not has_column(trainer, TOKEN_WEIGHTS):
             raise InputError(
                 f"The trainer's rows have no column '{TOKEN_WEIGHTS}'. Train on what clean_dataset(rule='eaft') "
                 "returns or writes, or leave TokenWeights out."

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -206,6 +206,37 @@ class BackwardPatch:
     def remove(self) -> None:
         """Put the accelerator's own back."""
         _restore(self._accelerator, "backward")
+
+
+class LossPatch:
+    """Puts a context around each loss that a trainer computes in the present training, and undoes it.
+
+    Args:
+        trainer, train_dataloader: the trainer and the loader that it iterates.
+        around: a function that returns the context.
+    """
+
+    def __init__(
+        self, trainer: Trainer, train_dataloader: Any, around: Callable[[], AbstractContextManager[None]]
+    ) -> None:
+        self._trainer, self._loader, self._around = trainer, train_dataloader, around
+
+    def install(self) -> None:
+        """Replace the trainer's `compute_loss`."""
+        trainer, loader, around = self._trainer, self._loader, self._around
+        _restore(trainer, "compute_loss")  # after an earlier run that an exception ended
+        inner = trainer.compute_loss
+
+        def compute_loss(*args: Any, **kwargs: Any) -> Any:
+            present = trainer.callback_handler.train_dataloader is loader  # else an exception has ended that training
+            with around() if present else nullcontext():
+                return inner(*args, **kwargs)
+
+        _replace(trainer, "compute_loss", compute_loss)
+
+    def remove(self) -> None:
+        """Put the trainer's own back."""
+        _restore(self._trainer, "compute_loss")
 
 
 class GradientNormPatch:

@@ -18,11 +18,10 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 
 from ..config import InputError, check_kind, with_known_keywords
 from ..model.gradients import Segment, segments_of
-from ..selecting.results import NAME
 from ..selecting.selection import Selection
 from ..selecting.weighted_rows import WEIGHT, column_of_weights, reminder_of
 from . import trainer_access as access
-from .refusals import check_sample_weights, check_weighable
+from .refusals import check_checkpoint, check_sample_weights, check_weighable, refuse_both_weights
 from .sampler import ROW, RowCollator
 from .trainer_patches import LoaderPatch
 
@@ -74,11 +73,8 @@ class SampleWeights(TrainerCallback):
         if sum(isinstance(each, SampleWeights) for each in trainer.callback_handler.callbacks) > 1:
             raise InputError("SampleWeights was added twice: multiply the weights, and add it once.")
         check_sample_weights(trainer, loader)
-        if NAME in trainer.state.stateful_callbacks:
-            raise InputError(
-                "This checkpoint was made with ResonanceCallback, which is missing here: without it, the run would "
-                "train on all rows. Resume with ResonanceCallback, or start again with SampleWeights."
-            )
+        check_checkpoint(trainer, type(self).__name__)
+        refuse_both_weights(trainer)
         weight = self._of_rows(trainer)
         remove = weigh_batches(trainer, loader, lambda inner: _WeightCollator(RowCollator(inner), weight))
         reminder = reminder_of(trainer.train_dataset)

@@ -199,6 +199,7 @@ def test_bools_and_zeros_and_ones_are_masks_and_other_numbers_weights():
         ([2, 0, 1], "returned 2 for token 0"),
         ([0.5, 0.5, math.nan], "returned NaN for token 2"),
         ([0.5, 0.5], "returned weights of the shape (2,) for 3 tokens"),
+        ([[0.5], [0.5, 0.5], [0.5]], "returned a list that is no array of numbers"),
         ([[0.5] * 3], "returned weights of the shape (1, 3) for 3 tokens"),
         (1.0, "returned weights of the shape () for 3 tokens"),
         (None, "returned weights of the shape () for 3 tokens"),

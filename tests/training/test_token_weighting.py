@@ -286,3 +286,67 @@ def test_rows_with_both_weights_are_refused(prepared, tmp_path, tokenizer):
     both = prepared.add_column("token_weights", ones).add_column("resofilter_weight", [0.5] * len(prepared))
     with pytest.raises(InputError, match="The rows have 'resofilter_weight' as well"):
         train(tmp_path, tokenizer, TokenWeights(), dataset=both, num_train_epochs=1, **SGD)
+
+
+def test_row_weights_do_not_act_where_tokens_have_weights(weighted, tmp_path, tokenizer):
+    skip_without("log_probs")
+    both = weighted.add_column("resofilter_weight", [0.5] * COUNT)
+    with pytest.raises(InputError, match="The rows have 'resofilter_weight' as well"):
+        train(tmp_path, tokenizer, SampleWeights([0.5] * COUNT), dataset=both, num_train_epochs=1, **SGD)
+
+
+STEPS = {"per_device_train_batch_size": 2, "num_train_epochs": 2, "save_strategy": "steps", "save_steps": 3, **SGD}
+
+
+@pytest.mark.parametrize("rule", [{"rule": "conflict", "keep": 0.5}, {}], ids=["rule", "column"])
+def test_a_run_ends_the_same_from_a_checkpoint(rule, prepared, weighted, tmp_path, tokenizer):
+    skip_without("log_probs")
+    settings = {"dataset": prepared if rule else weighted, **STEPS}
+    whole = train(tmp_path / "whole", tokenizer, TokenWeights(**rule), **settings)
+    checkpoint = str(tmp_path / "whole" / "checkpoint-3")
+    resumed = train(tmp_path / "resumed", tokenizer, TokenWeights(**rule), resume=checkpoint, **settings)
+    assert_same_weights(resumed, whole)
+
+
+@pytest.mark.parametrize("there", [None, TokenWeights("all_but_first"), TokenWeights("conflict", keep=0.4)])
+def test_a_run_that_weighed_in_another_way_is_not_resumed(there, prepared, tmp_path, tokenizer):
+    skip_without("log_probs")
+    train(tmp_path, tokenizer, there, dataset=prepared, **STEPS)
+    checkpoint = str(tmp_path / "checkpoint-3")
+    with pytest.raises(InputError, match=r"The checkpoint of step 3 was made from something else: .* weights \("):
+        train(tmp_path, tokenizer, TokenWeights("conflict", keep=0.5), resume=checkpoint, dataset=prepared, **STEPS)
+
+
+def test_a_rule_does_not_act_in_the_next_training_of_the_same_trainer(prepared, tmp_path, tokenizer):
+    """Which an error has ended, and from which the callback was then taken."""
+    skip_without("log_probs")
+    start = llama(len(tokenizer))
+    settings = arguments(tmp_path, num_train_epochs=1, **SGD)
+    calls = []
+
+    def fail_once(tokens):
+        calls.append(len(tokens))
+        raise KeyboardInterrupt
+
+    callback, model = TokenWeights(fail_once), copy.deepcopy(start)
+    trainer = SFTTrainer(model, settings, train_dataset=prepared, processing_class=tokenizer, callbacks=[callback])
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    trainer.remove_callback(callback)
+    trainer.train()
+    plain = train(tmp_path / "plain", tokenizer, model=start, dataset=prepared, num_train_epochs=1, **SGD)
+    assert len(calls) == 1
+    for name, value in plain.weights.items():
+        assert torch.equal(value, trainer.model.state_dict()[name])
+
+
+@pytest.mark.parametrize("rule", ["profit", "conflict"])
+def test_losses_that_are_no_numbers_stay_so(rule, prepared, tmp_path, tokenizer):
+    """As in any run, whatever the rule; a rule would rank them, or take them for improbable."""
+    skip_without("log_probs")
+    model = llama(len(tokenizer))
+    with torch.no_grad():
+        model.model.norm.weight.fill_(math.nan)
+    callback = TokenWeights(rule)
+    train(tmp_path, tokenizer, callback, model=model, dataset=prepared, num_train_epochs=1, **SGD)
+    assert callback.mean_weights == []
