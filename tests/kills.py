@@ -8,7 +8,6 @@ Kills one or all processes of a job by SIGKILL, while it scores, selects, cleans
 from __future__ import annotations
 
 import argparse
-import json
 import multiprocessing
 import os
 import random
@@ -36,6 +35,7 @@ from resofilter_trainer import ResonanceCallback, TokenCleaning, score_dataset
 from resofilter_trainer.cli.entry import main as resofilter
 from resofilter_trainer.scoring import passes
 from resofilter_trainer.tokens.cleaning import clean_dataset
+from resofilter_trainer.training.checkpoints import last_complete
 
 SILENCE = 6  # seconds after which the other process counts a killed one as lost
 LIMIT = 180  # seconds for one start of a job, which takes a few
@@ -124,19 +124,6 @@ def train_often_saved(output: Path, callback: ResonanceCallback, **changes: Any)
     often = {"save_strategy": "steps", "save_steps": 2, "save_total_limit": 3, "gradient_accumulation_steps": 3}
     settings = {"dataset": rows(40), **often, **changes}
     train(output, make_tokenizer(), callback, resume=last_complete(output), **settings)
-
-
-def last_complete(output: Path) -> str | None:
-    """The last complete checkpoint: its state, which the Trainer writes last, can be read."""
-
-    def is_complete(path: Path) -> bool:
-        try:
-            return bool(json.loads(path.read_text()))
-        except ValueError:
-            return False
-
-    complete = [path.parent for path in output.glob("checkpoint-*/trainer_state.json") if is_complete(path)]
-    return str(max(complete, key=lambda path: int(path.name.split("-")[1]))) if complete else None
 
 
 LEDGER = "resofilter/ledger/*/*.parquet"

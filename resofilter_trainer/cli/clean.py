@@ -51,6 +51,8 @@ def add_arguments(parser: CommandParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Mask or weigh tokens, and print what was kept."""
     require(args, "model", "dataset", "output")
+    if args.rule == "token_cleaning" and (args.mode == "rho" or args.ranking == "sample"):
+        raise InputError("--rule token_cleaning ranks all tokens together: for a ranking by row, pass --rule rho.")
     if args.rule == "rho":
         args.mode = _mode_of_rho(args.mode)
     if args.rule not in (None, "token_cleaning", "rho"):

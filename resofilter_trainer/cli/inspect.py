@@ -116,7 +116,7 @@ def summary(ledger: Ledger, args: argparse.Namespace) -> Content:
         }
         for epoch, own in steps[steps["epoch"] >= 0].groupby("epoch")
     ]
-    found = spikes(ledger, args)["spikes"]
+    found, known = spikes(ledger, args)["spikes"], steps["left_out"][steps["lines"] > 0]
     return {
         "ledger": str(ledger.folder),
         "first": ledger.first,
@@ -128,7 +128,7 @@ def summary(ledger: Ledger, args: argparse.Namespace) -> Content:
         "tokens": int(steps["tokens"].sum()),
         "epochs": epochs,
         "spikes": [each["step"] for each in found],
-        "updates_left_out": int(steps["left_out"].sum()),
+        "updates_left_out": None if known.isna().any() else int(known.sum()),
     }
 
 

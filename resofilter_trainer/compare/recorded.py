@@ -42,8 +42,13 @@ def by_dynamics(request: Request) -> ScoreTable:
 
     def measure(model: PreTrainedModel, opened: Opened, target: PassOutput) -> Measured:
         rows = opened.prepared.dataset.select_columns(["input_ids", "labels"])
-        ledger = train_with_ledger(model, rows, request.tokenizer, request.args, request.folder / TRAINER)
-        return measured(ledger)
+        folder = request.folder / TRAINER
+        found = measured(train_with_ledger(model, rows, request.tokenizer, request.args, folder))
+        for checkpoint in folder.glob(
+            "checkpoint-*"
+        ):  # that of a training that has diverged stays: it ends again there
+            shutil.rmtree(checkpoint)
+        return found
 
     return run_pass(
         request.model, request.dataset, request.tokenizer, request.args, config, request.folder, measure,
@@ -61,7 +66,7 @@ def train_with_ledger(
         rows: the rows as tokens.
         tokenizer: the model's tokenizer.
         args: the training arguments.
-        folder: the folder of the training, in which only the ledger and the results of the callback stay.
+        folder: the folder of the training, with its last checkpoint.
     """
     args = copy.copy(args)
     args.output_dir, args.assistant_only_loss = str(folder), False  # the labels are set already
@@ -69,8 +74,6 @@ def train_with_ledger(
     callback = ResonanceCallback(keep=1.0, dataset=rows)
     trainer = SFTTrainer(model, args, train_dataset=rows, processing_class=tokenizer, callbacks=[callback])
     trainer.train(resume_from_checkpoint=last_complete(folder))
-    for checkpoint in folder.glob("checkpoint-*"):
-        shutil.rmtree(checkpoint)
     return Ledger.load(folder)
 
 

@@ -104,8 +104,8 @@ def _mapped(
 def mask_labels(dataset: Dataset, selection: TokenSelection) -> Dataset:
     """The rows to train on: all but the kept labels are masked, and rows that keep none are left out.
 
-    With weights, the labels stay as they are, also those of the weight 0, so that a trainer divides the loss by the
-    same number of tokens.
+    With weights, the labels of these rows stay as they are, also those of the weight 0, so that a trainer divides the
+    loss by the same number of tokens.
 
     Args:
         dataset: R prepared rows, in the order of the selection.

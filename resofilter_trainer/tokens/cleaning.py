@@ -33,6 +33,7 @@ from ..scoring.passes import locked
 from ..selecting.named_rules import rho, rule_of, token_cleaning
 from ..selecting.token_rules import OF_OTHERS, PROMPT_ATTENTION, TokenInputs, TokenRule
 from ..selecting.token_selection import EMPTIED, TokenSelection, TokenSelector
+from ..selecting.weighted_rows import TOKEN_WEIGHTS
 from .cleaned_dataset import CleanedDataset, check_output, groups_of, mask_labels, save_dataset, summarise
 from .losses import against, losses_under, remove_loss_parts, score_tokens, statistics_under
 
@@ -201,6 +202,11 @@ def open_task(
 ) -> tuple[PreTrainedModel, CleaningTask]:
     """The base model, on its device, and the task. Arguments and errors: `clean_dataset`'s."""
     check_arguments(args, folder)
+    if TOKEN_WEIGHTS in (getattr(dataset, "column_names", None) or []):
+        raise InputError(
+            f"The rows have weights of their tokens ('{TOKEN_WEIGHTS}'), which cleaning would lose. Train on them with "
+            "TokenWeights, or remove the column."
+        )
     groups = groups_of(dataset, cleaning.group_by)
     config = {"tokens_per_batch": cleaning.tokens_per_batch}
     rule = rule or _rule_of(cleaning)

@@ -250,6 +250,11 @@ BAD = {
     ),
     "rule and mode": (["--rule", "stm", *EVOLVE], "--mode is for --rule token_cleaning: leave it out with --rule stm."),
     "rule and ranking": (["--rule", "stm", "--ranking", "sample"], "--ranking is for --rule token_cleaning"),
+    "two rankings": (["--rule", "token_cleaning", "--mode", "rho"], "for a ranking by row, pass --rule rho"),
+    "two rankings by name": (
+        ["--rule", "token_cleaning", "--ranking", "sample"],
+        "for a ranking by row, pass --rule rho",
+    ),
     "rho in stages": (["--rule", "rho", *EVOLVE], "with --mode self-evolving, pass --ranking sample"),
     "bound without a rule": (["--threshold", 3, "--reference", "{place}/reference"], "--threshold goes with --rule"),
     "no batch": (["--tokens_per_batch", 0, "--reference", "{place}/reference"], "tokens_per_batch"),

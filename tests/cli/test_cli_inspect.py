@@ -111,6 +111,7 @@ def test_an_earlier_version_does_not_say_whose_update_was_left_out(tmp_path, mon
         assert "left out" not in printed(capsys, *argv)
     found = inspected("--step", "3")
     assert (found["left_out"], found["rows"][0]["left_out"]) == (None, None)
+    assert inspected()["updates_left_out"] is None
 
 
 def test_a_step_is_read_without_the_others(run, capsys):

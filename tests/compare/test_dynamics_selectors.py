@@ -240,3 +240,8 @@ def test_a_training_that_diverges_is_told_of(settings, monkeypatch):
     monkeypatch.setattr(recorded, "train_with_ledger", broken)
     with pytest.raises(NotFiniteError, match="Training on all rows gave losses that are not finite: try a smaller"):
         scored(settings)
+    again = []
+    monkeypatch.setattr(SFTTrainer, "training_step", lambda self, *args, **kwargs: again.append(args))
+    with pytest.raises(NotFiniteError):
+        scored(settings)
+    assert again == []

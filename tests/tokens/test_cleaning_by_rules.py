@@ -400,3 +400,9 @@ def test_prompts_and_masked_labels_are_no_candidates(place, tokenizer):
     candidates = sum(label != -100 for row in labels for label in row[1:])
     assert len(cleaned.selection) == candidates
     assert cleaned.selection.keep.sum() == candidates // 2
+
+
+def test_rows_whose_tokens_have_weights_are_not_cleaned_again(place):
+    weighed = clean(place, "eaft").dataset
+    with pytest.raises(InputError, match=r"The rows have weights of their tokens .* which cleaning would lose"):
+        clean(place, "random", dataset=weighed)
