@@ -32,7 +32,7 @@ def measures(page: Path) -> bool:
     """Whether a page loads a model: then it is slow."""
     text = "\n".join(each.code for each in blocks_of(page) if not each.mark)
     words = ("resofilter score", "resofilter probe", "resofilter clean", "SFTTrainer(", "score_dataset(")
-    return any(word in text for word in words)
+    return any(word in text for word in words) or BEFORE.get(name_of(page)) is make_run
 
 
 def name_of(page: Path) -> str:
