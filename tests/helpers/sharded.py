@@ -171,13 +171,16 @@ def numbers(outcome: Outcome) -> dict[str, np.ndarray]:
 
 
 def scores(output: Path, kind: str) -> dict[str, np.ndarray]:
-    """A run that drops rows; and the loss and gradient norm of each step, in the ledger and as the Trainer logs it."""
+    """A run that drops rows; and each step's loss and gradient norm, in the ledger and as the Trainer logs them.
+
+    Where DeepSpeed's engine tells the Trainer no norm to log, it is NaN.
+    """
     outcome = run(output / "scores", kind, filtering(**({"dataset": rows(ROWS)} if "packing" in kind else {})))
     if dist.is_initialized():
         dist.barrier()  # all have written their lines
     found = lines(output / "scores", PROCESSES)
     recorded = np.stack([losses(found), found.groupby("step")["grad_norm"].first()])
-    logged = np.array([[each[name] for each in outcome.logs] for name in ("loss", "grad_norm")])
+    logged = np.array([[each.get(name, np.nan) for each in outcome.logs] for name in ("loss", "grad_norm")])
     return {**numbers(outcome), "recorded": recorded, "logged": logged}
 
 

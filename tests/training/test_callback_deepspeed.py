@@ -92,6 +92,14 @@ def test_two_processes_measure_and_keep_what_one_does(kind, whole, by_two):
     assert_same(load(by_two, "scores", kind), load(whole, "scores", without_stage(kind)), tolerance)
 
 
+@pytest.mark.parametrize("kind", EXACT)
+def test_their_ledger_has_the_losses_and_norms_that_are_logged(kind, by_two):
+    found = load(by_two, "scores", kind)
+    assert len(found["logged"][0]) == found["steps"] >= 6
+    assert np.isnan(found["logged"]).any() == kind.startswith("ZeRO-0")  # whose engine tells no norm
+    np.testing.assert_allclose(found["recorded"], found["logged"], rtol=1e-6)
+
+
 def test_so_do_three(whole, tmp_path):
     by_three = runs(tmp_path / "three", "scores", "deepspeed", *BY_THREE, processes=3)
     for kind in BY_THREE:

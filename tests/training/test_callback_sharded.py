@@ -76,6 +76,7 @@ def test_two_processes_measure_and_keep_what_one_does(kind, whole, by_two):
 def test_their_ledger_has_the_losses_and_norms_that_are_logged(kind, by_two):
     found = load(by_two, "scores", kind)
     assert len(found["logged"][0]) == found["steps"] >= 6
+    assert np.isfinite(found["logged"]).all()
     np.testing.assert_allclose(found["recorded"], found["logged"], rtol=1e-6)
 
 
