@@ -2,13 +2,16 @@
 # The fast tests under four sets of versions, each in an environment of its own; prints a table in the end, and fails
 # where a test has failed.
 #
-#     benchmarks/versions.sh FOLDER [ENVIRONMENT...] [-- PYTEST-ARGUMENTS]
+#     benchmarks/versions.sh [--build] FOLDER [ENVIRONMENT...] [-- PYTEST-ARGUMENTS]
 #
+# --build only makes the environments, and runs no test in them.
 # Environments: oldest, axolotl, today, newest. FOLDER keeps them, and the output of the tests as ENVIRONMENT.log.
 # PYTHON (3.11 or 3.12) and PYTHON_NEWEST (the newest there is) name the interpreters, TORCH the build to install: an
 # unpinned torch brings gigabytes of CUDA.
 set -euo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
+only_build=""
+[ "${1:-}" = --build ] && only_build=1 && shift
 folder=$(realpath -m "${1:?a folder for the environments}")
 shift
 export OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1
@@ -51,10 +54,12 @@ mkdir -p "$folder"
 failed=0
 for name in "${asked[@]}"; do
   build "$name"
+  [ -z "$only_build" ] || continue
   export HF_DATASETS_CACHE="$folder/$name/datasets"  # no version reads what another has cached
   (cd "$root" && "$folder/$name/bin/python" -m pytest -p no:cacheprovider -rs "$@" >"$folder/$name.log" 2>&1) ||
     { failed=1 && tail -n 100 "$folder/$name.log"; }
 done
+[ -z "$only_build" ] || exit 0
 
 echo "| environment | Python | transformers | TRL | datasets | peft | accelerate | torch | result |"
 echo "|---|---|---|---|---|---|---|---|---|"

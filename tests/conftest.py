@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import atexit
+import gc
 import os
 import shutil
 import tempfile
 
+gc.disable()  # until everything is imported
 CACHE = tempfile.mkdtemp()  # the user's own is left alone
 atexit.register(shutil.rmtree, CACHE, ignore_errors=True)
 os.environ.update(HF_HOME=CACHE, HF_HUB_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1", TRANSFORMERS_VERBOSITY="error")
@@ -32,7 +34,7 @@ hypothesis.settings.load_profile("untimed")
 
 ROOT = Path(__file__).parents[1]
 
-LONGEST_FIRST = (  # so that no process is left with a long file at the end, while the others have nothing to do
+LONGEST_FIRST = (  # files, and folders: no process has a long file left when the others have nothing to do
     "tests/training/test_callback_sharded.py",
     "tests/benchmarks/test_real_models.py",
     "tests/demo/test_demo.py",
@@ -48,6 +50,11 @@ LONGEST_FIRST = (  # so that no process is left with a long file at the end, whi
     "tests/training/test_callback_tokens.py",
     "tests/report/test_report_page.py",
     "tests/benchmarks/test_benchmark_scoring.py",
+    "tests/training",
+    "tests/compare",
+    "tests/tokens",
+    "tests/scoring",
+    "tests/model",
 )
 
 
@@ -58,8 +65,15 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    rank = {name: place for place, name in enumerate(LONGEST_FIRST)}
-    items.sort(key=lambda item: rank.get(item.path.relative_to(ROOT).as_posix(), len(rank)))
+    rank = {ROOT / name: place for place, name in enumerate(LONGEST_FIRST)}
+    items.sort(key=lambda item: min(rank.get(each, len(rank)) for each in (item.path, item.path.parent)))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtestloop() -> None:
+    """Every training ends with a collection of garbage: it does not look through the million objects of imports."""
+    gc.freeze()
+    gc.enable()
 
 
 def _skip_what_older_versions_lack() -> Iterator[None]:

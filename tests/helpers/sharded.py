@@ -262,6 +262,9 @@ def main() -> None:
     if engine() == "deepspeed":
         without_compiling()
     for kind in sys.argv[4:]:
+        if kind in WHAT:  # the kinds after it are of another function
+            what = kind
+            continue
         found = WHAT[what](place / kind, kind)
         if not dist.is_initialized() or dist.get_rank() == 0:
             np.savez(place / f"{what} {kind}.npz", **found)

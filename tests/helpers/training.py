@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,8 @@ from trl import SFTConfig, SFTTrainer
 from helpers.versions import arguments_here
 from resofilter_trainer import ResonanceCallback
 from resofilter_trainer.config.compatibility import set_sequential
+
+gc.freeze()  # the collection of garbage at the end of every training does not look through what was imported
 
 UNSTABLE = ("runtime", "per_second", "num_tokens")  # log entries that depend on the clock, or that TRL restarts
 

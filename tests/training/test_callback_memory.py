@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import weakref
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -23,12 +22,10 @@ WAYS = {
 
 
 @pytest.fixture(autouse=True)
-def only_new_objects() -> Iterator[None]:
+def only_new_objects() -> None:
     """The collector leaves alone what other tests and imports made: a collection takes milliseconds, not a second."""
     gc.collect()
     gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 class CountTensors(TrainerCallback):

@@ -13,6 +13,8 @@ SIZES |= {"packed": [44, 22, 11]}
 SIZES |= {"dispatched": [44, 22, 11], "dispatched ragged": [45, 23, 12], "split": [44, 22, 11]}
 SIZES |= {"dispatched split": [44, 22, 11]}
 SIZES |= {"stream": [48, 24, 12], "stream ragged": [50, 25, 13], "split stream": [48, 24, 12]}
+RESUMED = {"plain": "resumed"}
+RESUMED |= {kind: f"resumed {kind}" for kind in ("dispatched", "dispatched ragged", "split", "stream", "stream ragged")}
 TOKENS = ("tokens", "ragged tokens", "dispatched tokens")
 
 
@@ -53,11 +55,16 @@ def test_two_processes_keep_the_tokens_that_one_keeps(kind, place):
     assert len(np.unique(one["masks"], axis=0)) >= 5  # of six parts, the first whole
 
 
+@pytest.fixture(scope="module")
+def resumed(place) -> Path:
+    """The same folder, with the runs that two new processes resume."""
+    torchrun("two_processes", place, 2, *RESUMED.values(), processes=2)
+    return place
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["plain", "dispatched", "dispatched ragged", "split", "stream", "stream ragged"])
-def test_two_processes_go_on_where_they_were(kind, place):
-    name = "resumed" if kind == "plain" else f"resumed {kind}"
-    torchrun("two_processes", place, 2, name, processes=2)
-    whole, resumed = outcome(place, 2, kind), outcome(place, 2, name)
+@pytest.mark.parametrize("kind", RESUMED)
+def test_two_processes_go_on_where_they_were(kind, resumed):
+    whole, rest = outcome(resumed, 2, kind), outcome(resumed, 2, RESUMED[kind])
     for name, value in whole.items():
-        assert np.array_equal(resumed[name], value, equal_nan=True), name
+        assert np.array_equal(rest[name], value, equal_nan=True), name

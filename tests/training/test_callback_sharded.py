@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -41,13 +42,16 @@ UNTOUCHED = (
     "lora",
 )
 RESUMED = ("plain", "sharded checkpoints", "offload", "accumulation", "lora")
+OPTIMIZERS = ("plain", "lora")
+ROUTER = "experts and their router's loss"
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory) -> Path:
     """The runs of one process with the whole model."""
     folder = tmp_path_factory.mktemp("whole")
-    torchrun("sharded", folder, "scores", "nothing", *EXACT, "bfloat16", processes=1)
+    more = ("resumed", "plain", "optimizer", *OPTIMIZERS)
+    torchrun("sharded", folder, "scores", "nothing", *EXACT, "bfloat16", *more, processes=1)
     return folder
 
 
@@ -55,7 +59,8 @@ def whole(tmp_path_factory) -> Path:
 def by_two(tmp_path_factory) -> Path:
     """The runs of two processes that share the model."""
     folder = tmp_path_factory.mktemp("two")
-    torchrun("sharded", folder, "scores", "fsdp", *EXACT, "bfloat16", processes=2)
+    more = ("untouched", *UNTOUCHED, "resumed", *RESUMED, "refused", ROUTER, "plain")
+    torchrun("sharded", folder, "scores", "fsdp", *EXACT, "bfloat16", *more, processes=2)
     return folder
 
 
@@ -64,6 +69,15 @@ def by_three(tmp_path_factory) -> Path:
     """The runs of three processes that share the model."""
     folder = tmp_path_factory.mktemp("three")
     torchrun("sharded", folder, "scores", "fsdp", *BY_THREE, processes=3)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory, by_two) -> Path:
+    """The runs of one process whose model FSDP2 holds, one of which resumes a checkpoint of two processes."""
+    folder = tmp_path_factory.mktemp("alone")
+    shutil.copytree(by_two / "plain" / "whole", folder / "plain" / "whole")
+    torchrun("sharded", folder, "elsewhere", "fsdp", "plain", "optimizer", *OPTIMIZERS, processes=1)
     return folder
 
 
@@ -91,67 +105,46 @@ def test_in_bfloat16_the_scores_agree_as_far_as_its_rounding_lets_them(whole, by
     assert first.max() <= 3e-2 * np.ptp(truth["measured"])
 
 
-@pytest.fixture(scope="module")
-def untouched(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("untouched")
-    torchrun("sharded", folder, "untouched", "fsdp", *UNTOUCHED, processes=2)
-    return folder
-
-
 @pytest.mark.parametrize("kind", UNTOUCHED)
-def test_with_all_rows_kept_the_weights_are_those_without_the_callback(kind, untouched):
-    found = load(untouched, "untouched", kind)
+def test_with_all_rows_kept_the_weights_are_those_without_the_callback(kind, by_two):
+    found = load(by_two, "untouched", kind)
     assert np.array_equal(found["with"], found["without"])
     assert np.ptp(found["with"]) > 0
 
 
-@pytest.fixture(scope="module")
-def resumed(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("resumed")
-    torchrun("sharded", folder, "resumed", "fsdp", *RESUMED, processes=2)
-    return folder
-
-
 @pytest.mark.parametrize("kind", RESUMED)
-def test_the_end_is_the_same_from_every_checkpoint(kind, resumed):
-    assert load(resumed, "resumed", kind)["checkpoints"] >= 2
+def test_the_end_is_the_same_from_every_checkpoint(kind, by_two):
+    assert load(by_two, "resumed", kind)["checkpoints"] >= 2
 
 
-def test_another_number_of_processes_resumes(resumed):
-    torchrun("sharded", resumed, "elsewhere", "fsdp", "plain", processes=1)
-    found, truth = load(resumed, "elsewhere", "plain"), load(resumed, "resumed", "plain")
+def test_another_number_of_processes_resumes(by_two, alone):
+    found, truth = load(alone, "elsewhere", "plain"), load(by_two, "resumed", "plain")
     assert_same(found, truth, 1e-5)
     assert np.abs(found["weights"] - truth["weights"]).max() <= 1e-5 * np.ptp(truth["weights"])
 
 
-def test_the_trainer_refuses_a_checkpoint_of_another_engine(resumed, tmp_path):
-    torchrun("sharded", resumed, "elsewhere", "nothing", "plain", processes=1)
-    said = str(load(resumed, "elsewhere", "plain")["said"])
+def test_the_trainer_refuses_a_checkpoint_of_another_engine(whole, by_two):
+    torchrun("sharded", by_two, "elsewhere", "nothing", "plain", processes=1)
+    said = str(load(by_two, "elsewhere", "plain")["said"])
     assert said.endswith("is only supported when using PyTorch FSDP")
-    torchrun("sharded", tmp_path, "resumed", "nothing", "plain", processes=1)
-    torchrun("sharded", tmp_path, "elsewhere", "fsdp", "plain", processes=1)
-    said = str(load(tmp_path, "elsewhere", "plain")["said"])
+    torchrun("sharded", whole, "elsewhere", "fsdp", "plain", processes=1)
+    said = str(load(whole, "elsewhere", "plain")["said"])
     assert "No such file or directory" in said
     assert "pytorch_model_fsdp.bin" in said
     assert "\n" not in said
 
 
-def test_the_optimizers_own_steps_are_measured_on_a_sharded_model(tmp_path):
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_the_optimizers_own_steps_are_measured_on_a_sharded_model(kind, whole, alone):
     """In one process, since a step has one row: a user's way to train a model that is offloaded by FSDP2."""
-    for name in ("nothing", "fsdp"):
-        (tmp_path / name).mkdir()
-        torchrun("sharded", tmp_path / name, "optimizer", name, "plain", "lora", processes=1)
-    for kind in ("plain", "lora"):
-        found, truth = (load(tmp_path / name, "optimizer", kind) for name in ("fsdp", "nothing"))
-        np.testing.assert_allclose(found["measured"], truth["measured"], rtol=1e-6)
-        assert np.array_equal(found["keep"], truth["keep"])
+    found, truth = load(alone, "optimizer", kind), load(whole, "optimizer", kind)
+    np.testing.assert_allclose(found["measured"], truth["measured"], rtol=1e-6)
+    assert np.array_equal(found["keep"], truth["keep"])
 
 
-def test_what_a_sharded_model_cannot_measure_is_refused(tmp_path):
-    router = "experts and their router's loss"
-    torchrun("sharded", tmp_path, "refused", "fsdp", router, "plain", processes=2)
-    in_training = str(load(tmp_path, "refused", router)["in training"])
+def test_what_a_sharded_model_cannot_measure_is_refused(by_two):
+    in_training = str(load(by_two, "refused", ROUTER)["in training"])
     assert in_training.startswith("The router's auxiliary loss is the batch's")
-    said = str(load(tmp_path, "refused", "plain")["before"])
+    said = str(load(by_two, "refused", "plain")["before"])
     assert said.startswith("ResonanceCallback cannot work with when='before' of a sharded model")
     assert "score_dataset(..., sharded=True)" in said
