@@ -49,6 +49,7 @@ def add_arguments(parser: CommandParser) -> None:
     process_arguments(parser)
     parser.needed("--output", help="a folder for the scores")
     parser.add_argument("--sharded", action="store_true", help="shard weights over the processes (FSDP2)")
+    parser.add_argument("--group_size", type=int, help="processes that hold sharded weights together, by default all")
     parser.add_argument("--streaming", action="store_true", help="read the dataset as a stream")
     measures = f"{RESONANCE}, {', '.join(CRITERIA)}"
     parser.add_argument("--criterion", choices=(RESONANCE, *CRITERIA), metavar="NAME", default=RESONANCE, help=measures)
@@ -146,13 +147,15 @@ def _check(args: argparse.Namespace) -> None:
         raise InputError("--reference is for signals that a stream has not: leave --streaming or --reference out.")
     if args.sharded and args.num_processes is None and not is_launched():
         raise InputError("--sharded is for several processes: pass --num_processes, or use accelerate launch.")
+    if args.group_size is not None and not args.sharded:
+        raise InputError("--group_size is of processes that hold a sharded model: pass --sharded, too.")
     if args.limit is not None and not args.layers:
         raise InputError("--limit goes with --layers all: without it, every row is scored.")
 
 
 def check_values(args: argparse.Namespace) -> None:
     """Raise InputError for a number or a signal that cannot be, before anything is read."""
-    for name in ("tokens_per_batch", "limit", "max_length", "timeout"):
+    for name in ("tokens_per_batch", "limit", "max_length", "timeout", "group_size"):
         if getattr(args, name, None) is not None:
             whole_number(f"--{name}", getattr(args, name), least=1)
     for signal in _signals(args) or ():
@@ -192,6 +195,8 @@ def _score_by_resonance(args: argparse.Namespace, common: dict[str, Any]) -> Any
     from ..scoring.stream import score_stream
 
     measure = {"config": settings_of(args, ResonanceConfig), "precision": args.precision, "sharded": args.sharded}
+    if args.group_size is not None:
+        measure["group_size"] = args.group_size
     signals = _signals(args)
     measure["signals"] = None if signals is None else ",".join(signals)
     training = sft_config(args, bf16=False, seed=args.seed)

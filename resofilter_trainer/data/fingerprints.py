@@ -38,6 +38,7 @@ def describe(
     columns: ColumnMapping,
     source: Mapping[str, Any],
     precision: Precision | None = None,
+    weights: str | None = None,
 ) -> Provenance:
     """The provenance of scores of these rows by this model.
 
@@ -50,6 +51,7 @@ def describe(
         columns: which columns became prompt and completion.
         source: where the dataset comes from.
         precision: the forward's precision; by default what `args.bf16` says.
+        weights: the hash of the model's weights, where it is known already.
     """
     precision = precision or ("bfloat16" if args.bf16 else "float32")
     preparation = {
@@ -65,7 +67,7 @@ def describe(
     }
     return Provenance(
         model=str(model.config.name_or_path or type(model).__name__),
-        weights=hash_weights(model),
+        weights=hash_weights(model) if weights is None else weights,
         tokenizer=hash_tokenizer(tokenizer),
         template=_hash_text(prepared.template),
         dataset=prepared.fingerprint,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,7 @@ from .models import load_model as load_model
 from .models import load_weights as load_weights
 from .preparation import ROW_POSITION, PreparedRows, prepare
 from .rows import duplicate_rows, empty_rows, listed_rows, read_rows, told_of
+from .shared_loading import hash_of_first, load_to_shard
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,8 @@ def open_pass(
     drop_empty: bool = False,
     source: Mapping[str, Any] | None = None,
     told: set[str] | None = None,
+    to_shard: bool = False,
+    group_size: int | None = None,
     **columns: Any,
 ) -> tuple[PreTrainedModel, Opened]:
     """The model, not yet on its device, and the rows of a pass.
@@ -82,6 +86,9 @@ def open_pass(
         config: what is measured and with which settings, for the provenance.
         precision: the forward's precision; by default what `args.bf16` says.
         told: notes on the rows that were printed already, which is extended; by default none were.
+        to_shard: whether the model will be sharded: a name is then loaded by the first process of each group alone,
+            and the others get the model without numbers.
+        group_size: the processes of a group; by default all.
 
     Raises:
         InputError: no row can be measured, or model, tokenizer and rows do not fit.
@@ -92,7 +99,9 @@ def open_pass(
     notes: list[str] = []
     rows, reasons = usable_rows(dataset, mapping, args, drop_duplicates, drop_empty, notes)
     _tell(notes, set() if told is None else told)
-    model, tokenizer = load_model(model, processing_class, args)
+    shared = to_shard and isinstance(model, str)
+    load = partial(load_to_shard, group_size=group_size) if shared else None
+    model, tokenizer = load_model(model, processing_class, args, load)
     try:
         prepared = prepare(rows, tokenizer, args, drop_empty)
     except NothingError as error:
@@ -104,7 +113,8 @@ def open_pass(
         source["chat_template_path"] = str(args.chat_template_path)
     if args.trust_remote_code:
         source["trust_remote_code"] = True
-    provenance = describe(model, tokenizer, prepared, len(dataset), args, config, mapping, source, precision)
+    weights = hash_of_first(model) if shared else None
+    provenance = describe(model, tokenizer, prepared, len(dataset), args, config, mapping, source, precision, weights)
     return model, Opened(tokenizer, prepared, reasons | prepared.reasons, len(dataset), provenance)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -36,9 +36,16 @@ CONVERT = (  # for weights in another format, whose tokenizer has to follow
 
 
 def load_model(
-    model: str | PreTrainedModel, processing_class: PreTrainedTokenizerBase | None, args: SFTConfig
+    model: str | PreTrainedModel,
+    processing_class: PreTrainedTokenizerBase | None,
+    args: SFTConfig,
+    load: Callable[[str, SFTConfig], PreTrainedModel] | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A model and its tokenizer; a model's name is loaded in float32, as SFTTrainer does.
+
+    Args:
+        model, processing_class, args: as for `score_dataset`.
+        load: a function that loads a model by its name; by default `load_weights`.
 
     Raises:
         InputError: one of them cannot be found, reached or read, or the files lack some of the model's weights.
@@ -49,7 +56,7 @@ def load_model(
             "processing_class=processor.tokenizer."
         )
     if isinstance(model, str):
-        model = load_weights(model, args)
+        model = (load or load_weights)(model, args)
     refuse_wrapper(model)
     name = model.config.name_or_path
     if not name and processing_class is None:
@@ -66,8 +73,13 @@ def load_model(
     return model, tokenizer
 
 
-def load_weights(name: str, args: SFTConfig) -> PreTrainedModel:
+def load_weights(name: str, args: SFTConfig, *, without_numbers: bool = False) -> PreTrainedModel:
     """A model from its name or folder, in float32 unless `args.model_init_kwargs` says otherwise.
+
+    Args:
+        name: the name or folder.
+        args: SFTTrainer's arguments.
+        without_numbers: whether to read only the structure, and leave every tensor on the meta device.
 
     Raises:
         InputError: it cannot be found, reached or read, or its files lack some of its weights, which transformers would
@@ -78,6 +90,8 @@ def load_weights(name: str, args: SFTConfig) -> PreTrainedModel:
         check_path(name)
     safe = {"trust_remote_code": args.trust_remote_code, "use_safetensors": True}  # a pickle may run anything
     settings = {"dtype": torch.float32, **safe, **given, "output_loading_info": True}
+    if without_numbers:
+        settings["device_map"] = {"": "meta"}
     try:
         model, found = _class_of(name, settings).from_pretrained(name, **settings)
     except Exception as error:  # transformers, safetensors and the hub each raise their own

@@ -6,6 +6,8 @@
 The measured weights are thus whole in every process, and the head can be read a tile at a time. Each process has
 batches of its own. All processes gather a layer together, so each must run the model equally often, or all wait.
 
+One process alone may have the weights, and the others the model on the meta device: then they are handed out.
+
 A training run has its model sharded by accelerate, all of it. There, a layer's weights are whole in the backward of
 that layer, where they are measured; elsewhere they are gathered by `gathered` or `whole`, by all processes together.
 """
@@ -15,6 +17,7 @@ from __future__ import annotations
 import contextlib
 from collections import Counter
 from collections.abc import Iterator
+from datetime import timedelta
 from typing import Any, cast
 
 import torch
@@ -26,10 +29,13 @@ from torch.distributed.tensor import DTensor, Partial, Replicate
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from ..config import InputError, ResonanceConfig
+from .handing_out import hand_out_shards, hand_out_whole, has_no_numbers
 from .plain import CHECKPOINTED
 from .quantised import bits_of, plain_matrix
 from .up_projection import UpProjection, decoder_layers, find_up_projections
 from .zero3 import is_divided, present
+
+OFFLOADED = "is offloaded, and cannot be sharded: load the model without device_map."
 
 
 def shard(
@@ -41,7 +47,8 @@ def shard(
     each (in a mixture of experts all experts of a layer), and while a layer runs the whole of it.
 
     Args:
-        model: the same model in every process, on the CPU or on `device`.
+        model: the same model in every process, on the CPU or on `device`; or in the first process of the group, and
+            the same without numbers, on the meta device, in all others.
         config: the layers to measure.
         device: the device of this process.
         group: the processes; by default all.
@@ -51,14 +58,45 @@ def shard(
             up-projection.
     """
     _check(model)
-    mesh = DeviceMesh.from_group(group or cast(dist.ProcessGroup, dist.group.WORLD), device.type)
+    group = group or cast(dist.ProcessGroup, dist.group.WORLD)
+    handed_out = _one_has_the_weights(model, group)
+    mesh = DeviceMesh.from_group(group, device.type)
     path, layers = decoder_layers(model)
     whole = _whole(model, config, path, layers)
+    receives = has_no_numbers(model)
+    if handed_out:
+        whole = hand_out_whole(model, whole, device, group)
     for layer in layers:
+        weights = {} if receives else dict(layer.named_parameters(remove_duplicate=False))
         fully_shard(layer, mesh=mesh, ignored_params=whole)
+        if handed_out:
+            hand_out_shards(layer, weights, device)
     fully_shard(model, mesh=mesh, ignored_params=whole)  # the root, which orders the layers
     for each in (*whole, *model.buffers()):  # fully_shard does not move these
         each.data = each.data.to(device)
+
+
+def neighbours(size: int, timeout: timedelta) -> dist.ProcessGroup:
+    """The group of this process: `size` processes that follow each other; in the last group those that are left.
+
+    Args:
+        size: the number of processes of a group.
+        timeout: how long a process waits for the others of its group.
+
+    Every process calls this.
+    """
+    processes, mine = dist.get_world_size(), None
+    for start in range(0, processes, size):
+        ranks = list(range(start, min(start + size, processes)))
+        group = dist.new_group(ranks, timeout=timeout)  # all processes make each group
+        mine = group if dist.get_rank() in ranks else mine
+    return cast(dist.ProcessGroup, mine)
+
+
+def group_of(model: nn.Module) -> dist.ProcessGroup | None:
+    """The processes that hold a sharded model together, and must run it at the same time; None of any other model."""
+    sharded = _sharded_parameter(model)
+    return None if sharded is None else sharded.device_mesh.get_group()
 
 
 def is_sharded(model: nn.Module) -> bool:
@@ -121,16 +159,21 @@ def sum_over_shards(sums: Tensor, parameter: Tensor) -> Tensor:
     return DTensor.from_local(sums.to(mesh.device_type), mesh, places).full_tensor()
 
 
+def of_first(group: dist.ProcessGroup, value: Any) -> Any:
+    """The `value` of the first process of a group, in every process of it; each must call this."""
+    values = [value]
+    dist.broadcast_object_list(values, group=group, group_src=0)
+    return values[0]
+
+
 def of_first_process(model: nn.Module, value: Any) -> Any:
     """The first process's `value`, in every process of a sharded model; each must call this.
 
     A tensor is returned on the CPU.
     """
-    sharded = _sharded_parameter(model)
-    assert sharded is not None, "the model is not sharded"
-    values = [value.cpu() if isinstance(value, Tensor) else value]
-    dist.broadcast_object_list(values, group=sharded.device_mesh.get_group(), group_src=0)
-    return values[0]
+    group = group_of(model)
+    assert group is not None, "the model is not sharded"
+    return of_first(group, value.cpu() if isinstance(value, Tensor) else value)
 
 
 def _sharded_parameter(model: nn.Module) -> DTensor | None:
@@ -145,8 +188,17 @@ def _check(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
         if bits_of(parameter) is not None:
             raise InputError(f"'{name}' is quantised, and a quantised model cannot be sharded: do one of the two.")
-        if parameter.device.type == "meta":
-            raise InputError(f"'{name}' is offloaded, and cannot be sharded: load the model without device_map.")
+        if parameter.device.type == "meta" and not has_no_numbers(model):
+            raise InputError(f"'{name}' {OFFLOADED}")
+
+
+def _one_has_the_weights(model: nn.Module, group: dist.ProcessGroup) -> bool:
+    """Whether the first process of a group alone has the weights. Raises InputError where it has none."""
+    without: list[bool] = [False] * dist.get_world_size(group)
+    dist.all_gather_object(without, has_no_numbers(model), group=group)
+    if without[0]:
+        raise InputError(f"'{next(name for name, _ in model.named_parameters())}' {OFFLOADED}")
+    return any(without)
 
 
 def _whole(model: nn.Module, config: ResonanceConfig, path: str, layers: nn.ModuleList) -> set[nn.Parameter]:

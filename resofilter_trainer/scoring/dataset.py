@@ -34,7 +34,7 @@ from ..model.float32 import fits_in_float32, half_tensors, in_float32
 from ..model.modes import bfloat16_forward
 from ..model.recorder import Recorder
 from ..model.resonance import Resonance
-from ..model.sharding import is_sharded, shard
+from ..model.sharding import group_of, is_sharded
 from ..model.updates import closed_form
 from ..scores.full_step import full_step_of, is_saturated
 from ..scores.provenance import Trust
@@ -43,6 +43,7 @@ from ..scores.statistics import layer_vote, rank_correlation
 from .batches import Batch, arrange, collate, default_budget, padded_tokens
 from .further_passes import FurtherPass
 from .further_signals import ALL_SIGNALS, Wanted, measure_further, measured_in_the_pass
+from .groups import check_group, shard_in_groups
 from .output import Measured, PassOutput, say_left_out, warn_of_doubts
 from .passes import Parts, from_main, measure_batches
 from .run_pass import run_pass
@@ -66,6 +67,7 @@ def score_dataset(
     precision: Precision | None = None,
     tokens_per_batch: int | None = None,
     sharded: bool = False,
+    group_size: int | None = None,
     signals: str | Sequence[str] | None = None,
     reference: str | None = None,
     warmup: int | Warmup | None = None,
@@ -88,7 +90,11 @@ def score_dataset(
             float64.
         tokens_per_batch: the tokens of a batch, padding included; by default what suits the device.
         sharded: shard the layers' weights over all processes (FSDP2), for a model that does not fit on one device.
-            Each process still loads the whole model into host memory first. The passed model stays sharded.
+            Of a name, one process reads the weights and sends every process its shards; a model that is passed stays
+            sharded.
+        group_size: with `sharded`, the number of processes that hold the model together, at best those of a machine.
+            Each such group takes batches from one queue as it becomes free; the last group may have fewer processes.
+            By default all processes are one group, and run in lockstep.
         signals: further signals to measure, such as `["entropy", "rank"]`, or `"all"` that can be measured here. Each
             is a column of that name, by which `DataSelector(by=...)` can select. Those in `model.signals.SIGNALS` are
             measured in the same pass; those in `scoring.further_signals.FURTHER` take a forward or two more (`ifd` and
@@ -133,14 +139,13 @@ def score_dataset(
     warms_up = not (warmup is None and warmup_dataset is None)
     if warms_up:
         wanted.check_warmup()
+    if group_size is not None:
+        check_group(group_size, sharded, args)
     if sharded and warms_up:
         raise InputError("A warm-up trains a whole copy of the model in every process: leave sharded=True out.")
 
     def place(model: PreTrainedModel, args: SFTConfig) -> PreTrainedModel:
-        if not sharded:
-            return placed(model, args)
-        shard(model, config, args.device)
-        return model
+        return shard_in_groups(model, config, args, group_size) if sharded else placed(model, args)
 
     def settle(model: PreTrainedModel, opened: Opened) -> Opened:
         opened = wanted.settled(model, opened)
@@ -171,7 +176,8 @@ def score_dataset(
     scores = run_pass(
         model, dataset, processing_class, args, config.to_json(), output, measure,
         place=place, settle=settle, gradients=True, precision=forward,
-        warmup=warmup, warmup_dataset=warmup_dataset, **row_options,
+        warmup=warmup, warmup_dataset=warmup_dataset, to_shard=sharded, group_size=group_size,
+        **row_options,
     )  # fmt: skip
     warn_of_doubts(scores, stacklevel=3)
     return scores
@@ -332,7 +338,7 @@ class Pass:
             return {"loss": found.loss, "num_tokens": found.num_tokens, **layers, **found.signals}
 
         with bfloat16_forward(self.record.model, autocast, aside=self.record.parameters):
-            found = measure_batches(rows, costs, of_batch, self.args, label, store, self.record.in_step)
+            found = measure_batches(rows, costs, of_batch, self.args, label, store, group_of(self.record.model))
         self.record.forget()  # what it cached is of this precision
         layers = np.stack([found[name].to_numpy() for name in self._layer_names], axis=1)
         signals = {name: found[name].to_numpy() for name in self.record.signals}

@@ -51,3 +51,9 @@ def rounds(costs: np.ndarray, processes: int) -> list[np.ndarray]:
     missing = -len(order) % processes
     order = np.concatenate([order, np.repeat(order[-(len(order) % processes or 1) :][:1], missing)])
     return list(order.reshape(-1, processes))
+
+
+def batches_alike(costs: np.ndarray, count: int) -> list[np.ndarray]:
+    """All units, `count` of similar cost together, the most expensive first; the last ones may be fewer."""
+    order = np.argsort(-np.asarray(costs, dtype=np.float64), kind="stable")
+    return [order[start : start + count] for start in range(0, len(order), count)]

@@ -21,7 +21,7 @@ from ..data.preparation import PreparedRows
 from ..model.head import PROBE, Way, find_way
 from ..model.losses import IGNORE, TokenBatch
 from ..model.modes import bfloat16_forward, evaluating, own_precision
-from ..model.sharding import is_sharded
+from ..model.sharding import group_of
 from .batches import padded_tokens, split_by_tokens
 from .passes import Parts, measure_batches
 
@@ -108,7 +108,7 @@ class FurtherPass:
                 return numbers
 
             costs = padded_tokens(lengths, places)
-            table = measure_batches(batches, costs, of_batch, self.args, forward.label, store, is_sharded(model))
+            table = measure_batches(batches, costs, of_batch, self.args, forward.label, store, group_of(model))
         order = np.argsort(np.concatenate(places), kind="stable")
         return {key: table[key].to_numpy()[order] for key in table.column_names if key != "unit"}
 

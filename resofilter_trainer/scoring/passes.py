@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import torch.distributed as dist
 import xxhash
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
@@ -27,11 +29,14 @@ from transformers import TrainingArguments
 from ..config import InputError
 from ..io.files import folder_lock
 from ..io.store import UNIT, Store
-from .distribution import guided_chunks, rounds
-from .team import Team
+from .distribution import guided_chunks
+from .groups import as_groups_are_free
+from .team import PAUSE, Team
 
 LOST_SHARE = 1 / 50  # of the work so far that a kill may cost, within these bounds
 LEAST_LOST, MOST_LOST = 1.0, 300.0  # seconds
+SEEN = ".seen-"  # begins the name of a file by which all processes see that they share a folder
+APPEARS = 5.0  # seconds until it is missed
 
 
 @dataclass(frozen=True)
@@ -66,7 +71,7 @@ def measure_batches(
     args: TrainingArguments,
     label: str,
     store: Store | None = None,
-    in_step: bool = False,
+    group: dist.ProcessGroup | None = None,
 ) -> pa.Table:
     """Measure every batch once.
 
@@ -78,7 +83,7 @@ def measure_batches(
             (`ddp_timeout`).
         label: the text of the progress bar.
         store: where to save the results, and where to find those of an interrupted pass.
-        in_step: whether every process must measure the same number of batches, at the same time.
+        group: the processes that must measure the same number of batches, at the same time; by default each its own.
 
     Returns:
         In every process, one entry for each row, batch after batch; the column `unit` holds the number of its batch.
@@ -91,7 +96,9 @@ def measure_batches(
     todo = np.setdiff1d(np.arange(len(batches)), done)
     results = _Results(store)
     with Team(args.ddp_timeout) as team, _bar(label, len(todo), len(done), args) as bar, results:
-        shares = _in_step(todo, costs[todo], team) if in_step else _as_free(todo, costs[todo], team)
+        shares = (
+            _as_free(todo, costs[todo], team) if group is None else as_groups_are_free(todo, costs[todo], team, group)
+        )
         for at, number, counts in shares:
             columns = measure(number)
             if counts:
@@ -126,13 +133,47 @@ def locked(folder: str | os.PathLike[str] | None) -> Iterator[None]:
     """Lock a folder against other runs; without a folder, do nothing. Every process waits for the main one's lock.
 
     Raises:
-        InputError: another run writes to it, or nothing can be written there.
+        InputError: another run writes to it, nothing can be written there, or it is not the same for every process.
     """
     with contextlib.ExitStack() as stack:
         if folder is not None:
             path = Path(folder)
             from_main(lambda: stack.enter_context(folder_lock(path)))
+            _check_seen_by_all(path)
         yield
+
+
+def _check_seen_by_all(folder: Path) -> None:
+    """Raise InputError, in every process, where one does not see what the main process writes to a folder."""
+    state = PartialState()
+    if state.num_processes == 1:
+        return
+
+    def written() -> str:
+        for left in folder.glob(f"{SEEN}*"):
+            left.unlink()
+        with tempfile.NamedTemporaryFile(prefix=SEEN, dir=folder, delete=False) as note:
+            return Path(note.name).name
+
+    note = folder / from_main(written)
+    sees: list[bool] = gather_object([_appears(note)])
+    if state.is_main_process:
+        note.unlink()
+    if not all(sees):
+        raise InputError(
+            f"Process {sees.index(False)} of {len(sees)} does not see what process 0 writes to '{folder}'. Every "
+            "machine of the run must be able to read and write the output folder: pass the path of a shared one."
+        )
+
+
+def _appears(path: Path) -> bool:
+    """Whether a file is there, or appears within seconds, as it may on a network's disk."""
+    until = time.monotonic() + APPEARS
+    while not path.exists():
+        if time.monotonic() > until:
+            return False
+        time.sleep(PAUSE)
+    return True
 
 
 def open_store(store: Store) -> np.ndarray:
@@ -152,13 +193,6 @@ def _as_free(todo: np.ndarray, costs: np.ndarray, team: Team) -> Iterator[tuple[
     while (taken := team.take()) < len(chunks):
         for place in range(chunks[taken].start, chunks[taken].stop):
             yield place, int(todo[place]), True
-
-
-def _in_step(todo: np.ndarray, costs: np.ndarray, team: Team) -> Iterator[tuple[int, int, bool]]:
-    """The same for processes that keep in step: one batch in each round. A batch that is repeated does not count."""
-    for number, places in enumerate(rounds(costs, team.processes)):
-        mine = places[team.rank]
-        yield number * team.processes, int(todo[mine]), not (places[: team.rank] == mine).any()
 
 
 class _Results:

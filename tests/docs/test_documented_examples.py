@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from helpers.examples import ROOT, blocks_of, commands_of, run_block
+from helpers.examples import ROOT, blocks_of, commands_of, containers_of, run_block, run_command
 from helpers.probes import result
 from safetensors.torch import load_file, save_file
 
@@ -46,6 +46,25 @@ def test_blocks_are_found():
     assert commands_of(blocks[0].code)[1] == ["resofilter", "demo"]
     assert (ROOT / "README.md").read_text().splitlines()[blocks[2].line - 1] == blocks[2].code.splitlines()[0]
     assert commands_of("a \\\n  b  # c\n# d\ne && f\n") == [["a", "b"], ["e"], ["f"]]
+
+
+@pytest.mark.parametrize("launcher", ["torchrun --nnodes 2 -m --", "accelerate launch -m", "srun torchrun -m --"])
+def test_the_options_of_a_launcher_and_of_what_it_launches_are_known(launcher):
+    command = f"{launcher} resofilter_trainer.cli score --model m"
+    run_command(command.split(), only_parsed=True)
+    for wrong in (
+        f"{command} --nothing",
+        command.replace("launch ", "launch --nothing ").replace("run ", "run --nope "),
+    ):
+        with pytest.raises((AssertionError, SystemExit)):
+            run_command(wrong.split(), only_parsed=True)
+
+
+def test_the_job_of_kubernetes_is_found():
+    page = ROOT / "docs" / "tasks" / "several_machines.md"
+    (block,) = [each for each in blocks_of(page) if each.language == "yaml"]
+    (container,) = [each for document in yaml.safe_load_all(block.code) for each in containers_of(document)]
+    assert container["command"][0] == "torchrun"
 
 
 def test_few_blocks_are_not_run_and_each_says_why():

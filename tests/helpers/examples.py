@@ -10,6 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
+from accelerate.commands import launch
+from torch.distributed import run as torchrun
+
 from resofilter_trainer.cli import entry
 
 ROOT = Path(__file__).parents[2]
@@ -17,7 +21,8 @@ FENCE = re.compile(
     r"^( *)(?:<!-- (not run|only parsed): (.+?) -->\n\1)?```([\w{}-]*)[^\n]*\n(.*?)^\1```$", re.MULTILINE | re.DOTALL
 )
 # Programs that are no part of this package. That the files they name exist is tested.
-OTHERS = {"pip", "pytest", "accelerate", "llamafactory-cli", "axolotl"}
+OTHERS = {"pip", "pytest", "accelerate", "torchrun", "llamafactory-cli", "axolotl", "srun", "export"}
+MODULE = "resofilter_trainer.cli"  # what a launcher runs
 
 
 @dataclass(frozen=True)
@@ -65,6 +70,10 @@ def run_block(block: Block, names: dict[str, Any]) -> None:
     elif block.language == "bash":
         for words in commands_of(block.code):
             run_command(words, block.mark == "only parsed")
+    elif block.language == "yaml":
+        for document in yaml.safe_load_all(block.code):
+            for container in containers_of(document):
+                run_command(container["command"], only_parsed=True)
 
 
 def run_command(words: list[str], only_parsed: bool) -> None:
@@ -76,6 +85,8 @@ def run_command(words: list[str], only_parsed: bool) -> None:
         assert known.command in entry.COMMANDS
         return
     assert words[0] in OTHERS, words
+    if MODULE in words:
+        parse_launched(words)
     files = [word for word in words if re.fullmatch(r"[\w./-]+\.(py|yaml|txt)", word) and "/" in word]
     assert [file for file in files if not (ROOT / file).exists() and not Path(file).exists()] == []
 
@@ -85,3 +96,23 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parsed, rest = entry._parser().parse_known_args(argv)
     assert rest == [], rest
     return parsed
+
+
+def parse_launched(words: list[str]) -> None:
+    """See that a launcher and the command that it runs know these words; a variable of the shell stands for a 1."""
+    launcher = next(name for name in ("torchrun", "accelerate") if name in words)
+    words = [re.sub(r"\$(\(\w+\)|\w+)", "1", word) for word in words[words.index(launcher) + 1 :]]
+    if launcher == "torchrun":
+        torchrun.get_args_parser().parse_args(words)
+    else:
+        assert words[0] == "launch"
+        launch.launch_command_parser().parse_args(words[1:])
+    assert parse(words[words.index(MODULE) + 1 :]).command in entry.COMMANDS
+
+
+def containers_of(document: Any) -> list[dict[str, Any]]:
+    """The containers of a job of Kubernetes; none of anything else."""
+    if not isinstance(document, dict) or document.get("kind") != "Job":
+        return []
+    found: list[dict[str, Any]] = document["spec"]["template"]["spec"]["containers"]
+    return found
