@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,26 @@ def row_options(args: argparse.Namespace) -> dict[str, Any]:
         "source": {"dataset": args.dataset, "split": args.split, "name": args.dataset_config},
         **dataclasses.asdict(settings_of(args, ColumnMapping)),
     }
+
+
+def hub_options(args: argparse.Namespace) -> dict[str, Any] | None:
+    """The repository to push to and the options of pushing; None where nothing is to be pushed.
+
+    Raises:
+        InputError: an argument is missing, or is for pushing, or nothing could be pushed.
+    """
+    if not args.push_to_hub:
+        for name in ("hub_dataset_id", "hub_private_repo", "hub_revision"):
+            if getattr(args, name) is not None:
+                raise InputError(f"--{name} goes with --push_to_hub.")
+        return None
+    if args.hub_dataset_id is None:
+        raise InputError("--push_to_hub needs the name of a repository: pass --hub_dataset_id owner/name.")
+    if os.environ.get("RANK", "0") == "0":
+        from ..io.hub import check_can_push
+
+        check_can_push(args.hub_dataset_id)
+    return {"repo_id": args.hub_dataset_id, "private": args.hub_private_repo, "revision": args.hub_revision}
 
 
 def sft_config(args: argparse.Namespace, **training: Any) -> Any:

@@ -24,6 +24,8 @@ OTHER_NAMES = {
     "keep": "keep_tokens",
     "groups": "group_column",
     "name": "dataset_config",
+    "hub_model_id": "hub_dataset_id",
+    "repo_id": "hub_dataset_id",
 }
 _spoken: ContextVar[Mapping[str, argparse.Action]] = ContextVar(
     "the options of the running command", default=MappingProxyType({})

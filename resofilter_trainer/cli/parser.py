@@ -199,6 +199,16 @@ def process_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--timeout", type=int, default=1800, help="seconds until a silent process is lost")
 
 
+def hub_arguments(parser: argparse.ArgumentParser, what: str) -> None:
+    """Add the arguments that push to the hub, by TrainingArguments' names; a token comes from HF_TOKEN or the login."""
+    hub = parser.add_argument_group("hub, as in TrainingArguments")
+    hub.add_argument("--push_to_hub", action="store_true", help=f"push {what}, with a card; log in with: hf auth login")
+    hub.add_argument("--hub_dataset_id", metavar="OWNER/NAME", help="the repository, made where it does not exist")
+    private = "whether it is private; by default as its owner has set"
+    hub.add_argument("--hub_private_repo", nargs="?", const=True, type=true_or_false, help=private)
+    hub.add_argument("--hub_revision", metavar="BRANCH", help="the branch; by default the main one")
+
+
 def scored_dataset_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments that name the scored dataset."""
     parser.add_argument("--dataset", help="the dataset that was scored, if it has moved since")

@@ -45,6 +45,7 @@ def run(args: argparse.Namespace) -> None:
     if (Path(args.source) / RESULT_FILE).is_file():
         _report_probe(args)
         return
+    _folder(args)
     contents = read_contents(args.source, args.selection, args.comparison)
     texts = groups = decode = None
     if contents.scores is not None:
@@ -53,15 +54,25 @@ def run(args: argparse.Namespace) -> None:
         from ..data.row_texts import decoder
 
         decode = decoder(contents.cleaned.scores.provenance.model)
-    place = Path(args.selection or args.source)  # so that each selection has its own
-    folder = place.parent if place.suffix == ".parquet" else place
-    report = write_report(contents, args.output or folder, texts, groups, decode, args.title)
+    report = write_report(contents, _folder(args), texts, groups, decode, args.title)
     if report.numbers is not None:
         scoring = CommandParser()
         score.add_arguments(scoring)
         for warning in report.numbers.warnings:  # what to do about them is done by scoring again
             print(f"Warning: {in_shell(warning, options_of(scoring))}")
     _show(report.path, args.open)
+
+
+def _folder(args: argparse.Namespace) -> Path:
+    """The folder of the page: each selection has its own. Raises InputError where that would be on the hub."""
+    from ..io.hub import is_on_hub
+
+    if args.output is not None:
+        return Path(args.output)
+    place = args.selection or args.source
+    if is_on_hub(place):
+        raise InputError(f"'{place}' is on the hub, and the page is written to a folder here: pass --output.")
+    return Path(place).parent if Path(place).suffix == ".parquet" else Path(place)
 
 
 def _report_probe(args: argparse.Namespace) -> None:

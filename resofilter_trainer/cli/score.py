@@ -22,10 +22,10 @@ from ..config import (
     one_of,
     whole_number,
 )
-from .inputs import dataset_of, require, row_options, settings_of, sft_config, warmup_dataset_of
+from .inputs import dataset_of, hub_options, require, row_options, settings_of, sft_config, warmup_dataset_of
 from .launching import is_launched, say_stage
 from .naming import told
-from .parser import CommandParser, process_arguments, row_arguments, seed_argument, true_or_false
+from .parser import CommandParser, hub_arguments, process_arguments, row_arguments, seed_argument, true_or_false
 
 CRITERIA = (  # the names of those in `criteria`, which needs torch
     *("loss", "perplexity", "entropy", "el2n", "grand", "ifd", "length", "response_ratio", "repetition", "rarity"),
@@ -88,12 +88,14 @@ def add_arguments(parser: CommandParser) -> None:
     warm.add_argument("--warmup_lora_rank", type=int, default=own.lora_rank, help="the rank of the adapter")
     warm.add_argument("--warmup_seed", type=int, default=own.seed, help="draws the rows and their order")
     warm.add_argument("--warmup_cache", help="tuned weights; by default OUTPUT/warmup")
+    hub_arguments(parser, "the scores")
 
 
 def run(args: argparse.Namespace) -> None:
     """Score a dataset and print a summary."""
     require(args, "model", "dataset", "output")
     _check(args)
+    pushed = hub_options(args)
     common: dict[str, Any] = {"output": args.output, **row_options(args)}
     common |= _warmup(args)
     if args.tokens_per_batch is not None:
@@ -117,6 +119,8 @@ def run(args: argparse.Namespace) -> None:
     else:
         print(told(scores.summary()))
         print(f"Scores: {file_at(args.output, SCORES_FILE)}")
+        if pushed is not None:
+            print(f"Pushed: {scores.push_to_hub(**pushed).repo_url}")
         print(f"Next: resofilter select {quote(args.output)} --keep 0.5 --output kept")
 
 
@@ -137,6 +141,8 @@ def _check(args: argparse.Namespace) -> None:
     for name, given in needless.items():
         if args.layers and given:
             raise InputError(f"--layers all measures every layer in float32: leave --{name} out.")
+    if args.layers and args.push_to_hub:
+        raise InputError("--layers all measures some rows, for a report here: leave --push_to_hub out.")
     if (args.streaming or args.sharded) and (args.criterion != RESONANCE or args.layers):
         raise InputError("--streaming and --sharded are for resonance: leave --criterion and --layers out.")
     if args.signals and (args.criterion != RESONANCE or args.layers):

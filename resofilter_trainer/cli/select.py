@@ -9,12 +9,13 @@ from shlex import quote
 from typing import TYPE_CHECKING, Any
 
 from ..config import InputError
-from .inputs import require, scored_dataset
-from .parser import CommandParser, scored_dataset_arguments
+from .inputs import hub_options, require, scored_dataset
+from .parser import CommandParser, hub_arguments, scored_dataset_arguments
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
+    from ..scores.provenance import Provenance
     from ..scores.score_table import ScoreTable
     from ..selecting.selection import Selection
 
@@ -28,7 +29,7 @@ FORMATS = ("jsonl", "parquet", "sharegpt", "alpaca")  # the names of those in `d
 
 def add_arguments(parser: CommandParser) -> None:
     """Add the arguments of the selection."""
-    several = "folders or files of scores; several are shards of one dataset's"
+    several = "folders or files of scores, here or hf://datasets/owner/name; several are shards of one dataset's"
     parser.add_argument("scores", nargs="*", help=f"{several} (required)")
     parser.needed("--output", help="a folder for the selection and the kept rows")
     parser.add_argument("--overwrite", action="store_true", help="replace another selection in that folder")
@@ -83,20 +84,21 @@ def add_arguments(parser: CommandParser) -> None:
         help=f"also write the kept rows for other trainers, to exported/: {', '.join(FORMATS)}",
     )
     scored_dataset_arguments(parser)
+    hub_arguments(parser, "the selection and the kept rows")
 
 
 def run(args: argparse.Namespace) -> None:
     """Decide from saved scores, and write the selection and the kept rows."""
     from ..io.files import check_folder
     from ..scores.score_table import ScoreTable
-    from ..selecting.kept_dataset import DATASET, EXPORTED, check_no_other, check_place
-    from ..selecting.training_lines import training_lines
+    from ..selecting.kept_dataset import check_no_other, check_place
 
     require(args, "scores", "output")
     output = Path(args.output)
     if output.suffix == ".parquet":
         raise InputError(f"--output {args.output} must be a folder, for the selection and the kept rows.")
     check_folder(output)
+    pushed = hub_options(args)
     policy = _policy(args)
     scores = _without_faults(args, ScoreTable.join([ScoreTable.load(path) for path in args.scores]))
     dataset = scored_dataset(args, scores.provenance.source)
@@ -115,18 +117,29 @@ def run(args: argparse.Namespace) -> None:
     saved = _save(selection, dataset, output, args.group_column, args.format or ())
     print(selection.summary(groups))
     print(f"Selection: {saved}")
+    _tell_of_rows(args, dataset, scores.provenance)
+    if pushed is not None:
+        options = {"check_rows": False, "group_column": args.group_column, **pushed}
+        print(f"Pushed: {selection.push_to_hub(dataset, **options).repo_url}")
+    if len(args.scores) == 1:
+        print(f"Next: resofilter report {quote(args.scores[0])} --selection {quote(args.output)}")
+
+
+def _tell_of_rows(args: argparse.Namespace, dataset: Any, made: Provenance) -> None:
+    """Print where the kept rows are, and how to train on them."""
+    from ..selecting.kept_dataset import DATASET, EXPORTED
+    from ..selecting.training_lines import training_lines
+
+    output = Path(args.output)
     if dataset is None:
         print("The scores name no dataset to filter. In Python: Selection.load(...).apply(dataset).")
     else:
         print(f"Kept rows: {output / DATASET} ({_how_to_open(dataset)})")
         for file in sorted((output / EXPORTED).glob("*")) if args.format else ():
             print(f"Exported: {file}")
-        made = scores.provenance
         rows, names = output / DATASET, dataset.column_names
         lines = training_lines(made.model, rows, output, made.preparation, names, made.source)
         print("\n    ".join(["To train on them, in Python:", *lines]))
-    if len(args.scores) == 1:
-        print(f"Next: resofilter report {quote(args.scores[0])} --selection {quote(args.output)}")
 
 
 def _without_faults(args: argparse.Namespace, scores: ScoreTable) -> ScoreTable:

@@ -173,6 +173,8 @@ def remove_folder(path: Path) -> None:
 
 def check_folder(path: Path) -> None:
     """Raise InputError if a folder cannot be made or written to."""
+    if path.parts[:1] == ("hf:",):
+        raise InputError(f"'{path}' is on the hub: write to a folder here, and pass push_to_hub or call it.")
     there = path.absolute()
     try:
         blocking = next((each for each in (path, *path.parents) if each.exists() and not each.is_dir()), None)
@@ -191,9 +193,9 @@ def check_folder(path: Path) -> None:
 
 
 def file_at(path: str | os.PathLike[str], name: str) -> Path:
-    """`path` itself if it names a Parquet file, else the file called `name` in that folder."""
+    """`path` itself if it names a file of the kind of `name`, by its suffix; else the file of that name in a folder."""
     path = Path(path)
-    return path if path.suffix == ".parquet" else path / name
+    return path if path.suffix == Path(name).suffix else path / name
 
 
 def load_parquet(path: Path, key: str, what: str) -> tuple[pa.Table, str]:

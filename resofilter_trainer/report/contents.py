@@ -16,6 +16,7 @@ import pyarrow as pa
 
 from ..config import InputError, ScoreWarning, whole_number, with_known_keywords
 from ..io.files import file_at, read_json
+from ..io.hub import at_hand
 from ..io.made_from import check_made_from, refuse_differences
 from ..ledger.ledger import Ledger
 from ..ledger.schema import LEDGER
@@ -33,6 +34,7 @@ SCORES_FOLDER = "scores"
 REMEDY = "Remove it, or make it again."
 NO_TOKEN = "no token to learn"
 TOKEN_POLICY = {"what": "tokens"}  # the policy of a selection that was derived from selected tokens
+FILES = (SCORES_FILE, SELECTION_FILE, f"{LAYERS_FOLDER}/{SCORES_FILE}", COMPARISON_FILE)  # of a repository on the hub
 LINE_KEYS = {"selector", "model", "keep", "metric", "metric_low", "metric_high"}  # required in a comparison's lines
 MEASURED_FROM = ("weights", "tokenizer", "template", "dataset", "rows")  # the same for the layers as for the scores
 
@@ -118,7 +120,8 @@ def read_contents(
     """Read everything that a report can show from a folder.
 
     Args:
-        path: a file of scores, an output folder of `score`, `clean` or `compare`, or the `output_dir` of a training.
+        path: a file of scores, an output folder of `score`, `clean` or `compare`, or the `output_dir` of a training;
+            on the hub, `hf://datasets/owner/name`.
         selection: the file or folder of a selection in another place.
         comparison: the file or folder of a comparison in another place.
 
@@ -126,7 +129,7 @@ def read_contents(
         InputError: there is nothing to report on, a file is damaged or from another version, or the selection was made
             from other scores.
     """
-    path = Path(path)
+    path = at_hand(path, *FILES)
     if not path.exists():
         raise InputError(f"'{path}' does not exist. Pass the folder of a run, or of scores.")
     folder = path.parent if path.suffix == ".parquet" else path

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+from ..config import FILE_FORMATS
 from ..io.made_from import differences, refuse_differences
 
 ENOUGH = 0.95  # rank agreement
@@ -15,6 +18,8 @@ SATURATED = (
     "the ranking rests on the few entries whose gradient is near eps. Use a larger eps, such as eps=1e-4, or "
     'update="sgd" with norm="l2"'
 )
+NAMED = ("dataset", "reference", "chat_template_path")  # names in a source that may be paths, relative ones too
+LOCAL = re.compile(r"[/\\~]|\.{1,2}[/\\]|[A-Za-z]:[/\\]|file:")  # begins what is certainly a path
 OF_SOURCE = ("chat_template_path", "trust_remote_code")  # arguments of SFTConfig, where they were passed
 
 
@@ -111,6 +116,14 @@ class Provenance:
         for name in ("config", "preparation", "versions", "source", "warmup"):  # as read from JSON: lists for tuples
             object.__setattr__(self, name, json.loads(json.dumps(getattr(self, name))))
 
+    def without_folders(self) -> Provenance:
+        """The same for others: of a path on this machine, the last part, as `./rows.jsonl`. What is compared stays."""
+        source = {
+            name: _without_folders(value, name in NAMED) if isinstance(value, str) else value
+            for name, value in self.source.items()
+        }
+        return dataclasses.replace(self, model=_without_folders(self.model, True), source=source)
+
     @property
     def key(self) -> str:
         """Everything that is compared except `trust.forward`, as JSON text."""
@@ -167,3 +180,16 @@ class Provenance:
             if not isinstance(getattr(made, each.name), kind):
                 raise TypeError(f"{each.name} has another type")
         return made
+
+
+def _without_folders(text: str, is_name: bool) -> str:
+    """A text as it is; of a path, `./` and its last part, which no hub takes for a name.
+
+    Args:
+        text: the text.
+        is_name: whether it names something that is a path where it exists here, or where it ends as files of data do.
+    """
+    local = LOCAL.match(text) is not None
+    if is_name and text and not local:
+        local = Path(text).exists() or bool(FILE_FORMATS.keys() & {*Path(text).suffixes})
+    return "./" + re.split(r"[/\\]", text.rstrip("/\\"))[-1] if local else text

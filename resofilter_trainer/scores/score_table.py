@@ -6,15 +6,17 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Unpack
 
 import numpy as np
 import pyarrow as pa
 
-from ..config import InputError, check_kind
+from ..config import InputError, check_kind, with_known_keywords
 from ..io.files import file_at, load_parquet, save_parquet
+from ..io.hub import HubPath, PushOptions, push_files, record_at
+from .cards import as_block, record_card, score_lines
 from .doubts import trust_lines
 from .full_step import full_step_of, percent, span_of
 from .provenance import Provenance
@@ -23,6 +25,7 @@ from .statistics import LAYER, layer_vote
 
 if TYPE_CHECKING:
     import pandas as pd
+    from huggingface_hub import CommitInfo
 
 SCORES_FILE = "scores.parquet"
 KEY = "resofilter_scores"  # the metadata key of the provenance
@@ -146,15 +149,49 @@ class ScoreTable(RowRecord):
         return save_parquet(self.table, file_at(path, SCORES_FILE), {KEY: self.provenance.to_json()})
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> ScoreTable:
-        """Read what `save` wrote. Raises InputError if the file is missing, damaged, or something else."""
-        table, metadata = load_parquet(file_at(path, SCORES_FILE), KEY, "scores")
+    def load(cls, path: str | os.PathLike[str], *, token: str | bool | None = None) -> ScoreTable:
+        """Read what `save` wrote, or `push_to_hub` pushed.
+
+        Args:
+            path: the folder or file; on the hub, `hf://datasets/owner/name`, with `@revision` after it where needed.
+            token: huggingface_hub's, for a path on the hub; by default the one that is logged in.
+
+        Raises:
+            InputError: the file is missing, damaged, or something else; or the hub does not give it.
+        """
+        with record_at(path, SCORES_FILE, "scores", token) as file:
+            table, metadata = load_parquet(file, KEY, "scores")
         try:
             scores = cls(table, Provenance.from_json(metadata))
             scores._check_columns()
             return scores
         except (TypeError, KeyError, ValueError, RecursionError) as error:
             raise InputError(f"The scores at '{path}' were written by another version. Make them again.") from error
+
+    @classmethod
+    @with_known_keywords
+    def from_hub(cls, repo_id: str, *, revision: str | None = None, token: str | bool | None = None) -> ScoreTable:
+        """Load what `push_to_hub` pushed. Arguments and errors as for `load`, which takes them as one path."""
+        return cls.load(str(HubPath(repo_id, revision)), token=token)
+
+    def push_to_hub(self, repo_id: str, *, licence: str | None = None, **options: Unpack[PushOptions]) -> CommitInfo:
+        """Push to a repository of datasets on the hub, in one commit, with a card that says what the scores are.
+
+        Names of folders of this machine stay here: of a path, others see its last part.
+
+        Args:
+            repo_id: `owner/name`; the repository is made if it does not exist.
+            licence: the licence of the scored dataset; by default the one that its own card names.
+            **options: `private`, `token`, `revision`, `create_pr`, `commit_message`, as for `Dataset.push_to_hub`.
+
+        Raises:
+            InputError: nobody is logged in, the token may not write there, or the hub cannot be reached.
+        """
+        shared = replace(self, provenance=self.provenance.without_folders())
+        why = {reason for reason in self.reasons if reason is not None}
+        again = score_lines(shared.provenance, any(each.startswith(SAME_PROMPT) for each in why), EMPTY in why)
+        card = record_card("ScoreTable", SCORES_FILE, self.provenance, [*as_block(self.summary()), *again], licence)
+        return push_files(shared.save, card, repo_id, **options)
 
     def _check_columns(self) -> None:
         """Raise TypeError or ValueError if they are not those of the class docstring."""

@@ -7,18 +7,23 @@ memory, so 50 million scores take no memory until they are read. Its digest is c
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 import numpy as np
 import pandas as pd
 import pyarrow as pa
 
-from ..config import InputError
-from ..io.files import load_arrow, save_arrow
+from ..config import InputError, with_known_keywords
+from ..io.files import file_at, load_arrow, save_arrow
+from ..io.hub import HubPath, PushOptions, push_files, record_at
+from .cards import as_block, record_card
 from .provenance import Provenance
 from .row_record import SHOWN, as_html, same_values
+
+if TYPE_CHECKING:
+    from huggingface_hub import CommitInfo
 
 TOKEN_SCORES_FILE = "token_scores.arrow"
 KEY = "resofilter_token_scores"  # the metadata key of the provenance
@@ -131,12 +136,13 @@ class TokenScores:
             for name in self.columns
         }
         table = pa.table({"sample_id": self.sample_id.astype(np.int64), **lists})
-        return save_arrow(table, token_scores_at(path), KEY, self.provenance.to_json())
+        return save_arrow(table, file_at(path, TOKEN_SCORES_FILE), KEY, self.provenance.to_json())
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> TokenScores:
-        """Map what `save` wrote into memory. Raises InputError if the file is missing, damaged, or something else."""
-        table, metadata = load_arrow(token_scores_at(path), KEY, "token scores")
+    def load(cls, path: str | os.PathLike[str], *, token: str | bool | None = None) -> TokenScores:
+        """Map what `save` wrote or `push_to_hub` pushed into memory. Arguments and errors as for `ScoreTable.load`."""
+        with record_at(path, TOKEN_SCORES_FILE, "token scores", token) as file:
+            table, metadata = load_arrow(file, KEY, "token scores")
         try:
             names = [name for name in SCHEMA.names if name in table.column_names or name in ALWAYS]
             schema = pa.schema([SCHEMA.field(name) for name in names])
@@ -157,8 +163,21 @@ class TokenScores:
                 f"The token scores at '{path}' were written by another version. Make them again."
             ) from error
 
+    @classmethod
+    @with_known_keywords
+    def from_hub(cls, repo_id: str, *, revision: str | None = None, token: str | bool | None = None) -> TokenScores:
+        """Load what `push_to_hub` pushed. Arguments and errors as for `load`, which takes them as one path."""
+        return cls.load(str(HubPath(repo_id, revision)), token=token)
 
-def token_scores_at(path: str | os.PathLike[str]) -> Path:
-    """`path` itself if it names an Arrow file, else `token_scores.arrow` in that folder."""
-    path = Path(path)
-    return path if path.suffix == ".arrow" else path / TOKEN_SCORES_FILE
+    def push_to_hub(self, repo_id: str, *, licence: str | None = None, **options: Unpack[PushOptions]) -> CommitInfo:
+        """Push to the hub, see `ScoreTable.push_to_hub`. The ids of the learnt tokens go with the scores: their text.
+
+        Args:
+            repo_id, licence, **options: as for `ScoreTable.push_to_hub`.
+
+        Raises:
+            InputError: as for `ScoreTable.push_to_hub`.
+        """
+        shared = replace(self, provenance=self.provenance.without_folders())
+        card = record_card("TokenScores", TOKEN_SCORES_FILE, self.provenance, as_block(repr(self)), licence)
+        return push_files(shared.save, card, repo_id, **options)

@@ -83,7 +83,7 @@ def save_kept(
         if rows is not None:
             folder = stack.enter_context(replacing(output / DATASET))
             rows.save_to_disk(folder)
-            selection.card(group_column=group_column).save(folder / "README.md")
+            selection.card(group_column=group_column, folders=True).save(folder / "README.md")
             flush(folder)  # before the earlier rows are moved away
         if export is not None:
             exported = stack.enter_context(replacing(output / EXPORTED))

@@ -18,17 +18,19 @@ import pyarrow as pa
 from ..config import InputError, check_kind, with_known_keywords
 from ..io.digest import same_rows
 from ..io.files import file_at, load_parquet, save_parquet
+from ..io.hub import HubPath, record_at
 from ..scores.provenance import Provenance
 from ..scores.row_record import RowRecord, as_html
 from ..scores.score_table import PROMPT, ScoreTable, count_reasons
 from .applying import OTHER_ROWS, check_dataset, check_stream, kept_of_stream
-from .dataset_card import make_card, push_card
+from .dataset_card import make_card
 from .groups import group_lines
+from .pushing import push_kept
 from .weighted_rows import OF_A_STREAM, WEIGHT, Reminder, keep_weighted, weighted, with_columns
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
-    from huggingface_hub import DatasetCard
+    from huggingface_hub import CommitInfo, DatasetCard
 
 SELECTION_FILE = "selection.parquet"
 KEY = "resofilter_selection"  # the Parquet metadata that holds policy and provenance
@@ -225,44 +227,71 @@ class Selection(RowRecord):
         return with_columns(self.apply(dataset, check_rows=check_rows), columns)
 
     @with_known_keywords
-    def card(self, licence: str | None = None, name: str | None = None, group_column: str | None = None) -> DatasetCard:
+    def card(
+        self,
+        licence: str | None = None,
+        name: str | None = None,
+        group_column: str | None = None,
+        *,
+        folders: bool = False,
+    ) -> DatasetCard:
         """The dataset card of the kept rows: how they were selected, from what, and the commands that repeat it.
 
         Args:
             licence: the licence of the dataset; by default the one that its own card names.
             name: the name of the filtered dataset.
             group_column: the column of the dataset whose groups each have their share, if any.
+            folders: whether to name folders of this machine, as in the card beside the kept rows on a disk. By default,
+                others see the last part of a path.
         """
         provenance = Provenance.from_json(self.provenance)
         weights = WEIGHT if self.has_weights else None
-        return make_card(provenance, self.reason, KEPT, self.policy, licence, name, group_column, weights)
+        return make_card(provenance, self.reason, KEPT, self.policy, licence, name, group_column, weights, folders)
 
     def push_to_hub(
         self,
-        dataset: Dataset,
+        dataset: Dataset | None,
         repo_id: str,
         scores: ScoreTable | None = None,
         licence: str | None = None,
         *,
         check_rows: bool = True,
+        group_column: str | None = None,
         **options: Any,
-    ) -> None:
-        """Push the kept rows to the Hub, with their dataset card.
+    ) -> CommitInfo:
+        """Push the kept rows to the hub, and with them this selection and their card.
+
+        `datasets` pushes the rows in one commit, and a second one adds the selection and the card. If the first fails,
+        nothing is there; if the second does, the rows are there without them: push again. Names of folders of this
+        machine stay here.
 
         Args:
-            dataset, check_rows: as for `apply`.
+            dataset: as for `apply`; None to push the selection and its card without any row.
             repo_id: `owner/name`.
             scores: the scores to add as columns, if any.
-            licence: as for `card`.
-            **options: arguments of `Dataset.push_to_hub`, such as `private` and `token`.
+            licence, group_column: as for `card`.
+            check_rows: as for `apply`.
+            **options: arguments of `Dataset.push_to_hub`, such as `private`, `token` and `revision`.
+
+        Raises:
+            InputError: as for `apply`, and as for `ScoreTable.push_to_hub`.
         """
+        rows = None if dataset is None else self._rows_to_push(dataset, scores, check_rows)
+        card = self.card(licence, repo_id, group_column)
+        there, here = Provenance.from_json(self.provenance).without_folders(), Provenance.from_json(self.provenance)
+        shared = self if there == here else dataclasses.replace(self, provenance=there.to_json())
+        return push_kept(rows, shared.save, SELECTION_FILE, card, repo_id, options)
+
+    def _rows_to_push(self, dataset: Dataset, scores: ScoreTable | None, check_rows: bool) -> Any:
         if scores is None:
-            rows = self.apply(dataset, check_rows=check_rows)
-        else:
-            rows = self.annotate(dataset, scores, check_rows=check_rows)
-        commit = rows.push_to_hub(repo_id, **options)
-        revision = getattr(commit, "pr_revision", None) or options.get("revision")
-        push_card(self.card(licence, repo_id), repo_id, revision, options.get("token"))
+            return self.apply(dataset, check_rows=check_rows)
+        return self.annotate(dataset, scores, check_rows=check_rows)
+
+    @classmethod
+    @with_known_keywords
+    def from_hub(cls, repo_id: str, *, revision: str | None = None, token: str | bool | None = None) -> Selection:
+        """Load what `push_to_hub` pushed. Arguments and errors as for `load`, which takes them as one path."""
+        return cls.load(str(HubPath(repo_id, revision)), token=token)
 
     def to_pandas(self) -> pd.DataFrame:
         """`sample_id`, `keep` and `reason`, one line per row of the dataset."""
@@ -273,9 +302,10 @@ class Selection(RowRecord):
         return save_parquet(self._table(), file_at(path, SELECTION_FILE), {KEY: self._metadata()})
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> Selection:
-        """Read what `save` wrote. Raises InputError for a missing, truncated or foreign file."""
-        table, metadata = load_parquet(file_at(path, SELECTION_FILE), KEY, "selection")
+    def load(cls, path: str | os.PathLike[str], *, token: str | bool | None = None) -> Selection:
+        """Read what `save` wrote or `push_to_hub` pushed. Arguments and errors as for `ScoreTable.load`."""
+        with record_at(path, SELECTION_FILE, "selection", token) as file:
+            table, metadata = load_parquet(file, KEY, "selection")
         try:
             values = json.loads(metadata)
             policy, provenance = dict(values["policy"]), values["provenance"]

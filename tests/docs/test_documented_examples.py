@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
-from helpers.examples import ROOT, blocks_of, commands_of, containers_of, run_block, run_command
+from helpers.examples import (
+    ROOT,
+    blocks_of,
+    commands_of,
+    containers_of,
+    parse_for_recipe,
+    recipe_lines,
+    run_block,
+    run_command,
+)
+from helpers.hub import serving
 from helpers.probes import result
 from safetensors.torch import load_file, save_file
 
@@ -131,13 +142,22 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+@pytest.fixture
+def hub() -> Iterator[contextlib.ExitStack]:
+    """Closes the stand-in for the hub, if a page needs one."""
+    with contextlib.ExitStack() as stack:
+        yield stack
+
+
 @pytest.mark.filterwarnings("ignore")  # of other libraries, and of saturated scores: the model and the rows are tiny
 @pytest.mark.parametrize(
     "page",
     [pytest.param(page, id=name_of(page), marks=[pytest.mark.slow] if measures(page) else [])
      for page in PAGES if runs(page)],
 )  # fmt: skip
-def test_the_examples_of_a_page_run(page, place, capsys):
+def test_the_examples_of_a_page_run(page, place, capsys, monkeypatch, hub):
+    if name_of(page) == "docs/hub.md":
+        hub.enter_context(serving(monkeypatch, place / "cache"))
     BEFORE.get(name_of(page), lambda: None)()
     names: dict[str, object] = {"__name__": "__main__"}
     for block in blocks_of(page):
@@ -154,3 +174,21 @@ def test_the_settings_of_a_comparison_are_those_of_the_recipe():
     recipe = yaml.safe_load((ROOT / "recipes" / "compare.yaml").read_text())
     shown = yaml.safe_load(block.code)
     assert {name: recipe[name] for name in shown} == shown
+
+
+def test_what_is_said_to_recipes_they_understand(monkeypatch, capsys):
+    """In the pages, among the results and in the recipes themselves; what the file of `--config` says, too."""
+    monkeypatch.chdir(ROOT)
+    pages = [*PAGES, *sorted((ROOT / "recipes").glob("*.py")), ROOT / "benchmarks" / "RESULTS.md"]
+    commands = [(page, words) for page in pages for words in recipe_lines(page)]
+    assert len(commands) > 8
+    for page, words in commands:
+        place = words.index("--config") if "--config" in words else len(words)
+        made = place < len(words) and not (ROOT / words[place + 1]).exists()  # by another example
+        known = words[:place] + words[place + 2 :] if made else words
+        try:
+            parse_for_recipe(known)
+        except SystemExit as stopped:
+            raise AssertionError(f"{name_of(page)}: {words}: {capsys.readouterr().err}") from stopped
+    with pytest.raises(SystemExit):
+        parse_for_recipe(["python", "recipes/gsm8k.py", "--keeep", "0.5"])

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import ast
+import importlib.util
 import re
 import shlex
+import sys
 import textwrap
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +18,7 @@ from accelerate.commands import launch
 from torch.distributed import run as torchrun
 
 from resofilter_trainer.cli import entry
+from resofilter_trainer.cli.recipe import parse_recipe, recipe_parser
 
 ROOT = Path(__file__).parents[2]
 FENCE = re.compile(
@@ -87,6 +91,8 @@ def run_command(words: list[str], only_parsed: bool) -> None:
     assert words[0] in OTHERS, words
     if MODULE in words:
         parse_launched(words)
+    if recipe_in(words):
+        parse_for_recipe(words)
     files = [word for word in words if re.fullmatch(r"[\w./-]+\.(py|yaml|txt)", word) and "/" in word]
     assert [file for file in files if not (ROOT / file).exists() and not Path(file).exists()] == []
 
@@ -116,3 +122,33 @@ def containers_of(document: Any) -> list[dict[str, Any]]:
         return []
     found: list[dict[str, Any]] = document["spec"]["template"]["spec"]["containers"]
     return found
+
+
+def recipe_in(words: list[str]) -> str | None:
+    """The recipe that a command runs, such as `recipes/gsm8k.py`; None if it runs none."""
+    return next((word for word in words if re.fullmatch(r"recipes/\w+\.py", word)), None)
+
+
+def recipe_lines(page: Path) -> list[list[str]]:
+    """The commands of a page, or of a recipe's own docstring, that run a recipe."""
+    text = ast.get_docstring(ast.parse(page.read_text())) or "" if page.suffix == ".py" else page.read_text()
+    lines = re.sub(r"\\\n", " ", text).splitlines()
+    found = [line for line in lines if re.match(r" *(python|accelerate launch) .*\brecipes/\w+\.py\b", line)]
+    return [command for line in found for command in commands_of(line)]
+
+
+def parse_for_recipe(words: list[str]) -> None:
+    """Let a recipe parse its words of a command; an unknown option ends it with code 2."""
+    recipe = recipe_in(words)
+    spec = importlib.util.spec_from_file_location(Path(recipe).stem, ROOT / recipe)
+    argv, sys.argv = sys.argv, words[words.index(recipe) :]
+    sys.modules[spec.name] = module = importlib.util.module_from_spec(spec)  # for the types of its dataclasses
+    try:
+        spec.loader.exec_module(module)
+        if hasattr(module, "RecipeArguments"):
+            parse_recipe(recipe_parser(module.RecipeArguments, module.PaperTraining, module.PaperModel))
+        else:
+            module.parse_args()
+    finally:
+        sys.argv = argv
+        del sys.modules[spec.name]

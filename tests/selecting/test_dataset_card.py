@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import shlex
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,7 +14,7 @@ from huggingface_hub import DatasetCard
 
 from resofilter_trainer import DataSelector, RandomSelector, ScoreTable, Selection, SoftPruning
 from resofilter_trainer.cli.entry import main
-from resofilter_trainer.selecting.dataset_card import licence_of
+from resofilter_trainer.scores.cards import licence_of
 
 PLACES = (5, 1)
 
@@ -106,31 +105,6 @@ def test_scores_become_columns_of_the_kept_rows():
     assert rows["resofilter_score"][:] == [1.0, 2.0]
     assert rows["resofilter_loss"][:] == [0.5, 1.0]
     assert "resofilter_reason" not in rows.column_names
-
-
-def test_rows_and_card_go_to_the_same_place_on_the_hub(monkeypatch, tmp_path):
-    """The Hub cannot be reached from a test: the calls that push to it are replaced."""
-    sent = {}
-    (tmp_path / "README.md").write_text("---\nconfigs:\n- config_name: mine\n---\n")
-    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda *_, **__: tmp_path / "README.md")
-
-    def push_rows(rows, repo, **options):
-        sent["rows"] = (rows, repo, options)
-        return SimpleNamespace(pr_revision="refs/pr/7")
-
-    monkeypatch.setattr(Dataset, "push_to_hub", push_rows)
-    monkeypatch.setattr(DatasetCard, "push_to_hub", lambda card, repo, **where: sent.update(card=(card, repo, where)))
-    scores = make_scores([3.0, 1.0, 2.0, 4.0])
-    selection, dataset = DataSelector(keep=0.5).select(scores), Dataset.from_dict({"text": list("abcd")})
-    selection.push_to_hub(dataset, "me/rows", scores, "mit", create_pr=True, token="t")
-
-    rows, repo, options = sent["rows"]
-    assert (rows["text"][:], repo, options) == (["b", "c"], "me/rows", {"create_pr": True, "token": "t"})
-    card, repo, where = sent["card"]
-    assert (repo, where) == ("me/rows", {"repo_type": "dataset", "revision": "refs/pr/7", "token": "t"})
-    assert card.data.to_dict()["configs"] == [{"config_name": "mine"}]
-    assert card.data.to_dict()["license"] == "mit"
-    assert "How to reproduce it" in card.text
 
 
 GROUPED = {
