@@ -1,8 +1,9 @@
-"""Time and memory of a training step with ResonanceCallback, over one without it, in each way of training.
+"""Time and memory of a training step with ResonanceCallback or a token rule, over one without, in each way of training.
 
     python benchmarks/callback.py                        # plain, sharded, packing, compile: one row of a table for each
     python benchmarks/callback.py sharded --pairs 12
     python benchmarks/callback.py --compare ledger       # over the callback without its ledger
+    python benchmarks/callback.py --compare token_rule   # TokenWeights with each rule over plain training
     python benchmarks/callback.py --compare nothing      # twice the same: what the ratio is by chance
 
 The model is a Llama of 135M parameters with random weights, trained by SFTTrainer on rows of GSM8K's lengths and random
@@ -36,6 +37,8 @@ WORKER = Path(__file__).with_name("callback_worker.py")
 CONFIGURATIONS = ("plain", "sharded", "packing", "compile")
 PROCESSES = {"sharded": 2}
 KINDS = ("with", "without")
+TOKEN_RULE = "token_rule"
+RULES = ("eaft", "profit", "stm", "conflict", "random")  # that need no forward of their own
 HEADER = (
     "| | pairs | step time with over without: median, range | seconds a step with, without "
     "| peak MB with, without | ratio | seconds at the end with, without |\n|---|---|---|---|---|---|---|"
@@ -52,9 +55,12 @@ class Training:
         configuration: the way of training.
         args: the settings.
         folder: a place for its files.
+        rule: the token rule that is compared; None where none is.
     """
 
-    def __init__(self, kind: str, configuration: str, args: argparse.Namespace, folder: Path) -> None:
+    def __init__(
+        self, kind: str, configuration: str, args: argparse.Namespace, folder: Path, rule: str | None = None
+    ) -> None:
         self.kind, self._errors = kind, folder / f"{kind}.txt"
         turns = folder / f"{kind}.fifo"
         os.mkfifo(turns)
@@ -62,6 +68,7 @@ class Training:
         processes = PROCESSES.get(configuration, 1)
         settings = {
             **{name: getattr(args, name) for name in ("shape", "batch_size", "bf16", "checkpointing", "compare")},
+            "rule": rule,
             "steps": args.warmup + args.pairs,
             "threads": max(1, args.threads // processes),
             "processes": processes,
@@ -105,16 +112,19 @@ def main() -> None:
         sys.exit(f"skipped: there is no GSM8K at '{args.gsm8k}' to take the lengths from; pass --gsm8k train.jsonl")
     print(HEADER, flush=True)
     found = {}
-    for name in args.configurations or CONFIGURATIONS:
-        found[name] = run_pairs(name, args)
-        print(row(name, found[name]), flush=True)
-        if args.json:
-            args.json.write_text(json.dumps(found, indent=2) + "\n")
+    rules = args.compare == TOKEN_RULE
+    for configuration in args.configurations or (CONFIGURATIONS[:1] if rules else CONFIGURATIONS):
+        for rule in args.rules if rules else [None]:
+            name = configuration if rule is None else f"{configuration}, {rule}"
+            found[name] = run_pairs(configuration, args, rule)
+            print(row(name, found[name]), flush=True)
+            if args.json:
+                args.json.write_text(json.dumps(found, indent=2) + "\n")
 
 
-def run_pairs(configuration: str, args: argparse.Namespace) -> Found:
+def run_pairs(configuration: str, args: argparse.Namespace, rule: str | None = None) -> Found:
     """Both trainings in all starts: the seconds of every step after the warm-up, and the medians of the results."""
-    starts = [_run_pairs(configuration, args, KINDS[:: 1 - 2 * (number % 2)]) for number in range(args.starts)]
+    starts = [_run_pairs(configuration, args, KINDS[:: 1 - 2 * (number % 2)], rule) for number in range(args.starts)]
     return {
         kind: {
             "seconds": [seconds for start in starts for seconds in start[kind]["seconds"]],
@@ -124,10 +134,10 @@ def run_pairs(configuration: str, args: argparse.Namespace) -> Found:
     }
 
 
-def _run_pairs(configuration: str, args: argparse.Namespace, kinds: Sequence[str]) -> Found:
+def _run_pairs(configuration: str, args: argparse.Namespace, kinds: Sequence[str], rule: str | None) -> Found:
     """Both trainings of one start, the first of `kinds` first, step by step."""
     with tempfile.TemporaryDirectory() as folder:
-        trainings = [Training(kind, configuration, args, Path(folder)) for kind in kinds]
+        trainings = [Training(kind, configuration, args, Path(folder), rule) for kind in kinds]
         try:
             for each in trainings:
                 each.listen()  # it is ready
@@ -140,7 +150,7 @@ def _run_pairs(configuration: str, args: argparse.Namespace, kinds: Sequence[str
             for each in trainings:
                 each.close()
     losses = [results[kind]["loss"] for kind in KINDS]
-    if abs(losses[0] - losses[1]) > 1e-4 * abs(losses[1]):
+    if rule is None and abs(losses[0] - losses[1]) > 1e-4 * abs(losses[1]):  # a rule's loss is another one
         sys.exit(f"the steps of '{configuration}' were on other rows: the losses are {losses[0]} and {losses[1]}")
     return {kind: {"seconds": seconds[kind][args.warmup :], **results[kind]} for kind in KINDS}
 
@@ -162,8 +172,9 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("configurations", nargs="*", metavar="configuration", help=f"{', '.join(CONFIGURATIONS)}")
     parser.add_argument(
-        "--compare", choices=["callback", "ledger", "nothing"], default="callback", help="with, without"
+        "--compare", choices=["callback", "ledger", TOKEN_RULE, "nothing"], default="callback", help="with, without"
     )
+    parser.add_argument("--rules", nargs="+", choices=RULES, default=RULES, help="with --compare token_rule")
     parser.add_argument("--pairs", type=int, default=12, help="of each start")
     parser.add_argument("--starts", type=int, default=1, help="of both trainings anew")
     parser.add_argument("--warmup", type=int, default=2, help="pairs of steps that are not counted")

@@ -22,10 +22,11 @@ from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
-from resofilter_trainer import ResonanceCallback
+from resofilter_trainer import ResonanceCallback, TokenWeights
 
 LENGTH = 160  # tokens of every row for torch.compile, which compiles anew for other lengths
 PACK = 512  # tokens
+SHARE = 0.6  # of the tokens, as random weights find none probable
 ROWS_PER_PACK = 4  # at most, on average: GSM8K's rows have 175 tokens
 ON_GPU = torch.cuda.is_available()
 
@@ -91,7 +92,7 @@ def main() -> None:
             args=config,
             train_dataset=rows,
             processing_class=_tokenizer(),
-            callbacks=[*measuring(kind, configuration, settings["compare"], rows), clock],
+            callbacks=[*compared(kind, configuration, settings, rows), clock],
         )
         loss = trainer.train().training_loss
         peak = torch.cuda.max_memory_allocated() if ON_GPU else peak_memory()
@@ -107,12 +108,15 @@ def opened(pipe: str) -> TextIO:
     return os.fdopen(number)
 
 
-def measuring(kind: str, configuration: str, compare: str, rows: Dataset) -> list[ResonanceCallback]:
+def compared(kind: str, configuration: str, settings: dict[str, Any], rows: Dataset) -> list[TrainerCallback]:
     """What is compared, with or without it."""
+    compare, rule = settings["compare"], settings["rule"]
+    if rule is not None:
+        return [TokenWeights(rule, keep=None if rule == "eaft" else SHARE)] if kind == "with" else []
     if compare == "nothing" or (compare == "callback" and kind == "without"):
         return []
-    settings: dict[str, Any] = {"ledger": False} if kind == "without" else {}
-    return [ResonanceCallback(dataset=rows if configuration == "packing" else None, **settings)]
+    own: dict[str, Any] = {"ledger": False} if kind == "without" else {}
+    return [ResonanceCallback(dataset=rows if configuration == "packing" else None, **own)]
 
 
 def make_rows(configuration: str, settings: dict[str, Any], vocabulary: int) -> Dataset:

@@ -35,6 +35,7 @@ SINCE = {
     "decoding after a filter": ("datasets", "4.8.3"),  # before, a filtered stream has its images as files
     "null among JSON": ("datasets", "5.0"),  # before, text of JSON beside a null becomes JSON of that text
     "log_probs": ("trl", "1.15"),  # the output of SFTTrainer's model has them; before, it has no losses of tokens
+    "tiles of log_probs": ("trl", "1.16"),  # they are computed on a CPU as on a GPU, tile by tile of the vocabulary
 }
 EXTRAS = {  # the modules that come with each extra of pyproject.toml
     "report": ("altair", "matplotlib", "vl_convert"),

@@ -5,6 +5,7 @@ Knows the user's rows, not what is measured.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -33,6 +34,7 @@ from ..io.files import check_folder
 from ..model.adapters import refuse_adapters
 from ..scores.provenance import Provenance
 from ..scores.score_table import EMPTY, SAME_PROMPT
+from ..selecting.weighted_rows import TOKEN_WEIGHTS
 from .arguments import ROW_OPTIONS
 from .columns import media_columns
 from .fingerprints import describe
@@ -98,7 +100,9 @@ def open_pass(
     mapping = ColumnMapping(**columns)
     notes: list[str] = []
     rows, reasons = usable_rows(dataset, mapping, args, drop_duplicates, drop_empty, notes)
-    _tell(notes, set() if told is None else told)
+    told = set() if told is None else told
+    _tell(notes, told)
+    _warn_of_weights(dataset, told)
     shared = to_shard and isinstance(model, str)
     load = partial(load_to_shard, group_size=group_size) if shared else None
     model, tokenizer = load_model(model, processing_class, args, load)
@@ -124,6 +128,20 @@ def _tell(notes: Sequence[str], told: set[str]) -> None:
     told.update(new)
     if new and PartialState().is_main_process:
         print(f"Rows were read as TRL's format: {'; '.join(new)}. map_columns gives SFTTrainer the same rows.")
+
+
+def _warn_of_weights(dataset: Dataset, told: set[str]) -> None:
+    """Warn once, in the main process, of weights of tokens, which no pass knows."""
+    if TOKEN_WEIGHTS not in dataset.column_names or TOKEN_WEIGHTS in told:
+        return
+    told.add(TOKEN_WEIGHTS)
+    if PartialState().is_main_process:
+        warnings.warn(
+            f"The rows have weights of their tokens ('{TOKEN_WEIGHTS}'), and are measured without: each learnt token "
+            "counts alike in their losses and scores, as it does not where TokenWeights trains on them. Measure rows "
+            "before they are cleaned, or clean by a mask, which is measured.",
+            stacklevel=4,
+        )
 
 
 def default_arguments() -> SFTConfig:

@@ -50,6 +50,11 @@ IMPOSSIBLE = {
         "needs a loss that is a mean over all tokens of a step, and axolotl averages micro-batches. Clean the dataset "
         "first (`resofilter clean`), and train on it"
     ),
+    "token_rule": (
+        "weighs the losses of tokens as SFTTrainer computes them, and axolotl has a trainer of its own. Clean the "
+        "dataset first (`resofilter clean --rule`), and train on it"
+    ),
+    "keep_tokens": "goes with token_rule=. Leave it out",
     "selector": "is an object of Python, which YAML cannot hold. Use keep= or threshold=",
     "dataset": "is for packed rows, which the plugin refuses. Leave it out",
     "id_column": "is for a stream, which the plugin refuses. Leave it out",

@@ -36,10 +36,12 @@ from ..scoring.passes import locked
 from ..selecting.data_selector import DataSelector
 from ..selecting.results import Results
 from ..selecting.selection import Selection
+from ..selecting.token_rules import TokenRule
 from . import trainer_access as access
 from .filtering import FilterConfig, Policy, When
 from .log import RunLog, say_next
 from .recording import Recording, check_recording
+from .rule_loss import RuleLike, RuleWeights, rule_of_run
 from .run import Run
 from .spiking import OnSpike, SpikeWatch
 from .stream_run import StreamRun
@@ -59,6 +61,11 @@ class ResonanceCallback(TrainerCallback):
             and by which scores, see `FilterConfig`. By default, the half with the larger scores after the first epoch.
         token_cleaning: which tokens of the rows are learnt, see `TokenCleaning`. On its own, it drops only the rows
             that keep no token; together with `keep` and the like, rows are scored by the tokens that are learnt.
+        token_rule: how much each learnt token of a step counts, by the step's own forward: a name such as `"profit"`, a
+            `TokenRule` or a function, as for `TokenWeights`. On its own, it drops no row; together with `keep` and the
+            like, the loss and the update of a row are those of its weighted tokens. With `when="before"`, rows are
+            scored by all of their tokens.
+        keep_tokens: the share of the tokens of each micro-batch to keep, for the name of a rule that has one.
         id_column: of a stream (`IterableDataset`), the column with a number or text of its own for each row, by which
             rows are known in every pass; by default they are known by their order, which must then be the same. The
             ids are in `rows.parquet`: `sample_id` is the position in the first pass, also of a shuffled stream.
@@ -102,6 +109,8 @@ class ResonanceCallback(TrainerCallback):
         correct_drift: bool | None = None,
         warmup: int | Warmup | None = None,
         token_cleaning: TokenCleaning | None = None,
+        token_rule: RuleLike | None = None,
+        keep_tokens: float | None = None,
         id_column: str | None = None,
         update: UpdateName = "adamw",
         report: bool = False,
@@ -117,7 +126,8 @@ class ResonanceCallback(TrainerCallback):
             check_kind("dataset", dataset, Dataset, "a Dataset, the trainer's train_dataset")
         if token_cleaning is not None and not isinstance(token_cleaning, TokenCleaning):
             raise InputError(f"token_cleaning must be a TokenCleaning, got {token_cleaning!r}.")
-        if token_cleaning is not None and keep is None and threshold is None and selector is None:
+        self.token_rule = _rule_of(token_rule, keep_tokens, token_cleaning)
+        if (token_cleaning or self.token_rule) and keep is None and threshold is None and selector is None:
             keep = 1.0
         self.token_cleaning, self.id_column = token_cleaning, id_column
         self.filter = FilterConfig(
@@ -133,6 +143,7 @@ class ResonanceCallback(TrainerCallback):
         self.ledger = when == "training" if ledger is None else ledger
         self.on_spike, self.skip_update = on_spike, skip_update
         self._results = Results()
+        self._mean_weights: list[float] = []
         self._run: Run | StreamRun | None = None
         self._lock = contextlib.ExitStack()  # of the run's folder
 
@@ -150,6 +161,11 @@ class ResonanceCallback(TrainerCallback):
     def token_stages(self) -> list[dict[str, Any]]:
         """What each cleaning of tokens kept, in all and of each group, in the order in which they happened."""
         return self._results.token_stages
+
+    @property
+    def mean_weights(self) -> list[float]:
+        """With a token rule, the mean weight of the learnt tokens of each step, of all processes."""
+        return self._mean_weights
 
     @property
     def log_history(self) -> list[dict[str, float]]:
@@ -174,10 +190,10 @@ class ResonanceCallback(TrainerCallback):
             )
         if any(isinstance(each, TokenWeights) for each in trainer.callback_handler.callbacks):
             raise InputError(
-                "TokenWeights cannot act beside ResonanceCallback, which measures each row's own loss. Use one of "
-                "them, or mask the tokens first (clean_dataset)."
+                "TokenWeights cannot act beside ResonanceCallback, which measures each row's own loss. Pass the rule "
+                "to ResonanceCallback, as token_rule=; or mask the tokens first (clean_dataset)."
             )
-        self._results = Results()
+        self._results, self._mean_weights = Results(), []
         self._run = self._run_of(trainer, kwargs["train_dataloader"])
         self._lock.close()  # of a training that an error ended
         self._lock.enter_context(locked(self._run.folder))
@@ -186,6 +202,7 @@ class ResonanceCallback(TrainerCallback):
     def _run_of(self, trainer: Trainer, loader: Any) -> Run | StreamRun:
         spikes = SpikeWatch(trainer, self.on_spike, self.skip_update, RunLog(trainer, self._results.log))
         recording = Recording(trainer, self.ledger, spikes)
+        rule = RuleWeights(trainer, loader, self.token_rule, self._mean_weights)
         if not access.is_stream(trainer):
             if self.id_column is not None:
                 raise InputError("id_column is for a stream, whose rows have no number of their own: leave it out.")
@@ -196,12 +213,13 @@ class ResonanceCallback(TrainerCallback):
                 self.config,
                 self._results,
                 recording,
+                rule,
                 self.token_cleaning,
                 self.dataset,
             )
         if self.token_cleaning is not None:
             raise InputError("token_cleaning needs all rows before training: load the stream as a Dataset.")
-        return StreamRun(trainer, loader, self.filter, self.config, self._results, recording, self.id_column)
+        return StreamRun(trainer, loader, self.filter, self.config, self._results, recording, rule, self.id_column)
 
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -260,3 +278,14 @@ class ResonanceCallback(TrainerCallback):
         if self._run is None:
             raise RuntimeError("The Trainer fired an event of a training that never began.")
         return self._run
+
+
+def _rule_of(rule: RuleLike | None, keep: float | None, cleaning: TokenCleaning | None) -> TokenRule | None:
+    """The rule that weighs tokens. Raises InputError where it cannot."""
+    if rule is None:
+        if keep is not None:
+            raise InputError("keep_tokens= goes with token_rule=.")
+        return None
+    if cleaning is not None:
+        raise InputError("token_rule and token_cleaning decide on the same tokens: pass one of them.")
+    return rule_of_run(rule, keep, "keep_tokens")

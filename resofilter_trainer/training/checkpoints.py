@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import os
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 from accelerate.scheduler import AcceleratedScheduler
 from transformers import Trainer
 
+from .recording import SPIKES
 from .resuming import Settings, other_skipping
 
 
@@ -54,9 +56,16 @@ def warn_of_missing_state(trainer: Trainer, checkpoint: Path) -> None:
         )
 
 
-def warn_of_other_skipping(trainer: Trainer, checkpoint: Path, there: Settings, here: Settings) -> None:
-    """Warn where a run does something else about steps that stand out than the checkpoint's, see `resuming`."""
-    found = other_skipping(there, here)
+def warn_of_other_skipping(trainer: Trainer, checkpoint: Path, saved: Mapping[str, Any], here: Settings) -> None:
+    """Warn where a run does something else about steps that stand out than the checkpoint's, see `resuming`.
+
+    Args:
+        trainer: the trainer.
+        checkpoint: its folder.
+        saved: what the checkpoint remembers of its run. One that was made before steps were looked at has no choice.
+        here: the settings of this run.
+    """
+    found = other_skipping(saved["settings"], here) if SPIKES in saved else []
     if found and trainer.args.process_index == 0:
         warnings.warn(
             f"'{checkpoint}' is of a run that differs in {'; '.join(found)} (there / here). Later steps that stand out "

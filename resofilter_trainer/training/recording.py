@@ -24,7 +24,7 @@ from .measurements import Trained
 from .spiking import SpikeWatch
 from .trainer_patches import GradientNormPatch
 
-SPIKES = "spikes"  # in a checkpoint
+SPIKES = "spikes"  # in a checkpoint, of the versions that look for steps that stand out
 OF_RUN = (  # the trainer's settings that tell runs apart, beside what is measured and on which rows
     *("learning_rate", "lr_scheduler_type", "warmup_steps", "optim", "weight_decay", "max_grad_norm"),
     *("num_train_epochs", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps"),
@@ -155,7 +155,7 @@ class Recording:
     def to_json(self) -> dict[str, Any]:
         """What a checkpoint remembers of the ledger and of the steps' losses."""
         ledger = {LEDGER: self._run} if self._on else {}
-        return {**ledger, SPIKES: self._spikes.to_json()} if self._spikes.on else ledger
+        return {**ledger, SPIKES: self._spikes.to_json() if self._spikes.on else {}}
 
 
 def _known_by(provenance: str, args: TrainingArguments) -> str:

@@ -49,6 +49,13 @@ UNPACK = (
     "callbacks=[ResonanceCallback(dataset=dataset)]"
 )
 
+WRAPPED = Refusal(
+    what="packing_strategy='wrapped'",
+    why="under which the rows of a pack see each other",
+    remedy="Use packing_strategy='bfd' or 'bfd_split'",
+    refused=lambda trainer, dataset: packs(trainer) and cast(Any, trainer.args).packing_strategy == "wrapped",
+)
+
 # Both callbacks refuse these: the samples of a batch, or their rows, cannot be told apart.
 COMMON: tuple[Refusal, ...] = (
     Refusal(
@@ -100,12 +107,7 @@ MEASURING: tuple[Refusal, ...] = (
         remedy="Leave one of them out",
         refused=lambda trainer, dataset: packs(trainer) and cast(Any, trainer)._skip_prepare_dataset,
     ),
-    Refusal(
-        what="packing_strategy='wrapped'",
-        why="under which the rows of a pack see each other",
-        remedy="Use packing_strategy='bfd' or 'bfd_split'",
-        refused=lambda trainer, dataset: packs(trainer) and cast(Any, trainer.args).packing_strategy == "wrapped",
-    ),
+    WRAPPED,
     Refusal(
         what="packing=True and train_sampling_strategy='group_by_length'",
         why="as packs are about equally long",

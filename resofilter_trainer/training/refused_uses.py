@@ -9,9 +9,17 @@ from typing import Any, cast
 
 from transformers import Trainer
 
+from ..config import InputError
 from ..model.sharding import is_sharded
-from .refusals import Refusal, refuse
+from ..selecting.weighted_rows import TOKEN_WEIGHTS, WEIGHT
+from .refusals import WRAPPED, Refusal, check_weighable, has_column, refuse
 from .trainer_packing import packs
+
+
+def steps_in_backward(trainer: Trainer) -> bool:
+    """Whether the optimizer steps in the backward, so that no update is left to leave out."""
+    return trainer.is_deepspeed_enabled or any(word in str(trainer.args.optim) for word in ("lomo", "layerwise"))
+
 
 BEFORE_SHARDED = Refusal(
     what="when='before' of a sharded model",
@@ -58,9 +66,13 @@ SKIPPING = Refusal(
     what="skip_update=True, or 'skip' from on_spike, and an optimizer that steps in the backward",
     why="such as LOMO, a layer-wise one or DeepSpeed's, which has no update left to leave out",
     remedy="Return 'stop' from on_spike, or use another optim",
-    refused=lambda trainer, dataset: (
-        trainer.is_deepspeed_enabled or any(word in str(trainer.args.optim) for word in ("lomo", "layerwise"))
-    ),
+    refused=lambda trainer, dataset: steps_in_backward(trainer),
+)
+RULE_IN_BACKWARD = Refusal(
+    what="token_rule and an optimizer that steps in the backward",
+    why="such as LOMO, a layer-wise one or DeepSpeed's, which steps even where no token has a weight",
+    remedy="Clean the tokens first (resofilter clean), or use another optim",
+    refused=lambda trainer, dataset: steps_in_backward(trainer),
 )
 
 USES = (
@@ -71,6 +83,7 @@ USES = (
     CLEANING_PACKED,
     OPTIMIZER_DEEPSPEED,
     SKIPPING,
+    RULE_IN_BACKWARD,
 )
 
 
@@ -94,3 +107,12 @@ def check_use(trainer: Trainer, update: str, before: bool = False, cleans: bool 
 def check_skipping(trainer: Trainer) -> None:
     """Raise InputError where the update of a step cannot be left out."""
     refuse("ResonanceCallback cannot work with", [SKIPPING], trainer, trainer.train_dataset)
+
+
+def check_rule(trainer: Trainer, train_dataloader: Any) -> None:
+    """Raise InputError where a token rule cannot act in a run, or rows have weights already."""
+    check_weighable(trainer, train_dataloader, "token")
+    refuse("Tokens cannot be weighted with", [WRAPPED, RULE_IN_BACKWARD], trainer, trainer.train_dataset)
+    for column in (WEIGHT, TOKEN_WEIGHTS):
+        if has_column(trainer, column):
+            raise InputError(f"The rows have weights ('{column}'): leave the token rule out, or remove the column.")

@@ -20,6 +20,7 @@ LENGTH = ("epochs", "max_steps")
 DIVISION = ("per_process", "processes", "accumulation")
 FACTS = ("repeats", "dispatched", "order_by_process", "loss_by_batch", "loss_by_process")  # what a division depends on
 SKIPPING = ("on_spike", "skip_update")  # missing where nothing is done about steps that stand out
+TOKEN_RULE = "token_rule"  # missing where tokens have no weights by a rule
 SAME = "Resume with the numbers it was made with"
 
 Settings = Mapping[str, Any]
@@ -33,7 +34,7 @@ def check_settings(there: Settings, here: Settings, what: str) -> None:
         here: the settings of this run.
         what: the place and its content, for the message: `'checkpoint-8' holds a checkpoint`.
     """
-    names = {*there, "warmup"} - {*LENGTH, *DIVISION, *FACTS, *SKIPPING}
+    names = {*there, "warmup", TOKEN_RULE} - {*LENGTH, *DIVISION, *FACTS, *SKIPPING}
     check_made_from(there, here, what, "Resume with the settings it was made with.", names)
     if (there["max_steps"] is None) != (here["max_steps"] is None):
         raise InputError(
@@ -92,6 +93,7 @@ def _undivided(there: Settings, here: Settings) -> str | None:
             "the order of the rows comes from each process's own random state (train_sampling_strategy="
             "'group_by_length', or use_seedable_sampler=False)",
         ),
+        (TOKEN_RULE in here, "a token rule sees the tokens of one micro-batch at a time"),
         (here["loss_by_batch"], "the loss of a step is the mean of its micro-batches' own means"),
         (
             several and (here["loss_by_process"] or there.get("loss_by_process", False)),

@@ -15,7 +15,7 @@ from torch.utils.data import RandomSampler
 from transformers import Trainer, TrainerControl
 
 from ..config import InputError, ResonanceConfig, TokenCleaning
-from ..data.fingerprints import describe_training, fingerprint, run_settings
+from ..data.fingerprints import describe_training, fingerprint
 from ..data.models import check_causal
 from ..scores.provenance import Provenance
 from ..selecting.results import NAME as STATE
@@ -33,7 +33,9 @@ from .recording import Recording
 from .refusals import check_trainer
 from .refused_uses import check_use
 from .resuming import check_settings, has_other_length, resumed
+from .rule_loss import RuleWeights
 from .sampler import ROW
+from .settings_of import settings_of
 from .timeline import Timeline
 from .token_run import CleaningRun
 from .trainer_patches import TrainerPatch
@@ -51,6 +53,7 @@ class Run:
         config: the step to measure, and how.
         results: the results, which the run fills in.
         recording: the ledger of the run.
+        rule: what weighs tokens.
         cleaning: the settings of token cleaning; None to learn all tokens.
         dataset: the rows as the trainer got them, which packed rows need.
 
@@ -66,6 +69,7 @@ class Run:
         config: ResonanceConfig,
         results: Results,
         recording: Recording,
+        rule: RuleWeights,
         cleaning: TokenCleaning | None = None,
         dataset: Dataset | None = None,
     ) -> None:
@@ -84,23 +88,17 @@ class Run:
         self._timeline = Timeline(trainer, own_sampler, self._batching, filtering)
         in_training = filtering.when == "training"
         self._watch = Watch(trainer, config, self._batching, self.examples, in_training, not keeps_all, recording)
-        self._patch = TrainerPatch(trainer, train_dataloader, self._timeline.sampler, self.fetch, self.examples)
+        self._rule, sampler = rule, self._timeline.sampler
+        self._patch = TrainerPatch(trainer, train_dataloader, sampler, self.fetch, self.examples, rule.acting)
         self._weights = BatchWeights(trainer, train_dataloader)
         self._tokens = None if cleaning is None else CleaningRun(trainer, cleaning)
         if self._tokens is not None:
             results.token_stages = self._tokens.stages
         self._decisions = Decisions(filtering, self._timeline.epochs, self.examples, results, self._tokens)
-        self._settings = run_settings(
-            trainer,
-            **filtering.to_json(),
-            **dataclasses.asdict(config),  # with lr and the like for every update, as earlier checkpoints have them
-            **dataclasses.asdict(self._batching),
-            **access.division_facts(trainer, own_sampler),
-            epochs=self._timeline.plan.epochs,
-            max_steps=self._timeline.plan.max_steps,
-            token_cleaning=None if cleaning is None else dataclasses.asdict(cleaning),
-            **recording.settings,
-        )
+        plan, cleans = self._timeline.plan, None if cleaning is None else dataclasses.asdict(cleaning)
+        own: dict[str, Any] = {"epochs": plan.epochs, "max_steps": plan.max_steps, "token_cleaning": cleans}
+        own = {**access.division_facts(trainer, own_sampler), **own}
+        self._settings = settings_of(trainer, filtering, config, self._batching, recording, rule, **own)
         self._log = RunLog(trainer, results.log)
         self.nothing_learnt = False  # in this step, in any process
         self._saved_at = (-1, -1)  # step and ended epochs
@@ -178,7 +176,7 @@ class Run:
         there = saved["settings"]
         here = {**self._settings, "dataset": fingerprint(self.trainer.train_dataset, there.get("dataset"))}
         check_settings(there, here, f"'{folder.parent}' holds a checkpoint")
-        warn_of_other_skipping(self.trainer, folder.parent, there, here)
+        warn_of_other_skipping(self.trainer, folder.parent, saved, here)
         self._provenance = resumed(Provenance.from_json(saved["provenance"]), there, here)
         self.results.log[:] = saved.get("log", [])  # version 0.1.0 kept it in the Trainer's
         self._timeline.resume(saved, folder.parent)
@@ -192,6 +190,7 @@ class Run:
     def uninstall(self) -> None:
         """Leave the trainer and the model as they were found."""
         self._watch.detach()
+        self._rule.end_update()
         self._weights.detach()
         self._patch.remove()
 
@@ -247,15 +246,17 @@ class Run:
         """Prepare the optimizer's step; without a learnt token, clear the gradient, so that no weight changes."""
         if self.nothing_learnt:
             cast(Any, self.trainer.model).zero_grad(set_to_none=True)
-        self._watch.before_step()
+        self._watch.before_step(left_out=self._rule.leaves_out())
 
     def after_optimizer(self) -> None:
         """Measure what the optimizer's step has changed, where that is what is measured."""
         self._watch.after_step()
+        self._rule.end_update()
 
     def end_step(self, saving: bool) -> None:
         """Keep what was measured before anything is logged or saved."""
         self._watch.end_step(self._timeline.ended_epochs, self.trainer.state.global_step)
+        self._rule.end_step()
         self._timeline.end_step()
         self._remember()
         if saving:

@@ -22,7 +22,7 @@ from accelerate.utils import gather_object
 from transformers import Trainer, TrainerControl
 
 from ..config import InputError, ResonanceConfig
-from ..data.fingerprints import describe_training, run_settings
+from ..data.fingerprints import describe_training
 from ..data.models import check_causal
 from ..io.files import save_parquet
 from ..io.made_from import check_made_from
@@ -41,8 +41,10 @@ from .plan_log import line, save_plan, why
 from .recording import Recording
 from .refusals import check_trainer
 from .refused_uses import check_use
-from .resuming import SKIPPING, resumed
+from .resuming import SKIPPING, TOKEN_RULE, resumed
+from .rule_loss import RuleWeights
 from .sampler import ROW
+from .settings_of import settings_of
 from .stream_check import check_stream
 from .stream_rows import MetRows, met_in
 from .trainer_patches import StreamPatch
@@ -60,6 +62,7 @@ class StreamRun:
         config: the step to measure, and how.
         results: the results, which the run fills in.
         recording: the ledger of the run.
+        rule: what weighs tokens.
         id_column: the column with an id for each row; None to know rows by their order.
 
     Raises:
@@ -74,6 +77,7 @@ class StreamRun:
         config: ResonanceConfig,
         results: Results,
         recording: Recording,
+        rule: RuleWeights,
         id_column: str | None = None,
     ) -> None:
         check_causal(trainer.model)
@@ -82,21 +86,14 @@ class StreamRun:
         check_use(trainer, config.update)
         self.trainer, self.results, self._recording = trainer, results, recording
         self.folder = Path(str(trainer.args.output_dir)) / STATE
-        self._filter, self._config = filtering, config
+        self._filter, self._config, self._rule = filtering, config, rule
         self._batching = access.batching_of_stream(trainer)
         self._max_steps = trainer.args.max_steps
         filtering.shares(self._max_steps)  # raises where there are more than passes
-        self._patch = StreamPatch(trainer, train_dataloader, id_column, self.fetch)
+        self._patch = StreamPatch(trainer, train_dataloader, id_column, self.fetch, rule.acting)
         self._weights = BatchWeights(trainer, train_dataloader)
-        self._settings = run_settings(
-            trainer,
-            **filtering.to_json(),
-            **dataclasses.asdict(config),
-            **dataclasses.asdict(self._batching),
-            max_steps=self._max_steps,
-            id_column=id_column,
-            **recording.settings,
-        )
+        own = {"max_steps": self._max_steps, "id_column": id_column}
+        self._settings = settings_of(trainer, filtering, config, self._batching, recording, rule, **own)
         self._log = RunLog(trainer, results.log)
         self._known = MetRows()
         self._watch = Watch(trainer, config, self._batching, self.examples, True, False, recording)
@@ -156,8 +153,8 @@ class StreamRun:
         warn_of_missing_state(self.trainer, folder.parent)
         what, remedy = f"'{folder.parent}' holds a checkpoint", "Resume with the settings it was made with."
         there = saved["settings"]
-        check_made_from(there, self._settings, what, remedy, names={*there} - {*SKIPPING})
-        warn_of_other_skipping(self.trainer, folder.parent, there, self._settings)
+        check_made_from(there, self._settings, what, remedy, names={*there, TOKEN_RULE} - {*SKIPPING})
+        warn_of_other_skipping(self.trainer, folder.parent, saved, self._settings)
         self._provenance = resumed(Provenance.from_json(saved["provenance"]), there, self._settings)
         self.results.log[:] = saved["log"]
         self._passes, self._micro_batches = saved["passes"], saved["micro_batches"]
@@ -173,6 +170,7 @@ class StreamRun:
     def uninstall(self) -> None:
         """Leave the trainer and the model as they were found."""
         self._watch.detach()
+        self._rule.end_update()
         self._weights.detach()
         self._patch.remove()
 
@@ -217,16 +215,18 @@ class StreamRun:
 
     def before_optimizer(self) -> None:
         """Prepare the measurement of the optimizer's step."""
-        self._watch.before_step()
+        self._watch.before_step(left_out=self._rule.leaves_out())
 
     def after_optimizer(self) -> None:
         """Measure what the optimizer's step has changed, where that is what is measured."""
         self._watch.after_step()
+        self._rule.end_update()
 
     def end_step(self, saving: bool) -> None:
         """Keep what was measured before anything is logged or saved."""
         state = self.trainer.state
         self._watch.end_step(self._passes, state.global_step)
+        self._rule.end_step()
         state.epoch = self._passes + self._micro_batches / (self._max_steps * self._batching.accumulation)
         self._remember()
         if self._known.has_many_new and self.trainer.args.world_size == 1:

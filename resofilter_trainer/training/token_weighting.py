@@ -8,35 +8,30 @@ of EAFT.
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from typing import Any, cast
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ..config import InputError, ScoreWarning, with_known_keywords
+from ..config import InputError, with_known_keywords
 from ..io.made_from import as_json, check_made_from
 from ..model.gradients import segments_of
-from ..model.losses import IGNORE, learnt_positions, vocabulary_of
-from ..model.modes import at_least_float32
-from ..selecting.named_rules import rule_of
-from ..selecting.token_rules import ENTROPY, KNOWN, OF_OTHERS, TokenInputs, TokenRule
+from ..model.losses import IGNORE
+from ..selecting.token_rules import TokenInputs, TokenRule
 from ..selecting.weighted_rows import TOKEN_WEIGHTS, WEIGHT
 from . import trainer_access as access
-from .refusals import check_checkpoint, check_sample_weights, check_weighable, has_column, refuse_both_weights
+from .refusals import check_checkpoint, check_sample_weights, has_column, refuse_both_weights
+from .rule_loss import RuleWeights, rule_of_run
 from .sampler import ROW, RowCollator
+from .step_weights import StepWeights
 from .trainer_patches import LossPatch
 from .weighting import SampleWeights, weigh_batches
 
 STATE = "TokenWeights"  # in the state of a checkpoint
-NOT_IN_A_RUN = dict.fromkeys(KNOWN, "SFTTrainer's forward does not compute it. Clean first (clean_dataset)")
-NOT_IN_A_RUN |= dict.fromkeys(OF_OTHERS, "a run has one model. Clean first (clean_dataset)")
-del NOT_IN_A_RUN[ENTROPY]
 
 
 @with_known_keywords
@@ -47,16 +42,17 @@ class TokenWeights(TrainerCallback):
     >>> SFTTrainer(model, args, train_dataset=cleaned.dataset, callbacks=[TokenWeights()]).train()
     >>> SFTTrainer(model, args, train_dataset=rows, callbacks=[TokenWeights(rule="profit")]).train()
 
-    With a rule there is no second pass: it reads the losses, and the entropies, that SFTTrainer computes anyway, of one
-    micro-batch after the other. A share (`keep=`) is one of the tokens of each micro-batch. The backward takes the
-    weights as constants.
+    With a rule there is no second pass: it reads what SFTTrainer computes anyway, of one micro-batch after the other. A
+    share (`keep=`) is one of the tokens of each micro-batch, and at least one token. The backward takes the weights as
+    constants. The update of a step whose tokens all have the weight 0 is left out, with a warning.
 
     Args:
-        rule: as for `clean_dataset`, of rules that need nothing but `"entropy"`; by default, the column is read.
+        rule: as for `clean_dataset`, of rules that need nothing but `"entropy"` or `"top_entropy"`; by default, the
+            column is read.
         keep: as for `clean_dataset`.
 
     Attributes:
-        mean_weights: with a rule, the mean weight of the learnt tokens of each step, of this process.
+        mean_weights: the mean weight of the learnt tokens of each step, of all processes.
 
     Raises:
         InputError: here, where there is no such rule, or it needs what the forward does not compute; when training
@@ -67,15 +63,11 @@ class TokenWeights(TrainerCallback):
     def __init__(
         self, rule: str | TokenRule | Callable[[TokenInputs], Any] | None = None, keep: float | None = None
     ) -> None:
-        self.rule = None if rule is None else rule_of(rule, keep)
         if rule is None and keep is not None:
             raise InputError("keep= goes with rule=: a column has a weight for each token.")
-        if self.rule is not None:
-            self.rule.check_needs(NOT_IN_A_RUN)
-            if self.rule.name == "random" and self.rule.settings is not None:
-                raise InputError("In a run, the rule 'random' would take the same places of every batch: clean first.")
+        self.rule = None if rule is None else rule_of_run(rule, keep, "keep")
         self.mean_weights: list[float] = []
-        self._sums = np.zeros(2)  # of the weights, and of the tokens of a step
+        self._step: RuleWeights | StepWeights | None = None
         self._release: Callable[[], None] = lambda: None
 
     def on_train_begin(
@@ -90,36 +82,42 @@ class TokenWeights(TrainerCallback):
         check_checkpoint(trainer, type(self).__name__)
         self._check_resumed(state)
         self.mean_weights.clear()
-        self._sums[:] = 0
         remove = self._by_column(trainer, loader) if self.rule is None else self._by_rule(trainer, loader, self.rule)
 
         def release() -> None:
             remove()
-            self._release = lambda: None
+            self._end_update()
+            self._step, self._release = None, lambda: None
 
         self._release = release
 
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Leave out the update of a step whose tokens all have the weight 0."""
+        if self._step is not None:
+            self._step.leaves_out()
+
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Let the optimizer make its next step."""
+        self._end_update()
+
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Note the mean weight of the step; warn, once, of a step whose tokens all have the weight 0."""
-        weight, tokens = self._sums
-        self._sums[:] = 0
-        if self.rule is None or not tokens:
-            return
-        if not weight and all(self.mean_weights):
-            where = f" in process {args.process_index}" if args.world_size > 1 else ""
-            warnings.warn(
-                f"The token rule '{self.rule.name}' gives each of the {int(tokens)} tokens of step {state.global_step}"
-                f"{where} the weight 0: nothing is learnt from them. Choose another bound if that is no exception.",
-                ScoreWarning,
-                stacklevel=2,
-            )
-        self.mean_weights.append(float(weight / tokens))
+        """Note the mean weight of the step."""
+        if self._step is not None:
+            self._step.end_step()
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Leave the trainer as it was found."""
         self._release()
+
+    def _end_update(self) -> None:
+        if self._step is not None:
+            self._step.end_update()
 
     def _check_resumed(self, state: TrainerState) -> None:
         """Refuse to resume a run that weighed tokens in another way, and note how this one does."""
@@ -135,69 +133,16 @@ class TokenWeights(TrainerCallback):
         refuse_both_weights(trainer)
         check_sample_weights(trainer, loader, "token")
         weights = RaggedWeights.of(trainer)
-        return weigh_batches(trainer, loader, lambda inner: _TokenWeightCollator(RowCollator(inner), weights))
+        self._step = StepWeights(trainer, f"The column '{TOKEN_WEIGHTS}'", self.mean_weights)
+        return weigh_batches(
+            trainer, loader, lambda inner: _TokenWeightCollator(RowCollator(inner), weights), self._step.add
+        )
 
     def _by_rule(self, trainer: Trainer, loader: Any, rule: TokenRule) -> Callable[[], None]:
-        check_weighable(trainer, loader, "token")
-        for column in (WEIGHT, TOKEN_WEIGHTS):
-            if has_column(trainer, column):
-                raise InputError(f"The rows have weights ('{column}'): leave rule= out, or remove the column.")
-        weighing = RuleLoss(cast(nn.Module, trainer.model), rule, self._sums)
+        self._step = weighing = RuleWeights(trainer, loader, rule, self.mean_weights)
         patch = LossPatch(trainer, loader, weighing.acting)
         patch.install()
         return patch.remove
-
-
-class RuleLoss:
-    """Multiplies the log-probability of each learnt token by a rule's weight, while the model trains.
-
-    Args:
-        model: the model as SFTTrainer has patched it: its output has `log_probs` and `entropy`, (B, T - 1).
-        rule: the rule.
-        sums: (2,) numbers, to which the sum of the weights and the number of tokens of each micro-batch are added.
-    """
-
-    def __init__(self, model: nn.Module, rule: TokenRule, sums: np.ndarray) -> None:
-        self._model, self._rule, self._sums, self._vocabulary = model, rule, sums, vocabulary_of(model)
-
-    @contextmanager
-    def acting(self) -> Iterator[None]:
-        """A context in which the model's forward weighs."""
-        handle = self._model.register_forward_hook(self._weigh, with_kwargs=True)
-        try:
-            yield
-        finally:
-            handle.remove()
-
-    def _weigh(self, model: nn.Module, args: Any, batch: dict[str, Any], output: Any) -> None:
-        if not model.training or getattr(output, "log_probs", None) is None:
-            return
-        learnt = learnt_positions(batch["labels"]).to(output.log_probs.device)
-        if learnt.shape != output.log_probs.shape:
-            raise InputError(
-                f"The labels of a batch are {tuple(learnt.shape)}, the losses {tuple(output.log_probs.shape)}: the "
-                "tokens of such a model cannot be weighed."
-            )
-        inputs = self._inputs(batch, learnt, output)
-        if not np.isfinite(inputs.loss).all():
-            return  # whatever the weights, the loss is no number, which the trainer's log and scaler see
-        weights = self._rule.weights(inputs, some=False)
-        self._sums += weights.sum(), len(weights)
-        found = torch.zeros_like(output.log_probs)
-        found[learnt] = torch.tensor(weights).to(found)
-        output.log_probs = output.log_probs * found
-
-    def _inputs(self, batch: dict[str, Any], learnt: Tensor, output: Any) -> TokenInputs:
-        """What the output says of the learnt tokens, sample after sample."""
-        of_segments = [
-            int(learnt[each.row, max(each.tokens.start - 1, 0) : each.tokens.stop - 1].sum())
-            for each in segments_of({name: value for name, value in batch.items() if value is not None})
-        ]
-        found = {}
-        for name in ("log_probs", ENTROPY) if ENTROPY in self._rule.needs else ("log_probs",):
-            found[name] = at_least_float32(getattr(output, name).detach()[learnt]).cpu().numpy()
-        loss = -found.pop("log_probs")
-        return TokenInputs(np.cumsum([0, *of_segments]), loss, self._vocabulary, found)
 
 
 class RaggedWeights:

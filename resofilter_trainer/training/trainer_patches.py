@@ -60,15 +60,23 @@ class TrainerPatch:
         sampler: the sampler to use instead of the trainer's own.
         fetch: the function to use instead of `trainer.get_batch_samples`.
         examples: what the loader's examples are.
+        around: a function that returns the context in which each loss is computed.
 
     Attributes:
         inner: the `get_batch_samples` that `install` has replaced.
     """
 
     def __init__(
-        self, trainer: Trainer, train_dataloader: Any, sampler: ShrinkingSampler, fetch: Any, examples: Examples
+        self,
+        trainer: Trainer,
+        train_dataloader: Any,
+        sampler: ShrinkingSampler,
+        fetch: Any,
+        examples: Examples,
+        around: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
         self._trainer, self._loader, self._sampler, self._fetch = trainer, train_dataloader, sampler, fetch
+        self._around = around
         self._examples, self._rows = examples, LoaderPatch(train_dataloader, examples.collator, examples.indexed)
         self._count, self._masked = 0, list[Any]()  # of this step: micro-batches, labels of masked ones
 
@@ -123,7 +131,8 @@ class TrainerPatch:
     def _loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         """The trainer's loss, and zero for a masked micro-batch, whose auxiliary loss would train, too."""
         labels = inputs.get("labels")
-        found = self._compute_loss(model, inputs, *args, **kwargs)
+        with self._around() if self.is_read else nullcontext():
+            found = self._compute_loss(model, inputs, *args, **kwargs)
         return found * 0 if any(labels is each for each in self._masked) else found
 
     def _step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
@@ -140,13 +149,22 @@ class StreamPatch:
         trainer, train_dataloader: the trainer and the loader that it iterates.
         id_column: the column with an id for each row; None to know rows by their order.
         fetch: the function to use instead of `trainer.get_batch_samples`.
+        around: a function that returns the context in which each loss is computed.
 
     Attributes:
         rows: the rows of the stream, which the loader reads once this is installed.
         inner: the `get_batch_samples` that `install` has replaced.
     """
 
-    def __init__(self, trainer: Trainer, train_dataloader: Any, id_column: str | None, fetch: Any) -> None:
+    def __init__(
+        self,
+        trainer: Trainer,
+        train_dataloader: Any,
+        id_column: str | None,
+        fetch: Any,
+        around: Callable[[], AbstractContextManager[None]] = nullcontext,
+    ) -> None:
+        self._loss = LossPatch(trainer, train_dataloader, around)
         self._trainer, self._loader, self._fetch = trainer, train_dataloader, fetch
         self._base = getattr(train_dataloader, "base_dataloader", train_dataloader)
         self._shard = self._base.dataset if isinstance(self._base.dataset, IterableDatasetShard) else None
@@ -160,9 +178,11 @@ class StreamPatch:
         self.inner = self._trainer.get_batch_samples
         self._set(self.rows, StreamCollator(RowCollator(self._collate)))
         _replace(self._trainer, "get_batch_samples", self._fetch)
+        self._loss.install()
 
     def remove(self) -> None:
         """Leave the trainer as it was found."""
+        self._loss.remove()
         if _restore(self._trainer, "get_batch_samples"):
             self._set(self._stream, self._collate)
 
@@ -288,6 +308,8 @@ class UpdatePatch:
         accelerator, optimizer = self._trainer.accelerator, self._trainer.optimizer
 
         def nothing(*args: Any, **kwargs: Any) -> None:
+            for each in (optimizer, getattr(optimizer, "optimizer", optimizer)):
+                each._opt_called = True  # or torch warns that the first learning rate was not used
             if accelerator.scaler is not None:  # which expects that a gradient was checked, and then a new scale
                 if not self.unscaled:
                     accelerator.unscale_gradients(optimizer)

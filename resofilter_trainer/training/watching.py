@@ -125,13 +125,17 @@ class Watch:
             self._expected.append(MicroBatch(batch["input_ids"], batch["labels"], segments, weight, self._loss))
         self._recorder.expect(self._expected)
 
-    def before_step(self) -> None:
+    def before_step(self, left_out: bool = False) -> None:
         """Check the loss of the step; remember the weights, where the optimizer's own step is measured.
+
+        Args:
+            left_out: whether the update of the step is left out, as no token has a weight.
 
         Raises:
             InputError: the loss that was backpropagated is no weighted sum of the rows' token losses.
         """
         self._judge()
+        self._left_out = left_out
         self._recording.before_step(self._so_far, self._texts)
         if self._step_recorder is not None:
             self._step_recorder.before()
@@ -191,7 +195,7 @@ class Watch:
         """
         if self._scales and self._recorder is not None:
             now = access.scaled(self._trainer.accelerator, torch.ones((), device=self._trainer.args.device))
-            self._left_out = float(now) < self._scale
+            self._left_out = self._left_out or float(now) < self._scale
             if not self._left_out:
                 self._check_losses()
         self._recording.after_step()

@@ -18,6 +18,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 
 from ..config import InputError, check_kind, with_known_keywords
 from ..model.gradients import Segment, segments_of
+from ..model.losses import learnt_positions
 from ..selecting.selection import Selection
 from ..selecting.weighted_rows import WEIGHT, column_of_weights, reminder_of
 from . import trainer_access as access
@@ -122,19 +123,22 @@ class SampleWeights(TrainerCallback):
         self._release()
 
 
-def weigh_batches(trainer: Trainer, loader: Any, collator: Callable[[Any], Any]) -> Callable[[], None]:
+def weigh_batches(
+    trainer: Trainer, loader: Any, collator: Callable[[Any], Any], see: Callable[[Tensor, Tensor], None] | None = None
+) -> Callable[[], None]:
     """Let a run's batches have weights, `WEIGHT` (B, T), and apply them to the model's outputs.
 
     Args:
         trainer, loader: the run's trainer and its loader.
         collator: a function from the loader's collator to one that adds the weights.
+        see: as for `WeightedLoss`.
 
     Returns:
         A function that leaves both as they were found.
     """
     patch = LoaderPatch(loader, collator)
     patch.install()
-    weighted = WeightedLoss(cast(nn.Module, trainer.model))
+    weighted = WeightedLoss(cast(nn.Module, trainer.model), see)
 
     def remove() -> None:
         patch.remove()
@@ -148,10 +152,12 @@ class WeightedLoss:
 
     Args:
         model: the model as SFTTrainer has patched it: its output has `log_probs`, (B, T - 1).
+        see: a function that is called in training, with the sum of a batch's weights of learnt tokens and their number.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, see: Callable[[Tensor, Tensor], None] | None = None) -> None:
         self._weight: Tensor | None = None
+        self._see = see
         before = model.register_forward_pre_hook(self._take, with_kwargs=True, prepend=True)  # before FSDP2 rounds it
         self._handles = [before, model.register_forward_hook(self._weigh)]
 
@@ -162,6 +168,9 @@ class WeightedLoss:
 
     def _take(self, model: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, Any]:
         self._weight = kwargs.pop(WEIGHT, None)
+        if self._weight is not None and self._see is not None and model.training:
+            learnt = learnt_positions(kwargs["labels"])
+            self._see((self._weight[:, 1:] * learnt).sum(), learnt.sum())
         return args, kwargs
 
     def _weigh(self, model: nn.Module, args: Any, output: Any) -> None:

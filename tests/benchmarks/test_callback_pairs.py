@@ -48,6 +48,19 @@ def test_both_trainings_make_the_same_steps_in_turn(gsm8k: Path, tmp_path: Path)
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(
+    older_than("transformers", "5.23"), reason="benchmarks are written for the arguments of the newest version"
+)
+def test_each_token_rule_is_compared_with_plain_training(gsm8k: Path, tmp_path: Path) -> None:
+    options = ("--compare", "token_rule", "--rules", "eaft", "random", "--json", str(tmp_path / "found.json"))
+    done = run(gsm8k, *options)
+    assert done.returncode == 0, done.stderr
+    assert [line.split(" | ")[0] for line in done.stdout.splitlines()[2:]] == ["| plain, eaft", "| plain, random"]
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert found["plain, random"]["with"]["loss"] < 0.7 * found["plain, random"]["without"]["loss"]
+
+
+@pytest.mark.slow
 def test_a_training_that_fails_is_shown(gsm8k: Path) -> None:
     gsm8k.write_text('{"question": 7}\n')
     done = run(gsm8k, "plain")

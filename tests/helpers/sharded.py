@@ -71,6 +71,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "lora": {"peft": LORA},
     "tied": {"model": partial(llama, tie_word_embeddings=True)},
     "experts": {**MIXTRAL, "router_aux_loss_coef": 0.0},
+    "token rule": {"callback": {"token_rule": lambda tokens: 1 / (1 + tokens.loss)}},
     "experts and their router's loss": {**MIXTRAL, "router_aux_loss_coef": 0.1},
     "sharded checkpoints": {"fsdp": {"state_dict_type": "SHARDED_STATE_DICT"}},
     "the engine's optimizer": {"deepspeed": {"optimizer": {"type": "AdamW", "params": ADAMW}}},
@@ -131,6 +132,7 @@ def run(output: Path, kind: str, callback: ResonanceCallback | None, **more: Any
     """One training of a kind, on the same rows in steps of the same size in any number of processes."""
     changes, tokenizer = {**KINDS[kind], **more}, make_tokenizer()
     fsdp, make = changes.pop("fsdp", {}), changes.pop("model", llama)
+    changes.pop("callback", None)  # its settings
     zero, deepspeed = changes.pop("zero", {}), changes.pop("deepspeed", {})
     size, parts = changes.pop("per_device_train_batch_size", BATCH), changes.pop("micro_batches", 1)
     if PROCESSES == 1 and parts > 1:
@@ -175,7 +177,8 @@ def scores(output: Path, kind: str) -> dict[str, np.ndarray]:
 
     Where DeepSpeed's engine tells the Trainer no norm to log, it is NaN.
     """
-    outcome = run(output / "scores", kind, filtering(**({"dataset": rows(ROWS)} if "packing" in kind else {})))
+    settings = {"dataset": rows(ROWS)} if "packing" in kind else KINDS[kind].get("callback", {})
+    outcome = run(output / "scores", kind, filtering(**settings))
     if dist.is_initialized():
         dist.barrier()  # all have written their lines
     found = lines(output / "scores", PROCESSES)

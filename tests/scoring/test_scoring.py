@@ -219,3 +219,13 @@ def test_weights_of_which_most_are_half_precision_are_told_or_refused(dataset, t
         score_dataset(mixed(tiny_llama(), torch.bfloat16), dataset, tokenizer, arguments(), **COLUMNS)
     with pytest.raises(InputError, match="vanish in float16"):
         score_dataset(mixed(tiny_llama(), torch.float16), dataset, tokenizer, arguments(), **COLUMNS)
+
+
+def test_rows_with_weights_of_tokens_are_measured_without_and_that_is_said(tiny_llama, tokenizer) -> None:
+    rows = Dataset.from_list([{"input_ids": [5, 6, 7, 8], "labels": [-100, 6, 7, 8]}] * 2)
+    weighted = rows.add_column("token_weights", [[0.0, 0.5, 0.0, 1.0]] * 2)
+    plain = score_dataset(tiny_llama(), rows, tokenizer, arguments())
+    said = r"weights of their tokens \('token_weights'\), and are measured without"
+    with pytest.warns(UserWarning, match=said):
+        scores = score_dataset(tiny_llama(), weighted, tokenizer, arguments())
+    assert scores.table.equals(plain.table)

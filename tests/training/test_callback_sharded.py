@@ -29,6 +29,7 @@ EXACT = (  # in float32 or float64
     "lora",
     "tied",
     "experts",
+    "token rule",
 )
 BY_THREE = ("plain", "accumulation")
 UNTOUCHED = (

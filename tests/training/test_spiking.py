@@ -18,7 +18,8 @@ from transformers import TrainerCallback
 
 from resofilter_trainer import InputError, Ledger, ResonanceCallback, ScoreTable
 from resofilter_trainer.training.checkpoints import warn_of_other_skipping
-from resofilter_trainer.training.refused_uses import check_skipping
+from resofilter_trainer.training.recording import SPIKES
+from resofilter_trainer.training.refused_uses import RULE_IN_BACKWARD, check_skipping
 from resofilter_trainer.training.resuming import resumed
 from resofilter_trainer.training.spiking import SpikeWatch
 from resofilter_trainer.training.trainer_patches import UpdatePatch
@@ -170,6 +171,7 @@ def test_a_function_is_known_by_its_name(capsys):
     ("there", "here", "said"),
     [
         ({}, {}, None),
+        ({}, {"on_spike": "look"}, "on_spike (None / look)"),
         ({"on_spike": "look"}, {"on_spike": "look"}, None),
         ({"on_spike": "look"}, {}, "on_spike (look / None)"),
         ({"skip_update": True}, {"on_spike": "look"}, "on_spike (None / look); skip_update (True / None)"),
@@ -180,11 +182,17 @@ def test_what_a_run_that_resumes_does_otherwise_is_said_and_recorded(there, here
     settings = {"epochs": 3, "keep": 1}
     with warnings.catch_warnings(record=True) as found:
         warnings.simplefilter("always")
-        warn_of_other_skipping(TRAINER, tmp_path, {**settings, **there}, {**settings, **here})
+        saved = {"settings": {**settings, **there}, SPIKES: {}}
+        warn_of_other_skipping(TRAINER, tmp_path, saved, {**settings, **here})
     assert len(found) == (said is not None)
     assert said is None or f"differs in {said} (there / here)" in str(found[0].message)
     after = resumed(before, {**settings, **there}, {**settings, **here})
     assert after.preparation["run"] == {**settings, **here}
+
+
+def test_a_checkpoint_that_is_older_than_such_settings_has_no_other_ones(tmp_path, recwarn):
+    warn_of_other_skipping(TRAINER, tmp_path, {"settings": {}}, {"on_spike": "look", "skip_update": True})
+    assert not recwarn
 
 
 def test_an_update_that_is_left_out_is_no_measurement_of_the_optimizer(tmp_path, tokenizer):
@@ -225,8 +233,10 @@ def test_an_optimizer_that_steps_in_the_backward_has_no_update_to_leave_out(opti
     trainer = SimpleNamespace(args=SimpleNamespace(optim=optim), train_dataset=None, is_deepspeed_enabled=False)
     with pytest.raises(InputError, match=r"an optimizer that steps in the backward, such as LOMO.* Return 'stop'"):
         check_skipping(trainer)
+    assert RULE_IN_BACKWARD.refused(trainer, None)
     trainer.args.optim = "adamw_torch"
     check_skipping(trainer)
+    assert not RULE_IN_BACKWARD.refused(trainer, None)
     trainer.is_deepspeed_enabled = True
     with pytest.raises(InputError, match="DeepSpeed"):
         check_skipping(trainer)

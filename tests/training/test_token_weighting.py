@@ -13,9 +13,18 @@ from helpers.samples import plain_losses
 from helpers.training import arguments, assert_same_weights, llama, rows, train
 from helpers.versions import skip_without
 from torch.nn import functional as F
+from transformers import TrainerCallback
 from trl import SFTTrainer
 
-from resofilter_trainer import InputError, ResonanceCallback, SampleWeights, TokenRule, TokenWeights, token_rule
+from resofilter_trainer import (
+    InputError,
+    Ledger,
+    ResonanceCallback,
+    SampleWeights,
+    TokenRule,
+    TokenWeights,
+    token_rule,
+)
 from resofilter_trainer.config import ScoreWarning
 
 SGD = {"optim": "sgd", "learning_rate": 1e-1, "max_grad_norm": 0.0, "lr_scheduler_type": "constant"}
@@ -200,6 +209,33 @@ def test_a_rule_moves_the_model_as_a_column_of_its_weights_does_to_the_last_bit(
     assert_same_weights(by_rule, by_column)
 
 
+@pytest.mark.parametrize("rule", ["conflict", "random"])
+def test_a_share_keeps_at_least_one_token_of_each_batch(rule, prepared, tmp_path, tokenizer):
+    skip_without("log_probs")
+    weights = TokenWeights(rule, keep=1e-3)
+    train(tmp_path, tokenizer, weights, dataset=prepared, num_train_epochs=1, per_device_train_batch_size=1)
+    counts = [sum(label != -100 for label in labels[1:]) for labels in prepared["labels"]]
+    assert sorted(weights.mean_weights) == pytest.approx(sorted(1 / count for count in counts))
+
+
+def test_random_tokens_are_others_in_each_batch(prepared, tmp_path, tokenizer):
+    skip_without("log_probs")
+    seen, same = [], prepared.select([6, 6, 6, 6])
+
+    class Seeing(TokenWeights):
+        def on_train_begin(self, *args, **kwargs):
+            super().on_train_begin(*args, **kwargs)
+            kwargs["model"].register_forward_hook(lambda model, args, output: seen.append(output.log_probs[0] != 0))
+
+    settings = {"num_train_epochs": 1, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 2}
+    for place in ("one", "other"):
+        train(tmp_path / place, tokenizer, Seeing("random", keep=0.5), dataset=same, **settings)
+    tokens = sum(label != -100 for label in same["labels"][0][1:])
+    assert [int(each.sum()) for each in seen] == [int(tokens * 0.5)] * 8
+    assert len({tuple(each.tolist()) for each in seen[:4]}) > 1
+    assert all(torch.equal(one, other) for one, other in zip(seen[:4], seen[4:], strict=True))
+
+
 def test_a_share_is_one_of_each_batch(prepared, tmp_path, tokenizer):
     weights = TokenWeights("conflict", keep=0.5)
     train(tmp_path, tokenizer, weights, dataset=prepared, num_train_epochs=1, per_device_train_batch_size=COUNT)
@@ -222,15 +258,59 @@ def test_weights_of_one_by_a_rule_change_nothing_and_evaluation_is_not_weighed(p
         assert len(one._forward_hooks) == len(other._forward_hooks)
 
 
-def test_a_step_without_weights_is_warned_of_once_and_moves_nothing(prepared, tmp_path, tokenizer):
+def test_an_update_without_weights_is_left_out_and_warned_of_once(prepared, tmp_path, tokenizer):
     skip_without("log_probs")
     model = llama(len(tokenizer))
     before = copy.deepcopy(model.state_dict())
     with pytest.warns(ScoreWarning, match="The token rule 'profit' gives each of the [0-9]+ tokens of step 1") as told:
-        train(tmp_path, tokenizer, TokenWeights("profit"), dataset=prepared, model=model, num_train_epochs=1, **SGD)
+        train(tmp_path, tokenizer, TokenWeights("profit"), dataset=prepared, model=model, num_train_epochs=1)
     assert len([each for each in told if each.category is ScoreWarning]) == 1
     for name, value in before.items():
         assert torch.equal(value, model.state_dict()[name])
+
+
+@pytest.mark.parametrize("kind", ["column", "rule", "callback"])
+def test_no_momentum_moves_the_weights_in_a_step_without_weights(kind, prepared, tmp_path, tokenizer):
+    """The second of three, of AdamW, with weight decay."""
+    skip_without("log_probs")
+    steps: list[dict[str, torch.Tensor]] = []
+
+    class Noting(TrainerCallback):
+        def on_step_end(self, args, state, control, model=None, **kwargs):
+            steps.append(copy.deepcopy(model.state_dict()))
+
+    class Second:
+        calls = 0
+
+        def __call__(self, tokens):
+            self.calls += 1
+            return np.full(len(tokens), 0.0 if self.calls in (3, 4) else 0.5)
+
+    settings = {"num_train_epochs": 3, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
+    settings |= {"weight_decay": 0.1, "learning_rate": 1e-2, "callbacks": [Noting()], "dataset": prepared}
+    said = "the weight 0: its update is left out"
+    if kind == "column":
+        zeros = [[0.0] * len(ids) for ids in prepared["input_ids"]]
+        settings |= {"dataset": prepared.add_column("token_weights", zeros), "num_train_epochs": 1}
+        with pytest.warns(ScoreWarning, match=f"The column 'token_weights' gives .* {said}"):
+            found = train(tmp_path, tokenizer, TokenWeights(), **settings)
+        assert torch.equal(steps[0]["lm_head.weight"], llama(len(tokenizer)).lm_head.weight)
+        assert found.callback.mean_weights == [0.0]
+        return
+    callback = TokenWeights(Second()) if kind == "rule" else ResonanceCallback(token_rule=Second())
+    with pytest.warns(ScoreWarning, match=f"The token rule 'Second' gives .* of step 2 {said}"):
+        found = train(tmp_path, tokenizer, callback, **settings)
+    for name, value in steps[0].items():
+        assert torch.equal(value, steps[1][name])
+    assert not torch.equal(steps[1]["lm_head.weight"], steps[2]["lm_head.weight"])
+    assert callback.mean_weights == [0.5, 0.0, 0.5]
+    if kind == "callback":
+        assert Ledger.load(tmp_path).steps()["left_out"].tolist() == [False, True, False]
+    for state in found.trainer.optimizer.state.values():
+        assert int(state["step"]) == 2
+
+
+RANKED = TokenRule("ranked", lambda tokens: tokens.rank == 1, ["rank"])
 
 
 @pytest.mark.parametrize(
@@ -238,9 +318,10 @@ def test_a_step_without_weights_is_warned_of_once_and_moves_nothing(prepared, tm
     [
         ({"rule": "bogus"}, "rule must be one of"),
         ({"keep": 0.5}, "keep= goes with rule="),
-        ({"rule": "eaft"}, "'eaft' needs 'top_entropy': SFTTrainer's forward does not compute it"),
+        ({"rule": RANKED}, "'ranked' needs 'rank': SFTTrainer's forward does not compute it"),
         ({"rule": "rho"}, "'rho' needs 'reference_loss': a run has one model"),
-        ({"rule": "random"}, "would take the same places of every batch"),
+        ({"rule": lambda tokens: tokens.loss, "keep": 0.5}, "keep= goes with the name of a token rule"),
+        ({"rule": "stm", "keep": 1.5}, "keep is the share of the tokens to keep, above 0 and at most 1"),
     ],
 )
 def test_a_rule_that_a_run_cannot_follow_is_refused_at_once(values, expected):
@@ -252,7 +333,7 @@ def test_what_a_rule_returns_is_checked_in_a_run(prepared, weighted, tmp_path, t
     skip_without("log_probs")
     with pytest.raises(InputError, match="The token rule 'twice' returned"):
         train(tmp_path, tokenizer, TokenWeights(TokenRule("twice", lambda tokens: tokens.loss * 2)), dataset=prepared)
-    with pytest.raises(InputError, match=r"The rows have weights \('token_weights'\): leave rule= out"):
+    with pytest.raises(InputError, match=r"The rows have weights \('token_weights'\): leave the token rule out"):
         train(tmp_path, tokenizer, TokenWeights("stm"), dataset=weighted)
     with pytest.raises(InputError, match="TokenWeights cannot act beside ResonanceCallback"):
         train(tmp_path, tokenizer, TokenWeights("stm"), dataset=prepared, callbacks=[ResonanceCallback()])

@@ -1,0 +1,78 @@
+"""The weights of the tokens of each step, in all processes: an update without any is left out. Knows steps, no rule.
+
+add -> ... -> leaves_out -> the optimizer's step -> end_update -> end_step
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Trainer
+
+from ..config import ScoreWarning
+from .refused_uses import steps_in_backward
+from .trainer_patches import UpdatePatch
+
+
+class StepWeights:
+    """Adds up the weights of the learnt tokens of a step.
+
+    Args:
+        trainer: the trainer of the run.
+        of: what gives the weights, the beginning of a message.
+        means: a list to which the mean weight of each step, of all processes, is added.
+    """
+
+    def __init__(self, trainer: Trainer, of: str, means: list[float]) -> None:
+        self._trainer, self._of, self._means = trainer, of, means
+        self._update = UpdatePatch(trainer)
+        self._added: list[tuple[float | Tensor, float | Tensor]] = []
+        self._step: tuple[float, float] | None = None  # the sums of the present step, of all processes
+        self._told = False
+
+    def add(self, weight: float | Tensor, tokens: float | Tensor) -> None:
+        """Add the sum of the weights of a micro-batch's learnt tokens, and their number; NaN where it is not known."""
+        self._added.append((weight, tokens))
+
+    def leaves_out(self) -> bool:
+        """Before the optimizer's step: whether it is left out, as no token of the step has a weight above 0."""
+        weight, tokens = self._step = self._of_all()
+        args = self._trainer.args
+        if not tokens or weight != 0:
+            return False
+        possible = not steps_in_backward(self._trainer)
+        if possible:
+            self._update.unscaled = (args.max_grad_norm or 0) > 0
+            self._update.leave_out()
+        if not self._told and args.process_index == 0:
+            what = "its update is left out" if possible else "nothing is learnt from them"
+            warnings.warn(
+                f"{self._of} gives each of the {int(tokens)} tokens of step {self._trainer.state.global_step + 1} the "
+                f"weight 0: {what}, as of later steps like it. Choose other weights if that is no exception.",
+                ScoreWarning,
+                stacklevel=2,
+            )
+        self._told = True
+        return possible
+
+    def end_update(self) -> None:
+        """The optimizer was asked for its step: let it make the next one."""
+        self._update.restore()
+
+    def end_step(self) -> None:
+        """Note the mean weight of the step that the trainer has made."""
+        (weight, tokens), self._step, self._added = self._step or self._of_all(), None, []
+        if tokens and math.isfinite(weight):
+            self._means.append(weight / tokens)
+
+    def _of_all(self) -> tuple[float, float]:
+        """The sum of the weights, and the number of tokens, of the present step in all processes."""
+        own = [sum(float(each[place]) for each in self._added) for place in (0, 1)]
+        if self._trainer.args.world_size > 1:
+            mine: Any = torch.tensor([own], dtype=torch.float64, device=self._trainer.args.device)
+            own = self._trainer.accelerator.gather(mine).sum(0).tolist()
+        return own[0], own[1]
