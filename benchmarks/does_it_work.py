@@ -36,7 +36,11 @@ LESS = {
     "settings": {"lora_r": 8, "dimensions": 1024},
 }  # rank 128 has more parameters than this base
 HELD_OUT, NEW_TOKENS = 400, 56
-SKIPPED = {"column": "needs the user's own scores", "perplexity": "selects the same rows as low_loss"}
+SKIPPED = {
+    "column": "needs the user's own scores",
+    "perplexity": "selects the same rows as low_loss",
+    **dict.fromkeys(("signal", "dynamics", "token_rule"), "needs a setting: measured elsewhere"),
+}
 LEARNING_RATE = 1e-4  # clean rows then improve a base of 80 %; at the demo's 3e-4, any training makes it worse
 
 

@@ -270,7 +270,7 @@ PAGES = (
         "rows; in Python, `RandomSelector`.",
     ),
 )
-LEFT_OUT = {"signal", "dynamics", "column"}  # any of docs/signals.md and docs/ledger.md, and a column of the user's
+LEFT_OUT = {"signal", "dynamics", "token_rule", "column"}  # of pages of their own, and a column of the user's
 
 
 def tables() -> dict[str, dict[str, list[str]]]:

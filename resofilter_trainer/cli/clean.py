@@ -12,8 +12,9 @@ from .inputs import dataset_of, require, row_options, sft_config
 from .parser import CommandParser, process_arguments, row_arguments, seed_argument
 
 SELF_EVOLVING = "self-evolving"
-RULES = ("token_cleaning", "rho", "sstoken", "profit", "stm", "eaft", "conflict", "random", "all_but_first")
-OF_RULES = ("threshold", "first")  # settings of a rule
+RULES = ("token_cleaning", "rho", "sstoken", "profit", "stm", "eaft", "conflict", "random", "all_but_first", "messages")
+WEIGHING = ("eaft", "messages")  # rules that give weights
+OF_RULES = ("threshold", "first", "gamma")  # settings of a rule
 OF_TRAINING = ("parts", "lora_r", "learning_rate", "per_device_train_batch_size", "gradient_accumulation_steps")
 EXAMPLES = (
     "resofilter clean --model BASE --reference REFERENCE --dataset rows.jsonl --output cleaned/",
@@ -33,6 +34,8 @@ def add_arguments(parser: CommandParser) -> None:
     parser.add_argument("--rule", choices=RULES, help="which tokens are learnt; by default token_cleaning")
     parser.add_argument("--threshold", type=float, help="of rule profit: a probability; of rule stm: a perplexity")
     parser.add_argument("--first", type=int, help="the tokens of each row that rule all_but_first masks")
+    gamma = "of rule sstoken: the weight of its loss part beside attention to the prompt; the paper's is 0.5, default 1"
+    parser.add_argument("--gamma", type=float, help=gamma)
     parser.add_argument("--mode", choices=CLEANING_MODES, default="fixed", help="how the reference comes about")
     ranking = "tokens are ranked together, or by row; by default global, or sample in mode rho"
     parser.add_argument("--ranking", choices=get_args(Ranking), help=ranking)
@@ -56,7 +59,7 @@ def run(args: argparse.Namespace) -> None:
     if args.rule == "rho":
         args.mode = _mode_of_rho(args.mode)
     if args.rule not in (None, "token_cleaning", "rho"):
-        return _report(args, _by_rule(args), token_weights=args.rule == "eaft")
+        return _report(args, _by_rule(args), token_weights=args.rule in WEIGHING)
     for name in OF_RULES:
         if getattr(args, name) is not None:
             raise InputError(f"--{name} goes with --rule, and with one that has it: leave it out.")
@@ -96,7 +99,7 @@ def _by_rule(args: argparse.Namespace) -> Any:
     from ..selecting.named_rules import token_rule
     from ..tokens.cleaning import clean_dataset
 
-    settings = {"keep": args.keep_tokens, "threshold": args.threshold, "first": args.first}
+    settings = {"keep": args.keep_tokens, **{name: getattr(args, name) for name in OF_RULES}}
     settings["seed"] = args.seed if args.rule == "random" else None
     rule = token_rule(args.rule, **{name: value for name, value in settings.items() if value is not None})
     training = sft_config(args, bf16=args.bf16, seed=args.seed)

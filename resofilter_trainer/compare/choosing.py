@@ -12,7 +12,7 @@ from typing import cast
 
 import numpy as np
 from datasets import Dataset
-from transformers import AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 from trl import SFTConfig
 
 from ..config import TokenCleaning
@@ -20,13 +20,17 @@ from ..scores.score_table import ScoreTable
 from ..scores.token_scores import TokenScores
 from ..selecting.data_selector import DataSelector
 from ..selecting.policies import Policy
-from ..selecting.token_selection import TokenSelector
+from ..selecting.token_rules import TokenInputs, TokenRule
+from ..selecting.token_selection import TokenSelection, TokenSelector, sums_of_rows
 from ..tokens.cleaned_dataset import mask_labels
+from ..tokens.losses import score_tokens
 from ..training.callback import ResonanceCallback
 from .config import SelectorConfig
 from .data import TEXTS
+from .marked import marked_tokens
 from .method_scores import as_tokens
 from .methods import METHODS
+from .token_rules import MARKED
 from .training import epochs_of, model_path, steps_per_epoch
 
 ANNEALING = 8  # InfoBatch: with at least this many epochs, the last eighth of them trains on all rows
@@ -88,6 +92,8 @@ def choose(
     """
     method = METHODS[selector.method]
     policy = method.policy(keep, args.seed, selector)
+    if isinstance(policy, TokenRule):
+        return _choose_by_rule(scores, policy, selector, rows, args, model)
     if isinstance(policy, TokenSelector):
         return _choose_tokens(cast(TokenScores, scores), policy, rows, args, model)
     table = cast(ScoreTable, scores)
@@ -114,6 +120,29 @@ def _choose_tokens(scores: TokenScores, policy: TokenSelector, rows: Dataset, ar
     values[scores.sample_id] = token_row_values(scores)
     size, kept = len(selection.keep), int(selection.keep.sum())
     return Chosen(mask_labels(tokens.dataset, selection), size, kept, of_rows, values)
+
+
+def _choose_by_rule(
+    scores: ScoreTable | TokenScores, rule: TokenRule, selector: SelectorConfig, rows: Dataset, args: SFTConfig,
+    model: str,
+) -> Chosen:  # fmt: skip
+    """The rows as tokens, masked or with weights; with a `ScoreTable`, of a rule for which nothing was measured."""
+    tokenizer = AutoTokenizer.from_pretrained(model_path(model), trust_remote_code=args.trust_remote_code)
+    tokens = as_tokens(rows, tokenizer, args)
+    rule.check(tokens.num_tokens)
+    measured = {}
+    if selector.column is not None:
+        measured[MARKED] = marked_tokens(rows, tokens, tokenizer, selector.column)
+    if isinstance(scores, ScoreTable):
+        nothing = np.zeros(int(tokens.num_tokens.sum()), dtype=np.float32)
+        scores = score_tokens(tokens, nothing, None, scores.provenance)
+        inputs = TokenInputs(scores.offsets, nothing, measured=measured)
+    else:
+        config = AutoConfig.from_pretrained(model_path(model), trust_remote_code=args.trust_remote_code)
+        inputs = TokenInputs.of(scores, int(config.get_text_config().vocab_size))
+    selection, of_rows = TokenSelection.of_weights(scores, rule.weights(inputs)), np.zeros(len(rows))
+    of_rows[scores.sample_id] = sums_of_rows(selection.weights, scores.offsets)
+    return Chosen(mask_labels(tokens.dataset, selection), len(selection), int(selection.keep.sum()), of_rows)
 
 
 def _clean_in_run(scores: ScoreTable, policy: TokenCleaning, rows: Dataset, args: SFTConfig) -> Chosen:

@@ -16,6 +16,7 @@ from .recommended import PROBE, SIGNAL, recommended_selector
 
 DEMO = "demo"  # the model and the problems that come with the package
 DYNAMICS = "dynamics"  # the method that selects by how rows are learnt
+TOKEN_RULE = "token_rule"  # the method that selects or weighs tokens by a rule
 COLUMN = "column"  # the method that selects by a column of the user's dataset
 NOT_FOR_DEMO = (
     *("dataset_config", "split", "prompt_column", "completion_column", "wrong_column"),
@@ -41,7 +42,7 @@ class SelectorConfig:
             are dropped.
         drop: for the method `column`, the end to drop, `"smallest"` or `"largest"`.
         settings: settings of the method, for `less` the fields of `LessConfig`, for `signal` those of `SignalSettings`,
-            for `dynamics` those of `DynamicsSettings`.
+            for `dynamics` those of `DynamicsSettings`, for `token_rule` those of `TokenRuleSettings`.
         score_model: a model that scores instead of the trained one (transfer).
     """
 
@@ -67,19 +68,27 @@ class SelectorConfig:
         if (self.method == COLUMN) != (self.score_column is not None):
             raise InputError(f"score_column goes with the method '{COLUMN}', which needs one.")
 
+    @property
+    def column(self) -> str | None:
+        """The column of the user's dataset that it needs; None for none."""
+        return self.score_column or (self.settings.get("spans") if self.method == TOKEN_RULE else None)
+
     @classmethod
     def of(cls, entry: Any) -> SelectorConfig:
         """The selector of a YAML entry: a name, or a mapping. Raises InputError for anything else.
 
         With `probe`, the folder of a probe, the method is `signal`, with the settings that the probe recommends. With
-        `dynamics`, a criterion of learning dynamics, the method is `dynamics`, by that criterion.
+        `dynamics`, a criterion of learning dynamics, the method is `dynamics`, by that criterion. With `token_rule`,
+        the name of a rule, the method is `token_rule`, with that rule.
         """
         if isinstance(entry, str):
             return cls(entry)
         if isinstance(entry, Mapping) and PROBE in entry:
             entry = recommended_selector(entry)
         if isinstance(entry, Mapping) and DYNAMICS in entry:
-            entry = _by_dynamics(entry)
+            entry = _named_by(DYNAMICS, "by", "its criterion", entry)
+        if isinstance(entry, Mapping) and TOKEN_RULE in entry:
+            entry = _named_by(TOKEN_RULE, "rule", "its rule", entry, prefix="token_")
         if isinstance(entry, Mapping) and "score_column" in entry:
             entry = {"method": COLUMN, **entry}
         if not isinstance(entry, Mapping) or "method" not in entry:
@@ -288,17 +297,26 @@ def slug(name: str) -> str:
     return re.sub(r"[^\w.-]+", "-", name).strip("-.")
 
 
-def _by_dynamics(entry: Mapping[str, Any]) -> dict[str, Any]:
-    """The YAML entry of a selector with the method `dynamics`, for one that names a criterion by `dynamics`."""
+def _named_by(method: str, setting: str, what: str, entry: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The YAML entry of a selector with a method, for one that names a setting of it by the method's name.
+
+    Args:
+        method: the method, which is also the key.
+        setting: the setting that has the key's value.
+        what: the setting in words.
+        entry: the entry with the key.
+        prefix: how the selector's name begins by default.
+    """
     if "method" in entry:
-        raise InputError(f"A selector with '{DYNAMICS}' has the method '{DYNAMICS}': leave method out.")
-    by, settings = entry[DYNAMICS], entry.get("settings", {})
-    others = {name: value for name, value in entry.items() if name != DYNAMICS}
+        raise InputError(f"A selector with '{method}' has the method '{method}': leave method out.")
+    value, settings = entry[method], entry.get("settings", {})
+    others = {name: given for name, given in entry.items() if name != method}
     if isinstance(settings, Mapping):
-        if "by" in settings:
-            raise InputError(f"A selector with '{DYNAMICS}' has its criterion there: leave by out of its settings.")
-        settings = {"by": by, **settings}
-    return {"name": str(by), **others, "method": DYNAMICS, "settings": settings}
+        if setting in settings:
+            raise InputError(f"A selector with '{method}' has {what} there: leave {setting} out of its settings.")
+        settings = {setting: value, **settings}
+    name = str(value) if str(value).startswith(prefix) else f"{prefix}{value}"
+    return {"name": name, **others, "method": method, "settings": settings}
 
 
 def _check_drop(method: Any) -> None:

@@ -51,14 +51,14 @@ class Data:
     loss_rows: Dataset | None = None
 
     @functools.lru_cache  # noqa: B019  # an entry lives as long as the rows do
-    def fingerprint(self, score_column: str | None = None, validated: bool = True) -> str:
+    def fingerprint(self, column: str | None = None, validated: bool = True) -> str:
         """A hash of the data that a cell depends on: the rows, the held-out rows, the user's own scores.
 
         Args:
-            score_column: the column of the user's own scores, if the cell's selector has one.
+            column: the column of the user's own scores or marks, if the cell's selector has one.
             validated: whether the cell depends on the validation rows.
         """
-        rows = self.rows.select_columns(["prompt", "completion", *([score_column] if score_column else [])])
+        rows = self.rows.select_columns(["prompt", "completion", *([column] if column else [])])
         validation = "" if self.validation is None or not validated else hash_rows(self.validation, FIRST)
         wrong = None if self.wrong is None else self.wrong.tolist()
         made_from: list[Any] = [hash_rows(rows, FIRST), validation, wrong, list(self.prompts), list(self.answers)]
@@ -74,7 +74,7 @@ def make_data(config: ComparisonConfig, seed: int) -> Data:
     columns = ColumnMapping(prompt_column=config.prompt_column, completion_column=config.completion_column)
     own = _load(config, config.dataset, config.split)
     rows = map_columns(own, columns)
-    for name in {config.wrong_column, *(each.score_column for each in config.selectors)} - {None, *rows.column_names}:
+    for name in {config.wrong_column, *(each.column for each in config.selectors)} - {None, *rows.column_names}:
         if name not in own.column_names:
             raise InputError(f"The dataset has no column '{name}'. It has: {', '.join(own.column_names)}.")
         rows = rows.add_column(name, own[name][:])

@@ -22,6 +22,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import SFTConfig
 
 from ..config import (
+    SELF,
     ColumnMapping,
     InputError,
     Norm,
@@ -36,16 +37,18 @@ from ..criteria.prompted import RATING_PROMPTS, Nuggets, SelectIT
 from ..data.loading import Opened, check_model, usable_rows
 from ..data.preparation import PreparedRows, prepare
 from ..scores.score_table import LENGTH, ScoreTable
-from ..scores.token_scores import TokenScores
+from ..scores.token_scores import STATISTICS, TokenScores
 from ..scoring.criterion import score_by
 from ..scoring.dataset import score_dataset
 from ..scoring.less import LessConfig, less_scores
 from ..scoring.output import Measured, PassOutput
 from ..scoring.run_pass import run_pass
+from ..selecting.token_rules import TokenRule
 from ..tokens.cleaning import measure_tokens
 from ..training.fine_tuning import fine_tune, save_model
 from .config import SelectorConfig
 from .signals import SignalSettings
+from .token_rules import TokenRuleSettings
 
 REFERENCE_SHARE = 0.2  # the share of the rows that the reference model is tuned on, the paper's 10k of 50k
 
@@ -63,6 +66,7 @@ class Request:
         selector: the selector.
         validation: `prompt` and `completion` of the validation rows; None if there are none.
         reference: the name or folder of the reference model; None for methods without one.
+        path: the name or folder that the scoring model was loaded from.
     """
 
     model: PreTrainedModel
@@ -73,6 +77,7 @@ class Request:
     selector: SelectorConfig
     validation: Dataset | None = None
     reference: str | None = None
+    path: str = ""
 
     @cached_property
     def validation_tokens(self) -> PreparedRows:
@@ -213,6 +218,26 @@ def by_token_losses(request: Request) -> TokenScores:
     cleaning = TokenCleaning(keep=1.0, reference=request.reference)
     _, scores = measure_tokens(
         request.model, request.dataset, cleaning, request.tokenizer, request.args, request.folder, drop_empty=True
+    )
+    return scores
+
+
+def by_token_statistics(request: Request) -> TokenScores:
+    """Every learnt token's loss and the statistics that some rules need, from one forward."""
+    return _measured(request, request.model, TokenRule("statistics", lambda tokens: tokens.loss, STATISTICS))
+
+
+def by_token_progress(request: Request) -> TokenScores:
+    """Every learnt token's loss under the model after its first training, and under the model before it."""
+    assert request.reference is not None, "a comparison trains it"
+    settings = TokenRuleSettings(**request.selector.settings)
+    return _measured(request, request.reference, settings.of_share(1.0, 0), earlier=request.path)
+
+
+def _measured(request: Request, model: str | PreTrainedModel, rule: TokenRule, earlier: str = SELF) -> TokenScores:
+    cleaning, tokenizer = TokenCleaning(reference=earlier), request.tokenizer  # read where the rule needs it
+    _, scores = measure_tokens(
+        model, request.dataset, cleaning, tokenizer, request.args, request.folder, rule=rule, drop_empty=True
     )
     return scores
 

@@ -11,6 +11,7 @@
     resonance, resonance_sgd, resonance_l2                how far a step moves W_up (ResoFilter)
     resonance_and_loss, resonance_residual                the same together with the loss, or beyond loss and length
     token_fixed, token_rho, token_self_evolving           Token Cleaning: `keep` is the share of the learnt tokens
+    token_rule                                            any rule for which tokens are learnt, by `{token_rule: eaft}`
     infobatch                                             selects inside the run, again after every epoch; `keep` is the
                                                           share of the rows below the mean; of eight epochs or more, the
                                                           last eighth trains on all rows
@@ -34,6 +35,7 @@ from ..scores.token_scores import TokenScores
 from ..scoring.less import LessConfig, projection_flops
 from ..selecting.data_selector import DataSelector
 from ..selecting.policies import Policy, RandomSelector, SoftPruning
+from ..selecting.token_rules import PROMPT_ATTENTION, TokenRule
 from ..selecting.token_selection import TokenSelector
 from .config import DEMO, ComparisonConfig, SelectorConfig
 from .dynamics import DynamicsSettings
@@ -48,13 +50,16 @@ from .method_scores import (
     by_selectit,
     by_signal,
     by_token_losses,
+    by_token_progress,
+    by_token_statistics,
 )
 from .published import Needs
 from .recorded import by_dynamics
 from .signals import SignalSettings
+from .token_rules import TokenRuleSettings
 
 RESONANCE_FORWARDS = 1.2  # a forward, and the backward through the last layers, counted (benchmarks/RESULTS.md)
-MakePolicy = Callable[[float, int, SelectorConfig], "Policy | TokenSelector | TokenCleaning"]
+MakePolicy = Callable[[float, int, SelectorConfig], "Policy | TokenSelector | TokenCleaning | TokenRule"]
 Forwards = Callable[[ComparisonConfig, SelectorConfig, float], float]
 
 
@@ -65,7 +70,7 @@ class Method:
     Attributes:
         score: a function that measures every row, or every learnt token.
         policy: a function that makes the policy from the share to keep, a seed and the selector. A policy decides on
-            rows, on tokens or, as `TokenCleaning`, on tokens inside the run.
+            rows, on tokens (`TokenSelector`, `TokenRule`) or, as `TokenCleaning`, on tokens inside the run.
         scores: the name of the folder of the scores. Methods with the same name share their scores.
         forwards: the cost of measuring one row, in forwards of the scoring model: a number, or a function of the
             comparison, the selector and the epochs of the training.
@@ -75,6 +80,9 @@ class Method:
         in_run: whether the policy decides inside the training.
         validated: whether the method selects for validation rows.
         by_reference: whether the method scores with a reference model as well.
+        tunes: whether this is always the trained model tuned on the first rows, whatever the comparison's
+            `reference_model`.
+        whole: whether the share to keep changes nothing, so that one training is enough.
         trains: whether scoring trains something, so that the scores depend on the seed.
         settings: the dataclass of the settings that a selector can have; None if there are none.
         variant: a function from a selector to the fields of the method that its settings change (see
@@ -92,6 +100,8 @@ class Method:
     in_run: bool = False
     validated: bool = False
     by_reference: bool = False
+    tunes: bool = False
+    whole: bool = False
     trains: bool = False
     settings: type[Any] | None = None
     variant: Callable[[SelectorConfig], dict[str, Any]] | None = None
@@ -113,7 +123,12 @@ def less_cost(config: LessConfig) -> float:
 
 def token_cost(config: ComparisonConfig, epochs: float) -> float:
     """A forward of every row by two models, and the tuning of the reference model, in forwards per row."""
-    return 2 + (0 if config.reference_model else 3 * REFERENCE_SHARE * epochs)
+    return 2 if config.reference_model else tuned_cost(epochs)
+
+
+def tuned_cost(epochs: float) -> float:
+    """The same, where the reference model is always tuned."""
+    return 2 + 3 * REFERENCE_SHARE * epochs
 
 
 def _less_settings(selector: SelectorConfig) -> LessConfig:
@@ -138,6 +153,30 @@ def _of_signal(selector: SelectorConfig) -> dict[str, Any]:
         "by_reference": own.by_reference,
         "needs": Needs(int(warms_up), 3 if warms_up else 2, model_free=not (warms_up or own.by_reference)),
     }
+
+
+def _rule_settings(selector: SelectorConfig) -> TokenRuleSettings:
+    return TokenRuleSettings(**selector.settings)
+
+
+def _of_rule(selector: SelectorConfig) -> dict[str, Any]:
+    """What the method `token_rule` takes for a selector's rule.
+
+    ssToken compares the model after a first training with the model before it. That training is the one of the
+    reference model of token cleaning, on the same rows.
+    """
+    own = _rule_settings(selector)
+    found: dict[str, Any] = {"whole": not own.has_share}
+    if own.of_reference or own.of_progress:
+        found |= {"forwards": METHODS["token_fixed"].forwards, "needs": METHODS["token_fixed"].needs}
+        found |= {"score": by_token_losses, "scores": "token_losses", "by_reference": True, "trains": True}
+    if own.of_progress:
+        name = "token_progress_attention" if PROMPT_ATTENTION in own.needs else "token_progress"
+        forwards: Forwards = lambda config, selector, epochs: tuned_cost(epochs)  # noqa: E731
+        found |= {"score": by_token_progress, "scores": name, "tunes": True, "forwards": forwards}
+    if not own.measures:
+        found |= {"score": by_criterion("length"), "scores": "length", "forwards": 0, "needs": SELECT}
+    return found
 
 
 def _dynamics_settings(selector: SelectorConfig) -> DynamicsSettings:
@@ -186,7 +225,7 @@ def _tokens(ranking: Ranking) -> Method:
 SELECT = Needs(0, 1)  # one step
 SCORE_AND_SELECT = Needs(0, 2)
 METHODS = {
-    "full": _unscored(lambda keep, seed, selector: DataSelector(keep=1.0), SELECT),
+    "full": _unscored(lambda keep, seed, selector: DataSelector(keep=1.0), SELECT, whole=True),
     "random": _unscored(lambda keep, seed, selector: RandomSelector(keep, seed), SELECT),
     "longest": _criterion("length", 0, SCORE_AND_SELECT),
     "shortest": _criterion("length", 0, SCORE_AND_SELECT, drop="largest"),
@@ -263,6 +302,16 @@ METHODS = {
         model="trained",
         in_run=True,
     ),
+    "token_rule": Method(
+        score=by_token_statistics,
+        policy=lambda keep, seed, selector: _rule_settings(selector).of_share(keep, seed),
+        scores="token_statistics",
+        forwards=1,
+        needs=SCORE_AND_SELECT,
+        model="trained",
+        settings=TokenRuleSettings,
+        variant=_of_rule,
+    ),
     "column": Method(
         score=by_column,
         policy=lambda keep, seed, selector: DataSelector(keep=keep, drop=selector.drop),  # type: ignore[arg-type]
@@ -289,8 +338,8 @@ def check(config: ComparisonConfig) -> None:
 
 
 def _check_selector(config: ComparisonConfig, selector: SelectorConfig, method: Method) -> None:
-    if selector.score_column is not None and config.dataset == DEMO:
-        raise InputError(f"The demo's problems have no column '{selector.score_column}': name a dataset of your own.")
+    if selector.column is not None and config.dataset == DEMO:
+        raise InputError(f"The demo's problems have no column '{selector.column}': name a dataset of your own.")
     if method.validated and config.dataset != DEMO and config.validation_dataset is None:
         raise InputError(f"The selector '{selector.name}' selects for a validation set: name a validation_dataset.")
     unmeasured = method.cost(config, selector, epochs=1) == 0

@@ -27,7 +27,7 @@ from ..selecting.results import EPOCHS, FLOPS, FULL
 from .cells import Cell
 from .config import ComparisonConfig, SelectorConfig, slug
 from .data import make_data
-from .methods import check
+from .methods import check, method_of
 from .round import Round
 
 SETTINGS = "settings.json"
@@ -70,7 +70,7 @@ def _cells_of(one: Round, folder: Path) -> list[Cell]:
     wanted = [
         (selector, keep)
         for selector in config.selectors
-        for keep in ((1.0,) if selector.method == FULL else config.keep)
+        for keep in ((1.0,) if method_of(selector).whole else config.keep)
     ]
     for selector, keep in wanted:
         make = partial(one.cell, selector, keep)

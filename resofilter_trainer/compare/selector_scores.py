@@ -20,7 +20,7 @@ from .config import DEMO, ComparisonConfig, SelectorConfig, slug
 from .cost import COST, parameters_of, seconds_of, timed
 from .data import Data, hash_files
 from .method_scores import Request, tune_reference
-from .methods import method_of
+from .methods import Method, method_of
 from .training import epochs_of, model_path, sft_config
 
 
@@ -88,13 +88,14 @@ class SelectorScores:
 
     def origin(self, selector: SelectorConfig) -> dict[str, Any]:
         """What a cell depends on besides the settings of the comparison, by readable names."""
-        method, reference, scorer = method_of(selector), self.config.reference_model, self.scorer(selector)
+        method, scorer = method_of(selector), self.scorer(selector)
+        reference = self._given_reference(method)
         found: dict[str, Any] = {"weights": hash_weights(model_path(self.model)), "scored by": scorer}
         if scorer != self.model:
             found["scorer's weights"] = hash_weights(model_path(scorer))
-        if method.by_reference and reference:
+        if reference is not None:
             found |= {"reference": reference, "its weights": hash_weights(model_path(reference))}
-        return {**found, "data": self.data.fingerprint(selector.score_column, method.validated)}
+        return {**found, "data": self.data.fingerprint(selector.column, method.validated)}
 
     def _scored_by(self, selector: SelectorConfig, scorer: str) -> Scored:
         folder = self._folder / slug(scorer) / self._name(selector)
@@ -107,27 +108,32 @@ class SelectorScores:
         method = method_of(selector)
         words = [f"column-{selector.score_column}" if selector.score_column else method.scores]
         words += [selector.name] if selector.settings and method.variant is None else []
-        trains = method.trains and not (method.by_reference and self.config.reference_model)
+        trains = method.trains and self._given_reference(method) is None
         words += [f"seed-{self.seed}"] if self.config.dataset == DEMO or trains else []
         return "-".join(words)
 
     def _measure(self, selector: SelectorConfig, scorer: str, folder: Path) -> Scored:
         method, data = method_of(selector), self.data
         args = sft_config(self.config, scorer, self.seed)  # the scoring model's, whichever model is trained
-        reference, tuning = self._reference() if method.by_reference else (None, 0.0)
+        reference, tuning = self._reference(method) if method.by_reference else (None, 0.0)
         model, tokenizer = load_model(model_path(scorer), None, args)
         parameters = parameters_of(model)
-        request = Request(model, tokenizer, data.rows, args, folder, selector, data.validation, reference)
+        own = model_path(scorer)
+        request = Request(model, tokenizer, data.rows, args, folder, selector, data.validation, reference, own)
         flops = method.flops(model, len(data.rows), selector)
         table, seconds = timed(folder, lambda: method.score(request), resumes=True)
         flops += 6 * parameters * table.provenance.warmup.get("tokens", 0)
         gc.collect()  # LESS trains a model, which refers to its trainer
         return Scored(table, tuning + seconds, parameters, flops)
 
-    def _reference(self) -> tuple[str, float]:
+    def _given_reference(self, method: Method) -> str | None:
+        """The reference model that the settings name for a method; None where there is none."""
+        return self.config.reference_model if method.by_reference and not method.tunes else None
+
+    def _reference(self, method: Method) -> tuple[str, float]:
         """The reference model that token scores are made with, and the seconds of tuning it; 0 if it was given."""
-        if self.config.reference_model is not None:
-            return model_path(self.config.reference_model), 0.0
+        if (given := self._given_reference(method)) is not None:
+            return model_path(given), 0.0
         folder = self._folder / slug(self.model) / f"reference-seed-{self.seed}"
 
         def tune() -> None:

@@ -14,7 +14,7 @@ from typing import cast
 import numpy as np
 import torch
 from datasets import Dataset
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from ..config import InputError, TokenCleaning, number
@@ -24,7 +24,9 @@ from ..data.loading import load_model
 from ..demo.run import BASE, TRAINING
 from ..evaluation.generate import exact_match
 from ..evaluation.tasks import evaluate_tasks
+from ..selecting.weighted_rows import TOKEN_WEIGHTS
 from ..training.callback import ResonanceCallback
+from ..training.token_weighting import TokenWeights
 from .config import DEMO, ComparisonConfig
 from .data import Data
 
@@ -135,7 +137,9 @@ def train(model: str, rows: Dataset, callback: ResonanceCallback | None, args: S
     if "input_ids" in rows.column_names:
         args = copy.copy(args)
         args.assistant_only_loss = False  # the labels are set already
-    callbacks = None if callback is None else [callback]
+    callbacks: list[TrainerCallback] = [] if callback is None else [callback]
+    if TOKEN_WEIGHTS in rows.column_names:
+        callbacks.append(TokenWeights())
     trainer = SFTTrainer(loaded, args, train_dataset=rows, processing_class=tokenizer, callbacks=callbacks)
     trainer.train()
     history = trainer.state.log_history

@@ -28,8 +28,10 @@ if TYPE_CHECKING:
 TOKEN_SCORES_FILE = "token_scores.arrow"
 KEY = "resofilter_token_scores"  # the metadata key of the provenance
 STATISTICS = ("entropy", "rank", "top_entropy")  # of the base model's distribution, where a token rule needs them
+MEASURED = (*STATISTICS, "prompt_attention")  # and of its attention
+MESSAGE_WEIGHT = "message_weight"  # what the user gives to a token's message
 ALWAYS = {"position": np.int32, "token": np.int32, "base": np.float32}
-LISTS = {**ALWAYS, "reference": np.float32, **dict.fromkeys(STATISTICS, np.float32)}
+LISTS = {**ALWAYS, "reference": np.float32, **dict.fromkeys((*MEASURED, MESSAGE_WEIGHT), np.float32)}
 SCHEMA = pa.schema(
     {"sample_id": pa.int64(), **{name: pa.large_list(pa.from_numpy_dtype(kind)) for name, kind in LISTS.items()}}
 )
@@ -51,7 +53,8 @@ class TokenScores:
         base: (N,) float32, the losses under the base model.
         reference: (N,) float32, those under the reference model; None where there is none.
         provenance: what the base losses were made from; its `config` has the reference model's name and weights hash.
-        entropy, rank, top_entropy: (N,) float32, see `TokenInputs`; None where they were not measured.
+        entropy, rank, top_entropy, prompt_attention, message_weight: (N,) float32, see `TokenInputs`; None where a rule
+            has not needed them.
 
     Raises:
         InputError: the lengths of the arrays do not fit together.
@@ -67,6 +70,8 @@ class TokenScores:
     entropy: np.ndarray | None = None
     rank: np.ndarray | None = None
     top_entropy: np.ndarray | None = None
+    prompt_attention: np.ndarray | None = None
+    message_weight: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         rows, tokens = len(self.sample_id), len(self.base)

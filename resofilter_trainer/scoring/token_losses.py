@@ -5,6 +5,7 @@ batches of similar lengths within a token budget -> each measured once, by any p
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -20,6 +21,7 @@ from ..io.store import UNIT
 from ..model.head import PROBE, Way, find_way
 from ..model.losses import inputs_of, learnt_positions
 from ..model.modes import bfloat16_forward, evaluating
+from ..model.prompt_attention import PROMPT_ATTENTION, PromptAttention
 from ..model.token_statistics import TokenStatistics
 from .batches import collate, padded_tokens, split_by_tokens
 from .passes import Parts, measure_batches
@@ -73,7 +75,7 @@ def measure_token_statistics(
     """The loss and some statistics of every learnt token, from one forward, the head a tile at a time.
 
     Args:
-        statistics: which, see `TokenStatistics`; one value for each token.
+        statistics: which, see `TokenStatistics`, and `"prompt_attention"`; one value for each token.
         model, prepared, args, tokens_per_batch, label, parts: as for `measure_token_losses`.
 
     Returns:
@@ -81,13 +83,19 @@ def measure_token_statistics(
         process.
 
     Raises:
-        InputError: a loss is not finite; the message names the row.
+        InputError: a loss is not finite, the message names the row; or the attention cannot be had.
     """
+    of_head = [name for name in statistics if name != PROMPT_ATTENTION]
+    attention = PromptAttention(model) if PROMPT_ATTENTION in statistics else None
 
     def of_batch(rows: np.ndarray, way: Way) -> dict[str, np.ndarray]:
-        collected = TokenStatistics(statistics)
-        losses = _losses_of(model, prepared, rows, way, collected)
-        return {LOSS: losses, **{name: collected.of(name).float().cpu().numpy() for name in statistics}}
+        collected = TokenStatistics(of_head)
+        with attention.watching() if attention is not None else contextlib.nullcontext():
+            losses = _losses_of(model, prepared, rows, way, collected)
+        found = {name: collected.of(name) for name in of_head}
+        if attention is not None:
+            found[PROMPT_ATTENTION] = attention.of(collate(prepared, rows, torch.device("cpu"))["labels"])
+        return {LOSS: losses, **{name: values.float().cpu().numpy() for name, values in found.items()}}
 
     return _measure(model, prepared, args, tokens_per_batch, label, parts, of_batch)
 

@@ -18,7 +18,16 @@ from typing import Any
 import numpy as np
 
 from ..config import InputError, at_most_one, number, one_of, share, whole_number
-from .token_rules import EARLIER_LOSS, ENTROPY, PROMPT_ATTENTION, REFERENCE_LOSS, TOP_ENTROPY, TokenInputs, TokenRule
+from .token_rules import (
+    EARLIER_LOSS,
+    ENTROPY,
+    MESSAGE_WEIGHT,
+    PROMPT_ATTENTION,
+    REFERENCE_LOSS,
+    TOP_ENTROPY,
+    TokenInputs,
+    TokenRule,
+)
 from .token_selection import TokenSelector, keep_by_sample, keep_globally, keep_in_rows, keep_largest
 
 SHARE = 0.6  # of the tokens, as in Token Cleaning and ssToken
@@ -60,7 +69,7 @@ def sstoken(keep: float = SHARE, gamma: float = 1.0) -> TokenRule:
     d_t is the loss under earlier weights of the same model minus L_t, moved and scaled to [0, 1] within the row
     (`(d - min) / (max - min + 1e-8)`), and a_t the attention of the token to the prompt, summed over the prompt and
     averaged over the heads of the last layer. The paper uses gamma = 0.5; 1 is its loss part alone, which needs no
-    attention and is what `clean_dataset` can measure.
+    attention.
 
     Source: ssToken, arXiv 2510.18250, as its repository (jianke0604/ssToken) computes it.
     """
@@ -162,6 +171,11 @@ def all_but_first(first: int = 1) -> TokenRule:
     return TokenRule("all_but_first", weigh, settings={"first": first}, check=check)
 
 
+def messages() -> TokenRule:
+    """Weighs tokens by the `weight` of their message in the user's rows; 1 where it has none."""
+    return TokenRule("messages", lambda tokens: tokens.message_weight, (MESSAGE_WEIGHT,), soft=True, settings={})
+
+
 @dataclass(frozen=True)
 class NamedRule:
     """What a rule is, for people.
@@ -245,6 +259,13 @@ RULES: dict[str, NamedRule] = {
     "random": NamedRule(random, "a random number", "random tokens", OF_ALL, "baseline"),
     "all_but_first": NamedRule(
         all_but_first, "place in the row", "the first tokens of each row", "all but the first of each row", "baseline"
+    ),
+    "messages": NamedRule(
+        messages,
+        "the `weight` of the token's message",
+        "messages that count less",
+        "all, with weights",
+        "the user's own weights",
     ),
 }
 

@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 
 from ..config import InputError, check_kind, with_known_keywords
-from ..scores.token_scores import STATISTICS, TokenScores
+from ..scores.token_scores import MEASURED, MESSAGE_WEIGHT, STATISTICS, TokenScores
 
 ENTROPY, RANK, TOP_ENTROPY = STATISTICS
 REFERENCE_LOSS, EARLIER_LOSS, PROMPT_ATTENTION = "reference_loss", "earlier_loss", "prompt_attention"
-KNOWN = (*STATISTICS, REFERENCE_LOSS, EARLIER_LOSS, PROMPT_ATTENTION)  # what a rule can need beside the loss
+KNOWN = (*STATISTICS, REFERENCE_LOSS, EARLIER_LOSS, PROMPT_ATTENTION, MESSAGE_WEIGHT)  # beside the loss
 OF_OTHERS = (REFERENCE_LOSS, EARLIER_LOSS)  # the losses of another model
 
 
@@ -52,7 +52,9 @@ class TokenInputs:
     @classmethod
     def of(cls, scores: TokenScores, vocabulary: int) -> TokenInputs:
         """What token scores hold. The losses of their reference count as those of an earlier model as well."""
-        measured = {name: values for name in STATISTICS if (values := getattr(scores, name)) is not None}
+        measured = {
+            name: values for name in (*MEASURED, MESSAGE_WEIGHT) if (values := getattr(scores, name)) is not None
+        }
         if scores.reference is not None:
             measured |= dict.fromkeys(OF_OTHERS, scores.reference)
         return cls(scores.offsets, scores.base, vocabulary, measured)
@@ -94,8 +96,14 @@ class TokenInputs:
 
     @property
     def prompt_attention(self) -> np.ndarray:
-        """(N,) the attention that each token pays to the prompt: summed over it, averaged over the heads."""
+        """(N,) the attention that each token pays to the prompt in the last layer: averaged over the heads, and summed
+        over the tokens before it that are not learnt."""
         return self._of(PROMPT_ATTENTION)
+
+    @property
+    def message_weight(self) -> np.ndarray:
+        """(N,) the `weight` of the message that the token is of; 1 where the message has none."""
+        return self._of(MESSAGE_WEIGHT)
 
     def _of(self, name: str) -> np.ndarray:
         if name not in self.measured:
@@ -115,7 +123,7 @@ class TokenRule:
         weigh: a function from `TokenInputs` to a weight in [0, 1] for each token, (N,). Bools, and numbers that are all
             0 or 1, are a mask. It has to be pure: the same inputs give the same weights.
         needs: what it reads beside `loss`, `probability` and `offsets`: `"entropy"`, `"rank"`, `"top_entropy"`,
-            `"reference_loss"`, `"earlier_loss"`, `"prompt_attention"`.
+            `"reference_loss"`, `"earlier_loss"`, `"prompt_attention"`, `"message_weight"`.
         soft: whether its weights are weights even where they are all 0 or 1.
         settings: the values it was made with; None for a rule that cannot be made again by its name.
         check: a function of the number of learnt tokens of each row, (R,), that raises InputError where no token would

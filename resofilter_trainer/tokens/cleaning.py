@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -20,18 +20,19 @@ from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import SFTConfig
 
-from ..config import SELF, InputError, TokenCleaning, check_kind
+from ..config import SELF, ColumnMapping, InputError, TokenCleaning, check_kind
 from ..config.keywords import RowOptions
 from ..data.arguments import check_call
-from ..data.loading import Opened, check_arguments, check_model, default_arguments, open_pass, placed
+from ..data.loading import Opened, check_arguments, check_model, default_arguments, open_pass, placed, usable_rows
+from ..data.message_weights import weights_apart, weights_of_tokens
 from ..data.preparation import PreparedRows
 from ..data.reference_model import Reference
 from ..model.losses import vocabulary_of
 from ..scores.provenance import Provenance
-from ..scores.token_scores import STATISTICS, TOKEN_SCORES_FILE, TokenScores
+from ..scores.token_scores import MEASURED, TOKEN_SCORES_FILE, TokenScores
 from ..scoring.passes import locked
 from ..selecting.named_rules import rho, rule_of, token_cleaning
-from ..selecting.token_rules import OF_OTHERS, PROMPT_ATTENTION, TokenInputs, TokenRule
+from ..selecting.token_rules import MESSAGE_WEIGHT, OF_OTHERS, TokenInputs, TokenRule
 from ..selecting.token_selection import EMPTIED, TokenSelection, TokenSelector
 from ..selecting.weighted_rows import TOKEN_WEIGHTS
 from .cleaned_dataset import CleanedDataset, check_output, groups_of, mask_labels, save_dataset, summarise
@@ -40,10 +41,6 @@ from .losses import against, losses_under, remove_loss_parts, score_tokens, stat
 RANKINGS = {"token_cleaning": "global", "rho": "sample"}
 REFERENCE_NAMES = ("reference_weights", "reference_settings")  # in the provenance's config
 NO_REFERENCE = "pass reference=, a model or a LoRA adapter"
-NO_ATTENTION = (
-    "cleaning measures no attention. Use gamma=1, the part of ssToken that needs none, or a rule that needs something "
-    "else"
-)
 
 
 def clean_dataset(
@@ -111,16 +108,21 @@ def measure_tokens(
     processing_class: PreTrainedTokenizerBase | None = None,
     args: SFTConfig | None = None,
     output: str | os.PathLike[str] | None = None,
+    *,
+    rule: TokenRule | None = None,
     **row_options: Any,
 ) -> tuple[CleaningTask, TokenScores]:
     """The losses of every learnt token under the base and the reference model. Arguments and errors: `clean_dataset`'s.
+
+    With a rule, it is what that rule needs.
 
     Returns:
         The task with its rows as tokens, and the token scores, which are also in `output`.
     """
     folder = _folder(output)
     with locked(folder):
-        return _scored(model, dataset, cleaning, _rule_of(cleaning), processing_class, args, folder, **row_options)
+        chosen = rule or _rule_of(cleaning)
+        return _scored(model, dataset, cleaning, chosen, processing_class, args, folder, **row_options)
 
 
 @dataclass(frozen=True)
@@ -135,6 +137,7 @@ class CleaningTask:
         folder: the output folder, or None.
         rule: the rule that decides on tokens.
         vocabulary: the number of the base model's logits.
+        given: (N,) each by its name in `TokenScores`, what the user's rows say of their tokens.
     """
 
     cleaning: TokenCleaning
@@ -144,6 +147,7 @@ class CleaningTask:
     folder: Path | None
     rule: TokenRule
     vocabulary: int
+    given: Mapping[str, np.ndarray] = field(default_factory=dict)
 
     @property
     def selector(self) -> TokenSelector:
@@ -164,8 +168,8 @@ class CleaningTask:
         """
         rows, provenance = self.opened.prepared, self.opened.provenance
         found = {} if existing is None else {name: getattr(existing, name) for name in existing.columns}
-        found = {name: found[name] for name in ("base", *STATISTICS) if name in found}
-        missing = [name for name in STATISTICS if name in self.rule.needs and name not in found]
+        found = {name: found[name] for name in ("base", *MEASURED) if name in found}
+        missing = [name for name in MEASURED if name in self.rule.needs and name not in found]
         if missing:
             budget = self.cleaning.tokens_per_batch
             more = statistics_under(base, "base", rows, self.args, budget, missing, self.folder, provenance.compared)
@@ -212,8 +216,20 @@ def open_task(
     rule = rule or _rule_of(cleaning)
     if {*OF_OTHERS} & {*rule.needs}:
         source = {**(source or {}), "reference": cleaning.reference}
+    given = {}
+    if MESSAGE_WEIGHT in rule.needs:
+        dataset = weights_apart(dataset)
     base, opened = open_pass(model, dataset, processing_class, args, config, source=source, **row_options)
-    return placed(base, args), CleaningTask(cleaning, args, opened, groups, folder, rule, vocabulary_of(base))
+    if MESSAGE_WEIGHT in rule.needs:
+        given[MESSAGE_WEIGHT] = weights_of_tokens(_read_again(dataset, args, **row_options), opened.prepared, args)
+    return placed(base, args), CleaningTask(cleaning, args, opened, groups, folder, rule, vocabulary_of(base), given)
+
+
+def _read_again(
+    dataset: Dataset, args: SFTConfig, drop_duplicates: bool = False, drop_empty: bool = False, **columns: Any
+) -> Dataset:
+    """The usable rows of a pass under TRL's column names, before they become tokens."""
+    return usable_rows(dataset, ColumnMapping(**columns), args, drop_duplicates, drop_empty)[0]
 
 
 def _settings(
@@ -236,7 +252,7 @@ def _settings(
         return cleaning, _rule_of(cleaning)
     chosen = rule_of(rule, given.pop("keep", None), seed)
     others = [need for need in chosen.needs if need in OF_OTHERS]
-    missing = {PROMPT_ATTENTION: NO_ATTENTION}
+    missing: dict[str, str] = {}
     if "reference" not in given:
         missing |= dict.fromkeys(OF_OTHERS, NO_REFERENCE)
     chosen.check_needs(missing)
@@ -276,7 +292,7 @@ def _scored(
         reference.check_vocabulary(base, task.opened.tokenizer)
     rule.check(task.opened.prepared.num_tokens)
     existing = task.existing_scores()
-    found = task.measured(base, existing)
+    found = {**task.measured(base, existing), **task.given}
     if reference is None:
         other = None if existing is None else existing.reference
         provenance = task.opened.provenance if existing is None else existing.provenance

@@ -170,6 +170,7 @@ def test_cleaning_again_with_another_share_replaces(place, tmp_path):
         (["--rule", "random", "--seed", 7], {"keep": 0.6, "seed": 7}),
         (["--rule", "all_but_first", "--first", 2], {"first": 2}),
         (["--rule", "sstoken", "--reference", "{place}/reference"], {"keep": 0.6, "gamma": 1.0}),
+        (["--rule", "sstoken", "--gamma", 0.5, "--reference", "{place}/reference"], {"keep": 0.6, "gamma": 0.5}),
         (["--rule", "eaft"], {}),
     ],
 )

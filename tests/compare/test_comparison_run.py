@@ -47,12 +47,14 @@ def config(tmp_path, selectors, **changes) -> ComparisonConfig:
 @pytest.fixture(scope="module")
 def every(tmp_path_factory):
     """Every method but `column`, which the demo's rows cannot have, trained once; the base is the small model, too."""
-    names = [name for name in METHODS if name not in ("column", "less", "signal", "dynamics")]
+    names = [name for name in METHODS if name not in ("column", "less", "signal", "dynamics", "token_rule")]
     folder = tmp_path_factory.mktemp("every")
     less = {"method": "less", "settings": {"lora_r": 2, "epochs": 1}}
     signal = {"method": "signal", "settings": {"by": "loss_sum"}}
     learnt = {"method": "dynamics", "settings": {"by": "mean_loss"}}
-    return run(config(folder, [*names, less, signal, learnt], validation_rows=2, proxy_model=str(BASE))), folder / "out"
+    rule = {"method": "token_rule", "settings": {"rule": "profit"}}
+    selectors = [*names, less, signal, learnt, rule]
+    return run(config(folder, selectors, validation_rows=2, proxy_model=str(BASE))), folder / "out"
 
 
 @pytest.mark.slow

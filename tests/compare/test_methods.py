@@ -11,14 +11,19 @@ from resofilter_trainer.compare.config import COLUMN, DEMO, ComparisonConfig, Se
 from resofilter_trainer.compare.methods import METHODS, check
 from resofilter_trainer.config import TokenCleaning
 from resofilter_trainer.criteria.criterion import CRITERIA
+from resofilter_trainer.selecting.token_rules import TokenRule
 from resofilter_trainer.selecting.token_selection import TokenSelector
 
-BY = {"signal": "loss_sum", "dynamics": "mean_loss"}  # the methods with a setting that they need
+NEEDED = {  # the settings that some methods need
+    "signal": {"by": "loss_sum"},
+    "dynamics": {"by": "mean_loss"},
+    "token_rule": {"rule": "profit"},
+}
 every_method = pytest.mark.parametrize("name", METHODS)
 
 
 def selector(method: str, **fields) -> SelectorConfig:
-    needed = {"settings": {"by": BY[method]}} if method in BY else {}
+    needed = {"settings": NEEDED[method]} if method in NEEDED else {}
     return SelectorConfig(method, score_column="quality" if method == COLUMN else None, **{**needed, **fields})
 
 
@@ -38,9 +43,11 @@ def test_the_policy_decides_where_the_method_says(name):
     method = METHODS[name]
     policy = method.policy(0.5, 0, selector(name))
     assert isinstance(policy, TokenSelector) == method.by_reference
-    assert hasattr(policy, "select") or (isinstance(policy, TokenCleaning) and method.in_run)
+    assert isinstance(policy, TokenRule) == (name == "token_rule")
+    decides_first = hasattr(policy, "select") or isinstance(policy, TokenRule)
+    assert decides_first or (isinstance(policy, TokenCleaning) and method.in_run)
     assert not method.in_run or method.model == "trained"
-    assert policy.keep == (1 if name == "full" else 0.5)
+    assert (policy.settings["keep"] if isinstance(policy, TokenRule) else policy.keep) == (1 if name == "full" else 0.5)
 
 
 @every_method

@@ -25,7 +25,8 @@ def inputs_of(counts: Sequence[int], seed: int = 0, tied: bool = False) -> Token
     def column(most: float) -> np.ndarray:
         return draw.integers(0, 4, sum(counts)) / 3 * most if tied else draw.uniform(0, most, sum(counts))
 
-    most = {"entropy": math.log(VOCABULARY), "rank": VOCABULARY, "top_entropy": math.log(20), "prompt_attention": 1}
+    most = {"entropy": math.log(VOCABULARY), "rank": VOCABULARY, "top_entropy": math.log(20)}
+    most |= {"prompt_attention": 1, "message_weight": 1}
     measured = {name: column(most.get(name, 6)) for name in KNOWN}
     return TokenInputs(np.cumsum([0, *counts]), column(6), VOCABULARY, measured)
 
@@ -60,6 +61,8 @@ def plain(name: str, tokens: TokenInputs, keep: float) -> list[float]:
         return best([-a * b for a, b in zip(loss, sure, strict=True)], int(whole * keep))
     if name == "eaft":
         return [each / math.log(20) for each in tokens.top_entropy.tolist()]
+    if name == "messages":
+        return tokens.message_weight.tolist()
     if name == "random":
         return best(np.random.default_rng(0).random(whole).tolist(), int(whole * keep))
     assert name == "all_but_first"
@@ -67,7 +70,7 @@ def plain(name: str, tokens: TokenInputs, keep: float) -> list[float]:
 
 
 def settings_of(name: str, keep: float) -> dict[str, float]:
-    usual = {"eaft": {}, "all_but_first": {"first": 2}}
+    usual = {"eaft": {}, "messages": {}, "all_but_first": {"first": 2}}
     return usual.get(name, {"keep": keep}) | ATTENTIVE.get(name, {})
 
 
@@ -88,7 +91,7 @@ def test_a_rule_is_its_formula(name, counts, keep, seed, tied):
     if not truth.any():
         return
     weights = token_rule(name, **settings_of(name, keep)).weights(tokens)
-    assert weights.dtype == (np.float64 if name == "eaft" else bool)
+    assert weights.dtype == (np.float64 if name in ("eaft", "messages") else bool)
     np.testing.assert_allclose(weights.astype(np.float64), truth, rtol=0, atol=1e-12)
 
 

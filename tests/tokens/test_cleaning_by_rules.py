@@ -204,6 +204,31 @@ def test_sstoken_keeps_what_the_model_has_learnt_since(place):
         assert kept.all() or better[kept].min() >= better[~kept].max()
 
 
+def test_sstoken_mixes_what_was_learnt_with_attention_to_the_prompt_as_the_paper(place, tokenizer, tmp_path, passes):
+    """From the weights that an eager model returns, row by row; the same folder then has both parts for any gamma."""
+    cleaned = clean(place, token_rule("sstoken", gamma=0.5), tmp_path, reference=str(place / "reference"))
+    scores, rows = cleaned.selection.scores, prepared_by_trl(data(), str(place / "base"), tokenizer)
+    model = AutoModelForCausalLM.from_pretrained(place / "base", attn_implementation="eager")
+    earlier = (scores.reference - scores.base).astype(np.float64)
+    for number, row in enumerate(scores.sample_id.tolist()):
+        span = slice(scores.offsets[number], scores.offsets[number + 1])
+        with torch.no_grad():
+            heads = model(input_ids=torch.tensor([rows[row]["input_ids"]]), output_attentions=True).attentions[-1][0]
+        prompt = (torch.tensor(rows[row]["labels"]) == -100).float()
+        attention = (heads.mean(0) @ prompt)[scores.position[span]].numpy()
+        np.testing.assert_allclose(scores.prompt_attention[span], attention, rtol=1e-4, atol=1e-6)
+        own = earlier[span]
+        scaled = (own - own.min()) / (own.max() - own.min() + 1e-8)
+        values = 0.5 * scaled + 0.5 * scores.prompt_attention[span]
+        kept = np.argsort(-values, kind="stable")[: math.ceil(0.6 * len(own))]
+        assert sorted(kept) == np.flatnonzero(cleaned.selection.keep[span]).tolist()
+    assert passes == [("base", "prompt_attention"), ("reference", "loss")]
+    again = clean(place, token_rule("sstoken", gamma=0), tmp_path)
+    assert (again.selection.keep != cleaned.selection.keep).any()
+    assert len(passes) == 2
+    assert TokenScores.load(tmp_path) == scores
+
+
 def test_a_rule_of_ones_own_and_a_share_of_each_group(place, tokenizer):
     rule = TokenRule("steady", lambda tokens: 1 / (1 + tokens.entropy), ["entropy"])
     cleaned = clean(place, rule, group_by="source")
@@ -342,10 +367,7 @@ def test_the_summary_says_by_what(place, tmp_path):
         ({"rule": "profit", "reference": "x"}, "needs no reference model: leave reference= out"),
         ({"rule": "token_cleaning"}, "'token_cleaning' needs 'reference_loss': pass reference="),
         ({"rule": "sstoken"}, "'sstoken' needs 'earlier_loss': pass reference="),
-        (
-            {"rule": token_rule("sstoken", gamma=0.5), "reference": "x"},
-            "needs 'prompt_attention': cleaning measures no",
-        ),
+        ({"rule": token_rule("sstoken", gamma=0.5)}, "'sstoken' needs 'earlier_loss': pass reference="),
         (
             {"rule": TokenRule("both", len, ["reference_loss", "earlier_loss"]), "reference": "x"},
             "needs the losses of two other models",
