@@ -1,6 +1,7 @@
-"""The store at a million and ten million rows, rows per second by processes, and simulated stragglers and failures.
+"""The store at millions of rows, joined shards, rows per second by processes, simulated stragglers and failures.
 
     python benchmarks/scale.py store --rows 1000000 10000000
+    python benchmarks/scale.py join --rows 100000000 --shards 64
     python benchmarks/scale.py processes --processes 1 2
     python benchmarks/scale.py simulate
     python benchmarks/scale.py plan --rows 1e8 --tokens 500 --parameters 70e9
@@ -22,14 +23,16 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from resofilter_trainer import DataSelector, Provenance, ScoreTable
+from resofilter_trainer import DataSelector, Provenance, ScoreTable, Selection, Trust, join_scores, select_file
 from resofilter_trainer.io.store import UNIT, Store
+from resofilter_trainer.scores.shards import SHARD, shard_place, span_of_shard
 from resofilter_trainer.scoring.distribution import guided_chunks
 
 ROWS_PER_PART, ROWS_PER_UNIT = 50_000, 16
@@ -43,6 +46,10 @@ def main() -> None:
     what = parser.add_subparsers(dest="what", required=True)
     store = what.add_parser("store")
     store.add_argument("--rows", type=int, nargs="+", default=[1_000_000, 10_000_000])
+    join = what.add_parser("join")
+    join.add_argument("--rows", type=int, default=10_000_000)
+    join.add_argument("--shards", type=int, default=64)
+    join.add_argument("--folder", type=Path, help="for the files, 70 bytes a row and twice; by default a temporary one")
     processes = what.add_parser("processes")
     processes.add_argument("--processes", type=int, nargs="+", default=[1, 2])
     processes.add_argument("--rows", type=int, default=4000)
@@ -57,6 +64,7 @@ def main() -> None:
     args = vars(parser.parse_args())
     commands: dict[str, Callable[..., None]] = {
         "store": at_sizes,
+        "join": joined,
         "processes": by_processes,
         "simulate": simulations,
         "plan": costs,
@@ -145,6 +153,70 @@ def select(folder: Path, rows: int) -> dict[str, float]:
 def peak() -> float:
     """The peak memory of this process, in megabytes."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
+
+
+# ---- shards that are joined
+
+
+def joined(rows: int, shards: int, folder: Path | None) -> None:
+    """Synthetic scores of shards: joined, selected from, and compared with the selection in memory where that fits."""
+    with tempfile.TemporaryDirectory(dir=folder) as place:
+        in_fresh_process(partial(make_shards, shards=shards), Path(place), rows)
+        print(f"{rows:,} scores of {shards} shards\n\n| | seconds | of one core | peak memory, MB | MB on disk |")
+        print("|---" * 5 + "|")
+        order = ("seconds", "cpu", "memory", "disk")
+        total = np.zeros(2)
+        for step in (join_shards, select_half):
+            found = in_fresh_process(step, Path(place), rows)
+            total += [found["seconds"], found["cpu"]]
+            print(f"| {step.__doc__} | " + " | ".join(f"{found[name]:.1f}" for name in order) + " |", flush=True)
+        print(f"| together | {total[0]:.1f} | {total[1]:.1f} | | |")
+
+
+def make_shards(folder: Path, rows: int, shards: int) -> dict[str, float]:
+    """Scores as passes over the shards write them: nearly all rows scored, a few left out for a reason."""
+    config = {"update": "adamw", "lr": 1e-5, "eps": 1e-8, "n_layers": 3}
+    for number in range(shards):
+        random, place = np.random.default_rng(number), shard_place(rows, number, shards)
+        count = len(span_of_shard(rows, number, shards))
+        scored = random.random(count) > 0.001
+        layers = {name: 1e-5 * random.random(count) for name in LAYERS}
+        numbers = {"score": np.mean(list(layers.values()), axis=0), "loss": random.random(count), **layers}
+        columns = {name: pa.array(values, mask=~scored) for name, values in numbers.items()}
+        length = pa.array(random.integers(1, 500, count), mask=~scored)
+        reason = pa.array(np.full(count, "empty completion"), pa.string(), mask=scored)
+        order = ["sample_id", "score", "loss", "num_tokens", "length", *LAYERS, "reason"]
+        columns |= {"sample_id": np.arange(count), "num_tokens": length, "length": length, "reason": reason}
+        source = {"dataset": "rows", SHARD: place, "content": f"arrow:{number:032x}"}
+        trust = Trust(0.999, 64, float(np.ptp(numbers["score"]) / 1e-5))
+        made = Provenance("m", "w", "t", "", f"{number:032x}", count, config, {}, {}, source, trust)
+        ScoreTable(pa.table({name: columns[name] for name in order}), made).save(folder / f"shard-{number}")
+    return {}
+
+
+def join_shards(folder: Path, rows: int) -> dict[str, float]:
+    """join"""
+    begun = time.perf_counter(), time.process_time()
+    path = join_scores(sorted(folder.glob("shard-*")), folder / "scores")
+    return since(*begun) | {"memory": peak(), "disk": path.stat().st_size / 1e6}
+
+
+def select_half(folder: Path, rows: int) -> dict[str, float]:
+    """select half"""
+    begun = time.perf_counter(), time.process_time()
+    path = select_file(folder / "scores", folder / "kept", DataSelector(keep=0.5))
+    found = since(*begun) | {"memory": peak(), "disk": path.stat().st_size / 1e6}
+    selection = Selection.load(path)
+    scored = rows - sum(reason == "empty completion" for reason in selection.reason)
+    assert selection.keep.sum() == scored - scored // 2
+    if rows <= 10_000_000:
+        assert DataSelector(keep=0.5).select(ScoreTable.load(folder / "scores")) == selection
+    return found
+
+
+def since(seconds: float, cpu: float) -> dict[str, float]:
+    """The seconds since then: of the clock, and of this process on all cores."""
+    return {"seconds": time.perf_counter() - seconds, "cpu": time.process_time() - cpu}
 
 
 # ---- processes

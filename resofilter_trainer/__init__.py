@@ -23,8 +23,10 @@ if TYPE_CHECKING:
     from .probe.results import ProbeResult
     from .probe.run import probe_dataset
     from .report import Report, read_contents
+    from .scores.joined_file import join_scores
     from .scores.provenance import Provenance, Trust
     from .scores.score_table import ScoreTable
+    from .scores.shards import Shard
     from .scores.token_scores import TokenScores
     from .scoring.criterion import score_by
     from .scoring.dataset import score_dataset
@@ -35,6 +37,7 @@ if TYPE_CHECKING:
     from .selecting.per_prompt import OnePerPrompt
     from .selecting.policies import DiverseSelector, RandomSelector, SoftPruning
     from .selecting.selection import Selection
+    from .selecting.streamed import select_file
     from .selecting.token_rules import TokenInputs, TokenRule
     from .selecting.token_selection import TokenSelection, TokenSelector
     from .selecting.votes import votes_of
@@ -61,8 +64,10 @@ _NAMES = {  # the public names of each module, as above
     "probe.results": ("ProbeResult",),
     "probe.run": ("probe_dataset",),
     "report": ("Report", "read_contents"),
+    "scores.joined_file": ("join_scores",),
     "scores.provenance": ("Provenance", "Trust"),
     "scores.score_table": ("ScoreTable",),
+    "scores.shards": ("Shard",),
     "scores.token_scores": ("TokenScores",),
     "scoring.criterion": ("score_by",),
     "scoring.dataset": ("score_dataset",),
@@ -73,6 +78,7 @@ _NAMES = {  # the public names of each module, as above
     "selecting.per_prompt": ("OnePerPrompt",),
     "selecting.policies": ("DiverseSelector", "RandomSelector", "SoftPruning"),
     "selecting.selection": ("Selection",),
+    "selecting.streamed": ("select_file",),
     "selecting.token_rules": ("TokenInputs", "TokenRule"),
     "selecting.token_selection": ("TokenSelection", "TokenSelector"),
     "selecting.votes": ("votes_of",),

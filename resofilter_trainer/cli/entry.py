@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from .. import __version__
 from ..config import InputError, nearest
-from . import check, clean, compare, demo, env, inspect, probe, report, score, select
+from . import check, clean, compare, demo, env, inspect, join, probe, report, score, select
 from .interrupts import interruptible
 from .launching import check_environment, is_launched, run_in_processes
 from .naming import options_of, speaking, told
@@ -22,6 +22,7 @@ from .settings_file import yaml_arguments
 COMMANDS = {  # each module has `EXAMPLES`, `add_arguments` and `run`, which imports what it needs
     "demo": (demo, "the whole method in a few minutes, on data that it makes"),
     "score": (score, "measure how far a step on each row of a dataset moves W_up"),
+    "join": (join, "put together the scores of shards of a dataset, each of which was scored on its own"),
     "select": (select, "decide from scores which rows to keep"),
     "clean": (clean, "mask the tokens that a reference model has little to teach about"),
     "check": (check, "look for repeats, cut answers and the like in a dataset's texts; needs no model"),

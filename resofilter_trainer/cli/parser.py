@@ -219,6 +219,14 @@ def _length(text: str) -> int | None:
     return None if text.lower() == "none" else int(text)
 
 
+def shard(text: str) -> tuple[int, int]:
+    """The number of a shard, from 0, and that of all shards: `3/64`."""
+    index, count = map(int, text.split("/"))
+    if not 0 <= index < count:
+        raise ValueError
+    return index, count
+
+
 def true_or_false(text: str) -> bool:
     """The value of `true` or `false`, the type of an option that may have one."""
     if text.lower() not in ("true", "false"):
@@ -235,5 +243,6 @@ VALUES: dict[Any, str] = {  # what the values of a type are, for the error
     int: "a whole number",
     float: "a number",
     _length: "a whole number or none",
+    shard: "the number of a shard, from 0, and that of all: 3/64",
     true_or_false: "true or false",
 }

@@ -25,7 +25,15 @@ from ..config import (
 from .inputs import dataset_of, hub_options, require, row_options, settings_of, sft_config, warmup_dataset_of
 from .launching import is_launched, say_stage
 from .naming import told
-from .parser import CommandParser, hub_arguments, process_arguments, row_arguments, seed_argument, true_or_false
+from .parser import (
+    CommandParser,
+    hub_arguments,
+    process_arguments,
+    row_arguments,
+    seed_argument,
+    shard,
+    true_or_false,
+)
 
 CRITERIA = (  # the names of those in `criteria`, which needs torch
     *("loss", "perplexity", "entropy", "el2n", "grand", "ifd", "length", "response_ratio", "repetition", "rarity"),
@@ -50,6 +58,9 @@ def add_arguments(parser: CommandParser) -> None:
     parser.needed("--output", help="a folder for the scores")
     parser.add_argument("--sharded", action="store_true", help="shard weights over the processes (FSDP2)")
     parser.add_argument("--group_size", type=int, help="processes that hold sharded weights together, by default all")
+    parser.add_argument(
+        "--shard", type=shard, metavar="I/N", help="score the I-th of N shards of the rows, from 0: 3/64"
+    )
     parser.add_argument("--streaming", action="store_true", help="read the dataset as a stream")
     measures = f"{RESONANCE}, {', '.join(CRITERIA)}"
     parser.add_argument("--criterion", choices=(RESONANCE, *CRITERIA), metavar="NAME", default=RESONANCE, help=measures)
@@ -121,7 +132,10 @@ def run(args: argparse.Namespace) -> None:
         print(f"Scores: {file_at(args.output, SCORES_FILE)}")
         if pushed is not None:
             print(f"Pushed: {scores.push_to_hub(**pushed).repo_url}")
-        print(f"Next: resofilter select {quote(args.output)} --keep 0.5 --output kept")
+        if args.shard is not None:
+            print("Next, when all shards are scored: resofilter join SCORES ... --output joined")
+        else:
+            print(f"Next: resofilter select {quote(args.output)} --keep 0.5 --output kept")
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -149,6 +163,14 @@ def _check(args: argparse.Namespace) -> None:
         raise InputError("--signals are measured beside resonance: leave --criterion and --layers out.")
     if args.reference and not args.signals:
         raise InputError("--reference is for signals: pass --signals excess, superfiltering or all.")
+    if args.streaming and args.shard is not None:
+        raise InputError("--shard is of rows that are read at once: leave it or --streaming out.")
+    warms_up = args.warmup is not None or args.warmup_dataset is not None
+    if args.shard is not None and warms_up and (args.warmup_dataset is None or args.warmup_cache is None):
+        raise InputError(
+            "Scores of shards belong together if one warm-up has tuned for all: pass the same --warmup_dataset and "
+            "--warmup_cache with every --shard."
+        )
     if args.streaming and args.reference:
         raise InputError("--reference is for signals that a stream has not: leave --streaming or --reference out.")
     if args.sharded and args.num_processes is None and not is_launched():
@@ -210,24 +232,32 @@ def _score_by_resonance(args: argparse.Namespace, common: dict[str, Any]) -> Any
         say_stage(1, 1, f"scoring the stream {args.dataset} by {args.model}")
         stream = load_stream(args.dataset, args.split, args.dataset_config)
         return score_stream(args.model, stream, args=training, **measure, **common)
-    rows = _rows(args, "scoring")
+    rows = _rows(args, "scoring", common)
     return score_dataset(args.model, rows, args=training, reference=args.reference, **measure, **common)
 
 
-def _rows(args: argparse.Namespace, what: str) -> Any:
-    """The rows to score, with a line for each stage of the work."""
+def _rows(args: argparse.Namespace, what: str, common: dict[str, Any]) -> Any:
+    """The rows to score, with a line for each stage of the work. The place of a shard is added to their source."""
     say_stage(1, 2, f"reading {args.dataset}")
     rows = dataset_of(args)
+    if args.shard is not None:
+        from ..data.files import shard_of
+        from ..scores.shards import SHARD, shard_place
+
+        common["source"] = {**common["source"], SHARD: shard_place(len(rows), *args.shard)}
+        rows = shard_of(rows, *args.shard)
     say_stage(2, 2, f"{what} {len(rows):,} rows with {args.model}")
     return rows
 
 
 def _score_by(args: argparse.Namespace, common: dict[str, Any]) -> Any:
     """Scores by another criterion than resonance."""
-    from ..scoring.criterion import score_by
+    from ..scoring.criterion import depends_on_all_rows, score_by
 
+    if args.shard is not None and depends_on_all_rows(args.criterion):
+        raise InputError(f"By {args.criterion}, a row's score depends on all rows of the dataset: leave --shard out.")
     training = sft_config(args, bf16=args.precision == "bfloat16", seed=args.seed)
-    rows = _rows(args, f"measuring {args.criterion} of")
+    rows = _rows(args, f"measuring {args.criterion} of", common)
     return score_by(args.criterion, args.model, rows, args=training, **common)
 
 
@@ -237,5 +267,5 @@ def _score_layers(args: argparse.Namespace, common: dict[str, Any]) -> Any:
 
     limit = LIMIT if args.limit is None else args.limit
     training, config = sft_config(args, bf16=False, seed=args.seed), settings_of(args, ResonanceConfig)
-    rows = _rows(args, f"measuring every layer, on {limit:,} of")
+    rows = _rows(args, f"measuring every layer, on {limit:,} of", common)
     return score_layers(args.model, rows, args=training, config=config, limit=limit, **common)

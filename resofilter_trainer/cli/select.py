@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from shlex import quote
@@ -100,16 +101,18 @@ def run(args: argparse.Namespace) -> None:
     check_folder(output)
     pushed = hub_options(args)
     policy = _policy(args)
-    scores = _without_faults(args, ScoreTable.join([ScoreTable.load(path) for path in args.scores]))
-    dataset = scored_dataset(args, scores.provenance.source)
+    large, made = _opened(args, policy)
+    scores = None if large else _without_faults(args, ScoreTable.join([ScoreTable.load(path) for path in args.scores]))
+    made = made if scores is None else scores.provenance
+    dataset = scored_dataset(args, made.source)
     if args.format and dataset is None:
         raise InputError("--format needs the rows, and the scores name no dataset: pass --dataset.")
-    check_place(output, args.dataset or scores.provenance.source.get("dataset"))
+    check_place(output, args.dataset or made.source.get("dataset"))
     if args.group_column and (dataset is None or args.group_column not in dataset.column_names):
         has = "pass --dataset" if dataset is None else f"the dataset has {', '.join(dataset.column_names)}"
         raise InputError(f"--group_column {args.group_column} is a column of the dataset: {has}.")
     groups = dataset[args.group_column][:] if args.group_column else None
-    selection = policy.select(scores, groups=groups)
+    selection = _from_file(args.scores[0], output, policy) if scores is None else policy.select(scores, groups=groups)
     if not selection.keep.any():
         raise InputError(f"There is no row to keep, of {len(selection)}. Choose another threshold or share.")
     if not args.overwrite:
@@ -140,6 +143,27 @@ def _tell_of_rows(args: argparse.Namespace, dataset: Any, made: Provenance) -> N
         rows, names = output / DATASET, dataset.column_names
         lines = training_lines(made.model, rows, output, made.preparation, names, made.source)
         print("\n    ".join(["To train on them, in Python:", *lines]))
+
+
+def _opened(args: argparse.Namespace, policy: Any) -> tuple[bool, Provenance]:
+    """Whether to select from the file, as it has many rows and the policy allows it; and what the scores are of."""
+    from ..scores.joined_file import open_scores
+    from ..selecting.data_selector import DataSelector
+    from ..selecting.reasons import MANY
+
+    file, made = open_scores(args.scores[0])
+    alone = len(args.scores) == 1 and args.checks is None and args.checked is None and args.group_column is None
+    return alone and file.rows > MANY and isinstance(policy, DataSelector) and policy.ranks_one_column, made
+
+
+def _from_file(scores: str, output: Path, policy: Any) -> Selection:
+    """The decision over a file of scores that is not loaded."""
+    from ..selecting.selection import Selection
+    from ..selecting.streamed import select_file
+
+    output.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=output, prefix=".selecting-") as folder:
+        return Selection.load(select_file(scores, folder, policy))
 
 
 def _without_faults(args: argparse.Namespace, scores: ScoreTable) -> ScoreTable:

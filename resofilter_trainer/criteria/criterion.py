@@ -52,6 +52,11 @@ class Criterion:
     counts: bool = False
     of_prompt: bool = False
 
+    @property
+    def of_all_rows(self) -> bool:
+        """Whether the score of a row depends on the other rows; of a `join` that is not known here, it may."""
+        return self.counts or self.join not in (None, below_one)
+
 
 class Criteria(UserDict[str, Criterion]):
     """Criteria by name. A name is given once."""

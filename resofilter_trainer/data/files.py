@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import glob
-from collections.abc import Iterator
+import itertools
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 from datasets import (
     BuilderConfig,
     Dataset,
@@ -26,6 +28,7 @@ from datasets.packaged_modules.json.json import Json as JsonFiles
 from datasets.packaged_modules.parquet.parquet import Parquet
 
 from ..config import FILE_FORMATS, InputError, check_kind, with_known_keywords
+from ..scores.shards import Shard
 from .folders import check_all_read, check_parquet
 from .row_files import VERSION, RowFiles
 
@@ -58,6 +61,27 @@ def load_rows(source: str, split: str = "train", name: str | None = None) -> Dat
     if len(found) == 0:
         raise InputError(f"The dataset '{source}' has no rows.")
     return found
+
+
+def load_together(shards: Sequence[Shard]) -> Dataset:
+    """The rows of shards as one dataset, in their order; shards that follow each other in one dataset are read once.
+
+    Raises:
+        InputError: one cannot be read, or their columns do not go together.
+    """
+    places = itertools.groupby(shards, lambda each: (each.dataset, each.split or "train", each.name))
+    parts = [load_rows(str(source), split, name) for (source, split, name), _ in places]
+    try:
+        return parts[0] if len(parts) == 1 else concatenate_datasets(parts)
+    except (ValueError, TypeError, pa.ArrowException) as error:
+        raise InputError(f"The shards do not make one dataset ({first_line(error)}): pass the whole one.") from error
+
+
+def shard_of(dataset: Dataset, index: int, count: int) -> Dataset:
+    """A shard of a dataset: rows that follow each other. Raises InputError where it has none."""
+    if count > len(dataset):
+        raise InputError(f"The dataset has {len(dataset)} rows, and cannot be divided into {count} shards.")
+    return dataset.shard(count, index, contiguous=True)
 
 
 @with_known_keywords

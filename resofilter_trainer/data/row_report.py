@@ -8,10 +8,11 @@ from collections.abc import Callable, Mapping, Sequence, Sized
 from typing import TYPE_CHECKING, Any
 
 from ..config import InputError, check_kind, with_known_keywords
-from ..io.digest import same_rows
+from ..io.digest import hash_rows
 from ..report import Contents, Report
 from ..report import write_report as write_page
 from ..scores.score_table import ScoreTable
+from ..scores.shards import other_rows
 from ..selecting.groups import check_groups
 from ..selecting.selection import Selection
 
@@ -110,10 +111,11 @@ def _texts_and_groups(scores: ScoreTable | None, dataset: Any, groups: Any, chec
     if len(dataset) != provenance.rows:
         raise InputError(f"The dataset has {len(dataset)} rows and the scores are of {provenance.rows}.")
     content = provenance.source.get("content") if check_rows else None
-    if content is not None and not same_rows(content, dataset):
+    if content is not None and (found := hash_rows(dataset, like=content)) != content:
         raise InputError(
             "The dataset is not what was scored: its values, its columns or the order of its rows differ. Pass the "
             "dataset as it was scored; if only columns differ, and row i is still row i, pass check_rows=False."
+            + other_rows(provenance.source, found)
         )
     if isinstance(groups, str):
         if groups not in dataset.column_names:

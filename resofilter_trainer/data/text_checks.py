@@ -17,7 +17,7 @@ from datasets import Dataset
 
 from ..config import ColumnMapping, InputError, check_keywords, check_kind
 from ..config.keywords import ColumnOptions
-from ..io.digest import ARROW, hash_rows
+from ..io.digest import ARROW, hash_rows, shards_in
 from ..io.files import file_at, load_parquet, save_parquet
 from ..scores.provenance import Provenance
 from ..scores.row_record import RowRecord
@@ -163,6 +163,11 @@ class TextChecks(RowRecord):
                 f"The checks are of {len(self)} rows and the scores of {provenance.rows}: check them again."
             )
         own, other = self.source.get("content", ""), provenance.source.get("content", "")
+        if shards_in(other):
+            raise InputError(
+                "Joined scores do not show that they are of the checked rows: join them with the whole dataset "
+                "(ScoreTable.concatenate(tables, dataset=dataset), or resofilter join --dataset)."
+            )
         if other and not other.startswith(ARROW):
             raise InputError("Scores of version 0.1.0 do not show that they are of the checked rows: score them again.")
         if other and own != other:

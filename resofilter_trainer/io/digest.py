@@ -4,13 +4,15 @@ The values are hashed, not their representation: chunks, slices, a shuffled or s
 width of numbers and offsets, and dictionaries make no difference. Columns are hashed in alphabetical order. A whole
 number is another value than the decimal of the same size, an image is its stored bytes and path, a timestamp has a
 unit and a time zone, and a column or field without any value counts as absent.
+
+A dataset whose shards were scored apart has a digest of each shard, in one text: `shards:1000=arrow:...,500=arrow:...`.
 """
 
 from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
 
 ARROW = "arrow:"  # begins every digest but those of version 0.1.0, which are of JSON text
+SHARDS = "shards:"  # begins the digests of the shards of a dataset, each with its number of rows
 FIRST = ""  # as `like`: a digest of version 0.1.0
 PIECE = 10_000  # rows of a stream at a time; a multiple of the rows that version 0.1.0 hashed together
 BATCH = 250_000  # rows that are gathered together, at most
@@ -33,7 +36,8 @@ def hash_rows(dataset: Dataset, like: str | None = None) -> str:
 
     Args:
         dataset: the rows. A format or transform makes no difference: what is stored is hashed.
-        like: a digest to compare with; one of version 0.1.0 is computed as that version does.
+        like: a digest to compare with; one of version 0.1.0 is computed as that version does, and one of shards for
+            the same shards.
     """
     digest = RowsDigest(like)
     digest.add(dataset)
@@ -43,6 +47,39 @@ def hash_rows(dataset: Dataset, like: str | None = None) -> str:
 def same_rows(digest: str, dataset: Dataset) -> bool:
     """Whether a saved digest, of this version or of 0.1.0, is that of a dataset's rows."""
     return hash_rows(dataset, like=digest) == digest
+
+
+def of_shards(digests: Iterable[tuple[int, str]]) -> str:
+    """The digest of a dataset whose shards were digested apart.
+
+    Args:
+        digests: the number of rows and the digest of each shard, in the dataset's order; each begins with `ARROW`.
+    """
+    return SHARDS + ",".join(f"{rows}={digest}" for rows, digest in digests)
+
+
+def shards_in(digest: str) -> list[tuple[int, str]]:
+    """The number of rows and the digest of each shard; empty for the digest of a dataset as a whole."""
+    if not digest.startswith(SHARDS):
+        return []
+    pairs = [each.partition("=") for each in digest.removeprefix(SHARDS).split(",")]
+    sound = all(rows.isdecimal() and int(rows) and own.startswith(ARROW) for rows, _, own in pairs)
+    return [(int(rows), own) for rows, _, own in pairs] if sound else []
+
+
+def first_other_shard(expected: str, found: str) -> range | None:
+    """The rows of the first shard whose digest differs; None where the digests are not of shards, or none differs.
+
+    Args:
+        expected, found: digests, the second like the first.
+    """
+    start = 0
+    for there, here in itertools.zip_longest(shards_in(expected), shards_in(found)):
+        rows = (there or here)[0]
+        if there != here:
+            return range(start, start + rows)
+        start += rows
+    return None
 
 
 def columns_of(stream: IterableDataset, size: int) -> Iterator[dict[str, list[Any]]]:
@@ -73,8 +110,10 @@ class RowsDigest:
     """
 
     def __init__(self, like: str | None = None) -> None:
-        self._text = None if like is None or like.startswith(ARROW) else xxhash.xxh3_128()
-        self._rows = _Values(0)
+        self._sizes = [rows for rows, _ in shards_in(like or "")]
+        known = like is None or bool(self._sizes) or like.startswith(ARROW)
+        self._text = None if known else xxhash.xxh3_128()
+        self._rows, self._ended = _Values(0), list[tuple[int, str]]()  # of the shard that is read, and earlier ones
 
     def add(self, dataset: Dataset | pa.Table) -> None:
         """Add the rows that follow."""
@@ -83,13 +122,37 @@ class RowsDigest:
                 self._text.update(json.dumps(batch, sort_keys=True, default=str).encode())
             return
         for table in [dataset] if isinstance(dataset, pa.Table) else _batches(dataset):
-            self._rows.add_fields(dict(zip(table.column_names, table.columns, strict=True)), len(table))
+            for shard in self._at_ends(table):
+                self._rows.add_fields(dict(zip(shard.column_names, shard.columns, strict=True)), len(shard))
+
+    def _at_ends(self, table: pa.Table) -> Iterator[pa.Table]:
+        """The rows, cut where a shard ends; the next shard begins with an empty digest."""
+        start = 0
+        while len(self._ended) < len(self._sizes) and start < len(table):
+            if self._rows.count == self._sizes[len(self._ended)]:
+                self._end()
+                continue
+            count = min(self._sizes[len(self._ended)] - self._rows.count, len(table) - start)
+            yield table.slice(start, count)
+            start += count
+        if start < len(table):
+            yield table.slice(start)
+
+    def _end(self) -> None:
+        self._ended.append((self._rows.count, self._own()))
+        self._rows = _Values(0)
+
+    def _own(self) -> str:
+        return f"{ARROW}{xxhash.xxh3_128_hexdigest(self._rows.digest())}"
 
     def hexdigest(self) -> str:
         """The digest of the rows so far."""
         if self._text is not None:
             return str(self._text.hexdigest())
-        return f"{ARROW}{xxhash.xxh3_128_hexdigest(self._rows.digest())}"
+        if self._sizes:
+            last = [(self._rows.count, self._own())] if self._rows.count else []
+            return of_shards([*self._ended, *last])
+        return self._own()
 
 
 class _Values:

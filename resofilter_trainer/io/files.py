@@ -14,17 +14,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
-import xxhash
 from filelock import FileLock, Timeout
 
 from ..config import InputError
+from .table_digest import verified, with_digest
 
 LOCK = ".resofilter.lock"
-DIGEST = b"resofilter_digest"  # the metadata key of a table's digest; files of earlier versions may lack it
 NO_LOCKS = {errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK}  # from a network file system without locks
 REFUSALS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.EACCES, errno.EPERM}  # from a disk
 
@@ -103,14 +100,14 @@ def save_parquet(table: pa.Table, path: Path, metadata: Mapping[str, str], **opt
     """
     with replacing(path) as temporary:
         text = [each.name for each in table.schema if pa.types.is_string(each.type)]  # numbers hardly repeat
-        table = _with_digest(table.replace_schema_metadata(dict(metadata)))
+        table = with_digest(table.replace_schema_metadata(dict(metadata)))
         pq.write_table(table, temporary, **{"use_dictionary": text, **options}, write_page_checksum=True)
     return path
 
 
 def save_arrow(table: pa.Table, path: Path, key: str, metadata: str) -> Path:
     """Write a table, uncompressed, to an Arrow file that is complete or absent. Returns the file."""
-    table = _with_digest(table.replace_schema_metadata({key: metadata}).combine_chunks())
+    table = with_digest(table.replace_schema_metadata({key: metadata}).combine_chunks())
     batches = table.to_batches() or [pa.RecordBatch.from_pylist([], table.schema)]
     with (
         replacing(path) as temporary,
@@ -239,8 +236,10 @@ def load_table(path: Path, key: str, what: str, kind: str, read: Callable[[Path]
 
 
 def _read_parquet(path: Path) -> pa.Table:
-    table = pq.read_table(path, memory_map=True, page_checksum_verification=True, partitioning=None)
-    return _verified(table, table.columns)
+    # unlike `read_table`, it has ended all its threads after an error: none reads the mapped file when that is replaced
+    with pq.ParquetFile(path, memory_map=True, page_checksum_verification=True) as file:
+        table = file.read()
+    return verified(table, table.columns)
 
 
 def _read_arrow(path: Path) -> pa.Table:
@@ -248,7 +247,7 @@ def _read_arrow(path: Path) -> pa.Table:
         memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     table = pa.ipc.open_file(pa.py_buffer(memory)).read_all()
     table.validate()  # else a damaged file would be read beyond its end
-    return _verified(table, _freeing_pages(table.columns, memory))
+    return verified(table, _freeing_pages(table.columns, memory))
 
 
 def _freeing_pages(columns: Iterable[pa.ChunkedArray], memory: mmap.mmap) -> Iterator[pa.ChunkedArray]:
@@ -283,60 +282,3 @@ def read_yaml(path: str | os.PathLike[str], name: str) -> Any:
     except (OSError, yaml.YAMLError, ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
         # `safe_load` itself raises the last ones, for a thirteenth month, `!!bool x` and the like
         raise InputError(f"{name} cannot be read: {' '.join(str(error).split())}") from error
-
-
-# ---- a table's digest
-
-
-def _with_digest(table: pa.Table) -> pa.Table:
-    return table.replace_schema_metadata({**table.schema.metadata, DIGEST: _digest(table, table.columns)})
-
-
-def _verified(table: pa.Table, columns: Iterable[pa.ChunkedArray]) -> pa.Table:
-    """The table, if it has the digest that was written. Page checksums cover neither names nor metadata.
-
-    Raises:
-        ArrowInvalid: the digest differs.
-    """
-    expected = (table.schema.metadata or {}).get(DIGEST)
-    if expected is not None and expected != _digest(table, columns):
-        raise pa.ArrowInvalid("its content is not what was written")
-    return table
-
-
-def _digest(table: pa.Table, columns: Iterable[pa.ChunkedArray]) -> bytes:
-    """The digest of a table's names, types, metadata and columns."""
-    metadata = sorted((name, value) for name, value in (table.schema.metadata or {}).items() if name != DIGEST)
-    names = [(field.name, str(field.type)) for field in table.schema]
-    digest = xxhash.xxh3_128(repr((table.num_rows, names, metadata)).encode(errors="replace"))
-    for column in columns:
-        for piece in _bytes_of(column):
-            digest.update(np.ascontiguousarray(piece).data)
-    return digest.hexdigest().encode()
-
-
-def _bytes_of(column: pa.ChunkedArray) -> Iterator[np.ndarray]:
-    """A column's bytes. For numbers, bools and text they do not depend on the chunks; for lists they do."""
-    kind = column.type
-    if column.null_count:
-        yield from (chunk.is_valid().to_numpy(zero_copy_only=False) for chunk in column.chunks)
-    if pa.types.is_string(kind) or pa.types.is_large_string(kind):
-        column = column.drop_null()
-        yield from (pc.binary_length(chunk).to_numpy() for chunk in column.chunks)
-        yield from (_text_of(chunk) for chunk in column.chunks if len(chunk))
-    elif pa.types.is_integer(kind) or pa.types.is_floating(kind):
-        yield from (chunk.to_numpy() for chunk in (column.fill_null(0) if column.null_count else column).chunks)
-    elif pa.types.is_boolean(kind):
-        yield from (chunk.to_numpy(zero_copy_only=False) for chunk in column.fill_null(False).chunks)
-    elif pa.types.is_large_list(kind):
-        for chunk in column.chunks:
-            yield chunk.offsets.to_numpy()
-            yield from _bytes_of(pa.chunked_array([chunk.values]))
-
-
-def _text_of(chunk: pa.Array) -> np.ndarray:
-    """The bytes of a chunk's texts, one after another. None of them may be null."""
-    _, offsets, text = chunk.buffers()
-    width = np.int64 if pa.types.is_large_string(chunk.type) else np.int32
-    first, last = np.frombuffer(offsets, width)[[chunk.offset, chunk.offset + len(chunk)]]
-    return np.empty(0, np.uint8) if text is None else np.frombuffer(text, np.uint8)[first:last]

@@ -16,8 +16,9 @@ from ..config import InputError
 HASH = re.compile("[0-9a-f]{16,}")
 SHOWN = 80  # characters of a value in a message
 BUILT_IN_SOURCE = "built_in_source"  # a hash of the code of a criterion of this package
+OF_ALL_ROWS = "of_all_rows"  # that the score of a row depends on all rows
 # Names that earlier files lack. Where one side lacks them they count as equal: the package's version is compared, too.
-ADDED = frozenset({BUILT_IN_SOURCE})
+ADDED = frozenset({BUILT_IN_SOURCE, OF_ALL_ROWS})
 
 
 def as_json(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..config import FILE_FORMATS, RESONANCE, ColumnMapping, ResonanceConfig
 from .provenance import Provenance
+from .shards import SHARD
 
 if TYPE_CHECKING:
     from huggingface_hub import DatasetCard
@@ -157,6 +158,7 @@ def source_options(source: Mapping[str, Any]) -> dict[str, Any]:
         "dataset": source.get("dataset"),
         "split": None if split == "train" else split,
         "dataset_config": source.get("name"),
+        "shard": f"{source[SHARD]['index']}/{source[SHARD]['count']}" if SHARD in source else None,
     }
 
 

@@ -41,10 +41,24 @@ def is_saturated(scores: np.ndarray, config: Mapping[str, Any]) -> bool:
         config: their settings, as in their provenance. The L2 norm of a saturating update has no bound that is known
             here; the scores themselves are near it then.
     """
-    if config.get("update") not in SATURATING or len(scores) < LEAST_ROWS:
+    if not may_saturate(config, len(scores)):
         return False
-    full = full_step_of(config) or float(np.median(scores))
-    low, middle, high = np.quantile(scores, [MIDDLE[0], 0.5, MIDDLE[1]]) / full if full else (0.0, 0.0, 0.0)
+    return lie_close(np.quantile(scores, [MIDDLE[0], 0.5, MIDDLE[1]]), full_step_of(config) or float(np.median(scores)))
+
+
+def may_saturate(config: Mapping[str, Any], count: int) -> bool:
+    """Whether scores of these settings can be saturated, and there are enough of them to tell."""
+    return config.get("update") in SATURATING and count >= LEAST_ROWS
+
+
+def lie_close(quantiles: np.ndarray, full: float) -> bool:
+    """Whether scores lie close together at the full step.
+
+    Args:
+        quantiles: the lower end of their middle, their median, and its upper end, see `MIDDLE`.
+        full: the full step, or what stands for it.
+    """
+    low, middle, high = quantiles / full if full else (0.0, 0.0, 0.0)
     return bool(middle > NEAR and high - low < LITTLE)
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
-import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -18,27 +18,29 @@ from ..io.files import file_at, load_parquet, save_parquet
 from ..io.hub import HubPath, PushOptions, push_files, record_at
 from .cards import as_block, record_card, score_lines
 from .doubts import trust_lines
-from .full_step import full_step_of, percent, span_of
+from .full_step import full_step_of, is_saturated, percent, span_of
+from .joining import LAYER_VOTE as LAYER_VOTE
+from .joining import NAMED_ROW, common_schema, moved, trust_of, with_votes_of_all
 from .provenance import Provenance
 from .row_record import RowRecord
-from .statistics import LAYER, layer_vote
+from .shards import SHARD, Shard, shards_of, whole_of, with_digest_of
+from .statistics import LAYER as LAYER
 
 if TYPE_CHECKING:
     import pandas as pd
+    from datasets import Dataset
     from huggingface_hub import CommitInfo
 
 SCORES_FILE = "scores.parquet"
 KEY = "resofilter_scores"  # the metadata key of the provenance
 LAYERS_FOLDER = "layers"  # beside the scores: scores of every layer, for some rows
 SAME_PROMPT, EMPTY = "same prompt as row", "empty completion"  # reasons, or their beginnings
-NAMED_ROW = re.compile(r"\brow \d+")  # in a reason: another row
 OF_GROUP = " of group "  # in the reason of a row that was dropped within its group
 WARMED_UP = "warmed_up"  # a column: 1 for the rows that a warm-up has learnt, else 0
 PROMPT = "prompt"  # the column with a hash of each row's prompt
 OF_PROMPT = " has the same prompt and "  # in the reason of a row that was dropped among those with its prompt
 LENGTH = "num_tokens"  # the column of the length that selections take out
 CLUSTER = "cluster"  # the unit of a column of names, which have no order
-LAYER_VOTE = "layer_vote"  # a signal that is made from those of all rows
 
 
 @dataclass(frozen=True, eq=False)
@@ -163,7 +165,7 @@ class ScoreTable(RowRecord):
             table, metadata = load_parquet(file, KEY, "scores")
         try:
             scores = cls(table, Provenance.from_json(metadata))
-            scores._check_columns()
+            scores.check_columns()
             return scores
         except (TypeError, KeyError, ValueError, RecursionError) as error:
             raise InputError(f"The scores at '{path}' were written by another version. Make them again.") from error
@@ -193,7 +195,7 @@ class ScoreTable(RowRecord):
         card = record_card("ScoreTable", SCORES_FILE, self.provenance, [*as_block(self.summary()), *again], licence)
         return push_files(shared.save, card, repo_id, **options)
 
-    def _check_columns(self) -> None:
+    def check_columns(self) -> None:
         """Raise TypeError or ValueError if they are not those of the class docstring."""
         for name, kind in zip(self.table.column_names, self.table.schema.types, strict=True):
             number = pa.types.is_integer(kind) or pa.types.is_floating(kind)
@@ -228,7 +230,9 @@ class ScoreTable(RowRecord):
         for other in tables[1:]:
             differences = first.provenance.differences(other.provenance)
             if differences:
-                raise InputError(f"These scores do not belong together, they differ in {'; '.join(differences)}.")
+                apart = all(each.startswith(("dataset ", "rows ")) for each in differences)
+                hint = " (ScoreTable.concatenate and resofilter join are for shards)" if apart else ""
+                raise InputError(f"These scores do not belong together{hint}, they differ in {'; '.join(differences)}.")
             columns = {*first.table.column_names} ^ {*other.table.column_names}
             if columns:
                 raise InputError(
@@ -244,6 +248,51 @@ class ScoreTable(RowRecord):
         if len(repeated):
             raise InputError(f"Row {repeated[0]} is scored twice: the same shard was passed more than once.")
         return cls(with_votes_of_all(table) if len(tables) > 1 else table, first.provenance)
+
+    @classmethod
+    @with_known_keywords
+    def concatenate(
+        cls, tables: Sequence[ScoreTable], *, partial: bool = False, dataset: Dataset | None = None
+    ) -> ScoreTable:
+        """Scores of shards of a dataset, each scored on its own, as one table of the whole dataset.
+
+        A row's `sample_id` becomes its position in the whole. `Selection.apply` takes the whole dataset and compares
+        the rows of each shard. Scores of files, or of `dataset.shard(...)`, follow each other as they are passed; those
+        of `resofilter score --shard 3/64` know their place. Tables that were joined can be joined again. Scores are
+        copied to the bit, and `layer_vote` is made from all rows; prompts that repeat in another shard are not found.
+
+        Args:
+            tables: the scores of the shards.
+            partial: whether rows of the whole dataset may be missing, until further shards are joined.
+            dataset: the whole dataset, whose rows are then compared, and whose digest the table has from then on.
+
+        Raises:
+            InputError: the shards were made by different models or settings, two have the same rows, rows are missing,
+                or the score of a row depends on all rows of the dataset.
+        """
+        for each in tables:
+            check_kind("scores", each, ScoreTable, "a ScoreTable, as score_dataset returns")
+        tables = [cls.join([each]) for each in tables]  # sorted by row
+        made = [each.provenance for each in tables]
+        names = [f"Table {number}" for number in range(len(tables))]
+        whole = whole_of(made, [len(each) for each in tables], names, partial)
+        if dataset is not None:
+            whole = dataclasses.replace(whole, provenance=with_digest_of(whole.provenance, dataset))
+        if len(tables) == 1 and SHARD not in made[0].source:
+            return cls(tables[0].table, dataclasses.replace(whole.provenance, trust=made[0].trust))
+        schema = common_schema([each.table.schema for each in tables], names)
+        rows = [tables[each.table].table.slice(each.start, each.shard.rows) for each in whole.pieces]
+        rows = [moved(own, each, 0, schema, names[each.table]) for own, each in zip(rows, whole.pieces, strict=True)]
+        joined = cls(with_votes_of_all(pa.concat_tables(rows)), whole.provenance)
+        values, config = joined._numbers()[0], made[0].config
+        span = float(np.ptp(values)) if len(values) else None
+        trust = trust_of([each.trust for each in made], span, is_saturated(values, config), config.get("lr"))
+        return cls(joined.table, dataclasses.replace(whole.provenance, trust=trust))
+
+    @property
+    def shards(self) -> list[Shard]:
+        """The shards that the scores are of, in the order of their rows; one for scores that were made at once."""
+        return shards_of(self.provenance)
 
 
 def warmup_line(scores: ScoreTable) -> list[str]:
@@ -266,26 +315,16 @@ def _not_numbers(count: int) -> str:
     return "" if not count else f", {count:,} {'row has' if count == 1 else 'rows have'} a score that is not a number"
 
 
-def with_votes_of_all(table: pa.Table) -> pa.Table:
-    """The table with its `layer_vote`, if it has one, made from all its rows: for tables that were put together."""
-    place = table.schema.get_field_index(LAYER_VOTE)
-    of_layers = [name for name in table.column_names if name.removeprefix(LAYER).isdigit()]
-    if place < 0 or not of_layers:
-        return table
-    layers = np.stack([table[name].to_numpy() for name in of_layers], axis=1)
-    votes, scored = np.zeros(len(layers)), np.isfinite(layers).all(axis=1)
-    votes[scored] = layer_vote(layers[scored])
-    return table.set_column(place, table.schema.field(place), pa.array(votes, mask=~scored))
-
-
-def count_reasons(reasons: Iterable[str], listed: int) -> list[tuple[str, int]]:
+def count_reasons(reasons: Iterable[str] | Mapping[str, int], listed: int) -> list[tuple[str, int]]:
     """The most frequent reasons and their counts, in descending order, without the other rows that they name.
 
     Args:
-        reasons: one reason for each row.
+        reasons: one reason for each row, or how often each occurs.
         listed: the number of reasons to list; the others are summed up in a last entry.
     """
-    counts = Counter(NAMED_ROW.sub("another row", each) for each in reasons)
+    counts = Counter[str]()
+    for each, count in Counter(reasons).items():
+        counts[NAMED_ROW.sub("another row", each)] += count
     found = counts.most_common(listed)
     left = len(counts) - len(found)
     return [*found, (f"{left:,} other reasons", counts.total() - sum(count for _, count in found))] if left else found

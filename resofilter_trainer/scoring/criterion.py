@@ -24,7 +24,7 @@ from ..criteria.text import without_prompt
 from ..data.arguments import check_call
 from ..data.loading import Opened, default_arguments
 from ..data.preparation import PreparedRows
-from ..io.made_from import BUILT_IN_SOURCE
+from ..io.made_from import BUILT_IN_SOURCE, OF_ALL_ROWS
 from ..model.modes import bfloat16_forward, evaluating
 from ..scores.score_table import ScoreTable
 from .batches import collate, padded_tokens, split_by_tokens
@@ -81,6 +81,8 @@ def score_by(
     args = args or default_arguments()
     config = {"criterion": name, "drop": chosen.drop, "columns": list(chosen.columns), **chosen.settings}
     config[BUILT_IN_SOURCE if _is_ours(chosen) else SOURCE] = source_of(chosen)
+    if chosen.of_all_rows:
+        config[OF_ALL_ROWS] = True
 
     def measure(model: PreTrainedModel, opened: Opened, target: PassOutput) -> Measured:
         if _is_of_prompt(chosen):
@@ -94,6 +96,11 @@ def score_by(
         model, dataset, processing_class, args, config, output, measure,
         warmup=warmup, warmup_dataset=warmup_dataset, **row_options,
     )  # fmt: skip
+
+
+def depends_on_all_rows(name: str) -> bool:
+    """Whether the score of a row, by one of `CRITERIA`, depends on the other rows, so that no shard has it."""
+    return CRITERIA[name].of_all_rows
 
 
 def _is_of_prompt(criterion: Criterion) -> bool:

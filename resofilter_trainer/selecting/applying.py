@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import sys
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,6 +13,7 @@ import pyarrow as pa
 from ..config import InputError
 from ..config.compatibility import has
 from ..io.digest import PIECE, RowsDigest, tables_of
+from ..scores.shards import other_rows
 
 if TYPE_CHECKING:
     from datasets import IterableDataset
@@ -28,15 +30,15 @@ UNTYPED = (
 MORE_ROWS = "The selection was made for {} rows and the stream has more. Score it again."
 
 
-def check_stream(stream: IterableDataset, content: str, rows: int) -> None:
+def check_stream(stream: IterableDataset, source: Mapping[str, Any], rows: int) -> None:
     """Read a stream. Raise InputError unless its rows are those that were scored.
 
     Args:
         stream: the stream.
-        content: the digest of the scored rows.
+        source: the source of the scores, with the digest of their rows.
         rows: their number.
     """
-    digest, found = RowsDigest(like=content), 0
+    digest, found = RowsDigest(like=source["content"]), 0
     try:
         for table in tables_of(stream, PIECE):
             digest.add(table)
@@ -47,8 +49,9 @@ def check_stream(stream: IterableDataset, content: str, rows: int) -> None:
         raise InputError(UNTYPED) from error
     if found < rows:
         raise InputError(f"The selection was made for {rows} rows and the stream has {found}. Score it again.")
-    if digest.hexdigest() != content:
-        raise InputError(OTHER_ROWS if stream.features is not None else f"{OTHER_ROWS} {UNTYPED}")
+    if digest.hexdigest() != source["content"]:
+        untyped = "" if stream.features is not None else f" {UNTYPED}"
+        raise InputError(f"{OTHER_ROWS}{other_rows(source, digest.hexdigest())}{untyped}")
 
 
 def kept_of_stream(stream: IterableDataset, keep: np.ndarray) -> IterableDataset:

@@ -6,13 +6,15 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, get_args
 
 import numpy as np
 
-from ..config import InputError, at_most_one, check_kind, number, one_of, share, whole_number, with_known_keywords
+from ..config import InputError, at_most_one, check_kind, number, one_of, whole_number, with_known_keywords
+from ..config import share as check_share
 from ..scores.score_table import LENGTH, OF_GROUP, ScoreTable
 from .combining import COMBINATIONS, residual, weighted_rank
 from .groups import check_groups
@@ -85,7 +87,7 @@ class DataSelector:
         whole_number("strata", self.strata, least=1)
         if self.keep is not None:
             for value in self.keep.values() if isinstance(self.keep, Mapping) else [self.keep]:
-                share("keep", value)
+                check_share("keep", value)
 
     def select(self, *tables: ScoreTable, groups: Sequence[Any] | None = None) -> Selection:
         """Keep or drop, with a reason, for every row of the dataset.
@@ -149,6 +151,21 @@ class DataSelector:
         return f"{what} with length taken out" if self.length_out else what
 
     @property
+    def ranks_one_column(self) -> bool:
+        """Whether all rows are ranked together, by one column as it is: a row's value depends on no other row."""
+        return (
+            len(self._columns) == 1
+            and self._weights is None
+            and not self.length_out
+            and not (self.stratify_by or isinstance(self.keep, Mapping))
+        )
+
+    @property
+    def column(self) -> str:
+        """The name of the first column to rank by, without its sign."""
+        return self._columns[0].removeprefix("-")
+
+    @property
     def _columns(self) -> tuple[str, ...]:
         """The names of the columns, with their signs; of votes, those with a weight above 0."""
         if isinstance(self.by, Mapping):
@@ -209,26 +226,40 @@ class DataSelector:
 
     def _decide(self, values: np.ndarray, group: Any) -> np.ndarray:
         """(N,) why values of a group are dropped; None for those to keep."""
-        of_group = "" if group is None else f"{OF_GROUP}{group}"
         end, why = self.end(), np.full(len(values), None)
         if self.band is not None:
             low, high = self.band
             below, above = outside(values, (low, high))
-            why[below] = share_reason(complement(low), "smallest", self.what, of_group)
-            why[above] = share_reason(high, "largest", self.what, of_group)
+            why[below], why[above] = self.reason(False, group), self.reason(True, group)
             return why
         if self.threshold is None:
-            keep = self._share(group)
-            why[~drop_share(values, keep, end)] = share_reason(keep, end, self.what, of_group)
+            why[~drop_share(values, self.share(group), end)] = self.reason(end == "largest", group)
             return why
         sign = 1 if end == "largest" else -1
-        rule = f" ({self.threshold})" if isinstance(self.threshold, str) else ""
         bound = sign * RULES[self.threshold](sign * values) if isinstance(self.threshold, str) else self.threshold
-        beyond = "above" if sign == 1 else "below"
-        why[sign * values > sign * bound] = f"{self.what} {beyond} {bound:g}{rule}{of_group}"
+        why[sign * values > sign * bound] = self.reason(sign == 1, group, bound)
         return why
 
-    def _share(self, group: Any) -> float:
+    def reason(self, above: bool, group: Any = None, bound: float = math.nan) -> str:
+        """Why the values at one end are dropped.
+
+        Args:
+            above: whether it is the end of the largest values.
+            group: the group within which they are dropped; None for all rows.
+            bound: the threshold, if there is one.
+        """
+        of_group = "" if group is None else f"{OF_GROUP}{group}"
+        if self.band is not None:
+            low, high = self.band
+            end: Drop = "largest" if above else "smallest"
+            return share_reason(high if above else complement(low), end, self.what, of_group)
+        if self.threshold is None:
+            return share_reason(self.share(group), self.end(), self.what, of_group)
+        rule = f" ({self.threshold})" if isinstance(self.threshold, str) else ""
+        return f"{self.what} {'above' if above else 'below'} {bound:g}{rule}{of_group}"
+
+    def share(self, group: Any = None) -> float:
+        """The share to keep of a group, or of all rows."""
         if not isinstance(self.keep, Mapping):
             return 0.5 if self.keep is None else self.keep
         if group not in self.keep:

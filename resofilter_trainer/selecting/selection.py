@@ -16,16 +16,19 @@ import pandas as pd
 import pyarrow as pa
 
 from ..config import InputError, check_kind, with_known_keywords
-from ..io.digest import same_rows
+from ..io.digest import hash_rows
 from ..io.files import file_at, load_parquet, save_parquet
 from ..io.hub import HubPath, record_at
+from ..io.pieces import TableFile
 from ..scores.provenance import Provenance
 from ..scores.row_record import RowRecord, as_html
 from ..scores.score_table import PROMPT, ScoreTable, count_reasons
+from ..scores.shards import SHARDS, missing_of, other_rows, told
 from .applying import OTHER_ROWS, check_dataset, check_stream, kept_of_stream
 from .dataset_card import make_card
 from .groups import group_lines
 from .pushing import push_kept
+from .reasons import MANY, counts_of, read_in_pieces, write_in_pieces
 from .weighted_rows import OF_A_STREAM, WEIGHT, Reminder, keep_weighted, weighted, with_columns
 
 if TYPE_CHECKING:
@@ -75,12 +78,14 @@ class Selection(RowRecord):
         return len(self.keep)
 
     def __repr__(self) -> str:
-        why = ", ".join(f"{count:,} {why}" for why, count in count_reasons((w for w in self.reason if w != KEPT), 3))
+        dropped = counts_of(self.reason)
+        dropped.pop(KEPT, None)
+        why = ", ".join(f"{count:,} {why}" for why, count in count_reasons(dropped, 3))
         return f"Selection({int(self.keep.sum()):,} of {len(self):,} kept; dropped: {why or 'none'})"
 
     def _repr_html_(self) -> str:
         """How many rows are kept, and why the others are not, as a table for a notebook."""
-        counts = count_reasons(self.reason, LISTED)
+        counts = count_reasons(counts_of(self.reason), LISTED)
         return as_html(repr(self), pd.DataFrame({"rows": [n for _, n in counts], "reason": [why for why, _ in counts]}))
 
     def _columns(self) -> Mapping[str, Any]:
@@ -88,7 +93,7 @@ class Selection(RowRecord):
         return columns if self.weight is None else {**columns, "weight": self.weight}
 
     def _made_from(self) -> object:
-        return json.loads(self._metadata())
+        return json.loads(self.metadata())
 
     def summary(self, groups: Sequence[Any] | None = None) -> str:
         """How many rows are kept, and why the others are not, in a few lines.
@@ -100,7 +105,7 @@ class Selection(RowRecord):
             InputError: there is not one group for each row.
         """
         lines = [f"{int(self.keep.sum()):,} of {len(self):,} rows kept"]
-        lines += [f"  {count:>8,} {why}" for why, count in count_reasons(self.reason, LISTED)]
+        lines += [f"  {count:>8,} {why}" for why, count in count_reasons(counts_of(self.reason), LISTED)]
         return "\n".join([*lines, *([] if groups is None else group_lines(self.keep, self.reason, groups))])
 
     @classmethod
@@ -173,9 +178,8 @@ class Selection(RowRecord):
         """
         check_dataset(dataset)
         if not isinstance(dataset, Sized):
-            content = content_of(self.provenance) if check_rows else None
-            if content is not None:
-                check_stream(dataset, content, len(self))
+            if check_rows and content_of(self.provenance) is not None:
+                check_stream(dataset, json.loads(self.provenance)["source"], len(self))
             if self.has_weights:
                 warnings.warn(OF_A_STREAM, stacklevel=3)
             return kept_of_stream(dataset, self.keep)
@@ -207,8 +211,8 @@ class Selection(RowRecord):
                 "Apply it to the dataset as it was scored, before any filtering or shuffling."
             )
         content = content_of(self.provenance) if check_rows else None
-        if content is not None and not same_rows(content, dataset):
-            raise InputError(OTHER_ROWS)
+        if content is not None and (found := hash_rows(dataset, like=content)) != content:
+            raise InputError(f"{OTHER_ROWS}{other_rows(json.loads(self.provenance)['source'], found)}")
 
     @with_known_keywords
     def annotate(self, dataset: Dataset, scores: ScoreTable, *, check_rows: bool = True) -> Dataset:
@@ -299,20 +303,28 @@ class Selection(RowRecord):
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write to a Parquet file, or to `selection.parquet` in a folder; whole or not at all. Returns the file."""
-        return save_parquet(self._table(), file_at(path, SELECTION_FILE), {KEY: self._metadata()})
+        file, metadata = file_at(path, SELECTION_FILE), {KEY: self.metadata()}
+        if len(self) > MANY:
+            return write_in_pieces(file, self._columns(), metadata)
+        return save_parquet(self._table(), file, metadata)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], *, token: str | bool | None = None) -> Selection:
         """Read what `save` wrote or `push_to_hub` pushed. Arguments and errors as for `ScoreTable.load`."""
-        with record_at(path, SELECTION_FILE, "selection", token) as file:
-            table, metadata = load_parquet(file, KEY, "selection")
+        with record_at(path, SELECTION_FILE, "selection", token) as place:
+            file = TableFile.open(place, KEY, "selection")
+            table = None if file.rows > MANY else load_parquet(file.path, KEY, "selection")[0]
         try:
-            values = json.loads(metadata)
+            values = json.loads(file.metadata)
             policy, provenance = dict(values["policy"]), values["provenance"]
             if "keep_of_groups" in policy:
                 policy["keep"] = dict(policy.pop("keep_of_groups"))
+            if not isinstance(provenance, str):
+                raise TypeError("provenance")
+            if table is None:
+                return cls(**read_in_pieces(file), policy=policy, provenance=provenance)
             columns = dict(zip(table.column_names, table.columns, strict=True))
-            sound = isinstance(provenance, str) and pa.types.is_boolean(columns["keep"].type)
+            sound = pa.types.is_boolean(columns["keep"].type)
             if not sound or any(column.null_count for column in columns.values()):
                 raise ValueError("other columns")
             weight = columns["weight"].cast(pa.float64()).to_numpy() if "weight" in columns else None
@@ -321,7 +333,7 @@ class Selection(RowRecord):
         except (TypeError, KeyError, ValueError, pa.ArrowException, RecursionError) as error:
             raise InputError(f"The selection at '{path}' was written by another version. Make it again.") from error
 
-    def _metadata(self) -> str:
+    def metadata(self) -> str:
         """The policy and the provenance as JSON."""
         policy = dict(self.policy)
         if isinstance(policy.get("keep"), Mapping):
@@ -364,11 +376,20 @@ def _says_why(reason: object) -> bool:
 
 def check_complete(scores: ScoreTable) -> None:
     """Raise InputError unless the scores cover all rows of the dataset."""
-    if len(scores) != scores.provenance.rows:
-        raise InputError(
-            f"The dataset has {scores.provenance.rows} rows and the scores cover {len(scores)}. "
-            "Pass the scores of all shards (ScoreTable.join makes one table of them)."
-        )
+    check_all_rows(len(scores), scores.provenance)
+
+
+def check_all_rows(rows: int, provenance: Provenance) -> None:
+    """Raise InputError unless so many scores cover all rows of the dataset."""
+    if rows == provenance.rows:
+        return
+    if SHARDS in provenance.source:
+        missing = told(missing_of(provenance), provenance.rows)
+        raise InputError(f"{missing} are in no shard: join their scores, too (ScoreTable.concatenate).")
+    raise InputError(
+        f"The dataset has {provenance.rows} rows and the scores cover {rows}. "
+        "Pass the scores of all shards (ScoreTable.join makes one table of them)."
+    )
 
 
 def check_weights(policy: object, weight: np.ndarray) -> None:

@@ -27,7 +27,11 @@ def otsu(values: np.ndarray) -> float:
 
 def iqr(values: np.ndarray) -> float:
     """`Q3 + 1.5 (Q3 - Q1)`: larger values are outliers (Tukey, 1977)."""
-    first, third = np.quantile(values, [0.25, 0.75])
+    return beyond_quartiles(*np.quantile(values, [0.25, 0.75]))
+
+
+def beyond_quartiles(first: float, third: float) -> float:
+    """The threshold of `iqr`, from the quartiles."""
     return float(third + WHISKER * (third - first))
 
 

@@ -292,7 +292,7 @@ def test_every_example_parses(command):
 @pytest.mark.parametrize(
     ("command", "needed"),
     [("score", "model dataset output"), ("clean", "model dataset output"), ("probe", "model dataset"),
-     ("check", "dataset output"), ("select", "output")],
+     ("check", "dataset output"), ("select", "output"), ("join", "output")],
 )  # fmt: skip
 def test_what_is_required_is_marked_and_named_in_one_message(command, needed, capsys):
     """The help, the usage and the message agree."""
@@ -302,7 +302,7 @@ def test_what_is_required_is_marked_and_named_in_one_message(command, needed, ca
     marked = text.split(f"{NEEDED}:\n")[1].split("\n\n")[0]
     assert re.findall(r"^  --(\w+)", marked, flags=re.MULTILINE) == needed.split()
     assert re.findall(r"--(\w+) \.\.\.", text.splitlines()[0]) == needed.split()
-    names = [*(["scores"] if command == "select" else []), *(f"--{name}" for name in needed.split())]
+    names = [*(["scores"] if command in ("select", "join") else []), *(f"--{name}" for name in needed.split())]
     several = f"{', '.join(names[:-1])} and {names[-1]} are missing."
     assert refused(capsys, command) == several
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import itertools
 
 import numpy as np
 import PIL.Image
@@ -11,7 +12,15 @@ import pytest
 from datasets import Dataset, Features, Image, Json, Value, concatenate_datasets
 from helpers.versions import older_than
 
-from resofilter_trainer.io.digest import FIRST, RowsDigest, hash_rows, same_rows
+from resofilter_trainer.io.digest import (
+    FIRST,
+    RowsDigest,
+    first_other_shard,
+    hash_rows,
+    of_shards,
+    same_rows,
+    shards_in,
+)
 
 ROWS = [
     {
@@ -126,3 +135,40 @@ def test_a_digest_of_the_first_version_is_computed_as_then():
     assert not same_rows(hash_rows(dataset, FIRST), dataset.select([1, 0, 2]))
     assert same_rows(hash_rows(dataset), dataset)
     assert not same_rows(hash_rows(dataset), dataset.cast_column("b", Value("float64")))
+
+
+# ---- shards that were digested apart
+
+
+ENDS = (0, 1, 5, len(DATASET))
+SHARD_DIGEST = of_shards(
+    (end - start, hash_rows(DATASET.select(range(start, end)))) for start, end in itertools.pairwise(ENDS)
+)
+
+
+def test_the_digest_of_shards_is_that_of_the_whole_dataset_cut_there():
+    assert same_rows(SHARD_DIGEST, DATASET)
+    assert same_rows(SHARD_DIGEST, DATASET.select(list(range(len(DATASET)))))
+    stream = RowsDigest(like=SHARD_DIGEST)
+    for start in range(0, len(DATASET), 2):
+        stream.add(DATASET.select(range(start, min(start + 2, len(DATASET)))))
+    assert stream.hexdigest() == SHARD_DIGEST
+    assert [rows for rows, _ in shards_in(SHARD_DIGEST)] == np.diff(ENDS).tolist()
+    assert shards_in(hash_rows(DATASET)) == []
+
+
+def test_the_first_shard_that_differs_is_found():
+    rows = list(range(len(DATASET)))
+    swapped = [*rows[:2], rows[3], rows[2], *rows[4:]]
+    for changed, first in ((swapped, range(1, 5)), (rows[:-1], range(5, len(rows))), ([*rows, 0], None)):
+        found = hash_rows(DATASET.select(changed), like=SHARD_DIGEST)
+        assert found != SHARD_DIGEST
+        assert first_other_shard(SHARD_DIGEST, found) == (first or range(len(rows), len(rows) + 1))
+    assert first_other_shard(SHARD_DIGEST, SHARD_DIGEST) is None
+    assert first_other_shard(hash_rows(DATASET), hash_rows(DATASET.select([0]))) is None
+
+
+@pytest.mark.parametrize("text", ["shards:", "shards:x=arrow:1", "shards:0=arrow:1", "shards:2=1"])
+def test_what_is_no_digest_of_shards_is_that_of_no_rows(text):
+    assert shards_in(text) == []
+    assert not same_rows(text, DATASET)

@@ -16,6 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from helpers.shards import files as files_of_rows
 from helpers.sources import modules
 from helpers.stores import filled
 from helpers.tables import make_provenance, make_scores
@@ -28,14 +29,16 @@ from resofilter_trainer.cli.settings_file import yaml_arguments
 from resofilter_trainer.compare.config import ComparisonConfig
 from resofilter_trainer.compare.run import read_cell
 from resofilter_trainer.config import InputError
-from resofilter_trainer.io import files
+from resofilter_trainer.io import table_digest
 from resofilter_trainer.io.store import MANIFEST, part_paths, read_manifest
 from resofilter_trainer.report.contents import Contents, read_contents
+from resofilter_trainer.scores.joined_file import join_scores
 from resofilter_trainer.scores.score_table import SCORES_FILE, ScoreTable
 from resofilter_trainer.scores.token_scores import TOKEN_SCORES_FILE, TokenScores
 from resofilter_trainer.selecting.data_selector import DataSelector
 from resofilter_trainer.selecting.results import COMPARISON_FILE, LOG_FILE, SUMMARY_FILE
 from resofilter_trainer.selecting.selection import SELECTION_FILE, Selection
+from resofilter_trainer.selecting.streamed import select_file
 from resofilter_trainer.training.fine_tuning import check_settings
 from resofilter_trainer.training.measurements import FILE as MEASUREMENTS_FILE
 from resofilter_trainer.training.measurements import Measurements
@@ -66,6 +69,7 @@ def make_folder(folder: Path) -> None:
     SCORES.save(folder)
     DataSelector().select(SCORES).save(folder)
     token_scores().save(folder)
+    join_scores([each.save(folder / "shards" / f"{i}") for i, each in enumerate(files_of_rows())], folder / JOINED)
     Measurements(6, [2, 3]).save(folder, {"order": np.arange(6)})
     plain = {
         SUMMARY_FILE: SUMMARY,
@@ -92,14 +96,22 @@ def read_store(folder: Path) -> None:
         call()
 
 
+def read_pieces(folder: Path) -> None:
+    with tempfile.TemporaryDirectory() as place:
+        select_file(folder / JOINED, place)
+
+
 def read_arguments(folder: Path) -> None:
     args = cli._parser().parse_args(["score", "--config", str(folder / "score.yaml")])
     yaml_arguments(args)
 
 
+JOINED = f"joined/{SCORES_FILE}"
 READERS: dict[str, tuple[str, Callable[[Path], object]]] = {  # the file and its reader
     "scores": (SCORES_FILE, ScoreTable.load),
     "selection": (SELECTION_FILE, Selection.load),
+    "joined scores": (JOINED, lambda folder: ScoreTable.load(folder / JOINED)),
+    "scores in pieces": (JOINED, read_pieces),
     "token scores": (TOKEN_SCORES_FILE, TokenScores.load),
     "measurements": (MEASUREMENTS_FILE, Measurements.load),
     "manifest": (f"parts/{MANIFEST}", lambda folder: read_manifest(folder / "parts")),
@@ -264,7 +276,7 @@ COLUMN = st.sampled_from([
 def rewritten(table: pa.Table, path: Path, metadata: dict[bytes, bytes]) -> bytes:
     """The bytes of a file of the same kind, with or without the right digest."""
     table = table.replace_schema_metadata(metadata)
-    table = files._with_digest(table) if len(metadata) % 2 else table
+    table = table_digest.with_digest(table) if len(metadata) % 2 else table
     with tempfile.TemporaryDirectory() as place:
         other = Path(place) / "x"
         if path.suffix == ".parquet":
@@ -279,7 +291,7 @@ def rewritten(table: pa.Table, path: Path, metadata: dict[bytes, bytes]) -> byte
 def test_tables_with_other_columns_or_metadata_are_read_or_refused_in_one_line(name, folder):
     path = target(folder, name)
     sound = (pq.read_table(path) if path.suffix == ".parquet" else pa.ipc.open_file(str(path)).read_all()).slice(0, 6)
-    key, text = next(item for item in sound.schema.metadata.items() if item[0] != files.DIGEST)
+    key, text = next(item for item in sound.schema.metadata.items() if item[0] != table_digest.DIGEST)
     values = json.loads(text)
 
     @EXAMPLES

@@ -24,7 +24,8 @@ from helpers.scoring import COLUMNS, ROWS, arguments
 from helpers.tables import make_scores
 
 from resofilter_trainer import InputError, ScoreTable, TokenCleaning, clean_dataset, score_by, score_dataset
-from resofilter_trainer.io.files import DIGEST, check_folder
+from resofilter_trainer.io.files import check_folder
+from resofilter_trainer.io.table_digest import DIGEST
 from resofilter_trainer.scores.score_table import KEY, SCORES_FILE
 from resofilter_trainer.scores.token_scores import TOKEN_SCORES_FILE
 from resofilter_trainer.scoring import passes
