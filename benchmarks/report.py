@@ -3,11 +3,18 @@
 python benchmarks/report.py --rows 400000 --json report.json
 
 synthetic scores and texts -> write_report -> bytes -> headless Chromium, if installed -> seconds until it is drawn
+
+python benchmarks/report.py --picture resofilter-demo/seed-0/report.html    # the picture in README
+python benchmarks/report.py --axe node_modules/axe-core/axe.min.js PAGE ... # `npm install axe-core`, in any folder
+
+counts the rules of axe that a page passes and violates, at 1400 and 420 px, in both themes.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import itertools
 import json
 import resource
 import shutil
@@ -24,6 +31,7 @@ import pyarrow as pa
 from resofilter_trainer import DataSelector, Provenance, ScoreTable
 from resofilter_trainer.report import Contents, write_report
 
+PICTURE = Path(__file__).with_name("report.png")
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 WORDS = [f"word{i}" for i in range(5000)]
 
@@ -52,7 +60,16 @@ def main() -> None:
     parser.add_argument("--rows", type=int, nargs="+", default=[4_000, 40_000, 400_000])
     parser.add_argument("--output", type=Path, help="a folder for the last page")
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--picture", type=Path, help="a page whose beginning becomes benchmarks/report.png")
+    parser.add_argument("--axe", type=Path, nargs="+", metavar="PATH", help="axe.min.js, and pages to check with it")
     args = parser.parse_args()
+    if args.picture or args.axe:
+        with browser() as chromium:
+            if args.picture:
+                save_picture(chromium, args.picture)
+            for page in (args.axe or [])[1:]:
+                check_page(chromium, args.axe[0], page)
+        return
     found = []
     print("| rows | seconds | page, MB | folder, MB | peak memory, MB | browser, s |\n|---|---|---|---|---|---|")
     for rows in args.rows:
@@ -108,20 +125,55 @@ def synthetic(rows: int) -> ScoreTable:
 
 def opened(path: Path) -> float | None:
     """Seconds until a headless browser has drawn the page, without the browser's start; None without a browser."""
-    browser = next(filter(None, map(shutil.which, BROWSERS)), None)
-    if browser is None:
+    if not any(map(shutil.which, BROWSERS)):
         return None
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(executable_path=browser, args=["--no-sandbox", "--disable-gpu"])
+    with browser() as chromium:
         page = chromium.new_page()
         began = time.perf_counter()
         page.goto(path.resolve().as_uri())
         page.wait_for_selector("html[data-drawn]")
-        seconds = time.perf_counter() - began
+        return round(time.perf_counter() - began, 2)
+
+
+@contextlib.contextmanager
+def browser() -> Iterator[Any]:
+    """A headless Chromium."""
+    from playwright.sync_api import sync_playwright
+
+    path = next(filter(None, map(shutil.which, BROWSERS)), None)
+    with sync_playwright() as playwright:
+        chromium = playwright.chromium.launch(executable_path=path, args=["--no-sandbox", "--disable-gpu"])
+        yield chromium
         chromium.close()
-    return round(seconds, 2)
+
+
+def save_picture(chromium: Any, path: Path) -> None:
+    """Save the beginning of a page as the picture in README."""
+    page = chromium.new_page(viewport={"width": 1100, "height": 1120})
+    page.goto(path.resolve().as_uri())
+    page.wait_for_selector("html[data-drawn]")
+    page.screenshot(path=PICTURE)
+    print(f"{PICTURE}: {PICTURE.stat().st_size / 1e3:.0f} kB")
+
+
+def check_page(chromium: Any, axe: Path, path: Path) -> None:
+    """Print how many of axe's rules a page passes and violates, and which; rules weigh alike."""
+    for width, theme in itertools.product((1400, 420), ("light", "dark")):
+        page = chromium.new_page(viewport={"width": width, "height": 900}, color_scheme=theme)
+        page.goto(path.resolve().as_uri())
+        page.wait_for_load_state("networkidle")
+        if page.locator("script#data").count():  # a report
+            page.wait_for_selector("html[data-drawn]")
+            page.locator("details > summary").evaluate_all("all => all.forEach(each => each.click())")
+            page.locator("#samples tbody button").evaluate_all("all => all[0] && all[0].click()")
+        page.evaluate(axe.read_text(encoding="utf-8"))
+        found = page.evaluate("axe.run({ resultTypes: ['violations'] })")
+        passed, violated = len(found["passes"]), [each["id"] for each in found["violations"]]
+        share = 100 * passed / (passed + len(violated))
+        print(
+            f"{path} {width} px {theme}: {share:.0f} ({passed} rules passed; violated: {', '.join(violated) or 'none'})"
+        )
+        page.close()
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ html_theme_options = {
 }
 pygments_style, pygments_dark_style = "a11y-high-contrast-light", "a11y-high-contrast-dark"
 html_static_path = ["_static"]
-html_css_files = ["site.css"]
+html_css_files, html_js_files = ["site.css"], ["site.js"]
 html_copy_source = html_show_sourcelink = False
 
 myst_enable_extensions = ["colon_fence", "dollarmath"]

@@ -30,6 +30,9 @@ def add_arguments(parser: CommandParser) -> None:
     parser.add_argument("--output", help="a folder for report.html; by default that of --selection or of the source")
     scored_dataset_arguments(parser)
     parser.add_argument("--group_column", help="a column of the dataset, such as its source")
+    parser.add_argument(
+        "--id_column", help="a column of the dataset with your own id of each row; by default id, if any"
+    )
     parser.add_argument("--title", help="the title of the page")
     column_arguments(parser)
     parser.add_argument("--open", action="store_true", help="open the page in the browser")
@@ -47,14 +50,14 @@ def run(args: argparse.Namespace) -> None:
         return
     _folder(args)
     contents = read_contents(args.source, args.selection, args.comparison)
-    texts = groups = decode = None
+    texts = groups = ids = decode = None
     if contents.scores is not None:
-        texts, groups = _texts_and_groups(args, contents.scores.provenance)
+        texts, groups, ids = _of_dataset(args, contents.scores.provenance)
     if contents.cleaned is not None:
         from ..data.row_texts import decoder
 
         decode = decoder(contents.cleaned.scores.provenance.model)
-    report = write_report(contents, _folder(args), texts, groups, decode, args.title)
+    report = write_report(contents, _folder(args), texts, groups, decode, args.title, ids)
     if report.numbers is not None:
         scoring = CommandParser()
         score.add_arguments(scoring)
@@ -80,7 +83,7 @@ def _report_probe(args: argparse.Namespace) -> None:
     from ..probe.page import write_page
     from ..probe.results import ProbeResult
 
-    for name in ("selection", "comparison", "dataset", "split", "group_column", "title", *COLUMNS):
+    for name in ("selection", "comparison", "dataset", "split", "group_column", "id_column", "title", *COLUMNS):
         if getattr(args, name) != args.parser.get_default(name):
             raise InputError(f"'{args.source}' holds a probe, whose page has no --{name}: leave it out.")
     _show(write_page(ProbeResult.load(args.source), Path(args.output or args.source)), args.open)
@@ -95,29 +98,38 @@ def _show(page: Path, in_browser: bool) -> None:
         webbrowser.open(page.resolve().as_uri())
 
 
-def _texts_and_groups(args: argparse.Namespace, provenance: Any) -> tuple[Any, Any]:
-    """Each row's text and group; None where the dataset cannot be loaded and no argument requires it."""
+def _of_dataset(args: argparse.Namespace, provenance: Any) -> tuple[Any, Any, Any]:
+    """Each row's text, group and id; None where the dataset cannot be loaded and no argument requires it."""
+    named = {"--group_column": args.group_column, "--id_column": args.id_column}
     try:
         dataset = scored_dataset(args, provenance.source)
     except InputError as error:
-        if args.dataset or args.split or args.group_column:
+        if args.dataset or args.split or any(named.values()):
             raise
         print(f"The report has no text: {told(str(error))}")
-        return None, None
+        return None, None, None
     if dataset is None or len(dataset) != provenance.rows:
         if args.dataset:
             raise InputError(f"'{args.dataset}' has {len(dataset)} rows and the scores are of {provenance.rows}.")
-        if args.group_column:
-            raise InputError("--group_column is a column of the dataset: pass --dataset.")
+        for option in (option for option, name in named.items() if name):
+            raise InputError(f"{option} is a column of the dataset: pass --dataset.")
         why = "the scores name no dataset" if dataset is None else f"the dataset has {len(dataset)} rows now"
         print(f"The report has no text: {why}. Pass --dataset.")
-        return None, None
+        return None, None, None
+    from ..data.row_report import column_of, default_id
+
+    for option, name in named.items():
+        if name and name not in dataset.column_names:
+            raise InputError(f"{option} {name}: the dataset has {', '.join(dataset.column_names)}.")
+    groups = column_of(dataset, args.group_column)
+    return _texts(args, dataset, provenance), groups, column_of(dataset, args.id_column or default_id(dataset))
+
+
+def _texts(args: argparse.Namespace, dataset: Any, provenance: Any) -> Any:
+    """Each row's text; None, and a printed line, where no column of the dataset has it."""
     from ..data.layout import scored_columns
     from ..data.row_texts import RowTexts
 
-    if args.group_column and args.group_column not in dataset.column_names:
-        raise InputError(f"--group_column {args.group_column}: the dataset has {', '.join(dataset.column_names)}.")
-    groups = [str(each) for each in dataset[args.group_column][:]] if args.group_column else None
     mapping = settings_of(args, ColumnMapping)  # of a run, whose rows were mapped before
     texts = RowTexts(dataset, scored_columns(provenance.preparation) if mapping == ColumnMapping() else mapping)
     if not texts.known:
@@ -125,4 +137,4 @@ def _texts_and_groups(args: argparse.Namespace, provenance: Any) -> tuple[Any, A
             f"The report has no text: say which columns have it, with --prompt_column and --completion_column or "
             f"--text_column. The dataset has: {', '.join(dataset.column_names)}."
         )
-    return (texts if texts.known else None), groups
+    return texts if texts.known else None

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 FOLDER = "resofilter-report"
+ID = "id"
 WHAT = "a ScoreTable, as score_dataset returns, or the result of read_contents"
 ROWS = "a datasets.Dataset, as load_rows returns, or a list with a pair of prompt and completion for each row"
 
@@ -35,6 +36,7 @@ def write_report(
     *,
     output: str | os.PathLike[str] | None = None,
     check_rows: bool = True,
+    ids: str | Sequence[Any] | None = None,
 ) -> Report:
     """Write a page that shows why rows were dropped: `report.html`, and charts and all dropped rows beside it.
 
@@ -52,6 +54,8 @@ def write_report(
         output: the folder to write to; by default `resofilter-report`.
         check_rows: whether all values of the dataset must be those that were scored. `False` is for the same rows in
             the same order with other columns.
+        ids: the column of the dataset with your own id of each row, or the ids themselves; by default `id`, where there
+            is such a column. The page finds rows by it, and the lists of dropped rows have it.
 
     Raises:
         InputError: the dataset has other rows than were scored, the selection is of other scores, a column is missing,
@@ -66,12 +70,14 @@ def write_report(
     contents = _contents(scores, selection)
     texts = dataset
     if _is_dataset(dataset):
-        texts, groups = _texts_and_groups(contents.scores, dataset, groups, check_rows)
-    elif isinstance(groups, str):
-        raise InputError(f"groups='{groups}' is a column of the dataset: pass dataset=.")
+        texts = _texts(contents.scores, dataset, check_rows)
+        groups, ids = column_of(dataset, groups), column_of(dataset, default_id(dataset) if ids is None else ids)
+    for name, values in (("groups", groups), ("ids", ids)):
+        if isinstance(values, str):
+            raise InputError(f"{name}='{values}' is a column of the dataset: pass dataset=.")
     if groups is not None and contents.scores is not None:
         check_groups(groups, len(contents.scores))
-    return write_page(contents, FOLDER if output is None else output, texts, groups, decode, title)
+    return write_page(contents, FOLDER if output is None else output, texts, groups, decode, title, ids)
 
 
 def _contents(scores: ScoreTable | Contents, selection: Selection | None) -> Contents:
@@ -100,8 +106,22 @@ def _is_dataset(rows: Any) -> bool:
     return False
 
 
-def _texts_and_groups(scores: ScoreTable | None, dataset: Any, groups: Any, check_rows: bool) -> tuple[Any, Any]:
-    """The text and the group of each row of a dataset. Raises InputError for other rows than were scored."""
+def default_id(dataset: Dataset) -> str | None:
+    """The column with the user's own ids: `id`; None where the dataset has none."""
+    return ID if ID in dataset.column_names else None
+
+
+def column_of(dataset: Dataset, name: Any) -> Any:
+    """The values of a column as text; anything but a name as it is. Raises InputError for a column that is missing."""
+    if not isinstance(name, str):
+        return name
+    if name not in dataset.column_names:
+        raise InputError(f"There is no column '{name}'. The dataset has: {', '.join(dataset.column_names)}.")
+    return ["" if each is None else str(each) for each in dataset[name][:]]
+
+
+def _texts(scores: ScoreTable | None, dataset: Any, check_rows: bool) -> Any:
+    """The texts of a dataset, None where they are not known. Raises InputError for other rows than were scored."""
     from .layout import scored_columns
     from .row_texts import RowTexts
 
@@ -117,9 +137,5 @@ def _texts_and_groups(scores: ScoreTable | None, dataset: Any, groups: Any, chec
             "dataset as it was scored; if only columns differ, and row i is still row i, pass check_rows=False."
             + other_rows(provenance.source, found)
         )
-    if isinstance(groups, str):
-        if groups not in dataset.column_names:
-            raise InputError(f"There is no column '{groups}'. The dataset has: {', '.join(dataset.column_names)}.")
-        groups = [str(each) for each in dataset[groups][:]]
     texts = RowTexts(dataset, scored_columns(provenance.preparation))
-    return (texts if texts.known else None), groups
+    return texts if texts.known else None

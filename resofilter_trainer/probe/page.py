@@ -10,8 +10,9 @@ from typing import Any
 
 import jinja2
 
-from .. import __version__, report
+from .. import __version__
 from ..io.files import replacing
+from ..report.theme import style
 from .findings import Record
 from .recommended import RECOMMENDED_FILE, settings_text
 from .results import ProbeResult
@@ -19,7 +20,6 @@ from .table import cost_text, interval_text, number_text
 
 PAGE = "report.html"
 TEMPLATE = Path(__file__).with_name("page.html")
-STYLE = Path(report.__file__).with_name("page.css")
 OWN_END, OTHER_END = (230, 140, 60), (90, 160, 220)  # of the colours of an AUROC of 1 and of 0
 
 
@@ -46,7 +46,7 @@ def page_of(result: ProbeResult) -> str:
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
         title="Which signal finds which fault",
-        style=STYLE.read_text(encoding="utf-8"),
+        style=style(),
         result=result,
         titles=titles,
         lines=[_line(result, name) for name in result.ranked],

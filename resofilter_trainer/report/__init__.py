@@ -10,20 +10,17 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.csv
-import pyarrow.parquet
 
 from ..config import InputError, check_kind, with_known_keywords
 from ..config.compatibility import need_extra
 from ..io.files import check_folder, replacing
-from ..scores.score_table import ScoreTable
 from ..selecting.results import DROPPED_FILE, PAGE
 from ..selecting.results import PAGE_FILES as FILES
-from ..selecting.selection import Selection
 from .contents import Contents, read_contents
+from .dropped import CSV_FILE, save_dropped
 from .numbers import Numbers, numbers_of
 from .paper_figures import ratios_of, word_frequency
 from .samples import Decode, Text, samples_of, shortened
@@ -31,7 +28,6 @@ from .timeline import lives_of
 
 __all__ = ["Contents", "Numbers", "Report", "read_contents", "write_report"]
 
-FORMULA = tuple("=+-@\t\r")  # a spreadsheet computes text that begins with one of these
 TITLE = "Why rows were dropped"
 COUNTED = 20_000  # rows whose words are counted
 
@@ -65,6 +61,7 @@ def write_report(
     groups: Sequence[str] | None = None,
     decode: Decode | None = None,
     title: str | None = None,
+    ids: Sequence[Any] | None = None,
 ) -> Report:
     """Write `report.html`, and the charts and all dropped rows to the folder `report` next to it.
 
@@ -75,40 +72,46 @@ def write_report(
         groups: (N,) the group of each row, such as its source.
         decode: a function from token ids to the text of each; it shows which tokens are learnt.
         title: the title of the page.
+        ids: (N,) the user's own id of each row.
 
     Raises:
-        InputError: the number of texts or groups is not the number of rows, the folder cannot be written to, or what
-            draws the charts is not installed.
+        InputError: the number of texts, groups or ids is not the number of rows, the folder cannot be written to, or
+            what draws the charts is not installed.
     """
     check_kind("contents", contents, Contents, "the result of read_contents, or Contents(scores, selection)")
     need_extra("report", "A report")
-    from .charts import NAMES, charts_of, points_of, ratios_chart, save_png, specification
-    from .page import make_page
+    from .charts import NAMES, figures_of, points_of, ratios_figure
+    from .drawing import save_png
+    from .page import make_page, shown_note
 
     output, scores = Path(output), contents.scores
     check_folder(output)
-    for what, values in (("texts", texts), ("groups", groups)):
+    for what, values in (("texts", texts), ("groups", groups), ("ids", ids)):
         if scores is not None and values is not None and len(values) != len(scores):
             raise InputError(f"There are {len(scores)} rows and {len(values)} {what}: every row needs one.")
-    groups = None if groups is None else [shortened(str(each)) for each in groups]
+    groups, ids = (None if each is None else [shortened(str(one)) for one in each] for each in (groups, ids))
     selection = samples = numbers = None
     files = ""
     if scores is None:
         ratios = ratios_of(contents.comparison)
-        charts = {"ratios": specification(ratios_chart(ratios))} if ratios else {}
+        figures = {"ratios": ratios_figure(ratios)} if ratios else {}
     else:
         selection = contents.decided()
-        samples = samples_of(scores, texts, contents.cleaned, decode)
+        samples = samples_of(scores, texts, contents.cleaned, decode, ids)
         numbers = numbers_of(contents, groups, _frequency(texts), samples.copies)
-        charts = charts_of(numbers, points_of(scores, selection.keep, samples.rows))
-        files = _save_dropped(scores, selection, output / FILES)
+        points = points_of(scores, selection.keep, samples.rows)
+        figures = figures_of(numbers, points, shown_note(len(samples.rows), len(scores)))
+        save_dropped(scores, selection, output / FILES, texts, ids)
+        files = f"{FILES}/{CSV_FILE} and {FILES}/{DROPPED_FILE}, next to this page"
     for old in NAMES:  # charts of an earlier report
         (output / FILES / f"{old}.png").unlink(missing_ok=True)
-    pictures = [output / FILES / f"{name}.png" for name in charts]
-    for chart, picture in zip(charts.values(), pictures, strict=True):
-        save_png(chart, picture)
+    pictures = [output / FILES / f"{name}.png" for name in figures]
+    for shown, picture in zip(figures.values(), pictures, strict=True):
+        save_png(shown, picture)
     lives = None if samples is None else lives_of(contents.ledger, samples.rows)
-    page = make_page(title or TITLE, numbers, charts, scores, selection, samples, groups, contents.epochs, files, lives)
+    page = make_page(
+        title or TITLE, numbers, figures, scores, selection, samples, groups, contents.epochs, files, lives
+    )
     with replacing(output / PAGE) as temporary:
         temporary.write_bytes(page.encode("utf-8", "replace"))  # a lone surrogate becomes a question mark
     return Report(output / PAGE, numbers, pictures)
@@ -122,17 +125,3 @@ def _frequency(texts: Sequence[Text] | None) -> np.ndarray | None:
     found = np.full(len(texts), np.nan)
     found[rows] = word_frequency([texts[row][1] for row in rows.tolist()])
     return found
-
-
-def _save_dropped(scores: ScoreTable, selection: Selection, folder: Path) -> str:
-    """Write every dropped row with its scores and its reason. Returns where they are, as text for the page."""
-    dropped = np.flatnonzero(~selection.keep)
-    columns = {name: scores.table[name] for name in scores.table.column_names if name != "reason"}
-    table = pa.table({**columns, "reason": pa.array(list(selection.reason), pa.string())}).take(dropped)
-    with replacing(folder / DROPPED_FILE) as temporary:
-        pyarrow.parquet.write_table(table, temporary)
-    with replacing(folder / "dropped.csv") as temporary:
-        quoted = [f"'{why}" if why[:1] in FORMULA else why for why in table["reason"].to_pylist()]
-        index = table.column_names.index("reason")
-        pyarrow.csv.write_csv(table.set_column(index, "reason", pa.array(quoted, pa.string())), temporary)
-    return f"{FILES}/dropped.csv and {FILES}/{DROPPED_FILE}, next to this page"

@@ -1,63 +1,52 @@
-"""The charts of a report, as Vega-Lite specifications. Knows the numbers and Altair, no page.
+"""The charts of scores and of a comparison, each with a sentence that says what it shows. Knows numbers, no page.
 
-Page and PNG share one definition: the page embeds the specification, and `save_png` draws it without a browser.
+`figures_of` lists all figures of a report; those of a training run are in `run_charts`.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import itertools
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import altair as alt
 import numpy as np
-import vl_convert
 
-from ..io.files import replacing
 from ..scores.score_table import ScoreTable
+from . import findings, run_charts
 from .distribution import Scale
+from .drawing import HEIGHT, Figure, Label, end_labels, figure, plot
 from .numbers import Numbers
-from .paper_figures import Quarter
-from .timeline import Timeline
+from .paper_figures import Layer, Quarter
 
-VERSIONS = vl_convert.get_vegalite_versions()  # oldest first
-SCHEMA = ".".join(alt.SCHEMA_VERSION.removeprefix("v").split(".")[:2])
-VEGA_LITE = SCHEMA if SCHEMA in VERSIONS else VERSIONS[-1]
-KEPT_COLOUR, DROPPED_COLOUR, OTHER = "#0072b2", "#d55e00", "#767676"  # distinct for colour-blind readers
-DECISIONS = alt.Scale(domain=["kept", "dropped"], range=[KEPT_COLOUR, DROPPED_COLOUR])
-HEIGHT, WIDTH = 220, 460
-KINDS = ("means of rows", "entries of W_up")
-NAMES = (  # of all charts
-    *("scores", "length", "loss", "layers", "length_of_quarters", "frequency_of_quarters", "ratios", "epochs", "steps"),
-    *("timeline", "curves"),
+NAMES = (  # of all charts, also of earlier versions
+    *("scores", "length", "loss", "layers", "length_of_quarters", "frequency_of_quarters", "ratios", "epochs"),
+    *("learning_rate", "kept_share", "loss_by_step", "grad_norm_by_step", "curves", "steps", "timeline"),
 )
-Specification = dict[str, Any]
-Chart = alt.Chart | alt.LayerChart | alt.VConcatChart
+DECISIONS = ("kept", "dropped")
+SHAPES = {"kept": "circle", "dropped": "triangle-up"}
+BAR_HEIGHT, LABEL_HEIGHT = 38, 18  # px
+DIGITS = 6  # of a value in a chart
 
 
-def charts_of(numbers: Numbers, points: Sequence[dict[str, Any]]) -> dict[str, Specification]:
-    """The specification of every chart that has numbers, by name.
+def figures_of(numbers: Numbers, points: Sequence[dict[str, Any]], note: str = "") -> dict[str, Figure]:
+    """Every figure that has numbers, by name.
 
     Args:
         numbers: the numbers to draw.
         points: one entry for each shown row, see `points_of`.
+        note: what to say beside the charts of points, as where they show only some rows.
     """
-    found: dict[str, Chart | None] = {
-        "scores": scores_chart(numbers) if numbers.histogram else None,
-        "length": points_chart(points, numbers.scale, "tokens", "learnt tokens"),
-        "loss": points_chart(points, numbers.scale, "loss", "loss, nats per token"),
-        "layers": layers_chart(numbers) if numbers.layers else None,
-        "length_of_quarters": length_chart(numbers.quarters) if numbers.quarters else None,
-        "frequency_of_quarters": frequency_chart(numbers.quarters),
-        "ratios": ratios_chart(numbers.ratios) if numbers.ratios else None,
-        "epochs": epochs_chart(numbers) if any(each.median is not None for each in numbers.epochs) else None,
-        "steps": steps_chart(numbers.log) if numbers.log else None,
-        "timeline": None if numbers.timeline is None else timeline_chart(numbers.timeline),
-        "curves": curves_chart(numbers.curves) if numbers.curves else None,
+    found: dict[str, Figure | None] = {
+        "scores": scores_figure(numbers) if numbers.histogram else None,
+        "length": points_figure(points, numbers, "tokens", note),
+        "loss": points_figure(points, numbers, "loss", note),
+        "layers": layers_figure(numbers.layers, numbers.scale.full_step) if numbers.layers else None,
+        "length_of_quarters": length_figure(numbers.quarters) if numbers.quarters else None,
+        "frequency_of_quarters": frequency_figure(numbers.quarters),
+        "ratios": ratios_figure(numbers.ratios) if numbers.ratios else None,
+        **run_charts.figures_of(numbers),
     }
-    return {name: specification(chart) for name, chart in found.items() if chart is not None}
+    return {name: each for name, each in found.items() if each is not None}
 
 
 def points_of(scores: ScoreTable, keep: np.ndarray, rows: Sequence[int]) -> list[dict[str, Any]]:
@@ -82,228 +71,224 @@ def points_of(scores: ScoreTable, keep: np.ndarray, rows: Sequence[int]) -> list
     ]
 
 
-def scores_chart(numbers: Numbers) -> Chart:
+def scores_figure(numbers: Numbers) -> Figure:
     """The histogram of the scores, kept and dropped rows stacked, with the threshold."""
-    scale = _score_scale(numbers.scale)
-    title = numbers.scale.title + ("" if numbers.scale.bound is None else " (larger changes to the right)")
-    below: dict[float, int] = {}  # the dropped rows of a bin stand on its kept rows
-    stacked = []
+    scale = numbers.scale
+    counts = {which: sum(bar.rows for bar in numbers.histogram if bar.decision == which) for which in DECISIONS}
+    feet: dict[float, int] = {}  # the dropped rows of a bin stand on its kept rows
+    stacked: dict[str, list[dict[str, Any]]] = {which: [] for which in DECISIONS}
     for bar in numbers.histogram:
-        foot = below.get(bar.start, 0)
-        below[bar.start] = foot + bar.rows
-        stacked.append({**dataclasses.asdict(bar), "foot": foot, "top": foot + bar.rows})
-    bars = (
-        alt.Chart(_data(stacked))
-        .mark_rect()
+        foot = feet.get(bar.start, 0)
+        feet[bar.start] = foot + bar.rows
+        place = {"start": bar.start, "end": bar.end, "foot": foot, "top": foot + bar.rows}
+        stacked[bar.decision].append({**place, "rows": bar.rows, "decision": bar.decision})
+    top = 1.15 * max(feet.values())  # the names stand above the bars
+    layers = [
+        plot(bars)
+        .mark_rect(style=which)
         .encode(
-            x=alt.X("start:Q", title=title, scale=scale, axis=_numbers_axis(numbers.scale.format)),
+            x=alt.X("start:Q", title=scale.title, scale=score_scale(scale), axis=score_axis(scale)),
             x2="end:Q",
-            y=alt.Y("foot:Q", title="rows", scale=alt.Scale(zero=True)),
+            y=alt.Y("foot:Q", title="rows", scale=alt.Scale(domain=[0, top], nice=False)),
             y2="top:Q",
-            color=_decision(),
-            tooltip=["decision:N", "start:Q", "end:Q", "rows:Q"],
+            tooltip=["decision:N", "rows:Q"],
         )
-    )
+        for which, bars in stacked.items()
+        if bars
+    ]
     if numbers.threshold is None:
-        return _sized(bars)
-    at = _data([{"threshold": float(numbers.scale.shown(np.array(numbers.threshold)))}])
-    rule = alt.Chart(at).mark_rule(strokeDash=[4, 4], color=OTHER, strokeWidth=2)
-    return _sized(bars + rule.encode(x=alt.X("threshold:Q", scale=scale), tooltip=["threshold:Q"]))
+        names = [
+            Label(f"{counts[which]:,} {which}", height, which) for which, height in (("kept", 0.7), ("dropped", 0.85))
+        ]
+        layers += end_labels([each for each in names if counts[each.style]])
+    else:
+        layers += _threshold_layers(numbers, counts)
+    title = findings.of_scores(counts["kept"], counts["dropped"], scale, numbers.threshold, numbers.kept_below)
+    about = f"All {sum(counts.values()):,} scores. Rows further to the right move the weights more."
+    if scale.full_step is None:
+        about = f"All {sum(counts.values()):,} scores."
+    return figure(title, about, alt.layer(*layers))
 
 
-def points_chart(points: Sequence[dict[str, Any]], scale: Scale, name: str, title: str) -> Chart | None:
+def _threshold_layers(numbers: Numbers, counts: dict[str, int]) -> list[alt.Chart]:
+    """A line at the threshold, and on each side of it how many rows are kept and dropped."""
+    at = plot([{"at": float(numbers.scale.shown(np.array(numbers.threshold)))}])
+    x = alt.X("at:Q", scale=score_scale(numbers.scale))
+    layers = [at.mark_rule(strokeDash=[4, 3], style="ink").encode(x=x)]
+    for which in DECISIONS:
+        left = (which == "kept") == numbers.kept_below
+        text = at.mark_text(align="right" if left else "left", dx=-8 if left else 8, fontWeight="bold", style=which)
+        layers.append(text.encode(x=x, y=alt.value(8), text=alt.value(f"{counts[which]:,} {which}")))
+    return layers
+
+
+def points_figure(points: Sequence[dict[str, Any]], numbers: Numbers, name: str, note: str) -> Figure | None:
     """The score of the shown rows against another of their numbers; None where no row has it.
 
     Args:
         points: the entries of `points_of`.
-        scale: the scale of the score.
-        name, title: the other number in `points`, and the title of its axis.
+        numbers: the numbers of the report.
+        name: the other number in `points`: `tokens` or `loss`.
+        note: what to say beside the chart.
     """
-    points = [point for point in points if name in point]
+    scale, points = numbers.scale, [point for point in points if name in point]
     if not points:
         return None
-    shown = scale.shown(np.array([point["score"] for point in points])).tolist()
-    rows = [
-        {"row": point["row"], "decision": point["decision"], "x": point[name], "y": y, "score": point["score"]}
-        for point, y in zip(points, shown, strict=True)
-    ]
-    return _sized(
-        alt.Chart(_data(rows))
-        .mark_point(size=14, filled=True, opacity=0.5)
-        .encode(
-            x=alt.X("x:Q", title=title, scale=alt.Scale(zero=False)),
-            y=alt.Y("y:Q", title=scale.title, scale=_score_scale(scale), axis=_numbers_axis(scale.format)),
-            color=_decision(),
-            shape=alt.Shape("decision:N", scale=alt.Scale(domain=["kept", "dropped"], range=["circle", "cross"])),
-            tooltip=["row:Q", alt.Tooltip("x:Q", title=title), "score:Q", "decision:N"],
-        )
-    )
-
-
-def layers_chart(numbers: Numbers) -> Chart:
-    """The quartiles of the change by layer (ResoFilter, figure 2)."""
-    rows = []
-    for layer in numbers.layers:
-        values = (layer.low, layer.high, layer.entries_low, layer.entries_high)
-        for (of, quantile), value in zip(itertools.product(KINDS, ("25 %", "75 %")), values, strict=True):
-            if value is not None:
-                rows.append({"layer": layer.layer, "of": of, "quantile": quantile, "change": value})
-    return _sized(
-        alt.Chart(_data(rows))
-        .mark_line(point=True)
-        .encode(
-            x=alt.X("layer:Q", title="layer", axis=alt.Axis(tickMinStep=1)),
-            y=alt.Y("change:Q", title="change of W_up", scale=alt.Scale(zero=False), axis=_numbers_axis()),
-            color=alt.Color("of:N", title=None, scale=alt.Scale(range=[DROPPED_COLOUR, KEPT_COLOUR])),
-            strokeDash=alt.StrokeDash("quantile:N", title=None),
-            tooltip=["layer:Q", "of:N", "quantile:N", "change:Q"],
-        )
-    )
-
-
-def length_chart(quarters: Sequence[Quarter]) -> Chart:
-    """Learnt tokens of the rows with the lowest and highest scores: means and quartiles (ResoFilter, figure 4)."""
-    data = _data([dataclasses.asdict(each) for each in quarters])
-    across = alt.X("rows:N", title=None, sort=[each.rows for each in quarters], axis=alt.Axis(labelAngle=0))
-    bars = (
-        alt.Chart(data)
-        .mark_bar(color=KEPT_COLOUR, size=40)
-        .encode(
-            x=across, y=alt.Y("tokens:Q", title="learnt tokens, mean and quartiles"), tooltip=["rows:N", "tokens:Q"]
-        )
-    )
-    spans = alt.Chart(data).mark_rule(color=OTHER, strokeWidth=2).encode(x=across, y="tokens_low:Q", y2="tokens_high:Q")
-    return _sized(bars + spans)
-
-
-def frequency_chart(quarters: Sequence[Quarter]) -> Chart | None:
-    """Word frequency of the rows with the lowest and highest scores (ResoFilter, figure 5); None without text."""
-    known = [{"rows": each.rows, "frequency": each.frequency} for each in quarters if each.frequency is not None]
-    if not known:
-        return None
-    return _sized(
-        alt.Chart(_data(known))
-        .mark_bar(color=KEPT_COLOUR, size=40)
-        .encode(
-            x=alt.X("rows:N", title=None, sort=[str(each["rows"]) for each in known], axis=alt.Axis(labelAngle=0)),
-            y=alt.Y("frequency:Q", title="share of all words, mean"),
-            tooltip=["rows:N", "frequency:Q"],
-        )
-    )
-
-
-def ratios_chart(ratios: Sequence[dict[str, Any]]) -> Chart:
-    """The metric of a comparison by kept share (ResoFilter, figure 3)."""
-    several = len({each["model"] for each in ratios}) > 1
-    lines = [
-        {**each, "name": f"{each['model']}: {each['selector']}" if several else each["selector"]} for each in ratios
-    ]
-    base = alt.Chart(_data(lines)).encode(
-        x=alt.X("keep:Q", title="share of rows kept", axis=alt.Axis(format="%")),
-        color=alt.Color("name:N", title=None, scale=alt.Scale(scheme="tableau20")),
-    )
-    points = base.mark_line(point=True).encode(
-        y=alt.Y("metric:Q", title="held-out metric, 95 % interval", scale=alt.Scale(zero=False)),
-        tooltip=["name:N", "keep:Q", "metric:Q", "metric_low:Q", "metric_high:Q"],
-    )
-    return _sized(base.mark_rule(opacity=0.4).encode(y="metric_low:Q", y2="metric_high:Q") + points, 340)
-
-
-def epochs_chart(numbers: Numbers) -> Chart:
-    """The median and the quartiles of the scores after each epoch."""
-    found, scale = [each for each in numbers.epochs if each.median is not None], numbers.scale.linear
-    quartiles = [each for epoch in found for each in (epoch.low, epoch.median, epoch.high)]
-    low, median, high = scale.shown(np.array(quartiles, dtype=float)).reshape(-1, 3).T.tolist()
-    shown = zip(found, low, median, high, strict=True)
-    data = _data([{"epoch": epoch.epoch, "low": a, "median": b, "high": c} for epoch, a, b, c in shown])
-    base = alt.Chart(data).encode(x=alt.X("epoch:O", title="epoch", axis=alt.Axis(labelAngle=0)))
-    title, axis = f"{scale.title}, median and quartiles", _numbers_axis(scale.format)
-    spans = base.mark_rule(color=OTHER, strokeWidth=3).encode(
-        y=alt.Y("low:Q", title=title, scale=alt.Scale(zero=False), axis=axis), y2="high:Q"
-    )
-    return _sized(spans + base.mark_point(color=KEPT_COLOUR, filled=True, size=80).encode(y="median:Q"))
-
-
-def steps_chart(log: Sequence[dict[str, Any]]) -> Chart:
-    """The learning rate and the kept share by step, one panel each."""
-    panels = []
-    for what in dict.fromkeys(str(entry["what"]) for entry in log):
-        own = [entry for entry in log if entry["what"] == what]
-        mark = alt.Chart(_data(own)).mark_line(point=True, color=KEPT_COLOUR, interpolate="step-after")
-        panel = mark.encode(
-            x=alt.X("step:Q", title="step"), y=alt.Y("value:Q", title=what), tooltip=["step:Q", "value:Q"]
-        )
-        panels.append(panel.properties(width=WIDTH, height=110))
-    return alt.vconcat(*panels)
-
-
-def timeline_chart(timeline: Timeline) -> Chart:
-    """The loss and the gradient norm by step, a panel each, with the steps that stand out."""
-    panels = []
-    for name, title in (("loss", "loss, nats per token"), ("grad_norm", "gradient norm")):
-        if all(each[name] is None for each in timeline.steps):
+    title, word = {"tokens": ("learnt tokens", "length"), "loss": ("loss, nats per token", "loss")}[name]
+    layers, labels = list[alt.Chart](), list[Label]()
+    for which in DECISIONS:
+        own = [point for point in points if point["decision"] == which]
+        if not own:
             continue
-        x, y = alt.X("step:Q", title="step"), alt.Y(f"{name}:Q", title=title, scale=alt.Scale(zero=False))
-        line = alt.Chart(_data(timeline.steps)).mark_line(color=KEPT_COLOUR).encode(x=x, y=y)
-        spikes = [{"step": each.step, name: getattr(each, name), "spike": each.step} for each in timeline.spikes]
-        points = alt.Chart(_data([each for each in spikes if each[name] is not None]))
-        marked = points.mark_point(color=DROPPED_COLOUR, filled=True, size=70, cursor="pointer")
-        marked = marked.encode(x=x, y=y, tooltip=["step:Q", f"{name}:Q"])
-        panels.append((line + marked).properties(width=WIDTH, height=110))
-    return alt.vconcat(*panels)
+        shown = scale.shown(np.array([point["score"] for point in own]))
+        rows = [
+            {"row": point["row"], "x": short(point[name]), "y": short(y), "score": scale.text(point["score"])}
+            for point, y in zip(own, shown.tolist(), strict=True)
+        ]
+        layers.append(
+            plot(rows)
+            .mark_point(size=22, filled=True, opacity=0.6, style=which, shape=SHAPES[which])
+            .encode(
+                x=alt.X("x:Q", title=title, scale=alt.Scale(zero=False)),
+                y=alt.Y("y:Q", title=scale.title, scale=score_scale(scale), axis=score_axis(scale)),
+                tooltip=["row:Q", alt.Tooltip("x:Q", title=title), "score:N"],
+            )
+        )
+        labels.append(Label(which, float(np.median(scale.heights(shown))), which))
+    correlation = numbers.length_correlation if name == "tokens" else numbers.loss_correlation
+    about = f"Each point is a row: its score by its {title}.{note}"
+    return figure(findings.of_correlation(word, correlation), about, alt.layer(*layers, *end_labels(labels)))
 
 
-def curves_chart(curves: Sequence[dict[str, Any]]) -> Chart:
-    """The mean loss of kept, dropped and random rows by epoch."""
-    names, colours = ["kept", "dropped", "random half"], [KEPT_COLOUR, DROPPED_COLOUR, OTHER]
-    lines = alt.Chart(_data(curves)).mark_line(point=True)
-    return _sized(
-        lines.encode(
-            x=alt.X("epoch:O", title="epoch", axis=alt.Axis(labelAngle=0)),
-            y=alt.Y("loss:Q", title="mean loss of the rows trained", scale=alt.Scale(zero=False)),
-            color=alt.Color("rows:N", title=None, scale=alt.Scale(domain=names, range=colours)),
-            tooltip=["epoch:O", "rows:N", "loss:Q", "count:Q"],
+def layers_figure(measured: Sequence[Layer], full_step: float | None) -> Figure:
+    """The quartiles of the change by layer (ResoFilter, figure 2).
+
+    Args:
+        measured: the layers, lowest first.
+        full_step: lr, to draw shares of it in per cent; None for the changes themselves.
+    """
+    unit = 1.0 if full_step is None else 100 / full_step
+    spans = {"rows": [(each.layer, unit * each.low, unit * each.high) for each in measured]}
+    entries = [
+        (each.layer, unit * each.entries_low, unit * each.entries_high)
+        for each in measured
+        if each.entries_low is not None and each.entries_high is not None
+    ]
+    if entries:
+        spans["entries"] = entries
+    least = min(low for values in spans.values() for _, low, _ in values)
+    most = max(high for values in spans.values() for _, _, high in values)
+    axis = alt.Axis(format="~g") if full_step is None else alt.Axis(labelExpr="format(datum.value, '~g') + ' %'")
+    layers, labels = list[alt.Chart](), list[Label]()
+    for (name, values), which in zip(spans.items(), ("kept", "other"), strict=False):
+        changes = plot([{"layer": layer, "low": low, "high": high} for layer, low, high in values])
+        x = alt.X("layer:Q", title="layer", axis=alt.Axis(tickMinStep=1))
+        title = "change of W_up" if full_step is None else "change of W_up, share of a full step"
+        low, high = (
+            alt.Y(f"{bound}:Q", title=title, scale=alt.Scale(zero=False), axis=axis) for bound in ("low", "high")
+        )
+        area = changes.mark_area(opacity=0.35, style=which).encode(x=x, y=low, y2="high:Q")
+        point: Any = alt.OverlayMarkDef(style=which) if len(values) == 1 else False
+        edges = [changes.mark_line(style=which, point=point).encode(x=x, y=bound) for bound in (low, high)]
+        layers += [area, *edges]
+        middle = (values[-1][1] + values[-1][2]) / 2
+        labels.append(Label(name, 0.5 if most == least else (middle - least) / (most - least), which))
+    about = f"Quartiles of the change of W_up over {measured[0].rows:,} rows, each its mean over the matrix"
+    about += ", and over the entries of a matrix (ResoFilter, figure 2)." if entries else " (ResoFilter, figure 2)."
+    return figure(findings.of_layers(measured), about, alt.layer(*layers, *end_labels(labels)))
+
+
+def length_figure(quarters: Sequence[Quarter]) -> Figure:
+    """Learnt tokens of the rows with the lowest and highest scores: means and quartiles (ResoFilter, figure 4)."""
+    rows = [
+        {"rows": each.rows, "value": each.tokens, "low": each.tokens_low, "high": each.tokens_high} for each in quarters
+    ]
+    bars = _bars(rows, "learnt tokens", "format(datum.value, '.1f')", "format(datum.value, '~s')")
+    spans = plot(rows).mark_rule(style="ink", strokeWidth=2).encode(y=_names(rows), x="low:Q", x2="high:Q")
+    about = "Learnt tokens of a quarter of the rows each: mean, and quartiles as a line (ResoFilter, figure 4)."
+    title = findings.of_quarters(quarters, "tokens")
+    return figure(title, about, alt.layer(bars[0], spans, bars[1]), BAR_HEIGHT * len(rows))
+
+
+def frequency_figure(quarters: Sequence[Quarter]) -> Figure | None:
+    """Word frequency of the rows with the lowest and highest scores (ResoFilter, figure 5); None without text."""
+    known = [{"rows": each.rows, "value": each.frequency} for each in quarters if each.frequency is not None]
+    if len(known) < len(quarters) or not known:
+        return None
+    about = f"How frequent a row's words are among all words, mean; {quarters[-1].counted:,} rows were counted "
+    about += "(ResoFilter, figure 5, with words instead of tokens)."
+    bars = alt.layer(
+        *_bars(
+            known,
+            "mean share of all words",
+            "format(100 * datum.value, '.2f') + ' %'",
+            "format(100 * datum.value, '~g') + ' %'",
         )
     )
+    return figure(findings.of_quarters(quarters, "frequency"), about, bars, BAR_HEIGHT * len(known))
 
 
-def specification(chart: Chart) -> Specification:
-    """The specification that the page embeds."""
-    with alt.data_transformers.disable_max_rows():
-        found: Specification = chart.to_dict()
+def _bars(rows: Sequence[dict[str, Any]], title: str, written: str, label: str) -> list[alt.Chart]:
+    """Horizontal bars with their values written at their foot; expressions write them, and the labels of the axis."""
+    axis = alt.Axis(grid=True, domain=False, tickCount=5, labelExpr=label)
+    x = alt.X("value:Q", title=title, scale=alt.Scale(zero=True), axis=axis)
+    bars = plot(rows).mark_bar(style="other", opacity=0.45, height=20).encode(x=x, y=_names(rows))
+    names = plot(rows).transform_calculate(written=written)
+    text = names.mark_text(align="left", dx=6, style="ink")
+    return [bars, text.encode(x=alt.value(0), y=_names(rows), text="written:N")]
+
+
+def _names(rows: Sequence[dict[str, Any]]) -> alt.Y:
+    return alt.Y("rows:N", title=None, sort=[str(each["rows"]) for each in rows], axis=alt.Axis(grid=False))
+
+
+def ratios_figure(ratios: Sequence[dict[str, Any]]) -> Figure:
+    """The metric of a comparison by kept share (ResoFilter, figure 3); the best selector stands out."""
+    several = len({each["model"] for each in ratios}) > 1
+    series: dict[str, list[dict[str, Any]]] = {}
+    for each in ratios:
+        series.setdefault(f"{each['model']}: {each['selector']}" if several else each["selector"], []).append(each)
+    best = max(series, key=lambda name: max(each["metric"] for each in series[name]))
+    ends = [each[name] for each in ratios for name in ("metric", "metric_low", "metric_high") if each[name] is not None]
+    low, high = min(ends), max(ends)
+    scale = alt.Scale(domain=[low, high]) if low < high else alt.Scale(zero=False)
+    layers, labels = list[alt.Chart](), list[Label]()
+    for name, values in sorted(series.items(), key=lambda each: each[0] == best):  # the best is drawn last
+        which = "kept" if name == best else "other"
+        rows = sorted(({**each, "name": name} for each in values), key=lambda each: each["keep"])
+        x = alt.X("keep:Q", title="share of rows kept", axis=alt.Axis(labelExpr="round(100 * datum.value) + ' %'"))
+        y, foot = (alt.Y(f"{field}:Q", title="held-out metric", scale=scale) for field in ("metric", "metric_low"))
+        tooltip = ["name:N", "keep:Q", "metric:Q", "metric_low:Q", "metric_high:Q"]
+        line = plot(rows).mark_line(style=which, point=alt.OverlayMarkDef(size=36, style=which))
+        layers.append(plot(rows).mark_rule(style=which, opacity=0.45).encode(x=x, y=foot, y2="metric_high:Q"))
+        layers.append(line.encode(x=x, y=y, tooltip=tooltip))
+        height = 0.5 if low == high else (rows[-1]["metric"] - low) / (high - low)
+        labels.append(Label(name, height, "kept" if name == best else "ink"))
+    tall = max(HEIGHT, LABEL_HEIGHT * len(series))
+    about = "Held-out metric of every selector, with its 95 % interval over seeds (ResoFilter, figure 3)."
+    return figure(findings.of_ratios(ratios), about, alt.layer(*layers, *end_labels(labels, tall)), tall)
+
+
+def score_scale(scale: Scale) -> alt.Scale:
+    """The axis of the scores: larger ones to the right and at the top, also where the distance to lr is drawn."""
+    if scale.kind == "linear":
+        return alt.Scale(zero=False, nice=False)
+    found = alt.Scale(type=scale.kind, domain=[scale.low, scale.high], reverse=True, nice=False)
+    if scale.kind == "symlog":
+        found.constant = scale.constant
     return found
 
 
-def save_png(chart: Specification, path: Path) -> None:
-    """Draw a chart to a PNG file."""
-    picture = vl_convert.vegalite_to_png(chart, vl_version=VEGA_LITE, scale=2)
-    with replacing(path) as temporary:
-        temporary.write_bytes(picture)
+def score_axis(scale: Scale) -> alt.Axis:
+    """Its labels: shares in per cent with as many digits as it takes, or the scores."""
+    if scale.full_step is None:
+        return alt.Axis(format="~g", tickCount=6)
+    if scale.kind == "linear":
+        return alt.Axis(labelExpr=f"format(datum.value, '.{scale.decimals}~f') + ' %'", tickCount=5)
+    label = "format(100 * (1 - datum.value), '.12~f') + ' %'"
+    return alt.Axis(values=scale.ticks(), labelExpr=label, labelOverlap="greedy")
 
 
-def javascript() -> str:
-    """Vega, Vega-Lite and Vega-Embed as one script, which needs no network."""
-    return vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;", vl_version=VEGA_LITE)
-
-
-def _data(rows: Sequence[Mapping[str, Any]]) -> alt.Data:
-    return alt.Data(values=[dict(row) for row in rows])
-
-
-def _sized(chart: Any, height: int = HEIGHT) -> Chart:
-    sized: Chart = chart.properties(width=WIDTH, height=height)
-    return sized
-
-
-def _decision() -> alt.Color:
-    return alt.Color("decision:N", title=None, scale=DECISIONS)
-
-
-def _score_scale(scale: Scale) -> alt.Scale:
-    """Larger scores to the right and at the top, also where the distance to the bound is shown."""
-    return alt.Scale(zero=False, nice=False) if scale.bound is None else alt.Scale(type="log", reverse=True, nice=False)
-
-
-def _numbers_axis(digits: str = "~g") -> alt.Axis:
-    """An axis with as many digits as scores need, which are small and close together."""
-    return alt.Axis(format=digits, labelOverlap=True, tickCount=6)
+def short(value: float) -> float:
+    """A value with the digits that a chart can show, which makes the page lighter."""
+    return float(f"{value:.{DIGITS}g}")

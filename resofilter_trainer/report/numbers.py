@@ -38,6 +38,7 @@ class Numbers:
         warnings: what makes the verdict doubtful.
         scale, histogram: the axis of the scores, and the rows by score.
         threshold: the score beyond which all rows are dropped, where a single score separates them.
+        kept_below: whether rows beyond it have larger scores.
         length_correlation, loss_correlation: rank correlations of the score with learnt tokens and with loss.
         what_if: what another share would keep.
         quarters, layers: token counts and word frequency by score, and the change by layer.
@@ -52,6 +53,7 @@ class Numbers:
     scale: Scale
     histogram: list[Bar]
     threshold: float | None
+    kept_below: bool
     length_correlation: float | None
     loss_correlation: float | None
     what_if: WhatIf | None
@@ -78,13 +80,15 @@ def numbers_of(contents: Contents, groups: Sequence[str] | None, frequency: np.n
     ranked = with_finite_score(scores)
     values, keep = scores.column("score")[ranked], selection.keep[ranked]
     scale = scale_of(values, scores.provenance)
+    threshold = threshold_of(values, keep)
     length, loss = (correlation_with_score(scores, name) for name in ("num_tokens", "loss"))
     return Numbers(
         verdict=verdict_of(contents, scores),
         warnings=warnings_of(contents, scores, length, loss, copies),
         scale=scale,
-        histogram=histogram(scale.shown(values), keep, log=scale.bound is not None),
-        threshold=threshold_of(values, keep),
+        histogram=histogram(scale.shown(values), keep, scale),
+        threshold=threshold,
+        kept_below=threshold is not None and bool(values[keep].max() <= values[~keep].min()),
         length_correlation=length,
         loss_correlation=loss,
         what_if=what_if(selector_of(selection), scores, groups) if ranked.any() else None,

@@ -7,7 +7,6 @@ page's content security policy allows one script, by its hash, and no request. K
 from __future__ import annotations
 
 import base64
-import dataclasses
 import hashlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -20,21 +19,25 @@ import jinja2
 from .. import __version__
 from ..scores.score_table import ScoreTable
 from ..selecting.selection import KEPT, Selection
-from .charts import Specification, javascript
 from .columns import finite
 from .contents import Epoch
+from .drawing import Figure, javascript
+from .findings import of_left_out
 from .numbers import Numbers
 from .samples import Samples, as_json, shortened
+from .theme import page_config, style
+from .tiles import tiles_of
 from .timeline import Visit
 from .what_if import LISTED_GROUPS
 
 HERE = Path(__file__).parent
+SCRIPTS = ("page.js", "page.rows.js")
 
 
 def make_page(
     title: str,
     numbers: Numbers | None,
-    charts: Mapping[str, Specification],
+    figures: Mapping[str, Figure],
     scores: ScoreTable | None,
     selection: Selection | None,
     samples: Samples | None,
@@ -48,7 +51,7 @@ def make_page(
     Args:
         title: the title of the page.
         numbers: the numbers to show; None where there is only a comparison.
-        charts: the charts to draw, by name.
+        figures: the figures to draw, by name.
         scores, selection, samples, groups: the rows of the dataset; None where there are none.
         epochs: the epochs of a training run.
         files: where all dropped rows are listed, as text; may be empty.
@@ -59,17 +62,21 @@ def make_page(
     """
     script = _script()
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    content: dict[str, Any] = {"charts": dict(charts)}
-    about: dict[str, Any] = {"provenance": [], "shown": "", "samples_note": "", "verdict": "", "keep_percent": 50}
+    content: dict[str, Any] = {"charts": {name: each.chart for name, each in figures.items()}, "config": page_config()}
+    about: dict[str, Any] = {"provenance": [], "tiles": [], "samples_note": "", "verdict": "", "keep_percent": 50}
     if numbers is not None and scores is not None and selection is not None and samples is not None:
         content |= {
             "what_if": _what_if(numbers, groups),
             "samples": {**rows_shown(scores, selection, samples, groups, epochs), "life": lives},
+            "share": _share(numbers),
         }
+        if numbers.what_if is not None:
+            content["samples"]["kept_from"] = numbers.what_if.kept_from[samples.rows].tolist()
         about = {
-            "verdict": verdict_line(numbers, scores),
+            "verdict": verdict_line(numbers),
+            "scored_by": f"Scored by {numbers.verdict.score}, model {scores.provenance.model}.",
             "provenance": provenance_lines(scores, selection),
-            "shown": shown_note(len(samples.rows), len(scores)),
+            "tiles": tiles_of(numbers, scores),
             "samples_note": samples_note(samples, len(scores)),
             "keep_percent": keep_percent(numbers),
         }
@@ -78,26 +85,26 @@ def make_page(
         title=title,
         policy=f"default-src 'none'; script-src 'sha256-{digest}' 'unsafe-eval'; style-src 'unsafe-inline'; "
         "img-src data: blob:; base-uri 'none'; form-action 'none'",  # Vega compiles its expressions
-        style=(HERE / "page.css").read_text(),
+        style=style(),
         script=script,
         data=as_json(content),
         numbers=numbers,
-        charts=charts,
+        figures=figures,
+        left_out=of_left_out(numbers.timeline) if numbers is not None and numbers.timeline is not None else "",
         files=files,
         version=__version__,
         listed_groups=LISTED_GROUPS,
+        tight=lambda text: text.replace(" %", "\u00a0%"),
         digits=lambda value: "unknown" if value is None else f"{value:.4g}",
-        correlation=lambda value: "unknown." if value is None else f"{value:+.3f}.",
         **about,
     )
 
 
-def verdict_line(numbers: Numbers, scores: ScoreTable) -> str:
+def verdict_line(numbers: Numbers) -> str:
     """The verdict in one line."""
-    v, name = numbers.verdict, scores.provenance.model
-    tokens = f", with {v.tokens_kept / v.tokens:.1%} of the learnt tokens" if v.tokens else ""
-    line = f"{v.kept:,} of {v.rows:,} rows are kept{tokens}; {v.dropped:,} are dropped. "
-    line += f"Scored by {v.score}, model {name}."
+    v = numbers.verdict
+    tokens = f", with {100 * v.tokens_kept / v.tokens:.1f} % of the learnt tokens" if v.tokens else ""
+    line = f"{v.kept:,} of {v.rows:,} rows are kept{tokens}; {v.dropped:,} are dropped."
     if v.previewed:
         return f"No selection was made; with keep=0.5, {line}"
     return line if v.epoch is None else f"In epoch {v.epoch}, {line}"
@@ -131,7 +138,7 @@ def rows_shown(
     """The shown rows as columns for the page's script; with a run's epochs, which of them trained on each row."""
     rows = samples.rows
     keeps = [epoch.selection.keep for epoch in epochs if epoch.selection is not None]
-    found: dict[str, list[Any] | None] = {"row": list(rows)}
+    found: dict[str, list[Any] | None] = {"row": list(rows), "id": samples.ids}
     for name in ("score", "loss", "num_tokens"):
         if name in scores.table.column_names:
             found[name] = [finite(value) for value in scores.column(name)[rows].tolist()]
@@ -152,7 +159,7 @@ def rows_shown(
 
 def shown_note(shown: int, rows: int) -> str:
     """A note where charts of points show only some of the rows."""
-    return "" if shown >= rows else f" The correlation is over all rows; the chart shows {shown:,} of them."
+    return "" if shown >= rows else f" The chart shows {shown:,} rows; the correlation is over all {rows:,}."
 
 
 def samples_note(samples: Samples, rows: int) -> str:
@@ -178,13 +185,23 @@ def _what_if(numbers: Numbers, groups: Sequence[str] | None) -> dict[str, Any] |
         return None
     counts = Counter(groups or [])
     sizes = {name: counts[name] for name in numbers.what_if.dropped_of_groups}
-    return {**dataclasses.asdict(numbers.what_if), "size_of_groups": sizes}
+    fields = ("rows", "tokens", "dropped_of_groups", "unscored")
+    return {**{name: getattr(numbers.what_if, name) for name in fields}, "size_of_groups": sizes}
+
+
+def _share(numbers: Numbers) -> dict[str, Any] | None:
+    """How the script writes a score as a share of the full step; None where scores are no shares of it."""
+    scale = numbers.scale
+    if scale.full_step is None:
+        return None
+    return {"full_step": scale.full_step, "decimals": scale.decimals if scale.kind == "linear" else None}
 
 
 @cache
 def _script() -> str:
-    """Vega and the script of the page."""
-    script = f"{javascript()}\n{(HERE / 'page.js').read_text()}"
+    """Vega and the scripts of the page."""
+    own = (HERE.joinpath(name).read_text(encoding="utf-8") for name in SCRIPTS)
+    script = "\n".join([javascript(), *own])
     if "</script" in script.lower() or "<!--" in script:
         raise RuntimeError("The bundled script contains the end of its own script element.")
     return script

@@ -44,6 +44,7 @@ class Samples:
         neighbours: the most similar of the shown rows, with the similarity (cosine over words and word pairs).
         copy_of: the position of the first row of the dataset with the same text.
         tokens: the text, base loss in nats and decision of the learnt tokens; None where they were not measured.
+        ids: the user's own ids of the rows; None without them.
         copies: the number of rows of the whole dataset that repeat the text of an earlier row.
     """
 
@@ -55,10 +56,15 @@ class Samples:
     copy_of: list[int]
     tokens: list[Tokens | None]
     copies: int
+    ids: list[str] | None = None
 
 
 def samples_of(
-    scores: ScoreTable, texts: Sequence[Text] | None, cleaned: TokenSelection | None, decode: Decode | None
+    scores: ScoreTable,
+    texts: Sequence[Text] | None,
+    cleaned: TokenSelection | None,
+    decode: Decode | None,
+    ids: Sequence[str] | None = None,
 ) -> Samples:
     """Choose the rows to show and collect what is shown of them.
 
@@ -67,14 +73,16 @@ def samples_of(
         texts: (N,) prompt and completion of each row, or None.
         cleaned: the tokens to learn, or None.
         decode: a function from token ids to the text of each; without it no token is shown.
+        ids: (N,) the user's own id of each row, or None.
     """
     rows = chosen_rows(scores.column("score"), scores.scored)
     tokens: list[Tokens | None] = [None] * len(rows)
     if cleaned is not None and decode is not None:
         tokens = _tokens(rows, cleaned, decode)
+    own = None if ids is None else [ids[row] for row in rows.tolist()]
     if texts is None:
         nothing: list[list[tuple[int, float]]] = [[] for _ in rows]
-        return Samples(rows.tolist(), None, None, [0] * len(rows), nothing, rows.tolist(), tokens, 0)
+        return Samples(rows.tolist(), None, None, [0] * len(rows), nothing, rows.tolist(), tokens, 0, own)
     first = first_of_copies(texts)
     shown = [texts[row] for row in rows.tolist()]
     size = text_limit([text for pair in shown for text in pair])
@@ -87,6 +95,7 @@ def samples_of(
         copy_of=first[rows].tolist(),
         tokens=tokens,
         copies=int((first != np.arange(len(first))).sum()),
+        ids=own,
     )
 
 

@@ -24,6 +24,7 @@ class SpikeNumbers:
 
     Attributes:
         step, by, loss, loss_level, grad_norm, grad_norm_level: as there, None where not known.
+        left_out: whether its update was left out.
         rows: the rows that explain it, as `sample_id`, `explains`, `loss` and `num_tokens`; the largest first.
     """
 
@@ -33,6 +34,7 @@ class SpikeNumbers:
     loss_level: float | None
     grad_norm: float | None
     grad_norm_level: float | None
+    left_out: bool
     rows: list[dict[str, Any]]
 
 
@@ -44,24 +46,27 @@ class Timeline:
         steps: `step`, the first of those that a point is the mean of, `loss` and `grad_norm`.
         per_point: the number of steps that a point is the mean of.
         spikes: the steps that stand out, the first step first.
+        left_out: the steps whose update was left out, as far as the ledger says it.
         first, last: the steps of the ledger.
     """
 
     steps: list[dict[str, Any]]
     per_point: int
     spikes: list[SpikeNumbers]
+    left_out: list[int]
     first: int
     last: int
 
 
 def timeline_of(ledger: Ledger | None) -> Timeline | None:
-    """The loss and the gradient norm by step, and the steps that stand out; None without a ledger."""
+    """The run by step, with the steps that stand out and those that were left out; None without a ledger."""
     if ledger is None:
         return None
     steps = ledger.steps()
     per_point = -(-len(steps) // MAX_POINTS)
     means = steps.groupby((steps["step"] - ledger.first) // per_point)[["loss", "grad_norm"]].mean()
     points = zip(range(ledger.first, ledger.last + 1, per_point), means["loss"], means["grad_norm"], strict=True)
+    left_out = steps["step"][steps["left_out"].fillna(False).astype(bool)].tolist()
     names = ("sample_id", "explains", "loss", "num_tokens")
     spikes = [
         SpikeNumbers(
@@ -71,6 +76,7 @@ def timeline_of(ledger: Ledger | None) -> Timeline | None:
             loss_level=finite(spike.loss_level),
             grad_norm=finite(spike.grad_norm),
             grad_norm_level=finite(spike.grad_norm_level),
+            left_out=spike.step in left_out,
             rows=[
                 {name: finite(value) for name, value in line.items()}
                 for line in spike.rows.head(ROWS)[[*names]].to_dict("records")
@@ -79,7 +85,7 @@ def timeline_of(ledger: Ledger | None) -> Timeline | None:
         for spike in sorted(ledger.spikes(most=SPIKES), key=lambda each: each.step)
     ]
     found = [{"step": step, "loss": finite(loss), "grad_norm": finite(norm)} for step, loss, norm in points]
-    return Timeline(found, per_point, spikes, ledger.first, ledger.last)
+    return Timeline(found, per_point, spikes, left_out, ledger.first, ledger.last)
 
 
 def lives_of(ledger: Ledger | None, rows: Sequence[int]) -> list[list[Visit]] | None:

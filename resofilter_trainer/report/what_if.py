@@ -30,6 +30,7 @@ class WhatIf:
         dropped_of_groups: for each of the largest groups, (S,) the number of its rows dropped, including those
             without a score.
         unscored: the number of rows without a score, which are always dropped.
+        kept_from: (N,) int, the smallest share in per cent that keeps each row; 101 for a row that none keeps.
     """
 
     by: str
@@ -39,6 +40,7 @@ class WhatIf:
     tokens: list[int] | None
     dropped_of_groups: dict[str, list[int]]
     unscored: int
+    kept_from: np.ndarray
 
 
 def what_if(selector: DataSelector, scores: ScoreTable, groups: Sequence[str] | None) -> WhatIf:
@@ -55,6 +57,8 @@ def what_if(selector: DataSelector, scores: ScoreTable, groups: Sequence[str] | 
     order = rows[drop_order(values[rows], end)]  # the first to be dropped comes first
     dropped = [number_dropped(len(rows), share) for share in SHARES]
     tokens = np.nan_to_num(column_or_nan(scores, "num_tokens")).astype(np.int64)
+    kept_from = np.full(len(scores), len(SHARES) + 1)
+    kept_from[order] = 1 + len(SHARES) - np.searchsorted(dropped[::-1], np.arange(len(rows)), side="right")
     dropped_tokens = np.concatenate([[0], np.cumsum(tokens[order])])
     return WhatIf(
         by=selector.what,
@@ -64,6 +68,7 @@ def what_if(selector: DataSelector, scores: ScoreTable, groups: Sequence[str] | 
         tokens=(tokens[rows].sum() - dropped_tokens[dropped]).tolist() if _has_tokens(scores) else None,
         dropped_of_groups={} if groups is None else _dropped_of_groups(groups, rows, order, dropped),
         unscored=len(scores) - len(rows),
+        kept_from=kept_from,
     )
 
 

@@ -47,6 +47,7 @@ def test_what_if_is_what_the_selector_does(drop, by, rows):
     for place, share in enumerate(found.keep):
         keep = DataSelector(keep=share, drop=drop, by=by).select(scores).keep
         assert found.rows[place] == keep.sum()
+        assert ((found.kept_from <= place + 1) == keep).all()
         assert found.tokens[place] == sum(tokens[row] for row in np.flatnonzero(keep))
         for group in set(groups):
             dropped = [row for row in range(len(rows)) if groups[row] == group and not keep[row]]
@@ -87,7 +88,7 @@ def test_bars_count_every_row_once(rows, log):
     values, keep = (np.array(each) for each in zip(*rows, strict=True))
     if log and np.ptp(values) == 0:
         return
-    bars = histogram(values, keep, log)
+    bars = histogram(values, keep, Scale(1.0, "log" if log else "linear", low=values.min(), high=values.max()))
     for decision, which in (("kept", keep), ("dropped", ~keep)):
         assert sum(bar.rows for bar in bars if bar.decision == decision) == which.sum()
     assert bars[0].start < bars[0].end
@@ -98,7 +99,8 @@ def test_bars_count_every_row_once(rows, log):
 @pytest.mark.parametrize("low", [1.0, 1e-5, 0.0])
 def test_values_next_to_each_other_have_bars(low):
     """As for saturated scores, which differ in the last digit."""
-    bars = histogram(np.array([low, np.nextafter(low, 1e9)]), np.array([True, False]), log=False)
+    high = np.nextafter(low, 1e9)
+    bars = histogram(np.array([low, high]), np.array([True, False]), Scale(low=low, high=high))
     assert sorted(bar.rows for bar in bars) == [1, 1]
 
 
@@ -109,9 +111,48 @@ ADAMW = {"update": "adamw", "norm": "mean_abs", "n_layers": 3, "lr": 1e-5}
 @pytest.mark.parametrize("trust", [Trust(0.99, 100, 0.5), None], ids=["two passes", "a training run"])
 def test_a_saturated_score_is_drawn_by_its_distance_to_lr(trust):
     found = counted(usual(provenance=make_provenance(rows=100, config=ADAMW, trust=trust), score=SATURATED))
-    assert (found.scale.bound, sum(bar.rows for bar in found.histogram)) == (1e-5, 100)
+    assert (found.scale.full_step, found.scale.kind, sum(bar.rows for bar in found.histogram)) == (1e-5, "log", 100)
     widths = [bar.end / bar.start for bar in found.histogram]  # on a logarithmic axis
     assert max(widths) == pytest.approx(min(widths))
+
+
+ABOVE = 1e-5 * (1 - np.concatenate([-np.geomspace(1e-5, 0.3, 20), [0.0], np.geomspace(1e-5, 0.5, 79)]))
+
+
+def test_scores_above_lr_are_drawn_as_shares_on_both_sides_of_100_percent():
+    """Weight decay takes scores above lr, where a logarithm of the distance alone has no place for them."""
+    scale = counted(usual(provenance=make_provenance(rows=100, config=ADAMW), score=ABOVE)).scale
+    assert (scale.kind, scale.title) == ("symlog", "share of entries moved (score / lr)")
+    ticks = scale.ticks()
+    assert [tick for tick in ticks if tick < 0] == [
+        -tick for tick in reversed(ticks) if tick > 0 and -tick >= scale.low
+    ]
+    assert 0.0 in ticks
+    places = scale.heights(scale.shown(np.sort(ABOVE)))
+    assert (places[0], places[-1]) == (0, 1)
+    assert (np.diff(places) > 0).all()
+    edges = scale.edges()
+    steps = np.diff(scale.heights(edges))
+    assert steps == pytest.approx(-1 / len(steps))
+    assert (scale.text(1.1e-5), scale.text(0.99995e-5), scale.text(1e-5)) == ("110.0 %", "99.9950 %", "100.0 %")
+
+
+@pytest.mark.parametrize(
+    ("scores", "kind", "text"),
+    [(1e-5 * np.linspace(0.3, 0.6, 100), "linear", "50.0 %"), (1e-5 * np.linspace(0.9, 1.1, 100), "linear", "50.0 %")],
+    ids=["far below lr", "around lr, close together"],
+)
+def test_shares_that_a_linear_axis_tells_apart_have_one(scores, kind, text):
+    scale = counted(usual(provenance=make_provenance(rows=100, config=ADAMW), score=scores)).scale
+    assert (scale.kind, scale.text(5e-6)) == (kind, text)
+    assert (scale.low, scale.high) == pytest.approx((1e7 * scores.min(), 1e7 * scores.max()))
+
+
+def test_one_score_alone_has_an_axis():
+    scale = counted(usual(provenance=make_provenance(rows=100, config=ADAMW), score=np.full(100, 1e-5))).scale
+    assert scale.kind == "linear"
+    assert scale.edges()[0] < scale.low == scale.high < scale.edges()[-1]
+    assert scale.heights(np.array([scale.low])) == [0.5]
 
 
 OPTIMIZER = ADAMW | dict.fromkeys(("lr", "eps", "weight_decay")) | {"update": "optimizer"}
@@ -127,7 +168,7 @@ UNBOUNDED: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("case", UNBOUNDED.values(), ids=list(UNBOUNDED))
 def test_a_score_without_a_bound_is_drawn_as_it_is(case):
     found = counted(usual(provenance=make_provenance(rows=100, **case), score=SATURATED))
-    assert (found.scale, found.scale.title) == (Scale(), "score")
+    assert (found.scale.full_step, found.scale.kind, found.scale.title) == (None, "linear", "score")
     assert (found.histogram[0].start, found.histogram[-1].end) == (SATURATED.min(), SATURATED.max())
     assert found.warnings == []
 

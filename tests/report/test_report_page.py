@@ -18,6 +18,7 @@ from helpers.tables import make_provenance, make_token_scores
 
 from resofilter_trainer.report import Contents, Report, write_report
 from resofilter_trainer.report.contents import scores_of_tokens, selection_of_tokens
+from resofilter_trainer.report.theme import COLOURS
 from resofilter_trainer.scores.score_table import ScoreTable
 from resofilter_trainer.selecting.data_selector import DataSelector
 from resofilter_trainer.selecting.selection import KEPT
@@ -67,12 +68,13 @@ for place, hostile in enumerate(HOSTILE + SCRIPTS):
     TEXTS[place] = (hostile, hostile)
 TEXTS[COPY] = TEXTS[COPIED]
 GROUP = [GROUPS[row % len(GROUPS)] for row in range(ROWS)]
+IDS = [f"=id-{row:03d}" for row in range(ROWS)]
 
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory) -> Report:
     contents = Contents(TABLE, dataclasses.replace(DECIDED, reason=REASON))
-    return write_report(contents, tmp_path_factory.mktemp("report"), TEXTS, GROUP, title=TITLE)
+    return write_report(contents, tmp_path_factory.mktemp("report"), TEXTS, GROUP, title=TITLE, ids=IDS)
 
 
 @pytest.fixture(scope="module")
@@ -194,6 +196,7 @@ def test_names_and_reasons_are_shown_as_they_are(page):
 def test_rows_are_found_by_text_and_by_number(page):
     assert search(page, "NUMBER 117 here") == [117]
     assert search(page, "#17") == [17]
+    assert search(page, "=ID-117") == [117]
     assert search(page, "<script>") == [0]
     assert search(page, SCRIPTS[1]) == [len(HOSTILE) + 1]
     assert search(page, "nowhere to be found") == []
@@ -255,13 +258,29 @@ def test_the_slider_shows_what_the_selector_does(page, percent):
     dropped = ~keep
     expected = [[name, str(sum(dropped[np.array(GROUP) == name])), str(GROUP.count(name))] for name in GROUPS]
     assert sorted(lines) == sorted(expected)
+    shown = {"kept": keep, "dropped": ~keep, "changed": keep != DECIDED.keep}
+    assert page.locator("#decision option:checked").text_content() == f"dropped at {percent} %"
+    for name, rows in shown.items():
+        page.select_option("#decision", label=f"{name} at {percent} %")
+        assert found(page) == rows.sum()
+        assert rows_of_page(page) == ordered("score", True, np.flatnonzero(rows))[:PAGE]
+
+
+def test_a_link_shows_the_rows_whose_decision_changes(page):
+    page.locator("#keep").evaluate("(it) => { it.value = 70; it.dispatchEvent(new Event('input')); }")
+    page.click("#what-if-show")
+    keep = DataSelector(keep=0.7).select(TABLE).keep
+    assert found(page) == (keep != DECIDED.keep).sum()
+    assert set(page.locator("#samples td.decision").all_text_contents()) == {"kept at 70 %"}
+    page.select_option("#decision", "")
+    assert found(page) == ROWS
 
 
 def test_the_verdict_is_the_selections(page):
     tokens = np.nan_to_num(TABLE.column("num_tokens"))
     share, kept = tokens[DECIDED.keep].sum() / tokens.sum(), DECIDED.keep.sum()
-    verdict = page.locator("#verdict").text_content()
-    tokens_kept = f"with {share:.1%} of the learnt tokens"
+    verdict = page.locator("#verdict").text_content().replace("\u00a0", " ")
+    tokens_kept = f"with {100 * share:.1f} % of the learnt tokens"
     assert verdict.startswith(f"{kept} of {ROWS} rows are kept, {tokens_kept}; {ROWS - kept} are dropped.")
     assert page.locator("#keep").input_value() == str(round(100 * kept / TABLE.scored.sum()))
 
@@ -312,6 +331,8 @@ def test_saved_rows_are_those_that_are_found(page):
         for name in ("score", "loss", "num_tokens"):
             assert float(line[name] or "nan") == pytest.approx(TABLE.column(name)[row], rel=0, abs=0, nan_ok=True)
         assert line["decision"] == "dropped"
+        assert line["id"] == f"'{IDS[row]}"
+        assert (line["prompt"], line["completion"]) == TEXTS[row]
         assert line["group"] == GROUP[row].replace("=1+1", "'=1+1")
         assert line["reason"] == REASON[row].replace("=HYPERLINK", "'=HYPERLINK")
 
@@ -320,22 +341,52 @@ def test_saved_rows_are_those_that_are_found(page):
 
 
 @pytest.mark.parametrize("first", ["light", "dark"])
-def test_charts_are_redrawn_for_light_and_dark(visit, report, first):
+def test_charts_have_the_colours_of_the_theme(visit, report, first):
     page = drawn(visit(report.path, color_scheme=first))
-    ink, other = {"light": "#1b1b1b", "dark": "#e8e8e8"}, {"light": "dark", "dark": "light"}
-    fill = "([ink]) => document.querySelector('#chart-scores .role-axis-label text').getAttribute('fill') === ink"
+    other = {"light": "dark", "dark": "light"}
+    marks = {"kept": "#chart-scores .mark-rect path >> nth=0", "muted": "#chart-scores .role-axis-label text >> nth=0"}
     for theme in (first, other[first], first):
         assert page.locator("html").get_attribute("data-theme") == theme
-        page.wait_for_function(fill, arg=[ink[theme]])
+        for name, mark in marks.items():
+            red, green, blue = (int(COLOURS[theme][name][place : place + 2], 16) for place in (1, 3, 5))
+            fill = page.locator(mark).evaluate("it => getComputedStyle(it).fill")
+            assert fill == f"rgb({red}, {green}, {blue})", (theme, name)
         page.click("#theme")
 
 
-@pytest.mark.parametrize("width", [1200, 400])
-def test_the_page_is_no_wider_than_the_window(visit, report, width):
+@pytest.mark.parametrize("width", [1400, 420])
+def test_the_page_is_no_wider_than_the_window_and_all_of_it_can_be_read(visit, report, width):
     page = drawn(visit(report.path, viewport={"width": width, "height": 900}))
     details(page, 0)
     page.click("summary")
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    tables = "[...document.querySelectorAll('.scroll')].map(each => each.scrollWidth - each.clientWidth)"
+    assert max(page.evaluate(tables)) <= 0, "a table is cut"
+    sizes = """[...document.querySelectorAll('.chart svg text')].map(text => {
+        const [svg, size] = [text.ownerSVGElement, parseFloat(getComputedStyle(text).fontSize)];
+        return size * svg.getBoundingClientRect().width / svg.viewBox.baseVal.width;
+    })"""
+    assert min(page.evaluate(sizes)) >= 11, "text of a chart is too small"
+    outside = """[...document.querySelectorAll('.chart svg text')].map(each => each.getBoundingClientRect())
+        .filter(box => box.width && (box.left < 0 || box.right > innerWidth)).length"""
+    assert page.evaluate(outside) == 0, "text of a chart is cut"
+
+
+def test_no_chart_is_alone_in_half_a_row(page):
+    """At 1280 px, figures stand in rows of two; one alone has the whole row."""
+    widths = """[...document.querySelectorAll('.figures')].map(all => {
+        const boxes = [...all.children].map(each => each.getBoundingClientRect());
+        return boxes.map(box => [Math.round(box.top), Math.round(100 * box.width / all.clientWidth)]);
+    })"""
+    for figures in page.evaluate(widths):
+        rows = Counter(top for top, _ in figures)
+        assert all(width > 90 for top, width in figures if rows[top] == 1)
+
+
+def test_the_page_moves_only_for_readers_who_do_not_mind(visit, report):
+    scrolling = "getComputedStyle(document.documentElement).scrollBehavior"
+    assert visit(report.path, reduced_motion="reduce").evaluate(scrolling) == "auto"
+    assert visit(report.path, reduced_motion="no-preference").evaluate(scrolling) == "smooth"
 
 
 @pytest.mark.parametrize("what", ["title", "model", "group", "reason"])

@@ -132,16 +132,43 @@ def test_what_filtering_did(run):
 def test_the_page_of_a_run(run, tmp_path):
     report = write_report(read_contents(run), tmp_path)
     data, text = data_of(report.path), report.path.read_text()
-    panels = data["charts"]["timeline"]["vconcat"]
-    assert [each["loss"] for each in panels[0]["layer"][0]["data"]["values"]] == losses_of(Ledger.load(run))
-    assert 30 in [each["spike"] for each in panels[0]["layer"][1]["data"]["values"]]
-    assert len(data["charts"]["curves"]["data"]["values"]) == len(report.numbers.curves) == 7
+    layers = data["charts"]["loss_by_step"]["layer"]
+    assert [each["loss"] for each in layers[0]["data"]["values"]] == losses_of(Ledger.load(run))
+    assert 30 in marked(layers, "spike")
+    assert marked(layers, "foot") == []
+    curves = [each["data"]["values"] for each in data["charts"]["curves"]["layer"] if each["mark"]["type"] == "line"]
+    assert sum(map(len, curves)) == len(report.numbers.curves) == 7
     assert data["samples"]["life"] == [
         [[*visit] for visit in visits] for visits in lives_of(Ledger.load(run), range(ROWS))
     ]
     assert '<details class="spike" id="spike-30"><summary>Step 30 stands out by its' in text
-    assert f'<td data-row="{BAD}">{BAD}</td>' in text
-    assert {each.stem for each in report.pictures} >= {"timeline", "curves"}
+    assert f'<td class="number" data-row="{BAD}">{BAD}</td>' in text
+    assert {each.stem for each in report.pictures} >= {"loss_by_step", "grad_norm_by_step", "curves"}
+    assert 'id="left-out"' not in text
+
+
+def marked(layers: list[dict], what: str) -> list[int]:
+    """The steps that a chart marks: those that stand out (`spike`), or those left out, whose cross is at the foot."""
+    values = [each["data"]["values"] for each in layers if each["mark"]["type"] == "point"]
+    stand_out = [each["spike"] for points in values for each in points if "spike" in each]
+    left_out = [each["step"] for points in values for each in points if "spike" not in each]
+    return stand_out if what == "spike" else left_out
+
+
+def test_left_out_steps_are_marked_and_listed(tmp_path):
+    lines = [dict(line, left_out=line["step"] in (30, 77)) for line in LINES]
+    output = write_ledger(tmp_path / "run", lines)
+    make_scores([float(row) for row in range(ROWS)], provenance=make_provenance(rows=ROWS, source={})).save(
+        output / NAME
+    )
+    report = write_report(read_contents(output), tmp_path / "page")
+    timeline, text = report.numbers.timeline, report.path.read_text()
+    assert timeline.left_out == [30, 77]
+    assert {each.step: each.left_out for each in timeline.spikes}[30]
+    for name in ("loss_by_step", "grad_norm_by_step"):
+        assert marked(data_of(report.path)["charts"][name]["layer"], "foot") == [30, 77]
+    assert '<p id="left-out">The updates of 2 steps were left out: 30, 77.</p>' in text
+    assert text.count("; its update was left out</summary>") == sum(each.left_out for each in timeline.spikes)
 
 
 def test_scores_without_a_ledger_have_no_time_line(run, tmp_path):
@@ -176,8 +203,8 @@ def test_a_click_on_a_spike_shows_its_rows_and_a_row_its_life(run, tmp_path):
         page.wait_for_selector("html[data-drawn]")
         spike = page.locator("#spike-30")
         assert not spike.evaluate("each => each.open")
-        points = page.locator("#chart-timeline .mark-symbol path")
-        places = [each.step for each in report.numbers.timeline.spikes if each.loss is not None]
+        points = page.locator("#chart-loss_by_step .mark-symbol path")
+        places = [each.step for each in report.numbers.timeline.spikes if "loss" in each.by]
         points.nth(places.index(30)).click()
         assert spike.evaluate("each => each.open")
         spike.locator(f'td[data-row="{BAD}"] button').click()
@@ -185,5 +212,5 @@ def test_a_click_on_a_spike_shows_its_rows_and_a_row_its_life(run, tmp_path):
         page.locator(f'[aria-label="Row {BAD}"]').click()
         visits = page.locator("#samples .visit").all_inner_texts()
         browser.close()
-    assert visits[0].startswith("Epoch 1, step 30: loss 50.00, resonance 0.00")
+    assert visits[0].split()[:3] == ["1", "30", "50.00"]
     assert len(visits) == len([line for line in LINES if line["sample_id"] == BAD])
