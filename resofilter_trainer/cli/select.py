@@ -120,7 +120,7 @@ def run(args: argparse.Namespace) -> None:
     saved = _save(selection, dataset, output, args.group_column, args.format or ())
     print(selection.summary(groups))
     print(f"Selection: {saved}")
-    _tell_of_rows(args, dataset, scores.provenance)
+    _tell_of_rows(args, dataset, made)
     if pushed is not None:
         options = {"check_rows": False, "group_column": args.group_column, **pushed}
         print(f"Pushed: {selection.push_to_hub(dataset, **options).repo_url}")

@@ -14,6 +14,7 @@ import pyarrow as pa
 
 from ..config import InputError, with_known_keywords
 from ..io.files import file_at
+from ..io.hub import record_at
 from ..io.pieces import TableFile, ahead, writing_pieces
 from .full_step import MIDDLE, full_step_of, lie_close, may_saturate
 from .joining import LAYER_VOTE, common_schema, layers_of, moved, trust_of, votes_of_layers
@@ -192,7 +193,8 @@ class _Cursor:
 
 def open_scores(path: str | os.PathLike[str]) -> tuple[TableFile, Provenance]:
     """A file of scores, to be read piece by piece, and its provenance. Raises InputError as for `ScoreTable.load`."""
-    file = TableFile.open(file_at(path, SCORES_FILE), KEY, "scores")
+    with record_at(path, SCORES_FILE, "scores") as place:
+        file = TableFile.open(place, KEY, "scores")
     try:
         provenance = Provenance.from_json(file.metadata)
         ScoreTable(file.schema.empty_table(), provenance).check_columns()

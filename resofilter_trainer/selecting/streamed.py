@@ -22,7 +22,7 @@ from ..io.files import file_at
 from ..io.pieces import TableFile, ahead, writing_pieces
 from ..scores.joined_file import open_scores
 from ..scores.provenance import Provenance
-from ..scores.score_table import SCORES_FILE, ScoreTable
+from ..scores.score_table import ScoreTable
 from .cuts import Cut, bound_of_rule, cuts_of_band, cuts_of_share
 from .data_selector import DataSelector
 from .selection import KEPT, KEY, SELECTION_FILE, Selection, check_all_rows, settings_of
@@ -54,7 +54,7 @@ def select_file(
     selector = DataSelector() if selector is None else selector
     check_kind("selector", selector, DataSelector, "a DataSelector")
     check_streams(selector)
-    file, provenance = open_scores(file_at(scores, SCORES_FILE))
+    file, provenance = open_scores(scores)
     check_all_rows(file.rows, provenance)
     empty = ScoreTable(file.schema.empty_table(), provenance)
     empty.column(selector.column)  # refuses a name that is not there, with those that are
