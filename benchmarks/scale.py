@@ -1,8 +1,10 @@
-"""The store at millions of rows, joined shards, rows per second by processes, simulated stragglers and failures.
+"""The store at millions of rows, joined shards, rows per second by processes, what comes before the first batch, and
+simulated stragglers and failures.
 
     python benchmarks/scale.py store --rows 1000000 10000000
     python benchmarks/scale.py join --rows 100000000 --shards 64
     python benchmarks/scale.py processes --processes 1 2
+    python benchmarks/scale.py prepare --rows 1000000 --processes 1 2
     python benchmarks/scale.py simulate
     python benchmarks/scale.py plan --rows 1e8 --tokens 500 --parameters 70e9
 
@@ -29,6 +31,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import scale_preparation
 
 from resofilter_trainer import DataSelector, Provenance, ScoreTable, Selection, Trust, join_scores, select_file
 from resofilter_trainer.io.store import UNIT, Store
@@ -53,6 +56,11 @@ def main() -> None:
     processes = what.add_parser("processes")
     processes.add_argument("--processes", type=int, nargs="+", default=[1, 2])
     processes.add_argument("--rows", type=int, default=4000)
+    preparing = what.add_parser("prepare")
+    preparing.add_argument("--rows", type=int, default=1_000_000)
+    preparing.add_argument("--processes", type=int, nargs="+", default=[1, 2])
+    preparing.add_argument("--by_trl", action="store_true", help="with TRL's own work on each row")
+    preparing.add_argument("--folder", help="where to write the rows, which stay; by default a temporary folder")
     simulate = what.add_parser("simulate")
     simulate.add_argument("--hours", type=float, default=24, help="the work of each process, if all are equally fast")
     plan = what.add_parser("plan")
@@ -66,6 +74,7 @@ def main() -> None:
         "store": at_sizes,
         "join": joined,
         "processes": by_processes,
+        "prepare": scale_preparation.prepare,
         "simulate": simulations,
         "plan": costs,
     }

@@ -48,7 +48,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from trl import SFTConfig, SFTTrainer
 
 from resofilter_trainer.config import TokenCleaning
-from resofilter_trainer.data.preparation import ROW_POSITION, PreparedRows, prepare
+from resofilter_trainer.data.preparation import PreparedRows, prepare
+from resofilter_trainer.data.surveys import ROW_POSITION
 from resofilter_trainer.demo.problems import Problem, make_problems
 from resofilter_trainer.demo.run import BASE, HELD_OUT, HELD_OUT_SEED, ROWS, training_arguments
 from resofilter_trainer.evaluation.generate import exact_match

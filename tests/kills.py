@@ -8,6 +8,7 @@ Kills one or all processes of a job by SIGKILL, while it scores, selects, cleans
 from __future__ import annotations
 
 import argparse
+import contextlib
 import multiprocessing
 import os
 import random
@@ -33,6 +34,8 @@ from helpers.versions import older_than
 
 from resofilter_trainer import ResonanceCallback, TokenCleaning, score_dataset
 from resofilter_trainer.cli.entry import main as resofilter
+from resofilter_trainer.data import shared_rows, sharing, surveys
+from resofilter_trainer.io import digest
 from resofilter_trainer.scoring import passes
 from resofilter_trainer.tokens.cleaning import clean_dataset
 from resofilter_trainer.training.checkpoints import last_complete
@@ -71,7 +74,17 @@ def prepare(inputs: Path) -> None:
 def score(inputs: Path, output: Path) -> None:
     args = arguments(output, ddp_timeout=SILENCE)
     options = {"output": output, "tokens_per_batch": 48, "signals": ["ifd", "jitter"]}
-    score_dataset(str(inputs / "base"), load_from_disk(inputs / "rows"), args=args, **options)
+    dataset = load_from_disk(own_copy(inputs / "rows", output / "rows"))  # beside which prepared rows are kept
+    score_dataset(str(inputs / "base"), dataset, args=args, **options)
+
+
+def own_copy(folder: Path, place: Path) -> Path:
+    """A copy of a folder, made by whichever process is first."""
+    if not place.exists():
+        copy = Path(shutil.copytree(folder, place.with_name(f"{place.name}-{os.getpid()}")))
+        with contextlib.suppress(OSError):  # another process was first
+            copy.rename(place)
+    return place
 
 
 def select(inputs: Path, output: Path) -> None:
@@ -167,6 +180,7 @@ def _child(job: Job, inputs: Path, output: Path, rank: int, port: int) -> None:
     warnings.simplefilter("ignore")
     datasets.disable_progress_bars()
     passes.LEAST_LOST = passes.LOST_SHARE = 0.0  # a part for every batch
+    sharing.LEAST = digest.BLOCK = surveys.BLOCK = shared_rows.BLOCK = 16  # several shares of rows to prepare
     if job.processes > 1:
         world = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": job.processes, "MASTER_PORT": port}
         os.environ |= {name: str(value) for name, value in world.items()} | {"MASTER_ADDR": "127.0.0.1"}

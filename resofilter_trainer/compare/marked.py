@@ -10,7 +10,8 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from ..config import InputError
-from ..data.preparation import PreparedRows, learnt_tokens
+from ..data.preparation import PreparedRows
+from ..data.surveys import learnt_tokens
 
 
 def marked_tokens(rows: Dataset, prepared: PreparedRows, tokenizer: PreTrainedTokenizerBase, column: str) -> np.ndarray:

@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..data.preparation import PreparedRows, learnt_tokens, prompts_of
+from ..data.preparation import PreparedRows
+from ..data.surveys import learnt_tokens, prompts_of
 from ..model.losses import TokenBatch, learnt_positions
 
 NGRAM = 3

@@ -14,7 +14,7 @@ from trl import SFTConfig
 from ..config import ColumnMapping, InputError, ResonanceConfig, check_keywords, check_kind
 
 ROW_OPTIONS = (*(each.name for each in dataclasses.fields(ColumnMapping)), "drop_duplicates", "drop_empty", "source")
-OURS = ("told",)  # what one function of this package gives another
+OURS = ("told", "weights")  # what one function of this package gives another
 INSTEAD = {"tokenizer": "processing_class", "batch_size": "tokens_per_batch"}  # names of other libraries
 SETTINGS: dict[str, type] = {"config": ResonanceConfig, "args": SFTConfig}
 

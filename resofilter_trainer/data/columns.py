@@ -12,8 +12,10 @@ from datasets import ClassLabel, Dataset, Json, LargeList, List, Value
 from ..config import InputError
 from .chat import KEYS
 from .layout import MASKS, MEDIA, TOKENS, Layout
+from .tables import tables_of
 
-AT_ONCE = 1000  # rows in memory
+AT_ONCE, BLOCK = 1000, 10_000  # rows in memory, as Python's values and as Arrow's
+PRINTED = "[!-~]"
 
 
 def check_types(dataset: Dataset, layout: Layout) -> None:
@@ -52,7 +54,7 @@ def refused_tokens(dataset: Dataset) -> dict[int, str]:
             raise InputError(f"Column '{name}' is {feature}, not a list of whole numbers in every row.")
     found: dict[int, str] = {}
     start = 0
-    for table in dataset.select_columns(names).with_format("arrow").iter(AT_ONCE):
+    for table in tables_of(dataset, AT_ONCE, names):
         tokens = _lengths(table[TOKENS])
         for name in names:
             own = _lengths(table[name])
@@ -112,7 +114,40 @@ def media_columns(dataset: Dataset) -> dict[str, int]:
 
 def has_null(dataset: Dataset, name: str) -> bool:
     """Whether any row of a column is null."""
-    return any(table[name].null_count for table in dataset.select_columns([name]).with_format("arrow").iter(AT_ONCE))
+    if not dataset.data.table[name].null_count:  # of all that is stored, which is known without reading it
+        return False
+    return any(table[name].null_count for table in tables_of(dataset, AT_ONCE, [name]))
+
+
+def maybe_blank(dataset: Dataset, name: str) -> np.ndarray:
+    """The rows in which a column may be blank, ascending: all but those that surely have a printed character or token.
+
+    Text counts by its printed ASCII characters, messages by those of the last one's content; what holds anything else
+    has to be looked at.
+    """
+    found, start = [np.empty(0, int)], 0
+    for table in tables_of(dataset, BLOCK, [name]):
+        for chunk in table[name].chunks:
+            found.append(start + np.flatnonzero(~_surely_full(chunk)))
+            start += len(chunk)
+    return np.concatenate(found)
+
+
+def _surely_full(values: pa.Array) -> np.ndarray:
+    """(N,) whether each value surely holds something."""
+    kind, unknown = values.type, np.zeros(len(values), bool)
+    if pa.types.is_string(kind) or pa.types.is_large_string(kind):
+        full = pc.fill_null(pc.match_substring_regex(values, PRINTED), False)
+        return np.asarray(full.to_numpy(zero_copy_only=False), bool)
+    if not (pa.types.is_list(kind) or pa.types.is_large_list(kind)):
+        return unknown
+    lengths = pc.fill_null(pc.list_value_length(values), 0).to_numpy()
+    if pa.types.is_integer(kind.value_type):
+        return np.asarray(lengths > 0)
+    if pa.types.is_struct(kind.value_type) and "content" in [field.name for field in kind.value_type]:
+        last = values.flatten().take(pa.array((np.cumsum(lengths) - 1)[lengths > 0]))
+        unknown[lengths > 0] = _surely_full(pc.struct_field(last, "content"))
+    return unknown
 
 
 def _as_text(layout: Layout) -> str:
@@ -127,7 +162,7 @@ def _as_text(layout: Layout) -> str:
 def _first_full(dataset: Dataset, name: str) -> int:
     """The first row in which a column holds anything; -1 if it is empty."""
     start = 0
-    for table in dataset.select_columns([name]).with_format("arrow").iter(AT_ONCE):
+    for table in tables_of(dataset, AT_ONCE, [name]):
         for row, value in enumerate(table[name].to_pylist() if table[name].null_count < len(table) else ()):
             if _is_full(value):
                 return start + row
@@ -152,7 +187,11 @@ def _rows_with_null(column: pa.ChunkedArray, negative: bool) -> list[int]:
     """The rows with an entry that is null; or below 0, if asked for."""
     if pa.types.is_null(column.type):
         return []
-    entries, rows = pc.list_flatten(column), pc.list_parent_indices(column)
+    entries = pc.list_flatten(column)
+    least = pc.min(entries).as_py() if negative and len(entries) and not pa.types.is_null(entries.type) else 0
+    if not entries.null_count and least >= 0:
+        return []
+    rows = pc.list_parent_indices(column)
     if pa.types.is_null(entries.type):
         return pc.unique(rows).to_pylist()
     wrong = pc.is_null(entries)

@@ -23,7 +23,8 @@ from ..model.float32 import main_dtype
 from ..model.quantised import bits_of, stored_tensors
 from ..model.sharding import whole_parameters
 from ..scores.provenance import Provenance
-from .preparation import PreparedRows, survey
+from .preparation import PreparedRows
+from .surveys import survey
 
 PACKAGES = ("resofilter_trainer", "torch", "transformers", "trl")
 

@@ -33,17 +33,16 @@ from ..io.digest import hash_rows
 from ..io.files import check_folder
 from ..model.adapters import refuse_adapters
 from ..scores.provenance import Provenance
-from ..scores.score_table import EMPTY, SAME_PROMPT
 from ..selecting.weighted_rows import TOKEN_WEIGHTS
 from .arguments import ROW_OPTIONS
-from .columns import media_columns
 from .fingerprints import describe
 from .models import check_causal
 from .models import load_model as load_model
 from .models import load_weights as load_weights
-from .preparation import ROW_POSITION, PreparedRows, prepare
-from .rows import duplicate_rows, empty_rows, listed_rows, read_rows, told_of
+from .preparation import PreparedRows, prepare
 from .shared_loading import hash_of_first, load_to_shard
+from .sharing import sharing_of
+from .usable import usable_rows as usable_rows
 
 
 @dataclass(frozen=True)
@@ -79,6 +78,8 @@ def open_pass(
     told: set[str] | None = None,
     to_shard: bool = False,
     group_size: int | None = None,
+    weights: str | None = None,
+    output: Path | None = None,
     **columns: Any,
 ) -> tuple[PreTrainedModel, Opened]:
     """The model, not yet on its device, and the rows of a pass.
@@ -91,6 +92,8 @@ def open_pass(
         to_shard: whether the model will be sharded: a name is then loaded by the first process of each group alone,
             and the others get the model without numbers.
         group_size: the processes of a group; by default all.
+        weights: the hash of the model's weights, if it is known.
+        output: the folder of the scores, where the prepared rows are kept if they cannot be beside the dataset.
 
     Raises:
         InputError: no row can be measured, or model, tokenizer and rows do not fit.
@@ -98,26 +101,34 @@ def open_pass(
     check_keywords(columns, ROW_OPTIONS)
     check_kind("source", source, (Mapping, type(None)), "a mapping, such as {'dataset': 'me/rows'}")
     mapping = ColumnMapping(**columns)
-    notes: list[str] = []
-    rows, reasons = usable_rows(dataset, mapping, args, drop_duplicates, drop_empty, notes)
     told = set() if told is None else told
+    sharing = sharing_of(dataset, mapping, args, drop_duplicates, drop_empty, output)
+    if sharing is None:
+        notes: list[str] = []
+        rows, reasons = usable_rows(dataset, mapping, args, drop_duplicates, drop_empty, notes)
+    else:
+        shared = sharing.rows()
+        reasons, notes = shared.skipped, shared.notes
     _tell(notes, told)
     _warn_of_weights(dataset, told)
-    shared = to_shard and isinstance(model, str)
-    load = partial(load_to_shard, group_size=group_size) if shared else None
+    handed_out = to_shard and isinstance(model, str)
+    load = partial(load_to_shard, group_size=group_size) if handed_out else None
     model, tokenizer = load_model(model, processing_class, args, load)
     try:
-        prepared = prepare(rows, tokenizer, args, drop_empty)
+        if sharing is None:
+            prepared, content = prepare(rows, tokenizer, args, drop_empty), hash_rows(dataset)
+        else:
+            prepared, content = sharing.prepared(shared, tokenizer), shared.content
     except NothingError as error:
         error.reasons = reasons | error.reasons
         raise
     check_model(model, prepared)
-    source = {**(source or {}), "content": hash_rows(dataset)}
+    source = {**(source or {}), "content": content}
     if args.chat_template_path:
         source["chat_template_path"] = str(args.chat_template_path)
     if args.trust_remote_code:
         source["trust_remote_code"] = True
-    weights = hash_of_first(model) if shared else None
+    weights = hash_of_first(model) if handed_out else weights
     provenance = describe(model, tokenizer, prepared, len(dataset), args, config, mapping, source, precision, weights)
     return model, Opened(tokenizer, prepared, reasons | prepared.reasons, len(dataset), provenance)
 
@@ -147,80 +158,6 @@ def _warn_of_weights(dataset: Dataset, told: set[str]) -> None:
 def default_arguments() -> SFTConfig:
     """SFTConfig's own values, in float32."""
     return SFTConfig(output_dir="unused", bf16=False, use_cpu=not torch.cuda.is_available(), report_to="none")
-
-
-def usable_rows(
-    dataset: Dataset,
-    mapping: ColumnMapping,
-    args: SFTConfig,
-    drop_duplicates: bool,
-    drop_empty: bool,
-    notes: list[str] | None = None,
-) -> tuple[Dataset, dict[int, str]]:
-    """The columns that TRL reads of the usable rows, each with its position, and by position why others are skipped.
-
-    Args:
-        dataset, drop_duplicates, drop_empty: as for `score_dataset`.
-        mapping: which column is which.
-        args: what is learnt of a row, and where TRL looks for text.
-        notes: a list to extend with notes on what was read as something else.
-
-    Raises:
-        InputError: no row is usable, or there are rows to skip and `drop_empty` is False.
-    """
-    if "seq_lengths" in (getattr(dataset, "column_names", None) or ()):
-        raise InputError(
-            "The rows are packed already (seq_lengths), several samples in one: pass the rows before packing, or "
-            "resofilter_trainer.unpack(dataset), which makes a row of each sample."
-        )
-    field = args.dataset_text_field
-    read = read_rows(dataset, mapping, field, args)
-    if not mapping.columns:
-        _check_no_media(dataset)
-    rows = read.dataset.select_columns(read.passed)
-    reasons: dict[int, str] = {}
-    if drop_duplicates:
-        repeated = duplicate_rows(rows, field)
-        reasons = {row: f"{SAME_PROMPT} {read.positions[first]}" for row, first in repeated.items()}
-    empty = dict.fromkeys((row for row in empty_rows(rows, field) if row not in reasons), EMPTY)
-    skipped = {int(read.positions[row]): reason for row, reason in (reasons | empty).items()}
-    _check_skipped({int(read.positions[row]): EMPTY for row in empty} | read.refused, len(dataset), drop_empty)
-    skipped |= read.refused
-    if len(skipped) == len(dataset):
-        raise NothingError(
-            f"All {len(dataset)} rows are empty or repeated: there is nothing to score or to train on.", skipped
-        )
-    if notes is not None:
-        notes += read.notes
-    rows = rows.add_column(ROW_POSITION, read.positions)
-    return rows.select([row for row in range(len(rows)) if row not in reasons | empty]), skipped
-
-
-def _check_skipped(skipped: Mapping[int, str], rows: int, drop_empty: bool) -> None:
-    """Raise InputError where rows have nothing to learn, and they are not to be skipped or are all there are."""
-    if not skipped or (drop_empty and len(skipped) < rows):
-        return
-    if drop_empty:
-        raise NothingError(told_of(skipped, rows, "cannot be learnt from"), skipped)
-    if any(reason != EMPTY for reason in skipped.values()):
-        raise InputError(
-            f"{told_of(skipped, rows, 'cannot be learnt from')} Correct or remove them, or skip them with "
-            "drop_empty=True."
-        )
-    raise InputError(
-        f"{len(skipped)} of {rows} rows have an empty completion and teach nothing: rows {listed_rows(skipped)}. "
-        "Remove them, or skip them with drop_empty=True."
-    )
-
-
-def _check_no_media(dataset: Dataset) -> None:
-    """Raise InputError where rows have images or sound, on which SFTTrainer would train as well."""
-    for name, row in media_columns(dataset).items():
-        raise InputError(
-            f"Column '{name}' is not empty (row {row}), and only text can be scored. Remove the column to score the "
-            f"text alone, with dataset.remove_columns('{name}'), or name the columns of the text, such as "
-            'messages_column="messages".'
-        )
 
 
 def check_loss(args: TrainingArguments) -> None:

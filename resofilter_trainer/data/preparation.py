@@ -9,26 +9,22 @@ from __future__ import annotations
 import copy
 import dataclasses
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
-import xxhash
 from datasets import Dataset
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 from trl import SFTConfig, SFTTrainer
 
 from ..config import InputError, NothingError
-from ..model.losses import IGNORE
 from .columns import media_columns
 from .files import first_line
 from .rows import told_of
+from .surveys import BLOCKS, ROW_POSITION, Prompts, fingerprint_of, positions_of, survey
 from .templates import check_template, message_columns, rows_with, unrendered_roles
-
-ROW_POSITION = "resofilter_row"  # the column with each row's position in the user's dataset, its `sample_id`
 
 
 @dataclass(frozen=True)
@@ -45,6 +41,8 @@ class PreparedRows:
         reasons: why the user's other rows cannot be scored, by position.
         template: the chat template, or an empty string.
         rendered: whether the chat template rendered the rows.
+        whole: the rows as TRL prepares them, of which `fingerprint` is; None where no file tells of them.
+        known_prompts, known_positions: the rows' prompts and positions, where they were kept.
     """
 
     dataset: Dataset
@@ -55,16 +53,31 @@ class PreparedRows:
     reasons: dict[int, str]
     template: str
     rendered: bool = False
+    whole: Dataset | None = None
+    known_prompts: Prompts | None = None
+    known_positions: np.ndarray | None = None
 
-    @property
+    @cached_property
     def sample_ids(self) -> np.ndarray:
         """(N,) each row's position in the user's dataset."""
-        return np.array(self.dataset[ROW_POSITION])
+        return positions_of(self.dataset) if self.known_positions is None else self.known_positions
+
+    @cached_property
+    def prompts(self) -> Prompts:
+        """The rows' prompts."""
+        return Prompts.of(self.dataset) if self.known_prompts is None else self.known_prompts
 
     def select(self, rows: np.ndarray) -> PreparedRows:
         """Some of the rows, in this order; the fingerprint stays that of all rows."""
         dataset, lengths, num_tokens = self.dataset.select(rows), self.lengths[rows], self.num_tokens[rows]
-        return dataclasses.replace(self, dataset=dataset, lengths=lengths, num_tokens=num_tokens)
+        changed = {"dataset": dataset, "lengths": lengths, "num_tokens": num_tokens}
+        return dataclasses.replace(self, **changed, known_prompts=None, known_positions=None)
+
+    def fingerprint_like(self, other: str) -> str:
+        """The fingerprint, computed as that of an earlier version if the other one was."""
+        if self.whole is None or other.startswith(BLOCKS) or not self.fingerprint.startswith(BLOCKS):
+            return self.fingerprint
+        return survey(self.whole)[3]
 
 
 def prepare(
@@ -83,25 +96,30 @@ def prepare(
     """
     tokenizer = copy.deepcopy(processing_class)
     check_template(dataset, tokenizer, args.chat_template_path)
-    reasons = {} if args.chat_template_path else _unrendered(dataset, tokenizer)
-    dataset = _without(dataset, reasons, drop_empty)
-    tokens, template, failed = _by_trl(dataset, tokenizer, args)
-    dataset = _without(dataset, failed, drop_empty)
-    reasons |= failed
-    lengths, learnt, largest, fingerprint = survey(tokens)
+    reasons = {} if args.chat_template_path else unrendered(dataset, tokenizer)
+    dataset = without(dataset, reasons, drop_empty)
+    found = by_trl(dataset, tokenizer, args)
+    check_failed(found.failed, len(dataset), found.why)
+    dataset = without(dataset, found.failed, drop_empty)
+    tokens, reasons = found.tokens, reasons | found.failed
+    lengths, learnt, largest, _ = survey(tokens)
     usable = learnt > 0
-    used = set(np.array(tokens[ROW_POSITION])[usable].tolist())
-    idle = [place for place, row in enumerate(dataset[ROW_POSITION]) if row not in used]
-    reasons |= _why_idle(dataset.select(idle), tokenizer, args) if idle else {}
-    if not used:
-        first = min(reasons)
-        raise NothingError(
-            f"None of the {len(reasons)} rows has a token to learn. Row {first}: {reasons[first]}.", reasons
-        )
+    reasons |= why_idle(dataset, positions_of(tokens)[usable], tokenizer, args)
+    if not usable.any():
+        raise nothing_to_learn(reasons)
+    fingerprint, whole = fingerprint_of(tokens), tokens
     if not usable.all():
         tokens, lengths, learnt = tokens.select(np.flatnonzero(usable)), lengths[usable], learnt[usable]
     rendered = bool(message_columns(dataset))
-    return PreparedRows(tokens, lengths, learnt, largest, fingerprint, reasons, template, rendered)
+    return PreparedRows(tokens, lengths, learnt, largest, fingerprint, reasons, found.template, rendered, whole)
+
+
+def nothing_to_learn(reasons: dict[int, str]) -> NothingError:
+    """The error of rows none of which has a token to learn, each with its reason."""
+    first = min(reasons)
+    return NothingError(
+        f"None of the {len(reasons)} rows has a token to learn. Row {first}: {reasons[first]}.", reasons
+    )
 
 
 def prepared_already(dataset: Dataset, collate: Callable[[list[Any]], Any]) -> PreparedRows:
@@ -148,19 +166,32 @@ def _collated(example: dict[str, Any], collate: Callable[[list[Any]], Any]) -> d
     return {name: batch[name][0][mask].tolist() for name in ("input_ids", "labels")}
 
 
-def _without(dataset: Dataset, refused: Mapping[int, str], drop_empty: bool) -> Dataset:
+def without(dataset: Dataset, refused: Mapping[int, str], drop_empty: bool) -> Dataset:
     """The rows that are not refused, by position. Raises InputError where some are, and they are not to be skipped."""
+    check_refused(refused, len(dataset), drop_empty)
     if not refused:
         return dataset
-    line = told_of(refused, len(dataset), "cannot be learnt from")
+    return dataset.select(np.flatnonzero(~np.isin(positions_of(dataset), list(refused))))
+
+
+def check_refused(refused: Mapping[int, str], rows: int, drop_empty: bool) -> None:
+    """Raise InputError where some of these rows are refused, and they are not to be skipped or are all there are."""
+    if not refused:
+        return
+    line = told_of(refused, rows, "cannot be learnt from")
     if not drop_empty:
         raise InputError(f"{line} Correct or remove them, or skip them with drop_empty=True.")
-    if len(refused) == len(dataset):
+    if len(refused) == rows:
         raise NothingError(line, refused)
-    return dataset.select([row for row, position in enumerate(dataset[ROW_POSITION]) if position not in refused])
 
 
-def _unrendered(dataset: Dataset, tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
+def check_failed(failed: Mapping[int, str], rows: int, why: str) -> None:
+    """Raise InputError where TRL can prepare none of these rows."""
+    if failed and len(failed) == rows:
+        raise InputError(f"TRL cannot prepare this dataset: {why}")
+
+
+def unrendered(dataset: Dataset, tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
     """The rows with roles that the chat template leaves out, by position, each with the reason."""
     roles = unrendered_roles(dataset, tokenizer)
     positions = dataset[ROW_POSITION][:]
@@ -170,11 +201,23 @@ def _unrendered(dataset: Dataset, tokenizer: PreTrainedTokenizerBase) -> dict[in
     }
 
 
-def _why_idle(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, args: SFTConfig) -> dict[int, str]:
-    """Why rows have no token to learn, by position: they are cut off, or have none without truncation either."""
+def why_idle(dataset: Dataset, used: np.ndarray, tokenizer: PreTrainedTokenizerBase, args: SFTConfig) -> dict[int, str]:
+    """Why the rows without a token to learn have none, by position: they are cut off, or have none at full length.
+
+    Args:
+        dataset: rows that TRL can prepare.
+        used: the positions of those that have a token to learn.
+        tokenizer, args: as for `prepare`.
+    """
+    idle = np.flatnonzero(~np.isin(positions_of(dataset), used))
+    if not len(idle):
+        return {}
+    dataset = dataset.select(idle)
     whole = copy.copy(args)
     whole.max_length = None
-    tokens, _, reasons = _by_trl(dataset, tokenizer, whole)
+    found = by_trl(dataset, tokenizer, whole)
+    tokens, reasons = found.tokens, found.failed
+    check_failed(reasons, len(dataset), found.why)
     lengths, learnt, *_ = survey(tokens)
     messages = bool(message_columns(dataset))
     for position, length, number in zip(tokens[ROW_POSITION], lengths, learnt, strict=True):
@@ -230,20 +273,40 @@ class _Tolerant(Dataset):
         return True
 
 
-def _by_trl(
-    dataset: Dataset, tokenizer: PreTrainedTokenizerBase, args: SFTConfig
-) -> tuple[Dataset, str, dict[int, str]]:
-    """The dataset as SFTTrainer prepares it; the chat template; and why it cannot prepare other rows, by position."""
+@dataclass(frozen=True)
+class ByTrl:
+    """Rows as SFTTrainer prepares them.
+
+    Attributes:
+        tokens: the rows that it can prepare.
+        template: the chat template.
+        failed: why it cannot prepare the others, by position.
+        why: the first error.
+    """
+
+    tokens: Dataset
+    template: str
+    failed: dict[int, str]
+    why: str = ""
+
+
+def by_trl(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, args: SFTConfig) -> ByTrl:
+    """The rows as SFTTrainer prepares them. Raises InputError where it refuses them, not just single ones."""
     failed: dict[int, str] = {}
+    why = ""
     try:
         trainer = _prepared_by(dataset, tokenizer, args)
     except Exception as error:  # TRL, tokenizers and templates each raise their own
+        why = first_line(error)
         try:
             trainer = _prepared_by(_Tolerant.of(dataset, failed), tokenizer, args)
         except Exception:  # it is not, or not only, about single rows
-            failed = {}
-        if not failed or len(failed) == len(dataset):
-            raise InputError(f"TRL cannot prepare this dataset: {first_line(error)}") from error
+            if len(failed) < len(dataset):
+                failed = {}
+        if len(failed) == len(dataset):
+            return ByTrl(dataset.select([]), "", failed, why)
+        if not failed:
+            raise InputError(f"TRL cannot prepare this dataset: {why}") from error
     template = trainer.chat_template or getattr(trainer.processing_class, "chat_template", None) or ""
     columns = [ROW_POSITION, "input_ids", "labels"]
     if not set(columns) <= set(trainer.train_dataset.column_names):
@@ -251,7 +314,7 @@ def _by_trl(
             "The rows are no tokens with labels, and dataset_kwargs={'skip_prepare_dataset': True} leaves them as they "
             "are. Leave skip_prepare_dataset out."
         )
-    return trainer.train_dataset.select_columns(columns), str(template), failed
+    return ByTrl(trainer.train_dataset.select_columns(columns), str(template), failed, why)
 
 
 def _prepared_by(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, args: SFTConfig) -> SFTTrainer:
@@ -268,106 +331,3 @@ def _prepared_by(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, args: SFT
     with tempfile.TemporaryDirectory() as folder:
         args.output_dir = folder
         return _Preparer(stand_in, args=args, train_dataset=dataset, processing_class=tokenizer)
-
-
-def survey(tokens: Dataset) -> tuple[np.ndarray, np.ndarray, int, str]:
-    """Read every token of a dataset with `input_ids` and `labels`, and maybe `ROW_POSITION`.
-
-    Returns:
-        Each row's length and number of learnt tokens, (N,) each; the largest token id; and a hash of everything.
-    """
-    lengths, learnt, largest, digest = [np.empty(0, int)], [np.empty(0, int)], 0, xxhash.xxh3_128()
-    for table in _arrow_batches(tokens):
-        ids, labels = (_flat(table[name]) for name in ("input_ids", "labels"))
-        length, is_learnt = _learnt(table)
-        lengths.append(length)
-        so_far = np.concatenate([[0], np.cumsum(is_learnt)])
-        ends = np.cumsum(length)
-        learnt.append(so_far[ends] - so_far[ends - length])
-        largest = max(largest, int(ids.max(initial=0)))
-        positions = [table[ROW_POSITION].to_numpy()] if ROW_POSITION in table.column_names else []
-        for array in (*positions, length, ids, labels):
-            digest.update(array.astype(np.int64).tobytes())
-    return np.concatenate(lengths), np.concatenate(learnt), largest, digest.hexdigest()
-
-
-def learnt_tokens(tokens: Dataset) -> tuple[np.ndarray, np.ndarray]:
-    """The position in its row and the id of every learnt token, row after row; (N,) int32 each."""
-    positions, ids = [np.empty(0, np.int32)], [np.empty(0, np.int32)]
-    for table in _arrow_batches(tokens):
-        length, is_learnt = _learnt(table)
-        position = np.arange(len(is_learnt)) - np.repeat(np.cumsum(length) - length, length)
-        positions.append(position[is_learnt].astype(np.int32))
-        ids.append(table["input_ids"].combine_chunks().flatten().to_numpy()[is_learnt].astype(np.int32))
-    return np.concatenate(positions), np.concatenate(ids)
-
-
-def beginnings(tokens: Dataset) -> tuple[np.ndarray, np.ndarray, int]:
-    """A hash of each row's prompt, the length of each prompt, and how many first tokens all rows have in common.
-
-    A row has `input_ids` and `labels`; its prompt is everything before its first learnt token.
-    """
-    hashes, lengths, first, common = list[int](), list[int](), np.empty(0), 0
-    for own, length in _with_prompts(tokens):
-        if not hashes:
-            first, common = own, len(own)
-        differs = own[:common] != first[: len(own)][:common]
-        common = int(differs.argmax()) if differs.any() else min(common, len(own))
-        hashes.append(xxhash.xxh3_64_intdigest(np.ascontiguousarray(own[:length]).data))
-        lengths.append(length)
-    return np.array(hashes, dtype=np.uint64), np.array(lengths), common
-
-
-def prompts_of(tokens: Dataset, start: int | None) -> pa.Array:
-    """A hash of each row's prompt, (N,) int64, the same wherever the row stands; null for a row without a prompt.
-
-    Args:
-        tokens: rows with `input_ids` and `labels`; a prompt is everything before the first learnt token.
-        start: the beginning-of-sequence token, if there is one; alone it is no prompt.
-    """
-    found: list[int | None] = []
-    for own, length in _with_prompts(tokens):
-        none = length == 0 or (length == 1 and own[0] == start)
-        found.append(None if none else xxhash.xxh3_64_intdigest(own[:length].astype(np.int64).tobytes()))
-    missing = np.array([each is None for each in found], dtype=bool)
-    return pa.array(np.array([each or 0 for each in found], dtype=np.uint64).view(np.int64), mask=missing)
-
-
-def _with_prompts(tokens: Dataset) -> Iterator[tuple[np.ndarray, int]]:
-    """All tokens of each row, and how many of them come before the first learnt one."""
-    for table in _arrow_batches(tokens):
-        ids, labels = (table[name].combine_chunks() for name in ("input_ids", "labels"))
-        ends = np.cumsum(pc.list_value_length(ids).to_numpy())
-        flat, learnt = ids.flatten().to_numpy(), labels.flatten().to_numpy() != IGNORE
-        for start, end in zip([0, *ends[:-1]], ends, strict=True):
-            yield flat[start:end], int(learnt[start:end].argmax()) if end > start else 0
-
-
-def row_hashes(tokens: Dataset) -> np.ndarray:
-    """A hash of each row's `input_ids` and `labels`, (N,) uint64."""
-    hashes = list[int]()
-    for table in _arrow_batches(tokens):
-        ids, labels = (_flat(table[name]).astype(np.int64) for name in ("input_ids", "labels"))
-        ends = np.cumsum(pc.list_value_length(table["input_ids"].combine_chunks()).to_numpy())
-        for start, end in zip([0, *ends[:-1]], ends, strict=True):
-            hashes.append(xxhash.xxh3_64_intdigest(np.concatenate([ids[start:end], labels[start:end]]).data))
-    return np.array(hashes, dtype=np.uint64)
-
-
-def _learnt(table: pa.Table) -> tuple[np.ndarray, np.ndarray]:
-    """Each row's length, and for every token whether it is learnt; a row's first never is: nothing predicts it."""
-    labels = table["labels"].combine_chunks()
-    length = pc.list_value_length(labels).to_numpy()
-    is_learnt = _flat(table["labels"]) != IGNORE
-    is_learnt[(np.cumsum(length) - length)[length > 0]] = False
-    return length, is_learnt
-
-
-def _flat(column: pa.ChunkedArray) -> np.ndarray:
-    """All tokens of a column of lists; of lists that are all empty, too, which have no type."""
-    tokens = column.combine_chunks().flatten()
-    return (tokens.cast(pa.int64()) if pa.types.is_null(tokens.type) else tokens).to_numpy()
-
-
-def _arrow_batches(dataset: Dataset) -> Iterator[pa.Table]:
-    yield from dataset.with_format("arrow").iter(batch_size=1000)

@@ -5,28 +5,19 @@ Knows datasets, not models: a row is a dict here, and its position in the datase
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from datasets import Dataset, Features, Json, Value
+from datasets import Dataset
+from xxhash import xxh3_128_digest
 
 from ..config import ColumnMapping, InputError, check_kind, with_known_keywords
-from .chat import Form, Learning, Unreadable
-from .columns import (
-    AT_ONCE,
-    check_names,
-    check_types,
-    has_null,
-    kind_of,
-    media_columns,
-    messages_feature,
-    refused_tokens,
-)
-from .exact_json import encoded
-from .layout import MEDIA, RENDERED, TOKENS, Layout, read_row
+from .columns import AT_ONCE, kind_of, maybe_blank
+from .layout import RENDERED, TOKENS
+from .reading import Reader
+from .tables import tables_of
 
 if TYPE_CHECKING:
     from trl import SFTConfig
@@ -88,21 +79,14 @@ def read_rows(
     Raises:
         InputError: as for `map_columns`, except for single rows.
     """
-    dataset, learning = _unformatted(dataset), Learning.of(args)
-    layout = Layout.of(dataset.column_names, mapping, text_field)
-    check_types(dataset, layout)
-    check_names(dataset, layout)
-    kept, refused, notes, form = dataset, dict[int, str](), set[str](), None
-    if layout.kind == "tokens":
-        refused = refused_tokens(dataset)
-    elif _needs_reading(dataset, layout):
-        refused, notes, form = _survey(dataset, layout, learning)
-    positions = np.setdiff1d(np.arange(len(dataset)), list(refused))
-    if refused:
-        kept = dataset.select(positions)
-    renamed = _renamed(kept, layout) if form is None else _rewritten(kept, layout, learning, form)
-    passed = [name for name in layout.passed if name in renamed.column_names]
-    return ReadRows(renamed, positions, refused, sorted(notes | layout.notes), passed)
+    reader = Reader.of(dataset, mapping, text_field, args)
+    meaning = reader.settled([reader.found()])
+    positions = np.arange(len(dataset))
+    if meaning.refused:
+        positions = np.setdiff1d(positions, list(meaning.refused))
+    renamed = reader.under_trls_names(positions, meaning.form)
+    passed = [name for name in reader.layout.passed if name in renamed.column_names]
+    return ReadRows(renamed, positions, meaning.refused, meaning.notes, passed)
 
 
 def told_of(refused: Mapping[int, str], rows: int, what: str = "cannot be read") -> str:
@@ -150,7 +134,13 @@ def unpack(dataset: Dataset) -> Dataset:
 
 def empty_rows(dataset: Dataset, text_field: str = "text") -> list[int]:
     """The rows with nothing to learn, under TRL's column names: an empty completion, answer or text."""
-    return [row for row, example in enumerate(dataset) if _is_blank(_target(example, text_field))]
+    target = next((name for name in (TOKENS, "completion", "messages") if name in dataset.column_names), text_field)
+    doubtful = maybe_blank(dataset, target).tolist()
+    rows = dataset.select_columns([target]) if doubtful else dataset
+    return [row for row in doubtful if _is_blank(rows[row][target])]
+
+
+NONE = b"\xff"  # which no text has
 
 
 def duplicate_rows(dataset: Dataset, text_field: str = "text") -> dict[int, int]:
@@ -159,144 +149,24 @@ def duplicate_rows(dataset: Dataset, text_field: str = "text") -> dict[int, int]
     The prompt of messages is everything before the last answer; plain text is compared as a whole. Rows with other
     `tools` or `chat_template_kwargs` are not the same.
     """
-    first: dict[str, int] = {}
+    first: dict[bytes, int] = {}
     repeated = {}
-    for row, example in enumerate(dataset):
-        earlier = first.setdefault(repr(_query(example, text_field)), row)
+    for row, query in enumerate(query_hashes(dataset, text_field)):
+        earlier = first.setdefault(query, row)
         if earlier != row:
             repeated[row] = earlier
     return repeated
 
 
-def _unformatted(dataset: Dataset) -> Dataset:
-    """The dataset as plain Python values: the columns that its format shows. Raises InputError where it has none."""
-    if not isinstance(dataset, Dataset):
-        raise InputError(
-            f"A dataset is needed, got {type(dataset).__name__}. Pass one split of a DatasetDict, make a Dataset of a "
-            "list with Dataset.from_list, and pass a stream to score_stream."
-        )
-    if len(dataset) == 0:
-        raise InputError("The dataset has no rows.")
-    shown = dataset.format
-    if shown["type"] == "custom":
-        raise InputError(
-            "The dataset has a transform (with_transform), which may give other rows each time it is read: apply it "
-            "with dataset.map first, or remove it with dataset.with_format(None)."
-        )
-    if not shown["output_all_columns"] and set(shown["columns"]) != set(dataset.column_names):
-        dataset = dataset.with_format(None).select_columns(shown["columns"])
-    return dataset if dataset.format["type"] is None else dataset.with_format(None)
-
-
-def _needs_reading(dataset: Dataset, layout: Layout) -> bool:
-    """Whether rows may have to be changed or refused: there are messages, or columns to be joined or converted."""
-    kinds = {kind_of(dataset.features[name]) for name in layout.sources}
-    joined = layout.kind == "pair" and (layout.mapped or has_null(dataset, "prompt"))
-    return bool(joined or layout.rendered or layout.before or kinds != {"text"})
-
-
-def _survey(dataset: Dataset, layout: Layout, learning: Learning) -> tuple[dict[int, str], set[str], Form | None]:
-    """Why rows are refused, what is noted of the others, and the form to rewrite these in; None if none changes."""
-    refused, notes, forms = dict[int, str](), set[str](), dict[int, tuple[Form, ...]]()
-    changed = layout.kind != "messages" and any(isinstance(dataset.features[name], Json) for name in layout.sources)
-    batches = dataset.select_columns(layout.reads).iter(AT_ONCE)
-    for number, row in enumerate(row for batch in batches for row in _rows(batch)):
-        try:
-            read = read_row(row, layout, learning)
-        except Unreadable as error:
-            refused[number] = str(error).rstrip(".")
-            continue
-        forms[number] = read.forms
-        notes |= read.notes
-        changed = changed or _differs(read.row, row, layout)
-    form, others = _form_of(forms)
-    refused |= dict.fromkeys(others, _why_apart(layout, form))
-    if layout.kind == "messages" and form == "pair":
-        notes.add("flags say that the last message is learnt, and those before it are its prompt")
-        changed = True
-    return refused, notes, form if changed else None
-
-
-def _form_of(forms: Mapping[int, tuple[Form, ...]]) -> tuple[Form, list[int]]:
-    """The form of most rows, as a dataset has one, and the rows that cannot have it."""
-    counts = Counter(each[0] for each in forms.values() if len(each) == 1)
-    form = max(get_args(Form), key=counts.__getitem__)
-    return form, [row for row, each in forms.items() if form not in each]
-
-
-def _why_apart(layout: Layout, form: Form) -> str:
-    """Why a row cannot stand in a dataset whose rows have this form."""
-    why = "flags say what is learnt of it, and not of most rows"
-    if layout.kind == "pair":
-        own, others = ("messages", "text") if form == "text" else ("text", "messages")
-        why = f"its prompt and completion are {own}, and those of most rows {others}"
-    return f"{why}: score such rows in a dataset of their own"
-
-
-def _differs(read: Mapping[str, Any], row: Mapping[str, Any], layout: Layout) -> bool:
-    """Whether a row's values are others than those of the columns that became them."""
-    if layout.kind == "pair" and layout.mapped:
-        return True
-    sources = dict(zip(layout.targets, layout.sources, strict=True))
-    return any(value != row[sources.get(name, name)] for name, value in read.items())
-
-
-def _renamed(dataset: Dataset, layout: Layout) -> Dataset:
-    """The dataset with its columns renamed, and without those that mislead TRL."""
-    gone = layout.left_out - set(layout.sources)
-    gone |= set(dataset.column_names) & set(MEDIA) - set(media_columns(dataset)) if not layout.mapped else set()
-    names = {old: new for old, new in zip(layout.sources, layout.targets, strict=False) if old != new}
-    gone |= set(names.values()) & set(dataset.column_names)  # equal to what is renamed
-    dataset = dataset.remove_columns(sorted(gone)) if gone else dataset
-    return dataset.rename_columns(names) if names else dataset
-
-
-def _rewritten(dataset: Dataset, layout: Layout, learning: Learning, form: Form) -> Dataset:
-    """The dataset with the rows as they were read."""
-    if len(dataset) == 0:
-        return dataset
-    features, names = dict(dataset.features), set(dataset.column_names)
-    messages = form != "text"
-    gone = {*layout.sources, *layout.left_out, *(layout.before if messages else ())} & names
-    gone |= set() if layout.mapped else names & set(MEDIA) - set(media_columns(dataset))
-    made = {name: features[name] for name in layout.rendered}
-    if "chat_template_kwargs" in made:
-        made["chat_template_kwargs"] = Json()  # which tells no argument from one that is None
-    targets = ("prompt", "completion") if form == "pair" else layout.targets
-    for name in targets:
-        source = layout.turns or name
-        own = layout.kind == "messages" or not layout.mapped
-        made[name] = messages_feature(features.get(source) if own else None) if messages else Value("string")
-    kept = {name: feature for name, feature in features.items() if name not in gone}
-    return dataset.map(
-        _read_batch,
-        batched=True,
-        batch_size=AT_ONCE,
-        remove_columns=sorted(gone),
-        features=Features(kept | made),
-        fn_kwargs={"layout": layout, "learning": learning, "form": form, "features": made},
-        desc="Reading rows",
-    )
-
-
-def _read_batch(
-    batch: Mapping[str, Sequence[Any]], layout: Layout, learning: Learning, form: Form, features: Mapping[str, Any]
-) -> dict[str, list[Any]]:
-    needed = {name: batch[name] for name in layout.reads}
-    read = [read_row(row, layout, learning).in_form(form) for row in _rows(needed)]
-    return {name: [encoded(features[name], each[name]) for each in read] for name in read[0]}
-
-
-def _rows(batch: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
-    return [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
-
-
-def _target(example: Mapping[str, Any], text_field: str) -> Any:
-    """What the row teaches: its completion, last message, or text."""
-    for name in (TOKENS, "completion", "messages"):
-        if name in example:
-            return example[name]
-    return example[text_field]
+def query_hashes(dataset: Dataset, text_field: str = "text") -> list[bytes]:
+    """A hash of 16 bytes of what each row asks: equal for rows that ask the same."""
+    target = next((name for name in (TOKENS, "prompt", "messages") if name in dataset.column_names), text_field)
+    rendered = () if target == TOKENS else [name for name in RENDERED if name in dataset.column_names]
+    if rendered or kind_of(dataset.features[target]) != "text":
+        rows = dataset.select_columns([target, *rendered])
+        return [xxh3_128_digest(repr(_query(row, text_field)).encode(errors="surrogatepass")) for row in rows]
+    texts = (text for table in tables_of(dataset, AT_ONCE, [target]) for text in table[target].to_pylist())
+    return [xxh3_128_digest(NONE if text is None else text.encode(errors="surrogatepass")) for text in texts]
 
 
 def _query(example: Mapping[str, Any], text_field: str) -> Any:

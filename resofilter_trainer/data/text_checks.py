@@ -17,7 +17,7 @@ from datasets import Dataset
 
 from ..config import ColumnMapping, InputError, check_keywords, check_kind
 from ..config.keywords import ColumnOptions
-from ..io.digest import ARROW, hash_rows, shards_in
+from ..io.digest import hash_rows, shards_in
 from ..io.files import file_at, load_parquet, save_parquet
 from ..scores.provenance import Provenance
 from ..scores.row_record import RowRecord
@@ -168,8 +168,11 @@ class TextChecks(RowRecord):
                 "Joined scores do not show that they are of the checked rows: join them with the whole dataset "
                 "(ScoreTable.concatenate(tables, dataset=dataset), or resofilter join --dataset)."
             )
-        if other and not other.startswith(ARROW):
-            raise InputError("Scores of version 0.1.0 do not show that they are of the checked rows: score them again.")
+        if other and own.partition(":")[0] != other.partition(":")[0]:
+            raise InputError(
+                "The checks and the scores were written by different versions, so nothing shows that they are of the "
+                "same rows: make the older ones again."
+            )
         if other and own != other:
             raise InputError("The checks are of other rows than the scores, or in another order: check them again.")
 

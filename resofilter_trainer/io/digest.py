@@ -5,7 +5,8 @@ width of numbers and offsets, and dictionaries make no difference. Columns are h
 number is another value than the decimal of the same size, an image is its stored bytes and path, a timestamp has a
 unit and a time zone, and a column or field without any value counts as absent.
 
-A dataset whose shards were scored apart has a digest of each shard, in one text: `shards:1000=arrow:...,500=arrow:...`.
+Blocks of 10,000 rows have digests of their own, from which that of the dataset is made: processes share the work.
+A dataset whose shards were scored apart has a digest of each shard in one text: `shards:900=blocks:...,500=blocks:...`.
 """
 
 from __future__ import annotations
@@ -23,10 +24,12 @@ import xxhash
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
 
-ARROW = "arrow:"  # begins every digest but those of version 0.1.0, which are of JSON text
+BLOCKS = "blocks:"  # begins every digest but those of earlier versions
+ARROW = "arrow:"  # begins a digest of all rows in one; those of version 0.1.0, of JSON text, begin with neither
 SHARDS = "shards:"  # begins the digests of the shards of a dataset, each with its number of rows
 FIRST = ""  # as `like`: a digest of version 0.1.0
-PIECE = 10_000  # rows of a stream at a time; a multiple of the rows that version 0.1.0 hashed together
+BLOCK = 10_000  # rows of a block
+PIECE = BLOCK  # rows of a stream at a time; a multiple of the rows that version 0.1.0 hashed together
 BATCH = 250_000  # rows that are gathered together, at most
 BYTES = 2**29  # of them, about: Arrow's text has offsets of 32 bits
 
@@ -45,15 +48,33 @@ def hash_rows(dataset: Dataset, like: str | None = None) -> str:
 
 
 def same_rows(digest: str, dataset: Dataset) -> bool:
-    """Whether a saved digest, of this version or of 0.1.0, is that of a dataset's rows."""
+    """Whether a saved digest, of this or an earlier version, is that of a dataset's rows."""
     return hash_rows(dataset, like=digest) == digest
+
+
+def block_digests(rows: Dataset | pa.Table) -> list[bytes]:
+    """The digests of rows in blocks: of some rows of a dataset, the first of which begins a block."""
+    digest = RowsDigest()
+    digest.add(rows)
+    return digest.blocks
+
+
+def digest_of_blocks(blocks: Iterable[bytes], rows: int) -> str:
+    """The digest of a dataset.
+
+    Args:
+        blocks: the digests of its blocks, in order.
+        rows: the number of its rows.
+    """
+    return f"{BLOCKS}{xxhash.xxh3_128_hexdigest(rows.to_bytes(8, 'little') + b''.join(blocks))}"
 
 
 def of_shards(digests: Iterable[tuple[int, str]]) -> str:
     """The digest of a dataset whose shards were digested apart.
 
     Args:
-        digests: the number of rows and the digest of each shard, in the dataset's order; each begins with `ARROW`.
+        digests: the number of rows and the digest of each shard, in the dataset's order; each begins with `BLOCKS` or
+            `ARROW`.
     """
     return SHARDS + ",".join(f"{rows}={digest}" for rows, digest in digests)
 
@@ -63,7 +84,7 @@ def shards_in(digest: str) -> list[tuple[int, str]]:
     if not digest.startswith(SHARDS):
         return []
     pairs = [each.partition("=") for each in digest.removeprefix(SHARDS).split(",")]
-    sound = all(rows.isdecimal() and int(rows) and own.startswith(ARROW) for rows, _, own in pairs)
+    sound = all(rows.isdecimal() and int(rows) and own.startswith((BLOCKS, ARROW)) for rows, _, own in pairs)
     return [(int(rows), own) for rows, _, own in pairs] if sound else []
 
 
@@ -110,10 +131,11 @@ class RowsDigest:
     """
 
     def __init__(self, like: str | None = None) -> None:
-        self._sizes = [rows for rows, _ in shards_in(like or "")]
-        known = like is None or bool(self._sizes) or like.startswith(ARROW)
+        self._shards = shards_in(like or "")
+        known = like is None or bool(self._shards) or like.startswith((BLOCKS, ARROW))
         self._text = None if known else xxhash.xxh3_128()
-        self._rows, self._ended = _Values(0), list[tuple[int, str]]()  # of the shard that is read, and earlier ones
+        self._ended = list[tuple[int, str]]()  # the shards before the one that is read
+        self._own = _Whole(self._shards[0][1] if self._shards else like)
 
     def add(self, dataset: Dataset | pa.Table) -> None:
         """Add the rows that follow."""
@@ -122,37 +144,77 @@ class RowsDigest:
                 self._text.update(json.dumps(batch, sort_keys=True, default=str).encode())
             return
         for table in [dataset] if isinstance(dataset, pa.Table) else _batches(dataset):
-            for shard in self._at_ends(table):
-                self._rows.add_fields(dict(zip(shard.column_names, shard.columns, strict=True)), len(shard))
+            for rows in self._at_ends(table):
+                self._own.add(rows)
 
     def _at_ends(self, table: pa.Table) -> Iterator[pa.Table]:
         """The rows, cut where a shard ends; the next shard begins with an empty digest."""
         start = 0
-        while len(self._ended) < len(self._sizes) and start < len(table):
-            if self._rows.count == self._sizes[len(self._ended)]:
+        while len(self._ended) < len(self._shards) and start < len(table):
+            size, _ = self._shards[len(self._ended)]
+            if self._own.count == size:
                 self._end()
                 continue
-            count = min(self._sizes[len(self._ended)] - self._rows.count, len(table) - start)
+            count = min(size - self._own.count, len(table) - start)
             yield table.slice(start, count)
             start += count
         if start < len(table):
             yield table.slice(start)
 
     def _end(self) -> None:
-        self._ended.append((self._rows.count, self._own()))
-        self._rows = _Values(0)
+        self._ended.append((self._own.count, self._own.hexdigest()))
+        following = self._shards[len(self._ended) :]
+        self._own = _Whole(following[0][1] if following else None)
 
-    def _own(self) -> str:
-        return f"{ARROW}{xxhash.xxh3_128_hexdigest(self._rows.digest())}"
+    @property
+    def blocks(self) -> list[bytes]:
+        """The digests of all blocks so far, the last of which may have fewer rows."""
+        return self._own.blocks
 
     def hexdigest(self) -> str:
         """The digest of the rows so far."""
         if self._text is not None:
             return str(self._text.hexdigest())
-        if self._sizes:
-            last = [(self._rows.count, self._own())] if self._rows.count else []
+        if self._shards:
+            last = [(self._own.count, self._own.hexdigest())] if self._own.count else []
             return of_shards([*self._ended, *last])
-        return self._own()
+        return self._own.hexdigest()
+
+
+class _Whole:
+    """The digest of a dataset or shard as a whole: made from those of blocks, or of all rows in one as earlier.
+
+    Args:
+        like: a digest that begins with `ARROW` for one of all rows in one; any other, or None, for one of blocks.
+    """
+
+    def __init__(self, like: str | None) -> None:
+        self._size = None if like is not None and like.startswith(ARROW) else BLOCK
+        self._rows, self._done, self.count = _Values(0), list[bytes](), 0
+
+    def add(self, table: pa.Table) -> None:
+        """Add the rows that follow."""
+        start = 0
+        while start < len(table):
+            room = len(table) if self._size is None else self._size - self._rows.count
+            piece = table.slice(start, room)
+            self._rows.add_fields(dict(zip(piece.column_names, piece.columns, strict=True)), len(piece))
+            start += len(piece)
+            self.count += len(piece)
+            if self._rows.count == self._size:
+                self._done.append(self._rows.digest())
+                self._rows = _Values(0)
+
+    @property
+    def blocks(self) -> list[bytes]:
+        """The digests of all blocks so far."""
+        return [*self._done, self._rows.digest()] if self._rows.count else self._done
+
+    def hexdigest(self) -> str:
+        """The digest of the rows so far."""
+        if self._size is not None:
+            return digest_of_blocks(self.blocks, self.count)
+        return f"{ARROW}{xxhash.xxh3_128_hexdigest(self._rows.digest())}"
 
 
 class _Values:

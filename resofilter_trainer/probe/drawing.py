@@ -17,9 +17,9 @@ from ..config import ColumnMapping, InputError, check_keywords, check_kind, one_
 from ..data.arguments import ROW_OPTIONS
 from ..data.exact_json import encoded
 from ..data.loading import usable_rows
-from ..data.preparation import ROW_POSITION
 from ..data.row_texts import said
 from ..data.rows import duplicate_rows
+from ..data.surveys import ROW_POSITION
 from .contradictions import AGREES, CONTRADICTED, contradicted, whole_prompts
 from .examples import Example, examples_of
 from .faults import FAULTS, Fault, Planted, plant

@@ -12,9 +12,9 @@ from trl import SFTConfig
 
 from ..config import ColumnMapping, InputError, NothingError, check_kind
 from ..data.loading import usable_rows
-from ..data.preparation import ROW_POSITION
 from ..data.row_texts import said
 from ..data.rows import told_of
+from ..data.surveys import ROW_POSITION
 
 Message = dict[str, Any]
 

@@ -16,7 +16,7 @@ from trl import SFTConfig
 
 from ..config import ColumnMapping, InputError, Precision, ScoreWarning, Warmup
 from ..data.loading import usable_rows
-from ..data.preparation import ROW_POSITION
+from ..data.surveys import ROW_POSITION
 from ..scores.score_table import WARMED_UP, ScoreTable
 from ..scoring.dataset import score_dataset
 from ..scoring.passes import from_main

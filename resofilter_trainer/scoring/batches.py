@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-from ..data.preparation import PreparedRows, beginnings
+from ..data.preparation import PreparedRows
 
 TOKENS_PER_BATCH = {"cpu": 1024}  # more would only add padding there
 TOKENS_PER_BATCH_ELSEWHERE = 8192
@@ -78,7 +78,8 @@ def arrange(prepared: PreparedRows, budget: int, device: torch.device, may_share
 
     A batch has rows of similar lengths; or rows with the same prompt, if that is clearly less work.
     """
-    lengths, (prompts, prompt_lengths, common) = prepared.lengths, beginnings(prepared.dataset)
+    lengths, known = prepared.lengths, prepared.prompts
+    prompts, prompt_lengths, common = known.hashes, known.lengths, known.common
     common = common if may_share and common >= LEAST_BEGINNING else 0
     overhead = TOKENS_LOST_PER_BATCH.get(device.type, TOKENS_LOST_PER_BATCH_ELSEWHERE)
 
@@ -89,6 +90,8 @@ def arrange(prepared: PreparedRows, budget: int, device: torch.device, may_share
     by_length = split(np.arange(len(lengths)), common)
     _, group_of, sizes = np.unique(prompts, return_inverse=True, return_counts=True)
     repeated = (sizes[group_of] > 1) & (prompt_lengths >= LEAST_BEGINNING) & may_share
+    if not repeated.any():
+        return by_length
     groups = [(rows, int(prompt_lengths[rows[0]])) for rows in _groups(group_of, repeated, lengths)]
     by_prompt = [batch for rows, length in groups for batch in split(rows, length)]
     others = split(np.flatnonzero(~repeated), common)

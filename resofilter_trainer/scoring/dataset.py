@@ -83,7 +83,8 @@ def score_dataset(
         args: SFTTrainer's arguments: lengths, masking, device; by default `SFTConfig`'s own values.
         config: the step to measure, and how; by default the paper's.
         output: a folder for `scores.parquet`. If it already holds scores of the same model, data and settings, these
-            are returned. An interrupted pass resumes, even after a kill.
+            are returned. An interrupted pass resumes, even after a kill. From 20,000 rows on, all processes prepare
+            the rows together and keep them in a folder `resofilter-*` beside the dataset's files, which may be removed.
         precision: the precision of the forward: `"bfloat16"`, by autocast; `"float32"`, or the weights' own dtype; or
             `"auto"`: bfloat16 if it is faster on this device and some of these rows rank alike in both, which is
             tried first. By default what `args.bf16` says, and `"auto"` without `args`. Products are float32, sums

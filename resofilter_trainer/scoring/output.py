@@ -18,7 +18,7 @@ from accelerate import PartialState
 
 from ..config import RESONANCE, NotFiniteError, ScoreWarning
 from ..data.loading import Opened
-from ..data.preparation import prompts_of
+from ..data.sharing import remove_prepared
 from ..io.files import file_at
 from ..io.store import PARTS, remove_parts
 from ..scores.doubts import remarks_of
@@ -75,8 +75,10 @@ class PassOutput:
         """The scores that are already there, if any. Raises InputError where they were made from something else."""
         if self.path is None or not file_at(self.path, SCORES_FILE).exists():
             return None
-        there = ScoreTable.load(self.path)
-        there.provenance.check_same(self.opened.provenance, "scores", self.path)
+        there, here = ScoreTable.load(self.path), self.opened.provenance
+        rows = self.opened.prepared.fingerprint_like(there.provenance.dataset)
+        there.provenance.check_same(dataclasses.replace(here, dataset=rows), "scores", self.path)
+        self._remove_prepared()
         return there
 
     def parts(self, tokens_per_batch: int) -> Parts | None:
@@ -95,6 +97,7 @@ class PassOutput:
         if self.path is not None and PartialState().is_main_process:
             scores.save(self.path)
             self._remove_parts()
+        self._remove_prepared()
         return scores
 
     def _table(self, measured: Measured) -> pa.Table:
@@ -105,7 +108,7 @@ class PassOutput:
         ids, missing = prepared.sample_ids, np.ones(rows, dtype=bool)
         missing[ids] = False
         columns = {**measured.columns, "num_tokens": prepared.num_tokens, "length": prepared.lengths}
-        prompts = prompts_of(prepared.dataset, self.opened.tokenizer.bos_token_id)
+        prompts = prepared.prompts.column(self.opened.tokenizer.bos_token_id)
         found: dict[str, Any] = {"sample_id": np.arange(rows)}
         for name in dict.fromkeys(("score", "loss", "num_tokens", "length", *measured.columns)):
             if name in columns:
@@ -125,6 +128,10 @@ class PassOutput:
         """A folder for this criterion alone: the parts of another criterion's interrupted pass stay untouched."""
         folder, criterion = folder_of(self.path), self.opened.provenance.config.get("criterion", RESONANCE)
         return None if folder is None else folder / PARTS / re.sub(r"[^\w.-]", "-", str(criterion))
+
+    def _remove_prepared(self) -> None:
+        if PartialState().is_main_process:
+            remove_prepared(folder_of(self.path))
 
     def _remove_parts(self) -> None:
         if self._parts_folder is not None:

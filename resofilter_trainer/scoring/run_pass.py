@@ -68,7 +68,7 @@ def run_pass(
         raise InputError("Apple's GPU has no float64, and scores are float64. Pass use_cpu=True.")
     _check_float16(gradients and args.fp16)
     loaded_here = isinstance(model, str)
-    model, opened = open_pass(model, dataset, processing_class, args, config, **options)
+    model, opened = open_pass(model, dataset, processing_class, args, config, output=folder_of(output), **options)
     _check_float16(gradients and main_dtype(model) == torch.float16)
     if settle is not None:
         opened = settle(model, opened)

@@ -28,6 +28,7 @@ from trl import SFTConfig
 from ..config import InputError, NothingError, Precision, ResonanceConfig, ScoreWarning, whole_number
 from ..config.keywords import StreamOptions
 from ..data.arguments import check_call
+from ..data.fingerprints import hash_weights
 from ..data.loading import default_arguments, load_model, open_pass
 from ..io.digest import PIECE, RowsDigest, columns_of, tables_of
 from ..io.files import remove_folder
@@ -117,6 +118,7 @@ class _Pieces:
         """Score piece after piece; finished pieces are read."""
         digest, options, start = RowsDigest(), dict(self.options), 0
         options["told"] = set()  # what was read as something else is said once
+        options["weights"] = hash_weights(self.model)
         tables: list[ScoreTable | list[str]] = []
         for number, piece in enumerate(_pieces(stream, self.size)):
             digest.add(piece)

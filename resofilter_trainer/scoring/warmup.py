@@ -33,7 +33,8 @@ from trl import SFTConfig
 from ..config import ColumnMapping, InputError, NotFiniteError, Warmup, check_kind, warmup_settings
 from ..data.fingerprints import add_tensor
 from ..data.loading import Opened, check_model, usable_rows
-from ..data.preparation import PreparedRows, prepare, row_hashes, survey
+from ..data.preparation import PreparedRows, prepare
+from ..data.surveys import row_hashes, survey
 from ..io.files import remove_folder, replacing
 from ..io.made_from import as_json, check_made_from
 from ..scores.provenance import Provenance

@@ -21,7 +21,7 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from ..config import InputError
-from ..data.preparation import ROW_POSITION
+from ..data.surveys import ROW_POSITION
 from ..io.files import check_folder, writing
 from ..model.losses import IGNORE
 from ..scores.row_record import as_html

@@ -15,7 +15,8 @@ import numpy as np
 from transformers import PreTrainedModel, TrainingArguments
 
 from ..data.fingerprints import identity
-from ..data.preparation import PreparedRows, learnt_tokens
+from ..data.preparation import PreparedRows
+from ..data.surveys import learnt_tokens
 from ..io.store import PARTS, remove_parts
 from ..scores.provenance import Provenance
 from ..scores.token_scores import TokenScores

@@ -25,7 +25,8 @@ from ..config import InputError, TokenCleaning, check_kind, number
 from ..config.keywords import RowOptions
 from ..data.arguments import check_call
 from ..data.loading import load_weights, placed
-from ..data.preparation import ROW_POSITION, PreparedRows
+from ..data.preparation import PreparedRows
+from ..data.surveys import ROW_POSITION
 from ..scores.token_scores import TokenScores
 from ..scoring.passes import locked
 from ..selecting.token_selection import EMPTIED, TokenSelection

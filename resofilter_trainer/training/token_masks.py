@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from ..config import InputError
-from ..data.preparation import PreparedRows, learnt_tokens
+from ..data.preparation import PreparedRows
+from ..data.surveys import learnt_tokens
 from ..io.files import load_arrow, save_arrow
 from ..io.made_from import check_made_from
 from ..model.gradients import Segment

@@ -22,7 +22,8 @@ from resofilter_trainer import ColumnMapping, InputError
 from resofilter_trainer.data.exact_json import as_json, encoded
 from resofilter_trainer.data.files import load_rows, load_stream, only_split
 from resofilter_trainer.data.loading import usable_rows
-from resofilter_trainer.data.preparation import ROW_POSITION, prepare
+from resofilter_trainer.data.preparation import prepare
+from resofilter_trainer.data.surveys import ROW_POSITION
 from resofilter_trainer.io.digest import hash_rows
 
 ODD = [

@@ -9,7 +9,8 @@ from helpers.tokenizers import make_tokenizer
 from trl import SFTConfig, SFTTrainer
 
 from resofilter_trainer import InputError
-from resofilter_trainer.data.preparation import ROW_POSITION, prepare
+from resofilter_trainer.data.preparation import prepare
+from resofilter_trainer.data.surveys import ROW_POSITION
 
 PAIRS = [{"prompt": f"what is {i} + 1 ? ", "completion": "x " * i + str(i + 1)} for i in range(1, 9)]
 FORMATS: dict[str, tuple[list[dict], dict]] = {

@@ -13,7 +13,8 @@ from helpers.sft import Pattern
 from helpers.zen import SFT, TEMPLATE, zen, zen_tokenizer
 from transformers import TrainerCallback
 
-from resofilter_trainer.data.preparation import ROW_POSITION, prepare
+from resofilter_trainer.data.preparation import prepare
+from resofilter_trainer.data.surveys import ROW_POSITION
 
 Sample = tuple[tuple[int, ...], tuple[int, ...]]  # tokens and labels
 

@@ -12,9 +12,12 @@ import pytest
 from datasets import Dataset, Features, Image, Json, Value, concatenate_datasets
 from helpers.versions import older_than
 
+from resofilter_trainer.io import digest as digests
 from resofilter_trainer.io.digest import (
     FIRST,
     RowsDigest,
+    block_digests,
+    digest_of_blocks,
     first_other_shard,
     hash_rows,
     of_shards,
@@ -40,7 +43,7 @@ DATASET = Dataset.from_list(ROWS)
 
 def test_pieces_slices_and_indices_make_no_difference():
     digest = hash_rows(DATASET)
-    assert digest.startswith("arrow:")
+    assert digest.startswith("blocks:")
     moved = concatenate_datasets([DATASET.select([39, 1]), DATASET, DATASET.select([3])])
     order = np.random.default_rng(0).permutation(40)
     for same in (
@@ -65,6 +68,24 @@ def test_rows_that_come_in_pieces_have_the_digest_of_the_whole(size):
         names = [name for name in ROWS[0] if any(row[name] is not None for row in piece)]
         digest.add(Dataset.from_dict({name: [row[name] for row in piece] for name in names}))
     assert digest.hexdigest() == hash_rows(DATASET)
+
+
+def test_blocks_together_have_the_digest_of_the_whole(monkeypatch):
+    few = hash_rows(DATASET)
+    monkeypatch.setattr(digests, "BLOCK", 7)
+    parts = [block_digests(DATASET.select(range(start, min(start + 14, 40)))) for start in range(0, 40, 14)]
+    assert [len(each) for each in parts] == [2, 2, 2]
+    whole = digest_of_blocks([block for each in parts for block in each], 40)
+    assert whole == hash_rows(DATASET) != few
+    pieces = RowsDigest()
+    for start in range(0, 40, 3):
+        pieces.add(DATASET.select(range(start, min(start + 3, 40))))
+    assert pieces.hexdigest() == whole == hash_rows(DATASET.shuffle(seed=1).select(np.argsort(np.array(order()))))
+
+
+def order() -> list[int]:
+    numbered = DATASET.add_column("row", list(range(40)))
+    return list(numbered.shuffle(seed=1)["row"])
 
 
 def one(values, kind=None) -> str:
@@ -133,6 +154,8 @@ def test_a_digest_of_the_first_version_is_computed_as_then():
     assert hash_rows(dataset, FIRST) == "42cd9e7e6f548cf70c6379005b4280f8"
     assert same_rows("42cd9e7e6f548cf70c6379005b4280f8", dataset)
     assert not same_rows(hash_rows(dataset, FIRST), dataset.select([1, 0, 2]))
+    assert same_rows("arrow:ebb6371a157090326cf530bf6ecc34eb", dataset)  # of all rows in one
+    assert not same_rows("arrow:ebb6371a157090326cf530bf6ecc34eb", dataset.select([1, 0, 2]))
     assert same_rows(hash_rows(dataset), dataset)
     assert not same_rows(hash_rows(dataset), dataset.cast_column("b", Value("float64")))
 

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from resofilter_trainer.data.preparation import PreparedRows, beginnings, prepared_already
+from resofilter_trainer.data.preparation import PreparedRows, prepared_already
+from resofilter_trainer.data.surveys import beginnings
 from resofilter_trainer.scoring.batches import arrange, collate, default_budget
 
 CPU = torch.device("cpu")

@@ -11,7 +11,7 @@ from helpers.scoring import arguments
 
 from resofilter_trainer import OnePerPrompt, score_by, score_dataset, score_layers, score_stream
 from resofilter_trainer.config import InputError
-from resofilter_trainer.data.preparation import prompts_of
+from resofilter_trainer.data.surveys import prompts_of
 
 PROMPTS = ["what is 1 ? ", "what is 2 ? ", "what is 1 ? ", "", "what is 2 ? ", "what is 1 ? "]
 ROWS = [{"prompt": text, "completion": f"answer: {'3 ' * (1 + row)}"} for row, text in enumerate(PROMPTS)]

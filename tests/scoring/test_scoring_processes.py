@@ -16,6 +16,7 @@ from helpers.scoring import ROWS
 
 from resofilter_trainer import DataSelector, ScoreTable
 from resofilter_trainer.cli.entry import main
+from resofilter_trainer.io import digest
 
 
 def resofilter(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -50,6 +51,28 @@ def test_any_number_of_processes_gives_the_same_scores(processes, command, tmp_p
     one, several = scores_of(command, tmp_path / "one"), ScoreTable.load(tmp_path / "several")
     assert several.table.equals(one.table)
     assert np.array_equal(DataSelector().select(several).keep, DataSelector().select(one).keep)
+
+
+def test_rows_that_two_processes_prepare_together_have_the_same_scores(tiny_model_dir, tmp_path, monkeypatch):
+    """Here the prepared rows are kept beside a copy of the dataset, as the first start would else spare the second."""
+    rows = [{**row, "answer": "" if i == 3 else row["answer"]} for i, row in enumerate([*ROWS, ROWS[1]])]
+    for name in ("one", "two"):
+        Dataset.from_list(rows).save_to_disk(tmp_path / name)
+    options = ["--model", tiny_model_dir, "--prompt_column", "question", "--completion_column", "answer"]
+    options += ["--tokens_per_batch", 40, "--precision", "float32", "--drop_duplicates", "--drop_empty"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2]
+    command += ["-m", "helpers.prepared_together", "score", "--dataset", tmp_path / "two"]
+    command = [*command, "--output", tmp_path / "several", *options]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=300, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert len([*(tmp_path / "two").glob("resofilter-*/*/tokens-*.arrow")]) > 2
+    monkeypatch.setattr(digest, "BLOCK", 3)
+    one = scores_of(["score", "--dataset", tmp_path / "one", *options], tmp_path / "alone")
+    several = ScoreTable.load(tmp_path / "several")
+    assert several.table.equals(one.table)
+    assert several.provenance.differences(one.provenance) == []
+    assert several.provenance.source["content"] == one.provenance.source["content"]
 
 
 @pytest.mark.slow

@@ -26,6 +26,7 @@ from resofilter_trainer import (
     unpack,
 )
 from resofilter_trainer.cli.entry import main
+from resofilter_trainer.data import fingerprints
 from resofilter_trainer.data.files import load_rows, load_stream
 from resofilter_trainer.io.digest import hash_rows
 from resofilter_trainer.scores.score_table import SCORES_FILE
@@ -61,6 +62,15 @@ def test_a_stream_scores_as_its_rows(model, tokenizer, tmp_path):
     assert found.provenance.rows == ROWS
     assert [path.name for path in tmp_path.iterdir()] == [SCORES_FILE]
     assert ScoreTable.load(tmp_path).table.equals(found.table)
+
+
+def test_weights_are_hashed_once(model, tokenizer, tmp_path, monkeypatch):
+    real, hashed = streaming.hash_weights, list[object]()
+    monkeypatch.setattr(streaming, "hash_weights", lambda model: hashed.append(model) or real(model))
+    monkeypatch.setattr(fingerprints, "hash_weights", streaming.hash_weights)
+    found = score(model, tokenizer, rows(ROWS).to_iterable_dataset(), tmp_path)
+    assert hashed == [model]
+    assert found.provenance.weights == real(model)
 
 
 def test_a_selection_filters_the_stream(model, tokenizer, tmp_path):
