@@ -92,6 +92,7 @@ def run(args: argparse.Namespace) -> None:
     """Decide from saved scores, and write the selection and the kept rows."""
     from ..io.files import check_folder
     from ..scores.score_table import ScoreTable
+    from ..scores.shards import listed
     from ..selecting.kept_dataset import check_no_other, check_place
 
     require(args, "scores", "output")
@@ -107,7 +108,8 @@ def run(args: argparse.Namespace) -> None:
     dataset = scored_dataset(args, made.source)
     if args.format and dataset is None:
         raise InputError("--format needs the rows, and the scores name no dataset: pass --dataset.")
-    check_place(output, args.dataset or made.source.get("dataset"))
+    for name in {args.dataset or made.source.get("dataset"), *(each.dataset for each in listed(made.source))}:
+        check_place(output, name)
     if args.group_column and (dataset is None or args.group_column not in dataset.column_names):
         has = "pass --dataset" if dataset is None else f"the dataset has {', '.join(dataset.column_names)}"
         raise InputError(f"--group_column {args.group_column} is a column of the dataset: {has}.")

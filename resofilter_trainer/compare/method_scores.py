@@ -43,7 +43,7 @@ from ..scoring.dataset import score_dataset
 from ..scoring.less import LessConfig, less_scores
 from ..scoring.output import Measured, PassOutput
 from ..scoring.run_pass import run_pass
-from ..selecting.token_rules import TokenRule
+from ..selecting.token_rules import EARLIER_LOSS, TokenRule
 from ..tokens.cleaning import measure_tokens
 from ..training.fine_tuning import fine_tune, save_model
 from .config import SelectorConfig
@@ -230,8 +230,9 @@ def by_token_statistics(request: Request) -> TokenScores:
 def by_token_progress(request: Request) -> TokenScores:
     """Every learnt token's loss under the model after its first training, and under the model before it."""
     assert request.reference is not None, "a comparison trains it"
-    settings = TokenRuleSettings(**request.selector.settings)
-    return _measured(request, request.reference, settings.of_share(1.0, 0), earlier=request.path)
+    needs = dict.fromkeys([EARLIER_LOSS, *TokenRuleSettings(**request.selector.settings).needs])  # shared by all gammas
+    rule = TokenRule("progress", lambda tokens: tokens.loss, [*needs])
+    return _measured(request, request.reference, rule, earlier=request.path)
 
 
 def _measured(request: Request, model: str | PreTrainedModel, rule: TokenRule, earlier: str = SELF) -> TokenScores:

@@ -18,7 +18,7 @@ from trl import SFTConfig
 
 from ..config import InputError
 from ..model.losses import IGNORE
-from .chat import Message
+from .chat import KEYS, Message
 from .columns import kind_of
 from .preparation import ROW_POSITION, PreparedRows
 
@@ -34,7 +34,7 @@ def weights_apart(dataset: Dataset) -> Dataset:
     """
     found, some = dataset, False
     for name, feature in dataset.features.items():
-        if kind_of(feature) not in ("messages", "any"):
+        if kind_of(feature) not in ("messages", "any") or not _has_roles(dataset, name):
             continue
         some = _check_weights(dataset, name) or some
         item = getattr(feature, "feature", None)
@@ -57,6 +57,12 @@ def _apart(row: dict[str, Any], name: str) -> dict[str, Any]:
 
     messages = row[name]
     return {name: [moved(each) for each in messages] if isinstance(messages, list) else messages}
+
+
+def _has_roles(dataset: Dataset, name: str) -> bool:
+    """Whether the items of a column are messages: some have a role, as the items of other lists have not."""
+    items = (item for each in dataset[name] if isinstance(each, list) for item in each)
+    return any(isinstance(item, Mapping) and not {*KEYS["role"]}.isdisjoint(item) for item in items)
 
 
 def _check_weights(dataset: Dataset, name: str) -> bool:
@@ -99,7 +105,8 @@ def weights_of_tokens(rows: Dataset, prepared: PreparedRows, args: SFTConfig) ->
                 f"Row {number} has {len(weights)} messages to learn and {len(runs)} parts that are learnt, so it is "
                 "unknown which message's weight is whose: does the chat template mark each assistant message?"
             )
-        found.append(np.repeat(np.array(weights[: len(runs)], dtype=np.float32), runs))
+        of_runs = weights[len(weights) - len(runs) :] if args.truncation_mode == "keep_end" else weights[: len(runs)]
+        found.append(np.repeat(np.array(of_runs, dtype=np.float32), runs))
     return np.concatenate(found)
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..config import FILE_FORMATS, RESONANCE, ColumnMapping, ResonanceConfig
 from .provenance import Provenance
-from .shards import SHARD
+from .shards import NAMED, SHARD, listed
 
 if TYPE_CHECKING:
     from huggingface_hub import DatasetCard
@@ -79,8 +79,34 @@ def score_lines(provenance: Provenance, drop_duplicates: bool, drop_empty: bool)
     """The command that makes these scores again, as a block; without one, how they were made."""
     if "run" in provenance.preparation:
         return ["`ResonanceCallback` measured them in a training run.", ""]
-    command = f"resofilter score{flags(score_options(provenance, drop_duplicates, drop_empty))}"
-    return [] if "\n" in command else ["## How to reproduce it", "", *as_block(command)]
+    commands = scoring_commands(score_options(provenance, drop_duplicates, drop_empty), provenance.source)
+    if not commands or any("\n" in command for command in commands):
+        return []
+    return ["## How to reproduce it", "", *as_block("\n".join(commands))]
+
+
+def scoring_commands(score: Mapping[str, Any], source: Mapping[str, Any]) -> list[str]:
+    """The commands that score: one, or one for each shard and one that joins their scores; none for unknown rows.
+
+    Args:
+        score: the options of `score_options`.
+        source: the source of the scores.
+    """
+    shards = listed(source)
+    if not shards or "dataset" in source:  # of shards of one dataset, all at once
+        return [f"resofilter score{flags(score)}"]
+    if any(each.dataset is None for each in shards):
+        return []
+    places = list(dict.fromkeys(tuple(getattr(each, name) for name in NAMED) for each in shards))
+    folders = [f"scores-{number}" for number in range(len(places))]
+    own = [
+        {**score, **source_options(dict(zip(NAMED, place, strict=True))), "output": folder}
+        for place, folder in zip(places, folders, strict=True)
+    ]
+    return [
+        *(f"resofilter score{flags(each)}" for each in own),
+        f"resofilter join {' '.join(folders)} --output=scores",
+    ]
 
 
 def as_block(text: str) -> list[str]:

@@ -118,11 +118,7 @@ class Provenance:
 
     def without_folders(self) -> Provenance:
         """The same for others: of a path on this machine, the last part, as `./rows.jsonl`. What is compared stays."""
-        source = {
-            name: _without_folders(value, name in NAMED) if isinstance(value, str) else value
-            for name, value in self.source.items()
-        }
-        return dataclasses.replace(self, model=_without_folders(self.model, True), source=source)
+        return dataclasses.replace(self, model=_without_folders(self.model, True), source=_shared(self.source))
 
     @property
     def key(self) -> str:
@@ -180,6 +176,15 @@ class Provenance:
             if not isinstance(getattr(made, each.name), kind):
                 raise TypeError(f"{each.name} has another type")
         return made
+
+
+def _shared(source: Any, name: str = "") -> Any:
+    """A source for others: without folders, at any depth, as joined scores list the sources of their shards."""
+    if isinstance(source, Mapping):
+        return {key: _shared(value, key) for key, value in source.items()}
+    if isinstance(source, list):
+        return [_shared(each, name) for each in source]
+    return _without_folders(source, name in NAMED) if isinstance(source, str) else source
 
 
 def _without_folders(text: str, is_name: bool) -> str:

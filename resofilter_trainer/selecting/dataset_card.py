@@ -21,11 +21,11 @@ from ..scores.cards import (
     origin_lines,
     plain,
     score_options,
+    scoring_commands,
     source_options,
 )
 from ..scores.provenance import Provenance
 from ..scores.score_table import EMPTY, OF_GROUP, OF_PROMPT, SAME_PROMPT, count_reasons
-from ..scores.shards import NAMED, listed
 
 if TYPE_CHECKING:
     from huggingface_hub import DatasetCard
@@ -118,30 +118,16 @@ def commands_of(
         **({"checks": "checks", "checked": provenance.source["checks"]} if "checks" in provenance.source else {}),
         "output": "kept",
     }
-    found = [*_scoring(score, provenance.source), f"resofilter select scores{flags(select)}"]
+    scoring = scoring_commands(score, provenance.source)
+    if not scoring:
+        return []
+    found = [*scoring, f"resofilter select scores{flags(select)}"]
     if "checks" in provenance.source:
         names = dataclasses.fields(ColumnMapping)
         columns = {each.name: score[each.name] for each in names if each.name in score}
         check = {**source_options(provenance.source), **columns, "output": "checks"}
         found.insert(0, f"resofilter check{flags(check)}")
     return [] if any("\n" in command for command in found) else found
-
-
-def _scoring(score: Mapping[str, Any], source: Mapping[str, Any]) -> list[str]:
-    """The commands that score: one, or one for each shard and one that joins their scores."""
-    shards = listed(source)
-    if not shards or "dataset" in source:  # of shards of one dataset, all at once
-        return [f"resofilter score{flags(score)}"]
-    places = list(dict.fromkeys((each.dataset, each.split, each.name) for each in shards))
-    folders = [f"scores-{number}" for number in range(len(places))]
-    own = [
-        {**score, **source_options(dict(zip(NAMED, place, strict=True))), "output": folder}
-        for place, folder in zip(places, folders, strict=True)
-    ]
-    return [
-        *(f"resofilter score{flags(each)}" for each in own),
-        f"resofilter join {' '.join(folders)} --output=scores",
-    ]
 
 
 def _how(commands: Sequence[str], policy: Mapping[str, Any]) -> list[str]:

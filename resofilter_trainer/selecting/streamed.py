@@ -61,6 +61,8 @@ def select_file(
     if selector.drop is None and selector.band is None:
         selector = dataclasses.replace(selector, drop=selector.end(empty))
     target = file_at(output, SELECTION_FILE)
+    if target.resolve() == file.path.resolve():
+        raise InputError(f"'{target}' is the file of the scores. Choose another output.")
     choosing = _Choosing(file, provenance, selector)
     cuts = choosing.cuts()
     with writing_pieces(target, SCHEMA) as writer, ahead(choosing.decided(cuts)) as tables:

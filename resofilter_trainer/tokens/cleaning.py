@@ -27,6 +27,7 @@ from ..data.loading import Opened, check_arguments, check_model, default_argumen
 from ..data.message_weights import weights_apart, weights_of_tokens
 from ..data.preparation import PreparedRows
 from ..data.reference_model import Reference
+from ..io.digest import hash_rows
 from ..model.losses import vocabulary_of
 from ..scores.provenance import Provenance
 from ..scores.token_scores import MEASURED, TOKEN_SCORES_FILE, TokenScores
@@ -217,11 +218,14 @@ def open_task(
     if {*OF_OTHERS} & {*rule.needs}:
         source = {**(source or {}), "reference": cleaning.reference}
     given = {}
+    own = dataset
     if MESSAGE_WEIGHT in rule.needs:
         dataset = weights_apart(dataset)
     base, opened = open_pass(model, dataset, processing_class, args, config, source=source, **row_options)
     if MESSAGE_WEIGHT in rule.needs:
         given[MESSAGE_WEIGHT] = weights_of_tokens(_read_again(dataset, args, **row_options), opened.prepared, args)
+        of_own = {**opened.provenance.source, "content": hash_rows(own)}  # the user's rows, not the renamed ones
+        opened = dataclasses.replace(opened, provenance=dataclasses.replace(opened.provenance, source=of_own))
     return placed(base, args), CleaningTask(cleaning, args, opened, groups, folder, rule, vocabulary_of(base), given)
 
 
@@ -299,9 +303,10 @@ def _scored(
     else:
         base = base if reference.is_adapter else None  # frees a model that was loaded here before the reference is
         other, provenance = _other_losses(task, reference, base, existing)
-    names = [] if existing is None else existing.columns
-    if existing is not None and {*found} <= {*names} and (other is None) == (existing.reference is None):
-        return task, existing
+    if existing is not None and {*found} <= {*existing.columns} and (other is None) == (existing.reference is None):
+        found_again = all(np.array_equal(getattr(existing, name), values) for name, values in task.given.items())
+        if found_again:  # the weights of messages are in no token
+            return task, existing
     base_losses = found.pop("base")
     scores = score_tokens(task.opened.prepared, base_losses, other, provenance, found)
     if folder is not None and PartialState().is_main_process:

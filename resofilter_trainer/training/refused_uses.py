@@ -18,7 +18,8 @@ from .trainer_packing import packs
 
 def steps_in_backward(trainer: Trainer) -> bool:
     """Whether the optimizer steps in the backward, so that no update is left to leave out."""
-    return trainer.is_deepspeed_enabled or any(word in str(trainer.args.optim) for word in ("lomo", "layerwise"))
+    name = str(getattr(trainer.args.optim, "value", trainer.args.optim)).lower()
+    return trainer.is_deepspeed_enabled or any(word in name for word in ("lomo", "layerwise"))
 
 
 BEFORE_SHARDED = Refusal(

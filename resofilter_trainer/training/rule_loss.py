@@ -92,6 +92,11 @@ class RuleWeights:
         """Before the optimizer's step: whether it is left out, as no token of the step has a weight above 0."""
         return self._loss is not None and self._step.leaves_out()
 
+    def leave_out(self) -> None:
+        """After `leaves_out`: let the optimizer leave its step out, if so."""
+        if self._loss is not None:
+            self._step.leave_out()
+
     def end_update(self) -> None:
         """The optimizer was asked for its step."""
         if self._loss is not None:

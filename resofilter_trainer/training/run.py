@@ -247,6 +247,7 @@ class Run:
         if self.nothing_learnt:
             cast(Any, self.trainer.model).zero_grad(set_to_none=True)
         self._watch.before_step(left_out=self._rule.leaves_out())
+        self._rule.leave_out()
 
     def after_optimizer(self) -> None:
         """Measure what the optimizer's step has changed, where that is what is measured."""

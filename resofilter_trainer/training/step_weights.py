@@ -1,6 +1,6 @@
 """The weights of the tokens of each step, in all processes: an update without any is left out. Knows steps, no rule.
 
-add -> ... -> leaves_out -> the optimizer's step -> end_update -> end_step
+add -> ... -> leaves_out -> leave_out -> the optimizer's step -> end_update -> end_step
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ class StepWeights:
         self._update = UpdatePatch(trainer)
         self._added: list[tuple[float | Tensor, float | Tensor]] = []
         self._step: tuple[float, float] | None = None  # the sums of the present step, of all processes
+        self._without = False  # whether no token of the present step has a weight
         self._told = False
 
     def add(self, weight: float | Tensor, tokens: float | Tensor) -> None:
@@ -39,11 +40,16 @@ class StepWeights:
         self._added.append((weight, tokens))
 
     def leaves_out(self) -> bool:
-        """Before the optimizer's step: whether it is left out, as no token of the step has a weight above 0."""
+        """Before the optimizer's step: whether `leave_out` will, as no token of the step has a weight above 0."""
         weight, tokens = self._step = self._of_all()
-        args = self._trainer.args
-        if not tokens or weight != 0:
-            return False
+        self._without = bool(tokens) and weight == 0
+        return self._without and not steps_in_backward(self._trainer)
+
+    def leave_out(self) -> None:
+        """After `leaves_out`: let the optimizer leave its step out, if so."""
+        if not self._without or self._step is None:
+            return
+        args, (_, tokens) = self._trainer.args, self._step
         possible = not steps_in_backward(self._trainer)
         if possible:
             self._update.unscaled = (args.max_grad_norm or 0) > 0
@@ -57,7 +63,6 @@ class StepWeights:
                 stacklevel=2,
             )
         self._told = True
-        return possible
 
     def end_update(self) -> None:
         """The optimizer was asked for its step: let it make the next one."""

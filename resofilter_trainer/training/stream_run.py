@@ -207,15 +207,16 @@ class StreamRun:
         """Undo the random draw of an iterator that an uninterrupted run did not make."""
         if self._resumed_at is not None:
             self._undo_draw()
-            self._resumed_at = None
 
     def _undo_draw(self) -> None:
+        self._resumed_at = None
         if self.trainer.args.ignore_data_skip and self._within:  # otherwise the Trainer restores it after skipping
             self._patch.rows.undo_draw()
 
     def before_optimizer(self) -> None:
         """Prepare the measurement of the optimizer's step."""
         self._watch.before_step(left_out=self._rule.leaves_out())
+        self._rule.leave_out()
 
     def after_optimizer(self) -> None:
         """Measure what the optimizer's step has changed, where that is what is measured."""
@@ -250,7 +251,6 @@ class StreamRun:
         if self._resumed_at is not None:  # nothing was left of the pass
             access.restore_random_state(self.trainer, self._resumed_at)
             self._undo_draw()
-            self._resumed_at = None
             control.should_training_stop = False  # the Trainer takes the stream to be empty
         if self._ends_again:  # what is due at this end was done before the checkpoint
             control.should_log = control.should_evaluate = control.should_save = self._ends_again = False

@@ -31,7 +31,8 @@ from .step_weights import StepWeights
 from .trainer_patches import LossPatch
 from .weighting import SampleWeights, weigh_batches
 
-STATE = "TokenWeights"  # in the state of a checkpoint
+STATE = "resofilter_token_weights"  # in the state of a checkpoint; a class's name would let the Trainer make it anew
+EARLIER_STATE = "TokenWeights"  # of checkpoints of before
 
 
 @with_known_keywords
@@ -97,6 +98,7 @@ class TokenWeights(TrainerCallback):
         """Leave out the update of a step whose tokens all have the weight 0."""
         if self._step is not None:
             self._step.leaves_out()
+            self._step.leave_out()
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -126,7 +128,8 @@ class TokenWeights(TrainerCallback):
         if state.global_step:
             what = f"The checkpoint of step {state.global_step} was"
             remedy = "Resume with the weights it was made with, or start again."
-            check_made_from(state.stateful_callbacks.get(STATE, {}), here, what, remedy)
+            states = state.stateful_callbacks
+            check_made_from(states.get(STATE) or states.pop(EARLIER_STATE, {}), here, what, remedy)
         state.stateful_callbacks[STATE] = here
 
     def _by_column(self, trainer: Trainer, loader: Any) -> Callable[[], None]:

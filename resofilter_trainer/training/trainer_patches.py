@@ -308,6 +308,7 @@ class UpdatePatch:
         accelerator, optimizer = self._trainer.accelerator, self._trainer.optimizer
 
         def nothing(*args: Any, **kwargs: Any) -> None:
+            self.restore()  # only this step is left out
             for each in (optimizer, getattr(optimizer, "optimizer", optimizer)):
                 each._opt_called = True  # or torch warns that the first learning rate was not used
             if accelerator.scaler is not None:  # which expects that a gradient was checked, and then a new scale

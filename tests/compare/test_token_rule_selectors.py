@@ -160,7 +160,7 @@ def _trained(settings: dict[str, Any], rows: Dataset, folder: Path, weighted: bo
 def test_sstoken_compares_the_model_after_its_first_training_with_the_model_before(settings):
     """The same numbers as Token Cleaning's, the other way round, and not those of a given reference model."""
     found, attentive = {}, entry("sstoken", gamma=0.5)
-    for rule, chosen in (("rho", entry("rho")), ("sstoken", attentive)):
+    for rule, chosen in (("rho", entry("rho")), ("attention", entry("sstoken", gamma=0.0)), ("sstoken", attentive)):
         config = ComparisonConfig.of({**settings, "selectors": [chosen]})
         found[rule] = SelectorScores(config, settings["model"], 0, make_data(config, 0)).of(config.selectors[0])
     before, after = (found[rule].table for rule in ("rho", "sstoken"))

@@ -12,6 +12,7 @@ import pytest
 from datasets import Dataset, load_dataset
 from helpers.commands import QUESTIONS, refused, write
 from helpers.hub import WRITES, serving, set_offline
+from helpers.shards import scores_of as shard_of
 from helpers.tables import make_provenance, make_scores, make_token_scores
 from huggingface_hub import DatasetCard, snapshot_download
 
@@ -134,6 +135,21 @@ def test_names_of_folders_stay_here(hub, tmp_path):
     assert str(tmp_path) not in selection.card().text
     assert str(tmp_path) in selection.card(folders=True).text
     assert Selection.from_hub("me/kept")["reason"] == selection["reason"]
+
+
+def test_names_of_shards_stay_here_too(hub, tmp_path):
+    parts = [shard_of(0, 5, {"dataset": f"{tmp_path}/a.jsonl"}), shard_of(5, 11, {"dataset": f"{tmp_path}/b.jsonl"})]
+    joined = ScoreTable.concatenate(parts)
+    joined.push_to_hub("me/joined")
+    DataSelector().select(joined).push_to_hub(None, "me/selected")
+    assert str(tmp_path).encode() not in hub.everything()
+    text = hub.repositories["me/joined"].files()["README.md"].decode()
+    assert "score --model=tiny --dataset=./b.jsonl" in text
+    assert "    resofilter join scores-0 scores-1 --output=scores" in text
+    assert [each.dataset for each in ScoreTable.from_hub("me/joined").shards] == ["./a.jsonl", "./b.jsonl"]
+    unnamed = ScoreTable.concatenate([shard_of(0, 5, {"dataset": None}), shard_of(5, 11)])
+    unnamed.push_to_hub("me/joined")
+    assert "resofilter score" not in hub.repositories["me/joined"].files()["README.md"].decode()
 
 
 def test_kept_rows_go_with_their_selection_and_card(hub):

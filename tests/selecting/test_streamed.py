@@ -105,6 +105,13 @@ def test_what_needs_all_rows_in_memory_is_refused(settings, tmp_path):
         select_file(tmp_path, tmp_path, DataSelector(**settings))
 
 
+def test_scores_are_not_replaced_by_what_is_selected_from_them(tmp_path):
+    place = made([0.0, 1.0, 2.0, 3.0, 4.0]).save(tmp_path / "scores.parquet")
+    with pytest.raises(InputError, match="is the file of the scores"):
+        select_file(place, place)
+    assert len(ScoreTable.load(place)) == 5
+
+
 def test_scores_that_do_not_fit_are_refused(tmp_path):
     made([1.0, 2.0]).save(tmp_path / "whole")
     with pytest.raises(InputError, match=r"no column 'entropy' of numbers\. They have: sample_id, score"):

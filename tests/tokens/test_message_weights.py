@@ -13,6 +13,7 @@ from helpers.versions import skip_without
 from torch.nn import functional as F
 
 from resofilter_trainer import InputError, TokenRule, TokenWeights, clean_dataset
+from resofilter_trainer.io.digest import same_rows
 from resofilter_trainer.report import read_contents
 
 ASSISTANT = {"assistant_only_loss": True}
@@ -23,7 +24,7 @@ def chat(*weights: float | None) -> list[dict[str, Any]]:
     messages = []
     for turn, weight in enumerate(weights):
         messages += [{"role": "user", "content": f"question {turn} ?"}]
-        messages += [{"role": "assistant", "content": "the fox " * (turn + 1) + f"{weight}", "weight": weight}]
+        messages += [{"role": "assistant", "content": "the fox " * (turn + 1), "weight": weight}]
     return messages
 
 
@@ -64,8 +65,29 @@ def test_each_token_has_the_weight_of_its_message(place, tmp_path, tokenizer):
     assert read_contents(tmp_path / "out").cleaned == cleaned.selection
     again = weigh(place, tmp_path, CHATS, {"output": tmp_path / "out"})
     assert again.selection == cleaned.selection
+    rows = Dataset.from_list([{"messages": each} for each in CHATS])
+    assert same_rows(cleaned.selection.scores.provenance.source["content"], rows)
+    changed = [*CHATS[:2], chat(0.5)]  # the same tokens
+    again = weigh(place, tmp_path, changed, {"output": tmp_path / "out"})
+    assert [row["token_weights"] for row in again.dataset] == [plain_weights(each, tokenizer) for each in changed]
     with pytest.raises(InputError, match="they differ in"):
-        weigh(place, tmp_path, [*CHATS[:2], chat(0.5)], {"output": tmp_path / "out"})
+        weigh(place, tmp_path, [*CHATS[:2], chat(0.5, 0.5)], {"output": tmp_path / "out"})
+
+
+@pytest.mark.filterwarnings("ignore:The `'keep_end'`")
+def test_a_chat_that_is_cut_at_its_beginning_keeps_the_weights_of_its_end(place, tmp_path):
+    rows = [chat(0.25, 0.5, 0.75)]
+    whole = weigh(place, tmp_path, rows).dataset[0]["token_weights"]
+    cut = weigh(place, tmp_path, rows, max_length=len(whole) - whole.index(0.25) - 6, truncation_mode="keep_end")
+    assert cut.dataset[0]["token_weights"] == whole[-len(cut.dataset[0]["token_weights"]) :]
+    assert 0.25 not in cut.dataset[0]["token_weights"]
+
+
+def test_other_lists_are_no_messages(place, tmp_path):
+    sources = [[{"name": "a", "weight": 5.0}]] * len(CHATS)
+    rows = Dataset.from_dict({"messages": CHATS, "sources": sources})
+    found, expected = weigh(place, tmp_path, rows).dataset, weigh(place, tmp_path, CHATS).dataset
+    assert found["token_weights"][:] == expected["token_weights"][:]
 
 
 def test_a_step_is_the_one_written_out(place, tmp_path, tokenizer):

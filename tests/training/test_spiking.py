@@ -15,6 +15,7 @@ from helpers.run_ledgers import Unrounded, lines, parts_of
 from helpers.tables import make_provenance
 from helpers.training import InOrder, arguments, llama
 from transformers import TrainerCallback
+from transformers.training_args import OptimizerNames
 
 from resofilter_trainer import InputError, Ledger, ResonanceCallback, ScoreTable
 from resofilter_trainer.training.checkpoints import warn_of_other_skipping
@@ -228,7 +229,7 @@ def test_arguments_that_cannot_work_are_refused():
         ResonanceCallback(skip_update=True, when="before")
 
 
-@pytest.mark.parametrize("optim", ["lomo", "adalomo", "galore_adamw_layerwise"])
+@pytest.mark.parametrize("optim", ["lomo", *map(OptimizerNames, ("lomo", "adalomo", "galore_adamw_layerwise"))])
 def test_an_optimizer_that_steps_in_the_backward_has_no_update_to_leave_out(optim):
     trainer = SimpleNamespace(args=SimpleNamespace(optim=optim), train_dataset=None, is_deepspeed_enabled=False)
     with pytest.raises(InputError, match=r"an optimizer that steps in the backward, such as LOMO.* Return 'stop'"):
@@ -250,3 +251,4 @@ def test_after_an_overflow_the_learning_rate_goes_on_where_an_update_is_left_out
     UpdatePatch(SimpleNamespace(accelerator=accelerator, optimizer=optimizer)).leave_out()
     optimizer.step()
     assert optimizer._is_overflow is False
+    assert not hasattr(optimizer, "step"), "only one step is left out, whatever ends the training after it"
