@@ -12,7 +12,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from ..io.files import replacing
-from ..selecting.results import COMPARISON_FILE, EPOCHS, FLOPS, FULL, RANDOM
+from ..selecting.results import COMPARISON_FILE, EPOCHS, FLOPS, FULL, RANDOM, kept_share
 from .cells import Cell, summarise, transfer
 from .config import ComparisonConfig
 from .published import Needs, dense_ranks, efficiency_ranks, feasibility_ranks, pir, pixel_distances, residual
@@ -161,7 +161,10 @@ def _name(line: dict[str, Any], lines: Sequence[dict[str, Any]]) -> str:
 
 
 def draw(lines: Sequence[dict[str, Any]], path: Path) -> None:
-    """For each budget and share, best first: the metric with its interval, and the cost of selecting and training."""
+    """For each budget and share, best first: the metric with its interval, and the cost of selecting and training.
+
+    Selectors without a share to set have a panel of their own, which names the share that each kept.
+    """
     pairs = {(line["budget"], line["keep"]) for line in lines if line["selector"] != FULL}
     panels = sorted(pairs) or [(EPOCHS, 1.0)]
     figure = Figure(figsize=(10, len(panels) * (1 + 0.28 * (len(lines) // len(panels) + 1))), layout="constrained")
@@ -175,8 +178,10 @@ def draw(lines: Sequence[dict[str, Any]], path: Path) -> None:
             if not math.isnan(line["metric_low"]):
                 left.plot([line["metric_low"], line["metric_high"]], [place, place], color=colour, linewidth=2)
             left.plot(line["metric"], place, "o", color=colour)
-        left.set(xlabel="held-out metric, 95 % interval", title=f"keep {keep:g}{', equal FLOPs' * (budget == FLOPS)}")
-        left.set_yticks(places, [_name(line, lines) for line in shown])
+        asked = f"keep {keep:g} of rows or tokens" if keep < 1 else "own share of rows or tokens"
+        left.set(xlabel="held-out metric, 95 % interval", title=asked + ", equal FLOPs" * (budget == FLOPS))
+        shares = [f" ({100 * kept_share(line):.0f} %)" if keep == 1 else "" for line in shown]
+        left.set_yticks(places, [_name(line, lines) + share for line, share in zip(shown, shares, strict=True)])
         selecting = [line["selection_flops"] for line in shown]
         right.barh(places, selecting, color=OWN, label="selecting")
         training = [line["training_flops"] for line in shown]

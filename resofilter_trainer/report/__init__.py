@@ -89,7 +89,9 @@ def write_report(
     for what, values in (("texts", texts), ("groups", groups), ("ids", ids)):
         if scores is not None and values is not None and len(values) != len(scores):
             raise InputError(f"There are {len(scores)} rows and {len(values)} {what}: every row needs one.")
-    groups, ids = (None if each is None else [shortened(str(one)) for one in each] for each in (groups, ids))
+    groups, ids = _as_text(groups), _as_text(ids)
+    groups = groups and [shortened(each) for each in groups]
+    shown_ids = ids and [shortened(each) for each in ids]  # the files have them whole
     selection = samples = numbers = None
     files = ""
     if scores is None:
@@ -97,7 +99,7 @@ def write_report(
         figures = {"ratios": ratios_figure(ratios)} if ratios else {}
     else:
         selection = contents.decided()
-        samples = samples_of(scores, texts, contents.cleaned, decode, ids)
+        samples = samples_of(scores, texts, contents.cleaned, decode, shown_ids)
         numbers = numbers_of(contents, groups, _frequency(texts), samples.copies)
         points = points_of(scores, selection.keep, samples.rows)
         figures = figures_of(numbers, points, shown_note(len(samples.rows), len(scores)))
@@ -115,6 +117,11 @@ def write_report(
     with replacing(output / PAGE) as temporary:
         temporary.write_bytes(page.encode("utf-8", "replace"))  # a lone surrogate becomes a question mark
     return Report(output / PAGE, numbers, pictures)
+
+
+def _as_text(values: Sequence[Any] | None) -> list[str] | None:
+    """(N,) each value as text, "" where there is none; None without values."""
+    return None if values is None else ["" if each is None else str(each) for each in values]
 
 
 def _frequency(texts: Sequence[Text] | None) -> np.ndarray | None:

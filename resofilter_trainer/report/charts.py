@@ -243,7 +243,7 @@ def _names(rows: Sequence[dict[str, Any]]) -> alt.Y:
 
 
 def ratios_figure(ratios: Sequence[dict[str, Any]]) -> Figure:
-    """The metric of a comparison by kept share (ResoFilter, figure 3); the best selector stands out."""
+    """A comparison's metric by kept share of rows or tokens (ResoFilter, figure 3); the best selector stands out."""
     several = len({each["model"] for each in ratios}) > 1
     series: dict[str, list[dict[str, Any]]] = {}
     for each in ratios:
@@ -256,7 +256,8 @@ def ratios_figure(ratios: Sequence[dict[str, Any]]) -> Figure:
     for name, values in sorted(series.items(), key=lambda each: each[0] == best):  # the best is drawn last
         which = "kept" if name == best else "other"
         rows = sorted(({**each, "name": name} for each in values), key=lambda each: each["keep"])
-        x = alt.X("keep:Q", title="share of rows kept", axis=alt.Axis(labelExpr="round(100 * datum.value) + ' %'"))
+        axis = alt.Axis(labelExpr="round(100 * datum.value) + ' %'")
+        x = alt.X("keep:Q", title="share of rows or tokens kept", axis=axis)
         y, foot = (alt.Y(f"{field}:Q", title="held-out metric", scale=scale) for field in ("metric", "metric_low"))
         tooltip = ["name:N", "keep:Q", "metric:Q", "metric_low:Q", "metric_high:Q"]
         line = plot(rows).mark_line(style=which, point=alt.OverlayMarkDef(size=36, style=which))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from .samples import Text
 
 CSV_FILE = "dropped.csv"
 FORMULA = tuple("=+-@\t\r")  # a spreadsheet computes text that begins with one of these
+NUMBER = re.compile(r"[+-]?[0-9]+(\.[0-9]+)?")  # a spreadsheet shows it as what it is
 AT_ONCE = 5_000  # rows whose text is in memory at a time
 
 
@@ -80,9 +82,13 @@ def _strings(values: Sequence[Any]) -> pa.Array:
 
 
 def _without_formulas(table: pa.Table) -> pa.Table:
-    """The table with an apostrophe before each text that a spreadsheet would compute."""
+    """The table with an apostrophe before each text that a spreadsheet would compute; plain numbers stay."""
     for place, name in enumerate(table.column_names):
         if pa.types.is_string(table.schema.field(name).type):
-            quoted = [f"'{text}" if text and text.startswith(FORMULA) else text for text in table[name].to_pylist()]
+            quoted = [f"'{text}" if _is_formula(text) else text for text in table[name].to_pylist()]
             table = table.set_column(place, name, pa.array(quoted, pa.string()))
     return table
+
+
+def _is_formula(text: str | None) -> bool:
+    return text is not None and text.startswith(FORMULA) and NUMBER.fullmatch(text) is None

@@ -88,7 +88,7 @@ def of_quarters(quarters: Sequence[Quarter], what: str) -> str:
 def of_ratios(ratios: Sequence[dict[str, Any]]) -> str:
     """Which selector reached the highest metric."""
     best = max(ratios, key=lambda each: each["metric"])
-    share = f"{100 * best['keep']:.0f} % of the rows"
+    share = f"{100 * best['keep']:.0f} % of the rows or tokens"
     return f"The highest metric is {best['metric']:.3g}, of {best['selector']} with {share}."
 
 

@@ -228,7 +228,8 @@
   function saveCsv() {
     const quoted = (value) => {
       const text = value === null || value === undefined ? "" : String(value);
-      const safe = typeof value === "string" && /^[=+\-@\t\r]/.test(text) ? `'${text}` : text;  // else a spreadsheet computes it
+      const formula = typeof value === "string" && /^[=+\-@\t\r]/.test(text) && !/^[+-]?\d+(\.\d+)?$/.test(text);
+      const safe = formula ? `'${text}` : text;  // else a spreadsheet computes it
       return /[",\n\r]/.test(safe) ? `"${safe.replaceAll('"', '""')}"` : safe;
     };
     const texts = ["prompt", "completion"].filter((name) => samples[name]);

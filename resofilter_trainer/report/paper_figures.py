@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from ..scores.score_table import LAYER, ScoreTable
-from ..selecting.results import EPOCHS, FULL
+from ..selecting.results import EPOCHS, kept_share
 from .columns import column_or_nan, finite, with_finite_score
 
 QUARTER = 0.25
@@ -79,13 +79,12 @@ def layers_of(scores: ScoreTable) -> list[Layer]:
 
 
 def ratios_of(comparison: Mapping[str, Any] | None) -> list[dict[str, Any]]:
-    """The metric by kept share, of the selectors of a comparison that trained for as many epochs (figure 3)."""
+    """The metric by kept share of rows or tokens, of selectors that trained for as many epochs (figure 3)."""
     found = []
     for line in [] if comparison is None else comparison["lines"]:
         values = {name: finite(line[name]) for name in ("metric", "metric_low", "metric_high")}
         if line.get("budget", EPOCHS) == EPOCHS and values["metric"] is not None:
-            keep = 1.0 if line["selector"] == FULL else line["keep"]
-            found.append({"selector": line["selector"], "model": line["model"], "keep": keep, **values})
+            found.append({"selector": line["selector"], "model": line["model"], "keep": kept_share(line), **values})
     return found
 
 

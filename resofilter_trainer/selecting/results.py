@@ -24,6 +24,17 @@ DROPPED_FILE = "dropped.parquet"  # in that folder: all dropped rows
 COMPARISON_FILE, SUMMARY_FILE = "comparison.json", "summary.json"  # of a comparison, of token cleaning
 
 
+def kept_share(line: Mapping[str, Any]) -> float:
+    """The share of rows or tokens that a line of a comparison keeps.
+
+    It is the share that was asked for. A selector that has none is trained once, with 1; its share is what it kept.
+    """
+    kept = line.get("sdf")  # not in every line of an earlier version
+    if line["selector"] == FULL:
+        return 1.0
+    return float(line["keep"] if line["keep"] < 1 or kept is None else kept)
+
+
 @dataclass
 class Results:
     """The results of one run.

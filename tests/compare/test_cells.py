@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 
 from resofilter_trainer import InputError
 from resofilter_trainer.compare.cells import Cell, summarise, transfer
@@ -15,7 +16,7 @@ from resofilter_trainer.compare.config import ComparisonConfig, DemoProblems, Se
 from resofilter_trainer.compare.cost import longer_by
 from resofilter_trainer.compare.methods import check
 from resofilter_trainer.compare.published import Needs, pir, residual
-from resofilter_trainer.compare.report import FLOOR, judged, table
+from resofilter_trainer.compare.report import FLOOR, draw, judged, table
 from resofilter_trainer.compare.training import sft_config
 from resofilter_trainer.scores.statistics import interval
 
@@ -99,6 +100,17 @@ def test_a_run_that_failed_before_anything_was_selected_counts_in_no_column(cell
     (line,) = summarise([*failed, *sound])
     assert (line["sdf"], line["scored_by"], line["training_flops"], line["seeds"]) == (0.5, "a", 20.0, 2)
     assert line["failures"] == ["diverged"] * 3
+
+
+def test_the_picture_names_what_a_selector_without_a_share_kept(cells, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *given, **more: drawn.append(figure))
+    rule = cell("eaft", 0, 0.1, 1.0, kept=83)
+    lines = judged(summarise([*cells, rule]), {name: Needs(0, 1) for name in ("full", "random", "mine", "eaft")})
+    draw(lines, Path("unused"))
+    panels = {axes.get_title(): [each.get_text() for each in axes.get_yticklabels()] for axes in drawn[0].axes[::2]}
+    assert panels["own share of rows or tokens"] == ["eaft (83 %)", "full (100 %)"]
+    assert panels["keep 0.5 of rows or tokens"] == ["random", "mine", "full"]
 
 
 def test_a_selector_all_of_whose_runs_diverged():

@@ -157,6 +157,20 @@ def test_groups_may_be_an_array(tmp_path):
     assert data_of(report.path)["samples"]["group"] == ["a", "b", "a", "b"]
 
 
+def test_the_files_have_ids_as_they_are(tmp_path):
+    ids = ["x" * MAX_NAME + str(row) for row in range(4)] + ["-5", "+1.5", "-1+1", None]
+    scores = usual(8)
+    contents = Contents(scores, Selection(np.zeros(8, bool), ["no"] * 8, {}, scores.provenance.to_json()))
+    report = write_report(contents, tmp_path, groups=["a"] * 7 + [None], ids=ids)
+    exact = [*ids[:-1], ""]
+    assert pq.read_table(tmp_path / "report" / "dropped.parquet")["id"].to_pylist() == exact
+    lines = (tmp_path / "report" / "dropped.csv").read_text().splitlines()[1:]
+    assert [each.split(",")[1].strip('"') for each in lines] == [*exact[:6], "'-1+1", ""]
+    shown = data_of(report.path)["samples"]
+    assert shown["id"][3:] == ["x" * MAX_NAME + "\u2026", *exact[4:]]
+    assert shown["group"] == ["a"] * 7 + [""]
+
+
 def test_a_layer_with_changes_that_are_not_finite_is_read(tmp_path):
     table = usual(2)
     write_report(Contents(table, layers=make_scores([1.0, math.nan], provenance=table.provenance)), tmp_path)

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from resofilter_trainer.report import contents, write_report
 from resofilter_trainer.report.distribution import Scale, histogram, threshold_of
 from resofilter_trainer.report.epochs import epochs_of
+from resofilter_trainer.report.findings import of_ratios
 from resofilter_trainer.report.paper_figures import layers_of, quarters_of, ratios_of, word_frequency
 from resofilter_trainer.report.what_if import what_if
 from resofilter_trainer.scores.provenance import Trust
@@ -320,3 +321,9 @@ def test_ratios_are_the_lines_with_a_metric_at_equal_epochs():
     lines = [line("full", 0.5, 0.9), line("a", 0.5, 0.8, budget="flops"), line("a", 0.5, None), line("a", 0.1, 0.7)]
     assert ratios_of({"lines": lines}) == [line("full", 1.0, 0.9), line("a", 0.1, 0.7)]
     assert ratios_of(None) == []
+
+
+def test_a_selector_without_a_share_is_placed_at_what_it_kept():
+    lines = [line("full", 1.0, 0.9, sdf=1.0), line("eaft", 1.0, 0.8, sdf=0.83), line("a", 0.5, 0.7, sdf=0.51)]
+    assert [each["keep"] for each in ratios_of({"lines": lines})] == [1.0, 0.83, 0.5]
+    assert of_ratios(ratios_of({"lines": lines[1:]})).endswith("of eaft with 83 % of the rows or tokens.")

@@ -68,7 +68,7 @@ for place, hostile in enumerate(HOSTILE + SCRIPTS):
     TEXTS[place] = (hostile, hostile)
 TEXTS[COPY] = TEXTS[COPIED]
 GROUP = [GROUPS[row % len(GROUPS)] for row in range(ROWS)]
-IDS = [f"=id-{row:03d}" for row in range(ROWS)]
+IDS = [f"=id-{row:03d}" if row % 3 else f"-{row}.5" for row in range(ROWS)]
 
 
 @pytest.fixture(scope="module")
@@ -331,7 +331,7 @@ def test_saved_rows_are_those_that_are_found(page):
         for name in ("score", "loss", "num_tokens"):
             assert float(line[name] or "nan") == pytest.approx(TABLE.column(name)[row], rel=0, abs=0, nan_ok=True)
         assert line["decision"] == "dropped"
-        assert line["id"] == f"'{IDS[row]}"
+        assert line["id"] == IDS[row].replace("=id", "'=id")
         assert (line["prompt"], line["completion"]) == TEXTS[row]
         assert line["group"] == GROUP[row].replace("=1+1", "'=1+1")
         assert line["reason"] == REASON[row].replace("=HYPERLINK", "'=HYPERLINK")
