@@ -165,8 +165,8 @@ class TextChecks(RowRecord):
         own, other = self.source.get("content", ""), provenance.source.get("content", "")
         if shards_in(other):
             raise InputError(
-                "Joined scores do not show that they are of the checked rows: join them with the whole dataset "
-                "(ScoreTable.concatenate(tables, dataset=dataset), or resofilter join --dataset)."
+                "Joined scores do not show that they are of the checked rows: join them with dataset=, the whole "
+                "dataset."
             )
         if other and own.partition(":")[0] != other.partition(":")[0]:
             raise InputError(

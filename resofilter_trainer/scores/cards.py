@@ -105,7 +105,7 @@ def scoring_commands(score: Mapping[str, Any], source: Mapping[str, Any]) -> lis
     ]
     return [
         *(f"resofilter score{flags(each)}" for each in own),
-        f"resofilter join {' '.join(folders)} --output=scores",
+        f"resofilter join {' '.join(folders)}{flags({'output': 'scores'})}",
     ]
 
 

@@ -267,7 +267,7 @@ def _in_order(shards: Sequence[Sequence[Shard]], names: Sequence[str]) -> tuple[
             if earlier != table:
                 raise InputError(
                     f"{names[earlier]} and {names[table]} are of the same rows ({each}): leave one out. If the dataset "
-                    "has them twice, score it by --shard."
+                    "has them twice, score it in shards."
                 )
             pieces.append(Piece(table, each.first, rows, dataclasses.replace(each, first=rows + each.first)))
         rows += sum(each.rows for each in own)

@@ -126,6 +126,7 @@ def test_literals_are_found():
 
 
 MODULES = {name: path for name, path in modules().items() if name.split(".")[0] != "cli"}
+del MODULES["report.theme"]  # has variables of CSS, which look like flags
 
 
 @pytest.mark.parametrize("module", MODULES)

@@ -168,11 +168,11 @@ def test_what_does_not_exist_or_is_missing_is_one_line(argv, expected, capsys):
 @pytest.mark.parametrize(
     ("argv", "expected"),
     [
-        (["scor"], "There is no command 'scor'. Did you mean score? There are demo, score, select,"),
-        (["zzz"], "There is no command 'zzz'. There are demo, score, select,"),
-        ([], "Name a command: demo, score, select,"),
-        (["-v"], "Name a command: demo, score, select,"),
-        (["--keep", "0.5"], "Name a command: demo, score, select,"),
+        (["scor"], "There is no command 'scor'. Did you mean score? There are demo, score, join, select,"),
+        (["zzz"], "There is no command 'zzz'. There are demo, score, join, select,"),
+        ([], "Name a command: demo, score, join, select,"),
+        (["-v"], "Name a command: demo, score, join, select,"),
+        (["--keep", "0.5"], "Name a command: demo, score, join, select,"),
     ],
 )
 def test_an_unknown_command_is_one_line(argv, expected, capsys):

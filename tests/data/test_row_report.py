@@ -33,7 +33,7 @@ A_DATASET = (
 def written(monkeypatch):
     """What the page was asked to show, instead of a page."""
     asked: dict[str, object] = {}
-    names = ("contents", "output", "texts", "groups", "decode", "title")
+    names = ("contents", "output", "texts", "groups", "decode", "title", "ids")
     monkeypatch.setattr(row_report, "write_page", lambda *values: asked.update(zip(names, values, strict=True)))
     return asked
 
@@ -81,7 +81,7 @@ def test_the_arguments_of_version_0_1_0_are_understood(written, tmp_path):
     contents, texts = Contents(SCORES, SELECTION), [("p", "c")] * 4
     write_report(contents, tmp_path, texts, ["x"] * 4, None, "Title")
     assert written == {"contents": contents, "output": tmp_path, "texts": texts, "groups": ["x"] * 4, "decode": None,
-                       "title": "Title"}  # fmt: skip
+                       "title": "Title", "ids": None}  # fmt: skip
 
 
 def test_other_rows_are_refused_unless_only_columns_differ(written):

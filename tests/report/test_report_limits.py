@@ -95,9 +95,9 @@ def test_a_comparison_in_another_folder(tmp_path):
 def test_the_charts_of_an_earlier_report_are_removed(tmp_path):
     log = [{"step": 1, "learning_rate": 1e-5}, {"step": 2, "learning_rate": 0.0}]
     write_report(Contents(make_scores([1.0, 2.0]), log=log), tmp_path)
-    assert (tmp_path / "report" / "steps.png").is_file()
+    assert (tmp_path / "report" / "learning_rate.png").is_file()
     write_report(Contents(make_scores([1.0, 2.0])), tmp_path)
-    assert not (tmp_path / "report" / "steps.png").exists()
+    assert not (tmp_path / "report" / "learning_rate.png").exists()
 
 
 # ---- every table has a page

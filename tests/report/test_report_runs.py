@@ -164,8 +164,7 @@ def test_a_training_reports_on_its_rows_and_epochs(run, tokenizer):
     kept = [["●" if keep else "○" for keep in each.keep] for each in callback.selections]
     assert data["samples"]["epochs"] == ["".join(signs) for signs in zip(*kept, strict=True)]
     logged = {entry["step"]: entry["learning_rate"] for entry in trainer.state.log_history if "learning_rate" in entry}
-    panels = [panel["data"]["values"] for panel in data["charts"]["steps"]["vconcat"]]
-    drawn = {each["step"]: each["value"] for values in panels for each in values if each["what"] == "learning rate"}
+    drawn = {each["step"]: each["value"] for each in data["charts"]["learning_rate"]["data"]["values"]}
     assert drawn == pytest.approx(logged)
 
 

@@ -58,7 +58,7 @@ def test_a_stream_scores_as_its_rows(model, tokenizer, tmp_path):
     whole = score_dataset(model, dataset, tokenizer, arguments())
     for name in ("sample_id", "num_tokens", "length"):
         assert np.array_equal(found.column(name), whole.column(name))
-    np.testing.assert_allclose(found.column("score"), whole.column("score"), rtol=1e-6)
+    np.testing.assert_allclose(found.column("score"), whole.column("score"), rtol=5e-6)  # float32, in other batches
     assert found.provenance.rows == ROWS
     assert [path.name for path in tmp_path.iterdir()] == [SCORES_FILE]
     assert ScoreTable.load(tmp_path).table.equals(found.table)
@@ -134,7 +134,7 @@ def test_a_stream_of_chat_rows_says_once_how_it_reads_them_and_keeps_every_reaso
     assert "'tools' is no JSON" in found.reasons[3]
     assert found.scored.sum() == 49
     whole = score_dataset(model, Dataset.from_list(listed), tokenizer, arguments(), drop_empty=True)
-    np.testing.assert_allclose(found.column("score"), whole.column("score"), rtol=1e-6)
+    np.testing.assert_allclose(found.column("score"), whole.column("score"), rtol=5e-6)  # float32, in other batches
 
 
 def test_rows_that_cannot_be_scored_keep_their_positions(model, tokenizer, tmp_path):
