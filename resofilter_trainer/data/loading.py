@@ -5,6 +5,7 @@ Knows the user's rows, not what is measured.
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -62,6 +63,14 @@ class Opened:
     reasons: dict[int, str]
     rows: int
     provenance: Provenance
+
+    def provenance_like(self, fingerprint: str) -> Provenance:
+        """The provenance to compare with an earlier one.
+
+        Args:
+            fingerprint: that of the rows there (`Provenance.dataset`); an earlier version computed it in another way.
+        """
+        return dataclasses.replace(self.provenance, dataset=self.prepared.fingerprint_like(fingerprint))
 
 
 def open_pass(

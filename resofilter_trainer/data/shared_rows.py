@@ -7,6 +7,7 @@ Nothing here depends on the number of processes, and no process has all rows in 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import pickle
 import secrets
@@ -18,12 +19,13 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+from accelerate import PartialState
 from datasets import Dataset, DatasetInfo, Features, Value
 from trl import SFTConfig
 
 from ..config import ColumnMapping
 from ..io.digest import BLOCK, block_digests, digest_of_blocks
-from ..io.files import load_parquet, read_json, replacing, save_parquet
+from ..io.files import load_parquet, read_json, remove_old, replacing, save_parquet
 from ..scores.score_table import EMPTY, SAME_PROMPT
 from .columns import kind_of
 from .reading import Found, Reader
@@ -117,28 +119,29 @@ def read_shared(
     reader = Reader.of(dataset, mapping, args.dataset_text_field, args)
     if not mapping.columns:
         check_no_media(dataset)
-    shares = shares_of(len(dataset))
-    look = _Look(
-        reader,
-        args.dataset_text_field,
-        folder if drop_duplicates else None,
-        Remapped(reader.dataset),
-        Remapped(dataset),
-    )
+    shares, mapped = shares_of(len(dataset)), Remapped(reader.dataset)
+    with _queries(folder) if drop_duplicates else contextlib.nullcontext() as queries:
+        look = _Look(reader, args.dataset_text_field, queries, mapped, Remapped(dataset))
+        return _read_together(look, shares, drop_empty)
+
+
+def _read_together(look: _Look, shares: Sequence[Share], drop_empty: bool) -> SharedRows:
+    """The rows of all shares."""
+    reader, queries, count = look.reader, look.queries, shares[-1].stop
     looked = shared_out(shares, look.first)
     meaning = reader.settled([each.found for each in looked])
     empty = [row for each in looked for row in each.empty]
     if reader.reads:
         read = np.array(sorted(meaning.refused), dtype=np.int64)
         empty = [row for rows in shared_out(shares, partial(look.second, read, meaning.form)) for row in rows]
-    repeated = from_main(lambda: _repeated(folder, shares)) if drop_duplicates else np.empty((0, 2), np.int64)
+    repeated = np.empty((0, 2), np.int64) if queries is None else from_main(lambda: _repeated(queries, shares))
     reasons = {int(row): f"{SAME_PROMPT} {first}" for row, first in repeated}
     nothing = {row: EMPTY for row in empty if row not in reasons}
-    check_skipped(nothing | meaning.refused, len(dataset), drop_empty)
+    check_skipped(nothing | meaning.refused, count, drop_empty)
     skipped = reasons | nothing | meaning.refused
-    if len(skipped) == len(dataset):
+    if len(skipped) == count:
         raise all_skipped(skipped)
-    content = digest_of_blocks([block for each in looked for block in each.blocks], len(dataset))
+    content = digest_of_blocks([block for each in looked for block in each.blocks], count)
     return SharedRows(reader, meaning.form, skipped, meaning.notes, content)
 
 
@@ -155,13 +158,22 @@ def are_kept(folder: Path) -> bool:
     return (folder / ROWS).exists()
 
 
+def kept_content(folder: Path) -> str:
+    """The digest of the rows of which it is known. Raises InputError where the file is damaged."""
+    return str(_known(folder)["content"])
+
+
 def kept_rows(dataset: Dataset, mapping: ColumnMapping, args: SFTConfig, folder: Path) -> SharedRows:
     """The rows of which it is known. Raises InputError where a file is damaged."""
-    known = read_json(folder / ROWS, f"Remove '{folder}': the rows are read again.")
+    known = _known(folder)
     table, _ = load_parquet(folder / SKIPPED, SKIPPED, "skipped rows")
     skipped = dict(zip(table["position"].to_pylist(), table["reason"].to_pylist(), strict=True))
     reader = Reader.of(dataset, mapping, args.dataset_text_field, args)
     return SharedRows(reader, known["form"], skipped, known["notes"], known["content"])
+
+
+def _known(folder: Path) -> Any:
+    return read_json(folder / ROWS, f"Remove '{folder}': the rows are read again.")
 
 
 @dataclass(frozen=True)
@@ -180,7 +192,7 @@ class _Look:
     Attributes:
         reader: reads the rows.
         text_field: the column in which TRL looks for text.
-        queries: the folder for hashes of what rows ask; None if repeated rows stay.
+        queries: how the names of the files begin with hashes of what rows ask; None if repeated rows stay.
         mapped, whole: the reader's rows, and the user's with all columns.
     """
 
@@ -230,7 +242,7 @@ class _Look:
 
     def _write(self, share: Share, hashes: Sequence[np.ndarray]) -> None:
         if self.queries is not None:
-            with replacing(self.queries / f"{QUERIES}-{share.number:04d}.npy") as path, path.open("wb") as file:
+            with replacing(_file_of(self.queries, share)) as path, path.open("wb") as file:
                 np.save(file, np.concatenate([np.empty((0, 3), np.uint64), *hashes]))
 
 
@@ -248,10 +260,29 @@ def _joined(parts: Sequence[Found]) -> Found:
     )
 
 
-def _repeated(folder: Path, shares: Sequence[Share]) -> np.ndarray:
+@contextlib.contextmanager
+def _queries(folder: Path) -> Iterator[Path]:
+    """How the names of this run's files begin with hashes of what rows ask; the files are removed at the end.
+
+    Another run may prepare the same rows at the same time.
+    """
+    from_main(lambda: remove_old(folder, f"{QUERIES}-*.npy"))
+    own = folder / f"{QUERIES}-{from_main(lambda: secrets.token_hex(8))}"
+    try:
+        yield own
+    finally:
+        if PartialState().is_main_process:
+            for path in folder.glob(f"{own.name}-*.npy"):
+                path.unlink()
+
+
+def _file_of(queries: Path, share: Share) -> Path:
+    return queries.with_name(f"{queries.name}-{share.number:04d}.npy")
+
+
+def _repeated(queries: Path, shares: Sequence[Share]) -> np.ndarray:
     """The rows that ask what an earlier row asks, each with the first such row; (R, 2), ascending."""
-    paths = [folder / f"{QUERIES}-{share.number:04d}.npy" for share in shares]
-    parts = [np.load(path, mmap_mode="r") for path in paths]
+    parts = [np.load(_file_of(queries, share), mmap_mode="r") for share in shares]
     pieces = -(-sum(map(len, parts)) // SORTED)
     found = [np.empty((0, 2), np.int64)]
     for piece in range(pieces):  # of rows whose hashes are alike, so that equal ones are in one piece
@@ -262,8 +293,6 @@ def _repeated(folder: Path, shares: Sequence[Share]) -> np.ndarray:
         first = rows[starts, 2][np.cumsum(starts) - 1]
         found.append(np.column_stack([rows[~starts, 2], first[~starts]]).astype(np.int64))
     whole = np.concatenate(found)
-    for path in paths:
-        path.unlink(missing_ok=True)
     return whole[np.argsort(whole[:, 0])]
 
 

@@ -8,6 +8,7 @@ Once there is a summary, a start reads what is known of the rows, and batches re
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -53,6 +54,7 @@ class SharedTokens:
         self, rows: SharedRows, tokenizer: PreTrainedTokenizerBase, args: SFTConfig, drop_empty: bool
     ) -> PreparedRows:
         """What `preparation.prepare` makes of these rows; all processes call this. Arguments and errors as there."""
+        tokenizer = copy.deepcopy(tokenizer)  # TRL sets its pad token and more
         check_template(Dataset.from_dict({}), tokenizer, args.chat_template_path)
         usable, silent = self.count - len(rows.skipped), dict[int, str]()
         shares = [each.share for each in self._shares]

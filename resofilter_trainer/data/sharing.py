@@ -12,29 +12,36 @@ import contextlib
 import dataclasses
 import importlib.metadata
 import json
-import os
 import secrets
+import shutil
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import xxhash
 from datasets import Dataset
 from datasets.fingerprint import Hasher
-from transformers import PreTrainedTokenizerBase, TrainingArguments
+from datasets.table import ConcatenationTable, MemoryMappedTable
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, TrainingArguments, enable_full_determinism, set_seed
 from trl import SFTConfig
 
 from ..config import ColumnMapping
-from ..io.digest import BLOCK
+from ..io.digest import BLOCK, hash_rows
 from ..io.files import remove_folder
 from .preparation import PreparedRows
-from .shared_rows import SharedRows, are_kept, kept_rows, read_shared, save_rows
+from .shared_rows import SharedRows, are_kept, kept_content, kept_rows, read_shared, save_rows
 from .shared_tokens import SharedTokens
 from .together import from_main, seen_by_all
 
 LEAST = 2 * BLOCK  # rows; fewer are prepared in no time
-PREPARED = "prepared"  # in an output folder
-IGNORED = ("model_init_kwargs", "packing", "padding_free", "shuffle_dataset", "activation_offloading")  # by `prepare`
+PREPARED = ".resofilter-prepared"  # in an output folder
+OWN = "resofilter-"  # begins the names of the folders of rows
+# settings of SFTConfig that `preparation.prepare` sets itself, or that are about batches and processes
+IGNORED = frozenset({
+    "activation_offloading", "dataset_num_proc", "model_init_kwargs", "packing", "packing_strategy",
+    "pad_to_multiple_of", "padding_free", "router_aux_loss_coef", "shuffle_dataset",
+})  # fmt: skip
 PACKAGES = ("resofilter_trainer", "datasets", "tokenizers", "transformers", "trl")
 
 
@@ -57,13 +64,8 @@ class Sharing:
 
     def rows(self) -> SharedRows:
         """The usable rows, as `usable_rows`; all processes call this. Raises InputError as that does."""
-        kept = (
-            kept_rows(self.dataset, self.mapping, self.args, self.place)
-            if from_main(lambda: are_kept(self.place))
-            else None
-        )
-        if kept is not None:
-            return kept
+        if from_main(self._are_kept):
+            return kept_rows(self.dataset, self.mapping, self.args, self.place)
         options = self.mapping, self.args, self.drop_duplicates, self.drop_empty
         rows = read_shared(self.dataset, *options, self.place)
         from_main(lambda: save_rows(rows, self.place))
@@ -74,8 +76,21 @@ class Sharing:
         name = from_main(lambda: _name_of_tokens(tokenizer, self.args))
         tokens = SharedTokens(self.place / name, len(self.dataset))
         if from_main(lambda: tokens.made):
-            return tokens.read()
-        return tokens.prepare(rows, tokenizer, self.args, self.drop_empty)
+            prepared = tokens.read()
+        else:
+            prepared = tokens.prepare(rows, tokenizer, self.args, self.drop_empty)
+        # as SFTTrainer does, which a process that prepares nothing does not build
+        enable_full_determinism(self.args.seed) if self.args.full_determinism else set_seed(self.args.seed)
+        return prepared
+
+    def _are_kept(self) -> bool:
+        """Whether the rows in the place are these; others are removed."""
+        if not are_kept(self.place):
+            return False
+        if not _has_rows_in_memory(self.dataset) or hash_rows(self.dataset) == kept_content(self.place):
+            return True
+        remove_folder(self.place)
+        return False
 
 
 def sharing_of(
@@ -107,8 +122,14 @@ def sharing_of(
 
 def remove_prepared(output: Path | None) -> None:
     """Remove what was kept in an output folder, once its scores are there."""
-    if output is not None and (output / PREPARED).exists():
-        remove_folder(output / PREPARED)
+    if output is None or not (output / PREPARED).is_dir():
+        return
+    for folder in (output / PREPARED).glob(f"{OWN}*"):
+        remove_folder(folder)
+    for rest in (output / PREPARED).glob(f".{OWN}*.part"):  # of a process that was killed here
+        shutil.rmtree(rest, ignore_errors=True)
+    with contextlib.suppress(OSError):  # there is something else in it
+        (output / PREPARED).rmdir()
 
 
 def _marked(folder: Path, dataset: Dataset, *options: Any) -> tuple[Path, Path] | None:
@@ -117,12 +138,22 @@ def _marked(folder: Path, dataset: Dataset, *options: Any) -> tuple[Path, Path] 
     None where nothing can be written.
     """
     with contextlib.suppress(OSError):
-        place = folder / f"resofilter-{_name_of_rows(dataset, *options)}"
+        place = folder / f"{OWN}{_name_of_rows(dataset, *options)}"
         place.mkdir(parents=True, exist_ok=True)
         mark = place / f"seen-{secrets.token_hex(8)}"
         mark.touch()
         return place, mark
     return None
+
+
+def _has_rows_in_memory(dataset: Dataset) -> bool:
+    """Whether values of a dataset are in no file that could tell whether they are the same as before.
+
+    The fingerprint does not tell: after `Dataset.map` it is that of the function's code, not of what that reads.
+    """
+    table = dataset.data
+    blocks = [block for row in table.blocks for block in row] if isinstance(table, ConcatenationTable) else [table]
+    return not all(isinstance(block, MemoryMappedTable) for block in blocks)
 
 
 def _name_of_rows(
@@ -131,21 +162,34 @@ def _name_of_rows(
     """A hash of everything that the reading of rows depends on."""
     files = [Path(each["filename"]) for each in dataset.cache_files]
     stats = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
-    own = {each.name for each in dataclasses.fields(SFTConfig)} - {
-        each.name for each in dataclasses.fields(TrainingArguments)
-    }
+    order = None if dataset._indices is None else dataset._indices.column(0).to_numpy()
+    names = {each.name for each in dataclasses.fields(SFTConfig)} - IGNORED
+    names -= {each.name for each in dataclasses.fields(TrainingArguments)}
     made_of = {
         "dataset": [dataset._fingerprint, stats, len(dataset), repr(dataset.features), repr(dataset.format)],
+        "order": None if order is None else xxhash.xxh3_128_hexdigest(order),
         "mapping": dataclasses.asdict(mapping),
-        "args": {name: getattr(args, name) for name in sorted(own)},
+        "args": {name: getattr(args, name) for name in sorted(names)},
         "options": [drop_duplicates, drop_empty],
         "versions": {package: importlib.metadata.version(package) for package in PACKAGES},
     }
-    return str(Hasher.hash(json.dumps(made_of, default=repr)))
+    return str(Hasher.hash(json.dumps(made_of, default=_as_text)))
+
+
+def _as_text(value: Any) -> str:
+    """A value that JSON lacks, by its content: its own text may have its place in memory, another one at each start."""
+    try:
+        return str(Hasher.hash(value))
+    except Exception:  # pickling raises what it likes
+        return repr(value)
 
 
 def _name_of_tokens(tokenizer: PreTrainedTokenizerBase, args: SFTConfig) -> str:
-    """A hash of everything else that the tokens depend on: the tokenizer and the template's file."""
-    template = Path(args.chat_template_path or os.devnull)
-    files = sorted(template.rglob("*")) if template.is_dir() else [template]
-    return str(Hasher.hash([tokenizer, *(path.read_bytes() for path in files if path.is_file())]))
+    """A hash of everything else that the tokens depend on: the tokenizer, and the template or that of another one."""
+    template: Any = args.chat_template_path
+    if template is not None and Path(template).is_file():
+        template = Path(template).read_bytes()
+    elif template is not None:
+        with contextlib.suppress(Exception):  # the preparation will refuse it
+            template = AutoTokenizer.from_pretrained(template)  # as TRL does, of a folder or from the hub
+    return str(Hasher.hash([tokenizer, template]))

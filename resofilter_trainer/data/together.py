@@ -1,6 +1,6 @@
 """Work that the processes of a run share before a pass. Knows processes and errors, not what the work is.
 
-An InputError of one process is raised in all of them, so that none waits for it.
+An error of one process is raised in all of them, so that none waits for it.
 """
 
 from __future__ import annotations
@@ -20,13 +20,19 @@ Result = TypeVar("Result")
 
 
 def from_main(work: Callable[[], Result]) -> Result:
-    """The result of `work` in the main process, in every process; or its InputError, so that none waits."""
+    """The result of `work` in the main process, in every process.
+
+    Raises:
+        InputError: `work` raises it or, where there are several processes, another error.
+    """
     found: list[Any] = [None, None]
     if PartialState().is_main_process:
         try:
             found = [work(), None]
-        except InputError as error:
-            found = [None, str(error)]
+        except Exception as error:  # the other processes have to hear of any
+            if PartialState().num_processes == 1:
+                raise
+            found = [None, told(error)]
     value, refused = broadcast_object_list(found)
     if refused is not None:
         raise InputError(refused)
@@ -52,14 +58,18 @@ def shared_out(units: Sequence[Unit], work: Callable[[Unit], Result]) -> list[Re
         except Exception as error:  # the other processes have to hear of any
             if state.num_processes == 1:
                 raise
-            text = str(error) if isinstance(error, InputError) else f"{type(error).__name__}: {error}"
-            found.append((number, None, text))
+            found.append((number, None, told(error)))
             break
     whole = sorted(gather_object(found) if state.num_processes > 1 else found, key=lambda each: each[0])
     for _, _, refused in whole:
         if refused is not None:
             raise InputError(refused)
     return [value for _, value, _ in whole]
+
+
+def told(error: Exception) -> str:
+    """An error in words, for other processes."""
+    return str(error) if isinstance(error, InputError) else f"{type(error).__name__}: {error}"
 
 
 def seen_by_all(path: Path) -> bool:

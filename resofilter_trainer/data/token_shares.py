@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 from trl import SFTConfig
 
-from ..io.files import load_parquet, replacing, save_parquet
+from ..io.files import load_parquet, remove_old, replacing, save_parquet
 from .preparation import by_trl, why_idle
 from .shared_rows import Share, SharedRows
 from .surveys import AT_ONCE, ROW_POSITION, BlockSurvey, Prompts, positions_of
@@ -88,6 +88,8 @@ class TokenShare:
             about = self.about
             if self.tokens.stat().st_size == about["size"]:
                 return about
+        for path in (self.tokens, self.known):
+            remove_old(self.folder, f".{path.name}.*.part")
         made = _Made()
         with replacing(self.tokens) as path, _alone(), _bar(self.share) as bar:
             file = _TokenFile(path)

@@ -7,8 +7,10 @@ import errno
 import json
 import mmap
 import os
+import secrets
 import shutil
 import tempfile
+import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -22,6 +24,7 @@ from ..config import InputError
 from .table_digest import verified, with_digest
 
 LOCK = ".resofilter.lock"
+OLD = 3600  # seconds
 NO_LOCKS = {errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK}  # from a network file system without locks
 REFUSALS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.EACCES, errno.EPERM}  # from a disk
 
@@ -41,17 +44,29 @@ def replacing(path: Path) -> Iterator[Path]:
         InputError: nothing can be written there.
     """
     check_folder(path.parent)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.part")  # machines may share it
     try:
         with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-            _remove(temporary)  # a killed process may have had the same number, as in a container
             yield temporary
             flush(temporary)
             os.replace(temporary, path)
             flush_entry(path.parent)
     finally:
         _remove(temporary)
+
+
+def remove_old(folder: Path, pattern: str) -> None:
+    """Remove files that processes left when they were killed: those that were not written to for an hour.
+
+    Args:
+        folder: their folder, which may be missing.
+        pattern: their names, as for `Path.glob`; another run may be writing such files now.
+    """
+    for path in folder.glob(pattern):
+        with contextlib.suppress(FileNotFoundError):  # another process removes it, too
+            if time.time() - path.stat().st_mtime > OLD:
+                path.unlink()
 
 
 def _remove(path: Path) -> None:

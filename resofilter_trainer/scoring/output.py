@@ -75,9 +75,8 @@ class PassOutput:
         """The scores that are already there, if any. Raises InputError where they were made from something else."""
         if self.path is None or not file_at(self.path, SCORES_FILE).exists():
             return None
-        there, here = ScoreTable.load(self.path), self.opened.provenance
-        rows = self.opened.prepared.fingerprint_like(there.provenance.dataset)
-        there.provenance.check_same(dataclasses.replace(here, dataset=rows), "scores", self.path)
+        there = ScoreTable.load(self.path)
+        there.provenance.check_same(self.opened.provenance_like(there.provenance.dataset), "scores", self.path)
         self._remove_prepared()
         return there
 

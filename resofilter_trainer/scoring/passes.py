@@ -22,11 +22,12 @@ import pyarrow as pa
 import torch.distributed as dist
 import xxhash
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 from transformers import TrainingArguments
 
 from ..config import InputError
+from ..data.together import from_main as from_main
 from ..io.files import folder_lock
 from ..io.store import UNIT, Store
 from .distribution import guided_chunks
@@ -112,20 +113,6 @@ def measure_batches(
     if table.num_rows != sum(map(len, batches)):
         raise InputError(_not_shared(store, table.num_rows, sum(map(len, batches))))
     return table
-
-
-def from_main(work: Callable[[], Any]) -> Any:
-    """The result of `work` in the main process, in every process; or its InputError, so that none waits."""
-    found: list[Any] = [None, None]
-    if PartialState().is_main_process:
-        try:
-            found = [work(), None]
-        except InputError as error:
-            found = [None, str(error)]
-    value, refused = broadcast_object_list(found)
-    if refused is not None:
-        raise InputError(refused)
-    return value
 
 
 @contextlib.contextmanager

@@ -183,7 +183,7 @@ class CleaningTask:
             return None
         existing = TokenScores.load(self.folder)
         of_reference = {name: value for name, value in existing.provenance.config.items() if name in REFERENCE_NAMES}
-        here = self.opened.provenance
+        here = self.opened.provenance_like(existing.provenance.dataset)
         here = dataclasses.replace(here, config={**here.config, **of_reference})
         existing.provenance.check_same(here, "token scores", self.folder)
         return existing
@@ -324,7 +324,8 @@ def _other_losses(
         check_model(other, rows)
         provenance = against(task.opened.provenance, other)
         if existing is not None and existing.reference is not None:
-            existing.provenance.check_same(provenance, "token scores", task.folder)
+            here = against(task.opened.provenance_like(existing.provenance.dataset), other)
+            existing.provenance.check_same(here, "token scores", task.folder)
             return existing.reference, existing.provenance
         return task.losses(other, "reference", rows, provenance), provenance
 

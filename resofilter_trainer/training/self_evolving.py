@@ -8,7 +8,9 @@ adapter is merged at its end. `ResonanceCallback(token_cleaning=...)` does the s
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +29,7 @@ from ..data.arguments import check_call
 from ..data.loading import load_weights, placed
 from ..data.preparation import PreparedRows
 from ..data.surveys import ROW_POSITION
+from ..io.files import read_json
 from ..scores.token_scores import TokenScores
 from ..scoring.passes import locked
 from ..selecting.token_selection import EMPTIED, TokenSelection
@@ -36,6 +39,7 @@ from ..tokens.losses import against, remove_loss_parts, score_tokens
 from .fine_tuning import check_settings, fine_tune, save_model, training_settings
 
 STAGES_FILE = "stages.json"
+MADE_OF = "base model, dataset or preparation of the rows"  # a name in it
 NOT_MEASURED = np.empty(0, dtype=np.float32)
 
 
@@ -139,11 +143,18 @@ class _Evolution:
 
     def check(self) -> None:
         """Record the settings, or raise InputError where the folder holds stages of other data or settings."""
+        here = self.task.opened.provenance_like(self._rows_there())
         settings = {
-            "base model, dataset or preparation of the rows": self.task.opened.provenance.key,
+            MADE_OF: here.key,
             "token cleaning": {**dataclasses.asdict(self.task.cleaning), "group_by": None},  # changes no stage
         }
         check_settings(self.folder / STAGES_FILE, settings | training_settings(self.args, self.peft_config))
+
+    def _rows_there(self) -> str:
+        """The fingerprint of the rows of the stages that are there; of these rows where there are none."""
+        with contextlib.suppress(FileNotFoundError, InputError, LookupError, TypeError, ValueError):  # refused later
+            return str(json.loads(read_json(self.folder / STAGES_FILE, "")[MADE_OF])["dataset"])
+        return self.task.opened.provenance.dataset
 
     def base_losses(self, base: PreTrainedModel) -> list[np.ndarray]:
         """The base model's losses for each stage, measured in one pass. The first stage needs none."""

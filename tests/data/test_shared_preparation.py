@@ -2,37 +2,34 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from datasets import Dataset, concatenate_datasets, load_from_disk
-from helpers.tokenizers import CHAT_TEMPLATE, make_tokenizer
-from trl import SFTConfig
+from helpers.shared_preparation import (
+    MAPPING,
+    PAIRS,
+    alone,
+    arguments,
+    assert_same,
+    chat,
+    in_small_blocks,
+    shared,
+    sometimes_null,
+    tokenizer_of,
+)
 
 from resofilter_trainer import InputError
 from resofilter_trainer.config import ColumnMapping
-from resofilter_trainer.data import shared_rows, sharing, surveys, token_shares
-from resofilter_trainer.data.preparation import PreparedRows, prepare
-from resofilter_trainer.data.sharing import Sharing, sharing_of
+from resofilter_trainer.data import shared_rows, surveys, token_shares
+from resofilter_trainer.data.fingerprints import hash_tokenizer
+from resofilter_trainer.data.preparation import prepare
+from resofilter_trainer.data.sharing import Sharing
 from resofilter_trainer.data.usable import usable_rows
-from resofilter_trainer.io import digest
 from resofilter_trainer.io.digest import hash_rows
-
-PAIRS = [{"prompt": f"what is {i % 7} + 1 ? ", "completion": "x " * (i % 4) + str(i)} for i in range(23)]
-PAIRS[3]["prompt"] = "what " * 60  # longer than max_length
-PAIRS[8]["completion"] = PAIRS[22]["completion"] = " \u00a0\x1c"  # blank, by Python's rules
-PAIRS[9]["completion"] = "\u00e9"  # no ASCII, and not blank
-MAPPING = {"prompt_column": "prompt", "completion_column": "completion"}
-
-
-def chat(*contents: str, **last: Any) -> list[dict[str, Any]]:
-    said = [{"role": ("user", "assistant")[turn % 2], "content": content} for turn, content in enumerate(contents)]
-    return [*said[:-1], {**said[-1], **last}]
 
 
 def messages() -> list[dict[str, Any]]:
@@ -48,17 +45,12 @@ def tokens() -> list[dict[str, Any]]:
     return [*made, {"input_ids": [5, 6], "labels": [5]}, {"input_ids": [5, -6], "labels": [5, 6]}, made[2]]
 
 
-def sometimes_null() -> list[dict[str, Any]]:
-    return [{**row, "prompt": None if i in (2, 17) else row["prompt"]} for i, row in enumerate(PAIRS)]
-
-
 def histories() -> list[dict[str, Any]]:
     """A system's message in one block of rows only, so that rows are rewritten in all."""
     made = [{"prompt": chat(row["prompt"]), "completion": chat("", row["completion"])[1:]} for row in PAIRS]
     return [{**row, "system": "be" if i == 12 else None} for i, row in enumerate(made)]
 
 
-TEMPLATE = "{% for m in messages if m.role != 'odd' %}<|{{ m.role }}|>{{ m.content }}{% endfor %}"
 KINDS: dict[str, tuple[list[dict[str, Any]], dict[str, Any]]] = {
     "pairs": (PAIRS, {}),
     "mapped": (PAIRS, MAPPING),
@@ -72,50 +64,7 @@ KINDS: dict[str, tuple[list[dict[str, Any]], dict[str, Any]]] = {
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
-    for module in (digest, surveys, shared_rows):
-        monkeypatch.setattr(module, "BLOCK", 5)
-    monkeypatch.setattr(sharing, "LEAST", 5)
-    monkeypatch.setattr(shared_rows, "SORTED", 7)
-
-
-def arguments(**settings: Any) -> SFTConfig:
-    given = {"max_length": 24, **settings}
-    return SFTConfig(output_dir="unused", bf16=False, report_to="none", use_cpu=True, **given)
-
-
-def tokenizer_of(template: str = TEMPLATE) -> Any:
-    made = make_tokenizer()
-    made.chat_template = template
-    return made
-
-
-def alone(
-    dataset: Dataset, mapping: dict, repeated: bool = False, drop: bool = True, **settings: Any
-) -> tuple[PreparedRows, dict[int, str], list[str]]:
-    notes: list[str] = []
-    args = arguments(**settings)
-    rows, skipped = usable_rows(dataset, ColumnMapping(**mapping), args, repeated, drop, notes)
-    return prepare(rows, tokenizer_of(), args, drop), skipped, notes
-
-
-def shared(
-    dataset: Dataset, mapping: dict, place: Path, repeated: bool = False, drop: bool = True, **settings: Any
-) -> tuple[PreparedRows, dict[int, str], list[str], str]:
-    how = Sharing(dataset, ColumnMapping(**mapping), arguments(**settings), repeated, drop, place)
-    rows = how.rows()
-    return how.prepared(rows, tokenizer_of()), rows.skipped, rows.notes, rows.content
-
-
-def assert_same(found: PreparedRows, expected: PreparedRows) -> None:
-    for column in (surveys.ROW_POSITION, "input_ids", "labels"):
-        assert list(found.dataset[column]) == list(expected.dataset[column])
-    for name in ("fingerprint", "largest_token", "reasons", "template", "rendered"):
-        assert getattr(found, name) == getattr(expected, name), name
-    for name in ("lengths", "num_tokens", "sample_ids"):
-        assert getattr(found, name).tolist() == getattr(expected, name).tolist(), name
-        assert getattr(found, name).dtype == getattr(expected, name).dtype, name
-    for name in ("hashes", "lengths", "values", "beginning"):
-        assert getattr(found.prompts, name).tolist() == getattr(expected.prompts, name).tolist(), name
+    in_small_blocks(monkeypatch)
 
 
 def check(dataset: Dataset, mapping: dict, place: Path, **options: Any) -> None:
@@ -224,43 +173,16 @@ def test_a_damaged_file_is_named(tmp_path):
         shared(dataset, {}, tmp_path)
 
 
-def test_prepared_rows_lie_beside_the_dataset_and_are_of_these_rows_and_settings(tmp_path):
-    Dataset.from_list(PAIRS).save_to_disk(tmp_path / "rows")
-
-    def place(output: Path | None = None, **settings: Any) -> Path:
-        dataset = load_from_disk(tmp_path / "rows")
-        found = sharing_of(dataset, ColumnMapping(), arguments(**settings), False, True, output)
-        assert found is not None
-        return found.place
-
-    first = place()
-    assert first.parent == tmp_path / "rows"
-    assert first == place(tmp_path / "out")
-    assert first != place(max_length=23)
-    file = next((tmp_path / "rows").glob("*.arrow"))
-    os.utime(file, ns=(0, 0))  # as after a change
-    assert first != place()
-    assert not list(first.glob("seen-*"))
-
-
-def test_rows_in_memory_are_kept_with_the_scores_and_few_rows_not_at_all(tmp_path):
-    dataset, options = Dataset.from_list(PAIRS), (ColumnMapping(), arguments(), False, True)
-    found = sharing_of(dataset, *options, tmp_path)
-    assert found is not None
-    assert found.place.parent == tmp_path / "prepared"
-    assert sharing_of(dataset, *options, None) is None
-    assert sharing_of(dataset.select(range(4)), *options, tmp_path) is None
-
-
-def test_a_tokenizer_or_a_template_makes_other_tokens(tmp_path):
-    args = arguments()
-    names = {sharing._name_of_tokens(tokenizer_of(each), args) for each in (TEMPLATE, TEMPLATE, CHAT_TEMPLATE)}
-    assert len(names) == 2
-    (tmp_path / "template.jinja").write_text("a")
-    by_file = dataclasses.replace(args, chat_template_path=str(tmp_path / "template.jinja"))
-    one = sharing._name_of_tokens(tokenizer_of(), by_file)
-    (tmp_path / "template.jinja").write_text("b")
-    assert len({one, sharing._name_of_tokens(tokenizer_of(), by_file), *names}) == 4
+def test_the_tokenizer_stays_as_it_was(tmp_path):
+    tokenizer = tokenizer_of()
+    tokenizer.pad_token = None  # which TRL sets
+    before = hash_tokenizer(tokenizer)
+    how = Sharing(Dataset.from_list(PAIRS), ColumnMapping(), arguments(eos_token="<|end|>"), False, True, tmp_path)
+    for _ in range(2):  # made, and read
+        how.prepared(how.rows(), tokenizer)
+        assert hash_tokenizer(tokenizer) == before
+        assert tokenizer.pad_token is None
+    assert len(list(tmp_path.glob("*/summary.json"))) == 1
 
 
 def test_shares_do_not_depend_on_processes_and_are_few():

@@ -20,6 +20,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from resofilter_trainer.config import InputError, TokenCleaning
+from resofilter_trainer.data import surveys
 from resofilter_trainer.data.reference_model import adapted
 from resofilter_trainer.scores.token_scores import TokenScores
 from resofilter_trainer.scoring import token_losses as loss_pass
@@ -301,6 +302,20 @@ def test_another_share_needs_no_model_pass_and_replaces_the_dataset(base, refere
     assert (tmp_path / "token_scores.arrow").read_bytes() == scores
     assert json.loads((tmp_path / "summary.json").read_text())["keep_tokens"] == 0.6
     assert len(list(tmp_path.glob("data-*"))) == 1
+
+
+def test_scores_of_a_version_with_another_fingerprint_of_rows_are_reused(
+    base, reference, tmp_path, monkeypatch, passes
+):
+    clean(base, reference, tmp_path)
+    before = TokenScores.load(tmp_path).provenance.dataset
+    passes.clear()
+    monkeypatch.setattr(surveys, "MANY", 10)  # as in this version for many rows
+    clean(base, reference, tmp_path)
+    assert passes == []
+    assert TokenScores.load(tmp_path).provenance.dataset == before
+    clean(base, reference, tmp_path / "new")
+    assert TokenScores.load(tmp_path / "new").provenance.dataset != before
 
 
 def test_an_interrupted_cleaning_is_resumed(base, reference, tmp_path, monkeypatch):

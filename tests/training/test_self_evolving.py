@@ -23,6 +23,7 @@ from transformers import AutoModelForCausalLM
 from trl import SFTTrainer
 
 from resofilter_trainer.config import InputError, TokenCleaning
+from resofilter_trainer.data import surveys
 from resofilter_trainer.scores.token_scores import TokenScores
 from resofilter_trainer.scoring import token_losses as loss_pass
 from resofilter_trainer.selecting.token_selection import EMPTIED
@@ -285,6 +286,16 @@ def test_stages_of_other_settings_are_refused_by_name(cleaning, options, told, e
     assert way_out == f"Choose another output_dir, or remove '{output}'."
     assert "\n" not in str(refused.value)
     assert (trained, files_in(output)) == ([], before)
+
+
+def test_stages_of_a_version_with_another_fingerprint_of_rows_are_loaded(evolved, base, trained, monkeypatch):
+    _, output = evolved
+    before = files_in(output)
+    monkeypatch.setattr(surveys, "MANY", 5)  # as in this version for many rows
+    evolve(base, output)
+    assert (trained, files_in(output)) == ([], before)
+    with pytest.raises(InputError, match=f"they differ in {PREPARED}.dataset"):
+        evolve(base, output, dataset=data().select([1, 0, *range(2, COUNT)]))
 
 
 def test_stages_of_another_base_model_are_refused(evolved, trained):
