@@ -17,7 +17,7 @@ from datasets import Dataset
 
 from ..config import ColumnMapping, InputError, check_keywords, check_kind
 from ..config.keywords import ColumnOptions
-from ..io.digest import hash_rows, shards_in
+from ..io.digest import ARROW, hash_rows, shards_in
 from ..io.files import file_at, load_parquet, save_parquet
 from ..scores.provenance import Provenance
 from ..scores.row_record import RowRecord
@@ -32,6 +32,7 @@ from .rows import empty_rows, read_rows
 CHECKS_FILE = "checks.parquet"
 KEY = "resofilter_checks"  # the Parquet metadata that holds what was checked
 OPTIONS = (*(each.name for each in dataclasses.fields(ColumnMapping)), "source")
+EARLIER = "content_arrow"  # in the source
 READ = "cannot be read"  # begins the reason of a row without a meaning
 RARE = 1 / 3  # of the prompts, at most, are empty where an empty one is a fault
 
@@ -43,7 +44,8 @@ class TextChecks(RowRecord):
     Attributes:
         table: `sample_id`; a column for each check that was made: the other row that it names, or True, null where it
             has found nothing; `reason`, everything that was found, in words.
-        source: where the dataset comes from, and the digest of its rows as `content`.
+        source: where the dataset comes from, and the digest of its rows as `content`; that of an earlier version, which
+            scores may have, as `content_arrow`.
         left_out: the checks that were not made, and why.
     """
 
@@ -162,7 +164,8 @@ class TextChecks(RowRecord):
             raise InputError(
                 f"The checks are of {len(self)} rows and the scores of {provenance.rows}: check them again."
             )
-        own, other = self.source.get("content", ""), provenance.source.get("content", "")
+        other = provenance.source.get("content", "")
+        own = self.source.get(EARLIER if other.startswith(ARROW) else "content") or self.source.get("content", "")
         if shards_in(other):
             raise InputError(
                 "Joined scores do not show that they are of the checked rows: join them with dataset=, the whole "
@@ -214,7 +217,8 @@ def check_texts(
     found = {name: CHECKS[name].find(texts) for name in chosen}
     table = _table(found, read.positions, read.refused, len(dataset))
     left_out = {name: why for name, why in left_out.items() if checks is None or name in checks}
-    return TextChecks(table, {**source, "content": hash_rows(dataset)}, left_out)
+    digests = {"content": hash_rows(dataset), EARLIER: hash_rows(dataset, ARROW)}
+    return TextChecks(table, {**source, **digests}, left_out)
 
 
 def _left_out(dataset: Dataset) -> dict[str, str]:

@@ -26,16 +26,17 @@ def from_main(work: Callable[[], Result]) -> Result:
         InputError: `work` raises it or, where there are several processes, another error.
     """
     found: list[Any] = [None, None]
+    cause = None
     if PartialState().is_main_process:
         try:
             found = [work(), None]
         except Exception as error:  # the other processes have to hear of any
             if PartialState().num_processes == 1:
                 raise
-            found = [None, told(error)]
+            found, cause = [None, told(error)], error
     value, refused = broadcast_object_list(found)
     if refused is not None:
-        raise InputError(refused)
+        raise InputError(refused) from cause
     result: Result = value
     return result
 

@@ -5,6 +5,7 @@ draw rows -> plant faults -> wrong answers by a model -> one pass over all -> AU
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import importlib.metadata
@@ -146,7 +147,11 @@ def probe_dataset(
         "signals": list(wanted.names),
         "reference": reference,
         **({} if warm is None else {f"warmup_{name}": value for name, value in warm.to_json().items()}),
-        **({} if warmup_dataset is None else {"warmup_dataset": hash_rows(warmup_dataset)}),
+        **(
+            {}
+            if warmup_dataset is None
+            else {"warmup_dataset": hash_rows(warmup_dataset, _noted(folder, "warmup_dataset"))}
+        ),
         "writer": None if author is None else _identity(*author),
         "seed": seed,
         "faults_per_kind": faults_per_kind,
@@ -188,6 +193,15 @@ def _identity(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dic
         "tokenizer": hash_tokenizer(tokenizer),
         "template": str(getattr(tokenizer, "chat_template", None) or ""),
     }
+
+
+def _noted(folder: Path | None, name: str) -> str | None:
+    """What a probe that is in the folder already was made from, by name; None where nothing tells."""
+    with contextlib.suppress(FileNotFoundError, InputError):  # a damaged file is refused later
+        there = {} if folder is None else read_json(folder / SETTINGS_FILE, REMEDY)
+        value = there.get(name) if isinstance(there, dict) else None
+        return value if isinstance(value, str) else None
+    return None
 
 
 def _earlier(folder: Path | None, made_from: Mapping[str, Any]) -> ProbeResult | None:

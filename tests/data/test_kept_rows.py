@@ -149,8 +149,9 @@ def test_processes_hear_of_every_error_of_the_main_one(monkeypatch):
 
     monkeypatch.setattr(together, "PartialState", lambda: state)
     monkeypatch.setattr(together, "broadcast_object_list", broadcast)
-    with pytest.raises(InputError, match="KeyError: 'x'"):
+    with pytest.raises(InputError, match="KeyError: 'x'") as raised:
         together.from_main(lambda: {}["x"])
+    assert isinstance(raised.value.__cause__, KeyError)
     assert sent == [None, "KeyError: 'x'"]
     state.num_processes = 1
     with pytest.raises(KeyError):

@@ -19,7 +19,7 @@ from resofilter_trainer.config import InputError
 from resofilter_trainer.data import repeated_texts
 from resofilter_trainer.data.checks import CHECKS
 from resofilter_trainer.data.repeated_texts import BANDS, ROWS_OF_BAND, near_duplicates, odd_endings
-from resofilter_trainer.io.digest import hash_rows
+from resofilter_trainer.io.digest import ARROW, hash_rows
 from resofilter_trainer.scores.score_table import ScoreTable
 
 rensa = pytest.mark.skipif(not repeated_texts.has_minhash(), reason="rensa is not installed")
@@ -261,9 +261,13 @@ def test_answers_without_a_prompt_are_not_compared():
 # ---- what is written, and what select makes of it
 
 
+def checked_rows() -> Dataset:
+    return as_pairs(rows_with(*FAULTS["exact_duplicate"], *FAULTS["cut"], *FAULTS["endings_differ"], fillers=4))[0]
+
+
 @pytest.fixture
 def checked() -> tuple[TextChecks, ScoreTable]:
-    dataset, _ = as_pairs(rows_with(*FAULTS["exact_duplicate"], *FAULTS["cut"], *FAULTS["endings_differ"], fillers=4))
+    dataset = checked_rows()
     provenance = make_provenance(rows=10, source={"content": hash_rows(dataset)})
     values = [None if row == 9 else float(row) for row in range(10)]
     return check_texts(dataset), make_scores(values, provenance=provenance)
@@ -306,8 +310,13 @@ def test_checks_of_other_rows_are_refused(checked):
     with pytest.raises(InputError, match="of other rows than the scores"):
         found.drop(ScoreTable(scores.table, other))
     first = dataclasses.replace(scores.provenance, source={"content": "0123456789abcdef"})
-    with pytest.raises(InputError, match=r"Scores of version 0\.1\.0 do not show"):
+    with pytest.raises(InputError, match="written by different versions"):
         found.drop(ScoreTable(scores.table, first))
+    earlier = dataclasses.replace(scores.provenance, source={"content": hash_rows(checked_rows(), ARROW)})
+    assert found.drop(ScoreTable(scores.table, earlier)).table.equals(found.drop(scores).table)
+    shuffled = dataclasses.replace(scores.provenance, source={"content": hash_rows(checked_rows().shuffle(1), ARROW)})
+    with pytest.raises(InputError, match="of other rows than the scores"):
+        found.drop(ScoreTable(scores.table, shuffled))
     with pytest.raises(InputError, match="The checks are of 10 rows and the scores of 3"):
         found.drop(make_scores([1.0, 2.0, 3.0]))
 

@@ -13,6 +13,7 @@ from helpers.probes import QUESTIONS
 from helpers.scoring import COLUMNS, arguments
 
 from resofilter_trainer import DataSelector, InputError, ProbeResult, ScoreTable, Warmup, probe_dataset, score_dataset
+from resofilter_trainer.io.digest import ARROW, hash_rows
 from resofilter_trainer.model.signals import SIGNALS
 from resofilter_trainer.probe import measuring, run
 from resofilter_trainer.probe.faults import Planted
@@ -152,6 +153,20 @@ def test_a_warm_up_is_measured_beside_the_model_as_it_is(model, dataset, tokeniz
     assert learnt[0].endswith("of the measured rows, whose losses are smaller for that.")
     with pytest.raises(InputError, match="differ in warmup_"):
         probe_dataset(model, dataset, tokenizer, arguments(), tmp_path, **usual)
+
+
+def test_a_probe_of_a_version_with_another_digest_of_rows_is_resumed(model, dataset, tokenizer, tmp_path, monkeypatch):
+    def killed(*args, **settings):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(measuring, "score_dataset", killed)
+    usual = {**USUAL, "warmup": Warmup(rows=8, lr=1e-2, batch_size=4)}
+    settings = tmp_path / run.SETTINGS_FILE
+    for rows, refused in ((dataset, KeyboardInterrupt), (dataset, KeyboardInterrupt), (dataset.shuffle(1), InputError)):
+        with pytest.raises(refused):
+            probe_dataset(model, dataset, tokenizer, arguments(), tmp_path, warmup_dataset=rows, **usual)
+        there = json.loads(settings.read_text())
+        settings.write_text(json.dumps({**there, "warmup_dataset": hash_rows(dataset, ARROW)}))
 
 
 def test_signals_of_further_forwards_are_probed(model, dataset, tokenizer):
