@@ -144,7 +144,7 @@ def _tell_of_rows(args: argparse.Namespace, dataset: Any, made: Provenance) -> N
             print(f"Exported: {file}")
         rows, names = output / DATASET, dataset.column_names
         lines = training_lines(made.model, rows, output, made.preparation, names, made.source)
-        print("\n    ".join(["To train on them, in Python:", *lines]))
+        print("\n".join(["To train on them, in Python:", "", *lines, ""]))
 
 
 def _opened(args: argparse.Namespace, policy: Any) -> tuple[bool, Provenance]:

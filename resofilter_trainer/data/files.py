@@ -232,8 +232,9 @@ def _one_line(source: str, done: str) -> Iterator[None]:
 
 
 def looks_local(name: str) -> bool:
-    """Whether a name is certainly a path: no name on the hub begins with a slash, a dot or a tilde."""
-    return Path(name).is_absolute() or name.startswith((".", "~"))
+    """Whether a name is certainly a path: none on the hub begins with a slash, dot or tilde, or has several slashes."""
+    deep = name.count("/") > 1 and "://" not in name
+    return Path(name).is_absolute() or name.startswith((".", "~")) or deep
 
 
 def first_line(error: BaseException) -> str:

@@ -388,11 +388,10 @@ def test_the_printed_lines_train(mapped, place, tmp_path, capsys, monkeypatch):
     main(["select", "scores", "--output", "kept"])
     printed = capsys.readouterr().out
     block = printed.split("To train on them, in Python:\n")[1].split("Next:")[0]
-    lines = [line.removeprefix("    ") for line in block.splitlines()]
 
     trained, train = list[SFTTrainer](), SFTTrainer.train
     monkeypatch.setattr(SFTTrainer, "train", lambda self: (trained.append(self), train(self)))
-    exec("\n".join(lines), {})
+    exec(block, {})  # as it is printed
 
     assert trained[0].state.global_step == 3  # of a batch with all rows, in each epoch
     assert trained[0].args.max_length == 64

@@ -89,6 +89,7 @@ NO_MODEL = {
     "a folder without config": (lambda folder: without_file(folder, "config.json"), "the folder has no config.json"),
     "a run's folder": (inside_a_run, "no config.json. Did you mean '.*checkpoint-12'"),
     "a folder that is not there": (lambda folder: folder / "none", "There is no model at"),
+    "folders that are not there": (lambda folder: "no/such/model", "There is no model at 'no/such/model'"),
     "pickled weights": (as_pickle, r"a pickle \(pytorch_model.bin\).*save_pretrained"),
     "no weights": (lambda folder: without_file(folder, WEIGHTS), f"cannot be loaded: .*{WEIGHTS}"),
 }
