@@ -196,7 +196,7 @@ def test_names_and_reasons_are_shown_as_they_are(page):
 def test_rows_are_found_by_text_and_by_number(page):
     assert search(page, "NUMBER 117 here") == [117]
     assert search(page, "#17") == [17]
-    assert search(page, "=ID-117") == [117]
+    assert search(page, "=ID-118") == [118]
     assert search(page, "<script>") == [0]
     assert search(page, SCRIPTS[1]) == [len(HOSTILE) + 1]
     assert search(page, "nowhere to be found") == []
