@@ -35,7 +35,8 @@ def assert_alike(place: Path, mine: str, other: str) -> None:
     one, two = outcome(place, mine), outcome(place, other)
     assert str(one["said"]) == str(two["said"]) == ""
     assert np.array_equal(one["keep"], two["keep"])
-    np.testing.assert_allclose(one["score"], two["score"], rtol=0, atol=1e-5 * np.ptp(two["score"]))
+    apart = 3e-5 * np.ptp(two["score"])  # float32: how far apart depends on the CPU
+    np.testing.assert_allclose(one["score"], two["score"], rtol=0, atol=apart)
     there = load_file(place / other / "end.safetensors")
     for name, weight in load_file(place / mine / "end.safetensors").items():
         torch.testing.assert_close(weight, there[name], rtol=0, atol=1e-5)  # AdamW magnifies rounding
