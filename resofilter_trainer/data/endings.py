@@ -87,4 +87,6 @@ def _value(number: str) -> str:
         value = Decimal(digits)
     except InvalidOperation:  # such as 2/3
         return digits
-    return format(value.normalize() + 0, "f")
+    text = format(value, "f")  # exact, however many digits there are
+    text = text.rstrip("0").rstrip(".") if "." in text else text
+    return "0" if value == 0 else text

@@ -21,6 +21,10 @@ from resofilter_trainer.data.endings import ending_of, told_end
         (r"First \boxed{1}, then \boxed{\frac{1}{2}}.", r"\frac{1}{2}"),
         (r"\boxed{1,000}", "1000"),
         ("She pays 1,050.00 dollars", "1050"),
+        ("#### 10000000000000000000000000001", "10000000000000000000000000001"),  # every digit counts
+        ("#### 0.1000000000000000000000000000010", "0.100000000000000000000000000001"),
+        ("#### -0.00", "0"),
+        ("#### 007", "7"),
         ("He has 5, then 3, so 8 in the end", "8"),
         ("In 2 steps: about .5", "0.5"),
         ("50%", "50"),
