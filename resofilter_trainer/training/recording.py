@@ -134,7 +134,7 @@ class Recording:
         """End the step that the trainer has made.
 
         Args:
-            left_out: whether fp16 left out its update.
+            left_out: whether its update is left out, by fp16 or because no token has a weight.
         """
         if self._writer is not None:
             norm = math.nan if self._norm.norm is None else self._norm.norm

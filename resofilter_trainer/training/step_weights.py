@@ -31,8 +31,7 @@ class StepWeights:
         self._trainer, self._of, self._means = trainer, of, means
         self._update = UpdatePatch(trainer)
         self._added: list[tuple[float | Tensor, float | Tensor]] = []
-        self._step: tuple[float, float] | None = None  # the sums of the present step, of all processes
-        self._without = False  # whether no token of the present step has a weight
+        self._weight, self._tokens = 0.0, 0.0  # the sums of the present step, of all processes
         self._told = False
 
     def add(self, weight: float | Tensor, tokens: float | Tensor) -> None:
@@ -40,25 +39,28 @@ class StepWeights:
         self._added.append((weight, tokens))
 
     def leaves_out(self) -> bool:
-        """Before the optimizer's step: whether `leave_out` will, as no token of the step has a weight above 0."""
-        weight, tokens = self._step = self._of_all()
-        self._without = bool(tokens) and weight == 0
-        return self._without and not steps_in_backward(self._trainer)
+        """Before the optimizer's step: whether no token of the step has a weight above 0, in any process."""
+        self._weight, self._tokens = self._of_all()
+        return self._is_empty
+
+    @property
+    def _is_empty(self) -> bool:
+        return self._tokens > 0 and self._weight == 0
 
     def leave_out(self) -> None:
-        """After `leaves_out`: let the optimizer leave its step out, if so."""
-        if not self._without or self._step is None:
+        """After `leaves_out`: if so, leave out the optimizer's step, unless it was made in the backward; warn once."""
+        if not self._is_empty:
             return
-        args, (_, tokens) = self._trainer.args, self._step
-        possible = not steps_in_backward(self._trainer)
+        args, possible = self._trainer.args, not steps_in_backward(self._trainer)
         if possible:
             self._update.unscaled = (args.max_grad_norm or 0) > 0
             self._update.leave_out()
         if not self._told and args.process_index == 0:
+            step = self._trainer.state.global_step + 1
             what = "its update is left out" if possible else "nothing is learnt from them"
             warnings.warn(
-                f"{self._of} gives each of the {int(tokens)} tokens of step {self._trainer.state.global_step + 1} the "
-                f"weight 0: {what}, as of later steps like it. Choose other weights if that is no exception.",
+                f"{self._of} gives each of the {int(self._tokens)} tokens of step {step} the weight 0: {what}, as of "
+                "later steps like it. Choose other weights if that is no exception.",
                 ScoreWarning,
                 stacklevel=2,
             )
@@ -70,9 +72,9 @@ class StepWeights:
 
     def end_step(self) -> None:
         """Note the mean weight of the step that the trainer has made."""
-        (weight, tokens), self._step, self._added = self._step or self._of_all(), None, []
-        if tokens and math.isfinite(weight):
-            self._means.append(weight / tokens)
+        self._added = []
+        if self._tokens and math.isfinite(self._weight):
+            self._means.append(self._weight / self._tokens)
 
     def _of_all(self) -> tuple[float, float]:
         """The sum of the weights, and the number of tokens, of the present step in all processes."""

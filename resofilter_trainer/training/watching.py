@@ -142,7 +142,7 @@ class Watch:
 
     def _judge(self) -> None:
         if self._recorder is not None:
-            self._verdicts, self._left_out = self._recorder.verdicts(), False
+            self._verdicts = self._recorder.verdicts()
             self._scale = float(self._scale)
         if not self._scales:
             self._check_losses()
