@@ -25,6 +25,7 @@ from ..model.modes import at_least_float32
 from ..selecting.named_rules import RULES, rule_of, token_rule
 from ..selecting.token_rules import ENTROPY, KNOWN, OF_OTHERS, TOP_ENTROPY, TokenInputs, TokenRule
 from .refused_uses import check_rule
+from .resuming import TOKEN_RULE
 from .step_weights import StepWeights
 from .top_tiles import TopTiles
 
@@ -82,7 +83,7 @@ class RuleWeights:
     def settings(self) -> dict[str, Any]:
         """What a checkpoint says of it, where there is a rule."""
         rule = self._rule
-        return {} if rule is None else as_json({"token_rule": {"rule": rule.name, "settings": rule.settings}})
+        return {} if rule is None else as_json({TOKEN_RULE: {"rule": rule.name, "settings": rule.settings}})
 
     def acting(self) -> AbstractContextManager[None]:
         """A context in which the model's forward weighs: that of each loss of the training."""

@@ -97,7 +97,7 @@ class Run:
         self._decisions = Decisions(filtering, self._timeline.epochs, self.examples, results, self._tokens)
         plan, cleans = self._timeline.plan, None if cleaning is None else dataclasses.asdict(cleaning)
         own: dict[str, Any] = {"epochs": plan.epochs, "max_steps": plan.max_steps, "token_cleaning": cleans}
-        own = {**access.division_facts(trainer, own_sampler), **own}
+        own |= access.division_facts(trainer, own_sampler)
         self._settings = settings_of(trainer, filtering, config, self._batching, recording, rule, **own)
         self._log = RunLog(trainer, results.log)
         self.nothing_learnt = False  # in this step, in any process

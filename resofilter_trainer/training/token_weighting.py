@@ -32,7 +32,7 @@ from .trainer_patches import LossPatch
 from .weighting import SampleWeights, weigh_batches
 
 STATE = "resofilter_token_weights"  # in the state of a checkpoint; a class's name would let the Trainer make it anew
-EARLIER_STATE = "TokenWeights"  # of checkpoints of before
+EARLIER_STATE = "TokenWeights"  # in checkpoints of earlier versions
 
 
 @with_known_keywords

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from helpers.samples import plain_losses
 from helpers.training import arguments, assert_same_weights, llama, rows, train
 from helpers.versions import skip_without
 from torch.nn import functional as F
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerState
 from trl import SFTTrainer
 
 from resofilter_trainer import (
@@ -26,6 +27,7 @@ from resofilter_trainer import (
     token_rule,
 )
 from resofilter_trainer.config import ScoreWarning
+from resofilter_trainer.training.token_weighting import EARLIER_STATE, STATE
 
 SGD = {"optim": "sgd", "learning_rate": 1e-1, "max_grad_norm": 0.0, "lr_scheduler_type": "constant"}
 COUNT = 7
@@ -374,6 +376,15 @@ def test_row_weights_do_not_act_where_tokens_have_weights(weighted, tmp_path, to
     both = weighted.add_column("resofilter_weight", [0.5] * COUNT)
     with pytest.raises(InputError, match="The rows have 'resofilter_weight' as well"):
         train(tmp_path, tokenizer, SampleWeights([0.5] * COUNT), dataset=both, num_train_epochs=1, **SGD)
+
+
+def test_a_checkpoint_of_an_earlier_version_has_its_weights_under_another_name():
+    there = {"weights": {"rule": "stm", "settings": {"threshold": 3}}}
+    for rule, resumes in ((token_rule("stm", threshold=3), True), (token_rule("stm"), False)):
+        state = TrainerState(global_step=3, stateful_callbacks={EARLIER_STATE: dict(there)})
+        with nullcontext() if resumes else pytest.raises(InputError, match="they differ in weights"):
+            TokenWeights(rule)._check_resumed(state)
+        assert not resumes or state.stateful_callbacks == {STATE: there}
 
 
 STEPS = {"per_device_train_batch_size": 2, "num_train_epochs": 2, "save_strategy": "steps", "save_steps": 3, **SGD}
