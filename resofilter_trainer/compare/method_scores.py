@@ -230,8 +230,8 @@ def by_token_statistics(request: Request) -> TokenScores:
 def by_token_progress(request: Request) -> TokenScores:
     """Every learnt token's loss under the model after its first training, and under the model before it."""
     assert request.reference is not None, "a comparison trains it"
-    needs = dict.fromkeys([EARLIER_LOSS, *TokenRuleSettings(**request.selector.settings).needs])  # shared by all gammas
-    rule = TokenRule("progress", lambda tokens: tokens.loss, [*needs])
+    needs = {EARLIER_LOSS, *TokenRuleSettings(**request.selector.settings).needs}  # every gamma shares them
+    rule = TokenRule("progress", lambda tokens: tokens.loss, needs)
     return _measured(request, request.reference, rule, earlier=request.path)
 
 

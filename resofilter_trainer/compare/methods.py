@@ -80,8 +80,8 @@ class Method:
         in_run: whether the policy decides inside the training.
         validated: whether the method selects for validation rows.
         by_reference: whether the method scores with a reference model as well.
-        tunes: whether this is always the trained model tuned on the first rows, whatever the comparison's
-            `reference_model`.
+        tunes: whether the reference model is always the trained model, tuned on the first rows, whatever the
+            comparison's `reference_model`.
         whole: whether the share to keep changes nothing, so that one training is enough.
         trains: whether scoring trains something, so that the scores depend on the seed.
         settings: the dataclass of the settings that a selector can have; None if there are none.
@@ -172,8 +172,8 @@ def _of_rule(selector: SelectorConfig) -> dict[str, Any]:
         found |= {"score": by_token_losses, "scores": "token_losses", "by_reference": True, "trains": True}
     if own.of_progress:
         name = "token_progress_attention" if PROMPT_ATTENTION in own.needs else "token_progress"
-        forwards: Forwards = lambda config, selector, epochs: tuned_cost(epochs)  # noqa: E731
-        found |= {"score": by_token_progress, "scores": name, "tunes": True, "forwards": forwards}
+        found |= {"score": by_token_progress, "scores": name, "tunes": True}
+        found["forwards"] = lambda config, selector, epochs: tuned_cost(epochs)
     if not own.measures:
         found |= {"score": by_criterion("length"), "scores": "length", "forwards": 0, "needs": SELECT}
     return found

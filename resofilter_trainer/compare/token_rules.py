@@ -10,7 +10,7 @@ import numpy as np
 
 from ..config import InputError, check_kind, one_of
 from ..selecting.named_rules import RULES, token_rule
-from ..selecting.token_rules import OF_OTHERS, PROMPT_ATTENTION, REFERENCE_LOSS, TokenInputs, TokenRule
+from ..selecting.token_rules import EARLIER_LOSS, PROMPT_ATTENTION, REFERENCE_LOSS, TokenInputs, TokenRule
 
 UNMARKED = "unmarked"  # the rule that masks the tokens which the user has marked
 COMPARED = tuple(name for name in RULES if name != "messages")  # those that measure or count
@@ -90,7 +90,7 @@ class TokenRuleSettings:
     @property
     def of_progress(self) -> bool:
         """Whether the model after a first training is compared with the model before it, or read."""
-        return bool({*OF_OTHERS, PROMPT_ATTENTION} & {*self.needs}) and not self.of_reference
+        return not {EARLIER_LOSS, PROMPT_ATTENTION}.isdisjoint(self.needs)
 
     @property
     def measures(self) -> bool:

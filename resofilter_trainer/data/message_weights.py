@@ -114,7 +114,7 @@ def _learnt_weights(row: Mapping[str, Any], number: int, args: SFTConfig) -> lis
     """The weights of a row's learnt messages, in their order. Raises InputError where another message has one."""
     before, learnt = _divided(row, args)
     assistant = bool(args.assistant_only_loss)
-    others = [each for each in [*before, *learnt] if each in before or (assistant and each["role"] != "assistant")]
+    others = [*before, *(each for each in learnt if assistant and each["role"] != "assistant")]
     for message in others:
         if message.get(APART):
             raise InputError(

@@ -256,10 +256,8 @@ def _settings(
         return cleaning, _rule_of(cleaning)
     chosen = rule_of(rule, given.pop("keep", None), seed)
     others = [need for need in chosen.needs if need in OF_OTHERS]
-    missing: dict[str, str] = {}
     if "reference" not in given:
-        missing |= dict.fromkeys(OF_OTHERS, NO_REFERENCE)
-    chosen.check_needs(missing)
+        chosen.check_needs(dict.fromkeys(OF_OTHERS, NO_REFERENCE))
     if len(others) > 1:
         raise InputError(f"The token rule '{chosen.name}' needs the losses of two other models, and one is measured.")
     if "reference" in given and not others:
