@@ -29,6 +29,20 @@ def by_loss(tokens: Any) -> Any:
     return 1 / (1 + tokens.loss)
 
 
+CALLBACKS = {
+    "TokenWeights": lambda: TokenWeights(by_loss),
+    "ResonanceCallback": lambda: ResonanceCallback(token_rule=by_loss),
+}
+RATE = 1e-1
+PLAIN: dict[str, Any] = {  # steps that can be written out
+    "num_train_epochs": 1,
+    "optim": "sgd",
+    "learning_rate": RATE,
+    "max_grad_norm": 0.0,
+    "lr_scheduler_type": "constant",
+}
+
+
 class Replay(TrainerCallback):
     """Keeps the batches of every step, and repeats the steps from the first weights on.
 
@@ -82,24 +96,18 @@ def written_out(model: Any, start: Any, steps: Any, weigh: Any, learning_rate: f
 def main() -> None:
     place = Path(sys.argv[1])
     for kind in sys.argv[2:]:
-        callback = TokenWeights(by_loss) if kind == "TokenWeights" else ResonanceCallback(token_rule=by_loss)
         model = llama(len(make_tokenizer())).double()
         replay = Replay(model)
-        settings = {"num_train_epochs": 1, "optim": "sgd", "learning_rate": 1e-1, "max_grad_norm": 0.0}
-        settings |= {
-            "per_device_train_batch_size": 1,
-            "gradient_accumulation_steps": 2,
-            "lr_scheduler_type": "constant",
-        }
+        settings = {**PLAIN, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 2}
         settings |= {"model": model, "callbacks": [replay], "dataset": rows(COUNT)}
-        train(place / kind, make_tokenizer(), callback, **settings)
+        train(place / kind, make_tokenizer(), CALLBACKS[kind](), **settings)
         trained = copy.deepcopy(model.state_dict())
         of_each: list[Any] = gather_object([replay.steps])
         assert len(of_each) == dist.get_world_size() == 2
         if dist.get_rank() == 0:
             steps = list(zip(*of_each, strict=True))
             assert len(steps) == COUNT // 4
-            for name, value in written_out(model, replay.start, steps, by_loss, 1e-1).items():
+            for name, value in written_out(model, replay.start, steps, by_loss, RATE).items():
                 assert torch.equal(value, trained[name]), name
             (place / f"{kind}.txt").write_text("the same\n")
     dist.destroy_process_group()

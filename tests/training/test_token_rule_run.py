@@ -13,7 +13,7 @@ from helpers.processes import torchrun
 from helpers.run_ledgers import lines, losses
 from helpers.training import arguments, assert_same_end, assert_same_weights, llama, rows, train
 from helpers.versions import skip_without
-from helpers.weighted_steps import Replay, by_loss
+from helpers.weighted_steps import CALLBACKS, PLAIN, RATE, Replay, by_loss
 from torch.nn import functional as F
 from trl import SFTTrainer
 
@@ -36,10 +36,6 @@ def with_log_probs() -> None:
     skip_without("log_probs")
 
 
-CALLBACKS = {
-    "TokenWeights": lambda: TokenWeights(by_loss),
-    "ResonanceCallback": lambda: ResonanceCallback(token_rule=by_loss),
-}
 WAYS: dict[str, dict[str, Any]] = {
     "accumulation": {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2},
     "padding-free": {"per_device_train_batch_size": 4, "padding_free": True, "max_length": None},
@@ -51,12 +47,11 @@ WAYS: dict[str, dict[str, Any]] = {
 def test_steps_are_the_loss_written_out_bit_for_bit_in_float64(callback, way, tmp_path, tokenizer):
     model = llama(len(tokenizer)).double()
     replay = Replay(model)
-    settings = {"num_train_epochs": 1, "optim": "sgd", "learning_rate": 1e-1, "max_grad_norm": 0.0, **WAYS[way]}
-    settings |= {"model": model, "callbacks": [replay], "dataset": rows(COUNT), "lr_scheduler_type": "constant"}
+    settings = {**PLAIN, **WAYS[way], "model": model, "callbacks": [replay], "dataset": rows(COUNT)}
     found = train(tmp_path, tokenizer, CALLBACKS[callback](), **settings)
     trained = copy.deepcopy(found.weights)
     assert found.trainer.state.global_step == 2
-    for name, value in replay.written_out(by_loss, 1e-1).items():
+    for name, value in replay.written_out(by_loss, RATE).items():
         assert torch.equal(value, trained[name]), name
 
 
