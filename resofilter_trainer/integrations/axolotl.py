@@ -52,7 +52,7 @@ IMPOSSIBLE = {
     ),
     "token_rule": (
         "weighs the losses of tokens as SFTTrainer computes them, and axolotl has a trainer of its own. Clean the "
-        "dataset first (clean_dataset with rule=), and train on it"
+        "dataset first, by a rule that masks (`resofilter clean`), and train on it"
     ),
     "keep_tokens": "goes with token_rule=. Leave it out",
     "selector": "is an object of Python, which YAML cannot hold. Use keep= or threshold=",

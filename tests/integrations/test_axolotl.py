@@ -148,7 +148,7 @@ def test_without_settings_the_defaults_hold(plugin):
         ("resofilter:\n  - keep\n", r"such as `  keep: 0\.5`, got \['keep'\]"),
         ("resofilter:\n  selector: SoftPruning\n", r"selector= is an object of Python, .* Use keep= or threshold="),
         ("resofilter:\n  token_cleaning: {keep: 0.6}\n", r"token_cleaning= needs .* \(`resofilter clean`\)"),
-        ("resofilter:\n  token_rule: profit\n", r"token_rule= weighs .* \(`resofilter clean --rule`\)"),
+        ("resofilter:\n  token_rule: profit\n", r"token_rule= weighs .* \(`resofilter clean`\)"),
         ("resofilter:\n  keep_tokens: 0.5\n", r"keep_tokens= goes with token_rule=. Leave it out"),
         ("resofilter:\n  dataset: rows\n", r"dataset= is for packed rows, which the plugin refuses. Leave it out"),
         ("resofilter:\n  id_column: name\n", r"id_column= is for a stream, which the plugin refuses. Leave it out"),
