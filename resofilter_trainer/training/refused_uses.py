@@ -70,7 +70,7 @@ SKIPPING = Refusal(
     refused=lambda trainer, dataset: steps_in_backward(trainer),
 )
 RULE_IN_BACKWARD = Refusal(
-    what="token_rule and an optimizer that steps in the backward",
+    what="a token rule and an optimizer that steps in the backward",
     why="such as LOMO, a layer-wise one or DeepSpeed's, which steps even where no token has a weight",
     remedy="Clean the tokens first (resofilter clean), or use another optim",
     refused=lambda trainer, dataset: steps_in_backward(trainer),
