@@ -164,7 +164,7 @@ class ResonanceCallback(TrainerCallback):
 
     @property
     def mean_weights(self) -> list[float]:
-        """With a token rule, the mean weight of the learnt tokens of each step, of all processes."""
+        """With a token rule, the mean weight of the learnt tokens of each step, see `TokenWeights`."""
         return self._mean_weights
 
     @property

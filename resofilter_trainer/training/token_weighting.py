@@ -53,7 +53,8 @@ class TokenWeights(TrainerCallback):
         keep: as for `clean_dataset`.
 
     Attributes:
-        mean_weights: the mean weight of the learnt tokens of each step, of all processes.
+        mean_weights: the mean weight of the learnt tokens of each step, of all processes. Not in it: steps without
+            a learnt token and, with a rule, steps whose loss is NaN or infinite.
 
     Raises:
         InputError: here, where there is no such rule, or it needs what the forward does not compute; when training
