@@ -16,6 +16,7 @@ import pyarrow as pa
 from ..io.pieces import ROWS, TableFile, writing_pieces
 
 MANY = 4_000_000  # rows of a selection from which on it is read and written piece by piece
+KINDS = {"keep": pa.bool_(), "reason": pa.string(), "weight": pa.float64()}  # the types of the columns
 
 
 class Reasons(Sequence[str]):
@@ -60,12 +61,21 @@ def counts_of(reasons: Iterable[str]) -> Counter[str]:
     return reasons.counts() if isinstance(reasons, Reasons) else Counter(reasons)
 
 
-def read_in_pieces(file: TableFile) -> dict[str, Any]:
-    """The columns `keep`, `reason` and, if there is one, `weight` of a selection's file.
+def columns_of(table: pa.Table) -> dict[str, Any]:
+    """The columns `keep`, `reason` and, if there is one, `weight` of a selection.
 
     Raises:
-        KeyError, TypeError: there are other columns.
+        KeyError, TypeError, ArrowInvalid: there are other columns, or a value is missing.
     """
+    columns = dict(zip(table.column_names, table.columns, strict=True))
+    if not pa.types.is_boolean(columns["keep"].type) or any(column.null_count for column in table.columns):
+        raise TypeError("other columns")
+    found = {name: columns[name].cast(kind) for name, kind in KINDS.items() if name != "weight" or name in columns}
+    return {name: each.to_pylist() if name == "reason" else each.to_numpy() for name, each in found.items()}
+
+
+def read_in_pieces(file: TableFile) -> dict[str, Any]:
+    """The same of a selection's file, piece by piece, with `Reasons`. Errors as for `columns_of`, and damage."""
     parts: dict[str, list[np.ndarray]] = {name: [] for name in file.schema.names if name in ("keep", "weight")}
     known, codes = dict[str, int](), list[np.ndarray]()
     if "keep" not in parts or not pa.types.is_boolean(file.schema.field("keep").type):
@@ -74,7 +84,7 @@ def read_in_pieces(file: TableFile) -> dict[str, Any]:
         if any(column.null_count for column in table.columns):
             raise TypeError("a value is missing")
         for name, own in parts.items():
-            own.append(table[name].to_numpy())
+            own.append(table[name].cast(KINDS[name]).to_numpy())
         encoded = table["reason"].combine_chunks().cast(pa.string()).dictionary_encode()
         numbers = [known.setdefault(each, len(known)) for each in encoded.dictionary.to_pylist()]
         codes.append(np.array(numbers, dtype=np.int32)[encoded.indices.to_numpy()])
@@ -84,8 +94,7 @@ def read_in_pieces(file: TableFile) -> dict[str, Any]:
 
 def write_in_pieces(path: Path, columns: Mapping[str, Any], metadata: Mapping[str, str]) -> Path:
     """Write the columns of a selection piece by piece. Returns the file."""
-    kinds = {"keep": pa.bool_(), "reason": pa.string(), "weight": pa.float64()}
-    schema = pa.schema([("sample_id", pa.int64()), *((name, kinds[name]) for name in kinds if name in columns)])
+    schema = pa.schema([("sample_id", pa.int64()), *((name, KINDS[name]) for name in KINDS if name in columns)])
     with writing_pieces(path, schema) as writer:
         for start in range(0, len(columns["keep"]), ROWS):
             rows = {name: column[start : start + ROWS] for name, column in columns.items() if name != "sample_id"}

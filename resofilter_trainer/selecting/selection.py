@@ -28,7 +28,7 @@ from .applying import OTHER_ROWS, check_dataset, check_stream, kept_of_stream
 from .dataset_card import make_card
 from .groups import group_lines
 from .pushing import push_kept
-from .reasons import MANY, counts_of, read_in_pieces, write_in_pieces
+from .reasons import MANY, columns_of, counts_of, read_in_pieces, write_in_pieces
 from .weighted_rows import OF_A_STREAM, WEIGHT, Reminder, keep_weighted, weighted, with_columns
 
 if TYPE_CHECKING:
@@ -311,25 +311,20 @@ class Selection(RowRecord):
     @classmethod
     def load(cls, path: str | os.PathLike[str], *, token: str | bool | None = None) -> Selection:
         """Read what `save` wrote or `push_to_hub` pushed. Arguments and errors as for `ScoreTable.load`."""
-        with record_at(path, SELECTION_FILE, "selection", token) as place:
-            file = TableFile.open(place, KEY, "selection")
-            table = None if file.rows > MANY else load_parquet(file.path, KEY, "selection")[0]
         try:
+            with record_at(path, SELECTION_FILE, "selection", token) as place:
+                file = TableFile.open(place, KEY, "selection")
+                many = file.rows > MANY
+                columns = read_in_pieces(file) if many else columns_of(load_parquet(place, KEY, "selection")[0])
             values = json.loads(file.metadata)
             policy, provenance = dict(values["policy"]), values["provenance"]
             if "keep_of_groups" in policy:
                 policy["keep"] = dict(policy.pop("keep_of_groups"))
             if not isinstance(provenance, str):
                 raise TypeError("provenance")
-            if table is None:
-                return cls(**read_in_pieces(file), policy=policy, provenance=provenance)
-            columns = dict(zip(table.column_names, table.columns, strict=True))
-            sound = pa.types.is_boolean(columns["keep"].type)
-            if not sound or any(column.null_count for column in columns.values()):
-                raise ValueError("other columns")
-            weight = columns["weight"].cast(pa.float64()).to_numpy() if "weight" in columns else None
-            reason = columns["reason"].cast(pa.string()).to_pylist()
-            return cls(columns["keep"].to_numpy(), reason, policy, provenance, weight)
+            return cls(**columns, policy=policy, provenance=provenance)
+        except InputError:
+            raise
         except (TypeError, KeyError, ValueError, pa.ArrowException, RecursionError) as error:
             raise InputError(f"The selection at '{path}' was written by another version. Make it again.") from error
 

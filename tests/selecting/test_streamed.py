@@ -10,8 +10,9 @@ import pyarrow as pa
 import pytest
 from helpers.tables import make_scores
 
-from resofilter_trainer import DataSelector, InputError, ScoreTable, Selection, select_file
+from resofilter_trainer import DataSelector, InputError, ScoreTable, Selection, SoftPruning, select_file
 from resofilter_trainer.io import pieces
+from resofilter_trainer.io.files import save_parquet
 from resofilter_trainer.scores import order_statistics
 from resofilter_trainer.selecting import reasons, selection
 from resofilter_trainer.selecting.cuts import Cut, bound_of_rule, cuts_of_band, cuts_of_share
@@ -184,3 +185,20 @@ def test_a_large_selection_is_read_and_written_as_a_small_one(tmp_path, monkeypa
     assert large.reason != small.reason[:-1]
     assert large.reason != [*small.reason[:-1], "other"]
     assert pa.array(large.reason).to_pylist() == small.reason
+
+    damaged = bytearray((tmp_path / "large" / "selection.parquet").read_bytes())
+    damaged[damaged.find(b"kept")] ^= 1
+    (tmp_path / "large" / "selection.parquet").write_bytes(damaged)
+    with pytest.raises(InputError, match="is truncated, damaged or not a Parquet file"):
+        Selection.load(tmp_path / "large")
+
+
+def test_weights_of_a_large_selection_are_numbers(tmp_path, monkeypatch):
+    for module in (reasons, selection):
+        monkeypatch.setattr(module, "MANY", 1)
+    there = SoftPruning(by="score").select(make_scores([1.0, 2.0, 3.0, 4.0]))
+    assert Selection.load(there.save(tmp_path)) == there
+    text = pa.table({**there._columns(), "sample_id": range(4), "reason": list(there.reason), "weight": list("abcd")})
+    save_parquet(text, tmp_path / "selection.parquet", {selection.KEY: there.metadata()})
+    with pytest.raises(InputError, match="was written by another version"):
+        Selection.load(tmp_path)
