@@ -114,9 +114,9 @@ class DataSelector:
         return Selection.of(self, scores, why)
 
     def values(self, scores: ScoreTable) -> np.ndarray:
-        """The values to rank, (N,); NaN for a row without a score, or where one of several columns is not finite."""
+        """The values to rank, (N,) float64; NaN for a row without a score, or where one of several columns is not finite."""
         columns = [self._column(scores, name) for name in self._columns]
-        if len(columns) == 1 and self._weights is None and not self.length_out:
+        if self._as_it_is:
             return columns[0]
         together = np.stack([*columns, scores.column(LENGTH)] if self.length_out else columns, axis=1)
         finite, values = np.isfinite(together).all(1), np.full(len(scores), np.nan)
@@ -138,7 +138,7 @@ class DataSelector:
             return self.drop
         if scores is None or len(self._columns) > 1 or self._weights is not None:
             return "largest"
-        return _own_end(scores, self._columns[0].removeprefix("-"))
+        return _own_end(scores, self.column)
 
     @property
     def what(self) -> str:
@@ -153,12 +153,12 @@ class DataSelector:
     @property
     def ranks_one_column(self) -> bool:
         """Whether all rows are ranked together, by one column as it is: a row's value depends on no other row."""
-        return (
-            len(self._columns) == 1
-            and self._weights is None
-            and not self.length_out
-            and not (self.stratify_by or isinstance(self.keep, Mapping))
-        )
+        return self._as_it_is and self.stratify_by is None and not isinstance(self.keep, Mapping)
+
+    @property
+    def _as_it_is(self) -> bool:
+        """Whether rows are ranked by one column, without weights and without its length taken out."""
+        return len(self._columns) == 1 and self._weights is None and not self.length_out
 
     @property
     def column(self) -> str:
@@ -190,7 +190,8 @@ class DataSelector:
         if scores.is_cluster(plain):
             raise InputError(f"'{plain}' has numbers of clusters, whose order means nothing: rank by another column.")
         turned = name.startswith("-") or (votes and name == plain and _own_end(scores, name) == "smallest")
-        return -scores.column(plain) if turned else scores.column(plain)
+        values = scores.column(plain).astype(np.float64, copy=False)  # unsigned numbers have no negative
+        return -values if turned else values
 
     def _check_columns(self) -> None:
         """Make `by` a tuple or a dict where it has several columns. Raise InputError where they do not go together."""

@@ -156,4 +156,4 @@ class _Choosing:
         """Some rows, the values to rank them by, and which have one."""
         scores = ScoreTable(table, self.provenance)
         values = self.selector.values(scores)
-        return scores, values.astype(np.float64), scores.scored & np.isfinite(values)
+        return scores, values, scores.scored & np.isfinite(values)

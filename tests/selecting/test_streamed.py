@@ -77,6 +77,23 @@ def test_a_selection_from_a_file_is_that_in_memory(values, tmp_path, in_pieces):
         assert (found.policy, found.provenance) == (json.loads(json.dumps(expected.policy)), expected.provenance)
 
 
+@pytest.mark.parametrize("kind", [pa.uint8(), pa.float32()])
+def test_a_column_of_another_type_is_ranked_by_its_numbers(kind, tmp_path, in_pieces):
+    whole = made([1.0] * 9)
+    numbers = pa.array([3, 0, 200, 7, 7, 90, 1, 255, 0] if kind == pa.uint8() else np.linspace(-0.7, 1.3, 9), kind)
+    own, same = (
+        ScoreTable(whole.table.append_column("mine", each), whole.provenance)
+        for each in (numbers, numbers.cast(pa.float64()))
+    )
+    own.save(tmp_path)
+    for settings in [*SETTINGS, {"threshold": 0.3}]:
+        for by in ("mine", "-mine"):
+            selector = DataSelector(**{**settings, "by": by})
+            expected = selector.select(same)
+            assert selector.select(own) == expected, settings
+            assert Selection.load(select_file(tmp_path, tmp_path / "kept", selector)) == expected, settings
+
+
 def test_a_damaged_column_is_refused(tmp_path, in_pieces):
     """Of a joined file, whose columns each have a digest."""
     schema = made(AWKWARD).table.schema
