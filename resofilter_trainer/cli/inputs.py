@@ -98,32 +98,32 @@ def scored_dataset(args: argparse.Namespace, source: Any) -> Any:
     if name is None:
         return _joined_dataset(source)
     from ..data.files import is_saved, load_rows, only_split
-    from ..io.digest import hash_rows
-    from ..scores.shards import other_rows, span_in
+    from ..scores.shards import difference, span_in
 
     recorded = source.get("split") or "train"
     own = None if "[" in recorded else only_split(name)  # version 0.1.0 read a single file under any split's name
     config = None if Path(name).is_file() or is_saved(name) else source.get("name")  # which 0.1.0 ignored there
     dataset = load_rows(name, args.split or own or recorded, config)
-    span, content = span_in(source), source.get("content")
+    span = span_in(source)
     if span is not None and len(dataset) != len(span):  # else it is the shard itself
         dataset = dataset.select(range(span.start, min(span.stop, len(dataset))))
-    if content is not None and (found := hash_rows(dataset, like=content)) != content:
-        differ = f"'{name}' is not what was scored: its rows or their order differ."
-        raise InputError(f"{differ}{other_rows(source, found) or ' Score it again.'}")
+    where = difference(source, dataset)
+    if where is not None:
+        what = f"'{name}' is not what was scored: its rows or their order differ."
+        raise InputError(f"{what}{where or ' Score it again.'}")
     return dataset
 
 
 def _joined_dataset(source: Any) -> Any:
     """The dataset whose shards were scored apart, read from the places that they name; None where one names none."""
     from ..data.files import load_together
-    from ..io.digest import hash_rows
-    from ..scores.shards import listed, other_rows
+    from ..scores.shards import difference, listed
 
     shards = listed(source)
     if not shards or any(each.dataset is None for each in shards):
         return None
-    dataset, content = load_together(shards), source.get("content")
-    if content is not None and (found := hash_rows(dataset, like=content)) != content:
-        raise InputError(f"The shards are not what was scored.{other_rows(source, found) or ' Score them again.'}")
+    dataset = load_together(shards)
+    where = difference(source, dataset)
+    if where is not None:
+        raise InputError(f"The shards are not what was scored.{where or ' Score them again.'}")
     return dataset

@@ -8,11 +8,10 @@ from collections.abc import Callable, Mapping, Sequence, Sized
 from typing import TYPE_CHECKING, Any
 
 from ..config import InputError, check_kind, with_known_keywords
-from ..io.digest import hash_rows
 from ..report import Contents, Report
 from ..report import write_report as write_page
 from ..scores.score_table import ScoreTable
-from ..scores.shards import other_rows
+from ..scores.shards import difference
 from ..selecting.groups import check_groups
 from ..selecting.selection import Selection
 
@@ -130,12 +129,11 @@ def _texts(scores: ScoreTable | None, dataset: Any, check_rows: bool) -> Any:
     provenance = scores.provenance
     if len(dataset) != provenance.rows:
         raise InputError(f"The dataset has {len(dataset)} rows and the scores are of {provenance.rows}.")
-    content = provenance.source.get("content") if check_rows else None
-    if content is not None and (found := hash_rows(dataset, like=content)) != content:
+    where = difference(provenance.source, dataset) if check_rows else None
+    if where is not None:
         raise InputError(
             "The dataset is not what was scored: its values, its columns or the order of its rows differ. Pass the "
-            "dataset as it was scored; if only columns differ, and row i is still row i, pass check_rows=False."
-            + other_rows(provenance.source, found)
+            "dataset as it was scored; if only columns differ, and row i is still row i, pass check_rows=False." + where
         )
     texts = RowTexts(dataset, scored_columns(provenance.preparation))
     return texts if texts.known else None

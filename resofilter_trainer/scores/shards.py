@@ -193,15 +193,29 @@ def with_digest_of(provenance: Provenance, dataset: Dataset) -> Provenance:
     Raises:
         InputError: rows are missing, or the dataset has other rows than were scored.
     """
-    expected = provenance.source.get("content")
-    if expected is None:
+    if provenance.source.get("content") is None:
         raise InputError(f"{told(missing_of(provenance), provenance.rows)} are in no shard: join them, too.")
     if len(dataset) != provenance.rows:
         raise InputError(f"The shards have {provenance.rows:,} rows and the dataset has {len(dataset):,}.")
-    found = hash_rows(dataset, like=expected)
-    if found != expected:
-        raise InputError(f"The dataset is not what was scored.{other_rows(provenance.source, found)}")
+    where = difference(provenance.source, dataset)
+    if where is not None:
+        raise InputError(f"The dataset is not what was scored.{where}")
     return dataclasses.replace(provenance, source={**provenance.source, "content": hash_rows(dataset)})
+
+
+def difference(source: Mapping[str, Any], dataset: Dataset) -> str | None:
+    """Where a dataset differs from the rows that were scored; None if it does not.
+
+    Args:
+        source: the source of the scores; without a digest of the rows, no dataset differs.
+        dataset: the dataset.
+
+    Returns:
+        A further sentence for an error, see `other_rows`.
+    """
+    content = source.get("content")
+    found = None if content is None else hash_rows(dataset, like=content)
+    return None if found == content else other_rows(source, found or "")
 
 
 def other_rows(source: Mapping[str, Any], found: str) -> str:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from ..config import InputError
 from ..io.files import flush, remove_folder, replacing
 from .results import DROPPED_FILE, PAGE, PAGE_FILES
-from .selection import SELECTION_FILE, Selection, content_of
+from .selection import SELECTION_FILE, Selection, source_of
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -74,7 +74,8 @@ def save_kept(
     Returns:
         The selection's file.
     """
-    same = _holds(output, selection) and content_of(selection.provenance) is not None  # else the rows may differ
+    known = source_of(selection.provenance).get("content") is not None  # else the rows may differ
+    same = _holds(output, selection) and known
     written = {DATASET: rows is not None, EXPORTED: export is not None}
     replaced = [name for name, anew in written.items() if anew or not same]
     if not same and (output / SELECTION_FILE).exists() and (output / PAGE_FILES / DROPPED_FILE).exists():

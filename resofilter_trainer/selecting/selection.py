@@ -16,14 +16,13 @@ import pandas as pd
 import pyarrow as pa
 
 from ..config import InputError, check_kind, with_known_keywords
-from ..io.digest import hash_rows
 from ..io.files import file_at, load_parquet, save_parquet
 from ..io.hub import HubPath, record_at
 from ..io.pieces import TableFile
 from ..scores.provenance import Provenance
 from ..scores.row_record import RowRecord, as_html
 from ..scores.score_table import PROMPT, ScoreTable, count_reasons
-from ..scores.shards import SHARDS, missing_of, other_rows, told
+from ..scores.shards import SHARDS, difference, missing_of, told
 from .applying import OTHER_ROWS, check_dataset, check_stream, kept_of_stream
 from .dataset_card import make_card
 from .groups import group_lines
@@ -178,8 +177,9 @@ class Selection(RowRecord):
         """
         check_dataset(dataset)
         if not isinstance(dataset, Sized):
-            if check_rows and content_of(self.provenance) is not None:
-                check_stream(dataset, json.loads(self.provenance)["source"], len(self))
+            source = source_of(self.provenance)
+            if check_rows and source.get("content") is not None:
+                check_stream(dataset, source, len(self))
             if self.has_weights:
                 warnings.warn(OF_A_STREAM, stacklevel=3)
             return kept_of_stream(dataset, self.keep)
@@ -210,9 +210,9 @@ class Selection(RowRecord):
                 f"The selection was made for {len(self)} rows and the dataset has {len(dataset)}. "
                 "Apply it to the dataset as it was scored, before any filtering or shuffling."
             )
-        content = content_of(self.provenance) if check_rows else None
-        if content is not None and (found := hash_rows(dataset, like=content)) != content:
-            raise InputError(f"{OTHER_ROWS}{other_rows(json.loads(self.provenance)['source'], found)}")
+        where = difference(source_of(self.provenance), dataset) if check_rows else None
+        if where is not None:
+            raise InputError(f"{OTHER_ROWS}{where}")
 
     @with_known_keywords
     def annotate(self, dataset: Dataset, scores: ScoreTable, *, check_rows: bool = True) -> Dataset:
@@ -344,13 +344,12 @@ def _as_json(value: Any) -> Any:
     return value.item() if isinstance(value, np.generic) else repr(value)
 
 
-def content_of(provenance: str) -> str | None:
-    """The digest of the scored rows; None where the scores were not made from a dataset of the user's."""
+def source_of(provenance: str) -> Mapping[str, Any]:
+    """The source of the scores; empty where they were not made from a dataset of the user's."""
     try:
-        source = json.loads(provenance).get("source") or {}
+        return json.loads(provenance).get("source") or {}
     except (ValueError, AttributeError):
-        return None
-    return source.get("content")
+        return {}
 
 
 def settings_of(policy: object) -> dict[str, Any]:
