@@ -114,7 +114,7 @@ class DataSelector:
         return Selection.of(self, scores, why)
 
     def values(self, scores: ScoreTable) -> np.ndarray:
-        """The values to rank, (N,) float64; NaN for a row without a score, or where one of several columns is not finite."""
+        """The values to rank, (N,) float64; NaN without a score, or where one of several columns is not finite."""
         columns = [self._column(scores, name) for name in self._columns]
         if self._as_it_is:
             return columns[0]
