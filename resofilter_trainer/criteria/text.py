@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..data.preparation import PreparedRows
-from ..data.surveys import learnt_tokens, prompts_of
+from ..data.surveys import learnt_tokens
 from ..model.losses import TokenBatch, learnt_positions
 
 NGRAM = 3
@@ -68,7 +68,7 @@ def without_prompt(rows: PreparedRows, start: int | None) -> np.ndarray:
         rows: the rows; of text and of messages, every token is learnt, unless `assistant_only_loss` is set.
         start: the beginning-of-sequence token, if there is one.
     """
-    return prompts_of(rows.dataset, start).is_null().to_numpy(zero_copy_only=False)
+    return rows.prompts.column(start).is_null().to_numpy(zero_copy_only=False)
 
 
 def _learnt(batch: TokenBatch) -> list[list[int]]:

@@ -167,17 +167,6 @@ def learnt_tokens(tokens: Dataset) -> tuple[np.ndarray, np.ndarray]:
     return np.concatenate(positions), np.concatenate(ids)
 
 
-def beginnings(tokens: Dataset) -> tuple[np.ndarray, np.ndarray, int]:
-    """A hash of each row's prompt, the length of each prompt, and how many first tokens all rows have in common."""
-    found = Prompts.of(tokens)
-    return found.hashes, found.lengths, found.common
-
-
-def prompts_of(tokens: Dataset, start: int | None) -> pa.Array:
-    """A hash of each row's prompt, as `Prompts.column`."""
-    return Prompts.of(tokens).column(start)
-
-
 def row_hashes(tokens: Dataset) -> np.ndarray:
     """A hash of each row's `input_ids` and `labels`, (N,) uint64."""
     hashes = list[int]()

@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from torch import nn
 
 from resofilter_trainer.data.preparation import PreparedRows, prepared_already
-from resofilter_trainer.data.surveys import beginnings
 from resofilter_trainer.scoring.batches import arrange, collate, default_budget
 
 CPU = torch.device("cpu")
@@ -47,10 +46,11 @@ def test_every_row_is_in_one_batch_and_no_batch_is_larger_than_twice_the_budget(
 @given(st.lists(st.tuples(tokens, tokens.filter(len)), min_size=1, max_size=12))
 @settings(max_examples=100, deadline=None)
 def test_beginnings_are_what_a_plain_loop_finds(samples):
-    found, lengths, common = beginnings(rows(*samples).dataset)
+    prompts = rows(*samples).prompts
+    found, lengths = prompts.hashes, prompts.lengths
     whole = [[*p, *a] for p, a in samples]
     alike = [len(set(column)) == 1 for column in zip(*whole, strict=False)]
-    assert common == [*alike, False].index(False)
+    assert prompts.common == [*alike, False].index(False)
     assert lengths.tolist() == [len(p) for p, _ in samples]
     for i, (p, _) in enumerate(samples):
         assert [bool(each) for each in found == found[i]] == [q == p for q, _ in samples]
@@ -90,5 +90,5 @@ def test_collated_rows_are_padded_on_the_right():
 @pytest.mark.parametrize("count", [1, 2])
 def test_rows_without_a_prompt_have_no_beginning(count):
     prepared = rows(*[([], [1, 2, 3])] * count)
-    assert beginnings(prepared.dataset)[1].tolist() == [0] * count
+    assert prepared.prompts.lengths.tolist() == [0] * count
     assert len(np.concatenate(arranged(prepared, 10))) == count

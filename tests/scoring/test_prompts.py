@@ -11,7 +11,7 @@ from helpers.scoring import arguments
 
 from resofilter_trainer import OnePerPrompt, score_by, score_dataset, score_layers, score_stream
 from resofilter_trainer.config import InputError
-from resofilter_trainer.data.surveys import prompts_of
+from resofilter_trainer.data.surveys import Prompts
 
 PROMPTS = ["what is 1 ? ", "what is 2 ? ", "what is 1 ? ", "", "what is 2 ? ", "what is 1 ? "]
 ROWS = [{"prompt": text, "completion": f"answer: {'3 ' * (1 + row)}"} for row, text in enumerate(PROMPTS)]
@@ -54,7 +54,7 @@ def test_the_type_of_the_tokens_does_not_matter():
     found = []
     for kind in (np.int32, np.int64):
         columns = {"input_ids": [np.array(row, kind) for row in ids], "labels": labels}
-        found.append(prompts_of(Dataset.from_dict(columns), 7))
+        found.append(Prompts.of(Dataset.from_dict(columns)).column(7))
     assert found[0].equals(found[1])
     assert found[0][0] == found[0][2]
     assert found[0].is_null().to_pylist() == [False, True, False]
