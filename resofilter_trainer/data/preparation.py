@@ -102,12 +102,12 @@ def prepare(
     check_failed(found.failed, len(dataset), found.why)
     dataset = without(dataset, found.failed, drop_empty)
     tokens, reasons = found.tokens, reasons | found.failed
-    lengths, learnt, largest, _ = survey(tokens)
+    lengths, learnt, largest, digest = survey(tokens)
     usable = learnt > 0
     reasons |= why_idle(dataset, positions_of(tokens)[usable], tokenizer, args)
     if not usable.any():
         raise nothing_to_learn(reasons)
-    fingerprint, whole = fingerprint_of(tokens), tokens
+    fingerprint, whole = fingerprint_of(tokens, digest), tokens
     if not usable.all():
         tokens, lengths, learnt = tokens.select(np.flatnonzero(usable)), lengths[usable], learnt[usable]
     rendered = bool(message_columns(dataset))

@@ -129,7 +129,7 @@ class SharedTokens:
         summary = {
             "sizes": sizes,
             "largest": max(each["largest"] for each in told),
-            "fingerprint": fingerprint_of(self._tokens(sizes), blocks),
+            "fingerprint": fingerprint_of(self._tokens(sizes), blocks=blocks),
             "beginning": None if beginning is None else beginning.tolist(),
             "template": next((each["template"] for each in told if each["template"]), ""),
             "rendered": any(each["rendered"] for each in told),

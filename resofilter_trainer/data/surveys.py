@@ -129,16 +129,17 @@ class BlockSurvey:
         return cls(counts, of_labels, Prompts.joined(prompts), largest, digest.digest())
 
 
-def fingerprint_of(tokens: Dataset, blocks: Iterable[bytes] | None = None) -> str:
+def fingerprint_of(tokens: Dataset, digest: str | None = None, blocks: Iterable[bytes] | None = None) -> str:
     """The fingerprint of rows as tokens, with their positions: of many rows, made from those of blocks.
 
     Args:
         tokens: rows with `ROW_POSITION`, ascending.
+        digest: the hash of all rows in one, as `survey` computes it; by default it is computed if it is needed.
         blocks: the fingerprints of the blocks of `BLOCK` positions, in order and without those that have no row; by
             default they are computed.
     """
     if not len(tokens) or tokens[len(tokens) - 1][ROW_POSITION] < MANY:
-        return survey(tokens)[3]
+        return survey(tokens)[3] if digest is None else digest
     if blocks is None:
         bounds = np.searchsorted(
             positions_of(tokens), np.arange(0, tokens[len(tokens) - 1][ROW_POSITION] + BLOCK, BLOCK)
