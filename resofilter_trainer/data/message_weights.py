@@ -20,7 +20,8 @@ from ..config import InputError
 from ..model.losses import IGNORE
 from .chat import KEYS, Message
 from .columns import kind_of
-from .preparation import ROW_POSITION, PreparedRows
+from .preparation import PreparedRows
+from .surveys import ROW_POSITION
 
 FLAG, APART = "weight", "message_weight"  # the key in the user's messages, and where it is no flag
 ONLY_ASSISTANT = "Weights of messages need assistant_only_loss=True, or completions of one message each"

@@ -22,9 +22,9 @@ from trl import SFTConfig, SFTTrainer
 from ..config import InputError, NothingError
 from .columns import media_columns
 from .files import first_line
-from .rows import told_of
 from .surveys import BLOCKS, ROW_POSITION, Prompts, fingerprint_of, positions_of, survey
 from .templates import check_template, message_columns, rows_with, unrendered_roles
+from .usable import check_refused
 
 
 @dataclass(frozen=True)
@@ -97,10 +97,12 @@ def prepare(
     tokenizer = copy.deepcopy(processing_class)
     check_template(dataset, tokenizer, args.chat_template_path)
     reasons = {} if args.chat_template_path else unrendered(dataset, tokenizer)
-    dataset = without(dataset, reasons, drop_empty)
+    check_refused(reasons, len(dataset), drop_empty)
+    dataset = without(dataset, reasons)
     found = by_trl(dataset, tokenizer, args)
     check_failed(found.failed, len(dataset), found.why)
-    dataset = without(dataset, found.failed, drop_empty)
+    check_refused(found.failed, len(dataset), drop_empty)
+    dataset = without(dataset, found.failed)
     tokens, reasons = found.tokens, reasons | found.failed
     lengths, learnt, largest, digest = survey(tokens)
     usable = learnt > 0
@@ -166,23 +168,9 @@ def _collated(example: dict[str, Any], collate: Callable[[list[Any]], Any]) -> d
     return {name: batch[name][0][mask].tolist() for name in ("input_ids", "labels")}
 
 
-def without(dataset: Dataset, refused: Mapping[int, str], drop_empty: bool) -> Dataset:
-    """The rows that are not refused, by position. Raises InputError where some are, and they are not to be skipped."""
-    check_refused(refused, len(dataset), drop_empty)
-    if not refused:
-        return dataset
-    return dataset.select(np.flatnonzero(~np.isin(positions_of(dataset), list(refused))))
-
-
-def check_refused(refused: Mapping[int, str], rows: int, drop_empty: bool) -> None:
-    """Raise InputError where some of these rows are refused, and they are not to be skipped or are all there are."""
-    if not refused:
-        return
-    line = told_of(refused, rows, "cannot be learnt from")
-    if not drop_empty:
-        raise InputError(f"{line} Correct or remove them, or skip them with drop_empty=True.")
-    if len(refused) == rows:
-        raise NothingError(line, refused)
+def without(dataset: Dataset, refused: Mapping[int, str]) -> Dataset:
+    """The rows that are not refused, by position."""
+    return dataset.select(np.flatnonzero(~np.isin(positions_of(dataset), list(refused)))) if refused else dataset
 
 
 def check_failed(failed: Mapping[int, str], rows: int, why: str) -> None:

@@ -23,12 +23,13 @@ from trl import SFTConfig
 
 from ..config import InputError
 from ..io.files import load_parquet, read_json, replacing, save_parquet
-from .preparation import PreparedRows, check_failed, check_refused, nothing_to_learn, unrendered
+from .preparation import PreparedRows, check_failed, nothing_to_learn, unrendered
 from .shared_rows import Share, SharedRows, shares_of
 from .surveys import Prompts, fingerprint_of, in_common
 from .templates import check_template
 from .together import from_main, shared_out
 from .token_shares import NUMBERS, TokenShare
+from .usable import check_refused
 
 SUMMARY, REASONS = "summary.json", "reasons.parquet"
 

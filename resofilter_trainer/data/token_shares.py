@@ -24,9 +24,9 @@ from transformers import PreTrainedTokenizerBase
 from trl import SFTConfig
 
 from ..io.files import load_parquet, remove_old, replacing, save_parquet
-from .preparation import by_trl, why_idle
+from .preparation import by_trl, why_idle, without
 from .shared_rows import Share, SharedRows
-from .surveys import AT_ONCE, ROW_POSITION, BlockSurvey, Prompts, positions_of
+from .surveys import AT_ONCE, ROW_POSITION, BlockSurvey, Prompts
 from .tables import tables_of
 from .templates import message_columns
 from .together import without_waiting
@@ -94,7 +94,7 @@ class TokenShare:
         with replacing(self.tokens) as path, _alone(), _bar(self.share) as bar:
             file = _TokenFile(path)
             for block in rows.usable(self.share):
-                made.add(_others(block, silent), tokenizer, args, file)
+                made.add(without(block, silent), tokenizer, args, file)
                 bar.update(len(block))
             file.close()
         own = {row: why for row, why in silent.items() if self.share.start <= row < self.share.stop}
@@ -124,7 +124,7 @@ class _Made:
         self.why = self.why or found.why
         if len(found.failed) == len(rows):
             return
-        sound, used = _others(rows, found.failed), np.empty(0, np.int64)
+        sound, used = without(rows, found.failed), np.empty(0, np.int64)
         self.template, self.rendered = found.template, bool(message_columns(sound))
         if len(found.tokens):
             table = file.add(found.tokens)
@@ -202,11 +202,6 @@ class _TokenFile:
 def _typed(kind: pa.DataType, otherwise: pa.DataType) -> pa.DataType:
     """The type of lists of tokens; lists that are all empty have none."""
     return pa.list_(otherwise) if pa.types.is_null(kind) or pa.types.is_null(kind.value_type) else kind
-
-
-def _others(rows: Dataset, gone: Mapping[int, str]) -> Dataset:
-    """The rows that are not gone, by position."""
-    return rows.select(np.flatnonzero(~np.isin(positions_of(rows), list(gone)))) if gone else rows
 
 
 @contextlib.contextmanager

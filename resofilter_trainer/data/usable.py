@@ -74,20 +74,24 @@ def all_skipped(skipped: dict[int, str]) -> NothingError:
 
 
 def check_skipped(skipped: Mapping[int, str], rows: int, drop_empty: bool) -> None:
-    """Raise InputError where rows have nothing to learn, and they are not to be skipped or are all there are."""
-    if not skipped or (drop_empty and len(skipped) < rows):
-        return
-    if drop_empty:
-        raise NothingError(told_of(skipped, rows, "cannot be learnt from"), skipped)
-    if any(reason != EMPTY for reason in skipped.values()):
+    """Raise InputError as `check_refused`, in other words where the completions of all skipped rows are empty."""
+    if skipped and not drop_empty and all(reason == EMPTY for reason in skipped.values()):
         raise InputError(
-            f"{told_of(skipped, rows, 'cannot be learnt from')} Correct or remove them, or skip them with "
-            "drop_empty=True."
+            f"{len(skipped)} of {rows} rows have an empty completion and teach nothing: rows {listed_rows(skipped)}. "
+            "Remove them, or skip them with drop_empty=True."
         )
-    raise InputError(
-        f"{len(skipped)} of {rows} rows have an empty completion and teach nothing: rows {listed_rows(skipped)}. "
-        "Remove them, or skip them with drop_empty=True."
-    )
+    check_refused(skipped, rows, drop_empty)
+
+
+def check_refused(refused: Mapping[int, str], rows: int, drop_empty: bool) -> None:
+    """Raise InputError where some of these rows are refused, and they are not to be skipped or are all there are."""
+    if not refused:
+        return
+    line = told_of(refused, rows, "cannot be learnt from")
+    if not drop_empty:
+        raise InputError(f"{line} Correct or remove them, or skip them with drop_empty=True.")
+    if len(refused) == rows:
+        raise NothingError(line, refused)
 
 
 def check_no_media(dataset: Dataset) -> None:
