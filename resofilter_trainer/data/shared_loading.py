@@ -7,7 +7,7 @@ the others:    read the structure -> are told it  -> receive them               
 from __future__ import annotations
 
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import gather_object
 from transformers import PreTrainedModel
 from trl import SFTConfig
 
@@ -15,6 +15,7 @@ from ..config import InputError
 from ..model.handing_out import structure
 from .fingerprints import hash_weights
 from .models import load_weights
+from .together import from_main
 
 CHANGES = ("device_map", "gguf_file", "quantization_config")  # settings under which weights are more than read
 UNLIKE = "its structure alone lacks something (quantised weights, or tensors in a list)."
@@ -59,5 +60,4 @@ def load_to_shard(name: str, args: SFTConfig, group_size: int | None = None) -> 
 
 def hash_of_first(model: PreTrainedModel) -> str:
     """The first process's hash of its weights, in every process; each must call this."""
-    digest: str = broadcast_object_list([hash_weights(model) if PartialState().is_main_process else ""])[0]
-    return digest
+    return from_main(lambda: hash_weights(model))
