@@ -63,7 +63,7 @@ class SharedTokens:
             for found in shared_out(shares, lambda share: _unrendered(rows, share, tokenizer)):
                 silent |= found
             check_refused(silent, usable, drop_empty)
-        told = shared_out(self._shares, lambda each: _failures(each.made(rows, tokenizer, args, silent)))
+        told = shared_out(self._shares, lambda each: each.made(rows, tokenizer, args, silent))
         failed = {row: why for found, _ in told for row, why in found.items()}
         check_failed(failed, usable - len(silent), next((why for _, why in told if why), ""))
         check_refused(failed, usable - len(silent), drop_empty)
@@ -80,7 +80,7 @@ class SharedTokens:
         summary = read_json(self.folder / SUMMARY, self._way_out)
         table, _ = load_parquet(self.folder / REASONS, REASONS, "reasons")
         reasons = dict(zip(table["position"].to_pylist(), table["reason"].to_pylist(), strict=True))
-        numbers = {name: np.load(self._numbers(name), mmap_mode="r") for name in NUMBERS}
+        numbers = {name: self._loaded(name) for name in NUMBERS}
         usable = numbers["learnt"] > 0
         if not usable.any():
             raise nothing_to_learn(reasons)
@@ -106,12 +106,23 @@ class SharedTokens:
     def _numbers(self, name: str) -> Path:
         return self.folder / f"numbers-{name}.npy"
 
+    def _loaded(self, name: str) -> np.ndarray:
+        path = self._numbers(name)
+        try:
+            found: np.ndarray = np.load(path, mmap_mode="r")
+        except (OSError, ValueError) as error:
+            raise self._damaged(path) from error
+        return found
+
+    def _damaged(self, path: Path) -> InputError:
+        return InputError(f"'{path}' is missing or damaged. {self._way_out}")
+
     def _tokens(self, sizes: Sequence[int]) -> Dataset:
         """The tokens of all shares, which are mapped into memory."""
         paths = [each.tokens for each in self._shares]
         for path, size in zip(paths, sizes, strict=True):
             if not path.exists() or path.stat().st_size != size:
-                raise InputError(f"'{path}' is missing or damaged. {self._way_out}")
+                raise self._damaged(path)
         tables = [MemoryMappedTable.from_file(str(path)) for path in paths]
         tables = [each for each in tables if len(each)] or tables[:1]
         return Dataset(concat_tables(tables), fingerprint=self.folder.name)  # else datasets would hash every table
@@ -160,10 +171,3 @@ def _unrendered(rows: SharedRows, share: Share, tokenizer: PreTrainedTokenizerBa
         check_template(block, tokenizer, None)
         found |= unrendered(block, tokenizer)
     return found
-
-
-def _failures(about: dict[str, object]) -> tuple[dict[int, str], str]:
-    """Why TRL cannot prepare rows of a share, by position, and its first error."""
-    failed = about["failed"]
-    assert isinstance(failed, dict), "as it was written"
-    return {int(row): why for row, why in failed.items()}, str(about["why"])

@@ -77,8 +77,8 @@ class TokenShare:
 
     def made(
         self, rows: SharedRows, tokenizer: PreTrainedTokenizerBase, args: SFTConfig, silent: Mapping[int, str]
-    ) -> dict[str, Any]:
-        """What is known of the rows together; the files are written unless they are there.
+    ) -> tuple[dict[int, str], str]:
+        """Write the files unless they are there; why TRL cannot prepare rows, by position, and its first error.
 
         Args:
             rows, tokenizer, args: as for `SharedTokens.prepare`.
@@ -87,7 +87,7 @@ class TokenShare:
         if self.known.exists() and self.tokens.exists():
             about = self.about
             if self.tokens.stat().st_size == about["size"]:
-                return about
+                return {int(row): why for row, why in about["failed"].items()}, about["why"]
         for path in (self.tokens, self.known):
             remove_old(self.folder, f".{path.name}.*.part")
         made = _Made()
@@ -100,7 +100,7 @@ class TokenShare:
         own = {row: why for row, why in silent.items() if self.share.start <= row < self.share.stop}
         about = {"size": self.tokens.stat().st_size, **made.about(own)}
         save_parquet(made.numbers, self.known, {KNOWN: json.dumps(about)}, use_dictionary=False, compression="none")
-        return self.about  # with text for numbers as names, as JSON has it
+        return made.failed, made.why
 
 
 @dataclass

@@ -164,13 +164,16 @@ def test_what_was_made_before_a_kill_is_read(tmp_path, monkeypatch):
     assert len(blocks) == 6
 
 
-def test_a_damaged_file_is_named(tmp_path):
+@pytest.mark.parametrize("name", ["tokens-0001.arrow", "numbers-prompt.npy"])
+def test_a_damaged_file_is_named(name, tmp_path):
     dataset = Dataset.from_list(PAIRS)
     shared(dataset, {}, tmp_path)
-    one = next(tmp_path.glob("*/tokens-0001.arrow"))
+    one = next(tmp_path.glob(f"*/{name}"))
     one.write_bytes(one.read_bytes()[:-9])
-    with pytest.raises(InputError, match=r"tokens-0001.arrow' is missing or damaged. Remove '.*': the rows are prep"):
-        shared(dataset, {}, tmp_path)
+    for _ in range(2):
+        with pytest.raises(InputError, match=rf"{name}' is missing or damaged. Remove '.*': the rows are prep"):
+            shared(dataset, {}, tmp_path)
+        one.unlink(missing_ok=True)
 
 
 def test_the_tokenizer_stays_as_it_was(tmp_path):
