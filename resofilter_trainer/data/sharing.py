@@ -27,7 +27,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, TrainingArgumen
 from trl import SFTConfig
 
 from ..config import ColumnMapping
-from ..io.digest import BLOCK, hash_rows
+from ..io.digest import BLOCK, same_rows
 from ..io.files import remove_folder
 from .preparation import PreparedRows
 from .shared_rows import SharedRows, are_kept, kept_content, kept_rows, read_shared, save_rows
@@ -74,7 +74,8 @@ class Sharing:
     def prepared(self, rows: SharedRows, tokenizer: PreTrainedTokenizerBase) -> PreparedRows:
         """The rows as tokens, as `preparation.prepare`; all processes call this. Raises InputError as that does."""
         name = from_main(lambda: _name_of_tokens(tokenizer, self.args))
-        tokens = SharedTokens(self.place / name, len(self.dataset))
+        content = rows.content.rpartition(":")[2]  # another run may have put rows of the same name here since
+        tokens = SharedTokens(self.place / f"{name}-{content}", len(self.dataset))
         if from_main(lambda: tokens.made):
             prepared = tokens.read()
         else:
@@ -87,7 +88,7 @@ class Sharing:
         """Whether the rows in the place are these; others are removed."""
         if not are_kept(self.place):
             return False
-        if not _has_rows_in_memory(self.dataset) or hash_rows(self.dataset) == kept_content(self.place):
+        if not _has_rows_in_memory(self.dataset) or same_rows(kept_content(self.place), self.dataset):
             return True
         remove_folder(self.place)
         return False

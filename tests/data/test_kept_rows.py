@@ -88,6 +88,18 @@ def test_rows_in_memory_with_the_fingerprint_of_others_are_read_again(in_files, 
         assert_same(found, alone(expected, {})[0])
 
 
+def test_two_runs_over_rows_with_the_same_fingerprint_have_their_own_tokens(tmp_path):
+    """In memory, so that neither run's rows are in a file that tells them apart."""
+    runs = []
+    for answer in ("4", "5"):
+        rows = Dataset.from_dict({"prompt": ["what ? "] * 12, "completion": [answer] * 12})
+        dataset = Dataset(rows.data, info=rows.info, fingerprint="same")
+        how = sharing.Sharing(dataset, ColumnMapping(), arguments(), False, True, tmp_path)
+        runs.append((how, how.rows(), alone(rows, {})[0]))
+    for how, rows, expected in runs:  # both have read their rows before either makes tokens
+        assert_same(how.prepared(rows, tokenizer_of()), expected)
+
+
 def test_another_order_of_rows_has_another_name(tmp_path):
     Dataset.from_list(PAIRS).save_to_disk(tmp_path / "rows")
     dataset, options = load_from_disk(tmp_path / "rows"), (ColumnMapping(), arguments(), False, True)
