@@ -24,6 +24,7 @@ from ..config import InputError
 from .table_digest import verified, with_digest
 
 LOCK = ".resofilter.lock"
+PARQUET = "a Parquet file"
 OLD = 3600  # seconds
 NO_LOCKS = {errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK}  # from a network file system without locks
 REFUSALS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.EACCES, errno.EPERM}  # from a disk
@@ -212,7 +213,7 @@ def file_at(path: str | os.PathLike[str], name: str) -> Path:
 
 def load_parquet(path: Path, key: str, what: str) -> tuple[pa.Table, str]:
     """A Parquet file's table and its metadata. Arguments and errors as for `load_table`."""
-    return load_table(path, key, what, "a Parquet file", _read_parquet)
+    return load_table(path, key, what, PARQUET, _read_parquet)
 
 
 def load_arrow(path: Path, key: str, what: str) -> tuple[pa.Table, str]:
@@ -233,19 +234,38 @@ def load_table(path: Path, key: str, what: str, kind: str, read: Callable[[Path]
     Raises:
         InputError: the file is missing, cannot be read, or contains something else.
     """
+    check_is_file(path, what)
+    with readable(path, kind):
+        table = read(path)
+    return table, metadata_of(table.schema, path, key, what, kind)
+
+
+def check_is_file(path: Path, what: str) -> None:
+    """Raise InputError where there is no file; arguments as for `load_table`."""
     if not path.is_file():
         raise InputError(f"No {what} at '{path}'. Pass the folder or the file that they were written to.")
+
+
+@contextlib.contextmanager
+def readable(path: Path, kind: str) -> Iterator[None]:
+    """Turns other libraries' errors of a damaged file into an InputError; arguments as for `load_table`."""
     try:
-        table = read(path)
+        yield
+    except InputError:
+        raise
     except (pa.ArrowException, OSError, ValueError) as error:
         raise InputError(
             f"'{path}' cannot be read: it is truncated, damaged or not {kind} ({error}). Make it again."
         ) from error
-    metadata = (table.schema.metadata or {}).get(key.encode())
+
+
+def metadata_of(schema: pa.Schema, path: Path, key: str, what: str, kind: str) -> str:
+    """This package's metadata of a file with this schema; arguments and errors as for `load_table`."""
+    metadata = (schema.metadata or {}).get(key.encode())
     if metadata is None:
         raise InputError(f"'{path}' is {kind}, but holds no {what} written by resofilter.")
     try:
-        return table, metadata.decode()
+        return str(metadata.decode())
     except UnicodeDecodeError as error:
         raise InputError(f"'{path}' is damaged: its metadata is not text. Make it again.") from error
 

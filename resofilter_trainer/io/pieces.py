@@ -17,8 +17,7 @@ from typing import Any, TypeVar
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ..config import InputError
-from .files import load_parquet, replacing
+from .files import PARQUET, check_is_file, load_parquet, metadata_of, readable, replacing
 from .table_digest import BY_COLUMN, DIGEST, ColumnDigests
 
 T = TypeVar("T")
@@ -48,21 +47,16 @@ class TableFile:
     @classmethod
     def open(cls, path: Path, key: str, what: str) -> TableFile:
         """Read the columns' names and the metadata. Raises InputError as for `load_parquet`."""
-        if not path.is_file():
-            raise InputError(f"No {what} at '{path}'. Pass the folder or the file that they were written to.")
-        with _readable(path), pq.ParquetFile(path) as file:
+        check_is_file(path, what)
+        with readable(path, PARQUET), pq.ParquetFile(path) as file:
             schema, rows = file.schema_arrow, file.metadata.num_rows
-        if key.encode() not in (schema.metadata or {}):
-            raise InputError(f"'{path}' is a Parquet file, but holds no {what} written by resofilter.")
+        metadata_of(schema, path, key, what, PARQUET)
         return cls(path, key, what, schema, rows)
 
     @property
     def metadata(self) -> str:
         """This package's metadata."""
-        try:
-            return str(self.schema.metadata[self.key.encode()].decode())
-        except UnicodeDecodeError as error:
-            raise InputError(f"'{self.path}' is damaged: its metadata is not text. Make it again.") from error
+        return metadata_of(self.schema, self.path, self.key, self.what, PARQUET)
 
     @property
     def by_column(self) -> bool:
@@ -87,16 +81,16 @@ class TableFile:
         for table in self.unchecked(names):
             digests.add(table)
             yield table
-        with _readable(self.path):
+        with readable(self.path, PARQUET):
             digests.check(self.schema, self.rows)
 
     def unchecked(self, columns: Sequence[str]) -> Iterator[pa.Table]:
         """As `pieces`, with the checksums of pages alone: for columns whose digests were checked just before."""
-        with _readable(self.path):
+        with readable(self.path, PARQUET):
             file = pq.ParquetFile(self.path, page_checksum_verification=True)
         with file:
             for group in range(file.num_row_groups):
-                with _readable(self.path):
+                with readable(self.path, PARQUET):
                     table = file.read_row_group(group, columns=list(columns)).replace_schema_metadata(None)
                 yield from (table.slice(start, ROWS) for start in range(0, len(table), ROWS))
 
@@ -159,16 +153,3 @@ def writing_pieces(path: Path, schema: pa.Schema) -> Iterator[PieceWriter]:
             pieces = PieceWriter(writer, schema)
             yield pieces
             assert pieces._ended, "a file without metadata cannot be read"
-
-
-@contextlib.contextmanager
-def _readable(path: Path) -> Iterator[None]:
-    """Other libraries' errors of a damaged file as an InputError."""
-    try:
-        yield
-    except (pa.ArrowException, OSError, ValueError) as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(
-            f"'{path}' cannot be read: it is truncated, damaged or not a Parquet file ({error}). Make it again."
-        ) from error
