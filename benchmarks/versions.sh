@@ -4,7 +4,7 @@
 #
 #     benchmarks/versions.sh [--build] FOLDER [ENVIRONMENT...] [-- PYTEST-ARGUMENTS]
 #
-# --build only makes the environments, and runs no test in them.
+# --build only creates the environments, and runs no tests.
 # Environments: oldest, axolotl, today, newest. FOLDER keeps them, and the output of the tests as ENVIRONMENT.log.
 # PYTHON (3.11 or 3.12) and PYTHON_NEWEST (the newest there is) name the interpreters, TORCH the build to install: an
 # unpinned torch brings gigabytes of CUDA.

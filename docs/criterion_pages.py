@@ -255,7 +255,7 @@ PAGES = (
         "a token's loss under the base model minus its loss under a reference model; the highest are learnt",
         "Token Cleaning, [arXiv 2502.01968](https://arxiv.org/abs/2502.01968)",
         "a reference model, or a training in stages",
-        "where the base knows the task, not the noise: ruined the model with wrong rows, cost 15 to 30 points without",
+        "if the base knows the task, not the noise: ruined the model with wrong rows, cost 15 to 30 points with none",
         "`keep` is the share of the tokens. The reference must know the good tokens better than the base does, the bad "
         "ones no better ([token cleaning](../tasks/tokens.md)). Why it cost points without a wrong row is not known.",
     ),
@@ -270,7 +270,7 @@ PAGES = (
         "rows; in Python, `RandomSelector`.",
     ),
 )
-LEFT_OUT = {"signal", "dynamics", "token_rule", "column"}  # of pages of their own, and a column of the user's
+LEFT_OUT = {"signal", "dynamics", "token_rule", "column"}  # have pages elsewhere, or are a column of the user's
 
 
 def tables() -> dict[str, dict[str, list[str]]]:
