@@ -20,7 +20,7 @@ from . import steps
 from .dynamics import dynamics_of
 from .parts import Part, common_end, folder_of, missing_steps, parts_in
 from .schema import COLUMNS, schema_of
-from .spikes import Spike, ranked, shares, spikes_of
+from .spikes import THRESHOLD, WINDOW, Spike, ranked, shares, spikes_of
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -194,7 +194,7 @@ class Ledger:
             epoch += 1
         return found
 
-    def spikes(self, threshold: float = 4.0, window: int = 101, most: int = 20) -> list[Spike]:
+    def spikes(self, threshold: float = THRESHOLD, window: int = WINDOW, most: int = 20) -> list[Spike]:
         """The steps whose loss or gradient norm stands out, and the rows that explain them, largest first.
 
         Args:

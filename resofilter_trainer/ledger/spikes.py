@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 NORMAL = 1.4826  # a standard deviation of normal noise, in median absolute deviations
 FLOOR = 1e-3  # of the level: the least noise
 FEWEST = 11  # steps of a window
+THRESHOLD, WINDOW = 4.0, 101  # by default
 SHARE_OF_LOSS, SHARE_OF_UPDATE, EXPLAINS = "share_of_loss", "share_of_update", "explains"
 
 
@@ -99,14 +100,16 @@ def stands_out(values: np.ndarray, window: int, by_factor: bool = False) -> tupl
     return np.exp(level) if by_factor else level, score
 
 
-def spikes_of(steps: pd.DataFrame, threshold: float, window: int, most: int) -> list[Spike]:
+def spikes_of(
+    steps: pd.DataFrame, threshold: float = THRESHOLD, window: int = WINDOW, most: int | None = None
+) -> list[Spike]:
     """The spikes without their rows, the one that stands out most first.
 
     Args:
         steps: a line for each step, see `Ledger.steps`.
         threshold: the least score of a spike.
         window: see `stands_out`.
-        most: the number of spikes to return.
+        most: the number of spikes to return; None for all.
     """
     threshold, window = number("threshold", threshold, above=0), whole_number("window", window, least=FEWEST)
     loss, grad_norm = steps["loss"].to_numpy().copy(), steps["grad_norm"].to_numpy()

@@ -124,10 +124,13 @@ def of_timeline(timeline: Timeline, name: str) -> str:
     ends = max(1, len(values) // 10)
     first, last = np.mean(values[:ends]), np.mean(values[-ends:])
     title = "loss" if name == "loss" else "gradient norm"
-    by = [each for each in timeline.spikes if title in each.by]
-    count = f"{len(by)} steps stand out" if len(by) != 1 else f"step {by[0].step:,} stands out"
+    count = timeline.stand_out[name]
+    told = f"{count:,} steps stand out" if count else "no step stands out"
+    if count == 1:
+        listed = [f"step {each.step:,}" for each in timeline.spikes if title in each.by]
+        told = f"{listed[0] if listed else '1 step'} stands out"
     way = "falls" if last < first else "rises"
-    return f"The {title} {way} from {first:.3g} to {last:.3g}; {count if by else 'no step stands out'}."
+    return f"The {title} {way} from {first:.3g} to {last:.3g}; {told}."
 
 
 def of_left_out(timeline: Timeline) -> str:

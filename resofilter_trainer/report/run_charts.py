@@ -98,7 +98,9 @@ def timeline_figure(timeline: Timeline, name: str) -> Figure:
     about = f"The {title}, of steps {timeline.first:,} to {timeline.last:,}"
     about += f", means of {timeline.per_point} steps." if timeline.per_point > 1 else "."
     if spikes:
-        about += " A dot is a step that stands out; a click shows its rows, as does the list below."
+        more = len(timeline.spikes) < timeline.stand_out["any"]
+        which = f"one of the {len(timeline.spikes)} steps that stand out most" if more else "a step that stands out"
+        about += f" A dot is {which}; a click shows its rows, as does the list below."
     if timeline.left_out:
         about += " A cross is a step whose update was left out."
     return figure(findings.of_timeline(timeline, name), about, alt.layer(*layers), PANEL)

@@ -52,11 +52,11 @@ def tiles_of(numbers: Numbers, scores: ScoreTable) -> list[Tile]:
         found.append(spread)
     if numbers.timeline is not None and len(found) < MOST:
         t = numbers.timeline
-        count = len(t.spikes)
+        count = t.stand_out["any"]
         left_out = f", {len(t.left_out):,} left out" if t.left_out else ""
         found.append(
             Tile(
-                f"{count}",
+                f"{count:,}",
                 "step stands out" if count == 1 else "steps stand out",
                 f"of {t.last - t.first + 1:,}{left_out}",
             )

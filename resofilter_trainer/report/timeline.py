@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from ..ledger.ledger import Ledger
+from ..ledger.spikes import spikes_of
 from ..ledger.trajectories import READ, trajectories_of
 from .columns import finite
 
@@ -45,13 +46,15 @@ class Timeline:
     Attributes:
         steps: `step`, the first of those that a point is the mean of, `loss` and `grad_norm`.
         per_point: the number of steps that a point is the mean of.
-        spikes: the steps that stand out, the first step first.
+        stand_out: for `loss` and `grad_norm`, the number of steps that stand out by it; for `any`, by one of them.
+        spikes: the steps that stand out most, at most 20, the first step first.
         left_out: the steps whose update was left out, as far as the ledger says it.
         first, last: the steps of the ledger.
     """
 
     steps: list[dict[str, Any]]
     per_point: int
+    stand_out: dict[str, int]
     spikes: list[SpikeNumbers]
     left_out: list[int]
     first: int
@@ -67,6 +70,8 @@ def timeline_of(ledger: Ledger | None) -> Timeline | None:
     means = steps.groupby((steps["step"] - ledger.first) // per_point)[["loss", "grad_norm"]].mean()
     points = zip(range(ledger.first, ledger.last + 1, per_point), means["loss"], means["grad_norm"], strict=True)
     left_out = steps["step"][steps["left_out"].fillna(False).astype(bool)].tolist()
+    by = [spike.by for spike in spikes_of(steps)]  # of all, without reading their rows
+    stand_out = {"any": len(by), **{name: sum(name in each for each in by) for name in ("loss", "grad_norm")}}
     names = ("sample_id", "explains", "loss", "num_tokens")
     spikes = [
         SpikeNumbers(
@@ -85,7 +90,7 @@ def timeline_of(ledger: Ledger | None) -> Timeline | None:
         for spike in sorted(ledger.spikes(most=SPIKES), key=lambda each: each.step)
     ]
     found = [{"step": step, "loss": finite(loss), "grad_norm": finite(norm)} for step, loss, norm in points]
-    return Timeline(found, per_point, spikes, left_out, ledger.first, ledger.last)
+    return Timeline(found, per_point, stand_out, spikes, left_out, ledger.first, ledger.last)
 
 
 def lives_of(ledger: Ledger | None, rows: Sequence[int]) -> list[list[Visit]] | None:

@@ -16,7 +16,9 @@ from helpers.tables import make_provenance, make_scores
 from resofilter_trainer import DataSelector, Ledger, read_contents, write_report
 from resofilter_trainer.cli.entry import main
 from resofilter_trainer.config import ScoreWarning
-from resofilter_trainer.report.timeline import MAX_POINTS, MAX_VISITS, curves_of, lives_of, timeline_of
+from resofilter_trainer.report.findings import of_timeline
+from resofilter_trainer.report.run_charts import timeline_figure
+from resofilter_trainer.report.timeline import MAX_POINTS, MAX_VISITS, SPIKES, curves_of, lives_of, timeline_of
 from resofilter_trainer.selecting.results import NAME, selection_file
 
 ROWS, STEPS = 160, 120
@@ -65,6 +67,27 @@ def test_the_time_line_is_that_of_the_ledger(run):
     ]
     (spike,) = (each for each in found.spikes if each.step == 30)
     assert (spike.rows[0]["sample_id"], spike.rows[0]["loss"]) == (BAD, 50)
+
+
+def test_all_steps_that_stand_out_are_counted_and_the_first_are_listed(tmp_path):
+    """Of 40, 25 stand out by their loss, and all of the 20 that are listed by their gradient norm."""
+    drawn = np.random.default_rng(0).normal(0, 0.1, (2, 400))
+    loss, norm = 2 + drawn[0], np.exp(drawn[1])
+    loss[5:380:15] += 3
+    norm[12:312:20] *= 100
+    lines = [{"step": i + 1, "loss": loss[i], "grad_norm": norm[i]} for i in range(400)]
+    write_part(tmp_path, part(lines), 1, 400)
+    ledger = Ledger.load(tmp_path)
+    found = timeline_of(ledger)
+    every = ledger.spikes(most=400)
+    assert found.stand_out == {
+        "any": len(every),
+        "loss": sum("loss" in each.by for each in every),
+        "grad_norm": sum("grad_norm" in each.by for each in every),
+    }
+    assert (len(every), len(found.spikes)) == (40, SPIKES)
+    assert of_timeline(found, "loss").endswith("; 25 steps stand out.")
+    assert "A dot is one of the 20 steps that stand out most; " in timeline_figure(found, "grad_norm").about
 
 
 def test_a_point_of_a_long_run_is_the_mean_of_several_steps(tmp_path):
