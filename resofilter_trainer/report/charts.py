@@ -13,7 +13,7 @@ import numpy as np
 
 from ..scores.score_table import ScoreTable
 from . import findings, run_charts
-from .distribution import Scale
+from .axes import PER_CENT, height_of, score_axis, score_scale
 from .drawing import HEIGHT, Figure, Label, end_labels, figure, plot
 from .numbers import Numbers
 from .paper_figures import Layer, Quarter
@@ -192,7 +192,7 @@ def layers_figure(measured: Sequence[Layer], full_step: float | None) -> Figure:
         edges = [changes.mark_line(style=which, point=point).encode(x=x, y=bound) for bound in (low, high)]
         layers += [area, *edges]
         middle = (values[-1][1] + values[-1][2]) / 2
-        labels.append(Label(name, 0.5 if most == least else (middle - least) / (most - least), which))
+        labels.append(Label(name, height_of(middle, least, most), which))
     about = f"Quartiles of the change of W_up over {measured[0].rows:,} rows, each its mean over the matrix"
     about += ", and over the entries of a matrix (ResoFilter, figure 2)." if entries else " (ResoFilter, figure 2)."
     return figure(findings.of_layers(measured), about, alt.layer(*layers, *end_labels(labels)))
@@ -256,38 +256,17 @@ def ratios_figure(ratios: Sequence[dict[str, Any]]) -> Figure:
     for name, values in sorted(series.items(), key=lambda each: each[0] == best):  # the best is drawn last
         which = "kept" if name == best else "other"
         rows = sorted(({**each, "name": name} for each in values), key=lambda each: each["keep"])
-        axis = alt.Axis(labelExpr="round(100 * datum.value) + ' %'")
+        axis = alt.Axis(labelExpr=PER_CENT)
         x = alt.X("keep:Q", title="share of rows or tokens kept", axis=axis)
         y, foot = (alt.Y(f"{field}:Q", title="held-out metric", scale=scale) for field in ("metric", "metric_low"))
         tooltip = ["name:N", "keep:Q", "metric:Q", "metric_low:Q", "metric_high:Q"]
         line = plot(rows).mark_line(style=which, point=alt.OverlayMarkDef(size=36, style=which))
         layers.append(plot(rows).mark_rule(style=which, opacity=0.45).encode(x=x, y=foot, y2="metric_high:Q"))
         layers.append(line.encode(x=x, y=y, tooltip=tooltip))
-        height = 0.5 if low == high else (rows[-1]["metric"] - low) / (high - low)
-        labels.append(Label(name, height, "kept" if name == best else "ink"))
+        labels.append(Label(name, height_of(rows[-1]["metric"], low, high), "kept" if name == best else "ink"))
     tall = max(HEIGHT, LABEL_HEIGHT * len(series))
     about = "Held-out metric of every selector, with its 95 % interval over seeds (ResoFilter, figure 3)."
     return figure(findings.of_ratios(ratios), about, alt.layer(*layers, *end_labels(labels, tall)), tall)
-
-
-def score_scale(scale: Scale) -> alt.Scale:
-    """The axis of the scores: larger ones to the right and at the top, also where the distance to lr is drawn."""
-    if scale.kind == "linear":
-        return alt.Scale(zero=False, nice=False)
-    found = alt.Scale(type=scale.kind, domain=[scale.low, scale.high], reverse=True, nice=False)
-    if scale.kind == "symlog":
-        found.constant = scale.constant
-    return found
-
-
-def score_axis(scale: Scale) -> alt.Axis:
-    """Its labels: shares in per cent with as many digits as it takes, or the scores."""
-    if scale.full_step is None:
-        return alt.Axis(format="~g", tickCount=6)
-    if scale.kind == "linear":
-        return alt.Axis(labelExpr=f"format(datum.value, '.{scale.decimals}~f') + ' %'", tickCount=5)
-    label = "format(100 * (1 - datum.value), '.12~f') + ' %'"
-    return alt.Axis(values=scale.ticks(), labelExpr=label, labelOverlap="greedy")
 
 
 def short(value: float) -> float:

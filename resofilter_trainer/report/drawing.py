@@ -65,14 +65,9 @@ def figure(title: str, about: str, chart: Chart, height: int = HEIGHT) -> Figure
     return Figure(title, about, {name: part for name, part in drawn.items() if name != "config"})
 
 
-def data(rows: Sequence[Mapping[str, Any]]) -> alt.Data:
-    """Rows as the data of a chart."""
-    return alt.Data(values=[dict(row) for row in rows])
-
-
 def plot(rows: Sequence[Mapping[str, Any]]) -> alt.Chart:
-    """A chart without a mark."""
-    return alt.Chart(data(rows))
+    """A chart of rows, without a mark."""
+    return alt.Chart(alt.Data(values=[dict(row) for row in rows]))
 
 
 def end_labels(labels: Sequence[Label], height: int = HEIGHT) -> list[alt.Chart]:

@@ -9,6 +9,7 @@ import altair as alt
 import numpy as np
 
 from . import findings
+from .axes import PER_CENT, epoch_axis, height_of, score_axis
 from .drawing import Figure, Label, end_labels, figure, plot
 from .numbers import Numbers
 from .timeline import Timeline
@@ -44,11 +45,8 @@ def epochs_figure(numbers: Numbers) -> Figure:
     low, median, high = scale.shown(np.array(quartiles, dtype=float)).reshape(-1, 3).T.tolist()
     shown = zip(found, low, median, high, strict=True)
     rows = [{"epoch": epoch.epoch, "low": a, "median": b, "high": c} for epoch, a, b, c in shown]
-    x = alt.X("epoch:O", title="epoch", axis=alt.Axis(labelAngle=0))
-    label = (
-        "format(datum.value, '~g')" if scale.full_step is None else f"format(datum.value, '.{scale.decimals}~f') + ' %'"
-    )
-    y = alt.Y("low:Q", title=scale.title, scale=alt.Scale(zero=False), axis=alt.Axis(labelExpr=label))
+    x = epoch_axis()
+    y = alt.Y("low:Q", title=scale.title, scale=alt.Scale(zero=False), axis=score_axis(scale))
     spans = plot(rows).mark_rule(style="other", strokeWidth=4).encode(x=x, y=y, y2="high:Q")
     points = plot(rows).mark_point(style="kept", filled=True, size=90, opacity=1).encode(x=x, y="median:Q")
     about = "Scores after each epoch: the median as a point, the quartiles as a line."
@@ -63,7 +61,7 @@ def log_figure(what: str, log: Sequence[dict[str, Any]]) -> Figure:
         log: its entries.
     """
     share = what == "kept share"
-    axis = alt.Axis(labelExpr="round(100 * datum.value) + ' %'") if share else alt.Axis(format="~g")
+    axis = alt.Axis(labelExpr=PER_CENT) if share else alt.Axis(format="~g")
     y = alt.Y("value:Q", title="share of rows kept" if share else what, axis=axis, scale=alt.Scale(zero=True))
     line = plot(log).mark_line(style="kept", interpolate="step-after")
     chart = line.encode(x=alt.X("step:Q", title="step"), y=y, tooltip=["step:Q", "value:Q"])
@@ -152,16 +150,14 @@ def curves_figure(curves: Sequence[dict[str, Any]]) -> Figure:
         rows = [each for each in curves if each["rows"] == name]
         if not rows:
             continue
-        x = alt.X("epoch:O", title="epoch", axis=alt.Axis(labelAngle=0))
         y = alt.Y(
             "loss:Q",
             title="mean loss, nats per token",
             scale=alt.Scale(domain=[low, high], nice=False) if low < high else alt.Scale(),
         )
         line = plot(rows).mark_line(style=which, point=alt.OverlayMarkDef(size=50, opacity=1, style=which))
-        layers.append(line.encode(x=x, y=y, tooltip=["epoch:O", "rows:N", "loss:Q", "count:Q"]))
-        height = 0.5 if low == high else (rows[-1]["loss"] - low) / (high - low)
-        labels.append(Label(name, height, which))
+        layers.append(line.encode(x=epoch_axis(), y=y, tooltip=["epoch:O", "rows:N", "loss:Q", "count:Q"]))
+        labels.append(Label(name, height_of(rows[-1]["loss"], low, high), which))
     about = "Mean loss of the rows that each epoch trained: of those the selection keeps, of those it drops, and of a "
     about += "random half of all."
     return figure(findings.of_curves(curves), about, alt.layer(*layers, *end_labels(labels)))
