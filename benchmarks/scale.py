@@ -1,7 +1,8 @@
-"""The store at millions of rows, joined shards, rows per second by processes, what comes before the first batch, and
-simulated stragglers and failures.
+"""The store at millions of rows, its parts by processes, joined shards, rows per second by processes, what comes before
+the first batch, and simulated stragglers and failures.
 
     python benchmarks/scale.py store --rows 1000000 10000000
+    python benchmarks/scale.py parts --processes 1024 --hours 24
     python benchmarks/scale.py join --rows 100000000 --shards 64
     python benchmarks/scale.py processes --processes 1 2
     python benchmarks/scale.py prepare --rows 1000000 --processes 1 2
@@ -31,6 +32,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import scale_parts
 import scale_preparation
 
 from resofilter_trainer import DataSelector, Provenance, ScoreTable, Selection, Trust, join_scores, select_file
@@ -49,6 +51,11 @@ def main() -> None:
     what = parser.add_subparsers(dest="what", required=True)
     store = what.add_parser("store")
     store.add_argument("--rows", type=int, nargs="+", default=[1_000_000, 10_000_000])
+    parts = what.add_parser("parts")
+    parts.add_argument("--processes", type=int, default=1024)
+    parts.add_argument("--hours", type=float, default=24, help="that are counted")
+    parts.add_argument("--minutes", type=int, default=11, help="that are simulated with files")
+    parts.add_argument("--files", type=int, default=10_000, help="the number of parts that are read")
     join = what.add_parser("join")
     join.add_argument("--rows", type=int, default=10_000_000)
     join.add_argument("--shards", type=int, default=64)
@@ -72,6 +79,7 @@ def main() -> None:
     args = vars(parser.parse_args())
     commands: dict[str, Callable[..., None]] = {
         "store": at_sizes,
+        "parts": scale_parts.parts,
         "join": joined,
         "processes": by_processes,
         "prepare": scale_preparation.prepare,
@@ -316,7 +324,7 @@ def with_failures(work: float, processes: int, seed: int, restart: float = 600.0
         if done + until >= work:
             return failures, clock + work - done
         failures += 1
-        lost = min(random.uniform(0, _interval(until)), until)  # since each process has saved its last part
+        lost = min(random.uniform(0, _interval(until, processes)), until)  # since each process has saved its last part
         done, clock = done + until - lost, clock + until + restart
 
 

@@ -35,7 +35,7 @@ from helpers.versions import older_than
 from resofilter_trainer import ResonanceCallback, TokenCleaning, score_dataset
 from resofilter_trainer.cli.entry import main as resofilter
 from resofilter_trainer.data import shared_rows, sharing, surveys
-from resofilter_trainer.io import digest
+from resofilter_trainer.io import digest, store
 from resofilter_trainer.scoring import passes
 from resofilter_trainer.tokens.cleaning import clean_dataset
 from resofilter_trainer.training.checkpoints import last_complete
@@ -179,7 +179,8 @@ def _child(job: Job, inputs: Path, output: Path, rank: int, port: int) -> None:
     os.dup2(silence, 2)
     warnings.simplefilter("ignore")
     datasets.disable_progress_bars()
-    passes.LEAST_LOST = passes.LOST_SHARE = 0.0  # a part for every batch
+    passes.LEAST_LOST = passes.LOST_SHARE = passes.GATHERED = 0.0  # a write for every batch; the main one merges all
+    store.GROWS, store.LARGE = 3000, 9000  # parts of a few batches are left, some grow
     sharing.LEAST = digest.BLOCK = surveys.BLOCK = shared_rows.BLOCK = 16  # several shares of rows to prepare
     if job.processes > 1:
         world = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": job.processes, "MASTER_PORT": port}

@@ -7,14 +7,17 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
+import pyarrow as pa
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
 
 from ..config import InputError
 
+SENT = 1 << 26  # bytes of a table that are sent at a time
 Unit = TypeVar("Unit")
 Result = TypeVar("Result")
 
@@ -39,6 +42,34 @@ def from_main(work: Callable[[], Result]) -> Result:
         raise InputError(refused) from cause
     result: Result = value
     return result
+
+
+def table_from_main(read: Callable[[], pa.Table]) -> pa.Table:
+    """The table that `read` gives in the main process, in every process; sent in pieces of about 64 MB.
+
+    Raises:
+        InputError: as for `from_main`.
+    """
+    if PartialState().num_processes == 1:
+        return read()
+    table = pa.table({})
+
+    def size() -> tuple[int, int]:
+        nonlocal table
+        table = read()
+        return table.num_rows, max(1, SENT * table.num_rows // max(1, table.nbytes))
+
+    def piece(start: int) -> bytes:
+        sink = pa.BufferOutputStream()  # of the piece alone: a pickled slice may have the bytes of the whole
+        with pa.ipc.new_stream(sink, table.schema) as writer:
+            writer.write_table(table.slice(start, step))
+        return sink.getvalue().to_pybytes()
+
+    rows, step = from_main(size)
+    pieces = [from_main(partial(piece, start)) for start in range(0, max(1, rows), step)]
+    if PartialState().is_main_process:
+        return table
+    return pa.concat_tables([pa.ipc.open_stream(each).read_all() for each in pieces])
 
 
 def shared_out(units: Sequence[Unit], work: Callable[[Unit], Result]) -> list[Result]:

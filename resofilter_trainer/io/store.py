@@ -4,17 +4,23 @@
     folder/part-<lowest unit>-<digest>.parquet     the lines of some units of work, each with the number of its unit
 
 The digest in a part's name is the digest of its bytes, so a truncated or changed part is noticed. Several processes may
-add parts while others read. A unit in two parts counts once; a crash while parts are merged leaves such units.
+add parts while others read and merge them:
+
+    lines of new units + the lines of small parts -> one part -> on the disk -> the small parts are removed
+
+A part is removed only when another with all its lines is on the disk, so a kill loses nothing. A unit in two parts
+counts once; a kill before the small parts are removed leaves such units, and so do two processes that merge one part.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import re
 import secrets
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,7 +40,9 @@ UNIT = "unit"
 PARTS = "parts"  # the folder of all stores in an output folder
 PART = re.compile(r"part-\d{10}-([0-9a-f]{32})\.parquet")
 TEMPORARY = ".writing-"  # the prefix of a part that is not yet complete
-MANY = 1000  # more parts than this are merged when the pass is resumed
+MANY = 100  # more parts than this are merged when a pass is resumed, and when it has measured everything
+GROWS = 1 << 23  # bytes: a smaller part is written anew with each addition
+LARGE = 1 << 28  # bytes: parts are merged up to this size, which fits every memory
 BLOCK = 1 << 22  # bytes
 NONE = np.empty(0, dtype=np.int64)
 
@@ -70,8 +78,7 @@ class Store:
                 path.write_text(json.dumps({"format": FORMAT, "made_of": dict(self.made_of)}, indent=1) + "\n")
         for path in self.folder.glob(f"{TEMPORARY}*"):
             path.unlink()
-        if len(self._paths()) > MANY:
-            self.compact()
+        self.tidy()
 
     def append(self, lines: pa.Table) -> Path | None:
         """Add the lines of some units as a part, which is on the disk when this returns.
@@ -97,31 +104,71 @@ class Store:
         finally:
             temporary.unlink(missing_ok=True)
 
+    def put_together(self, lines: pa.Table, paths: Iterable[Path]) -> list[Path]:
+        """Add the lines of some units in one part with those of small parts, in whose place it is. This is one write.
+
+        Args:
+            lines: a table with a column `unit`.
+            paths: the parts that may be merged. Those that another process has merged meanwhile count as removed.
+
+        Returns:
+            Those that are left, and the new one.
+        """
+        sizes = _by_size(paths)
+        parts, count = [path for _, path in sizes], merged(lines.nbytes, [size for size, _ in sizes])
+        part = self._replace(parts[:count], [lines])
+        return parts[count:] if part is None else [*parts[count:], part]
+
+    def tidy(self) -> None:
+        """Merge parts where there are more than 100."""
+        if len(self.paths()) > MANY:
+            self.compact()
+
+    def compact(self) -> None:
+        """Merge all parts, to one for every 128 to 256 MB. No line is ever missing, some are there twice meanwhile."""
+        groups, total = list[list[Path]]([[]]), 0
+        for size, path in _by_size(self.paths()):
+            if total + size > LARGE:
+                groups, total = [*groups, []], 0
+            groups[-1].append(path)
+            total += size
+        for group in groups:
+            if len(group) > 1:
+                self._replace(group, [])
+
+    def _replace(self, paths: Sequence[Path], tables: Sequence[pa.Table]) -> Path | None:
+        """Write a part with some lines and with those of other parts, and then remove these."""
+        read, found = list[Path](), list(tables)
+        for path in paths:
+            with contextlib.suppress(FileNotFoundError):  # another process has merged it meanwhile
+                found.append(_read(path, None))
+                read.append(path)
+        part = self.append(self._ordered(_distinct(found)))
+        for path in read:
+            if path != part:  # a merge that crashed may have left the same part
+                path.unlink(missing_ok=True)
+        return part
+
     def done(self) -> np.ndarray:
         """The units in the store, ascending."""
         return _sorted(np.concatenate([NONE, *map(_units, read_parts(self.folder, [UNIT]))]))
 
     def lines(self) -> pa.Table:
         """All lines, by ascending unit; the lines of a unit in the order in which they were added."""
-        tables = list(read_parts(self.folder))
+        return self._ordered(read_parts(self.folder))
+
+    def paths(self) -> list[Path]:
+        """The parts, by their lowest units."""
+        return part_paths(self.folder)
+
+    def _ordered(self, tables: Iterable[pa.Table]) -> pa.Table:
+        found = list(tables)
         try:
-            return pa.concat_tables(tables).sort_by(UNIT) if tables else pa.table({UNIT: pa.array([], pa.int64())})
+            return pa.concat_tables(found).sort_by(UNIT) if found else pa.table({UNIT: pa.array([], pa.int64())})
         except pa.ArrowException as error:
             raise InputError(
                 f"The parts in '{self.folder}' do not belong together. Remove the folder: its rows are measured again."
             ) from error
-
-    def compact(self) -> None:
-        """Merge all parts into one. No line is missing at any moment, some are there twice meanwhile."""
-        before = self._paths()
-        if len(before) > 1:
-            whole = self.append(self.lines())
-            for path in before:
-                if path != whole:  # a merge that crashed may have left the same part
-                    path.unlink(missing_ok=True)
-
-    def _paths(self) -> list[Path]:
-        return part_paths(self.folder)
 
     def _check(self, theirs: Mapping[str, Any]) -> None:
         what = f"'{self.folder}' holds {self.what}"
@@ -173,18 +220,50 @@ def read_parts(folder: Path, columns: list[str] | None = None) -> Iterator[pa.Ta
             return
 
 
-def _distinct(tables: list[pa.Table]) -> Iterator[pa.Table]:
+def merged(added: int, sizes: Sequence[int]) -> int:
+    """How many parts to write anew together with what is added, so that there are few, and no line is written often.
+
+    The smallest are taken first, up to one that is more than twice as large as what is taken and at least 8 MB, or with
+    which the new part would have more than 256 MB. So of those that are left, each is more than twice as large as the
+    next smaller one.
+
+    Args:
+        added: the size of what is added, in bytes.
+        sizes: the sizes of the parts, ascending.
+
+    Returns:
+        The number of the smallest parts.
+    """
+    total = added
+    for count, size in enumerate(sizes):
+        if total + size > LARGE or size > max(GROWS, 2 * total):
+            return count
+        total += size
+    return len(sizes)
+
+
+def _by_size(paths: Iterable[Path]) -> list[tuple[int, Path]]:
+    """The size of each part that is there, and the part, ascending."""
+    found = []
+    for path in paths:
+        with contextlib.suppress(FileNotFoundError):  # merged meanwhile
+            found.append((path.stat().st_size, path))
+    return sorted(found)
+
+
+def _distinct(tables: Sequence[pa.Table]) -> Iterator[pa.Table]:
     """The tables, without the units that an earlier table has."""
     own = [_units(table) for table in tables]
     units = np.concatenate([NONE, *own])
-    if len(_sorted(units)) == len(units):
+    firsts = np.unique(units, return_index=True)[1]
+    if len(firsts) == len(units):
         yield from tables
         return
-    seen = NONE
-    for table, mine in zip(tables, own, strict=True):
-        fresh = np.setdiff1d(mine, seen)
-        yield table.filter(pa.array(np.isin(table[UNIT].to_numpy(), fresh)))
-        seen = np.union1d(seen, fresh)
+    first = np.zeros(len(units), dtype=bool)
+    first[firsts] = True
+    ends = np.cumsum([len(mine) for mine in own])[:-1]
+    for table, mine, fresh in zip(tables, own, np.split(first, ends), strict=True):
+        yield table.filter(pa.array(np.isin(table[UNIT].to_numpy(), mine[fresh])))
 
 
 def _units(table: pa.Table) -> np.ndarray:
@@ -215,6 +294,8 @@ def _read(path: Path, columns: list[str] | None) -> pa.Table:
             raise InputError(f"'{path}' is a broken link. Remove it.") from None
         raise
     except (pa.ArrowException, OSError, KeyError, ValueError) as error:
+        if isinstance(error, OSError) and error.errno == errno.ESTALE:  # removed on a network's disk while it was read
+            raise FileNotFoundError(error.errno, error.strerror, str(path)) from error
         raise InputError(f"'{path}' is not a part of a pass ({error}). Remove it.") from error
     if table is None:
         raise InputError(

@@ -1,6 +1,7 @@
 """Batches measured by all processes together, with the results saved on the way. Knows processes and the store.
 
-    batches -> chunks -> each process measures what it takes -> parts in the store -> every process gets all results
+    batches -> chunks -> each process measures what it takes -> parts in the store -> the main process reads them all
+                                                                                  -> every process gets all results
 
 The results of a batch depend on its rows alone: not on the process that measures it, not on the batches before it, and
 not on interruptions.
@@ -28,14 +29,17 @@ from transformers import TrainingArguments
 
 from ..config import InputError
 from ..data.together import from_main as from_main
+from ..data.together import table_from_main
 from ..io.files import folder_lock
 from ..io.store import UNIT, Store
 from .distribution import guided_chunks
 from .groups import as_groups_are_free
 from .team import PAUSE, Team
 
-LOST_SHARE = 1 / 50  # of the work so far that a kill may cost, within these bounds
-LEAST_LOST, MOST_LOST = 1.0, 300.0  # seconds
+LOST_SHARE = 1 / 50  # of the time so far that a kill may cost, within these bounds
+LEAST_LOST, MOST_LOST = 1.0, 60.0  # seconds; the first is multiplied by the number of processes
+MOST_UNSAVED = 1 << 26  # bytes of results in memory
+GATHERED = 600.0  # seconds after which the main process merges the small parts of all processes
 SEEN = ".seen-"  # begins the name of a file by which all processes see that they share a folder
 APPEARS = 5.0  # seconds until it is missed
 
@@ -183,12 +187,32 @@ def _as_free(todo: np.ndarray, costs: np.ndarray, team: Team) -> Iterator[tuple[
 
 
 class _Results:
-    """What this process has measured; saved to the store at intervals, and on leaving the context."""
+    """What this process has measured; saved to the store at intervals, and on leaving the context.
 
-    def __init__(self, store: Store | None) -> None:
-        self._store = store
+    Each save is one write: a part with the new results and those of earlier small parts, in whose place it is. These
+    are the process's own; in the main process, from time to time, those of all processes.
+
+    Args:
+        store: where to save the results; None to keep them in memory.
+        clock: a function that gives the time in seconds.
+        processes, is_main: how many processes there are, and whether this is the main one; by default those of the run.
+    """
+
+    def __init__(
+        self,
+        store: Store | None,
+        clock: Callable[[], float] = time.monotonic,
+        processes: int | None = None,
+        is_main: bool | None = None,
+    ) -> None:
+        state = PartialState()
+        self._store, self._clock = store, clock
+        self._processes = state.num_processes if processes is None else processes
+        self._is_main = state.is_main_process if is_main is None else is_main
         self._unsaved: list[tuple[int, pa.Table]] = []
-        self._begun = self._saved = time.monotonic()
+        self._bytes = 0
+        self._own: list[Path] = []  # the parts that a save may merge
+        self._begun = self._saved = self._gathered = clock()
 
     def __enter__(self) -> _Results:
         return self
@@ -199,32 +223,41 @@ class _Results:
     def add(self, number: int, results: pa.Table) -> None:
         """Add the results of a batch."""
         self._unsaved.append((number, results))
-        now = time.monotonic()
-        if self._store is not None and now - self._saved >= _interval(now - self._begun):
+        self._bytes += results.nbytes
+        now = self._clock()
+        late = now - self._saved >= _interval(now - self._begun, self._processes)
+        if self._store is not None and (late or self._bytes >= MOST_UNSAVED):
+            if self._is_main and now - self._gathered >= GATHERED:
+                self._own, self._gathered = self._store.paths(), now
             self.save()
             self._saved = now
 
     def save(self) -> None:
         """Write what is not yet in the store."""
         if self._store is not None and self._unsaved:
-            self._store.append(pa.concat_tables([results for _, results in self._unsaved]))
-            self._unsaved = []
+            lines = pa.concat_tables([results for _, results in self._unsaved])
+            self._own = self._store.put_together(lines, self._own)
+            self._unsaved, self._bytes = [], 0
 
     def of_all_processes(self) -> pa.Table:
-        """All results, ordered by unit: from the store, or else from each process."""
-        state = PartialState()
+        """All results, ordered by unit: from the store, which the main process reads, or else from each process."""
         if self._store is not None:
-            state.wait_for_everyone()
-            results = self._store.lines()
-            state.wait_for_everyone()  # before a process removes it
-            return results
-        found = gather_object(self._unsaved) if state.num_processes > 1 else self._unsaved
+            return table_from_main(self._whole)
+        found = gather_object(self._unsaved) if self._processes > 1 else self._unsaved
         return pa.concat_tables([results for _, results in sorted(found, key=lambda each: each[0])])
 
+    def _whole(self) -> pa.Table:
+        assert self._store is not None, "otherwise nothing is read"
+        self._store.tidy()
+        return self._store.lines()
 
-def _interval(elapsed: float) -> float:
-    """Seconds between two parts: short, so that a kill costs little; and long enough for the parts to stay few."""
-    return min(max(elapsed * LOST_SHARE, LEAST_LOST), MOST_LOST)
+
+def _interval(elapsed: float, processes: int) -> float:
+    """Seconds between two writes of a process: short, so that a kill costs little, and long enough for the file system.
+
+    All processes together write once a second at most, or, if there are more than 60, each of them once a minute.
+    """
+    return min(max(elapsed * LOST_SHARE, LEAST_LOST * processes), MOST_LOST)
 
 
 def _bar(label: str, todo: int, done: int, args: TrainingArguments) -> Any:

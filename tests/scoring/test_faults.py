@@ -39,6 +39,7 @@ Run = Callable[[Path, list[dict[str, str]]], Any]
 def every_batch_is_a_part(monkeypatch):
     monkeypatch.setattr(passes, "LEAST_LOST", 0.0)
     monkeypatch.setattr(passes, "LOST_SHARE", 0.0)
+    monkeypatch.setattr(passes, "GATHERED", 0.0)
 
 
 @pytest.fixture(scope="module")

@@ -147,8 +147,16 @@ def test_a_pass_that_is_interrupted_repeatedly_loses_nothing(model, prepared, tm
 def test_a_kill_costs_no_more_than_what_is_not_yet_saved(model, prepared, tmp_path, batches_done, monkeypatch):
     monkeypatch.setattr(passes, "LEAST_LOST", 0.0)
     monkeypatch.setattr(passes, "LOST_SHARE", 0.0)
+    real, saved = passes._Results.add, []
+
+    def add(self, number, results) -> None:
+        real(self, number, results)
+        saved.append(len(self._store.done()))
+
+    monkeypatch.setattr(passes._Results, "add", add)
     measure(model, prepared, parts=parts_in(tmp_path))
-    assert len(list(tmp_path.glob("part-*.parquet"))) == len(batches_done)
+    assert saved == [*range(1, len(batches_done) + 1)]
+    assert len(list(tmp_path.glob("part-*.parquet"))) == 1
 
 
 def test_parts_of_something_else_are_refused(model, prepared, tmp_path, tokenizer):
