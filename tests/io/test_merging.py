@@ -165,9 +165,9 @@ def test_a_kill_at_any_access_to_the_disk_loses_and_doubles_nothing(what, tmp_pa
 
 def adding(made: Store, units: range) -> None:
     """What a process does that is not the main one."""
-    own = list[Path]()
+    own, done = list[Path](), {*made.done().tolist()}
     for unit in units:
-        if unit not in made.done():
+        if unit not in done:
             own = made.put_together(measured([unit]), own)
 
 
@@ -177,15 +177,18 @@ def test_killed_processes_that_add_and_merge_lose_nothing(kills, tmp_path):
     made, chance, saved = new(tmp_path), random.Random(kills), set[int]()
     for _ in range(kills):
         new(tmp_path)  # which removes what killed processes left
-        shares = [range(rank, 2000, 2) for rank in range(2)]
+        shares = [range(rank, 20_000, 2) for rank in range(2)]
         children = [FORK.Process(target=adding, args=(made, share), daemon=True) for share in shares]
         children.append(FORK.Process(target=merging, args=(made,), daemon=True))
         for child in children:
             child.start()
-        time.sleep(chance.uniform(0.1, 0.4))
+        until = time.monotonic() + 60
+        while len(made.done()) < len(saved) + 4 and time.monotonic() < until:
+            time.sleep(0.01)
+        time.sleep(chance.uniform(0, 0.2))
         victim = chance.choice(children)
         os.kill(victim.pid or 0, signal.SIGKILL)
-        time.sleep(0.1)
+        time.sleep(0.05)
         for child in children:
             child.kill()
             child.join(60)
@@ -194,7 +197,7 @@ def test_killed_processes_that_add_and_merge_lose_nothing(kills, tmp_path):
         assert len(found) == len({*found})
         assert made.lines().equals(measured(found))
         saved |= {*found}
-    assert len(saved) > 2 * kills
+    assert len(saved) >= 4 * kills
     made.compact()
     assert made.done().tolist() == sorted(saved)
     total = sum(path.stat().st_size for path in part_paths(made.folder))
