@@ -169,9 +169,10 @@ def adding(made: Store, units: range) -> None:
     for unit in units:
         if unit not in done:
             own = made.put_together(measured([unit]), own)
+            time.sleep(0.01)
 
 
-@pytest.mark.parametrize("kills", [3, pytest.param(60, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [3, pytest.param(15, marks=pytest.mark.slow)])
 def test_killed_processes_that_add_and_merge_lose_nothing(kills, tmp_path):
     """Two processes add units while a third merges all parts; one of them is killed, and all start again."""
     made, chance, saved = new(tmp_path), random.Random(kills), set[int]()
@@ -185,7 +186,7 @@ def test_killed_processes_that_add_and_merge_lose_nothing(kills, tmp_path):
         until = time.monotonic() + 60
         while len(made.done()) < len(saved) + 4 and time.monotonic() < until:
             time.sleep(0.01)
-        time.sleep(chance.uniform(0, 0.2))
+        time.sleep(chance.uniform(0, 0.1))
         victim = chance.choice(children)
         os.kill(victim.pid or 0, signal.SIGKILL)
         time.sleep(0.05)
@@ -208,3 +209,4 @@ def merging(made: Store) -> None:
     """What the main process does from time to time, without a pause."""
     while True:
         made.compact()
+        time.sleep(0.01)
