@@ -1,4 +1,4 @@
-"""`resofilter inspect`: what a run's ledger says of its steps, spikes and rows. Imports torch only to show texts."""
+"""`resofilter inspect`: what a run's ledger, scores or a selection say of rows. Imports torch only to show texts."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ from shlex import quote
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..config import InputError, at_most_one, whole_number
+from . import decided
 from .inputs import scored_dataset
+from .naming import told
 from .parser import CommandParser, scored_dataset_arguments
 
 if TYPE_CHECKING:
@@ -18,8 +20,12 @@ if TYPE_CHECKING:
 
     from ..ledger.ledger import Ledger
     from ..ledger.spikes import Spike
+    from ..scores.provenance import Provenance
 
-EXAMPLES = ("resofilter inspect run/ --spikes --dataset rows.jsonl", "resofilter inspect run/ --row 17")
+EXAMPLES = (
+    "resofilter inspect run/ --spikes --dataset rows.jsonl",
+    "resofilter inspect scores/ --selection kept/ --row 17",
+)
 MOST_TEXT = 200  # characters of a prompt or a completion
 Content = dict[str, Any]
 Texts = Sequence[tuple[str, str]]
@@ -49,10 +55,11 @@ SETTINGS = {
 
 def add_arguments(parser: CommandParser) -> None:
     """Add the arguments of the answers."""
-    parser.add_argument("source", help="the output folder of a run, or its ledger")
+    parser.add_argument("source", help="the output folder of a run, its ledger, scores, or a selection")
+    parser.add_argument("--selection", help="with scores: the output of select, if it is in another folder")
     parser.add_argument("--step", type=int, help="show the rows of this step")
     parser.add_argument("--spikes", action="store_true", help="show the steps that stand out, and their rows")
-    parser.add_argument("--row", type=int, help="show the life of this row: each time it was trained, kept or dropped")
+    parser.add_argument("--row", type=int, help="show why this row was kept or dropped; of a run, its life")
     parser.add_argument("--dynamics", metavar="FOLDER", help="write scores with how each row was learnt to this folder")
     for name, setting in SETTINGS.items():
         kind, said = type(setting.usual), f"{setting.help} (default: {setting.usual})"
@@ -71,20 +78,55 @@ def run(args: argparse.Namespace) -> None:
         raise InputError("--split goes with --dataset.")
     if args.dataset and asked not in ("step", "spikes", "row"):
         raise InputError("--dataset has the texts of --step, --spikes and --row: pass one of them, or leave it out.")
-    args = with_settings(args, asked)
-    whole_number("--shown", args.shown, least=1)
-    ledger = Ledger.load(args.source, args.partial)
-    content = ANSWERS[asked](ledger, args)
-    if args.dataset:
-        add_texts(content, texts_of(args, ledger))
-    print("\n".join(LINES[asked](content)))
-    if asked is None:
-        print(f"Next: resofilter inspect {quote(args.source)} --spikes")
+    found = decided.decided_of(args.source, args.selection)
+    if found is not None:
+        content, lines = _of_decided(found, args, asked)
+    elif args.selection is not None:
+        raise InputError(f"--selection goes with scores, and '{args.source}' holds none that are not a run's.")
+    else:
+        args = with_settings(args, asked)
+        whole_number("--shown", args.shown, least=1)
+        ledger = Ledger.load(args.source, args.partial)
+        content = ANSWERS[asked](ledger, args)
+        if args.dataset:
+            scores = ledger.scores()
+            add_texts(content, texts_of(args, None if scores is None else scores.provenance)[0])
+        lines = [*LINES[asked](content)]
+        if asked is None:
+            lines.append(f"Next: resofilter inspect {quote(args.source)} --spikes")
+    print("\n".join(lines))
     if args.json:
         from ..io.files import replacing
 
         with replacing(Path(args.json)) as temporary:
             temporary.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def _of_decided(found: decided.Decided, args: argparse.Namespace, asked: str | None) -> tuple[Content, list[str]]:
+    """The answer from scores or a selection, and its lines. Raises InputError for what only a ledger can answer."""
+    of_ledger = {"step": asked == "step", "spikes": asked == "spikes", "dynamics": asked == "dynamics"}
+    of_ledger |= {"partial": args.partial, **{name: getattr(args, name) is not None for name in SETTINGS}}
+    for name in (name for name, given in of_ledger.items() if given):
+        raise InputError(
+            f"--{name} needs the ledger of a run with ResonanceCallback(ledger=True), and '{args.source}' holds none: "
+            "pass --row, or leave it out."
+        )
+    if asked is None:
+        content = decided.summary(found)
+        return content, [*decided.summary_lines(content, args)]
+    content = decided.row(found, args.row)
+    if "values" in content:
+        content["values"] = {name: number(value) for name, value in content["values"].items()}
+    try:
+        texts, ids = texts_of(args, found.provenance)
+    except InputError as error:
+        if args.dataset:
+            raise
+        print(f"The row's text is not known: {told(str(error))}")
+    else:
+        add_texts(content, texts)
+        content |= {} if ids is None else {"id": ids[args.row]}
+    return content, [*decided.row_lines(content, [*text_lines(content)], args)]
 
 
 def with_settings(args: argparse.Namespace, asked: str | None) -> argparse.Namespace:
@@ -265,20 +307,27 @@ def dynamics_lines(content: Content) -> Iterator[str]:
 # ---- texts
 
 
-def texts_of(args: argparse.Namespace, ledger: Ledger) -> Texts | None:
-    """The texts of the rows of `--dataset`; None, and a printed line, where it has none."""
+def texts_of(args: argparse.Namespace, provenance: Provenance | None) -> tuple[Texts | None, list[str] | None]:
+    """The texts of the rows, and the user's own ids; None, and for texts a printed line, where they are not known.
+
+    Raises:
+        InputError: the dataset cannot be loaded, or is not what was scored.
+    """
     from ..data.layout import scored_columns
+    from ..data.row_report import column_of, default_id
     from ..data.row_texts import RowTexts
 
-    scores = ledger.scores()
-    provenance = None if scores is None else scores.provenance
     dataset = scored_dataset(args, {} if provenance is None else provenance.source)
+    if dataset is None:
+        print("The row's text is not known: the scores name no dataset. Pass --dataset.")
+        return None, None
+    name = args.dataset or (provenance and provenance.source.get("dataset")) or "the dataset"
     if provenance is not None and len(dataset) != provenance.rows:
-        raise InputError(f"'{args.dataset}' has {len(dataset)} rows and the run's dataset has {provenance.rows}.")
+        raise InputError(f"'{name}' has {len(dataset)} rows and the run's dataset has {provenance.rows}.")
     found = RowTexts(dataset, scored_columns({} if provenance is None else provenance.preparation))
     if not found.known:
-        print(f"'{args.dataset}' has no texts to show, only {', '.join(dataset.column_names)}.")
-    return found if found.known else None
+        print(f"'{name}' has no texts to show, only {', '.join(dataset.column_names)}.")
+    return found if found.known else None, column_of(dataset, default_id(dataset))
 
 
 def add_texts(content: Content, texts: Texts | None) -> None:

@@ -1,0 +1,167 @@
+"""What scores and a selection say of a row: kept or dropped, why, and where its score lies. Imports torch for texts."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator, Mapping
+from shlex import quote
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from ..config import InputError
+from ..io.hub import at_hand, is_on_hub
+
+if TYPE_CHECKING:
+    from ..scores.provenance import Provenance
+    from ..scores.score_table import ScoreTable
+    from ..selecting.selection import Selection
+
+Content = dict[str, Any]
+NO_NUMBER = ("sample_id", "prompt", "reason")  # columns of scores that say nothing of a row's place
+
+
+class Decided(NamedTuple):
+    """What a folder says of the rows of a dataset.
+
+    Attributes:
+        provenance: that of the scores.
+        scores: a line for each row; None where there is only a selection.
+        selection: the decision about each row; None where none was made.
+        epochs: the selections of a run by their epochs, counted from 1.
+    """
+
+    provenance: Provenance
+    scores: ScoreTable | None
+    selection: Selection | None
+    epochs: Mapping[int, Selection]
+
+
+def decided_of(source: str, selection: str | None = None) -> Decided | None:
+    """What the folder or file of scores, of a selection, or of a run without a ledger says; None for anything else.
+
+    Args:
+        source: the folder or file, also on the hub.
+        selection: the output of `select`, if it is in another folder.
+
+    Raises:
+        InputError: a file is damaged or of another version, or the selection was made from other scores.
+    """
+    from ..ledger.schema import LEDGER
+    from ..report import read_contents
+    from ..scores.provenance import Provenance
+    from ..scores.score_table import SCORES_FILE
+    from ..selecting.results import NAME
+    from ..selecting.selection import SELECTION_FILE, Selection
+
+    place = at_hand(source, SCORES_FILE, SELECTION_FILE)
+    folders = (place, place / NAME, place / "scores")
+    if not is_on_hub(source) and (place.name == LEDGER or any((each / LEDGER).is_dir() for each in folders)):
+        return None
+    alone = place if place.name.startswith("selection") and place.is_file() else place / SELECTION_FILE
+    if any((each / SCORES_FILE).is_file() for each in folders) or (place.suffix == ".parquet" and alone != place):
+        found = read_contents(place, selection)
+        if found.scores is None:
+            return None
+        epochs = {each.number: each.selection for each in found.epochs if each.selection is not None}
+        return Decided(found.scores.provenance, found.scores, found.selection, epochs)
+    if not alone.is_file():
+        return None
+    if selection is not None:
+        raise InputError(f"'{source}' is a selection itself: pass the folder of its scores, or leave --selection out.")
+    decided = Selection.load(alone)
+    return Decided(Provenance.from_json(decided.provenance), None, decided, {})
+
+
+# ---- answers
+
+
+def summary(found: Decided) -> Content:
+    """The scores and the selection in a few lines each."""
+    said = [each.summary().splitlines() for each in (found.scores, found.selection) if each is not None]
+    return {"rows": found.provenance.rows, "summary": [line for lines in said for line in lines]}
+
+
+def row(found: Decided, number: int) -> Content:
+    """What was decided about a row, and the columns by which it was.
+
+    Raises:
+        InputError: there is no such row.
+    """
+    rows = found.provenance.rows
+    if not 0 <= number < rows:
+        raise InputError(f"There is no row {number}: the scores are of {rows} rows, which are counted from 0.")
+    content: Content = {"sample_id": number, **_decision(found.selection, number)}
+    content["decisions"] = [{"epoch": each, **_decision(own, number)} for each, own in found.epochs.items()]
+    if found.scores is None:
+        return content
+    names = [name for name in found.scores.table.column_names if name not in NO_NUMBER]
+    content["not_scored"] = found.scores.table["reason"][number].as_py()
+    content["values"] = {name: found.scores.table[name][number].as_py() for name in names}
+    content["larger_than"] = {name: _place(found.scores, name, number) for name in _ranked(found, names)}
+    content["scored"] = int(found.scores.scored.sum())
+    return content
+
+
+def _decision(selection: Selection | None, number: int) -> Content:
+    if selection is None:
+        return {}
+    weight = None if selection.weight is None else float(selection.weight[number])
+    return {"kept": bool(selection.keep[number]), "reason": selection.reason[number], "weight": weight}
+
+
+def _ranked(found: Decided, names: list[str]) -> list[str]:
+    """The columns by which the selection ranked, as far as the scores have them; without one, the score."""
+    by = {} if found.selection is None else found.selection.policy.get("by") or {}
+    ranked = [name.removeprefix("-") for name in ([by] if isinstance(by, str) else by)]
+    return [name for name in ranked if name in names] or ["score"]
+
+
+def _place(scores: ScoreTable, name: str, number: int) -> float | None:
+    """The share of the other scored rows that have a smaller value; None where the row or all others have none."""
+    values = scores.column(name)
+    others = int(np.isfinite(values).sum()) - 1
+    return float((values < values[number]).sum() / others) if np.isfinite(values[number]) and others else None
+
+
+# ---- as text
+
+
+def summary_lines(content: Content, args: argparse.Namespace) -> Iterator[str]:
+    """The lines of a summary."""
+    yield from content["summary"]
+    elsewhere = f" --selection {quote(args.selection)}" if args.selection else ""
+    yield f"Next: resofilter inspect {quote(args.source)}{elsewhere} --row 0"
+
+
+def row_lines(content: Content, texts: list[str], args: argparse.Namespace) -> Iterator[str]:
+    """The lines of a row, with those of its text."""
+    name = f"Row {content['sample_id']}" + (f" (id {content['id']})" if "id" in content else "")
+    why = content.get("not_scored")
+    yield f"{name}: {_said(content) if 'kept' in content else f'not scored ({why})' if why else 'scored'}"
+    yield from texts
+    for each in content["decisions"]:
+        yield f"  epoch {each['epoch']}: {_said(each)}"
+    if "values" not in content:
+        yield f"For its scores: resofilter inspect SCORES --selection {quote(args.source)} --row {content['sample_id']}"
+        return
+    if why:
+        return
+    for column, share in content["larger_than"].items():
+        place = "" if share is None else f", larger than {share:.1%} of the other scored rows"
+        yield f"  {column} {_number(content['values'][column])}{place}"
+    others = [column for column in content["values"] if column not in content["larger_than"]]
+    if others:
+        yield "  " + ", ".join(f"{column} {_number(content['values'][column])}" for column in others)
+    if "kept" not in content:
+        yield f"Next: resofilter select {quote(args.source)} --keep 0.5 --output kept"
+
+
+def _said(decision: Content) -> str:
+    if not decision["kept"]:
+        return f"dropped ({decision['reason']})"
+    return "kept" if decision.get("weight") is None else f"kept, with weight {_number(decision['weight'])}"
+
+
+def _number(value: Any) -> str:
+    return "unknown" if value is None else f"{value:.6g}" if isinstance(value, float) else str(value)
