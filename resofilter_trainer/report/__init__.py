@@ -91,7 +91,6 @@ def write_report(
             raise InputError(f"There are {len(scores)} rows and {len(values)} {what}: every row needs one.")
     groups, ids = _as_text(groups), _as_text(ids)
     groups = groups and [shortened(each) for each in groups]
-    shown_ids = ids and [shortened(each) for each in ids]  # the files have them whole
     selection = samples = numbers = None
     files = ""
     if scores is None:
@@ -99,7 +98,7 @@ def write_report(
         figures = {"ratios": ratios_figure(ratios)} if ratios else {}
     else:
         selection = contents.decided()
-        samples = samples_of(scores, texts, contents.cleaned, decode, shown_ids)
+        samples = samples_of(scores, texts, contents.cleaned, decode, ids)
         numbers = numbers_of(contents, groups, _frequency(texts), samples.copies)
         points = points_of(scores, selection.keep, samples.rows)
         figures = figures_of(numbers, points, shown_note(len(samples.rows), len(scores)))

@@ -4,6 +4,7 @@
   const samples = data.samples;
   if (!samples) return;
   const PAGE = 25;
+  const MOST_ID = 120;  // characters of an id in the table; all of it is in the details, the search and the file
   const DIGITS = { score: 8, loss: 4 };  // saturated scores differ only in late digits
   const columns = [  // name, title, whether it is a number, whether a narrow screen shows it in the details only
     ["row", "row", true, false],
@@ -96,6 +97,11 @@
     return numeric ? written(name, value) : name === "epochs" ? circles(value) : shown(value);
   }
 
+  function inTable(i, name, numeric) {
+    const long = name === "id" && samples.id[i].length > MOST_ID;
+    return name === "decision" ? decided(i) : long ? `${samples.id[i].slice(0, MOST_ID)}…` : content(i, name, numeric);
+  }
+
   // All that is known of a row, also what a narrow screen has no column for.
   function facts(i) {
     const made = element("dl", undefined, { class: "facts" });
@@ -177,7 +183,7 @@
     line.append(element("td", button));
     for (const [name, , numeric, later] of columns) {
       const kind = [numeric ? "number" : name, later ? "later" : ""].filter(Boolean).join(" ");
-      line.append(element("td", name === "decision" ? decided(i) : content(i, name, numeric), { class: kind }));
+      line.append(element("td", inTable(i, name, numeric), { class: kind }));
     }
     if (samples.prompt) {
       const snippet = element("td", undefined, { class: "snippet", dir: "auto" });

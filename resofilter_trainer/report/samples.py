@@ -27,6 +27,7 @@ UNSCORED = 200  # rows without a score, at most
 MAX_NAME = 120  # characters of a group's name or a reason
 MAX_TEXT = 4000  # characters of a prompt or a completion
 TEXT_BYTES = 8_000_000  # of all texts in the page
+ID_BYTES = 1_000_000  # of all ids in the page
 MAX_TOKENS = 200_000  # of all coloured tokens
 NEIGHBOURS = 3  # of a row, at most
 FEATURES = 1024  # of a text
@@ -73,13 +74,16 @@ def samples_of(
         texts: (N,) prompt and completion of each row, or None.
         cleaned: the tokens to learn, or None.
         decode: a function from token ids to the text of each; without it no token is shown.
-        ids: (N,) the user's own id of each row, or None.
+        ids: (N,) the user's own id of each row, or None. They are whole unless they take too much of the page.
     """
     rows = chosen_rows(scores.column("score"), scores.scored)
     tokens: list[Tokens | None] = [None] * len(rows)
     if cleaned is not None and decode is not None:
         tokens = _tokens(rows, cleaned, decode)
     own = None if ids is None else [ids[row] for row in rows.tolist()]
+    if own is not None:
+        size = text_limit(own, ID_BYTES)
+        own = [each if len(each) <= size else f"{each[:size]}\u2026" for each in own]
     if texts is None:
         nothing: list[list[tuple[int, float]]] = [[] for _ in rows]
         return Samples(rows.tolist(), None, None, [0] * len(rows), nothing, rows.tolist(), tokens, 0, own)

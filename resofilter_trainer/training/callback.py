@@ -38,6 +38,7 @@ from ..selecting.results import Results
 from ..selecting.selection import Selection
 from ..selecting.token_rules import TokenRule
 from . import trainer_access as access
+from .empty_rows import tell_of_empty_rows
 from .filtering import FilterConfig, Policy, When
 from .log import RunLog, say_next
 from .recording import Recording, check_recording
@@ -198,6 +199,7 @@ class ResonanceCallback(TrainerCallback):
         self._lock.close()  # of a training that an error ended
         self._lock.enter_context(locked(self._run.folder))
         self._run.begin(checkpoint)
+        tell_of_empty_rows(trainer, self._run.rows.sample_ids, self._run.examples.texts)
 
     def _run_of(self, trainer: Trainer, loader: Any) -> Run | StreamRun:
         spikes = SpikeWatch(trainer, self.on_spike, self.skip_update, RunLog(trainer, self._results.log))

@@ -7,14 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 from datasets import Dataset
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase, Trainer
 
+from ..data.row_report import ID
 from ..data.row_texts import TOKENS, TokenTexts
 from ..report import Report, read_contents, write_report
 from ..scores.score_table import SCORES_FILE
-from ..selecting.results import NAME
+from ..selecting.results import IDS_FILE, NAME
 
 
 def report_run(trainer: Trainer, folder: Path, sample_ids: np.ndarray, rows: int, dataset: Any) -> Report | None:
@@ -35,7 +37,8 @@ def report_run(trainer: Trainer, folder: Path, sample_ids: np.ndarray, rows: int
     if not trainer.args.should_save or not (folder / SCORES_FILE).is_file():
         return None
     try:
-        written = write_report(read_contents(folder), folder, texts_of(trainer, sample_ids, rows, dataset))
+        texts, ids = texts_of(trainer, sample_ids, rows, dataset), ids_of(folder, sample_ids, rows, dataset)
+        written = write_report(read_contents(folder), folder, texts, ids=ids)
         tqdm.write(f"{NAME}: report: {written.path}")
         return written
     except Exception as error:
@@ -43,6 +46,28 @@ def report_run(trainer: Trainer, folder: Path, sample_ids: np.ndarray, rows: int
             f"The report was not written ({error}). To write it later, run: resofilter report {folder}", stacklevel=2
         )
         return None
+
+
+def ids_of(folder: Path, sample_ids: np.ndarray, rows: int, dataset: Any) -> list[Any] | None:
+    """The user's own id of each row, from the column `id`; of a stream, from the column that the run was given.
+
+    Args:
+        folder, sample_ids, rows, dataset: as for `report_run`. A row that is not among the trainer's has no id, unless
+            the trainer has only listed the rows of the user's dataset.
+    """
+    if (folder / IDS_FILE).is_file():  # of a stream
+        table = pq.read_table(folder / IDS_FILE)
+        places, values = table["sample_id"].to_pylist(), table["id"].to_pylist()
+    elif not isinstance(dataset, Dataset) or ID not in dataset.column_names:
+        return None
+    elif dataset._indices is not None and np.array_equal(dataset._indices.column(0).to_numpy(), sample_ids):
+        places, values = range(rows), dataset.data.column(ID).to_pylist()
+    else:
+        places, values = sample_ids.tolist(), dataset[ID][:]
+    found: list[Any] = [None] * rows
+    for place, value in zip(places, values, strict=True):
+        found[place] = value
+    return found
 
 
 def texts_of(trainer: Trainer, sample_ids: np.ndarray, rows: int, dataset: Any) -> TokenTexts | None:

@@ -157,7 +157,7 @@ def test_groups_may_be_an_array(tmp_path):
     assert data_of(report.path)["samples"]["group"] == ["a", "b", "a", "b"]
 
 
-def test_the_files_have_ids_as_they_are(tmp_path):
+def test_the_page_and_the_files_have_ids_as_they_are(tmp_path):
     ids = ["x" * MAX_NAME + str(row) for row in range(4)] + ["-5", "+1.5", "-1+1", None]
     scores = usual(8)
     contents = Contents(scores, Selection(np.zeros(8, bool), ["no"] * 8, {}, scores.provenance.to_json()))
@@ -167,8 +167,16 @@ def test_the_files_have_ids_as_they_are(tmp_path):
     lines = (tmp_path / "report" / "dropped.csv").read_text().splitlines()[1:]
     assert [each.split(",")[1].strip('"') for each in lines] == [*exact[:6], "'-1+1", ""]
     shown = data_of(report.path)["samples"]
-    assert shown["id"][3:] == ["x" * MAX_NAME + "\u2026", *exact[4:]]
+    assert shown["id"] == exact
     assert shown["group"] == ["a"] * 7 + [""]
+
+
+def test_ids_that_would_fill_the_page_are_shortened(tmp_path):
+    ids = [f"{row} " + "x" * 500_000 for row in range(4)]
+    report = write_report(Contents(usual(4)), tmp_path, ids=ids)
+    assert report.path.stat().st_size <= MEGABYTES * 1e6
+    shown = data_of(report.path)["samples"]["id"]
+    assert all(each.endswith("\u2026") and own.startswith(each[:-1]) for each, own in zip(shown, ids, strict=True))
 
 
 def test_a_layer_with_changes_that_are_not_finite_is_read(tmp_path):

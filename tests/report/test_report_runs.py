@@ -6,7 +6,11 @@ import webbrowser
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+from datasets import Dataset
 from helpers.commands import QUESTIONS, files_in, refused, write
 from helpers.pages import data_of
 from helpers.tables import make_provenance, make_scores
@@ -15,10 +19,11 @@ from trl import SFTTrainer
 
 from resofilter_trainer import DataSelector, ResonanceCallback, ScoreTable, Selection
 from resofilter_trainer.cli.entry import main
-from resofilter_trainer.selecting.results import NAME
-from resofilter_trainer.training.report import texts_of
+from resofilter_trainer.selecting.results import IDS_FILE, NAME
+from resofilter_trainer.training.report import ids_of, texts_of
 
 KINDS = ["a", "b"]
+IDS = [f"sum-{row}" for row in range(12)]
 
 
 def score(folder: Path, model: Path, *more: str) -> None:
@@ -145,7 +150,7 @@ def run(tmp_path_factory, tokenizer):
     trainer = SFTTrainer(
         llama(len(tokenizer)),
         arguments(folder, num_train_epochs=3),
-        train_dataset=rows(12),
+        train_dataset=rows(12).add_column("id", IDS),
         processing_class=tokenizer,
         callbacks=[callback],
     )
@@ -159,6 +164,7 @@ def test_a_training_reports_on_its_rows_and_epochs(run, tokenizer):
 
     assert data["samples"]["score"] == callback.scores.column("score").tolist()
     assert [each == "kept" for each in data["samples"]["decision"]] == callback.selections[-1].keep.tolist()
+    assert data["samples"]["id"] == IDS
     assert data["samples"]["prompt"] == rows(12)["prompt"][:]
     assert data["samples"]["completion"] == [f"{text}{tokenizer.eos_token}" for text in rows(12)["completion"]]
     kept = [["●" if keep else "○" for keep in each.keep] for each in callback.selections]
@@ -169,7 +175,7 @@ def test_a_training_reports_on_its_rows_and_epochs(run, tokenizer):
 
 
 def test_a_report_that_fails_is_a_warning_and_the_training_is_saved(tmp_path, tokenizer, monkeypatch):
-    monkeypatch.setattr("resofilter_trainer.training.report.write_report", lambda *_: 1 / 0)
+    monkeypatch.setattr("resofilter_trainer.training.report.write_report", lambda *_, **__: 1 / 0)
     trainer = SFTTrainer(
         llama(len(tokenizer)),
         arguments(tmp_path, num_train_epochs=1),
@@ -188,6 +194,15 @@ def test_rows_that_are_no_tokens_have_no_text(run):
     other = SimpleNamespace(train_dataset=[1, 2], processing_class=None)
     assert texts_of(other, callback.selections[0].sample_ids, 12, other.train_dataset) is None
     assert len(texts_of(trainer, callback.selections[0].sample_ids, 12, trainer.train_dataset)) == 12
+
+
+def test_ids_of_rows_that_the_trainer_left_out(tmp_path):
+    listed, kept = Dataset.from_dict({"id": [5, 6, 7, 8]}), np.array([0, 2, 3])
+    assert ids_of(tmp_path, kept, 4, listed.select(kept)) == [5, 6, 7, 8]
+    assert ids_of(tmp_path, kept, 4, listed.select(range(3))) == [5, None, 6, 7]
+    assert ids_of(tmp_path, kept, 4, listed.rename_column("id", "other")) is None
+    pq.write_table(pa.table({"sample_id": [1, 0], "id": ["b", "a"]}), tmp_path / IDS_FILE)
+    assert ids_of(tmp_path, np.arange(2), 2, iter(())) == ["a", "b"]
 
 
 def test_the_report_is_left_out_unless_asked_for(tmp_path, tokenizer):
