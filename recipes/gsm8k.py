@@ -20,10 +20,14 @@ For invalid input `python recipes/gsm8k.py` exits with code 2; `accelerate launc
 from __future__ import annotations
 
 import json
+import warnings
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from resofilter_trainer.cli.recipe import parse_recipe, recipe_parser
+
+# isort: split
 from accelerate import PartialState
 from datasets import Dataset
 from trl import ModelConfig, SFTConfig, SFTTrainer, TrlParser, get_peft_config
@@ -43,8 +47,7 @@ from resofilter_trainer import (
 )
 from resofilter_trainer.cli.entry import exit_on_input_error
 from resofilter_trainer.cli.naming import told
-from resofilter_trainer.cli.recipe import parse_recipe, recipe_parser
-from resofilter_trainer.config import Norm
+from resofilter_trainer.config import Norm, ScoreWarning
 from resofilter_trainer.config.compatibility import need_extra, settle_arguments
 from resofilter_trainer.data.files import only_split
 from resofilter_trainer.data.row_texts import RowTexts
@@ -231,24 +234,23 @@ def score_rows(train: Dataset, recipe: RecipeArguments, training: SFTConfig, mod
     """Pass one: every row's resonance under the untrained model. Repeated prompts are left out, as in the paper."""
     if model.model_name_or_path is None:
         raise InputError("Pass --model_name_or_path.")
-    scores = score_dataset(
-        model.model_name_or_path,
-        train,
-        args=training,
-        config=recipe.resonance(),
-        signals=recipe.measured(),
-        reference=recipe.reference,
-        warmup=recipe.warming(),
-        output=Path(str(training.output_dir)) / "scores",
-        drop_duplicates=True,
-        prompt_column=recipe.prompt_column,
-        completion_column=recipe.completion_column,
-        source={
-            "dataset": recipe.dataset_name,
-            "split": "train",
-            "name": configuration(recipe.dataset_name, recipe),
-        },
-    )
+    source = {"dataset": recipe.dataset_name, "split": "train", "name": configuration(recipe.dataset_name, recipe)}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ScoreWarning)  # the summary has them
+        scores = score_dataset(
+            model.model_name_or_path,
+            train,
+            args=training,
+            config=recipe.resonance(),
+            signals=recipe.measured(),
+            reference=recipe.reference,
+            warmup=recipe.warming(),
+            output=Path(str(training.output_dir)) / "scores",
+            drop_duplicates=True,
+            prompt_column=recipe.prompt_column,
+            completion_column=recipe.completion_column,
+            source=source,
+        )
     if PartialState().is_main_process:
         print(told(scores.summary()))
     return scores

@@ -23,6 +23,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from resofilter_trainer.cli.recipe import parse_recipe, recipe_parser
+
+# isort: split
 from accelerate import PartialState
 from datasets import Dataset
 from trl import ModelConfig, SFTConfig, TrlParser, get_peft_config
@@ -38,7 +41,6 @@ from resofilter_trainer import (
     write_report,
 )
 from resofilter_trainer.cli.entry import exit_on_input_error
-from resofilter_trainer.cli.recipe import parse_recipe, recipe_parser
 from resofilter_trainer.config import CLEANING_MODES, Ranking, cleaning_of_mode, whole_number
 from resofilter_trainer.config.compatibility import settle_arguments
 from resofilter_trainer.data.loading import load_model, usable_rows

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import logging
 import os
 import sys
 import warnings
@@ -17,6 +16,7 @@ from .interrupts import interruptible
 from .launching import check_environment, is_launched, run_in_processes
 from .naming import options_of, speaking, told
 from .parser import CommandHelp, CommandParser
+from .quiet import silence_libraries
 from .settings_file import yaml_arguments
 
 COMMANDS = {  # each module has `EXAMPLES`, `add_arguments` and `run`, which imports what it needs
@@ -82,7 +82,7 @@ def _one_line_warnings(program: str) -> Iterator[None]:
     def show(message: Warning | str, category: type[Warning], *place: object, **more: object) -> None:
         print(f"{program}: warning: {told(' '.join(str(message).split()))}", file=sys.stderr)
 
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it misses a package as soon as it is imported
+    silence_libraries()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=FutureWarning)
         warnings.filterwarnings("default", category=FutureWarning, module="resofilter_trainer")

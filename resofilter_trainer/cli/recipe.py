@@ -8,8 +8,10 @@ from typing import Any
 from ..config import InputError
 from .entry import COMMANDS
 from .parser import CommandParser
+from .quiet import silence_libraries
 from .settings_file import from_sections
 
+silence_libraries()  # a recipe imports this module before the libraries
 STANDS_FOR = ("score", "select")  # commands whose settings a recipe has, too
 
 
