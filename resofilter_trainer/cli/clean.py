@@ -8,7 +8,7 @@ from typing import Any, get_args
 
 from ..config import CLEANING_MODES, InputError, Ranking, TokenCleaning, cleaning_of_mode, whole_number
 from ..config.compatibility import set_sequential
-from .inputs import dataset_of, require, row_options, sft_config
+from .inputs import checked_dataset_of, require, row_options, sft_config
 from .parser import CommandParser, process_arguments, row_arguments, seed_argument
 
 SELF_EVOLVING = "self-evolving"
@@ -103,7 +103,7 @@ def _by_rule(args: argparse.Namespace) -> Any:
     settings["seed"] = args.seed if args.rule == "random" else None
     rule = token_rule(args.rule, **{name: value for name, value in settings.items() if value is not None})
     training = sft_config(args, bf16=args.bf16, seed=args.seed)
-    rows, options = dataset_of(args), row_options(args)
+    rows, options = checked_dataset_of(args), row_options(args)
     options |= {"reference": args.reference, "group_by": args.group_by, "tokens_per_batch": args.tokens_per_batch}
     return clean_dataset(args.model, rows, rule=rule, args=training, output=args.output, **options)
 
@@ -133,7 +133,7 @@ def _clean(args: argparse.Namespace, cleaning: TokenCleaning) -> Any:
     from ..tokens.cleaning import clean_dataset
 
     training = sft_config(args, bf16=args.bf16, seed=args.seed)
-    rows, options = dataset_of(args), row_options(args)
+    rows, options = checked_dataset_of(args), row_options(args)
     return clean_dataset(args.model, rows, cleaning, args=training, output=args.output, **options)
 
 
@@ -155,5 +155,5 @@ def _self_evolve(args: argparse.Namespace, cleaning: TokenCleaning) -> Any:
         save_strategy="no",
     )
     set_sequential(training)
-    rows, options = dataset_of(args), row_options(args)
+    rows, options = checked_dataset_of(args), row_options(args)
     return self_evolve(args.model, rows, cleaning, training, peft_config=lora if args.lora_r else None, **options)

@@ -11,6 +11,7 @@ import numpy as np
 
 from ..config import InputError
 from ..io.hub import at_hand, is_on_hub
+from ..scores.full_step import full_step_of, percent
 
 if TYPE_CHECKING:
     from ..scores.provenance import Provenance
@@ -100,7 +101,16 @@ def row(found: Decided, number: int) -> Content:
     content["values"] = {name: found.scores.table[name][number].as_py() for name in names}
     content["larger_than"] = {name: _place(found.scores, name, number) for name in _ranked(found, names)}
     content["scored"] = int(found.scores.scored.sum())
+    content["of_full_step"] = _of_full_step(found.scores, number)
     return content
+
+
+def _of_full_step(scores: ScoreTable, number: int) -> str | None:
+    """A row's score as a share of the full step, with the digits that the scores need; None where there is no such."""
+    full, values = full_step_of(scores.provenance.config), scores.column("score")
+    if full is None or not np.isfinite(values[number]):
+        return None
+    return percent(float(values[number]), full, float(np.nanmax(values) - np.nanmin(values)))
 
 
 def _decision(selection: Selection | None, number: int) -> Content:
@@ -149,7 +159,9 @@ def row_lines(content: Content, texts: list[str], args: argparse.Namespace) -> I
         return
     for column, share in content["larger_than"].items():
         place = "" if share is None else f", larger than {share:.1%} of the other scored rows"
-        yield f"  {column} {_number(content['values'][column])}{place}"
+        share_of_step = content["of_full_step"] if column == "score" else None
+        value = f"{share_of_step} of a full step" if share_of_step else _number(content["values"][column])
+        yield f"  {column} {value}{place}"
     others = [column for column in content["values"] if column not in content["larger_than"]]
     if others:
         yield "  " + ", ".join(f"{column} {_number(content['values'][column])}" for column in others)

@@ -5,10 +5,12 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import os
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ..config import ColumnMapping, InputError
+from ..config import ColumnMapping, InputError, together
 
 
 def require(args: argparse.Namespace, *names: str) -> None:
@@ -30,6 +32,34 @@ def dataset_of(args: argparse.Namespace) -> Any:
     from ..data.files import load_rows
 
     return load_rows(args.dataset, args.split, args.dataset_config)
+
+
+def checked_dataset_of(args: argparse.Namespace) -> Any:
+    """The dataset that the arguments name, once it is known that the models are there, too.
+
+    Raises:
+        InputError: a model, the dataset or one of its columns is missing: all that is missing is told at once. Of a
+            dataset on the hub, columns are known when it is there, and it is downloaded last.
+    """
+    from ..data.files import check_place
+    from ..data.models import check_name
+    from ..data.reference_model import Reference
+    from ..data.usable import check_columns
+
+    training, rows = sft_config(args, bf16=False), []
+    models = [each for name in ("model", "writer") if (each := getattr(args, name, None)) is not None]
+    reference = getattr(args, "reference", None)
+
+    def read() -> None:
+        if not Path(args.dataset).exists():
+            return check_place(args.dataset, args.split, args.dataset_config)
+        rows.append(dataset_of(args))
+        check_columns(rows[0], settings_of(args, ColumnMapping), training)
+
+    checks: list[Callable[[], object]] = [partial(check_name, each, training) for each in models]
+    checks += [] if reference is None else [partial(Reference.find, reference, training)]
+    together(*checks, read)
+    return rows[0] if rows else dataset_of(args)
 
 
 def warmup_dataset_of(args: argparse.Namespace, split: str = "train") -> Any:

@@ -8,7 +8,7 @@ from shlex import quote
 from typing import Any, get_args
 
 from ..config import InputError, Precision
-from .inputs import dataset_of, require, row_options, sft_config, warmup_dataset_of
+from .inputs import checked_dataset_of, require, row_options, sft_config, warmup_dataset_of
 from .naming import told
 from .parser import CommandParser, process_arguments, row_arguments
 from .score import SIGNALS, check_values
@@ -63,7 +63,7 @@ def run(args: argparse.Namespace) -> None:
 
     result = probe_dataset(
         args.model,
-        dataset_of(args),
+        checked_dataset_of(args),
         args=sft_config(args, bf16=False),
         output=args.output,
         rows=args.rows,

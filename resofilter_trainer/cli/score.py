@@ -22,7 +22,7 @@ from ..config import (
     one_of,
     whole_number,
 )
-from .inputs import dataset_of, hub_options, require, row_options, settings_of, sft_config, warmup_dataset_of
+from .inputs import checked_dataset_of, hub_options, require, row_options, settings_of, sft_config, warmup_dataset_of
 from .launching import is_launched, say_stage
 from .naming import told
 from .parser import (
@@ -239,7 +239,7 @@ def _score_by_resonance(args: argparse.Namespace, common: dict[str, Any]) -> Any
 def _rows(args: argparse.Namespace, what: str, common: dict[str, Any]) -> Any:
     """The rows to score, with a line for each stage of the work. The place of a shard is added to their source."""
     say_stage(1, 2, f"reading {args.dataset}")
-    rows = dataset_of(args)
+    rows = checked_dataset_of(args)
     if args.shard is not None:
         from ..data.files import shard_of
         from ..scores.shards import SHARD, shard_place

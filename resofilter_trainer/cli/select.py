@@ -5,11 +5,12 @@ from __future__ import annotations
 import argparse
 import tempfile
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from shlex import quote
 from typing import TYPE_CHECKING, Any
 
-from ..config import InputError
+from ..config import InputError, together
 from .inputs import hub_options, require, scored_dataset
 from .parser import CommandParser, hub_arguments, scored_dataset_arguments
 
@@ -91,9 +92,11 @@ def add_arguments(parser: CommandParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Decide from saved scores, and write the selection and the kept rows."""
     from ..io.files import check_folder
+    from ..io.hub import is_on_hub
+    from ..scores.joined_file import open_scores
     from ..scores.score_table import ScoreTable
     from ..scores.shards import listed
-    from ..selecting.kept_dataset import check_no_other, check_place
+    from ..selecting.kept_dataset import check_no_other, check_place, trained_on_another
 
     require(args, "scores", "output")
     output = Path(args.output)
@@ -101,7 +104,10 @@ def run(args: argparse.Namespace) -> None:
         raise InputError(f"--output {args.output} must be a folder, for the selection and the kept rows.")
     check_folder(output)
     pushed = hub_options(args)
-    policy = _policy(args)
+    policies: list[Any] = []
+    places = [partial(open_scores, each) for each in args.scores if not is_on_hub(each)]
+    together(lambda: policies.append(_policy(args)), *places)
+    (policy,) = policies
     large, made = _opened(args, policy)
     scores = None if large else _without_faults(args, ScoreTable.join([ScoreTable.load(path) for path in args.scores]))
     made = made if scores is None else scores.provenance
@@ -119,10 +125,13 @@ def run(args: argparse.Namespace) -> None:
         raise InputError(f"There is no row to keep, of {len(selection)}. Choose another threshold or share.")
     if not args.overwrite:
         check_no_other(output, selection)
+    trained = trained_on_another(output, selection)
     saved = _save(selection, dataset, output, args.group_column, args.format or ())
     print(selection.summary(groups))
     print(f"Selection: {saved}")
     _tell_of_rows(args, dataset, made)
+    if trained is not None:
+        print(f"{trained} was trained on the selection that was here before: move it, or training writes over it.")
     if pushed is not None:
         options = {"check_rows": False, "group_column": args.group_column, **pushed}
         print(f"Pushed: {selection.push_to_hub(dataset, **options).repo_url}")

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..config import InputError, number, one_of, share, whole_number
+from ..config import InputError, number, one_of, share, together, whole_number
 from ..io.files import read_yaml
 from ..selecting.results import FULL, RANDOM
 from .recommended import PROBE, SIGNAL, recommended_selector
@@ -189,14 +189,13 @@ class ComparisonConfig:
             if isinstance(getattr(self, name), str):
                 object.__setattr__(self, name, (getattr(self, name),))
         _check_plain(self)
-        self._check_numbers()
+        together(self._check_numbers, self._check_training, self._check_rows, self._check_selectors, self._check_lists)
+        self._check_models()
+
+    def _check_training(self) -> None:
         for name, source in (("seed", "seeds"), ("output_dir", "output")):
             if name in self.training:
                 raise InputError(f"Leave {name} out of training: the comparison sets it, see {source}.")
-        self._check_rows()
-        self._check_selectors()
-        self._check_lists()
-        self._check_models()
 
     def _check_numbers(self) -> None:
         for name in ("max_new_tokens", "validation_rows", "task_limit"):
@@ -247,13 +246,18 @@ class ComparisonConfig:
             if not isinstance(model, str):
                 raise InputError(f"model must be a name or a folder, or a list of these, got {model!r}.")
         _check_distinct("model", self.model, len({slug(model) for model in self.model}))
-        others = [self.score_model, self.proxy_model, *(each.score_model for each in self.selectors)]
         folders: dict[str, str] = {}
-        for model in (*self.model, *(each for each in others if each is not None)):
+        for model in self.models(with_reference=False):
             folder = slug(model)
             if not folder or folders.setdefault(folder, model) != model:
                 taken = f", which is that of {folders[folder]!r}" if folder else ""
                 raise InputError(f"The folder of the model '{model}' would be '{folder}'{taken}: use another path.")
+
+    def models(self, with_reference: bool = True) -> list[str]:
+        """The models that are trained, and those that score them; with the reference model unless it is left out."""
+        others = [self.score_model, self.proxy_model, *(each.score_model for each in self.selectors)]
+        others += [self.reference_model] if with_reference else []
+        return [*self.model, *(each for each in others if each is not None)]
 
     def to_json(self) -> dict[str, Any]:
         """The settings by name; those of a held-out loss, which earlier versions lack, only where it is measured."""

@@ -19,7 +19,8 @@ from typing import Any
 
 from accelerate import PartialState
 
-from ..config import InputError
+from ..config import InputError, together
+from ..data.models import check_name
 from ..evaluation.tasks import check_tasks
 from ..io.files import folder_lock, read_json, replacing
 from ..io.made_from import as_json, check_made_from
@@ -29,6 +30,7 @@ from .config import ComparisonConfig, SelectorConfig, slug
 from .data import make_data
 from .methods import check, method_of
 from .round import Round
+from .training import model_path, sft_config
 
 SETTINGS = "settings.json"
 EXTENSIBLE = ("selectors", "keep", "seeds", "model", "output", "equal_flops", "unsafe_code")  # may change later
@@ -51,6 +53,7 @@ def run(config: ComparisonConfig) -> list[Cell]:
         raise InputError("A comparison runs in one process, one training after another: leave accelerate launch out.")
     if config.tasks:
         check_tasks(config.tasks, config.task_folder)
+    together(*(partial(_check_model, config, each) for each in config.models()))
     output = Path(config.output)
     cells = []
     with folder_lock(output):
@@ -62,6 +65,11 @@ def run(config: ComparisonConfig) -> list[Cell]:
             for one in rounds:
                 cells += _cells_of(one, output / "cells" / slug(one.model))
     return cells
+
+
+def _check_model(config: ComparisonConfig, model: str) -> None:
+    """Raise InputError, within seconds, for a model that is not there."""
+    check_name(model_path(model), sft_config(config, model, config.seeds[0]))
 
 
 def _cells_of(one: Round, folder: Path) -> list[Cell]:

@@ -11,7 +11,7 @@ from .checks import (
     whole_number,
     with_known_keywords,
 )
-from .errors import InputError, NotFiniteError, NothingError, ScoreWarning, VersionError
+from .errors import InputError, NotFiniteError, NothingError, ScoreWarning, VersionError, together
 from .settings import (
     CLEANING_MODES,
     FILE_FORMATS,
@@ -61,6 +61,7 @@ __all__ = [
     "number",
     "one_of",
     "share",
+    "together",
     "warmup_settings",
     "whole_number",
     "with_known_keywords",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 
 class InputError(ValueError):
@@ -37,3 +37,24 @@ class VersionError(InputError, ImportError):
 
 class ScoreWarning(UserWarning):
     """Scores are to be taken with care; the message says why, and what helps."""
+
+
+def together(*checks: Callable[[], object]) -> None:
+    """Run checks that do not depend on each other, so that the faults of one call are told at once.
+
+    Args:
+        checks: functions that raise InputError.
+
+    Raises:
+        InputError: one of them failed, whose error it is; or several, with all their messages.
+    """
+    errors: list[InputError] = []
+    for check in checks:
+        try:
+            check()
+        except InputError as error:
+            errors.append(error)
+    if len(errors) == 1:
+        raise errors[0]
+    if errors:
+        raise InputError(" ".join(dict.fromkeys(map(str, errors)))) from errors[0]

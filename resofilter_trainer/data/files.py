@@ -22,12 +22,14 @@ from datasets import (
     load_dataset_builder,
     load_from_disk,
 )
+from datasets.config import HF_DATASETS_CACHE
 from datasets.data_files import DataFilesDict
 from datasets.packaged_modules.csv.csv import Csv, CsvConfig
 from datasets.packaged_modules.json.json import Json as JsonFiles
 from datasets.packaged_modules.parquet.parquet import Parquet
 
 from ..config import FILE_FORMATS, InputError, check_kind, with_known_keywords
+from ..io.hub import CARD, KIND, check_reachable
 from ..scores.shards import Shard
 from .folders import check_all_read, check_parquet
 from .row_files import VERSION, RowFiles
@@ -61,6 +63,14 @@ def load_rows(source: str, split: str = "train", name: str | None = None) -> Dat
     if len(found) == 0:
         raise InputError(f"The dataset '{source}' has no rows.")
     return found
+
+
+def check_place(source: str, split: str = "train", name: str | None = None) -> None:
+    """Raise InputError where there is no such dataset, split or configuration; no row is read or downloaded."""
+    _check_source(source, split, name)
+    with _one_line(source, "loaded"):
+        if not is_saved(source):
+            _builder(source, name, split)
 
 
 def load_together(shards: Sequence[Shard]) -> Dataset:
@@ -130,6 +140,8 @@ def _builder(source: str, name: str | None, split: str) -> DatasetBuilder:
         return RowFiles(data_files=files, hash=VERSION, dataset_name=kind, kind=kind)
     if not path.is_dir() and (looks_local(source) or path.suffix.lower() in FILE_FORMATS):
         raise InputError(f"There is no dataset at '{source}'. Pass a file, a folder, or a name on the hub.")
+    if not path.is_dir():
+        _check_on_hub(source.removeprefix("hf://datasets/"))
     builder = load_dataset_builder(source, name)
     files = builder.config.data_files
     if files is None:
@@ -155,6 +167,13 @@ def _builder(source: str, name: str | None, split: str) -> DatasetBuilder:
         token=builder.token,
         storage_options=builder.storage_options,
     )
+
+
+def _check_on_hub(name: str) -> None:
+    """Raise InputError, within seconds, where a dataset can neither be reached nor was loaded before."""
+    cached = Path(HF_DATASETS_CACHE, name.replace("/", "___")).is_dir()  # datasets' own, beside the hub's
+    if not cached and "://" not in name and name.count("/") <= 1:
+        check_reachable("dataset", name, [CARD], KIND)
 
 
 def _options(config: BuilderConfig, source: str) -> dict[str, Any]:

@@ -27,6 +27,7 @@ from ..config import (
     check_keywords,
     check_kind,
     number,
+    together,
     whole_number,
 )
 from ..config.compatibility import loss_type
@@ -37,12 +38,14 @@ from ..scores.provenance import Provenance
 from ..selecting.weighted_rows import TOKEN_WEIGHTS
 from .arguments import ROW_OPTIONS
 from .fingerprints import describe
-from .models import check_causal
+from .models import OF_TOKENIZER, check_causal, check_name, check_on_hub
 from .models import load_model as load_model
 from .models import load_weights as load_weights
 from .preparation import PreparedRows, prepare
 from .shared_loading import hash_of_first, load_to_shard
 from .sharing import sharing_of
+from .templates import TEMPLATES
+from .usable import check_columns
 from .usable import usable_rows as usable_rows
 
 
@@ -111,6 +114,8 @@ def open_pass(
     check_kind("source", source, (Mapping, type(None)), "a mapping, such as {'dataset': 'me/rows'}")
     mapping = ColumnMapping(**columns)
     told = set() if told is None else told
+    if isinstance(model, str):
+        together(partial(check_name, model, args), partial(check_columns, dataset, mapping, args))
     sharing = sharing_of(dataset, mapping, args, drop_duplicates, drop_empty, output)
     if sharing is None:
         notes: list[str] = []
@@ -183,12 +188,15 @@ def check_loss(args: TrainingArguments) -> None:
 
 
 def check_arguments(args: SFTConfig, output: Path | None) -> None:
-    """Raise InputError for arguments that cannot work, or a folder that cannot be written to."""
+    """Raise InputError for arguments that cannot work, a chat template that cannot be had, or a folder to write to."""
     for name in ("per_device_train_batch_size", "gradient_accumulation_steps"):
         whole_number(name, getattr(args, name), least=1)
     number("ddp_timeout", args.ddp_timeout, least=1)
     if args.max_length is not None:
         whole_number("max_length", args.max_length, least=1)
+    template = args.chat_template_path
+    if template is not None and not Path(template).exists() and Path(template).suffix not in TEMPLATES:
+        check_on_hub(str(template), "chat template", OF_TOKENIZER)
     if output is not None:
         check_folder(output)
 

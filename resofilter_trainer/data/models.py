@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -23,11 +23,13 @@ from trl import SFTConfig
 
 from ..config import InputError
 from ..config.compatibility import names_of_mismatched
+from ..io.hub import check_reachable
 from ..model.plain import refuse_wrapper
 from .files import first_line, looks_local
 
 ON_THE_HUB = "revision", "subfolder", "token", "cache_dir", "local_files_only", "trust_remote_code"
 CONFIG, ADAPTER = "config.json", "adapter_config.json"
+OF_TOKENIZER = "tokenizer_config.json", CONFIG
 A_FOLDER = "a folder with config.json and *.safetensors, or a name on the hub"
 LISTED = 3  # names in a message
 CONVERT = (  # for weights in another format, whose tokenizer has to follow
@@ -64,6 +66,8 @@ def load_model(
             "The model has no name by which its tokenizer is found. Pass processing_class=, the tokenizer."
         )
     try:
+        if processing_class is None:
+            check_on_hub(name, "tokenizer", OF_TOKENIZER)
         tokenizer = processing_class or AutoTokenizer.from_pretrained(name, trust_remote_code=args.trust_remote_code)
     except Exception as error:  # transformers and the hub each raise their own
         raise InputError(
@@ -86,8 +90,7 @@ def load_weights(name: str, args: SFTConfig, *, without_numbers: bool = False) -
             fill with random numbers.
     """
     given = args.model_init_kwargs or {}
-    if "gguf_file" not in given:
-        check_path(name)
+    check_name(name, args)
     safe = {"trust_remote_code": args.trust_remote_code, "use_safetensors": True}  # a pickle may run anything
     settings = {"dtype": torch.float32, **safe, **given, "output_loading_info": True}
     if without_numbers:
@@ -155,6 +158,28 @@ def check_path(name: str) -> None:
     inside = sorted({each.parent for each in path.glob(f"*/{CONFIG}")}, key=lambda each: each.stat().st_mtime)
     instead = f"Did you mean '{inside[-1]}'?" if inside else f"Pass {A_FOLDER}."
     raise InputError(f"The model '{name}' cannot be loaded: the folder has no {CONFIG}. {instead}")
+
+
+def check_name(name: str, args: SFTConfig) -> None:
+    """Raise InputError, within seconds, where there is no model of this name; arguments as for `load_weights`."""
+    given = args.model_init_kwargs or {}
+    if "gguf_file" not in given:
+        check_path(name)
+        check_on_hub(name, **given)
+
+
+def check_on_hub(name: str, what: str = "model", files: Sequence[str] = (CONFIG, ADAPTER), **settings: Any) -> None:
+    """Raise InputError, within seconds, for a name that is no folder here, and cannot be had from the hub either.
+
+    Args:
+        name: a name on the hub, or a folder.
+        what: the content in words, for errors.
+        files: names of files, of which a repository on the hub has one.
+        **settings: those of `from_pretrained`; where to find a model is taken from them.
+    """
+    if not Path(name).is_dir() and not settings.get("local_files_only"):
+        where = {key: settings[key] for key in ("revision", "token", "cache_dir", "subfolder") if key in settings}
+        check_reachable(what, name, files, **where)
 
 
 def _of_gguf(file: str, folder: Path) -> str:

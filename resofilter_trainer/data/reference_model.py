@@ -21,7 +21,7 @@ from trl import SFTConfig
 from ..config import InputError
 from .files import first_line, looks_local
 from .loading import load_weights, placed
-from .models import check_path
+from .models import check_on_hub, check_path
 
 ADAPTER = "resofilter_reference"
 
@@ -49,6 +49,7 @@ class Reference:
         """
         if looks_local(name) and not Path(name).is_dir():
             raise InputError(f"There is no reference model at '{name}'. Pass a folder, or a name on the hub.")
+        check_on_hub(name, "reference model")
         is_adapter = False
         with contextlib.suppress(Exception):  # an error of the hub, which `_config` reports
             is_adapter = find_adapter_config_file(name) is not None

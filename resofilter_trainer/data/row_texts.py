@@ -17,6 +17,7 @@ from ..model.losses import IGNORE
 from .chat import Learning, Unreadable
 from .chat import said as said
 from .layout import Layout, read_row
+from .models import OF_TOKENIZER, check_on_hub
 
 TOKENS = "input_ids"
 
@@ -104,6 +105,7 @@ class TokenTexts(Sequence[tuple[str, str]]):
 def decoder(model: str) -> Callable[[Sequence[int]], list[str]] | None:
     """A function from token ids to the text of each; None, and a printed line, where the tokenizer cannot be loaded."""
     try:
+        check_on_hub(model, "tokenizer", OF_TOKENIZER)
         tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
     except (OSError, ValueError) as error:
         print(f"The report colours no tokens: the tokenizer of '{model}' cannot be loaded ({type(error).__name__}).")

@@ -11,6 +11,7 @@ from trl import SFTConfig
 from ..config import ColumnMapping, InputError, NothingError
 from ..scores.score_table import EMPTY, SAME_PROMPT
 from .columns import media_columns
+from .reading import Reader
 from .rows import duplicate_rows, empty_rows, listed_rows, read_rows, told_of
 from .surveys import ROW_POSITION
 
@@ -55,6 +56,12 @@ def usable_rows(
     rows = rows.add_column(ROW_POSITION, read.positions)
     gone = reasons.keys() | empty.keys()
     return rows.select(np.setdiff1d(np.arange(len(rows)), list(gone))) if gone else rows, skipped
+
+
+def check_columns(dataset: Dataset, mapping: ColumnMapping, args: SFTConfig) -> None:
+    """Raise InputError for columns that are missing, or of which no row can be made; no row is read."""
+    check_unpacked(dataset)
+    Reader.of(dataset, mapping, args.dataset_text_field, args)
 
 
 def check_unpacked(dataset: Dataset) -> None:

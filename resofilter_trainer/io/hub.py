@@ -10,6 +10,7 @@ import logging
 import os
 import re
 import tempfile
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,7 @@ CARD = "README.md"
 BEGIN = re.compile(r"hf:/{1,2}(?=[^/])")  # `Path` makes one slash of two
 URI = re.compile(r"datasets/([^/@]+/[^/@]+)(?:@(refs/(?:pr|convert)/[\w.-]+|[^/]+))?(?:/(.*))?")
 FORM = "hf://datasets/owner/name, with @revision, a folder or a file after it where needed"
+REST = 1.0  # seconds until a lost connection is tried once more
 LOG_IN = "Log in with 'hf auth login', or set HF_TOKEN"
 
 
@@ -110,6 +112,52 @@ def at_hand(path: str | os.PathLike[str], *patterns: str, token: str | bool | No
     with hub_errors(str(place)), _without_notes():
         found = snapshot_download(place.repo_id, allow_patterns=wanted, **where)
     return Path(found) / place.path
+
+
+def check_reachable(
+    what: str,
+    repo_id: str,
+    files: Sequence[str],
+    kind: str | None = None,
+    *,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    subfolder: str = "",
+) -> None:
+    """Check in seconds, before anything is loaded from the hub, that it can be asked for a repository.
+
+    Loading from a hub that cannot be reached takes minutes: huggingface_hub repeats each request for 23 seconds, and
+    several files are asked for one after another. A repository with one of `files` in the cache is left to the loading,
+    which then asks once for each file; so is any other error than those below.
+
+    Args:
+        what: the content in words, for errors: `model`.
+        repo_id: the name on the hub; no folder here has it.
+        files: names of files, of which the repository has one. The hub is asked for the first.
+        kind: huggingface_hub's `repo_type`; by default a model's.
+        revision, token, cache_dir, subfolder: as for loading.
+
+    Raises:
+        InputError: the repository is not in the cache, and is missing, private or gated, or cannot be reached.
+    """
+    from huggingface_hub import constants, errors, get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+
+    known = (errors.RepositoryNotFoundError, errors.RevisionNotFoundError, errors.HFValidationError)
+    inside = [f"{subfolder}/{each}" if subfolder else each for each in files]
+    where: dict[str, Any] = {"repo_type": kind, "revision": revision}
+    for last in (False, True):
+        try:
+            if all(try_to_load_from_cache(repo_id, each, cache_dir, **where) is None for each in inside):
+                url = hf_hub_url(repo_id, inside[0], **where)
+                get_hf_file_metadata(url, token=token, timeout=constants.HF_HUB_ETAG_TIMEOUT)
+            return
+        except Exception as error:  # huggingface_hub and its HTTP library each raise their own
+            if not isinstance(error, known) and not _is_lost(error):
+                return
+            if isinstance(error, known) or _is_offline(error) or last:
+                raise InputError(f"There is no {what} in a folder '{repo_id}' here. {_said(repo_id, error)}") from error
+        time.sleep(REST)
 
 
 @contextlib.contextmanager
@@ -300,10 +348,10 @@ def _said(where: str, error: BaseException) -> str:
     """What an error of huggingface_hub means, and what to do."""
     from huggingface_hub import errors
 
-    causes = [*_causes(error)]
-    error = next((each for each in causes if isinstance(each, errors.HfHubHTTPError)), error)  # of a wrapped one
+    lost, offline = _is_lost(error), _is_offline(error)
+    error = next((each for each in _causes(error) if isinstance(each, errors.HfHubHTTPError)), error)
     status = getattr(getattr(error, "response", None), "status_code", None)
-    if any(isinstance(each, errors.OfflineModeIsEnabled) for each in causes) or "HF_HUB_OFFLINE" in str(error):
+    if offline:
         return f"'{where}' is not in the cache, and HF_HUB_OFFLINE=1 keeps from the hub: unset it."
     if isinstance(error, errors.LocalTokenNotFoundError):
         return f"'{where}' needs a token, and nobody is logged in. {LOG_IN}."
@@ -322,9 +370,21 @@ def _said(where: str, error: BaseException) -> str:
     if status in (409, 412):
         return f"'{where}' has just been changed by somebody else, and nothing was pushed. Push again."
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    if any(isinstance(each, ConnectionError) or "Connect" in type(each).__name__ for each in causes):
+    if lost:
         return f"The hub cannot be reached for '{where}': {lines[0]}. Check the network, and HF_ENDPOINT if it is set."
     return f"'{where}' on the hub: {lines[0]}"
+
+
+def _is_offline(error: BaseException) -> bool:
+    """Whether HF_HUB_OFFLINE has kept a request from the hub."""
+    from huggingface_hub.errors import OfflineModeIsEnabled
+
+    return any(isinstance(each, OfflineModeIsEnabled) for each in _causes(error)) or "HF_HUB_OFFLINE" in str(error)
+
+
+def _is_lost(error: BaseException) -> bool:
+    """Whether the hub could not be reached."""
+    return any(isinstance(each, ConnectionError) or "Connect" in type(each).__name__ for each in _causes(error))
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:

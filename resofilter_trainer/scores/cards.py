@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..config import FILE_FORMATS, RESONANCE, ColumnMapping, ResonanceConfig
+from ..io.hub import CARD, KIND, check_reachable
 from .provenance import Provenance
 from .shards import NAMED, SHARD, listed
 
@@ -135,9 +136,10 @@ def licence_of(source: Any) -> str | None:
         return None
     try:
         if Path(source).is_dir():
-            path = str(Path(source) / "README.md")
+            path = str(Path(source) / CARD)
         elif is_hub_name(source):
-            path = hf_hub_download(source, "README.md", repo_type="dataset", etag_timeout=PATIENCE)
+            check_reachable("dataset", source, [CARD], KIND)
+            path = hf_hub_download(source, CARD, repo_type=KIND, etag_timeout=PATIENCE)
         else:
             return None
         return DatasetCard.load(path).data.to_dict().get("license")

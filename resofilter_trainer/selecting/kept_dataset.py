@@ -12,6 +12,7 @@ from ..config import InputError
 from ..io.files import flush, remove_folder, replacing
 from .results import DROPPED_FILE, PAGE, PAGE_FILES
 from .selection import SELECTION_FILE, Selection, source_of
+from .training_lines import TRAINED
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -42,6 +43,18 @@ def check_no_other(output: Path, selection: Selection) -> None:
         raise InputError(
             f"'{output}' holds another selection. Choose another folder, or pass overwrite=True to replace it."
         )
+
+
+def trained_on_another(output: Path, selection: Selection) -> Path | None:
+    """The model that the printed lines have trained on another selection than this one; None if there is none.
+
+    Args:
+        output: the folder, which still holds the earlier selection.
+        selection: the one that is about to replace it.
+    """
+    trained = output / TRAINED
+    known = trained.is_dir() and (output / SELECTION_FILE).exists()
+    return trained if known and not _holds(output, selection) else None
 
 
 def _holds(output: Path, selection: Selection) -> bool:

@@ -12,6 +12,7 @@ from ..scores.provenance import OF_SOURCE
 from .weighted_rows import TOKEN_WEIGHTS, WEIGHT
 
 TOKENS = "input_ids"
+TRAINED = "trained"  # the folder of the model that the lines train, beside the rows
 LENGTH = 1024  # SFTConfig's `max_length`
 LEARNT: dict[str, bool | None] = {"assistant_only_loss": False, "completion_only_loss": None}  # its other defaults
 
@@ -57,7 +58,7 @@ def training_lines(
     mapped = read if tokens else f"map_columns({read}, ColumnMapping({_keywords(columns)}))"
     callbacks = f", callbacks=[SampleWeights(rows[{WEIGHT!r}])]" if weighted else ""
     callbacks = ", callbacks=[TokenWeights()]" if TOKEN_WEIGHTS in column_names else callbacks
-    trained = str(output / "trained")
+    trained = str(output / TRAINED)
     return [
         "import torch",
         f"from resofilter_trainer import {', '.join(sorted(names))}",

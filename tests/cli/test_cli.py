@@ -72,10 +72,21 @@ def options(*more: str) -> Callable[[Place], Sequence[object]]:
 
 BAD_SCORES: dict[str, tuple[Callable[[Place], Sequence[object]], Sequence[str]]] = {
     "unknown model path": (options("--model", "/nowhere/model"), ["no model at '/nowhere/model'"]),
-    "model without network": (options("--model", "nobody/nothing"), ["model", "'nobody/nothing'", "connect"]),
+    "model without network": (options("--model", "nobody/nothing"), ["no model", "'nobody/nothing'", "HF_HUB_OFFLINE"]),
+    "unknown model and column": (
+        options("--model", "/nowhere/model", "--prompt_column", "nope", "--completion_column", "completion"),
+        ["no model at '/nowhere/model'", "'nope'"],
+    ),
+    "unknown model, reference and dataset": (
+        options("--model", "/no/model", "--reference", "/no/other", "--signals", "all", "--dataset", "/no/rows.jsonl"),
+        ["no model at '/no/model'", "no reference model at '/no/other'", "no dataset at '/no/rows.jsonl'"],
+    ),
     "folder that is no model": (lambda place: ["--model", place.folder], ["model", "place"]),
     "unknown dataset path": (options("--dataset", "/nowhere/rows.jsonl"), ["no dataset at '/nowhere/rows.jsonl'"]),
-    "dataset without network": (options("--dataset", "nobody/nothing"), ["'nobody/nothing'", "reach"]),
+    "dataset without network": (
+        options("--dataset", "nobody/nothing"),
+        ["no dataset", "'nobody/nothing'", "HF_HUB_OFFLINE"],
+    ),
     "no usable column": (
         dataset_of("questions", QUESTIONS),
         ["question, answer, kind", "--prompt_column question --completion_column answer"],
@@ -364,8 +375,14 @@ def test_another_selection_is_replaced_only_if_asked_for(scored, tmp_path, capsy
     expected = f"'{tmp_path}' holds another selection. Choose another folder, or pass --overwrite to replace it."
     assert message == expected
     assert len(load_from_disk(tmp_path / "dataset")) == Selection.load(tmp_path).keep.sum() == 12
+    (tmp_path / "trained").mkdir()
+    said = f"{tmp_path / 'trained'} was trained on the selection that was here before: move it, or training writes over"
     main([*map(str, again), "--overwrite"])
     assert len(load_from_disk(tmp_path / "dataset")) == Selection.load(tmp_path).keep.sum() == 3
+    assert said in capsys.readouterr().out
+    main([*map(str, again), "--overwrite"])  # the same selection again
+    assert said not in capsys.readouterr().out
+    assert (tmp_path / "trained").is_dir()
 
 
 def test_each_group_has_its_kept_rows_in_the_console(place, tmp_path, capsys):

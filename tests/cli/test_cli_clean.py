@@ -208,7 +208,7 @@ BAD = {
     "no number": (["--reference", "{place}/reference", "--keep_tokens", "nan"], "above 0 and at most 1, got nan"),
     "share of self": ([*EVOLVE, "--keep_tokens", 1.5], "above 0 and at most 1"),
     "no such reference": (["--reference", "/nowhere/model"], "no reference model at '/nowhere/model'"),
-    "reference without network": (["--reference", "nobody/nothing"], "'nobody/nothing' cannot be loaded"),
+    "reference without network": (["--reference", "nobody/nothing"], "no reference model in a folder 'nobody/nothing'"),
     "folder that is no model": (["--reference", "{place}"], "cannot be loaded"),
     "no reference": ([], "--reference is missing"),
     "no reference for rho": (["--mode", "rho"], "--reference is missing"),

@@ -127,3 +127,12 @@ def test_rows_that_are_gone_are_no_error_unless_they_are_asked_for(folders, caps
 )
 def test_what_cannot_be_answered_is_refused_in_one_line(argv, named, folders, capsys):
     assert named in refused(capsys, "inspect", *argv)
+
+
+def test_resonance_is_a_share_of_the_full_step(folders, capsys):
+    config = {"update": "adamw", "norm": "mean_abs", "lr": 1e-5}
+    values = [9.99e-6, 9.998e-6, 9.9993e-6]
+    make_scores(values, provenance=make_provenance(rows=3, source={}, config=config)).save("resonance")
+    assert "  score 99.980 % of a full step, larger than 50.0% of the other scored rows" in said(
+        capsys, "resonance", "--row", "1"
+    )

@@ -147,6 +147,8 @@ class Handler(BaseHTTPRequestHandler):
             return self.api("/".join(parts[2:4]), parts[4:], sent)
         if parts[0] == "datasets" and parts[3] == "resolve":
             return self.resolve("/".join(parts[1:3]), parts[4:])
+        if "resolve" in parts:  # it has no models
+            raise Refused(404, "RepoNotFound")
         raise Refused(404, "")
 
     def create(self, asked: dict[str, Any]) -> None:
