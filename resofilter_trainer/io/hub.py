@@ -146,9 +146,10 @@ def check_reachable(
     known = (errors.RepositoryNotFoundError, errors.RevisionNotFoundError, errors.HFValidationError)
     inside = [f"{subfolder}/{each}" if subfolder else each for each in files]
     where: dict[str, Any] = {"repo_type": kind, "revision": revision}
+    cache = None if cache_dir is None else Path(cache_dir)
     for last in (False, True):
         try:
-            if all(try_to_load_from_cache(repo_id, each, cache_dir, **where) is None for each in inside):
+            if all(try_to_load_from_cache(repo_id, each, cache, **where) is None for each in inside):
                 url = hf_hub_url(repo_id, inside[0], **where)
                 get_hf_file_metadata(url, token=token, timeout=constants.HF_HUB_ETAG_TIMEOUT)
             return

@@ -199,7 +199,8 @@ class ResonanceCallback(TrainerCallback):
         self._lock.close()  # of a training that an error ended
         self._lock.enter_context(locked(self._run.folder))
         self._run.begin(checkpoint)
-        tell_of_empty_rows(trainer, self._run.rows.sample_ids, self._run.examples.texts)
+        if isinstance(self._run, Run):  # of a stream, no row is known yet
+            tell_of_empty_rows(trainer, self._run.rows.sample_ids, self._run.examples.texts)
 
     def _run_of(self, trainer: Trainer, loader: Any) -> Run | StreamRun:
         spikes = SpikeWatch(trainer, self.on_spike, self.skip_update, RunLog(trainer, self._results.log))
