@@ -35,8 +35,9 @@ from helpers.versions import older_than
 from resofilter_trainer import ResonanceCallback, TokenCleaning, score_dataset
 from resofilter_trainer.cli.entry import main as resofilter
 from resofilter_trainer.data import shared_rows, sharing, surveys
+from resofilter_trainer.data.files import load_stream
 from resofilter_trainer.io import digest, store
-from resofilter_trainer.scoring import passes
+from resofilter_trainer.scoring import passes, stream
 from resofilter_trainer.tokens.cleaning import clean_dataset
 from resofilter_trainer.training.checkpoints import last_complete
 
@@ -69,6 +70,8 @@ def prepare(inputs: Path) -> None:
         llama(len(tokenizer), seed=seed).save_pretrained(inputs / name)
         tokenizer.save_pretrained(inputs / name)
     rows(120).save_to_disk(inputs / "rows")
+    for shard in range(4):
+        rows(120).shard(4, shard).to_parquet(inputs / "shards" / f"{shard}.parquet")
 
 
 def score(inputs: Path, output: Path) -> None:
@@ -76,6 +79,13 @@ def score(inputs: Path, output: Path) -> None:
     options = {"output": output, "tokens_per_batch": 48, "signals": ["ifd", "jitter"]}
     dataset = load_from_disk(own_copy(inputs / "rows", output / "rows"))  # beside which prepared rows are kept
     score_dataset(str(inputs / "base"), dataset, args=args, **options)
+
+
+def score_a_stream(inputs: Path, output: Path) -> None:
+    args, pieces = arguments(output, ddp_timeout=SILENCE), stream._pieces
+    stream._pieces = lambda shard, size: pieces(shard, 20)
+    rows = load_stream(str(inputs / "shards"))
+    stream.score_stream(str(inputs / "base"), rows, output, args=args, tokens_per_batch=48)
 
 
 def own_copy(folder: Path, place: Path) -> Path:
@@ -149,6 +159,7 @@ TRAINED = (
 JOBS = {
     "scoring": Job(score, ("scores.parquet",)),
     "scoring in two processes": Job(score, ("scores.parquet",), 2),
+    "scoring a stream in two processes": Job(score_a_stream, ("scores.parquet",), 2),
     "selecting": Job(select, ("kept/selection.parquet", "kept/dataset/*.arrow", "kept/dataset/README.md")),
     "cleaning": Job(clean, ("token_scores.arrow", "data-*.arrow", "summary.json")),
     "cleaning in two processes": Job(clean, ("token_scores.arrow", "data-*.arrow", "summary.json"), 2),

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -123,7 +123,7 @@ def open_pass(
     else:
         shared = sharing.rows()
         reasons, notes = shared.skipped, shared.notes
-    _tell(notes, told)
+    tell(notes, told)
     _warn_of_weights(dataset, told)
     handed_out = to_shard and isinstance(model, str)
     load = partial(load_to_shard, group_size=group_size) if handed_out else None
@@ -147,8 +147,13 @@ def open_pass(
     return model, Opened(tokenizer, prepared, reasons | prepared.reasons, len(dataset), provenance)
 
 
-def _tell(notes: Sequence[str], told: set[str]) -> None:
-    """Print what was read as something else, once, on the main process."""
+def tell(notes: Iterable[str], told: set[str]) -> None:
+    """Print what was read as something else, once, on the main process.
+
+    Args:
+        notes: what was read as something else.
+        told: what was said already, which is extended.
+    """
     new = [note for note in notes if note not in told]
     told.update(new)
     if new and PartialState().is_main_process:

@@ -168,7 +168,7 @@ class TextChecks(RowRecord):
         own = self.source.get(EARLIER if other.startswith(ARROW) else "content") or self.source.get("content", "")
         if shards_in(other):
             raise InputError(
-                "Joined scores do not show that they are of the checked rows: join them with dataset=, the whole "
+                "Scores of shards do not show that they are of the checked rows: join them with dataset=, the whole "
                 "dataset."
             )
         if other and own.partition(":")[0] != other.partition(":")[0]:

@@ -13,13 +13,21 @@ from typing import Any, TypeVar
 
 import pyarrow as pa
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType, broadcast_object_list, gather_object
 
 from ..config import InputError
 
 SENT = 1 << 26  # bytes of a table that are sent at a time
 Unit = TypeVar("Unit")
 Result = TypeVar("Result")
+
+ONE_PROCESS = {
+    "distributed_type": DistributedType.NO,
+    "num_processes": 1,
+    "process_index": 0,
+    "local_process_index": 0,
+}
 
 
 def from_main(work: Callable[[], Result]) -> Result:
@@ -118,3 +126,21 @@ def without_waiting() -> Iterator[None]:
         yield
     finally:
         PartialState.wait_for_everyone = waits
+
+
+@contextlib.contextmanager
+def alone() -> Iterator[None]:
+    """For Accelerate, and for all that asks it, this process is the only one here: each does other work, on its device.
+
+    Model and arguments must have their device already: arguments that are made here would take the first one.
+    """
+    own = {name: getattr(PartialState(), name) for name in ONE_PROCESS}
+    shared = [PartialState()._shared_state, AcceleratorState._shared_state]
+    before = [{name: values.get(name, own[name]) for name in ONE_PROCESS} for values in shared]
+    for values in shared:
+        values.update(ONE_PROCESS if values else {})
+    try:
+        yield
+    finally:
+        for values, earlier in zip(shared, before, strict=True):
+            values.update(earlier if values else {})

@@ -73,10 +73,11 @@ def of_shards(digests: Iterable[tuple[int, str]]) -> str:
     """The digest of a dataset whose shards were digested apart.
 
     Args:
-        digests: the number of rows and the digest of each shard, in the dataset's order; each begins with `BLOCKS` or
-            `ARROW`.
+        digests: the number of rows and the digest of each shard, in the dataset's order; that of a shard may be of
+            shards in turn.
     """
-    return SHARDS + ",".join(f"{rows}={digest}" for rows, digest in digests)
+    own = (each for rows, digest in digests for each in shards_in(digest) or [(rows, digest)])
+    return SHARDS + ",".join(f"{rows}={digest}" for rows, digest in own)
 
 
 def shards_in(digest: str) -> list[tuple[int, str]]:

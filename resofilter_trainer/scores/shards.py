@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import xxhash
 
 from ..config import InputError
-from ..io.digest import ARROW, BLOCKS, first_other_shard, hash_rows, of_shards
+from ..io.digest import ARROW, BLOCKS, first_other_shard, hash_rows, of_shards, shards_in
 from ..io.made_from import OF_ALL_ROWS
 from .provenance import Provenance
 
@@ -340,7 +340,7 @@ def _check_known(shards: Sequence[Shard], provenance: Provenance, length: int, n
     if length != rows:
         raise InputError(f"{name} has {length:,} lines for {rows:,} rows: pass scores of every row (ScoreTable.join).")
     for each in shards:
-        if not each.content.startswith((BLOCKS, ARROW)):
+        if not each.content.startswith((BLOCKS, ARROW)) and not shards_in(each.content):
             why = "of version 0.1.0" if each.content else "without the digest of their rows, as those of a training are"
             raise InputError(f"{name} has scores {why}: they cannot be placed. Score the rows again.")
     if SHARD in provenance.source and not {*provenance.source[SHARD]} >= PLACE:

@@ -9,18 +9,21 @@ their rows with the stream's, so the stream must give the same rows in the same 
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
+import io
 import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Unpack
+from typing import Any, Unpack, cast
 
 import numpy as np
 import pyarrow as pa
 import xxhash
 from accelerate import PartialState
+from accelerate.utils import gather_object
 from datasets import Dataset, DatasetInfo, IterableDataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import SFTConfig
@@ -29,16 +32,21 @@ from ..config import InputError, NothingError, Precision, ResonanceConfig, Score
 from ..config.keywords import StreamOptions
 from ..data.arguments import check_call
 from ..data.fingerprints import hash_weights
-from ..data.loading import default_arguments, load_model, open_pass
-from ..io.digest import PIECE, RowsDigest, columns_of, tables_of
+from ..data.loading import default_arguments, load_model, open_pass, tell
+from ..data.stream_shards import files_of, shards_of
+from ..data.together import from_main
+from ..io.digest import PIECE, RowsDigest, columns_of, hash_rows, of_shards, tables_of
 from ..io.files import remove_folder
 from ..scores.full_step import is_saturated
 from ..scores.provenance import OF_SOURCE, Provenance, Trust
 from ..scores.score_table import SAME_PROMPT, SCORES_FILE, ScoreTable, with_votes_of_all
+from ..selecting.weighted_rows import TOKEN_WEIGHTS
 from .dataset import measured_settings, score_dataset
+from .finished_shards import FinishedShard, piece_in
 from .further_signals import of_one_pass
 from .output import warn_of_doubts
 from .passes import locked
+from .team import LostError, Team
 from .warmup import kept_at, plan_warmup
 
 PIECES = "pieces"
@@ -89,22 +97,23 @@ def score_stream(
         options.setdefault("precision", "auto")
     args, config = args or default_arguments(), config or ResonanceConfig()
     model, tokenizer = load_model(model, processing_class, args)
-    passes = _Pieces(model, tokenizer, args, config, Path(output), rows_per_piece, options)
+    passes = _Pieces(model, tokenizer, args, config, Path(output), rows_per_piece, dict(options))
     with locked(output):
         if (passes.folder / SCORES_FILE).exists():
             whole = passes.earlier(stream)
         else:
             whole = passes.score(stream, dict(source or {}))
-            if PartialState().is_main_process:
-                whole.save(passes.folder)
-                remove_folder(passes.folder / PIECES)
     warn_of_doubts(whole, stacklevel=3)
     return whole
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Pieces:
-    """Everything about a pass over a stream except the stream; the attributes are `score_stream`'s arguments."""
+    """Everything about a pass over a stream except the stream; most attributes are `score_stream`'s arguments.
+
+    Attributes:
+        first: the provenance of the first piece with scores, once there is one: those of the others are like it.
+    """
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
@@ -112,34 +121,145 @@ class _Pieces:
     config: ResonanceConfig
     folder: Path
     size: int
-    options: Mapping[str, Any]
+    options: dict[str, Any]
+    first: Provenance | None = None
 
     def score(self, stream: IterableDataset, source: Mapping[str, Any]) -> ScoreTable:
-        """Score piece after piece; finished pieces are read."""
-        digest, options, start = RowsDigest(), dict(self.options), 0
-        options["told"] = set()  # what was read as something else is said once
-        options["weights"] = hash_weights(self.model)
-        tables: list[ScoreTable | list[str]] = []
-        for number, piece in enumerate(_pieces(stream, self.size)):
+        """Score piece after piece of each shard; those that are finished are read."""
+        self.options["told"] = set()  # what was read as something else is said once
+        self.options["weights"] = hash_weights(self.model)
+        shards, processes = shards_of(stream), PartialState().num_processes
+        todo = self._unfinished(shards)
+        apart = 1 < processes <= len(shards) and self.options["warmup"] is None  # which is made by all processes
+        if apart or len(todo) < len(shards):
+            self._score_first(shards)
+        if apart:
+            self._apart(shards, todo)
+        else:
+            for number in todo:
+                self._shard(number, shards)
+        made: list[ScoreTable] = []
+        from_main(lambda: made.append(self._whole(len(shards), source)))
+        return made[0] if made else ScoreTable.load(self.folder)
+
+    def _unfinished(self, shards: Sequence[IterableDataset]) -> list[int]:
+        """The shards that are to be read, in every process: all but those that are finished and have the same files."""
+
+        def found() -> list[int]:
+            ended = {number: FinishedShard.read(self._place(number)) for number in range(len(shards))}
+            files = {number: each.files for number, each in ended.items() if each is not None}
+            same = {number for number in files if files[number] in {files_of(shards[number])} - {None}}
+            if files:
+                print(
+                    f"Of {len(shards)} shards of the stream, {len(files)} are finished. {len(same)} of these are not "
+                    f"read again, as their files are unchanged; {len(files) - len(same)} are, to compare their rows."
+                )
+            return [number for number in range(len(shards)) if number not in same]
+
+        todo: list[int] = from_main(found)
+        return todo
+
+    def _score_first(self, shards: Sequence[IterableDataset]) -> None:
+        """Score the first piece that can be, all processes together: model and settings are compared, and the precision
+        is chosen for all."""
+        for number, shard in enumerate(shards):
+            for at, piece in enumerate(_pieces(shard, self.size)):
+                self._piece(piece, piece_in(self._place(number), at), self._rows(number, shards, 0, piece))
+                if self.first is not None:
+                    return
+
+    def _apart(self, shards: Sequence[IterableDataset], todo: Sequence[int]) -> None:
+        """Each process reads and scores the shards that it takes, by itself; the main one shows what it does."""
+        own, is_main = self, PartialState().is_main_process
+        if not is_main:
+            quiet = copy.copy(self.args)
+            quiet.disable_tqdm = True
+            own = dataclasses.replace(self, args=quiet, options={**self.options, "told": set(self.options["told"])})
+        with Team(self.args.ddp_timeout) as team:
+            said = contextlib.nullcontext() if is_main else contextlib.redirect_stdout(io.StringIO())
+            with team.apart(), said:
+                while (turn := team.take()) < len(todo):
+                    own._shard(todo[turn], shards)
+            team.wait()
+        notes = [each for notes in gather_object([sorted(own.options["told"])]) for each in notes]
+        tell((each for each in notes if each != TOKEN_WEIGHTS), self.options["told"])
+
+    def _shard(self, number: int, shards: Sequence[IterableDataset]) -> None:
+        """Score a shard, piece after piece."""
+        shard, place = shards[number], self._place(number)
+        files, digest, start = files_of(shard), RowsDigest(), 0
+        unscored: list[list[str] | None] = []
+        for at, piece in enumerate(_pieces(shard, self.size)):
             digest.add(piece)
-            folder = self.folder / PIECES / f"{number:06d}"
-            try:
-                with warnings.catch_warnings():
-                    warnings.simplefilter("ignore", ScoreWarning)  # said once, of all rows together
-                    scores = score_dataset(self.model, piece, self.tokenizer, self.args, self.config, folder, **options)
-                tables.append(scores)
-                trust = scores.provenance.trust
-                if options.get("precision") == "auto" and trust is not None:  # the same for all pieces
-                    options["precision"] = trust.forward
-            except NothingError as error:
-                tables.append([error.reasons.get(row, UNKNOWN) for row in range(len(piece))])
-            except InputError as error:
-                which = f"Rows {start} to {start + len(piece) - 1} of the stream (counted from 0 in what follows)"
-                raise InputError(f"{which}: {error}") from error
+            unscored.append(self._piece(piece, piece_in(place, at), self._rows(number, shards, start, piece)))
             start += len(piece)
+        if PartialState().is_main_process:
+            FinishedShard(digest.hexdigest(), files, unscored).write(place)
+
+    def _piece(self, piece: Dataset, folder: Path, which: str) -> list[str] | None:
+        """Score a piece, unless it is finished. Returns the reason of each of its rows where none can be scored."""
+        if self.first is not None and from_main(lambda: self._is_finished(piece, folder)):
+            return None
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", ScoreWarning)  # said once, of all rows together
+                scores = score_dataset(
+                    self.model, piece, self.tokenizer, self.args, self.config, folder, **self.options
+                )
+        except NothingError as error:
+            return [error.reasons.get(row, UNKNOWN) for row in range(len(piece))]
+        except LostError:
+            raise
+        except InputError as error:
+            raise InputError(f"{which}: {error}") from error
+        if self.first is None:
+            self.first, trust = scores.provenance, scores.provenance.trust
+            if self.options.get("precision") == "auto" and trust is not None:  # the same for all pieces
+                self.options["precision"] = trust.forward
+        return None
+
+    def _is_finished(self, piece: Dataset, folder: Path) -> bool:
+        """Whether a folder holds the scores of these rows, by this model and with these settings."""
+        if not (folder / SCORES_FILE).exists():
+            return False
+        there = ScoreTable.load(folder).provenance
+        return not self._differences(there) and there.source.get("content") == hash_rows(piece)
+
+    def _differences(self, there: Provenance) -> list[str]:
+        """How a piece was scored otherwise than the first one, of which alone `auto` is said."""
+        first = cast(Provenance, self.first)
+        preparation = {**first.preparation, "autocast": there.preparation["autocast"]}
+        return there.differences(
+            dataclasses.replace(first, dataset=there.dataset, rows=there.rows, preparation=preparation)
+        )
+
+    def _whole(self, count: int, source: Mapping[str, Any]) -> ScoreTable:
+        """The table of all shards, which is written, and their pieces removed."""
+        tables: list[ScoreTable | list[str]] = []
+        digests: list[tuple[int, str]] = []
+        for number in range(count):
+            place = self._place(number)
+            ended = cast(FinishedShard, FinishedShard.read(place))
+            own = ended.tables(place)
+            if rows := sum(map(len, own)):
+                digests.append((rows, ended.content))
+            tables += own
         if not any(isinstance(each, ScoreTable) for each in tables):
             raise InputError("The stream has no rows that can be scored." if tables else "The stream has no rows.")
-        return together(tables, {**source, "content": digest.hexdigest()}, self.config)
+        content = digests[0][1] if len(digests) == 1 else of_shards(digests)
+        whole = together(tables, {**source, "content": content}, self.config)
+        whole.save(self.folder)
+        remove_folder(self.folder / PIECES)
+        return whole
+
+    def _place(self, number: int) -> Path:
+        """The folder of a shard's pieces."""
+        return self.folder / PIECES / f"{number:06d}"
+
+    @staticmethod
+    def _rows(number: int, shards: Sequence[IterableDataset], start: int, piece: Dataset) -> str:
+        of = "the stream" if len(shards) == 1 else f"shard {number} of the stream's {len(shards)}"
+        return f"Rows {start} to {start + len(piece) - 1} of {of} (counted from 0 in what follows)"
 
     def earlier(self, stream: IterableDataset) -> ScoreTable:
         """The scores in the folder. Raises InputError where they are of another stream, model or settings."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import time
+from collections.abc import Iterator
 from types import TracebackType
 from typing import Any
 
@@ -19,10 +20,12 @@ from accelerate import PartialState
 
 from ..config import InputError
 from ..data.files import first_line
+from ..data.together import alone
 
 PAUSE, LONGEST_PAUSE = 0.01, 0.2  # seconds between two checks whether all have finished
 CHECKS = 10  # for signs of life, within the timeout
-_passes = itertools.count()  # every process runs the same passes in the same order
+_passes = itertools.count()  # every process runs the same passes in the same order, but for those that it runs alone
+_around: list[Team] = []  # the team that this process has left for work of its own, if any
 
 
 class Team:
@@ -42,9 +45,10 @@ class Team:
         self.processes = state.num_processes if processes is None else processes
         self._timeout = timeout
         self._values = values
-        number = next(_passes)
         if values is None and self.processes > 1:
-            self._values = dist.PrefixStore(f"resofilter-{number}", dist.distributed_c10d._get_default_store())
+            store = dist.distributed_c10d._get_default_store()
+            self._values = dist.PrefixStore(f"resofilter-{next(_passes)}", store)
+        self._around = _around[-1] if _around and self._values is None else None
         self._taken = itertools.count()
 
     def __enter__(self) -> Team:
@@ -68,6 +72,18 @@ class Team:
         if self._values is not None:
             self._ask("add", f"beat-{self.rank}", 1)
             self._check_failed()
+        elif self._around is not None:
+            self._around.beat()
+
+    @contextlib.contextmanager
+    def apart(self) -> Iterator[None]:
+        """Within it, this process runs passes of its own, as if it were the only one; they send this team's beats."""
+        _around.append(self)
+        try:
+            with alone():
+                yield
+        finally:
+            _around.pop()
 
     def wait(self) -> None:
         """Wait until every process has finished. Raises LostError where one has failed or is silent for too long."""

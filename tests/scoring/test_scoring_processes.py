@@ -53,16 +53,20 @@ def test_any_number_of_processes_gives_the_same_scores(processes, command, tmp_p
     assert np.array_equal(DataSelector().select(several).keep, DataSelector().select(one).keep)
 
 
-def test_rows_that_two_processes_prepare_together_have_the_same_scores(tiny_model_dir, tmp_path, monkeypatch):
+def test_what_two_processes_read_together_has_the_same_scores(tiny_model_dir, tmp_path, monkeypatch):
     """Here the prepared rows are kept beside a copy of the dataset, as the first start would else spare the second."""
     rows = [{**row, "answer": "" if i == 3 else row["answer"]} for i, row in enumerate([*ROWS, ROWS[1]])]
     for name in ("one", "two"):
         Dataset.from_list(rows).save_to_disk(tmp_path / name)
+    for shard in range(3):
+        Dataset.from_list(rows).shard(3, shard).to_parquet(tmp_path / "files" / f"{shard}.parquet")
     options = ["--model", tiny_model_dir, "--prompt_column", "question", "--completion_column", "answer"]
     options += ["--tokens_per_batch", 40, "--precision", "float32", "--drop_duplicates", "--drop_empty"]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2]
     command += ["-m", "helpers.prepared_together", "score", "--dataset", tmp_path / "two"]
     command = [*command, "--output", tmp_path / "several", *options]
+    stream = ["score", "--streaming", "--dataset", tmp_path / "files", *options]
+    command += ["then", *stream, "--output", tmp_path / "streamed"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=300, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -73,6 +77,11 @@ def test_rows_that_two_processes_prepare_together_have_the_same_scores(tiny_mode
     assert several.table.equals(one.table)
     assert several.provenance.differences(one.provenance) == []
     assert several.provenance.source["content"] == one.provenance.source["content"]
+    read = sorted(int(rows) for rows in re.findall("([0-9]+) rows read", done.stderr))
+    assert read == [10, 10, 11, 11, 11]  # both processes read the first piece, and one of them each shard
+    scores_of(stream, tmp_path / "stream")
+    paths = [tmp_path / name / "scores.parquet" for name in ("streamed", "stream")]
+    assert paths[0].read_bytes() == paths[1].read_bytes()
 
 
 @pytest.mark.slow

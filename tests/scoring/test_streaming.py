@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -99,6 +100,54 @@ def test_an_interrupted_pass_resumes(after, model, tokenizer, tmp_path, monkeypa
     found = score(model, tokenizer, rows(ROWS).to_iterable_dataset(), tmp_path / "cut")
     assert found.table.equals(whole.table)
     assert (tmp_path / "cut" / SCORES_FILE).read_bytes() == (tmp_path / "whole" / SCORES_FILE).read_bytes()
+
+
+@pytest.mark.parametrize(("kind", "read"), [("files", [0, 2]), ("memory", [0, 1, 2])])
+def test_a_finished_shard_is_not_read_again(kind, read, model, tokenizer, tmp_path, monkeypatch, capsys):
+    """Two of three shards are finished; without files that stay the same, their rows are read again and compared."""
+    dataset = rows(60)
+    for shard in range(3):
+        dataset.shard(3, shard).to_parquet(tmp_path / "files" / f"{shard}.parquet")
+
+    def stream(dataset=dataset):
+        parts = str(tmp_path / "files")
+        return dataset.to_iterable_dataset(num_shards=3) if kind == "memory" else load_stream(parts)
+
+    real, pieces, scored, found = streaming.score_dataset, streaming._pieces, [], []
+
+    def stops(*args, **kwargs):
+        if len(scored) == 2:
+            raise KeyboardInterrupt
+        scored.append(args[1][0]["prompt"])
+        return real(*args, **kwargs)
+
+    def noted(stream, size):
+        for piece in pieces(stream, size):
+            found.append(dataset["prompt"].index(piece[0]["prompt"]) // 20)
+            yield piece
+
+    with monkeypatch.context() as patch:
+        patch.setattr(streaming, "score_dataset", stops)
+        with pytest.raises(KeyboardInterrupt):
+            score(model, tokenizer, stream(), tmp_path / "cut")
+        scored.clear()
+        patch.setattr(streaming, "_pieces", noted)
+        patch.setattr(streaming, "score_dataset", lambda *args, **kwargs: scored.append(0) or real(*args, **kwargs))
+        shutil.copytree(tmp_path / "cut", tmp_path / "changed")
+        capsys.readouterr()
+        score(model, tokenizer, stream(), tmp_path / "cut")
+    assert found == read
+    assert len(scored) == 2  # the first piece, by which model and settings are compared, and what was missing
+    assert "Of 3 shards of the stream, 2 are finished." in capsys.readouterr().out
+    score(model, tokenizer, stream(), tmp_path / "whole")
+    assert (tmp_path / "cut" / SCORES_FILE).read_bytes() == (tmp_path / "whole" / SCORES_FILE).read_bytes()
+    assert ScoreTable.load(tmp_path / "cut").provenance.source["content"].startswith("shards:20=")
+    other = Dataset.from_list(
+        [*dataset.to_list()[:30], {"prompt": "new ", "completion": "row"}, *dataset.to_list()[31:]]
+    )
+    other.shard(3, 1).to_parquet(tmp_path / "files" / "1.parquet")
+    with pytest.raises(InputError, match=r"^Rows 0 to 19 of shard 1 of the stream's 3 .*something else.* dataset"):
+        score(model, tokenizer, stream(other), tmp_path / "changed")
 
 
 def test_a_stream_that_changed_is_refused(model, tokenizer, tmp_path, monkeypatch):

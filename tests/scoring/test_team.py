@@ -38,6 +38,17 @@ def test_one_process_takes_everything():
         team.wait()
 
 
+def test_a_process_that_works_apart_still_gives_signs_of_life():
+    values = dist.HashStore()
+    team = Team(1.0, values, rank=0, processes=2)
+    with team.apart(), Team(1.0) as inner:
+        inner.beat()
+        assert inner.take() == 0
+    assert values.add("beat-0", 0) == 2
+    Team(1.0).beat()
+    assert values.add("beat-0", 0) == 2
+
+
 def test_each_unit_is_taken_once():
     def work(team: Team) -> list[int]:
         mine = []

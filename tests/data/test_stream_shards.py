@@ -1,0 +1,127 @@
+"""The shards of a stream have its rows in its order, or it is not split; a shard's files tell whether it changed."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from datasets import Dataset, IterableDataset, concatenate_datasets, interleave_datasets, load_dataset
+from datasets.distributed import split_dataset_by_node
+
+from resofilter_trainer.data import stream_shards
+from resofilter_trainer.data.files import load_stream
+from resofilter_trainer.data.stream_shards import files_of, shards_of
+
+ROWS = [{"x": f"row {number}"} for number in range(13)]
+
+
+def in_memory() -> IterableDataset:
+    return Dataset.from_list(ROWS).to_iterable_dataset(num_shards=3)
+
+
+def generated(numbers):
+    for number in numbers:
+        yield {"x": f"row {number}"}
+
+
+def at_7(stream: IterableDataset) -> IterableDataset:
+    for _ in zip(range(7), stream, strict=False):
+        state = stream.state_dict()
+    stream.load_state_dict(state)
+    return stream
+
+
+def in_second_epoch(stream: IterableDataset) -> IterableDataset:
+    stream.set_epoch(1)
+    return stream
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    for number in range(3):
+        pq.write_table(
+            pa.table({"x": [f"row {5 * number + each}" for each in range(5)]}), tmp_path / f"{number}.parquet"
+        )
+    return tmp_path
+
+
+IN_ORDER = {
+    "as it is": in_memory,
+    "mapped": lambda: in_memory().map(lambda row: {"y": row["x"]}),
+    "filtered": lambda: in_memory().filter(lambda row: row["x"] != "row 6"),
+    "with fewer columns": lambda: in_memory().map(lambda row: {"y": 0}).select_columns(["x"]),
+    "renamed": lambda: in_memory().rename_column("x", "y"),
+    "formatted": lambda: in_memory().with_format("arrow").with_format(None),
+    "concatenated": lambda: concatenate_datasets([in_memory(), in_memory()]),
+    "generated": lambda: IterableDataset.from_generator(generated, gen_kwargs={"numbers": list(range(13))}),
+}
+NOT_IN_ORDER = {
+    "shuffled": lambda: in_memory().shuffle(seed=0, buffer_size=3),
+    "interleaved": lambda: interleave_datasets([in_memory(), in_memory()]),
+    "repeated": lambda: in_memory().repeat(2),
+    "cut after": lambda: in_memory().take(8),
+    "cut before": lambda: in_memory().skip(8),
+    "mapped in batches": lambda: in_memory().map(lambda rows: {"y": [len(rows["x"])] * len(rows["x"])}, batched=True),
+    "mapped with indices": lambda: in_memory().map(lambda row, number: {"y": number}, with_indices=True),
+    "in batches": lambda: in_memory().batch(2),
+    "split by node": lambda: split_dataset_by_node(in_memory(), rank=0, world_size=3),
+    "in its second epoch": lambda: in_second_epoch(in_memory()),
+    "not from its beginning": lambda: at_7(in_memory()),
+    "of one shard": lambda: Dataset.from_list(ROWS).to_iterable_dataset(),
+}
+
+
+@pytest.mark.parametrize("most", [1024, 2])
+@pytest.mark.parametrize("kind", IN_ORDER)
+def test_shards_one_after_another_are_the_stream(kind, most, monkeypatch):
+    monkeypatch.setattr(stream_shards, "MOST", most)
+    stream = IN_ORDER[kind]()
+    shards = shards_of(stream)
+    assert len(shards) == min(stream.num_shards, most) > 1
+    assert [row for shard in shards for row in shard] == list(stream)
+
+
+@pytest.mark.parametrize("kind", NOT_IN_ORDER)
+def test_a_stream_in_another_order_is_not_split(kind):
+    stream = NOT_IN_ORDER[kind]()
+    assert [each is stream for each in shards_of(stream)] == [True]
+
+
+def test_a_shard_is_known_by_its_files(folder):
+    def known(columns=("x",)) -> list[str | None]:
+        return [files_of(each) for each in shards_of(load_stream(str(folder)).select_columns(list(columns)))]
+
+    before, path = known(), folder / "1.parquet"
+    assert None not in before
+    assert len(set(before)) == 3
+    assert known() == before
+    times, size = path.stat(), path.stat().st_size
+    pq.write_table(pa.table({"x": [f"ROW {5 + each}" for each in range(5)]}), path)
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert path.stat().st_size == size
+    assert [one == other for one, other in zip(known(), before, strict=True)] == [True, False, True]
+    assert files_of(load_stream(str(folder)).map(lambda row: row)) is None
+
+
+@pytest.mark.parametrize("kind", ["as it is", "mapped", "generated"])
+def test_what_is_not_read_from_files_is_not_known(kind):
+    assert {files_of(each) for each in shards_of(IN_ORDER[kind]())} == {None}
+
+
+def test_jsonl_files_are_known_whoever_reads_them(tmp_path):
+    for number in range(2):
+        Dataset.from_list(ROWS).to_json(tmp_path / f"{number}.jsonl")
+    files = {"train": [str(tmp_path / f"{number}.jsonl") for number in range(2)]}
+    for stream in (load_stream(str(tmp_path)), load_dataset("json", data_files=files, split="train", streaming=True)):
+        assert len({files_of(each) for each in shards_of(stream)} - {None}) == 2
+
+
+def test_a_file_on_the_hub_is_known_by_its_commit(tmp_path):
+    pinned = f"hf://datasets/me/rows@{'0123abcd' * 5}/rows.parquet"
+    assert stream_shards._state(pinned) == pinned
+    assert stream_shards._state(f"gzip://rows::{pinned}") is not None
+    for other in ("hf://datasets/me/rows@main/rows.parquet", "https://a.org/rows.parquet", str(tmp_path)):
+        assert stream_shards._state(other) is None
