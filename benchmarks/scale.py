@@ -1,11 +1,12 @@
 """The store at millions of rows, its parts by processes, joined shards, rows per second by processes, what comes before
-the first batch, and simulated stragglers and failures.
+the first batch, streams, and simulated stragglers and failures.
 
     python benchmarks/scale.py store --rows 1000000 10000000
     python benchmarks/scale.py parts --processes 1024 --hours 24
     python benchmarks/scale.py join --rows 100000000 --shards 64
     python benchmarks/scale.py processes --processes 1 2
     python benchmarks/scale.py prepare --rows 1000000 --processes 1 2
+    python benchmarks/scale.py streams --rows 1000
     python benchmarks/scale.py simulate
     python benchmarks/scale.py plan --rows 1e8 --tokens 500 --parameters 70e9
 
@@ -34,6 +35,7 @@ import numpy as np
 import pyarrow as pa
 import scale_parts
 import scale_preparation
+import scale_streams
 
 from resofilter_trainer import DataSelector, Provenance, ScoreTable, Selection, Trust, join_scores, select_file
 from resofilter_trainer.io.store import UNIT, Store
@@ -68,6 +70,8 @@ def main() -> None:
     preparing.add_argument("--processes", type=int, nargs="+", default=[1, 2])
     preparing.add_argument("--by_trl", action="store_true", help="with TRL's own work on each row")
     preparing.add_argument("--folder", help="where to write the rows, which stay; by default a temporary folder")
+    streams = what.add_parser("streams")
+    streams.add_argument("--rows", type=int, default=1000, help="the rows of each of ten files")
     simulate = what.add_parser("simulate")
     simulate.add_argument("--hours", type=float, default=24, help="the work of each process, if all are equally fast")
     plan = what.add_parser("plan")
@@ -83,6 +87,7 @@ def main() -> None:
         "join": joined,
         "processes": by_processes,
         "prepare": scale_preparation.prepare,
+        "streams": scale_streams.streams,
         "simulate": simulations,
         "plan": costs,
     }

@@ -20,7 +20,7 @@ class FinishedShard:
 
     Attributes:
         content: the digest of its rows.
-        files: what its files are known by, see `files_of`; None where its rows depend on anything else.
+        files: what its files and its pieces are known by; None where its rows depend on anything but files.
         pieces: for each piece, the reason of each row where no row has a score; None where the piece has a table.
     """
 

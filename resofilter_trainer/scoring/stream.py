@@ -1,9 +1,11 @@
 """Scores of a stream: rows that come one after another and are never all in memory. Knows the scoring pass and pieces.
 
-    stream -> a piece of some rows -> score_dataset, into a folder of its own -> the next ... -> one table
+    stream -> shards -> a piece of some rows -> score_dataset, into a folder of its own -> the next ... -> one table
 
-A row's `sample_id` is its position in the stream. A resumed pass finds finished pieces by their number and compares
-their rows with the stream's, so the stream must give the same rows in the same order each time.
+A row's `sample_id` is its position in the stream, of which shards that follow each other are read apart: by one process
+one after another, by several at the same time. A piece ends where its shard ends, so processes change no score. A
+resumed pass finds finished pieces by their number and compares their rows with the stream's, so the stream must give
+the same rows in the same order each time; shards that are finished, with the same files, are not read again.
 """
 
 from __future__ import annotations
@@ -68,10 +70,15 @@ def score_stream(
     """Score every row of a stream: `score_dataset` for rows that do not fit on a disk.
 
     Args:
-        stream: rows as for `score_dataset`. `Selection.apply` filters it by the positions of its rows.
-        output: a folder for `scores.parquet`, and until then for the pieces. An interrupted pass resumes.
-        rows_per_piece: the number of rows in memory at a time, a multiple of 1,000. Repeated prompts are found within
-            a piece only.
+        stream: rows as for `score_dataset`. `Selection.apply` filters it by the positions of its rows. With at least
+            as many shards as there are processes (at most 1,024 are told apart), each process reads, prepares and
+            scores the shards that it takes. All read the whole stream with a warm-up, or where its shards one after
+            another are not its rows in order: shuffled, interleaved, repeated, cut, mapped in batches or with indices.
+        output: a folder for `scores.parquet`, and until then for the pieces. An interrupted pass resumes. Finished
+            shards whose files are unchanged (by size and times, or at a commit of the hub) are not read again; of
+            other streams, or mapped and filtered ones, the rows are read and compared, but not prepared again.
+        rows_per_piece: the number of rows in memory at a time, a multiple of 1,000. A piece ends with its shard, so
+            shards should not be much smaller. Repeated prompts are found within a piece only.
         model, processing_class, args, config, source, **options: as for `score_dataset`; `signals` of the one pass
             only. With `precision="auto"`, the first piece decides for all. A warm-up needs `warmup_dataset`.
 
@@ -148,7 +155,7 @@ class _Pieces:
         def found() -> list[int]:
             ended = {number: FinishedShard.read(self._place(number)) for number in range(len(shards))}
             files = {number: each.files for number, each in ended.items() if each is not None}
-            same = {number for number in files if files[number] in {files_of(shards[number])} - {None}}
+            same = {number for number in files if files[number] in {self._files(shards[number])} - {None}}
             if files:
                 print(
                     f"Of {len(shards)} shards of the stream, {len(files)} are finished. {len(same)} of these are not "
@@ -187,7 +194,7 @@ class _Pieces:
     def _shard(self, number: int, shards: Sequence[IterableDataset]) -> None:
         """Score a shard, piece after piece."""
         shard, place = shards[number], self._place(number)
-        files, digest, start = files_of(shard), RowsDigest(), 0
+        files, digest, start = self._files(shard), RowsDigest(), 0
         unscored: list[list[str] | None] = []
         for at, piece in enumerate(_pieces(shard, self.size)):
             digest.add(piece)
@@ -251,6 +258,11 @@ class _Pieces:
         whole.save(self.folder)
         remove_folder(self.folder / PIECES)
         return whole
+
+    def _files(self, shard: IterableDataset) -> str | None:
+        """What the files of a shard are known by, and the pieces that are made of its rows; None if they are not."""
+        files = files_of(shard)
+        return None if files is None else f"{files} in pieces of {self.size}"
 
     def _place(self, number: int) -> Path:
         """The folder of a shard's pieces."""

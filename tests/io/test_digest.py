@@ -191,6 +191,11 @@ def test_the_first_shard_that_differs_is_found():
     assert first_other_shard(hash_rows(DATASET), hash_rows(DATASET.select([0]))) is None
 
 
+def test_shards_of_shards_are_shards_of_the_whole():
+    one, two, three = ((rows, f"blocks:{rows}") for rows in (1, 2, 3))
+    assert of_shards([(3, of_shards([one, two])), three]) == of_shards([one, two, three])
+
+
 @pytest.mark.parametrize("text", ["shards:", "shards:x=arrow:1", "shards:0=arrow:1", "shards:2=1"])
 def test_what_is_no_digest_of_shards_is_that_of_no_rows(text):
     assert shards_in(text) == []

@@ -76,7 +76,9 @@ def test_weights_are_hashed_once(model, tokenizer, tmp_path, monkeypatch):
 
 def test_a_selection_filters_the_stream(model, tokenizer, tmp_path):
     dataset = rows(ROWS)
-    selection = DataSelector(keep=0.4).select(score(model, tokenizer, dataset.to_iterable_dataset(), tmp_path))
+    scores = score(model, tokenizer, dataset.to_iterable_dataset(num_shards=3), tmp_path)
+    assert ScoreTable.concatenate([scores], dataset=dataset).provenance.source["content"] == hash_rows(dataset)
+    selection = DataSelector(keep=0.4).select(scores)
     assert list(selection.apply(dataset.to_iterable_dataset())) == list(selection.apply(dataset))
     with pytest.raises(InputError, match="the stream has more"):
         list(selection.apply(rows(ROWS + 1).to_iterable_dataset()))
