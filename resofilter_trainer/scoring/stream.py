@@ -14,6 +14,7 @@ import contextlib
 import copy
 import dataclasses
 import io
+import itertools
 import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -42,7 +43,6 @@ from ..io.files import remove_folder
 from ..scores.full_step import is_saturated
 from ..scores.provenance import OF_SOURCE, Provenance, Trust
 from ..scores.score_table import SAME_PROMPT, SCORES_FILE, ScoreTable, with_votes_of_all
-from ..selecting.weighted_rows import TOKEN_WEIGHTS
 from .dataset import measured_settings, score_dataset
 from .finished_shards import FinishedShard, piece_in
 from .further_signals import of_one_pass
@@ -188,8 +188,8 @@ class _Pieces:
                 while (turn := team.take()) < len(todo):
                     own._shard(todo[turn], shards)
             team.wait()
-        notes = [each for notes in gather_object([sorted(own.options["told"])]) for each in notes]
-        tell((each for each in notes if each != TOKEN_WEIGHTS), self.options["told"])
+        told: list[list[str]] = gather_object([sorted(own.options["told"])])
+        tell(itertools.chain.from_iterable(told), self.options["told"])
 
     def _shard(self, number: int, shards: Sequence[IterableDataset]) -> None:
         """Score a shard, piece after piece."""
