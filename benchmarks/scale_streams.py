@@ -90,7 +90,7 @@ def work(rows: str, output: str, missing: str, stop: str) -> None:
                 raise KeyboardInterrupt
         return score(model, piece, *args, **options)
 
-    streaming._pieces, streaming.score_dataset = counted, timed
+    vars(streaming).update(_pieces=counted, score_dataset=timed)
     args = default_arguments()
     args.disable_tqdm = True
     begun = time.process_time()
