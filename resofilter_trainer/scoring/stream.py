@@ -40,6 +40,7 @@ from ..data.stream_shards import files_of, shards_of
 from ..data.together import from_main
 from ..io.digest import PIECE, RowsDigest, columns_of, hash_rows, of_shards, tables_of
 from ..io.files import remove_folder
+from ..io.made_from import refuse_differences
 from ..scores.full_step import is_saturated
 from ..scores.provenance import OF_SOURCE, Provenance, Trust
 from ..scores.score_table import SAME_PROMPT, SCORES_FILE, ScoreTable, with_votes_of_all
@@ -170,10 +171,12 @@ class _Pieces:
         """Score the first piece that can be, all processes together: model and settings are compared, and the precision
         is chosen for all."""
         for number, shard in enumerate(shards):
+            start = 0
             for at, piece in enumerate(_pieces(shard, self.size)):
-                self._piece(piece, piece_in(self._place(number), at), self._rows(number, shards, 0, piece))
+                self._piece(piece, piece_in(self._place(number), at), self._rows(number, shards, start, piece))
                 if self.first is not None:
                     return
+                start += len(piece)
 
     def _apart(self, shards: Sequence[IterableDataset], todo: Sequence[int]) -> None:
         """Each process reads and scores the shards that it takes, by itself; the main one shows what it does."""
@@ -233,21 +236,26 @@ class _Pieces:
         return not self._differences(there) and there.source.get("content") == hash_rows(piece)
 
     def _differences(self, there: Provenance) -> list[str]:
-        """How a piece was scored otherwise than the first one, of which alone `auto` is said."""
+        """How a piece was scored otherwise than the first one, which alone says `auto`; its columns may differ."""
         first = cast(Provenance, self.first)
         preparation = {**first.preparation, "autocast": there.preparation["autocast"]}
+        config = {**first.config, "signals": there.config.get("signals")}
         return there.differences(
-            dataclasses.replace(first, dataset=there.dataset, rows=there.rows, preparation=preparation)
+            dataclasses.replace(first, dataset=there.dataset, rows=there.rows, preparation=preparation, config=config)
         )
 
     def _whole(self, count: int, source: Mapping[str, Any]) -> ScoreTable:
         """The table of all shards, which is written, and their pieces removed."""
         tables: list[ScoreTable | list[str]] = []
         digests: list[tuple[int, str]] = []
+        remedy = "Choose another output, or remove that folder."
         for number in range(count):
             place = self._place(number)
             ended = cast(FinishedShard, FinishedShard.read(place))
             own = ended.tables(place)
+            for each in own:
+                if isinstance(each, ScoreTable):  # that of a shard that was not read is compared here
+                    refuse_differences(self._differences(each.provenance), f"'{place}' holds scores", remedy)
             if rows := sum(map(len, own)):
                 digests.append((rows, ended.content))
             tables += own
