@@ -129,6 +129,7 @@ class PassOutput:
         return None if folder is None else folder / PARTS / re.sub(r"[^\w.-]", "-", str(criterion))
 
     def _remove_prepared(self) -> None:
+        PartialState().wait_for_everyone()  # another process may still read them
         if PartialState().is_main_process:
             remove_prepared(folder_of(self.path))
 
