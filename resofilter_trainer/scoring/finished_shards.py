@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ..config import InputError
 from ..io.files import read_json, replacing
-from ..scores.score_table import ScoreTable
+from ..scores.score_table import SCORES_FILE, ScoreTable
 
 NOTE = "finished.json"
 
@@ -44,12 +44,20 @@ class FinishedShard:
         except TypeError as error:
             raise InputError(f"'{folder / NOTE}' was written by another version ({error}). {way_out}") from error
 
+    def is_whole(self, folder: Path) -> bool:
+        """Whether the tables of all its pieces are there."""
+        scored = [number for number, reasons in enumerate(self.pieces) if reasons is None]
+        return all((piece_in(folder, number) / SCORES_FILE).is_file() for number in scored)
+
     def tables(self, folder: Path) -> list[ScoreTable | list[str]]:
-        """The table of each piece, or the reason of each of its rows."""
-        return [
-            ScoreTable.load(piece_in(folder, number)) if reasons is None else reasons
-            for number, reasons in enumerate(self.pieces)
-        ]
+        """The table of each piece, or the reason of each of its rows. Raises InputError where a table is damaged."""
+        try:
+            return [
+                ScoreTable.load(piece_in(folder, number)) if reasons is None else reasons
+                for number, reasons in enumerate(self.pieces)
+            ]
+        except InputError as error:
+            raise InputError(f"{error} Remove '{folder}': its rows are measured again.") from error
 
 
 def piece_in(folder: Path, number: int) -> Path:

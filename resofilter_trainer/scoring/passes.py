@@ -99,8 +99,9 @@ def measure_batches(
     """
     done = np.empty(0, dtype=np.int64) if store is None else open_store(store)
     todo = np.setdiff1d(np.arange(len(batches)), done)
-    results = _Results(store)
-    with Team(args.ddp_timeout) as team, _bar(label, len(todo), len(done), args) as bar, results:
+    team = Team(args.ddp_timeout)
+    results = _Results(store, writers=team.writers)
+    with team, _bar(label, len(todo), len(done), args) as bar, results:
         shares = (
             _as_free(todo, costs[todo], team) if group is None else as_groups_are_free(todo, costs[todo], team, group)
         )
@@ -196,6 +197,7 @@ class _Results:
         store: where to save the results; None to keep them in memory.
         clock: a function that gives the time in seconds.
         processes, is_main: how many processes there are, and whether this is the main one; by default those of the run.
+        writers: how many processes write at the same time; by default `processes`.
     """
 
     def __init__(
@@ -204,11 +206,13 @@ class _Results:
         clock: Callable[[], float] = time.monotonic,
         processes: int | None = None,
         is_main: bool | None = None,
+        writers: int | None = None,
     ) -> None:
         state = PartialState()
         self._store, self._clock = store, clock
         self._processes = state.num_processes if processes is None else processes
         self._is_main = state.is_main_process if is_main is None else is_main
+        self._writers = self._processes if writers is None else writers
         self._unsaved: list[tuple[int, pa.Table]] = []
         self._bytes = 0
         self._own: list[Path] = []  # the parts that a save may merge
@@ -225,7 +229,7 @@ class _Results:
         self._unsaved.append((number, results))
         self._bytes += results.nbytes
         now = self._clock()
-        late = now - self._saved >= _interval(now - self._begun, self._processes)
+        late = now - self._saved >= _interval(now - self._begun, self._writers)
         if self._store is not None and (late or self._bytes >= MOST_UNSAVED):
             if self._is_main and now - self._gathered >= GATHERED:
                 self._own, self._gathered = self._store.paths(), now

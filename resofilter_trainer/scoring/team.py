@@ -75,6 +75,11 @@ class Team:
         elif self._around is not None:
             self._around.beat()
 
+    @property
+    def writers(self) -> int:
+        """How many processes write results: also those that measure apart from this one."""
+        return self.processes if self._around is None else self._around.processes
+
     @contextlib.contextmanager
     def apart(self) -> Iterator[None]:
         """Within it, this process runs passes of its own, as if it were the only one; they send this team's beats."""
@@ -131,6 +136,12 @@ class Team:
                 f"The process that coordinates the others is gone ({first_line(error)}), and the pass stops. The "
                 "results so far are in the output folder, if there is one: start the run again to resume."
             ) from error
+
+
+def beat_around() -> None:
+    """Send a sign of life to the team that this process has left for work of its own, if any."""
+    if _around:
+        _around[-1].beat()
 
 
 class LostError(InputError):

@@ -8,7 +8,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from datasets import Dataset, IterableDataset, concatenate_datasets, interleave_datasets, load_dataset
+from datasets import Dataset, Features, IterableDataset, Value, concatenate_datasets, interleave_datasets, load_dataset
 from datasets.distributed import split_dataset_by_node
 
 from resofilter_trainer.data import stream_shards
@@ -50,15 +50,16 @@ def folder(tmp_path) -> Path:
 
 IN_ORDER = {
     "as it is": in_memory,
-    "mapped": lambda: in_memory().map(lambda row: {"y": row["x"]}),
-    "filtered": lambda: in_memory().filter(lambda row: row["x"] != "row 6"),
-    "with fewer columns": lambda: in_memory().map(lambda row: {"y": 0}).select_columns(["x"]),
-    "renamed": lambda: in_memory().rename_column("x", "y"),
+    "with fewer columns": lambda: in_memory().select_columns(["x"]),
     "formatted": lambda: in_memory().with_format("arrow").with_format(None),
     "concatenated": lambda: concatenate_datasets([in_memory(), in_memory()]),
-    "generated": lambda: IterableDataset.from_generator(generated, gen_kwargs={"numbers": list(range(13))}),
 }
 NOT_IN_ORDER = {
+    "mapped": lambda: in_memory().map(lambda row: {"y": row["x"]}, features=Features({"y": Value("string")})),
+    "filtered": lambda: in_memory().filter(lambda row: row["x"] != "row 6"),
+    "generated": lambda: IterableDataset.from_generator(
+        generated, features=Features({"x": Value("string")}), gen_kwargs={"numbers": list(range(13))}
+    ),
     "shuffled": lambda: in_memory().shuffle(seed=0, buffer_size=3),
     "interleaved": lambda: interleave_datasets([in_memory(), in_memory()]),
     "repeated": lambda: in_memory().repeat(2),
@@ -108,15 +109,28 @@ def test_a_shard_is_known_by_its_files(folder):
 
 @pytest.mark.parametrize("kind", ["as it is", "mapped", "generated"])
 def test_what_is_not_read_from_files_is_not_known(kind):
-    assert {files_of(each) for each in shards_of(IN_ORDER[kind]())} == {None}
+    assert {files_of(each) for each in shards_of((IN_ORDER | NOT_IN_ORDER)[kind]())} == {None}
 
 
-def test_jsonl_files_are_known_whoever_reads_them(tmp_path):
+def test_jsonl_files_are_known_and_split_where_their_columns_have_types(tmp_path):
     for number in range(2):
         Dataset.from_list(ROWS).to_json(tmp_path / f"{number}.jsonl")
     files = {"train": [str(tmp_path / f"{number}.jsonl") for number in range(2)]}
-    for stream in (load_stream(str(tmp_path)), load_dataset("json", data_files=files, split="train", streaming=True)):
-        assert len({files_of(each) for each in shards_of(stream)} - {None}) == 2
+    theirs = load_dataset("json", data_files=files, split="train", streaming=True)
+    untyped = IterableDataset(theirs._ex_iterable)
+    for stream, shards in ((load_stream(str(tmp_path)), 2), (theirs, 2 if theirs.features else 1), (untyped, 1)):
+        known = {files_of(each) for each in shards_of(stream)}
+        assert len(known) == shards
+        assert None not in known
+
+
+def test_row_groups_of_a_file_are_other_shards_than_the_file(tmp_path):
+    pq.write_table(pa.table({"x": [f"row {each}" for each in range(10)]}), tmp_path / "rows.parquet", row_group_size=5)
+    stream = load_stream(str(tmp_path))
+    if not hasattr(stream, "reshard"):
+        pytest.skip("this version of datasets has no IterableDataset.reshard")
+    groups = [files_of(each) for each in shards_of(stream.reshard())]
+    assert len({*groups, files_of(stream)}) == 3
 
 
 def test_a_file_on_the_hub_is_known_by_its_commit(tmp_path):

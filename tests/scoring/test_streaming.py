@@ -136,6 +136,7 @@ def test_a_finished_shard_is_not_read_again(kind, read, model, tokenizer, tmp_pa
         patch.setattr(streaming, "_pieces", noted)
         patch.setattr(streaming, "score_dataset", lambda *args, **kwargs: scored.append(0) or real(*args, **kwargs))
         shutil.copytree(tmp_path / "cut", tmp_path / "changed")
+        shutil.copytree(tmp_path / "cut", tmp_path / "damaged")
         capsys.readouterr()
         score(model, tokenizer, stream(), tmp_path / "cut")
     assert found == read
@@ -144,12 +145,27 @@ def test_a_finished_shard_is_not_read_again(kind, read, model, tokenizer, tmp_pa
     score(model, tokenizer, stream(), tmp_path / "whole")
     assert (tmp_path / "cut" / SCORES_FILE).read_bytes() == (tmp_path / "whole" / SCORES_FILE).read_bytes()
     assert ScoreTable.load(tmp_path / "cut").provenance.source["content"].startswith("shards:20=")
+    table = tmp_path / "damaged" / "pieces" / "000001" / "000000" / SCORES_FILE
+    if kind == "files":
+        table.write_bytes(table.read_bytes()[:-9])
+        with pytest.raises(InputError, match=r"truncated.* Remove '.*000001': its rows are measured again"):
+            score(model, tokenizer, stream(), tmp_path / "damaged")
+    table.unlink()
+    score(model, tokenizer, stream(), tmp_path / "damaged")
+    assert (tmp_path / "damaged" / SCORES_FILE).read_bytes() == (tmp_path / "whole" / SCORES_FILE).read_bytes()
     other = Dataset.from_list(
         [*dataset.to_list()[:30], {"prompt": "new ", "completion": "row"}, *dataset.to_list()[31:]]
     )
     other.shard(3, 1).to_parquet(tmp_path / "files" / "1.parquet")
     with pytest.raises(InputError, match=r"^Rows 0 to 19 of shard 1 of the stream's 3 .*something else.* dataset"):
         score(model, tokenizer, stream(other), tmp_path / "changed")
+
+
+def test_pieces_of_an_earlier_version_are_refused(model, tokenizer, tmp_path):
+    earlier = tmp_path / "pieces" / "000000"
+    score_dataset(model, rows(25), tokenizer, arguments(), None, earlier)
+    with pytest.raises(InputError, match=r"holds pieces of an earlier version.*remove that folder"):
+        score(model, tokenizer, rows(ROWS).to_iterable_dataset(), tmp_path)
 
 
 def test_a_stream_that_changed_is_refused(model, tokenizer, tmp_path, monkeypatch):
