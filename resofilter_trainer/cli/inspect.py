@@ -82,6 +82,8 @@ def run(args: argparse.Namespace) -> None:
     if found is not None:
         content, lines = _of_decided(found, args, asked)
     elif args.selection is not None:
+        if not Path(args.source).exists():
+            raise InputError(f"'{args.source}' does not exist. Pass scores, which `resofilter score` writes.")
         raise InputError(f"--selection goes with scores, and '{args.source}' holds none that are not a run's.")
     else:
         args = with_settings(args, asked)

@@ -123,6 +123,7 @@ def test_rows_that_are_gone_are_no_error_unless_they_are_asked_for(folders, caps
         (["nowhere", "--row", "1"], "'nowhere' does not exist."),
         (["empty", "--row", "1"], "'empty' holds no ledger."),
         (["empty", "--selection", "kept", "--row", "1"], "--selection goes with scores"),
+        (["nowhere", "--selection", "kept", "--row", "1"], "'nowhere' does not exist. Pass scores"),
     ],
 )
 def test_what_cannot_be_answered_is_refused_in_one_line(argv, named, folders, capsys):
