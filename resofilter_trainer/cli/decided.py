@@ -12,6 +12,7 @@ import numpy as np
 from ..config import InputError
 from ..io.hub import at_hand, is_on_hub
 from ..scores.full_step import full_step_of, percent
+from ..scores.shards import span_in
 
 if TYPE_CHECKING:
     from ..scores.provenance import Provenance
@@ -71,7 +72,14 @@ def decided_of(source: str, selection: str | None = None) -> Decided | None:
     if selection is not None:
         raise InputError(f"'{source}' is a selection itself: pass the folder of its scores, or leave --selection out.")
     decided = Selection.load(alone)
-    return Decided(Provenance.from_json(decided.provenance), None, decided, {})
+    try:
+        provenance = Provenance.from_json(decided.provenance)
+    except (TypeError, KeyError, ValueError) as error:
+        raise InputError(
+            f"The selection at '{source}' does not say from which scores it was made. Pass their folder, and this one "
+            "with --selection."
+        ) from error
+    return Decided(provenance, None, decided, {})
 
 
 # ---- answers
@@ -93,13 +101,17 @@ def row(found: Decided, number: int) -> Content:
     if not 0 <= number < rows:
         raise InputError(f"There is no row {number}: the scores are of {rows} rows, which are counted from 0.")
     content: Content = {"sample_id": number, **_decision(found.selection, number)}
+    span = span_in(found.provenance.source)
+    if span is not None:
+        content["row_of_dataset"] = span.start + number
     content["decisions"] = [{"epoch": each, **_decision(own, number)} for each, own in found.epochs.items()]
     if found.scores is None:
         return content
     names = [name for name in found.scores.table.column_names if name not in NO_NUMBER]
     content["not_scored"] = found.scores.table["reason"][number].as_py()
     content["values"] = {name: found.scores.table[name][number].as_py() for name in names}
-    content["larger_than"] = {name: _place(found.scores, name, number) for name in _ranked(found, names)}
+    ranked, among_all = _ranked(found, names), _ranks_all(found)
+    content["larger_than"] = {name: _place(found.scores, name, number) if among_all else None for name in ranked}
     content["scored"] = int(found.scores.scored.sum())
     content["of_full_step"] = _of_full_step(found.scores, number)
     return content
@@ -123,8 +135,15 @@ def _decision(selection: Selection | None, number: int) -> Content:
 def _ranked(found: Decided, names: list[str]) -> list[str]:
     """The columns by which the selection ranked, as far as the scores have them; without one, the score."""
     by = {} if found.selection is None else found.selection.policy.get("by") or {}
-    ranked = [name.removeprefix("-") for name in ([by] if isinstance(by, str) else by)]
+    weights = by if isinstance(by, dict) else dict.fromkeys([by] if isinstance(by, str) else by, 1)
+    ranked = [name.removeprefix("-").removeprefix("+") for name, weight in weights.items() if weight]
     return [name for name in ranked if name in names] or ["score"]
+
+
+def _ranks_all(found: Decided) -> bool:
+    """Whether rows are ranked by the columns as they are: not within strata, and not by what length leaves."""
+    policy = {} if found.selection is None else found.selection.policy
+    return not policy.get("stratify_by") and not policy.get("length_out")
 
 
 def _place(scores: ScoreTable, name: str, number: int) -> float | None:
@@ -147,8 +166,11 @@ def summary_lines(content: Content, args: argparse.Namespace) -> Iterator[str]:
 def row_lines(content: Content, texts: list[str], args: argparse.Namespace) -> Iterator[str]:
     """The lines of a row, with those of its text."""
     name = f"Row {content['sample_id']}" + (f" (id {content['id']})" if "id" in content else "")
-    why = content.get("not_scored")
-    yield f"{name}: {_said(content) if 'kept' in content else f'not scored ({why})' if why else 'scored'}"
+    if "row_of_dataset" in content:
+        name += f" of this shard (row {content['row_of_dataset']} of the dataset)"
+    why, epochs = content.get("not_scored"), [each["epoch"] for each in content["decisions"]]
+    last = f" in epoch {epochs[-1]}" if len(epochs) > 1 else ""
+    yield f"{name}: {_said(content) + last if 'kept' in content else f'not scored ({why})' if why else 'scored'}"
     yield from texts
     for each in content["decisions"]:
         yield f"  epoch {each['epoch']}: {_said(each)}"
@@ -158,7 +180,7 @@ def row_lines(content: Content, texts: list[str], args: argparse.Namespace) -> I
     if why:
         return
     for column, share in content["larger_than"].items():
-        place = "" if share is None else f", larger than {share:.1%} of the other scored rows"
+        place = "" if share is None else f", larger than {share:.1%} of all other scored rows"
         share_of_step = content["of_full_step"] if column == "score" else None
         value = f"{share_of_step} of a full step" if share_of_step else _number(content["values"][column])
         yield f"  {column} {value}{place}"

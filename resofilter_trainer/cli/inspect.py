@@ -127,7 +127,12 @@ def _of_decided(found: decided.Decided, args: argparse.Namespace, asked: str | N
         print(f"The row's text is not known: {told(str(error))}")
     else:
         add_texts(content, texts)
-        content |= {} if ids is None else {"id": ids[args.row]}
+        if found.provenance.source.get("content") is not None:
+            content |= {} if ids is None else {"id": ids[args.row]}
+        elif texts is not None:  # the rows of a run, which may be a shuffled stream
+            print(
+                f"The order of the rows of '{args.dataset}' was not compared with the run's: the text may be another's."
+            )
     return content, [*decided.row_lines(content, [*text_lines(content)], args)]
 
 
@@ -325,7 +330,7 @@ def texts_of(args: argparse.Namespace, provenance: Provenance | None) -> tuple[T
         return None, None
     name = args.dataset or (provenance and provenance.source.get("dataset")) or "the dataset"
     if provenance is not None and len(dataset) != provenance.rows:
-        raise InputError(f"'{name}' has {len(dataset)} rows and the run's dataset has {provenance.rows}.")
+        raise InputError(f"'{name}' has {len(dataset)} rows, and the scores are of {provenance.rows}.")
     found = RowTexts(dataset, scored_columns({} if provenance is None else provenance.preparation))
     if not found.known:
         print(f"'{name}' has no texts to show, only {', '.join(dataset.column_names)}.")

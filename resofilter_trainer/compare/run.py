@@ -21,6 +21,7 @@ from accelerate import PartialState
 
 from ..config import InputError, together
 from ..data.models import check_name
+from ..data.reference_model import without_revision
 from ..evaluation.tasks import check_tasks
 from ..io.files import folder_lock, read_json, replacing
 from ..io.made_from import as_json, check_made_from
@@ -69,7 +70,10 @@ def run(config: ComparisonConfig) -> list[Cell]:
 
 def _check_model(config: ComparisonConfig, model: str) -> None:
     """Raise InputError, within seconds, for a model that is not there."""
-    check_name(model_path(model), sft_config(config, model, config.seeds[0]))
+    args = sft_config(config, model, config.seeds[0])
+    if model == config.reference_model:
+        args = without_revision(args)
+    check_name(model_path(model), args)
 
 
 def _cells_of(one: Round, folder: Path) -> list[Cell]:

@@ -24,6 +24,7 @@ from datasets import (
 )
 from datasets.config import HF_DATASETS_CACHE
 from datasets.data_files import DataFilesDict
+from datasets.naming import camelcase_to_snakecase
 from datasets.packaged_modules.csv.csv import Csv, CsvConfig
 from datasets.packaged_modules.json.json import Json as JsonFiles
 from datasets.packaged_modules.parquet.parquet import Parquet
@@ -171,7 +172,9 @@ def _builder(source: str, name: str | None, split: str) -> DatasetBuilder:
 
 def _check_on_hub(name: str) -> None:
     """Raise InputError, within seconds, where a dataset can neither be reached nor was loaded before."""
-    cached = Path(HF_DATASETS_CACHE, name.replace("/", "___")).is_dir()  # datasets' own, beside the hub's
+    owner, slash, own = name.rpartition("/")
+    folder = f"{owner}{slash and '___'}{camelcase_to_snakecase(own)}"
+    cached = Path(HF_DATASETS_CACHE, folder).is_dir()  # datasets' own, beside the hub's
     if not cached and "://" not in name and name.count("/") <= 1:
         check_reachable("dataset", name, [CARD], KIND)
 

@@ -102,9 +102,7 @@ class Reference:
             with adapted(base, self.name) as model:
                 yield model
         else:
-            args = copy.copy(self.args)
-            given = args.model_init_kwargs or {}
-            args.model_init_kwargs = {name: given[name] for name in given if name != "revision"}  # the base model's
+            args = without_revision(self.args)
             yield placed(load_weights(self.name, args), args).eval()
 
     def _config(self) -> Any:
@@ -113,6 +111,13 @@ class Reference:
             return AutoConfig.from_pretrained(self.name, trust_remote_code=self.args.trust_remote_code)
         except Exception as error:  # transformers and the hub each raise their own
             raise InputError(f"The reference model '{self.name}' cannot be loaded: {first_line(error)}") from error
+
+
+def without_revision(args: SFTConfig) -> SFTConfig:
+    """A copy of the arguments for the reference model: `revision` is the base model's."""
+    found, given = copy.copy(args), args.model_init_kwargs or {}
+    found.model_init_kwargs = {name: given[name] for name in given if name != "revision"}
+    return found
 
 
 @contextlib.contextmanager

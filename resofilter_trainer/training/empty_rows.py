@@ -50,6 +50,8 @@ def without_answer(dataset: Dataset, end: str | None) -> list[int]:
         return []
     if not isinstance(dataset.features[name], Value):
         return empty_rows(dataset.select_columns([name]))
+    if dataset.features[name].dtype not in ("string", "large_string"):
+        return []
     found, start = [], 0
     for table in tables_of(dataset, BLOCK, [name]):
         texts = pc.fill_null(table[name], "")

@@ -60,7 +60,7 @@ def ids_of(folder: Path, sample_ids: np.ndarray, rows: int, dataset: Any) -> lis
         places, values = table["sample_id"].to_pylist(), table["id"].to_pylist()
     elif not isinstance(dataset, Dataset) or ID not in dataset.column_names:
         return None
-    elif dataset._indices is not None and np.array_equal(dataset._indices.column(0).to_numpy(), sample_ids):
+    elif _lists(dataset, sample_ids, rows):
         places, values = range(rows), dataset.data.column(ID).to_pylist()
     else:
         places, values = sample_ids.tolist(), dataset[ID][:]
@@ -68,6 +68,14 @@ def ids_of(folder: Path, sample_ids: np.ndarray, rows: int, dataset: Any) -> lis
     for place, value in zip(places, values, strict=True):
         found[place] = value
     return found
+
+
+def _lists(dataset: Dataset, sample_ids: np.ndarray, rows: int) -> bool:
+    """Whether the trainer's dataset is the user's with a list of rows: its table then has all of the user's."""
+    listed = dataset._indices
+    return (
+        listed is not None and dataset.data.num_rows == rows and np.array_equal(listed.column(0).to_numpy(), sample_ids)
+    )
 
 
 def texts_of(trainer: Trainer, sample_ids: np.ndarray, rows: int, dataset: Any) -> TokenTexts | None:

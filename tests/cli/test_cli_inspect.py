@@ -224,7 +224,7 @@ def test_steps_that_not_all_processes_have_are_told(tmp_path, monkeypatch, capsy
         (["run", "--step", "1", "--split", "train"], "--split goes with --dataset."),
         (["run", "--step", "1", "--shown", "0"], "--shown must be a whole number of at least 1, got 0."),
         (["run", "--spikes", "--window", "3"], "--window must be a whole number of at least 11, got 3."),
-        (["run", "--step", "1", "--dataset", "short.jsonl"], "'short.jsonl' has 2 rows and the run's dataset has 60."),
+        (["run", "--step", "1", "--dataset", "short.jsonl"], "'short.jsonl' has 2 rows, and the scores are of 60."),
         (["run", "--dynamics", "run/resofilter"], "would replace the run's own scores: choose another folder."),
     ],
 )

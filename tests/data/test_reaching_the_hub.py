@@ -15,6 +15,7 @@ from huggingface_hub import hf_hub_download
 from resofilter_trainer import InputError, load_rows
 from resofilter_trainer.compare.config import ComparisonConfig, SelectorConfig
 from resofilter_trainer.compare.run import run
+from resofilter_trainer.data import files
 from resofilter_trainer.data.files import load_stream
 from resofilter_trainer.data.loading import check_arguments
 from resofilter_trainer.data.models import load_model, load_weights
@@ -130,6 +131,14 @@ def test_what_is_in_the_cache_is_left_to_the_loading(hub: Hub, waited, monkeypat
     hf_hub_download("me/scores", CARD, repo_type=KIND)
     unreachable(monkeypatch)
     check_reachable("dataset", "me/scores", ["config.json", CARD], KIND)
+    assert waited == []
+
+
+def test_a_dataset_that_was_prepared_before_is_left_to_the_loading(hub, waited, monkeypatch, tmp_path):
+    monkeypatch.setattr(files, "HF_DATASETS_CACHE", tmp_path)
+    (tmp_path / "me___meta_math_qa").mkdir()  # as datasets names it
+    unreachable(monkeypatch)
+    files._check_on_hub("me/MetaMathQA")
     assert waited == []
 
 

@@ -46,6 +46,7 @@ def messages(*contents: str | None) -> list[dict[str, str | None]]:
         ({"completion": [messages("b"), messages(""), messages("b", " "), messages(None)]}, [1, 2, 3]),
         ({"messages": [messages("b"), messages("")]}, [1]),
         ({"input_ids": [[1, 2], []]}, []),
+        ({"input_ids": [[1, 2], []], "completion": [3, 4]}, []),  # a number, such as that of an answer
     ],
 )
 def test_rows_without_an_answer(columns, found):
