@@ -94,11 +94,14 @@ def test_every_fence_is_a_block():
 def make_run() -> None:
     from trl import SFTConfig, SFTTrainer
 
-    from resofilter_trainer import ColumnMapping, ResonanceCallback, load_rows, map_columns
+    from resofilter_trainer import ColumnMapping, DataSelector, ResonanceCallback, load_rows, map_columns
 
     rows = map_columns(load_rows("rows.jsonl"), ColumnMapping(prompt_column="question", completion_column="answer"))
     args = SFTConfig("run", num_train_epochs=2, bf16=False, use_cpu=True, report_to="none")
-    SFTTrainer(str(BASE), args, train_dataset=rows, callbacks=[ResonanceCallback(keep=1.0)]).train()
+    callback = ResonanceCallback(keep=1.0)
+    SFTTrainer(str(BASE), args, train_dataset=rows, callbacks=[callback]).train()
+    callback.scores.save("scores")
+    DataSelector(keep=0.5).select(callback.scores).save("kept")
 
 
 def make_probe() -> None:
