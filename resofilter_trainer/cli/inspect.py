@@ -10,7 +10,6 @@ from shlex import quote
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..config import InputError, at_most_one, whole_number
-from . import decided
 from .inputs import scored_dataset
 from .naming import told
 from .parser import CommandParser, scored_dataset_arguments
@@ -21,6 +20,7 @@ if TYPE_CHECKING:
     from ..ledger.ledger import Ledger
     from ..ledger.spikes import Spike
     from ..scores.provenance import Provenance
+    from . import decided
 
 EXAMPLES = (
     "resofilter inspect run/ --spikes --dataset rows.jsonl",
@@ -72,6 +72,7 @@ def add_arguments(parser: CommandParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Print an answer, and write it if asked for."""
     from ..ledger.ledger import Ledger
+    from . import decided
 
     asked = at_most_one(step=args.step, spikes=args.spikes or None, row=args.row, dynamics=args.dynamics)
     if args.split and not args.dataset:
@@ -106,6 +107,8 @@ def run(args: argparse.Namespace) -> None:
 
 def _of_decided(found: decided.Decided, args: argparse.Namespace, asked: str | None) -> tuple[Content, list[str]]:
     """The answer from scores or a selection, and its lines. Raises InputError for what only a ledger can answer."""
+    from . import decided
+
     of_ledger = {"step": asked == "step", "spikes": asked == "spikes", "dynamics": asked == "dynamics"}
     of_ledger |= {"partial": args.partial, **{name: getattr(args, name) is not None for name in SETTINGS}}
     for name in (name for name, given in of_ledger.items() if given):

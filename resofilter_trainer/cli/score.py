@@ -220,6 +220,7 @@ def _warmup(args: argparse.Namespace) -> dict[str, Any]:
 def _score_by_resonance(args: argparse.Namespace, common: dict[str, Any]) -> Any:
     from ..data.files import load_stream
     from ..scoring.dataset import score_dataset
+    from ..scoring.further_signals import Wanted
     from ..scoring.stream import score_stream
 
     measure = {"config": settings_of(args, ResonanceConfig), "precision": args.precision, "sharded": args.sharded}
@@ -232,6 +233,7 @@ def _score_by_resonance(args: argparse.Namespace, common: dict[str, Any]) -> Any
         say_stage(1, 1, f"scoring the stream {args.dataset} by {args.model}")
         stream = load_stream(args.dataset, args.split, args.dataset_config)
         return score_stream(args.model, stream, args=training, **measure, **common)
+    Wanted.without_reference(measure["signals"], args.reference)
     rows = _rows(args, "scoring", common)
     return score_dataset(args.model, rows, args=training, reference=args.reference, **measure, **common)
 

@@ -233,26 +233,32 @@ class Wanted:
             InputError: a signal is not known, a reference is missing, not found or not needed, or it is an adapter
                 and the model is to be sharded.
         """
-        check_kind("reference", reference, (str, type(None)), "the name or folder of a model, as text")
-        given = [] if asked is None else names_in(asked)
-        names = chosen_signals(given, ALL_SIGNALS)
-        named = chosen_signals([name for name in given if name != ALL], ALL_SIGNALS)
-        needing = [name for name in names if name in FURTHER and FURTHER[name].by_reference]
+        wanted = cls.without_reference(asked, reference)
         if reference is None:
-            for name in needing:
-                if name in named:
-                    raise InputError(f"{name} needs a second model: pass reference=, the folder or name of one.")
-            return cls(names, named)
-        if not needing:
-            known = [name for name, each in FURTHER.items() if each.by_reference]
-            raise InputError(f"reference= is for the signals {' and '.join(known)}: ask for one with signals=.")
+            return wanted
         found = Reference.find(reference, args)
         if sharded and found.is_adapter:
             raise InputError(
                 f"The reference '{reference}' is an adapter, which a sharded model cannot carry: pass a whole model, "
                 "or leave sharded out."
             )
-        return cls(names, named, found)
+        return dataclasses.replace(wanted, reference=found)
+
+    @classmethod
+    def without_reference(cls, asked: str | Iterable[str] | None, reference: str | None) -> Wanted:
+        """The same before the reference is looked for. Raises InputError as `of` does."""
+        check_kind("reference", reference, (str, type(None)), "the name or folder of a model, as text")
+        given = [] if asked is None else names_in(asked)
+        names = chosen_signals(given, ALL_SIGNALS)
+        named = chosen_signals([name for name in given if name != ALL], ALL_SIGNALS)
+        needing = [name for name in names if name in FURTHER and FURTHER[name].by_reference]
+        for name in needing:
+            if reference is None and name in named:
+                raise InputError(f"{name} needs a second model: pass reference=, the folder or name of one.")
+        if reference is not None and not needing:
+            known = [name for name, each in FURTHER.items() if each.by_reference]
+            raise InputError(f"reference= is for the signals {' and '.join(known)}: ask for one with signals=.")
+        return cls(names, named)
 
     def check_warmup(self) -> None:
         """Raise InputError where a warm-up tunes what the reference belongs to."""

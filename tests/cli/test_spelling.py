@@ -19,6 +19,7 @@ from resofilter_trainer.config import InputError, nearest
 
 NOWHERE = ["--model", "m", "--dataset", "/nowhere/rows.jsonl", "--output", "o"]  # no file: arguments are checked first
 LAYERS = ["--layers", "all"]
+NO_SCORES = "No scores at 'scores/scores.parquet'. Pass the folder or the file that they were written to."
 IN_FLOAT32 = "--layers all measures every layer in float32"
 KNOWN = ", ".join(map(repr, (*SIGNALS, "all")))
 
@@ -125,7 +126,8 @@ def test_a_known_short_option_is_no_value(capsys):
         (["score", *NOWHERE, *LAYERS, "--n_layers", "2"], f"{IN_FLOAT32}: leave --n_layers out."),
         (
             ["score", *NOWHERE, *LAYERS, "--bf16", "false"],
-            "There is no dataset at '/nowhere/rows.jsonl'. Pass a file, a folder, or a name on the hub.",
+            "There is no model in a folder 'm' here. 'm' is not in the cache, and HF_HUB_OFFLINE=1 keeps from the hub: "
+            "unset it. There is no dataset at '/nowhere/rows.jsonl'. Pass a file, a folder, or a name on the hub.",
         ),
         (["score", "--n_layers", "two"], "--n_layers must be a whole number, got 'two'."),
         (["score", "--lr=ten"], "--lr must be a number, got 'ten'."),
@@ -146,8 +148,11 @@ def test_a_known_short_option_is_no_value(capsys):
         (["score", "--prompt_column", "a", ""], "--prompt_column is empty. Pass a value, or leave it out."),
         (["select", ""], "scores is empty. Pass a value, or leave it out."),
         (["select", "scores", "--output="], "--output is empty. Pass a value, or leave it out."),
-        (["select", "scores", "--output", "o", "--strata", "5"], "--strata goes with --stratify_by."),
-        (["select", "scores", "--output", "o", "--combine", "pareto"], "--combine goes with several columns in --by."),
+        (["select", "scores", "--output", "o", "--strata", "5"], f"--strata goes with --stratify_by. {NO_SCORES}"),
+        (
+            ["select", "scores", "--output", "o", "--combine", "pareto"],
+            f"--combine goes with several columns in --by. {NO_SCORES}",
+        ),
         (
             ["clean", "--model", "m", "--dataset", "d", "--output", "o", "--reference", "r", "--parts", "3"],
             "--parts is for --mode self-evolving: leave it out with --mode fixed.",
