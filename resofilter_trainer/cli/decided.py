@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Iterator, Mapping
 from shlex import quote
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -13,6 +14,7 @@ from ..config import InputError
 from ..io.hub import at_hand, is_on_hub
 from ..scores.full_step import full_step_of, percent
 from ..scores.shards import span_in
+from ..selecting.data_selector import unsigned
 
 if TYPE_CHECKING:
     from ..scores.provenance import Provenance
@@ -135,8 +137,10 @@ def _decision(selection: Selection | None, number: int) -> Content:
 def _ranked(found: Decided, names: list[str]) -> list[str]:
     """The columns by which the selection ranked, as far as the scores have them; without one, the score."""
     by = {} if found.selection is None else found.selection.policy.get("by") or {}
-    weights = by if isinstance(by, dict) else dict.fromkeys([by] if isinstance(by, str) else by, 1)
-    ranked = [name.removeprefix("-").removeprefix("+") for name, weight in weights.items() if weight]
+    if isinstance(by, dict):  # votes
+        ranked = [unsigned(name) for name, weight in by.items() if weight]
+    else:
+        ranked = [name.removeprefix("-") for name in ([by] if isinstance(by, str) else by)]
     return [name for name in ranked if name in names] or ["score"]
 
 
@@ -151,6 +155,20 @@ def _place(scores: ScoreTable, name: str, number: int) -> float | None:
     values = scores.column(name)
     others = int(np.isfinite(values).sum()) - 1
     return float((values < values[number]).sum() / others) if np.isfinite(values[number]) and others else None
+
+
+def warn_of_order(texts: object, provenance: Provenance | None) -> bool:
+    """Warn where texts may be other rows': nothing tells the order of a run's rows. Returns whether it warns.
+
+    Args:
+        texts: the texts of the dataset's rows; None where none is shown.
+        provenance: that of the scores.
+    """
+    if texts is None or (provenance is not None and provenance.source.get("content") is not None):
+        return False
+    said = "The dataset's order was not compared with the run's: a text may be another row's."
+    print(f"resofilter inspect: warning: {said}", file=sys.stderr)
+    return True
 
 
 # ---- as text

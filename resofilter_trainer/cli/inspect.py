@@ -93,7 +93,10 @@ def run(args: argparse.Namespace) -> None:
         content = ANSWERS[asked](ledger, args)
         if args.dataset:
             scores = ledger.scores()
-            add_texts(content, texts_of(args, None if scores is None else scores.provenance)[0])
+            provenance = None if scores is None else scores.provenance
+            texts, _ = texts_of(args, provenance)
+            add_texts(content, texts)
+            decided.warn_of_order(texts, provenance)
         lines = [*LINES[asked](content)]
         if asked is None:
             lines.append(f"Next: resofilter inspect {quote(args.source)} --spikes")
@@ -130,12 +133,8 @@ def _of_decided(found: decided.Decided, args: argparse.Namespace, asked: str | N
         print(f"The row's text is not known: {told(str(error))}")
     else:
         add_texts(content, texts)
-        if found.provenance.source.get("content") is not None:
-            content |= {} if ids is None else {"id": ids[args.row]}
-        elif texts is not None:  # the rows of a run, which may be a shuffled stream
-            print(
-                f"The order of the rows of '{args.dataset}' was not compared with the run's: the text may be another's."
-            )
+        warned = decided.warn_of_order(texts, found.provenance)
+        content |= {} if ids is None or warned else {"id": ids[args.row]}
     return content, [*decided.row_lines(content, [*text_lines(content)], args)]
 
 

@@ -186,7 +186,7 @@ class DataSelector:
     def _column(self, scores: ScoreTable, name: str) -> np.ndarray:
         """A column; its negative with a minus before its name, or for a vote against its smallest values."""
         votes = self._weights is not None
-        plain = _unsigned(name) if votes else name.removeprefix("-")
+        plain = unsigned(name) if votes else name.removeprefix("-")
         if scores.is_cluster(plain):
             raise InputError(f"'{plain}' has numbers of clusters, whose order means nothing: rank by another column.")
         turned = name.startswith("-") or (votes and name == plain and _own_end(scores, name) == "smallest")
@@ -208,7 +208,7 @@ class DataSelector:
             return
         if self.combine == "residual" and len(self._columns) > 1:
             raise InputError("length_out=True and combine='residual' both take something out: add num_tokens to by.")
-        if LENGTH in map(_unsigned, self._columns):
+        if LENGTH in map(unsigned, self._columns):
             raise InputError("length_out=True takes num_tokens out: rank by another column.")
 
     def _check_band(self, band: Any) -> None:
@@ -268,7 +268,7 @@ class DataSelector:
         return self.keep[group]
 
 
-def _unsigned(name: str) -> str:
+def unsigned(name: str) -> str:
     """The name of a column without the sign before it."""
     return name[1:] if name[0] in "+-" else name
 
@@ -298,7 +298,7 @@ def _checked_votes(votes: Mapping[Any, Any]) -> dict[str, float]:
         number(f"The weight of {name}", weight, least=0)
     if not any(votes.values()):
         raise InputError("by has no column with a weight above 0.")
-    if len(set(map(_unsigned, votes))) < len(votes):
+    if len(set(map(unsigned, votes))) < len(votes):
         raise InputError(f"by has a column twice: {', '.join(votes)}.")
     return {name: float(weight) for name, weight in votes.items()}
 
