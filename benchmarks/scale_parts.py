@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from resofilter_trainer.io.store import UNIT, Store, merged
+from resofilter_trainer.io.store import UNIT, Store, parts_to_merge
 from resofilter_trainer.scoring import passes
 
 MINUTE, HOUR = 60.0, 3600.0
@@ -56,10 +56,10 @@ class Sizes:
         self.of: dict[int, int] = {}
         self.written = self.made = 0
 
-    def put_together(self, added: int, own: Iterable[int]) -> list[int]:
-        """As `Store.put_together`, with numbers for files."""
+    def append_and_merge(self, added: int, own: Iterable[int]) -> list[int]:
+        """As `Store.append_and_merge`, with numbers for files."""
         found = sorted((self.of[number], number) for number in own if number in self.of)
-        count = merged(added, [size for size, _ in found])
+        count = parts_to_merge(added, [size for size, _ in found])
         total = added + sum(self.of.pop(number) for _, number in found[:count])
         self.made += 1
         self.of[self.made] = total
@@ -76,7 +76,7 @@ def counted(processes: int, hours: float, a_minute: int = A_MINUTE) -> dict[str,
         for process in reversed(range(processes)):  # the main process is the last one of each round
             if process == 0 and now - gathered >= passes.GATHERED:
                 own[0], gathered = [*folder.of], now
-            own[process] = folder.put_together(int(a_minute * (now - saved) / MINUTE), own[process])
+            own[process] = folder.append_and_merge(int(a_minute * (now - saved) / MINUTE), own[process])
             most = max(most, len(folder.of))
         saved = now
     written, made = folder.written, folder.made
@@ -152,7 +152,7 @@ def with_files(folder: Path, processes: int, minutes: int, units: int = 22) -> d
         results.save()
     left, sizes = len(stores[0].paths()), [size for store in stores for size in store.written]
     writes = max(len(store.written) for store in stores)
-    stores[0].tidy()
+    stores[0].compact_if_many()
     lines = stores[0].lines()
     assert lines.equals(lines_of(0, unit).select(lines.column_names))
     return {

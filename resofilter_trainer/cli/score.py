@@ -233,7 +233,7 @@ def _score_by_resonance(args: argparse.Namespace, common: dict[str, Any]) -> Any
         say_stage(1, 1, f"scoring the stream {args.dataset} by {args.model}")
         stream = load_stream(args.dataset, args.split, args.dataset_config)
         return score_stream(args.model, stream, args=training, **measure, **common)
-    Wanted.without_reference(measure["signals"], args.reference)
+    Wanted.without_reference(measure["signals"], args.reference)  # raises before anything is looked for or read
     rows = _rows(args, "scoring", common)
     return score_dataset(args.model, rows, args=training, reference=args.reference, **measure, **common)
 

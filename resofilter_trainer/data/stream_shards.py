@@ -42,7 +42,7 @@ def shards_of(stream: IterableDataset) -> list[IterableDataset]:
     return [stream.shard(count, index) for index in range(count)]
 
 
-def files_of(shard: IterableDataset) -> str | None:
+def digest_of_files(shard: IterableDataset) -> str | None:
     """A digest of the files of a shard and of how they are read: another one where its rows may have changed.
 
     A file here is known by its size and times, one on the hub by its commit.

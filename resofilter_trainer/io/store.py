@@ -78,7 +78,7 @@ class Store:
                 path.write_text(json.dumps({"format": FORMAT, "made_of": dict(self.made_of)}, indent=1) + "\n")
         for path in self.folder.glob(f"{TEMPORARY}*"):
             path.unlink()
-        self.tidy()
+        self.compact_if_many()
 
     def append(self, lines: pa.Table) -> Path | None:
         """Add the lines of some units as a part, which is on the disk when this returns.
@@ -104,7 +104,7 @@ class Store:
         finally:
             temporary.unlink(missing_ok=True)
 
-    def put_together(self, lines: pa.Table, paths: Iterable[Path]) -> list[Path]:
+    def append_and_merge(self, lines: pa.Table, paths: Iterable[Path]) -> list[Path]:
         """Add the lines of some units in one part with those of small parts, in whose place it is. This is one write.
 
         Args:
@@ -115,11 +115,11 @@ class Store:
             Those that are left, and the new one.
         """
         sizes = _by_size(paths)
-        parts, count = [path for _, path in sizes], merged(lines.nbytes, [size for size, _ in sizes])
+        parts, count = [path for _, path in sizes], parts_to_merge(lines.nbytes, [size for size, _ in sizes])
         part = self._replace(parts[:count], [lines])
         return parts[count:] if part is None else [*parts[count:], part]
 
-    def tidy(self) -> None:
+    def compact_if_many(self) -> None:
         """Merge parts where there are more than 100."""
         if len(self.paths()) > MANY:
             self.compact()
@@ -220,7 +220,7 @@ def read_parts(folder: Path, columns: list[str] | None = None) -> Iterator[pa.Ta
             return
 
 
-def merged(added: int, sizes: Sequence[int]) -> int:
+def parts_to_merge(added: int, sizes: Sequence[int]) -> int:
     """How many parts to write anew together with what is added, so that there are few, and no line is written often.
 
     The smallest are taken first, up to one that is more than twice as large as what is taken and at least 8 MB, or with

@@ -246,7 +246,7 @@ class Wanted:
 
     @classmethod
     def without_reference(cls, asked: str | Iterable[str] | None, reference: str | None) -> Wanted:
-        """The same before the reference is looked for. Raises InputError as `of` does."""
+        """What is asked for, before the reference is looked for. Raises InputError as `of` does, but for that."""
         check_kind("reference", reference, (str, type(None)), "the name or folder of a model, as text")
         given = [] if asked is None else names_in(asked)
         names = chosen_signals(given, ALL_SIGNALS)

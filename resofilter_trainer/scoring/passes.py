@@ -240,7 +240,7 @@ class _Results:
         """Write what is not yet in the store."""
         if self._store is not None and self._unsaved:
             lines = pa.concat_tables([results for _, results in self._unsaved])
-            self._own = self._store.put_together(lines, self._own)
+            self._own = self._store.append_and_merge(lines, self._own)
             self._unsaved, self._bytes = [], 0
 
     def of_all_processes(self) -> pa.Table:
@@ -252,7 +252,7 @@ class _Results:
 
     def _whole(self) -> pa.Table:
         assert self._store is not None, "otherwise nothing is read"
-        self._store.tidy()
+        self._store.compact_if_many()
         return self._store.lines()
 
 

@@ -36,7 +36,7 @@ from ..config.keywords import StreamOptions
 from ..data.arguments import check_call
 from ..data.fingerprints import hash_weights
 from ..data.loading import default_arguments, load_model, open_pass, tell
-from ..data.stream_shards import files_of, shards_of
+from ..data.stream_shards import digest_of_files, shards_of
 from ..data.together import from_main
 from ..io.digest import PIECE, RowsDigest, columns_of, hash_rows, of_shards, tables_of
 from ..io.files import remove_folder
@@ -49,7 +49,7 @@ from .finished_shards import FinishedShard, piece_in
 from .further_signals import of_one_pass
 from .output import warn_of_doubts
 from .passes import locked
-from .team import LostError, Team, beat_around
+from .team import LostError, Team, beat_for_team
 from .warmup import kept_at, plan_warmup
 
 PIECES = "pieces"
@@ -207,7 +207,7 @@ class _Pieces:
         files, digest, start = self._files(shard), RowsDigest(), 0
         unscored: list[list[str] | None] = []
         for at, piece in enumerate(_pieces(shard, self.size)):
-            beat_around()  # a piece that is finished is only read, and a team may wait meanwhile
+            beat_for_team()  # a piece that is finished is only read, and a team may wait meanwhile
             digest.add(piece)
             unscored.append(self._piece(piece, piece_in(place, at), self._rows(number, shards, start, piece)))
             start += len(piece)
@@ -279,7 +279,7 @@ class _Pieces:
 
     def _files(self, shard: IterableDataset) -> str | None:
         """What the files of a shard are known by, and the pieces that are made of its rows; None if they are not."""
-        files = files_of(shard)
+        files = digest_of_files(shard)
         return None if files is None else f"{files} in pieces of {self.size}"
 
     def _place(self, number: int) -> Path:

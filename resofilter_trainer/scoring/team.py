@@ -138,7 +138,7 @@ class Team:
             ) from error
 
 
-def beat_around() -> None:
+def beat_for_team() -> None:
     """Send a sign of life to the team that this process has left for work of its own, if any."""
     if _around:
         _around[-1].beat()

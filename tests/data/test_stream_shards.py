@@ -13,7 +13,7 @@ from datasets.distributed import split_dataset_by_node
 
 from resofilter_trainer.data import stream_shards
 from resofilter_trainer.data.files import load_stream
-from resofilter_trainer.data.stream_shards import files_of, shards_of
+from resofilter_trainer.data.stream_shards import digest_of_files, shards_of
 
 ROWS = [{"x": f"row {number}"} for number in range(13)]
 
@@ -93,7 +93,7 @@ def test_a_stream_in_another_order_is_not_split(kind):
 
 def test_a_shard_is_known_by_its_files(folder):
     def known(columns=("x",)) -> list[str | None]:
-        return [files_of(each) for each in shards_of(load_stream(str(folder)).select_columns(list(columns)))]
+        return [digest_of_files(each) for each in shards_of(load_stream(str(folder)).select_columns(list(columns)))]
 
     before, path = known(), folder / "1.parquet"
     assert None not in before
@@ -104,12 +104,12 @@ def test_a_shard_is_known_by_its_files(folder):
     os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
     assert path.stat().st_size == size
     assert [one == other for one, other in zip(known(), before, strict=True)] == [True, False, True]
-    assert files_of(load_stream(str(folder)).map(lambda row: row)) is None
+    assert digest_of_files(load_stream(str(folder)).map(lambda row: row)) is None
 
 
 @pytest.mark.parametrize("kind", ["as it is", "mapped", "generated"])
 def test_what_is_not_read_from_files_is_not_known(kind):
-    assert {files_of(each) for each in shards_of((IN_ORDER | NOT_IN_ORDER)[kind]())} == {None}
+    assert {digest_of_files(each) for each in shards_of((IN_ORDER | NOT_IN_ORDER)[kind]())} == {None}
 
 
 def test_jsonl_files_are_known_and_split_where_their_columns_have_types(tmp_path):
@@ -119,7 +119,7 @@ def test_jsonl_files_are_known_and_split_where_their_columns_have_types(tmp_path
     theirs = load_dataset("json", data_files=files, split="train", streaming=True)
     untyped = IterableDataset(theirs._ex_iterable)
     for stream, shards in ((load_stream(str(tmp_path)), 2), (theirs, 2 if theirs.features else 1), (untyped, 1)):
-        known = {files_of(each) for each in shards_of(stream)}
+        known = {digest_of_files(each) for each in shards_of(stream)}
         assert len(known) == shards
         assert None not in known
 
@@ -129,8 +129,8 @@ def test_row_groups_of_a_file_are_other_shards_than_the_file(tmp_path):
     stream = load_stream(str(tmp_path))
     if not hasattr(stream, "reshard") or stream.reshard().num_shards < 2:
         pytest.skip("this version of datasets does not divide a file by its row groups")
-    groups = [files_of(each) for each in shards_of(stream.reshard())]
-    assert len({*groups, files_of(stream)}) == 3
+    groups = [digest_of_files(each) for each in shards_of(stream.reshard())]
+    assert len({*groups, digest_of_files(stream)}) == 3
 
 
 def test_a_file_on_the_hub_is_known_by_its_commit(tmp_path):

@@ -17,7 +17,7 @@ from helpers.stores import filled, measured, new
 
 from resofilter_trainer.config import InputError
 from resofilter_trainer.io import store
-from resofilter_trainer.io.store import Store, merged, part_paths
+from resofilter_trainer.io.store import Store, part_paths, parts_to_merge
 
 FORK = multiprocessing.get_context("fork")
 
@@ -38,7 +38,7 @@ def test_what_is_left_doubles_from_part_to_part(most):
     store.GROWS, store.LARGE, total = 1000, 1 << 30, 0
     for _ in range(3000):
         added = chance.randint(1, most)
-        count = merged(added, sizes)
+        count = parts_to_merge(added, sizes)
         total += added
         sizes = sorted([*sizes[count:], added + sum(sizes[:count])])
         written += sizes[0]
@@ -49,20 +49,20 @@ def test_what_is_left_doubles_from_part_to_part(most):
 
 
 def test_no_part_is_made_larger_than_the_limit():
-    assert merged(10, [1300, 1300, 1300, 1300]) == 3
-    assert merged(9000, [1300]) == 0
-    assert merged(10, [1500]) == 0
-    assert merged(800, [1500, 1900]) == 1
+    assert parts_to_merge(10, [1300, 1300, 1300, 1300]) == 3
+    assert parts_to_merge(9000, [1300]) == 0
+    assert parts_to_merge(10, [1500]) == 0
+    assert parts_to_merge(800, [1500, 1900]) == 1
 
 
 def test_a_part_takes_the_place_of_small_ones_and_holds_their_lines(tmp_path):
     made, own = new(tmp_path), list[Path]()
     for unit in range(25):
-        own = made.put_together(measured([unit]), own)
+        own = made.append_and_merge(measured([unit]), own)
         assert sorted(own) == made.paths()
         assert made.lines().equals(measured(range(unit + 1)))
     assert 1 < len(own) < 5
-    assert made.put_together(measured([]), []) == []
+    assert made.append_and_merge(measured([]), []) == []
 
 
 def test_parts_are_merged_to_few_of_a_limited_size(tmp_path):
@@ -77,10 +77,10 @@ def test_parts_are_merged_to_few_of_a_limited_size(tmp_path):
 
 def test_a_part_that_another_process_has_merged_is_not_missed(tmp_path):
     made, other = new(tmp_path), new(tmp_path)
-    own = made.put_together(measured([0]), [])
-    other.put_together(measured([1]), other.paths())
+    own = made.append_and_merge(measured([0]), [])
+    other.append_and_merge(measured([1]), other.paths())
     assert not own[0].exists()
-    own = made.put_together(measured([2]), own)
+    own = made.append_and_merge(measured([2]), own)
     assert len(own) == 1
     assert pq.read_table(own[0])["unit"].to_pylist() == [2] * 3
     assert made.lines().equals(measured(range(3)))
@@ -88,16 +88,16 @@ def test_a_part_that_another_process_has_merged_is_not_missed(tmp_path):
 
 def test_two_processes_that_merge_the_same_part_at_the_same_time_count_its_lines_once(tmp_path, monkeypatch):
     made, other = new(tmp_path), new(tmp_path)
-    own, real = made.put_together(measured([0, 1]), []), store._read
+    own, real = made.append_and_merge(measured([0, 1]), []), store._read
 
     def meanwhile(path: Path, columns: list[str] | None):
         table = real(path, columns)
         monkeypatch.setattr(store, "_read", real)
-        made.put_together(measured([2]), own)
+        made.append_and_merge(measured([2]), own)
         return table
 
     monkeypatch.setattr(store, "_read", meanwhile)
-    other.put_together(measured([3]), other.paths())
+    other.append_and_merge(measured([3]), other.paths())
     units = [unit for path in made.paths() for unit in set(pq.read_table(path)["unit"].to_pylist())]
     assert sorted(units) == [0, 0, 1, 1, 2, 3]
     assert made.lines().equals(measured(range(4)))
@@ -111,7 +111,7 @@ def test_a_damaged_part_is_named_when_it_is_merged(tmp_path):
     (path,) = made.paths()
     path.write_bytes(path.read_bytes()[:-40])
     with pytest.raises(InputError, match=f"'{path}' is damaged: its bytes are not those that were written. Remove it"):
-        made.put_together(measured([7]), [path])
+        made.append_and_merge(measured([7]), [path])
     assert made.paths() == [path]
 
 
@@ -148,12 +148,14 @@ def killed_at(number: int, work: Callable[[], object]) -> int | None:
 def test_a_kill_at_any_access_to_the_disk_loses_and_doubles_nothing(what, tmp_path):
     for number in range(1, 40):
         made = filled(tmp_path / str(number), 3, units=1)
-        work = made.compact if what == "merged" else lambda made=made: made.put_together(measured([3]), made.paths())
+        work = (
+            made.compact if what == "merged" else lambda made=made: made.append_and_merge(measured([3]), made.paths())
+        )
         code = killed_at(number, work)
         assert made.lines().equals(measured(range(3 if what == "merged" else made.done().max() + 1)))
         assert made.done()[:3].tolist() == [0, 1, 2]
         again = new(tmp_path / str(number))
-        again.put_together(measured([4]), again.paths())
+        again.append_and_merge(measured([4]), again.paths())
         assert {0, 1, 2, 4} <= {*again.done().tolist()} <= {0, 1, 2, 3, 4}
         again.compact()
         assert len(again.paths()) < 3
@@ -168,7 +170,7 @@ def adding(made: Store, units: range) -> None:
     own, done = list[Path](), {*made.done().tolist()}
     for unit in units:
         if unit not in done:
-            own = made.put_together(measured([unit]), own)
+            own = made.append_and_merge(measured([unit]), own)
             time.sleep(0.01)
 
 
