@@ -32,15 +32,13 @@ class Prompts:
     """The prompts of rows.
 
     Attributes:
-        hashes: (N,) uint64, a hash of each prompt's tokens as they are stored.
+        hashes: (N,) int64, a hash of each prompt, which does not depend on how tokens are stored.
         lengths: (N,) the tokens of each prompt.
-        values: (N,) int64, a hash of each prompt that does not depend on how tokens are stored.
         beginning: the first tokens that all rows have in common; None where there is no row.
     """
 
     hashes: np.ndarray
     lengths: np.ndarray
-    values: np.ndarray
     beginning: np.ndarray | None
 
     @property
@@ -58,11 +56,10 @@ class Prompts:
         """The prompts of consecutive rows."""
         found, none = list(parts), np.empty(0, np.int64)
         if not found:
-            return cls(none.astype(np.uint64), none, none, None)
+            return cls(none, none, None)
         beginning = in_common([each.beginning for each in found if each.beginning is not None])
-        columns = [[getattr(each, name) for each in found] for name in ("hashes", "lengths", "values")]
-        hashes, lengths, values = map(np.concatenate, columns)
-        return cls(hashes, lengths, values, beginning)
+        hashes, lengths = (np.concatenate([getattr(each, name) for each in found]) for name in ("hashes", "lengths"))
+        return cls(hashes, lengths, beginning)
 
     def column(self, start: int | None) -> pa.Array:
         """The hashes as a column of scores, (N,) int64: independent of other rows, null for a row without a prompt.
@@ -73,8 +70,8 @@ class Prompts:
         missing = self.lengths == 0
         if start is not None:
             alone = xxhash.xxh3_64_intdigest(np.int64(start).tobytes())
-            missing |= (self.lengths == 1) & (self.values.view(np.uint64) == np.uint64(alone))
-        return pa.array(np.where(missing, 0, self.values), mask=missing)
+            missing |= (self.lengths == 1) & (self.hashes.view(np.uint64) == np.uint64(alone))
+        return pa.array(np.where(missing, 0, self.hashes), mask=missing)
 
 
 def survey(tokens: Dataset) -> tuple[np.ndarray, np.ndarray, int, str]:
@@ -208,9 +205,28 @@ class _Flat:
         return self.ends - self.length
 
     @cached_property
-    def labelled(self) -> np.ndarray:
-        """The places of all tokens with a label, and a place after all tokens."""
-        return np.append(np.flatnonzero(self.labels != IGNORE), np.iinfo(np.int64).max)
+    def stretches(self) -> tuple[np.ndarray, np.ndarray]:
+        """(S,) where stretches of tokens with a label begin, and where they end; they may reach into the next row."""
+        labelled = self.labels != IGNORE
+        turns = np.flatnonzero(np.diff(labelled, prepend=False, append=False))
+        return turns[::2], turns[1::2]
+
+    def labelled_before(self, places: np.ndarray) -> np.ndarray:
+        """(P,) how many tokens with a label there are before each of these places."""
+        begins, ends = self.stretches
+        before = np.append(0, np.cumsum(ends - begins))
+        begun = np.searchsorted(begins, places)
+        rest = np.where(begun > 0, np.append(ends, 0)[begun - 1] - places, 0)
+        return before[begun] - np.maximum(rest, 0)
+
+    def first_labelled(self) -> np.ndarray:
+        """(N,) the place of each row's first token with a label; where its tokens end if it has none."""
+        begins, ends = self.stretches
+        if not len(begins):
+            return self.ends
+        following = np.searchsorted(ends, self.starts, side="right")  # the stretch that ends after the row's start
+        begin = np.append(begins, np.iinfo(np.int64).max)[following]
+        return np.minimum(np.maximum(begin, self.starts), self.ends)
 
     def is_learnt(self) -> np.ndarray:
         """(T,) whether each token is learnt; a row's first never is: nothing predicts it."""
@@ -220,8 +236,10 @@ class _Flat:
 
     def num_learnt(self) -> np.ndarray:
         """(N,) the learnt tokens of each row."""
-        before, until = (np.searchsorted(self.labelled, bounds) for bounds in (self.starts, self.ends))
-        return until - before - ((self.labelled[before] == self.starts) & (self.length > 0))
+        some = np.flatnonzero(self.length)  # a row's first token is never learnt: nothing predicts it
+        counts = self.labelled_before(self.ends) - self.labelled_before(self.starts)
+        counts[some] -= self.labels[self.starts[some]] != IGNORE
+        return counts
 
     def hashed(self, table: pa.Table) -> Iterator[np.ndarray]:
         """The arrays of a fingerprint, as int64."""
@@ -232,15 +250,11 @@ class _Flat:
 
 def _prompts(flat: _Flat, among: np.ndarray | None = None) -> Prompts:
     """The prompts of some rows, at least one, and what those among them have in common; by default all."""
-    starts, ends = flat.starts, flat.ends
-    first = flat.labelled[np.searchsorted(flat.labelled, starts)]
-    until = np.where(first < ends, first, starts)
-    own, whole = np.ascontiguousarray(flat.ids), np.ascontiguousarray(flat.ids, dtype=np.int64)
-    hashes = _hashes(own, starts, until)
-    values = hashes if own.dtype == np.int64 else _hashes(whole, starts, until)
+    starts, first = flat.starts, flat.first_labelled()
+    until = np.where(first < flat.ends, first, starts)
+    ids = np.ascontiguousarray(flat.ids, dtype=np.int64)
     chosen = slice(None) if among is None else among
-    beginning = _beginning(whole, starts[chosen], flat.length[chosen])
-    return Prompts(hashes, until - starts, values.view(np.int64), beginning)
+    return Prompts(_hashes(ids, starts, until), until - starts, _beginning(ids, starts[chosen], flat.length[chosen]))
 
 
 def _narrow(tokens: np.ndarray) -> np.ndarray:
@@ -250,10 +264,10 @@ def _narrow(tokens: np.ndarray) -> np.ndarray:
 
 
 def _hashes(tokens: np.ndarray, starts: np.ndarray, until: np.ndarray) -> np.ndarray:
-    """A hash of the tokens of each stretch, (N,) uint64."""
+    """A hash of the tokens of each stretch, (N,) int64."""
     data, width, hashed = memoryview(tokens.view(np.uint8).data), tokens.itemsize, xxhash.xxh3_64_intdigest
     bounds = zip((starts * width).tolist(), (until * width).tolist(), strict=True)
-    return np.array([hashed(data[start:end]) for start, end in bounds], dtype=np.uint64)
+    return np.array([hashed(data[start:end]) for start, end in bounds], dtype=np.uint64).view(np.int64)
 
 
 def in_common(arrays: Iterable[np.ndarray]) -> np.ndarray | None:

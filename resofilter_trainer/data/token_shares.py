@@ -36,9 +36,8 @@ NUMBERS = {
     "position": np.int64,
     "length": np.int64,
     "learnt": np.int64,
-    "prompt_hash": np.uint64,
+    "prompt_hash": np.int64,
     "prompt_length": np.int64,
-    "prompt": np.int64,
 }  # what is known of each row
 
 
@@ -148,7 +147,6 @@ class _Made:
             "learnt": np.concatenate([none, *(each.learnt for each in self.surveys)]),
             "prompt_hash": prompts.hashes,
             "prompt_length": prompts.lengths,
-            "prompt": prompts.values,
         }
         return pa.table({name: columns[name].astype(kind) for name, kind in NUMBERS.items()})
 

@@ -5,7 +5,11 @@ Knows lengths and rows, not what is measured, nor by which process.
 
 from __future__ import annotations
 
+import bisect
+import itertools
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -56,16 +60,41 @@ def split_by_tokens(lengths: np.ndarray, budget: int, shared: int = 0, overhead:
         overhead: the overhead of a batch, in tokens. A batch with more padding than that is split.
     """
     order = np.argsort(-lengths, kind="stable")
-    batches, start = [], 0
-    while start < len(order):
-        longest = max(int(lengths[order[start]]), 1)
-        size = max(min(budget // max(longest - shared, 1), 2 * budget // longest if shared else budget), 1)
-        batch = order[start : start + size]
-        if overhead is not None:
-            batch = batch[np.cumsum(longest - lengths[batch]) <= overhead]
-        batches.append(batch)
-        start += len(batch)
-    return batches
+    starts = _starts(lengths[order], np.array([len(order)]), np.array([shared]), budget, overhead)
+    return _pieces(order, starts)
+
+
+def _starts(lengths: np.ndarray, ends: np.ndarray, shared: np.ndarray, budget: int, overhead: int | None) -> np.ndarray:
+    """Where batches start among rows that are in groups, in each of which the longest come first.
+
+    Args:
+        lengths: (N,) the tokens of each row.
+        ends: (G,) where each group ends.
+        shared: (G,) how many first tokens the rows of each group have in common.
+        budget, overhead: as for `split_by_tokens`.
+    """
+    before = np.append(0, np.cumsum(lengths))
+    starts, start = list[int](), 0
+    for end, common in zip(ends.tolist(), shared.tolist(), strict=True):
+        while start < end:
+            longest = max(int(lengths[start]), 1)
+            size = max(min(budget // max(longest - common, 1), 2 * budget // longest if common else budget), 1)
+            size = min(size, end - start)
+            padding = partial(_padding, before, start, longest)
+            if overhead is not None and padding(size) > overhead:
+                size = max(bisect.bisect_right(range(1, size), overhead, key=padding), 1)
+            starts.append(start)
+            start += size
+    return np.array(starts, dtype=np.int64)
+
+
+def _padding(before: np.ndarray, start: int, longest: int, size: int) -> int:
+    """The tokens to add so that `size` rows from `start` on are as long as the longest."""
+    return int(longest * size - (before[start + size] - before[start]))
+
+
+def _pieces(rows: np.ndarray, starts: np.ndarray) -> list[np.ndarray]:
+    return [rows[start:end] for start, end in itertools.pairwise([*starts.tolist(), len(rows)])]
 
 
 def padded_tokens(lengths: np.ndarray, batches: Sequence[np.ndarray]) -> np.ndarray:
@@ -79,35 +108,79 @@ def arrange(prepared: PreparedRows, budget: int, device: torch.device, may_share
     A batch has rows of similar lengths; or rows with the same prompt, if that is clearly less work.
     """
     lengths, known = prepared.lengths, prepared.prompts
-    prompts, prompt_lengths, common = known.hashes, known.lengths, known.common
-    common = common if may_share and common >= LEAST_BEGINNING else 0
+    common = known.common if may_share and known.common >= LEAST_BEGINNING else 0
     overhead = TOKENS_LOST_PER_BATCH.get(device.type, TOKENS_LOST_PER_BATCH_ELSEWHERE)
 
-    def split(rows: np.ndarray, shared: int) -> list[Batch]:
-        batches = [rows[some] for some in split_by_tokens(lengths[rows], budget, shared, overhead)]
-        return [Batch(each, shared, overhead + len(each) * (int(lengths[each].max()) - shared)) for each in batches]
+    def by_length(rows: np.ndarray) -> _Division:
+        ordered = rows[np.argsort(-lengths[rows], kind="stable")]
+        return _Division.of(ordered, lengths[ordered], np.array([len(rows)]), np.array([common]), budget, overhead)
 
-    by_length = split(np.arange(len(lengths)), common)
-    _, group_of, sizes = np.unique(prompts, return_inverse=True, return_counts=True)
-    repeated = (sizes[group_of] > 1) & (prompt_lengths >= LEAST_BEGINNING) & may_share
+    everything = by_length(np.arange(len(lengths)))
+    repeated = _are_repeated(known.hashes) & (known.lengths >= LEAST_BEGINNING) & may_share
     if not repeated.any():
-        return by_length
-    groups = [(rows, int(prompt_lengths[rows[0]])) for rows in _groups(group_of, repeated, lengths)]
-    by_prompt = [batch for rows, length in groups for batch in split(rows, length)]
-    others = split(np.flatnonzero(~repeated), common)
-    prompts_again = sum(overhead + length for _, length in groups)
-    work_by_prompt = prompts_again + sum(batch.cost for batch in by_prompt + others)
-    if work_by_prompt >= CLEARLY_LESS * sum(batch.cost for batch in by_length):
-        return by_length
-    return by_prompt + others
+        return everything.batches
+    ordered, ends = _groups(np.flatnonzero(repeated), known.hashes, lengths)
+    prompts = known.lengths[ordered[ends - 1]]
+    by_prompt = _Division.of(ordered, lengths[ordered], ends, prompts, budget, overhead)
+    others = by_length(np.flatnonzero(~repeated))
+    prompts_again = int((overhead + prompts).sum())
+    if prompts_again + by_prompt.work + others.work >= CLEARLY_LESS * everything.work:
+        return everything.batches
+    return by_prompt.batches + others.batches
 
 
-def _groups(group_of: np.ndarray, which: np.ndarray, lengths: np.ndarray) -> list[np.ndarray]:
-    """The indices of some rows, group by group; the group with the longest row comes first."""
-    rows = np.flatnonzero(which)
-    rows = rows[np.argsort(group_of[rows], kind="stable")]
-    found = np.split(rows, np.flatnonzero(np.diff(group_of[rows])) + 1) if len(rows) else []
-    return sorted(found, key=lambda each: -lengths[each].max())
+@dataclass(frozen=True)
+class _Division:
+    """Rows divided into batches.
+
+    Attributes:
+        rows: (N,) the rows, batch after batch.
+        starts: (B,) where each batch starts.
+        shared, costs: (B,) as of a `Batch`.
+    """
+
+    rows: np.ndarray
+    starts: np.ndarray
+    shared: np.ndarray
+    costs: np.ndarray
+
+    @classmethod
+    def of(
+        cls, rows: np.ndarray, lengths: np.ndarray, ends: np.ndarray, shared: np.ndarray, budget: int, overhead: int
+    ) -> _Division:
+        """Divide rows; `lengths` are theirs, the other arguments those of `_starts`."""
+        starts = _starts(lengths, ends, shared, budget, overhead)
+        of_batch = shared[np.searchsorted(ends, starts, side="right")]
+        sizes = np.diff(starts, append=len(rows))
+        return cls(rows, starts, of_batch, overhead + sizes * (lengths[starts] - of_batch))
+
+    @property
+    def work(self) -> int:
+        """The cost of all batches."""
+        return int(self.costs.sum())
+
+    @property
+    def batches(self) -> list[Batch]:
+        """The batches in order."""
+        return list(map(Batch, _pieces(self.rows, self.starts), self.shared.tolist(), self.costs.tolist()))
+
+
+def _are_repeated(values: np.ndarray) -> np.ndarray:
+    """(N,) whether another entry has the same value."""
+    ordered = np.sort(values)
+    twice = ordered[1:][ordered[1:] == ordered[:-1]]
+    return np.isin(values, twice) if len(twice) else np.zeros(len(values), bool)
+
+
+def _groups(rows: np.ndarray, hashes: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Rows, group by group of equal hashes, and where each group ends; the longest row comes first, also of groups."""
+    ordered = rows[np.lexsort((-lengths[rows], hashes[rows]))]
+    starts = np.flatnonzero(np.append(True, np.diff(hashes[ordered]) != 0))
+    sizes = np.diff(starts, append=len(ordered))
+    rank = np.empty(len(starts), np.int64)
+    rank[np.argsort(-lengths[ordered[starts]], kind="stable")] = np.arange(len(starts))
+    again = np.argsort(np.repeat(rank, sizes), kind="stable")
+    return ordered[again], np.cumsum(sizes[np.argsort(rank)])
 
 
 def collate(prepared: PreparedRows, rows: Sequence[int] | np.ndarray, device: torch.device) -> dict[str, Tensor]:

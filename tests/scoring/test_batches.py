@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from unittest.mock import patch
+
 import numpy as np
 import pytest
 import torch
@@ -11,7 +13,15 @@ from hypothesis import strategies as st
 from torch import nn
 
 from resofilter_trainer.data.preparation import PreparedRows, prepared_already
-from resofilter_trainer.scoring.batches import arrange, collate, default_budget
+from resofilter_trainer.scoring.batches import (
+    CLEARLY_LESS,
+    LEAST_BEGINNING,
+    TOKENS_LOST_PER_BATCH,
+    arrange,
+    collate,
+    default_budget,
+    split_by_tokens,
+)
 
 CPU = torch.device("cpu")
 
@@ -54,6 +64,62 @@ def test_beginnings_are_what_a_plain_loop_finds(samples):
     assert lengths.tolist() == [len(p) for p, _ in samples]
     for i, (p, _) in enumerate(samples):
         assert [bool(each) for each in found == found[i]] == [q == p for q, _ in samples]
+
+
+def plainly_split(lengths: np.ndarray, budget: int, shared: int, overhead: int) -> list[list[int]]:
+    """Rows of similar lengths, the longest first, one after another into the batch that is being filled."""
+    order = sorted(range(len(lengths)), key=lambda row: -lengths[row])
+    batches = []
+    while order:
+        longest, padding, batch = max(int(lengths[order[0]]), 1), 0, []
+        size = max(min(budget // max(longest - shared, 1), 2 * budget // longest if shared else budget), 1)
+        while order and len(batch) < size and padding + longest - lengths[order[0]] <= overhead:
+            padding += longest - lengths[order[0]]
+            batch.append(order.pop(0))
+        batches.append(batch)
+    return batches
+
+
+@given(st.lists(st.integers(1, 90), max_size=60), st.integers(1, 400), st.integers(0, 30), st.integers(0, 100))
+@settings(max_examples=200, deadline=None)
+def test_rows_are_split_as_a_plain_loop_does(lengths, budget, shared, overhead):
+    found = split_by_tokens(np.array(lengths, np.int64), budget, shared, overhead)
+    assert [batch.tolist() for batch in found] == plainly_split(np.array(lengths), budget, shared, overhead)
+
+
+def plainly_arranged(prepared: PreparedRows, budget: int) -> list[tuple[list[int], int, int]]:
+    """The batches of `arrange` on a CPU, by the rules of its docstring: rows, shared tokens and cost of each."""
+    lengths, known = prepared.lengths, prepared.prompts
+    common = known.common if known.common >= LEAST_BEGINNING else 0
+    overhead = TOKENS_LOST_PER_BATCH["cpu"]
+
+    def split(rows: list[int], shared: int) -> list[tuple[list[int], int, int]]:
+        batches = [[rows[i] for i in batch] for batch in plainly_split(lengths[rows], budget, shared, overhead)]
+        return [(batch, shared, overhead + len(batch) * (int(lengths[batch].max()) - shared)) for batch in batches]
+
+    groups: dict[int, list[int]] = {}
+    for row, value in enumerate(known.hashes.tolist()):
+        groups.setdefault(value, []).append(row)
+    repeated = [rows for rows in groups.values() if len(rows) > 1 and known.lengths[rows[0]] >= LEAST_BEGINNING]
+    repeated.sort(key=lambda rows: (-lengths[rows].max(), known.hashes[rows[0]]))
+    by_length = split(list(range(len(lengths))), common)
+    by_prompt = [batch for rows in repeated for batch in split(rows, int(known.lengths[rows[0]]))]
+    others = split(sorted({*range(len(lengths))} - {row for rows in repeated for row in rows}), common)
+    again = sum(overhead + int(known.lengths[rows[0]]) for rows in repeated)
+    work = again + sum(cost for *_, cost in by_prompt + others)
+    return by_prompt + others if work < CLEARLY_LESS * sum(cost for *_, cost in by_length) else by_length
+
+
+prompts = st.tuples(st.integers(1, 4), st.sampled_from([0, 15, 16, 60])).map(lambda pair: [pair[0]] * pair[1])
+
+
+@given(st.lists(st.tuples(prompts, tokens.filter(len)), min_size=1, max_size=25), st.integers(20, 400))
+@settings(max_examples=150, deadline=None)
+def test_rows_are_arranged_as_plain_loops_do(samples, budget):
+    prepared = rows(*samples)
+    with patch.dict(TOKENS_LOST_PER_BATCH, cpu=4):  # so that prompts are shared among few rows
+        found = [(batch.rows.tolist(), batch.shared, batch.cost) for batch in arrange(prepared, budget, CPU)]
+        assert found == plainly_arranged(prepared, budget)
 
 
 def test_rows_with_the_same_prompt_share_a_batch_where_that_is_less_work():
