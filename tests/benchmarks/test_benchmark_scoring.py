@@ -63,6 +63,7 @@ def test_measures_each_method_in_its_own_process(gsm8k: Path, tmp_path: Path) ->
     assert "Fewest FLOPs" in done.stdout
 
 
+@pytest.mark.slow
 def test_a_broken_method_is_named_and_the_others_run(gsm8k: Path, tmp_path: Path) -> None:
     stand_in = tmp_path / "python"  # an environment without any packages
     stand_in.write_text("#!/bin/sh\necho 'No module named torch' >&2\nexit 1\n")

@@ -18,6 +18,7 @@ def scale_parts(monkeypatch: pytest.MonkeyPatch):
     return importlib.import_module("scale_parts")
 
 
+@pytest.mark.slow
 def test_a_day_of_1024_processes_leaves_few_files(scale_parts):
     found = scale_parts.counted(1024, 24)
     assert found["writes of all processes"] <= 1024 * 24 * 60

@@ -122,7 +122,7 @@ def test_users_columns_and_lengths_reach_the_rows(place, tmp_path):
     assert list(labels_kept(tmp_path / "out")) == list(range(12))
 
 
-@pytest.mark.parametrize("rank", [0, 2])
+@pytest.mark.parametrize("rank", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_self_evolving(rank, place, tmp_path, capsys):
     output = tmp_path / "out"
     training = ["--lora_r", rank, "--per_device_train_batch_size", 2, "--gradient_accumulation_steps", 1]

@@ -107,6 +107,7 @@ def test_methods_that_share_scores_measure_once(every):
     assert not [name for name in names if name.startswith("resonance_and_loss")]
 
 
+@pytest.mark.slow
 def test_finished_work_is_not_repeated(tmp_path, monkeypatch):
     first = config(tmp_path, ["random", "low_loss", "resonance"])
     trained = []
@@ -220,7 +221,10 @@ def test_another_comparison_in_the_folder_is_refused(tmp_path):
         run(config(tmp_path, ["random"], max_new_tokens=9))
 
 
-@pytest.mark.parametrize(("rate", "clip"), [(1e30, 0.0), (10.0, 1.0)])  # the loss is NaN, and the loss is finite
+@pytest.mark.parametrize(
+    ("rate", "clip"),
+    [pytest.param(1e30, 0.0, marks=pytest.mark.slow), (10.0, 1.0)],  # the loss is NaN, and the loss is finite
+)
 def test_a_training_that_diverges_is_reported_and_not_averaged(rate, clip, tmp_path):
     training = {**SMALL["training"], "learning_rate": rate, "max_grad_norm": clip, "per_device_train_batch_size": 2}
     (cell,) = run(config(tmp_path, ["random"], training=training))
@@ -276,7 +280,7 @@ def test_a_damaged_cell_is_named(tmp_path):
 OWN = {"prompt_column": "q", "completion_column": "a", "test_dataset": "tests.jsonl"}
 
 
-@pytest.mark.parametrize("kind", ["jsonl", "csv"])
+@pytest.mark.parametrize("kind", [pytest.param("jsonl", marks=pytest.mark.slow), "csv"])
 def test_rows_and_scores_of_ones_own(kind, tmp_path, own_rows):
     if kind == "csv":  # numbers are text
         Dataset.from_json(own_rows).to_csv("rows.csv")

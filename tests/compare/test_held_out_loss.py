@@ -153,6 +153,7 @@ def test_without_it_nothing_says_so():
 # ---- mixed precision on a CPU
 
 
+@pytest.mark.slow
 def test_a_comparison_in_mixed_precision_runs_on_a_cpu(compare):
     selectors = ["low_loss", {"method": "signal", "settings": {"by": "loss_sum"}}]
     cells = run(compare(selectors=selectors, training={**compare().training, "bf16": True}))

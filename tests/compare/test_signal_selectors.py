@@ -120,6 +120,7 @@ def test_numbers_within_the_settings_of_a_warmup_are_numbers():
 # ---- the scores
 
 
+@pytest.mark.slow
 def test_signals_of_one_pass_share_it_and_each_ranks_by_its_column(compared, tiny_settings):
     cells, folder = compared
     selectors = [signal("loss_sum"), signal("el2n"), signal("loss", "out", length_out=True)]
@@ -171,6 +172,7 @@ def test_the_number_of_tokens_costs_nothing(compared):
     assert (mine.metric, mine.wrong_kept) == (theirs.metric, theirs.wrong_kept)
 
 
+@pytest.mark.slow
 def test_a_warmup_has_its_own_scores_and_its_training_is_counted(compared, tiny_settings):
     cells, folder = compared
     warmup = {"rows": 4, "lr": 1e-2, "batch_size": 2}

@@ -35,6 +35,7 @@ reveal_type(scores["score"])
 """
 
 
+@pytest.mark.slow
 def test_mypy_finds_mistyped_keywords_in_a_script(tmp_path):
     pytest.importorskip("mypy")
     script, root = tmp_path / "script.py", Path(resofilter_trainer.__file__).parents[1]

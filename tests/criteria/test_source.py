@@ -107,6 +107,7 @@ def test_a_list_that_holds_itself_is_no_endless_one():
     assert source_of(Criterion(functools.partial(power, held)))
 
 
+@pytest.mark.slow
 def test_another_process_has_the_same_hashes():
     """Though it goes through a set in another order."""
     code = (

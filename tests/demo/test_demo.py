@@ -40,12 +40,13 @@ def scored() -> tuple[ScoreTable, np.ndarray]:
 
 
 @pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(1, 5))])
-def test_the_kept_half_has_at_most_a_quarter_of_the_wrong_share(seed: int, scored) -> None:
-    scores, wrong = score(seed) if seed else scored
+def test_the_kept_half_has_at_most_a_quarter_of_the_wrong_share(seed: int) -> None:
+    scores, wrong = score(seed, rows=ROWS if seed else 300)
     kept = DataSelector(keep=KEEP).select(scores).keep
     assert wrong[kept].mean() <= wrong.mean() / 4
 
 
+@pytest.mark.slow
 def test_a_bfloat16_forward_ranks_as_float32_does(scored) -> None:
     full, half = scored[0].column("score")[:500], score(0, rows=500, bf16=True)[0].column("score")
     assert rank_correlation(full, half) >= 0.99
@@ -119,7 +120,7 @@ def test_the_whole_demo_writes_its_files_and_results(demo, scored) -> None:
     assert list(rows) == ["all", "random", "kept", "oracle"]
     assert rows["all"]["wrong_share"] == WRONG_SHARE
     assert rows["oracle"]["wrong_share"] == 0
-    assert rows["kept"]["wrong_share"] == scored[1][selection.keep].mean()
+    assert rows["kept"]["wrong_share"] == scored[1][selection.keep].mean() <= WRONG_SHARE / 4
     assert rows["kept"]["accuracy"] > rows["random"]["accuracy"]
     assert set(results["auroc"]) == {"resonance", "loss", "length"}
 

@@ -87,7 +87,7 @@ def test_rows_are_dropped_before_the_first_epoch(plugin, tokenizer, tmp_path):
     assert sorted(seen) == sorted(kept * 3)
 
 
-@pytest.mark.parametrize("step", [2, 4, 5])
+@pytest.mark.parametrize("step", [*(pytest.param(step, marks=pytest.mark.slow) for step in (2, 4)), 5])
 def test_it_resumes(step, plugin, tokenizer, tmp_path):
     text = "resofilter:\n  keep: 0.5\n  eps: 1e-4\n"
     whole, _ = train(text, plugin, tokenizer, tmp_path)

@@ -220,7 +220,7 @@ def trained(model: nn.Module, batch: dict[str, Tensor]) -> tuple[np.ndarray, np.
 
 
 @pytest.mark.filterwarnings("ignore::resofilter_trainer.config.ScoreWarning")
-@pytest.mark.parametrize("kind", ["4 bits twice", "8 bits"])
+@pytest.mark.parametrize("kind", ["4 bits twice", pytest.param("8 bits", marks=pytest.mark.slow)])
 def test_a_model_that_was_saved_quantised_is_scored_from_its_folder(
     kind: str, tiny_model_dir: Path, tokenizer, tmp_path: Path
 ) -> None:
@@ -238,6 +238,7 @@ def test_a_model_that_was_saved_quantised_is_scored_from_its_folder(
     score_dataset(model, dataset, tokenizer, args, precision="bfloat16")
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::resofilter_trainer.config.ScoreWarning")
 @pytest.mark.parametrize("kind", ["4 bits twice", "8 bits"])
 def test_a_warm_up_tunes_an_adapter_on_a_copy_of_a_quantised_model(

@@ -133,6 +133,7 @@ def test_an_interrupted_probe_resumes_and_writes_no_answer_again(model, dataset,
     assert "a note" in resumed.notes
 
 
+@pytest.mark.slow
 def test_a_warm_up_is_measured_beside_the_model_as_it_is(model, dataset, tokenizer, tmp_path):
     """It tunes on rows that were not drawn; the signals as they are do not change."""
     usual = {**USUAL, "rows": 24}

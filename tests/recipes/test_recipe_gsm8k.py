@@ -56,8 +56,8 @@ def test_it_scores_selects_trains_and_evaluates(lora, gsm8k, tiny_model_dir, tmp
     [
         ("score:\n  signals: [rank]\nselect:\n  by: [rank]\n  drop: smallest\n  keep: 0.25\n", "rank", "smallest", 2),
         ("select: {by: [loss, num_tokens], combine: residual, drop: largest}\nclean: {seed: 3}", None, "largest", 4),
-        ("select:\n  keep: 1.0\n", "score", "largest", 8),
-        ("by: entropy\nkeep: 0.25\n", "entropy", "largest", 2),
+        pytest.param("select:\n  keep: 1.0\n", "score", "largest", 8, marks=pytest.mark.slow),
+        pytest.param("by: entropy\nkeep: 0.25\n", "entropy", "largest", 2, marks=pytest.mark.slow),
     ],
 )
 def test_it_selects_as_a_settings_file_of_the_probe_says(

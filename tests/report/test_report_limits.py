@@ -42,12 +42,14 @@ def large(tmp_path_factory):
     return write_report(contents, tmp_path_factory.mktemp("large"), texts, groups)
 
 
+@pytest.mark.slow
 def test_the_page_is_bounded(large):
     assert large.path.stat().st_size <= MEGABYTES * 1e6
     shown = data_of(large.path)["samples"]
     assert max(len(name) for name in shown["group"] + shown["reason"]) <= MAX_NAME + 1
 
 
+@pytest.mark.slow
 def test_only_the_most_frequent_reasons_are_listed(large):
     reasons = large.numbers.verdict.reasons
     assert reasons[0] == ("same prompt as another row", 2499)
@@ -56,6 +58,7 @@ def test_only_the_most_frequent_reasons_are_listed(large):
     assert count_reasons(["b", "a", "a"], 2) == [("a", 2), ("b", 1)]
 
 
+@pytest.mark.slow
 def test_no_reason_is_a_formula_of_a_spreadsheet(large):
     lines = (large.path.parent / "report" / "dropped.csv").read_text().splitlines()
     assert '"\'=HYPERLINK()"' in lines[2]

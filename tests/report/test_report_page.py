@@ -340,7 +340,7 @@ def test_saved_rows_are_those_that_are_found(page):
 # ---- how it looks
 
 
-@pytest.mark.parametrize("first", ["light", "dark"])
+@pytest.mark.parametrize("first", ["light", pytest.param("dark", marks=pytest.mark.slow)])
 def test_charts_have_the_colours_of_the_theme(visit, report, first):
     page = drawn(visit(report.path, color_scheme=first))
     other = {"light": "dark", "dark": "light"}
@@ -354,7 +354,7 @@ def test_charts_have_the_colours_of_the_theme(visit, report, first):
         page.click("#theme")
 
 
-@pytest.mark.parametrize("width", [1400, 420])
+@pytest.mark.parametrize("width", [pytest.param(1400, marks=pytest.mark.slow), 420])
 def test_the_page_is_no_wider_than_the_window_and_all_of_it_can_be_read(visit, report, width):
     page = drawn(visit(report.path, viewport={"width": width, "height": 900}))
     details(page, 0)
@@ -383,13 +383,16 @@ def test_no_chart_is_alone_in_half_a_row(page):
         assert all(width > 90 for top, width in figures if rows[top] == 1)
 
 
+@pytest.mark.slow
 def test_the_page_moves_only_for_readers_who_do_not_mind(visit, report):
     scrolling = "getComputedStyle(document.documentElement).scrollBehavior"
     assert visit(report.path, reduced_motion="reduce").evaluate(scrolling) == "auto"
     assert visit(report.path, reduced_motion="no-preference").evaluate(scrolling) == "smooth"
 
 
-@pytest.mark.parametrize("what", ["title", "model", "group", "reason"])
+@pytest.mark.parametrize(
+    "what", ["title", *(pytest.param(each, marks=pytest.mark.slow) for each in ("model", "group", "reason"))]
+)
 def test_names_without_a_space_are_wrapped(visit, tmp_path, what):
     long = {what: "/home/someone/models/a_run_with_a_long_name/checkpoint-10000"}
     provenance = dataclasses.replace(TABLE.provenance, model=long.get("model", "tiny"))
@@ -416,6 +419,7 @@ def test_in_a_notebook_it_is_drawn_without_access_to_the_notebook(visit, report,
 # ---- tokens, and a comparison
 
 
+@pytest.mark.slow
 def test_tokens_are_coloured_by_what_is_learnt_or_by_loss(visit, tmp_path):
     losses = [[(3.0, 0.0), (1.0, 0.9), (2.0, 0.0)], [(0.5, 0.4)]]
     cleaned = TokenSelector(0.5).select(make_token_scores(losses, provenance=make_provenance(rows=4)))

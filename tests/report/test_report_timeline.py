@@ -215,6 +215,7 @@ def test_a_ledger_that_cannot_be_read_is_told_and_the_page_is_written(run, tmp_p
     assert "Report: " in printed.out
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium")
 def test_a_click_on_a_spike_shows_its_rows_and_a_row_its_life(run, tmp_path):
     sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")

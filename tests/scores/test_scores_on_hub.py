@@ -169,6 +169,7 @@ def test_kept_rows_go_with_their_selection_and_card(hub):
     assert load_dataset("me/kept", "selection", split="train")["keep"][:] == selection.keep.tolist()
 
 
+@pytest.mark.slow
 def test_rows_are_never_beside_another_selection(hub):
     scores, dataset = scores_of(), Dataset.from_dict({"text": list("abcd")})
     first, second = (DataSelector(drop=end).select(scores) for end in ("largest", "smallest"))

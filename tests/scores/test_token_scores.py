@@ -207,7 +207,7 @@ def test_truncated_file_is_refused_wherever_it_is_cut(tmp_path):
         assert_refused(path, r"truncated.*Make it again")
 
 
-@pytest.mark.parametrize("rows", [ROWS, [], [[]]])
+@pytest.mark.parametrize("rows", [ROWS, *(pytest.param(rows, marks=pytest.mark.slow) for rows in ([], [[]]))])
 def test_a_changed_byte_is_noticed_wherever_it_counts(tmp_path, rows):
     scores = make_token_scores(rows)
     path = scores.save(tmp_path)

@@ -12,7 +12,7 @@ import resource
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +82,10 @@ def undisturbed(runs, tmp_path_factory) -> dict[str, bytes]:
 
 
 NAMES = ("resonance", "loss", "clean")
+
+
+def names(slow: Sequence[str]) -> list[Any]:
+    return [pytest.param(name, marks=[pytest.mark.slow] * (name in slow)) for name in NAMES]
 
 
 def refusal(call: Callable[[], object]) -> str:
@@ -162,7 +166,7 @@ def test_a_pass_interrupted_at_any_batch_resumes_to_the_same_bytes(name, runs, u
     assert 4 < number < 99
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", names(slow=("resonance",)))
 def test_a_pass_interrupted_after_each_batch_writes_the_same_bytes(name, runs, undisturbed, tmp_path, monkeypatch):
     run, file = runs[name]
     starts = 0
@@ -180,7 +184,7 @@ def test_a_pass_interrupted_after_each_batch_writes_the_same_bytes(name, runs, u
 # ---- full disks
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", names(slow=("resonance", "clean")))
 def test_a_pass_names_a_full_disk_and_resumes_when_there_is_room(name, runs, undisturbed, tmp_path):
     run, file = runs[name]
 
@@ -266,6 +270,7 @@ def variants(whole: bytes, count: int) -> list[bytes]:
     return [*found, *(whole[: chance.randrange(len(whole))] for _ in range(count // 4))]
 
 
+@pytest.mark.slow
 def test_a_flipped_bit_is_noticed_or_changes_nothing(runs, tmp_path):
     truth = runs["resonance"][0](tmp_path, ROWS)
     path, noticed = tmp_path / SCORES_FILE, []
@@ -395,7 +400,7 @@ def test_a_clock_that_goes_backwards_changes_nothing(runs, undisturbed, tmp_path
     assert (tmp_path / file).read_bytes() == undisturbed["resonance"]
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", names(slow=("resonance",)))
 def test_a_dataset_that_changed_is_refused_by_name_and_nothing_is_touched(name, runs, tmp_path, monkeypatch):
     run, file = runs[name]
     changed = [*ROWS[:-1], {**ROWS[-1], "answer": "another"}]

@@ -112,6 +112,7 @@ def test_the_influence_is_that_of_a_warm_up_by_the_book(tmp_path, tiny_llama, to
     assert np.ptp(found) > 0
 
 
+@pytest.mark.slow
 def test_rows_like_the_validation_rows_are_found(tmp_path, tiny_llama, tokenizer):
     args = settings(tmp_path)
     mixed = Dataset.from_list([*rows(8, "fox").to_list(), *rows(8, "quick brown").to_list()])
@@ -127,6 +128,7 @@ def test_rows_like_the_validation_rows_are_found(tmp_path, tiny_llama, tokenizer
     assert of_fox[:8].mean() > of_fox[8:].mean()
 
 
+@pytest.mark.slow
 def test_a_projection_keeps_angles():
     generator = torch.Generator().manual_seed(1)
     base = torch.randn(1, 20_000, generator=generator)

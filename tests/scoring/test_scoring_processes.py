@@ -40,9 +40,8 @@ def scores_of(command: list[object], output: Path, *options: object) -> ScoreTab
     return ScoreTable.load(output)
 
 
-@pytest.mark.parametrize(
-    "processes", [pytest.param(1, marks=pytest.mark.slow), 2, pytest.param(3, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2, 3])
 def test_any_number_of_processes_gives_the_same_scores(processes, command, tmp_path):
     command += ["--signals", "all"]
     done = resofilter(*command, "--output", tmp_path / "several", "--num_processes", processes)
@@ -53,6 +52,7 @@ def test_any_number_of_processes_gives_the_same_scores(processes, command, tmp_p
     assert np.array_equal(DataSelector().select(several).keep, DataSelector().select(one).keep)
 
 
+@pytest.mark.slow
 def test_what_two_processes_read_together_has_the_same_scores(tiny_model_dir, tmp_path, monkeypatch):
     """Here the prepared rows are kept beside a copy of the dataset, as the first start would else spare the second."""
     rows = [{**row, "answer": "" if i == 3 else row["answer"]} for i, row in enumerate([*ROWS, ROWS[1]])]

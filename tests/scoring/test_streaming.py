@@ -84,7 +84,7 @@ def test_a_selection_filters_the_stream(model, tokenizer, tmp_path):
         list(selection.apply(rows(ROWS + 1).to_iterable_dataset()))
 
 
-@pytest.mark.parametrize("after", [0, 1, 2])
+@pytest.mark.parametrize("after", [pytest.param(0, marks=pytest.mark.slow), 1, 2])
 def test_an_interrupted_pass_resumes(after, model, tokenizer, tmp_path, monkeypatch):
     whole = score(model, tokenizer, rows(ROWS).to_iterable_dataset(), tmp_path / "whole")
     real, scored = streaming.score_dataset, []
@@ -104,7 +104,9 @@ def test_an_interrupted_pass_resumes(after, model, tokenizer, tmp_path, monkeypa
     assert (tmp_path / "cut" / SCORES_FILE).read_bytes() == (tmp_path / "whole" / SCORES_FILE).read_bytes()
 
 
-@pytest.mark.parametrize(("kind", "read"), [("files", [0, 2]), ("memory", [0, 1, 2])])
+@pytest.mark.parametrize(
+    ("kind", "read"), [pytest.param("files", [0, 2], marks=pytest.mark.slow), ("memory", [0, 1, 2])]
+)
 def test_a_finished_shard_is_not_read_again(kind, read, model, tokenizer, tmp_path, monkeypatch, capsys):
     """Two of three shards are finished; without files that stay the same, their rows are read again and compared."""
     dataset = rows(60)

@@ -346,6 +346,7 @@ def test_the_cost_is_counted_and_not_compared(score, tmp_path):
     assert ScoreTable.load(tmp_path).provenance == one.provenance
 
 
+@pytest.mark.slow
 def test_a_stream_is_scored_with_one_tuned_copy(score, tiny_llama, tokenizer, dataset, tmp_path, monkeypatch):
     whole = score(warmup=SHORT, warmup_dataset=dataset)
     runs, own = [], tuning.Tuning.run

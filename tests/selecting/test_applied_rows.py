@@ -146,6 +146,7 @@ def test_a_stream_that_is_shuffled_later_keeps_the_same_rows():
     assert questions != selection.apply(DATASET_ROWS)["question"][:]
 
 
+@pytest.mark.slow
 def test_a_stream_of_several_shards_is_read_by_one_process():
     kept = select().apply(DATASET_ROWS.to_iterable_dataset(num_shards=2))
     with pytest.raises(InputError, match="pass dataloader_num_workers=0"):

@@ -260,6 +260,7 @@ def test_rows_whose_labels_are_all_masked_count_in_no_share(settings, rows_of_ep
         assert selection.keep[MASKED].all() == (count == 14)
 
 
+@pytest.mark.slow
 def test_rows_whose_labels_are_all_masked_are_known_again_after_resuming(tmp_path, tokenizer):
     settings = {"save_strategy": "steps", "save_steps": 1, **some_masked(tokenizer)}
     whole = train(tmp_path, tokenizer, ResonanceCallback(keep=[1.0, 0.8, 0.5], eps=1e-4), **settings)
@@ -736,6 +737,7 @@ def test_stopped_within_an_epoch_the_scores_so_far_are_there(tmp_path, tokenizer
     assert ScoreTable.load(tmp_path / STATE).table.equals(callback.scores.table)
 
 
+@pytest.mark.slow
 def test_workers_that_persist_see_the_rows_that_are_kept(tmp_path, tokenizer):
     settings = {"dataloader_num_workers": 2, "dataloader_persistent_workers": True, "eval_strategy": "epoch"}
     persistent = train(tmp_path, tokenizer, ResonanceCallback(keep=0.5), evaluate=True, **settings)

@@ -38,7 +38,12 @@ def run(output: Path, tokenizer, settings, resume=None, **changes) -> Outcome:
     return train(output, tokenizer, ResonanceCallback(**settings), resume=resume, **arguments)
 
 
-@pytest.mark.parametrize("name", LONGER)
+FAST = ("keep", "saved by epoch")
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in LONGER]
+)
 def test_from_every_checkpoint_a_longer_run_ends_as_if_it_had_always_been(name, tmp_path, tokenizer):
     """At a constant learning rate; a checkpoint's weights come from the schedule that it was trained under."""
     settings, common, there, here = LONGER[name]
@@ -52,6 +57,7 @@ def test_from_every_checkpoint_a_longer_run_ends_as_if_it_had_always_been(name, 
         assert_same_end(run(tmp_path / "resumed", tokenizer, settings, resume=checkpoint, **common, **here), whole)
 
 
+@pytest.mark.slow
 def test_more_epochs_follow_the_learning_rate_of_a_run_that_has_them(tmp_path, tokenizer):
     linear = {"lr_scheduler_type": "linear"}
     first = run(tmp_path / "first", tokenizer, {"keep": 0.5}, num_train_epochs=2, **linear)
@@ -71,8 +77,10 @@ def test_more_epochs_follow_the_learning_rate_of_a_run_that_has_them(tmp_path, t
 
 @pytest.mark.parametrize(
     ("keep", "there", "here"),
-    [(1.0, EPOCHS[1], EPOCHS[3]), (0.5, {"max_steps": 9}, {"max_steps": 14})],
-    ids=["all rows", "steps"],
+    [
+        pytest.param(1.0, EPOCHS[1], EPOCHS[3], marks=pytest.mark.slow, id="all rows"),
+        pytest.param(0.5, {"max_steps": 9}, {"max_steps": 14}, id="steps"),
+    ],
 )
 def test_the_first_step_of_a_longer_run_has_its_learning_rate(keep, there, here, tmp_path, tokenizer):
     """The checkpoint's last rate is 0, and the Trainer's schedule is that of the longer run already."""
@@ -88,8 +96,8 @@ def test_the_first_step_of_a_longer_run_has_its_learning_rate(keep, there, here,
 
 
 @takes_its_own_batch_size
-@pytest.mark.parametrize("keep", [0.5, [1.0, 0.7, 0.4]], ids=str)
-@pytest.mark.parametrize(("size", "accumulation"), [(2, 2), (1, 4)])
+@pytest.mark.parametrize("keep", [0.5, pytest.param([1.0, 0.7, 0.4], marks=pytest.mark.slow)], ids=str)
+@pytest.mark.parametrize(("size", "accumulation"), [(2, 2), pytest.param(1, 4, marks=pytest.mark.slow)])
 def test_rows_of_a_step_may_be_divided_in_another_way(size, accumulation, keep, tmp_path, tokenizer):
     whole = run(tmp_path / "whole", tokenizer, {"keep": keep, "eps": 1e-4})
     steps = whole.trainer.state.global_step

@@ -56,7 +56,7 @@ def run(name: str, output: Path, tokenizer, **changes) -> Outcome:
     return train(output, tokenizer, make(**settings), **arguments)
 
 
-FAST = ("plain", "ragged accumulation", "threshold", "max_steps", "back to all rows", "saved by epoch")  # of positions
+FAST = ("ragged accumulation", "saved by epoch")  # two positions
 
 
 @pytest.mark.parametrize(

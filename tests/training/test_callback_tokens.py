@@ -200,6 +200,7 @@ def test_a_step_without_a_token_to_learn_changes_nothing(tmp_path, tokenizer):
     assert "not measured yet" in callback.scores.reasons
 
 
+@pytest.mark.slow
 def test_together_with_filtering_scores_are_those_of_the_learnt_tokens(place, tokenizer):
     settings = cleaning(place)
     cleaned = clean_dataset(base(place), rows(21), settings, tokenizer, arguments(place / "a"))
@@ -224,7 +225,13 @@ def test_rows_that_keep_no_token_stay_out_even_when_rows_are_readmitted(place, t
     assert trained.trainer.state.global_step > 0
 
 
-@pytest.mark.parametrize("lora", [False, True], ids=["whole model in training", "adapter in training"])
+@pytest.mark.parametrize(
+    "lora",
+    [
+        pytest.param(False, marks=pytest.mark.slow, id="whole model in training"),
+        pytest.param(True, id="adapter in training"),
+    ],
+)
 def test_an_adapter_as_reference_leaves_the_model_as_it_was(lora, place, tokenizer):
     """The same tokens as with the merged model as reference, and the same end: nothing is left of the adapter."""
     torch.manual_seed(3)
@@ -251,8 +258,7 @@ def test_an_adapter_as_reference_leaves_the_model_as_it_was(lora, place, tokeniz
     "kind",
     [
         "fixed",
-        "self",
-        *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("fixed, few tokens", "self and before")),
+        *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("self", "fixed, few tokens", "self and before")),
     ],
 )
 def test_resuming_from_any_checkpoint(kind, place, tokenizer):

@@ -37,9 +37,8 @@ def test_rows_scores_and_weights_are_those_without(how, tmp_path, tokenizer):
     assert not own.callback.selections[1].keep.all()
 
 
-@pytest.mark.parametrize(
-    "how", ["dispatched", *(pytest.param(each, marks=pytest.mark.slow) for each in ("split", "both"))]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["dispatched", "split", "both"])
 def test_the_end_is_the_same_from_every_checkpoint(how, tmp_path, tokenizer):
     changes = {"accelerator_config": HOW[how], "num_train_epochs": 2, "per_device_train_batch_size": 5}
     whole = train(tmp_path, tokenizer, ResonanceCallback(keep=0.5), save_strategy="steps", save_steps=1, **changes)

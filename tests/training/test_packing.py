@@ -119,7 +119,9 @@ EVERYTHING_STAYS = {
 }
 
 
-@pytest.mark.parametrize("name", EVERYTHING_STAYS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name == "split")) for name in EVERYTHING_STAYS]
+)
 def test_where_everything_stays_nothing_changes(name, tmp_path, tokenizer):
     callback = ResonanceCallback(keep=1.0, dataset=ROWS)
     mine, other = (packed(tmp_path, tokenizer, each, **EVERYTHING_STAYS[name]) for each in (callback, None))
@@ -189,7 +191,7 @@ RESUMED = {
     "before": ({"keep": 0.5, "when": "before"}, {"packing_strategy": "bfd_split", "max_length": 20}),
     "two epochs and a part": ({"keep": 0.5}, {"num_train_epochs": 2.4, "dataloader_num_workers": 1}),
 }
-FAST = ("bfd", "split, accumulation")
+FAST = ("bfd",)
 
 
 @pytest.mark.parametrize(
@@ -316,6 +318,7 @@ def test_there_are_never_more_packs_than_of_all_rows(tmp_path, monkeypatch):
     assert found.packs == [(0,)]
 
 
+@pytest.mark.slow
 def test_the_report_shows_the_rows(tmp_path, tokenizer):
     packed(tmp_path, tokenizer, ResonanceCallback(dataset=ROWS, report=True))
     assert "question: what is" in (tmp_path / "resofilter" / "report.html").read_text()

@@ -155,7 +155,12 @@ RESUMED = {
 }
 
 
-@pytest.mark.parametrize("name", RESUMED)
+FAST = ("accumulation", "packing")
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in RESUMED]
+)
 def test_the_ledger_is_the_same_from_every_checkpoint(name, tmp_path, tokenizer):
     """Parts that reach beyond the checkpoint, as those of a longer undisturbed run, are cut there."""
     dataset, settings, changes = RESUMED[name]
@@ -215,6 +220,7 @@ def test_a_run_without_a_ledger_that_resumes_leaves_no_half_of_one(tmp_path, tok
     assert not (tmp_path / "resofilter" / LEDGER).exists()
 
 
+@pytest.mark.slow
 def test_parts_of_runs_with_another_learning_rate_are_told_apart(tmp_path, tokenizer):
     """The run of `b` resumes into the folder of `a`, whose lines are none of its own."""
     changes = {"save_strategy": "steps", "save_steps": 3, "num_train_epochs": 2}

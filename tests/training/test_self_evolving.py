@@ -198,7 +198,7 @@ def stopped_after(done: int, trained: list[int], monkeypatch: pytest.MonkeyPatch
             yield
 
 
-@pytest.mark.parametrize("done", [0, 1, 2])
+@pytest.mark.parametrize("done", [pytest.param(0, marks=pytest.mark.slow), 1, pytest.param(2, marks=pytest.mark.slow)])
 def test_an_interrupted_run_comes_to_the_same_end(done, evolved, base, tmp_path, trained, monkeypatch):
     with stopped_after(done, trained, monkeypatch):
         evolve(base, tmp_path)
@@ -342,6 +342,7 @@ def test_what_an_interrupted_run_measured_is_not_taken_for_the_whole_dataset(bas
 LORA = LoraConfig(r=2, lora_alpha=16, lora_dropout=0.1, target_modules="all-linear")
 
 
+@pytest.mark.slow
 def test_adapters_are_merged_between_stages_and_base_losses_measured_once(base, tmp_path, trained, monkeypatch):
     labels: list[str] = []
     real = token_losses.measure_token_losses

@@ -125,6 +125,7 @@ def test_an_update_that_is_left_out_leaves_weights_and_optimizer_as_they_were(ho
     assert ledger.steps().query("left_out")["step"].tolist() == [STEP]
 
 
+@pytest.mark.slow
 def test_a_run_that_leaves_out_updates_resumes_exactly(tmp_path, tokenizer):
     """Before the step, just before it, and after it: its window of steps is in the checkpoint."""
     settings = {"skip_update": True, "save_strategy": "steps", "save_steps": 5}
@@ -140,6 +141,7 @@ def test_a_run_that_leaves_out_updates_resumes_exactly(tmp_path, tokenizer):
         assert {path: path.read_bytes() for path in parts_of(tmp_path)} == files
 
 
+@pytest.mark.slow
 def test_a_run_may_resume_to_get_past_a_spike_and_says_so(tmp_path, tokenizer):
     plain = run(tmp_path, tokenizer, save_strategy="steps", save_steps=10)
     assert plain.trainer.state.stateful_callbacks["resofilter"]["settings"]["on_spike"] == "run.<locals>.on_spike"

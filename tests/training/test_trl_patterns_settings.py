@@ -200,7 +200,13 @@ def test_a_template_of_another_tokenizer_with_a_token_of_its_own(tmp_path):
     assert_right_rows(pattern, tmp_path)
 
 
-@pytest.mark.parametrize("kwargs", [None, {"dtype": "bfloat16"}], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    "kwargs",
+    [
+        pytest.param(None, id="float32"),
+        pytest.param({"dtype": "bfloat16"}, marks=pytest.mark.slow, id="bfloat16"),
+    ],
+)
 def test_a_model_given_by_its_folder(kwargs, tmp_path):
     llama(len(zen_tokenizer()), max_position_embeddings=256).save_pretrained(tmp_path / "model")
     folder, is_plain = str(tmp_path / "model"), kwargs is None

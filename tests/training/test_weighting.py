@@ -138,6 +138,7 @@ def test_the_expected_gradient_of_soft_pruning_is_that_of_all_rows(tmp_path, tok
     assert (expected - whole).norm() < 0.1 * whole.norm()
 
 
+@pytest.mark.slow
 def test_a_policy_that_weighs_does_so_inside_a_run(tmp_path, tokenizer):
     weights = np.linspace(0.5, 2, 21)
     inside = train(tmp_path / "inside", tokenizer, ResonanceCallback(selector=Weighing(tuple(weights)), when="before"))
