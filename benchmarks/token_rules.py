@@ -130,6 +130,8 @@ class Task:
         if self.model != DEMO:
             batch = self.args.batch_size
             own |= {"per_device_train_batch_size": batch, "gradient_accumulation_steps": max(STEP // batch, 1)}
+            if self.args.attn_implementation:
+                own["model_init_kwargs"] = {"attn_implementation": self.args.attn_implementation}
         return {**defaults, **{name: value for name, value in own.items() if value is not None}}
 
     def _write(self) -> None:
@@ -329,6 +331,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--alone", action="store_true", help="detection: without the rules that need another model")
     parser.add_argument("--batch_size", type=int, default=STEP, help=f"rows in memory, of the {STEP} of a step")
     parser.add_argument("--bf16", action="store_true", default=None)
+    parser.add_argument("--attn_implementation", help="'eager' is the fastest for short rows on a CPU")
     parser.add_argument("--shared", type=Path, default=SHARED)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--report", action="store_true", help="print the tables of what is there")
