@@ -23,6 +23,7 @@ from .tables import tables_of
 
 ROW_POSITION = "resofilter_row"  # the column with each row's position in the user's dataset, its `sample_id`
 AT_ONCE = 1000  # rows; fingerprints of version 0.1.0 depend on it
+FEW = 100  # rows whose tokens, widened, fit in a processor's cache
 MANY = 200_000  # rows of the user's dataset from which on its fingerprint is made from those of blocks
 BLOCKS = "blocks:"  # begins such a fingerprint
 
@@ -252,9 +253,12 @@ def _prompts(flat: _Flat, among: np.ndarray | None = None) -> Prompts:
     """The prompts of some rows, at least one, and what those among them have in common; by default all."""
     starts, first = flat.starts, flat.first_labelled()
     until = np.where(first < flat.ends, first, starts)
-    ids = np.ascontiguousarray(flat.ids, dtype=np.int64)
+    hashes = [np.empty(0, np.int64)]
+    for low in range(0, len(starts), FEW):
+        hashes.append(_hashes(flat.ids, starts[low : low + FEW], until[low : low + FEW]))
     chosen = slice(None) if among is None else among
-    return Prompts(_hashes(ids, starts, until), until - starts, _beginning(ids, starts[chosen], flat.length[chosen]))
+    beginning = _beginning(flat.ids, starts[chosen], flat.length[chosen])
+    return Prompts(np.concatenate(hashes), until - starts, beginning)
 
 
 def _narrow(tokens: np.ndarray) -> np.ndarray:
@@ -263,10 +267,11 @@ def _narrow(tokens: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(tokens, dtype=np.int32 if fit else np.int64)
 
 
-def _hashes(tokens: np.ndarray, starts: np.ndarray, until: np.ndarray) -> np.ndarray:
-    """A hash of the tokens of each stretch, (N,) int64."""
-    data, width, hashed = memoryview(tokens.view(np.uint8).data), tokens.itemsize, xxhash.xxh3_64_intdigest
-    bounds = zip((starts * width).tolist(), (until * width).tolist(), strict=True)
+def _hashes(ids: np.ndarray, starts: np.ndarray, until: np.ndarray) -> np.ndarray:
+    """A hash of each stretch of tokens, (N,) int64; stretches are ascending, and there is at least one."""
+    tokens = ids[starts[0] : until[-1]].astype(np.int64)
+    data, hashed = memoryview(tokens.view(np.uint8).data), xxhash.xxh3_64_intdigest
+    bounds = zip(((starts - starts[0]) * 8).tolist(), ((until - starts[0]) * 8).tolist(), strict=True)
     return np.array([hashed(data[start:end]) for start, end in bounds], dtype=np.uint64).view(np.int64)
 
 
@@ -288,8 +293,8 @@ def _beginning(ids: np.ndarray, starts: np.ndarray, lengths: np.ndarray) -> np.n
     first = ids[starts[0] : starts[0] + common]
     for place in range(common):  # ends early, as few rows begin alike
         if (ids[starts + place] != first[place]).any():
-            return first[:place].copy()
-    return first.copy()
+            return first[:place].astype(np.int64)
+    return first.astype(np.int64)
 
 
 def _flat(column: pa.ChunkedArray) -> np.ndarray:
