@@ -1,5 +1,5 @@
 """The store at millions of rows, its parts by processes, joined shards, rows per second by processes, what comes before
-the first batch, streams, and simulated stragglers and failures.
+the first batch, streams, a slow group, and simulated stragglers and failures.
 
     python benchmarks/scale.py store --rows 1000000 10000000
     python benchmarks/scale.py parts --processes 1024 --hours 24
@@ -7,6 +7,7 @@ the first batch, streams, and simulated stragglers and failures.
     python benchmarks/scale.py processes --processes 1 2
     python benchmarks/scale.py prepare --rows 1000000 --processes 1 2
     python benchmarks/scale.py streams --rows 1000
+    python benchmarks/scale.py groups --batches 400
     python benchmarks/scale.py simulate
     python benchmarks/scale.py plan --rows 1e8 --tokens 500 --parameters 70e9
 
@@ -33,6 +34,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import scale_groups
 import scale_parts
 import scale_preparation
 import scale_streams
@@ -72,6 +74,9 @@ def main() -> None:
     preparing.add_argument("--folder", help="where to write the rows, which stay; by default a temporary folder")
     streams = what.add_parser("streams")
     streams.add_argument("--rows", type=int, default=1000, help="the rows of each of ten files")
+    of_groups = what.add_parser("groups")
+    of_groups.add_argument("--batches", type=int, default=400)
+    of_groups.add_argument("--seconds", type=float, default=0.2, help="the time of a batch; a slow process needs ten")
     simulate = what.add_parser("simulate")
     simulate.add_argument("--hours", type=float, default=24, help="the work of each process, if all are equally fast")
     plan = what.add_parser("plan")
@@ -88,6 +93,7 @@ def main() -> None:
         "processes": by_processes,
         "prepare": scale_preparation.prepare,
         "streams": scale_streams.streams,
+        "groups": scale_groups.groups,
         "simulate": simulations,
         "plan": costs,
     }

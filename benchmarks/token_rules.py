@@ -8,7 +8,7 @@
 The rows are those of `token_rule_rows.py`; each seed has rows of its own. Parts, each of which resumes:
 
     detection   scores alone: for each rule the AUROC of planted tokens as those that it drops first, the share of them
-                that it masks, and the share of the others, by its default bound or the share `--keep`
+                that it masks, of the others, and of the rows' last tokens, by its default bound or the share `--keep`
     training    a comparison of `resofilter compare` for each kind of rows and seed: all tokens, as many random tokens,
                 exactly the unplanted ones, each rule; exact match (SVAMP; of the demo its own problems), and the loss
                 on clean held-out answers. A cell is saved when it is done
@@ -201,7 +201,8 @@ class Task:
         name, settings = detector.rule
         weights = token_rule(name, **settings, **({"keep": self.args.keep} if detector.share else {})).weights(inputs)
         off = 1 - weights.astype(np.float64)
-        means = {"off": off, "planted_off": off[planted], "others_off": off[~planted]}
+        ends = scores.offsets[1:] - 1  # of a row that is not cut off, the end token
+        means = {"off": off, "planted_off": off[planted], "others_off": off[~planted], "ends_off": off[ends]}
         return {
             **found,
             **{key: float(values.mean()) if len(values) else float("nan") for key, values in means.items()},
@@ -250,11 +251,12 @@ def detection_report(tasks: Sequence[Task]) -> list[str]:
             continue
         share = statistics.mean(each["planted"] for each in found)
         lines += [f"{kind}: {len(found)} seeds, {found[0]['tokens']} tokens, {share:.1%} planted", ""]
-        lines += ["| rule | AUROC | masked | of the planted | of the others |", "|---|---|---|---|---|"]
+        lines += ["| rule | AUROC | masked | of the planted | of the others | of the rows' ends |", "|---" * 6 + "|"]
         for name in found[0]["detectors"]:
             cells = [each["detectors"][name] for each in found]
-            keys = ("auroc", "off", "planted_off", "others_off")
-            shown = [with_interval([each[key] for each in cells]) if key in cells[0] else "" for key in keys]
+            keys = ("auroc", "off", "planted_off", "others_off", "ends_off")
+            values = [[each[key] for each in cells if key in each] for key in keys]
+            shown = [with_interval(each) if each else "" for each in values]
             lines.append(f"| {name} | {' | '.join(shown)} |")
         lines.append("")
     return lines

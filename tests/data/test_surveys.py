@@ -31,7 +31,7 @@ def prompt_of(row: list[tuple[int, bool]]) -> list[int]:
 @given(samples, st.sampled_from([pa.int32(), pa.int64()]))
 @example([[]], pa.int32())
 @example([[(1, True)], [(1, True)], [], [(1, False)]], pa.int32())
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 def test_lengths_learnt_tokens_and_prompts_are_those_of_a_plain_loop(rows, kind):
     table = pa.table({ROW_POSITION: pa.array(range(len(rows)), pa.int64()), **columns(rows, kind)})
     found = BlockSurvey.of(table)

@@ -81,7 +81,7 @@ def plainly_split(lengths: np.ndarray, budget: int, shared: int, overhead: int) 
 
 
 @given(st.lists(st.integers(1, 90), max_size=60), st.integers(1, 400), st.integers(0, 30), st.integers(0, 100))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 def test_rows_are_split_as_a_plain_loop_does(lengths, budget, shared, overhead):
     found = split_by_tokens(np.array(lengths, np.int64), budget, shared, overhead)
     assert [batch.tolist() for batch in found] == plainly_split(np.array(lengths), budget, shared, overhead)
@@ -114,7 +114,7 @@ prompts = st.tuples(st.integers(1, 4), st.sampled_from([0, 15, 16, 60])).map(lam
 
 
 @given(st.lists(st.tuples(prompts, tokens.filter(len)), min_size=1, max_size=25), st.integers(20, 400))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 def test_rows_are_arranged_as_plain_loops_do(samples, budget):
     prepared = rows(*samples)
     with patch.dict(TOKENS_LOST_PER_BATCH, cpu=4):  # so that prompts are shared among few rows

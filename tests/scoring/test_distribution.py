@@ -40,7 +40,7 @@ def test_chunks_cover_every_unit_once_in_order(costs, processes):
 def test_a_chunk_of_several_units_is_small_against_what_is_left(costs, processes):
     for chunk in guided_chunks(costs, processes):
         if chunk.stop - chunk.start > 1:
-            assert costs[chunk].sum() <= costs[chunk.start :].sum() / (4 * processes) + 1e-9
+            assert costs[chunk].sum() <= costs[chunk.start :].sum() / (16 * processes) + 1e-9
             assert costs[chunk].sum() <= 16 * costs.mean() + 1e-9
 
 

@@ -48,9 +48,10 @@ def test_every_batch_counts_once(costs, sizes):
     assert sorted(done) == list(range(len(costs)))
 
 
-@pytest.mark.parametrize("sizes", [[2, 2], [8] * 4, [2, 1]])
-def test_a_group_at_a_tenth_of_the_speed_does_not_hold_the_others_for_long(sizes):
-    costs = np.sort(np.random.default_rng(0).integers(200, 1000, 4000))[::-1]
+@pytest.mark.parametrize("sizes", [[2, 2], [8] * 4, [2, 1], [1] * 64])
+@pytest.mark.parametrize("batches_of_a_process", [70, 1000])
+def test_a_group_at_a_tenth_of_the_speed_does_not_hold_the_others_for_long(sizes, batches_of_a_process):
+    costs = np.sort(np.random.default_rng(0).integers(200, 1000, batches_of_a_process * sum(sizes)))[::-1]
     speeds = [1.0] * (len(sizes) - 1) + [0.1]
     perfect = costs.sum() / sum(size * speed for size, speed in zip(sizes, speeds, strict=True))
     assert handed_out(costs, sizes, speeds)[1] <= 1.1 * perfect
