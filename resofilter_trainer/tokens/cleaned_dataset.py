@@ -149,10 +149,20 @@ def summarise(
         "tokens_kept": int(selection.keep.sum()),
         "rows": len(selection.scores.sample_id),
         "rows_emptied": selection.scores.sample_id[selection.emptied].tolist(),
+        **_row_ends(selection, tokenizer.eos_token_id),
         **({} if selection.weight is None else {"mean_weight": selection.share()}),
         **({} if groups is None else {"share_of_groups": selection.share_of_groups(groups)}),
         **listed,
     }
+
+
+def _row_ends(selection: TokenSelection, end: int | None) -> dict[str, int]:
+    """How many rows have an end token to learn, and of how many it is masked: these do not teach a model to stop."""
+    scores = selection.scores
+    places = np.flatnonzero(scores.token == end) if end is not None else np.empty(0, np.int64)
+    rows = np.searchsorted(scores.offsets, places, side="right")
+    last = places[np.append(np.diff(rows) != 0, True)[: len(places)]]  # the template of a chat may put it in every turn
+    return {"row_ends": len(last), "row_ends_masked": int((~selection.keep[last]).sum())}
 
 
 def described(summary: Mapping[str, Any], reasons: Mapping[int, str]) -> str:
@@ -169,6 +179,9 @@ def described(summary: Mapping[str, Any], reasons: Mapping[int, str]) -> str:
         for ends in ("most_kept", "least_kept"):
             listed = ", ".join(f"{each['token']!r} {each['share']:.0%}" for each in stage.get(ends, []))
             lines += [f"  {ends.replace('_', ' ')}: {listed}"] if listed else []
+        if stage.get("row_ends_masked"):
+            of_rows = f"{stage['row_ends_masked']:,} of {stage['row_ends']:,} rows"
+            lines.append(f"  the end token is masked in {of_rows}, which do not teach the model to stop")
     for reason, count in Counter(reasons.values()).most_common(5):
         lines.append(f"  {count} rows left out: {reason}")
     return "\n".join(lines)

@@ -245,6 +245,19 @@ def test_a_rule_of_ones_own_and_a_share_of_each_group(place, tokenizer):
     assert f"  mean weight of a token: {weight.mean():.3f}" in described(cleaned.summary, {}).splitlines()
 
 
+def test_rows_that_do_not_teach_where_to_stop_are_counted_and_said(place):
+    def without_ends(tokens: TokenInputs) -> np.ndarray:
+        keep = np.ones(len(tokens), bool)
+        keep[tokens.offsets[1:4] - 1] = False
+        return keep
+
+    summary = clean(place, without_ends).summary
+    assert (summary["row_ends"], summary["row_ends_masked"]) == (COUNT, 3)
+    said = f"  the end token is masked in 3 of {COUNT} rows, which do not teach the model to stop"
+    assert said in described(summary, {}).splitlines()
+    assert "end token" not in described(clean(place, lambda tokens: tokens.loss < np.inf).summary, {})
+
+
 def test_a_token_of_the_weight_zero_keeps_its_label_and_a_row_of_them_is_left_out(place):
     def weigh(tokens: TokenInputs) -> np.ndarray:
         weights = np.full(len(tokens), 0.5)

@@ -249,7 +249,9 @@ def test_a_summary_in_lines(base, reference):
     assert lines[2].startswith("  b: ")
     assert lines[3].startswith("  most kept: '")
     assert lines[4].startswith("  least kept: '")
-    assert lines[5:] == [f"  {len(cleaned.reasons)} rows left out: {EMPTIED}"]
+    ends = f"{cleaned.summary['row_ends_masked']} of {cleaned.summary['row_ends']} rows"
+    assert lines[5] == f"  the end token is masked in {ends}, which do not teach the model to stop"
+    assert lines[6:] == [f"  {len(cleaned.reasons)} rows left out: {EMPTIED}"]
 
 
 def test_a_summary_of_stages_in_lines():
