@@ -88,6 +88,7 @@ def work(place: str, batches: str, seconds: str, slow: str) -> None:
             return measure(self, batches, autocast, label)
         Pass._measure_batch = in_time  # type: ignore[method-assign]
         found = measure(self, batches, autocast, label)
+        Pass._measure_batch = one  # type: ignore[method-assign]
         times.extend((begin, time.time(), count))
         return found
 

@@ -184,6 +184,7 @@ class Task:
         }
         seconds = time.perf_counter() - started
         result = {"tokens": len(planted), "planted": float(planted.mean()), "seconds": seconds, "detectors": found}
+        result["losses"] = losses_of(tables["eaft"])
         save(path, result)
         return result
 
@@ -207,6 +208,13 @@ class Task:
             **found,
             **{key: float(values.mean()) if len(values) else float("nan") for key, values in means.items()},
         }
+
+
+def losses_of(scores: TokenScores) -> dict[str, float]:
+    """The mean loss, before any training, of all learnt tokens, of the rows' first ones, and of their last ones."""
+    losses, offsets = scores.base, scores.offsets
+    parts = {"all": losses, "first": losses[offsets[:-1]], "last": losses[offsets[1:] - 1]}
+    return {name: float(part.mean()) for name, part in parts.items()}
 
 
 def short(model: str) -> str:
@@ -251,6 +259,9 @@ def detection_report(tasks: Sequence[Task]) -> list[str]:
             continue
         share = statistics.mean(each["planted"] for each in found)
         lines += [f"{kind}: {len(found)} seeds, {found[0]['tokens']} tokens, {share:.1%} planted", ""]
+        for part in ("all", "first", "last"):
+            losses = [each["losses"][part] for each in found if "losses" in each]
+            lines += [f"mean loss of {part} tokens, before any training: {with_interval(losses)}", ""] if losses else []
         lines += ["| rule | AUROC | masked | of the planted | of the others | of the rows' ends |", "|---" * 6 + "|"]
         for name in found[0]["detectors"]:
             cells = [each["detectors"][name] for each in found]

@@ -89,7 +89,7 @@ class SharedTokens:
             rows, numbers = whole.select(np.flatnonzero(usable)), {name: each[usable] for name, each in numbers.items()}
         found = {name: np.asarray(each) for name, each in numbers.items()}
         beginning = np.array(summary["beginning"], dtype=np.int64)
-        prompts = Prompts(found["prompt_hash"], found["prompt_length"], beginning)
+        prompts = Prompts(found["prompt"], found["prompt_length"], beginning)
         return PreparedRows(
             rows, found["length"], found["learnt"], summary["largest"], summary["fingerprint"], reasons,
             summary["template"], summary["rendered"], whole, prompts, found["position"],

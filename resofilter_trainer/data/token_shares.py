@@ -36,7 +36,7 @@ NUMBERS = {
     "position": np.int64,
     "length": np.int64,
     "learnt": np.int64,
-    "prompt_hash": np.int64,
+    "prompt": np.int64,  # its hash
     "prompt_length": np.int64,
 }  # what is known of each row
 
@@ -145,7 +145,7 @@ class _Made:
             "position": np.concatenate([none, *self.positions]),
             "length": np.concatenate([none, *(each.lengths for each in self.surveys)]),
             "learnt": np.concatenate([none, *(each.learnt for each in self.surveys)]),
-            "prompt_hash": prompts.hashes,
+            "prompt": prompts.hashes,
             "prompt_length": prompts.lengths,
         }
         return pa.table({name: columns[name].astype(kind) for name, kind in NUMBERS.items()})

@@ -110,10 +110,11 @@ def arrange(prepared: PreparedRows, budget: int, device: torch.device, may_share
     lengths, known = prepared.lengths, prepared.prompts
     common = known.common if may_share and known.common >= LEAST_BEGINNING else 0
     overhead = TOKENS_LOST_PER_BATCH.get(device.type, TOKENS_LOST_PER_BATCH_ELSEWHERE)
+    divide = partial(_Division.of, lengths, budget, overhead)
 
     def by_length(rows: np.ndarray) -> _Division:
         ordered = rows[np.argsort(-lengths[rows], kind="stable")]
-        return _Division.of(ordered, lengths[ordered], np.array([len(rows)]), np.array([common]), budget, overhead)
+        return divide(ordered, np.array([len(rows)]), np.array([common]))
 
     everything = by_length(np.arange(len(lengths)))
     repeated = _are_repeated(known.hashes) & (known.lengths >= LEAST_BEGINNING) & may_share
@@ -121,7 +122,7 @@ def arrange(prepared: PreparedRows, budget: int, device: torch.device, may_share
         return everything.batches
     ordered, ends = _groups(np.flatnonzero(repeated), known.hashes, lengths)
     prompts = known.lengths[ordered[ends - 1]]
-    by_prompt = _Division.of(ordered, lengths[ordered], ends, prompts, budget, overhead)
+    by_prompt = divide(ordered, ends, prompts)
     others = by_length(np.flatnonzero(~repeated))
     prompts_again = int((overhead + prompts).sum())
     if prompts_again + by_prompt.work + others.work >= CLEARLY_LESS * everything.work:
@@ -146,13 +147,19 @@ class _Division:
 
     @classmethod
     def of(
-        cls, rows: np.ndarray, lengths: np.ndarray, ends: np.ndarray, shared: np.ndarray, budget: int, overhead: int
+        cls, lengths: np.ndarray, budget: int, overhead: int, rows: np.ndarray, ends: np.ndarray, shared: np.ndarray
     ) -> _Division:
-        """Divide rows; `lengths` are theirs, the other arguments those of `_starts`."""
-        starts = _starts(lengths, ends, shared, budget, overhead)
+        """Divide rows that are in groups, in each of which the longest come first.
+
+        Args:
+            lengths: the tokens of every row, also of those that are not among `rows`.
+            budget, overhead, ends, shared: as for `_starts`.
+            rows: (N,) the rows.
+        """
+        starts = _starts(lengths[rows], ends, shared, budget, overhead)
         of_batch = shared[np.searchsorted(ends, starts, side="right")]
-        sizes = np.diff(starts, append=len(rows))
-        return cls(rows, starts, of_batch, overhead + sizes * (lengths[starts] - of_batch))
+        sizes, longest = np.diff(starts, append=len(rows)), lengths[rows[starts]]
+        return cls(rows, starts, of_batch, overhead + sizes * (longest - of_batch))
 
     @property
     def work(self) -> int:

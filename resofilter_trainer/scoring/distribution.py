@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import numpy as np
 
-PER_PROCESS = 16  # what is left makes at least so many chunks for each process: one may be at a tenth of the speed
+PER_PROCESS = (
+    16  # what is left makes at least so many chunks for each process; more than 10, as one may be 10 times slower
+)
 MOST = 16.0  # units of average cost in a chunk; a request for the next chunk takes a fraction of a millisecond
 
 

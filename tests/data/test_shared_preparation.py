@@ -164,7 +164,7 @@ def test_what_was_made_before_a_kill_is_read(tmp_path, monkeypatch):
     assert len(blocks) == 6
 
 
-@pytest.mark.parametrize("name", ["tokens-0001.arrow", "numbers-prompt_hash.npy"])
+@pytest.mark.parametrize("name", ["tokens-0001.arrow", "numbers-prompt.npy"])
 def test_a_damaged_file_is_named(name, tmp_path):
     dataset = Dataset.from_list(PAIRS)
     shared(dataset, {}, tmp_path)

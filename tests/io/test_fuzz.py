@@ -44,7 +44,7 @@ from resofilter_trainer.training.fine_tuning import check_settings
 from resofilter_trainer.training.measurements import FILE as MEASUREMENTS_FILE
 from resofilter_trainer.training.measurements import Measurements
 
-EXAMPLES = settings(deadline=None, derandomize=True, database=None, max_examples=100,
+EXAMPLES = settings(deadline=None, derandomize=True, database=None, max_examples=250,
                     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])  # fmt: skip
 SCORES = make_scores([3.0, 1.0, None, 2.0, 5.0, 4.0])
 SUMMARY = {"keep_tokens": 0.5, "ranking": "global"}
