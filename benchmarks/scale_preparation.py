@@ -25,6 +25,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 TOKENS, PROMPT = 250, 60
+FILES = 16
 AT_ONCE = 10_000
 BASE = Path(__file__).resolve().parents[1] / "resofilter_trainer" / "demo" / "base"
 
@@ -38,24 +39,32 @@ def prepare(rows: int, processes: list[int], by_trl: bool, folder: str | None) -
         place = Path(folder or temporary)
         place.mkdir(parents=True, exist_ok=True)
         for count in processes:
-            file = write(place / f"rows-{count}.parquet", rows)
+            file = write(place / f"rows-{count}", rows)
             for start in ("first", "again"):
                 show(count, start, rows, run(file, count, by_trl))
 
 
-def write(path: Path, rows: int) -> Path:
-    """Write rows of random tokens, unless they are there."""
-    random, offsets = np.random.default_rng(0), pa.array(np.arange(AT_ONCE + 1) * TOKENS, pa.int32())
-    if path.exists():
-        return path
+def write(folder: Path, rows: int) -> Path:
+    """Write rows of random tokens into several files, as datasets of this size are, unless they are there."""
+    if folder.exists():
+        return folder
+    folder.mkdir()
+    each = -(-rows // FILES)
+    for number in range(FILES):
+        write_file(folder / f"rows-{number:02d}.parquet", min(each, rows - number * each), number)
+    return folder
+
+
+def write_file(path: Path, rows: int, seed: int) -> None:
+    """Write the rows of one file."""
+    random, offsets = np.random.default_rng(seed), pa.array(np.arange(AT_ONCE + 1) * TOKENS, pa.int32())
     with pq.ParquetWriter(path, pa.schema({name: pa.list_(pa.int32()) for name in ("input_ids", "labels")})) as file:
-        for _ in range(0, rows, AT_ONCE):
+        for start in range(0, rows, AT_ONCE):
             ids = random.integers(3, 60, (AT_ONCE, TOKENS), dtype=np.int32)
             labels = ids.copy()
             labels[:, :PROMPT] = -100
             columns = [pa.ListArray.from_arrays(offsets, pa.array(each.ravel())) for each in (ids, labels)]
-            file.write_table(pa.table(dict(zip(("input_ids", "labels"), columns, strict=True))).slice(0, rows))
-    return path
+            file.write_table(pa.table(dict(zip(("input_ids", "labels"), columns, strict=True))).slice(0, rows - start))
 
 
 def run(file: Path, processes: int, by_trl: bool) -> list[dict[str, float]]:

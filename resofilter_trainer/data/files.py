@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import glob
 import itertools
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from datasets import (
 )
 from datasets.config import HF_DATASETS_CACHE
 from datasets.data_files import DataFilesDict
+from datasets.exceptions import DatasetGenerationError
 from datasets.naming import camelcase_to_snakecase
 from datasets.packaged_modules.csv.csv import Csv, CsvConfig
 from datasets.packaged_modules.json.json import Json as JsonFiles
@@ -59,7 +61,7 @@ def load_rows(source: str, split: str = "train", name: str | None = None) -> Dat
             found = _saved_split(source, split)
         else:
             builder = _builder(source, name, split)
-            builder.download_and_prepare()
+            _convert(builder)
             found = builder.as_dataset(split=split)
     if len(found) == 0:
         raise InputError(f"The dataset '{source}' has no rows.")
@@ -168,6 +170,20 @@ def _builder(source: str, name: str | None, split: str) -> DatasetBuilder:
         token=builder.token,
         storage_options=builder.storage_options,
     )
+
+
+def _convert(builder: DatasetBuilder) -> None:
+    """Write the rows as Arrow files unless they are there: in as many processes as were launched on this machine.
+
+    One of these converts the rows while the others wait, so that their cores are free.
+    """
+    files = builder.config.data_files or {"": [""]}
+    processes = min(int(os.environ.get("LOCAL_WORLD_SIZE", 1)), *map(len, files.values()))
+    if processes > 1:
+        with contextlib.suppress(DatasetGenerationError):  # whose cause another process cannot hand over
+            builder.download_and_prepare(num_proc=processes)
+            return
+    builder.download_and_prepare()
 
 
 def _check_on_hub(name: str) -> None:

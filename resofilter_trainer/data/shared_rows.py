@@ -35,7 +35,7 @@ from .tables import tables_of
 from .together import from_main, shared_out
 from .usable import all_skipped, check_no_media, check_skipped, check_unpacked
 
-MAPPED = 2**28  # bytes that a process reads of mapped files before it maps them anew, which frees their memory
+MAPPED = 2**28  # bytes of mapped files that a process reads before it maps others, which frees their memory
 MOST_SHARES = 1024  # more would make more files than a folder should have
 SORTED = 2**23  # rows whose hashes are sorted at a time
 QUERIES, ROWS, SKIPPED = "queries", "rows.json", "skipped.parquet"
@@ -104,7 +104,7 @@ class SharedRows:
         for start, stop in share.blocks:
             positions = np.setdiff1d(np.arange(start, stop), gone[np.searchsorted(gone, start) :], assume_unique=True)
             if len(positions):
-                yield under_trls_names(self.reader.over(self._mapped.fresh()), positions, self.form)
+                yield under_trls_names(self.reader.over(self._mapped.rows(start, stop)), positions, start, self.form)
 
 
 def read_shared(
@@ -206,11 +206,11 @@ class _Look:
         """Look at the rows as they are; at once at how they will be read, unless all rows decide on that."""
         parts, blocks, empty, hashes = [], list[bytes](), list[int](), list[np.ndarray]()
         for start, stop in share.blocks:
-            now = self.reader.over(_stretch(self.mapped.fresh(), np.arange(start, stop)))
+            now = self.reader.over(self.mapped.rows(start, stop))
             found = now.found()
             parts.append(found.moved(start))
             same = self.mapped.given is self.whole.given
-            blocks += block_digests(now.dataset if same else self.whole.fresh().select(range(start, stop)))
+            blocks += block_digests(now.dataset if same else self.whole.rows(start, stop))
             if not self.reader.reads:
                 places = np.setdiff1d(np.arange(stop - start), list(found.refused), assume_unique=True)
                 self._look(now, places, start, None, empty, hashes)
@@ -222,7 +222,7 @@ class _Look:
         """Look at the rows as they are read, once all rows have decided on that; the positions of the empty ones."""
         empty, hashes = list[int](), list[np.ndarray]()
         for start, stop in share.blocks:
-            now = self.reader.over(_stretch(self.mapped.fresh(), np.arange(start, stop)))
+            now = self.reader.over(self.mapped.rows(start, stop))
             places = np.setdiff1d(np.arange(stop - start), refused - start, assume_unique=True)
             self._look(now, places, start, form, empty, hashes)
         self._write(share, hashes)
@@ -297,24 +297,26 @@ def _repeated(queries: Path, shares: Sequence[Share]) -> np.ndarray:
 
 
 class Remapped:
-    """A dataset whose files are mapped anew from time to time, so that what was read does not stay in memory."""
+    """A dataset of which a stretch of files is mapped at a time, so that what was read does not stay in memory."""
 
     def __init__(self, dataset: Dataset) -> None:
-        self.given, self._now, self._read = dataset, dataset, 0
-        bytes_of_block = dataset.data.nbytes * BLOCK // max(len(dataset.data), 1)
-        self._step = max(MAPPED // max(bytes_of_block, 1), 1) if dataset.cache_files else 0
+        self.given, self._now, self._first = dataset, dataset, 0
+        size = sum(Path(each["filename"]).stat().st_size for each in dataset.cache_files)
+        bytes_of_block = size * BLOCK // max(len(dataset.data), 1)
+        self._step = max(MAPPED // max(bytes_of_block, 1), 1) * BLOCK if size else len(dataset)
 
-    def fresh(self) -> Dataset:
-        """The dataset, for one block."""
-        if self._step and self._read % self._step == 0:
-            self._now = pickle.loads(pickle.dumps(self.given))  # which opens its files
-        self._read += 1
-        return self._now
+    def rows(self, start: int, stop: int) -> Dataset:
+        """Some rows of one block, in memory or in mapped files."""
+        first = start // self._step * self._step
+        if self._step < len(self.given) and (first != self._first or self._now is self.given):
+            stretch = self.given.select(range(first, min(first + self._step, len(self.given))))
+            self._first, self._now = first, pickle.loads(pickle.dumps(stretch))  # which opens its files alone
+        return _stretch(self._now, np.arange(start, stop) - first)
 
 
-def under_trls_names(reader: Reader, positions: np.ndarray, form: Any) -> Dataset:
-    """Some rows in memory, with the columns that TRL reads and `ROW_POSITION`."""
-    near = reader.over(_stretch(reader.dataset, positions))
+def under_trls_names(reader: Reader, positions: np.ndarray, start: int, form: Any) -> Dataset:
+    """Some rows in memory, with the columns that TRL reads and `ROW_POSITION`; the reader's first row is at `start`."""
+    near = reader.over(_stretch(reader.dataset, positions - start))
     renamed = near.under_trls_names(np.arange(len(positions)), form)
     names = [name for name in reader.layout.passed if name in renamed.column_names]
     table = next(tables_of(renamed, len(renamed), names)).append_column(ROW_POSITION, pa.array(positions, pa.int64()))
@@ -324,6 +326,8 @@ def under_trls_names(reader: Reader, positions: np.ndarray, form: Any) -> Datase
 
 def _stretch(dataset: Dataset, positions: np.ndarray) -> Dataset:
     """Some rows in memory, at least one."""
+    if len(positions) == len(dataset) and not dataset.cache_files:
+        return dataset
     first, last = int(positions[0]), int(positions[-1])
     together = last - first == len(positions) - 1
     if together and dataset._indices is None:

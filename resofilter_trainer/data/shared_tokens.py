@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import json
+import mmap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -123,7 +124,7 @@ class SharedTokens:
         for path, size in zip(paths, sizes, strict=True):
             if not path.exists() or path.stat().st_size != size:
                 raise self._damaged(path)
-        tables = [MemoryMappedTable.from_file(str(path)) for path in paths]
+        tables = [_mapped(path) for path in paths]
         tables = [each for each in tables if len(each)] or tables[:1]
         return Dataset(concat_tables(tables), fingerprint=self.folder.name)  # else datasets would hash every table
 
@@ -162,6 +163,18 @@ class SharedTokens:
                 table = share.numbers
                 for name, kind in NUMBERS.items():
                     files[name].write(np.ascontiguousarray(table[name].to_numpy(), dtype=kind).tobytes())
+
+
+def _mapped(path: Path) -> MemoryMappedTable:
+    """The table of an Arrow file, as datasets maps it; but only the headers of its batches are read ahead."""
+    with path.open("rb") as file:
+        pages = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    if hasattr(mmap, "MADV_RANDOM"):  # else the system may read the whole file with them
+        pages.madvise(mmap.MADV_RANDOM)
+    table = pa.ipc.open_stream(pa.py_buffer(pages)).read_all()
+    if hasattr(mmap, "MADV_NORMAL"):
+        pages.madvise(mmap.MADV_NORMAL)
+    return MemoryMappedTable(table, str(path))
 
 
 def _unrendered(rows: SharedRows, share: Share, tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:

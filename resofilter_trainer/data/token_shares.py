@@ -26,7 +26,7 @@ from trl import SFTConfig
 from ..io.files import load_parquet, remove_old, replacing, save_parquet
 from .preparation import by_trl, why_idle, without
 from .shared_rows import Share, SharedRows
-from .surveys import AT_ONCE, ROW_POSITION, BlockSurvey, Prompts
+from .surveys import ROW_POSITION, BlockSurvey, Prompts
 from .tables import tables_of
 from .templates import message_columns
 from .together import without_waiting
@@ -179,9 +179,8 @@ class _TokenFile:
         table = next(tables_of(tokens, len(tokens), columns))
         if self._writer is None:
             self._open(*(table.schema.field(name).type for name in ("input_ids", "labels")))
-        table = table.cast(self._schema)
-        for batch in table.to_batches(max_chunksize=AT_ONCE):
-            self._writer.write_batch(batch)
+        table = table.cast(self._schema).combine_chunks()  # a start reads the header of every batch
+        self._writer.write_table(table)
         return table
 
     def close(self) -> None:

@@ -60,6 +60,41 @@ def as_folder_of_files(path: Path) -> str:
 # ---- where rows come from
 
 
+def as_three_files(path: Path, kind: str) -> str:
+    path.mkdir()
+    for number in range(3):
+        rows = Dataset.from_list([{"question": f"what is {number} + {i} ?", "answer": str(i)} for i in range(4)])
+        getattr(rows, f"to_{kind}")(path / f"rows-{number}.{kind}")
+    return str(path)
+
+
+@pytest.mark.parametrize("kind", ["json", "csv", "parquet"])
+def test_launched_processes_convert_files_together(kind, tmp_path, monkeypatch):
+    alone = load_rows(as_three_files(tmp_path / "alone", kind))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    together = load_rows(as_three_files(tmp_path / "together", kind))
+    assert len(together) == 12
+    assert (len(alone.cache_files), len(together.cache_files)) == (1, 2)
+    assert list(together) == list(alone)
+    assert together.features == alone.features
+
+
+@pytest.mark.parametrize("kind", ["json", "csv", "parquet"])
+def test_what_processes_cannot_convert_together_is_told_as_by_one(kind, tmp_path, monkeypatch):
+    source = as_three_files(tmp_path / "rows", kind)
+    last = tmp_path / "rows" / f"rows-2.{kind}"
+    if kind == "parquet":
+        last.write_bytes(b"PAR1" + b"\xff" * 40 + last.read_bytes()[44:])
+    else:
+        last.write_text(last.read_text() + '"what')
+    with pytest.raises(InputError) as alone:
+        load_rows(source)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    with pytest.raises(InputError) as together:
+        load_rows(source)
+    assert one_line(together.value) == one_line(alone.value)
+
+
 @pytest.mark.parametrize(
     ("name", "write"),
     [

@@ -83,7 +83,9 @@ def test_shared_rows_are_those_of_one_process(kind, repeated, tmp_path):
     check(Dataset.from_list(made), mapping, tmp_path, repeated=repeated)
 
 
-def test_files_indices_slices_and_formats_make_no_difference(tmp_path):
+@pytest.mark.parametrize("mapped", [1, 2**28])
+def test_files_indices_slices_and_formats_make_no_difference(mapped, tmp_path, monkeypatch):
+    monkeypatch.setattr(shared_rows, "MAPPED", mapped)
     Dataset.from_list(PAIRS).save_to_disk(tmp_path / "rows", num_shards=3)
     dataset = load_from_disk(tmp_path / "rows")
     few = dataset.filter(lambda row: len(row["prompt"]) < 99)
@@ -91,6 +93,16 @@ def test_files_indices_slices_and_formats_make_no_difference(tmp_path):
     others.append(concatenate_datasets([dataset, dataset.select([3, 1])]).with_format("numpy"))
     for number, each in enumerate(others):
         check(each, {}, tmp_path / str(number))
+
+
+def test_a_stretch_maps_its_own_files(tmp_path, monkeypatch):
+    Dataset.from_list(PAIRS).save_to_disk(tmp_path / "rows", num_shards=4)  # of 6, 6, 6 and 5 rows
+    dataset = load_from_disk(tmp_path / "rows")
+    monkeypatch.setattr(shared_rows, "MAPPED", 1)
+    remapped = shared_rows.Remapped(dataset)
+    for start, files in ((10, 2), (0, 1), (20, 1), (5, 2)):
+        assert remapped.rows(start, min(start + 5, 23)).to_list() == PAIRS[start : start + 5]
+        assert len(remapped._now.cache_files) == files
 
 
 def test_a_fingerprint_of_many_rows_is_that_of_their_blocks(tmp_path, monkeypatch):
