@@ -30,7 +30,7 @@ import torch
 from real_models_detection import STATES, detect
 from real_models_detection import table as detection_table
 from real_models_rows import DATA, named, training_rows
-from real_models_training import Training
+from real_models_training import BATCH, Training, memory
 from real_models_training import table as training_table
 
 from resofilter_trainer.config import InputError
@@ -117,8 +117,11 @@ PARTS: dict[str, Callable[[str, Path, argparse.Namespace], None]] = {
 
 
 def _training(model: str, data: Path, args: argparse.Namespace) -> Training:
-    settings = {"bf16": args.bf16, "num_train_epochs": args.epochs, **_device()}
-    return Training(model, training_rows(data), args.output, settings, args.seeds, args.learning_rate)
+    settings = {"bf16": args.bf16, "num_train_epochs": args.epochs, **memory(args.batch_size), **_device()}
+    if args.attn_implementation:
+        settings["model_init_kwargs"] = {"attn_implementation": args.attn_implementation}
+    rows = training_rows(data, args.training_rows, args.test_rows)
+    return Training(model, rows, args.output, settings, args.seeds, args.learning_rate)
 
 
 def _device() -> dict[str, Any]:
@@ -142,6 +145,10 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--rows", type=int, default=800, help="rows of detection")
     parser.add_argument("--sets", nargs="+", choices=("as_is", "noisy"), default=("as_is", "noisy"), help="of training")
     parser.add_argument("--seeds", type=int, nargs="+", default=(0, 1, 2), help="of training")
+    parser.add_argument("--training_rows", type=int, help="rows to train on, at most; by default all")
+    parser.add_argument("--test_rows", type=int, help="SVAMP's problems, and held-out rows, at most; by default all")
+    parser.add_argument("--batch_size", type=int, default=BATCH, help=f"rows in memory, of the {BATCH} of a step")
+    parser.add_argument("--attn_implementation", help="of training; 'eager' is the fastest for short rows on a CPU")
     parser.add_argument("--epochs", type=float, default=1, help="of training")
     parser.add_argument("--learning_rate", type=float, help="of training; by default chosen by the loss on other rows")
     parser.add_argument("--equal_cost", action="store_true", help="train halves at the cost of all rows, too")

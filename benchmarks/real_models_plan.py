@@ -27,7 +27,7 @@ def plan(model: str, data: Path, args: argparse.Namespace) -> list[str]:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).to(device)
     tokenizer = AutoTokenizer.from_pretrained(model)
-    rows = training_rows(data)
+    rows = training_rows(data, args.training_rows, args.test_rows)
     tokens = {name: _tokens(tokenizer, getattr(rows, name)) for name in ("as_is", "noisy")}
     detected = {name: _tokens(tokenizer, first_questions(DATA[name](data), args.rows)) for name in args.data}
     with torch.autocast(device, dtype=torch.bfloat16, enabled=args.bf16):

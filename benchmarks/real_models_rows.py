@@ -72,17 +72,23 @@ class TrainingRows:
     test: Rows
 
 
-def training_rows(data: Path) -> TrainingRows:
-    """The rows for training, the same every time."""
+def training_rows(data: Path, trained: int | None = None, tested: int | None = None) -> TrainingRows:
+    """The rows for training, the same every time.
+
+    Args:
+        data: the folder of the data.
+        trained: at most so many rows of `as_is`, and of `noisy`; by default all.
+        tested: at most so many rows of `held_out`, and of `test`; by default all.
+    """
     svamp = json.loads((data / "svamp" / "SVAMP.json").read_text())
     asked = [f"{each['Body'].rstrip('. ')}. {each['Question']}" for each in svamp]
     test = [_row(question, f"The answer is {each['Answer']:g}.") for question, each in zip(asked, svamp, strict=True)]
-    tested = {_plain(f"{each['Body']} {each['Question']}") for each in svamp}
+    questions = {_plain(f"{each['Body']} {each['Question']}") for each in svamp}
     rows = _arithmetic(data)
     of_gsm8k = [row for row in rows if row["of_gsm8k_test"]]
     others = [row for row in rows if not row["of_gsm8k_test"]]
-    held_out = [row for row in others if _plain(row["question"]) in tested and not row["wrong"]]
-    others = [row for row in others if _plain(row["question"]) not in tested]
+    held_out = [row for row in others if _plain(row["question"]) in questions and not row["wrong"]]
+    others = [row for row in others if _plain(row["question"]) not in questions]
     generator = np.random.default_rng(0)
     drawn = [others[number] for number in generator.permutation(len(others)) if not others[number]["wrong"]]
     validated = {_plain(row["question"]) for row in drawn[:VALIDATION]}  # some questions have several rows
@@ -92,12 +98,19 @@ def training_rows(data: Path) -> TrainingRows:
     beside = generator.permutation(len(right))[: round(len(wrong) / share) - len(wrong)]
     noisy = [*of_gsm8k, *wrong, *(right[number] for number in beside)]
     return TrainingRows(
-        as_is=as_is,
-        noisy=[noisy[number] for number in generator.permutation(len(noisy))],
+        as_is=_drawn(as_is, trained),
+        noisy=[noisy[number] for number in generator.permutation(len(noisy))][:trained],
         validation=drawn[:VALIDATION],
-        held_out=held_out,
-        test=test,
+        held_out=_drawn(held_out, tested),
+        test=_drawn(test, tested),
     )
+
+
+def _drawn(rows: Rows, most: int | None) -> Rows:
+    """So many of the rows, in their order; all if there are no more, or with None."""
+    if most is None or most >= len(rows):
+        return rows
+    return [rows[number] for number in np.sort(np.random.default_rng(0).permutation(len(rows))[:most])]
 
 
 def _arithmetic(data: Path) -> Rows:

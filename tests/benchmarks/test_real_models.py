@@ -81,6 +81,17 @@ def test_no_question_of_the_test_is_trained_on(module, shared):
     assert sum(row["wrong"] for row in rows.as_is) == 15
 
 
+def test_fewer_rows_are_some_of_all_rows(module, shared):
+    make = module("real_models_rows").training_rows
+    whole, few, same = make(shared / "data"), make(shared / "data", 20, 3), make(shared / "data", 2000, 2000)
+    assert same == whole
+    for name, count in {"as_is": 20, "noisy": 20, "held_out": 3, "test": 3}.items():
+        assert len(getattr(few, name)) == count
+        assert all(row in getattr(whole, name) for row in getattr(few, name))
+    assert few.validation == whole.validation
+    assert 0 < sum(row["wrong"] for row in few.as_is) < 20
+
+
 def test_the_origin_of_noisy_rows_says_nothing_of_wrong_ones(module, shared):
     rows = module("real_models_rows").training_rows(shared / "data").noisy
     for of_gsm8k, count in ((True, 40), (False, 30)):
