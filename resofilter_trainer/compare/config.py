@@ -129,7 +129,8 @@ class ComparisonConfig:
         selectors: names of methods, or mappings with the fields of `SelectorConfig`.
         model: the model to train: a name, a folder, or `demo`. With several, everything is done for each of them.
         dataset, dataset_config, split: the dataset to select from: a name, a file, a folder, or `demo`.
-        prompt_column, completion_column: the columns of the dataset and of the test rows.
+        prompt_column, completion_column: the columns of the dataset and of the test rows. Under TRL's names, which are
+            the default, the texts follow each other as they are; under others, on a new line.
         wrong_column: a column of the dataset that says which rows are wrong, if that is known.
         test_dataset, test_split: the held-out rows, marked by exact match of the number after `####` or after "The
             answer is"; from the same dataset by default.

@@ -71,7 +71,7 @@ def make_data(config: ComparisonConfig, seed: int) -> Data:
     """The user's rows, which are the same for every seed, or the demo's problems, which each seed makes."""
     if config.dataset == DEMO:
         return _demo_data(config, seed)
-    columns = ColumnMapping(prompt_column=config.prompt_column, completion_column=config.completion_column)
+    columns = _columns(config)
     own = _load(config, config.dataset, config.split)
     rows = map_columns(own, columns)
     for name in {config.wrong_column, *(each.column for each in config.selectors)} - {None, *rows.column_names}:
@@ -98,6 +98,14 @@ def make_data(config: ComparisonConfig, seed: int) -> Data:
         _check_apart(rows, loss_rows, "rows of loss_dataset", "loss_dataset", "a memorised row counts as a likely one")
     files = _hash_tasks(config.task_folder)
     return Data(rows, wrong, tests["prompt"][:], tests["completion"][:], validation, files, loss_rows)
+
+
+def _columns(config: ComparisonConfig) -> ColumnMapping:
+    """The columns of prompts and completions. TRL's own follow each other as SFTTrainer trains on them."""
+    prompt, completion = config.prompt_column, config.completion_column
+    if [prompt, completion] == TEXTS:
+        return ColumnMapping(prompt_column=prompt, completion_column=completion, separator="")
+    return ColumnMapping(prompt_column=prompt, completion_column=completion)
 
 
 def hash_files(folder: Path, files: Iterable[Path]) -> str:
