@@ -58,12 +58,14 @@ class Sets:
         reference: as many as asked for, without, to tune a reference model on.
         held_out: without, for the loss.
         test: questions and answers for exact match.
+        tuned: without, to tune the model on before anything else.
     """
 
     train: Rows
     reference: Rows
     held_out: Rows
     test: Rows
+    tuned: Rows
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,7 @@ class Sizes:
     reference: int
     held_out: int
     test: int
+    tuned: int = 0
 
 
 def fillers(answer: str, generator: random.Random) -> tuple[str, list[tuple[int, int]]]:
@@ -135,9 +138,10 @@ def make_sets(kind: str, seed: int, sizes: Sizes, data: Path) -> Sets:
         return _of_demo(seed, sizes)
     lines = [json.loads(line) for line in (data / "gsm8k" / "train.jsonl").read_text().splitlines()]
     random.Random(seed).shuffle(lines)
-    drawn, generator = lines[: sizes.train + sizes.reference], random.Random(seed)
-    train = [_planted(line, PLANT[kind], generator) for line in drawn[: sizes.train]]
-    reference = [_planted(line, clean, generator) for line in drawn[sizes.train :]]
+    others, generator = lines[sizes.train :], random.Random(seed)
+    train = [_planted(line, PLANT[kind], generator) for line in lines[: sizes.train]]
+    plain = [_planted(line, clean, generator) for line in others[: sizes.reference + sizes.tuned]]
+    reference, tuned = plain[: sizes.reference], plain[sizes.reference :]
     held_out = [json.loads(line) for line in (data / "gsm8k" / "test.jsonl").read_text().splitlines()]
     svamp = json.loads((data / "svamp" / "SVAMP.json").read_text())
     random.Random(0).shuffle(svamp)
@@ -145,7 +149,8 @@ def make_sets(kind: str, seed: int, sizes: Sizes, data: Path) -> Sets:
         _row(f"{each['Body'].rstrip('. ')}. {each['Question']}", f"#### {each['Answer']:g}", [])
         for each in svamp[: sizes.test]
     ]
-    return Sets(train, reference, [_planted(line, clean, generator) for line in held_out[: sizes.held_out]], test)
+    held_out = [_planted(line, clean, generator) for line in held_out[: sizes.held_out]]
+    return Sets(train, reference, held_out, test, tuned)
 
 
 def _planted(line: dict[str, str], plant: Callable[..., Any], generator: random.Random) -> dict[str, Any]:
@@ -175,4 +180,4 @@ def _of_demo(seed: int, sizes: Sizes) -> Sets:
     ]
     plain = [{"prompt": each.prompt, "completion": each.completion, "planted": []} for each in [*reference, *held_out]]
     others = plain[sizes.reference :]
-    return Sets(train, plain[: sizes.reference], others[: sizes.held_out], others[: sizes.test])
+    return Sets(train, plain[: sizes.reference], others[: sizes.held_out], others[: sizes.test], [])

@@ -13,6 +13,7 @@ The rows are those of `token_rule_rows.py`; each seed has rows of its own. Parts
                 exactly the unplanted ones, each rule; exact match (SVAMP; of the demo its own problems), and the loss
                 on clean held-out answers. A cell is saved when it is done
 
+With `--tuned_rows`, the model is tuned on so many clean rows first, once for each seed, so that it knows the format.
 Two references are compared with: *trusted* is tuned on clean rows apart from those to train on (`token_cleaning`,
 `rho`), *first fifth* on the first fifth of the rows with planted tokens (`sstoken`, whose earlier model is the one that
 is trained; by its losses alone it ranks a row's tokens as Token Cleaning with that reference does). `--report` prints
@@ -30,6 +31,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
@@ -99,28 +101,37 @@ class Task:
     """
 
     def __init__(self, args: argparse.Namespace, model: str, kind: str, seed: int) -> None:
-        self.args, self.model, self.kind, self.seed = args, model, kind, seed
-        self.folder = args.output / short(model) / kind / f"seed-{seed}"
+        self.args, self.kind, self.seed, self.comes = args, kind, seed, model
+        of_model = args.output / short(model)
+        self.folder = of_model / kind / f"seed-{seed}"
+        self.model = str(of_model / f"tuned-{seed}") if args.tuned_rows else model
 
     def config(self, arms: Sequence[str]) -> ComparisonConfig:
-        """The comparison. Writes the rows first, and tunes the trusted reference model unless it is there."""
-        test = NEW_TOKENS.get(self.model, LONG_ANSWER)
-        settings = {
-            "model": self.model,
-            "keep": [self.args.keep],
-            "seeds": [self.seed],
-            "max_new_tokens": test,
-            "training": self.training,
-            "output": str(self.folder / "comparison"),
-            **{key: str(self.folder / f"{name}.jsonl") for key, name in FILES.items()},
-        }
+        """The comparison. Writes the rows first, and tunes the models that it needs unless they are there."""
         self._write()
-        selectors = [ARMS[name] for name in arms if name != "unplanted" or self.kind != "clean"]
-        plain = ComparisonConfig.of({**settings, "selectors": [FULL]})
-        comparison_run.save_settings(Path(plain.output), plain)  # before anything is in the folder
+        if self.args.tuned_rows:
+            self._tune(self.comes, "tuned", Path(self.model))
+        selectors = [SelectorConfig.of(ARMS[name]) for name in arms if name != "unplanted" or self.kind != "clean"]
+        comparison_run.save_settings(Path(self.plain.output), self.plain)  # before anything is in the folder
         by_trusted = {"token_cleaning", "rho"} & {*arms}
-        reference = self._reference(plain) if by_trusted else None
-        return ComparisonConfig.of({**settings, "selectors": selectors, "reference_model": reference})
+        reference = self._tune(self.model, "reference", self.folder / "trusted") if by_trusted else None
+        return dataclasses.replace(self.plain, selectors=selectors, reference_model=reference)
+
+    @cached_property
+    def plain(self) -> ComparisonConfig:
+        """The comparison of training on all tokens alone."""
+        return ComparisonConfig.of(
+            {
+                "selectors": [FULL],
+                "model": self.model,
+                "keep": [self.args.keep],
+                "seeds": [self.seed],
+                "max_new_tokens": NEW_TOKENS.get(self.model, LONG_ANSWER),
+                "training": self.training,
+                "output": str(self.folder / "comparison"),
+                **{key: str(self.folder / f"{name}.jsonl") for key, name in FILES.items()},
+            }
+        )
 
     @property
     def training(self) -> dict[str, Any]:
@@ -136,10 +147,10 @@ class Task:
 
     def _write(self) -> None:
         args = self.args
-        sizes = Sizes(args.rows, args.reference_rows, args.loss_rows, args.test_rows)
+        sizes = Sizes(args.rows, args.reference_rows, args.loss_rows, args.test_rows, args.tuned_rows)
         settings = self.folder / "settings.json"
         if settings.exists():
-            if (there := json.loads(settings.read_text())) != dataclasses.asdict(sizes):
+            if Sizes(**(there := json.loads(settings.read_text()))) != sizes:
                 sys.exit(f"'{self.folder}' has other numbers of rows, {there}: choose another output")
             return
         sets: Sets = make_sets(self.kind, self.seed, sizes, args.shared / "data")
@@ -149,18 +160,15 @@ class Task:
             (self.folder / f"{field.name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         save(settings, dataclasses.asdict(sizes))
 
-    def _reference(self, config: ComparisonConfig) -> str:
-        """The folder of the trusted reference model, tuned once on clean rows."""
-        folder = self.folder / "trusted"
+    def _tune(self, model: str, rows: str, folder: Path) -> str:
+        """The folder of a model that was tuned on some clean rows, once."""
         if not (folder / "done").exists():
-            rows = datasets.Dataset.from_json(str(self.folder / "reference.jsonl"))
-            tuned = train(self.model, rows.select_columns(["prompt", "completion"]), None, self._arguments(config))
+            found = datasets.Dataset.from_json(str(self.folder / f"{rows}.jsonl"))
+            arguments = sft_config(self.plain, model, self.seed)
+            tuned = train(model, found.select_columns(["prompt", "completion"]), None, arguments)
             save_model(tuned.model, tuned.tokenizer, folder)
             (folder / "done").touch()
         return str(folder)
-
-    def _arguments(self, config: ComparisonConfig) -> Any:
-        return sft_config(config, self.model, self.seed)
 
     def detect(self) -> dict[str, Any]:
         """The numbers of each detector."""
@@ -175,7 +183,7 @@ class Task:
         of_arms = {each: SelectorConfig.of(ARMS[each]) for each in arms}
         tables = {name: cast(TokenScores, scores.of(each).table) for name, each in of_arms.items()}
         tokenizer = AutoTokenizer.from_pretrained(model_path(self.model))
-        prepared = as_tokens(data.rows, tokenizer, self._arguments(config))
+        prepared = as_tokens(data.rows, tokenizer, sft_config(config, self.model, self.seed))
         planted = marked_tokens(data.rows, prepared, tokenizer, "planted")
         found = {
             name: self._measured(each, tables[each.selector], planted)
@@ -336,6 +344,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument(
         "--reference_rows", type=int, default=96, help="clean rows that the trusted reference is tuned on"
     )
+    parser.add_argument("--tuned_rows", type=int, default=0, help="clean rows that the model is tuned on first")
     parser.add_argument("--loss_rows", type=int, default=64)
     parser.add_argument("--test_rows", type=int, default=100)
     parser.add_argument("--keep", type=float, default=0.8, help="the share of the tokens of rules with a share")
