@@ -121,7 +121,8 @@ def _training(model: str, data: Path, args: argparse.Namespace) -> Training:
     if args.attn_implementation:
         settings["model_init_kwargs"] = {"attn_implementation": args.attn_implementation}
     rows = training_rows(data, args.training_rows, args.test_rows)
-    return Training(model, rows, args.output, settings, args.seeds, args.learning_rate)
+    lora = {"r": args.lora_r, "lora_alpha": 2 * args.lora_r, "target_modules": "all-linear"} if args.lora_r else None
+    return Training(model, rows, args.output, settings, args.seeds, args.learning_rate, lora)
 
 
 def _device() -> dict[str, Any]:
@@ -149,6 +150,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--test_rows", type=int, help="SVAMP's problems, and held-out rows, at most; by default all")
     parser.add_argument("--batch_size", type=int, default=BATCH, help=f"rows in memory, of the {BATCH} of a step")
     parser.add_argument("--attn_implementation", help="of training; 'eager' is the fastest for short rows on a CPU")
+    parser.add_argument(
+        "--lora_r", type=int, help="train LoRA of this rank on all linear layers; by default all weights"
+    )
     parser.add_argument("--epochs", type=float, default=1, help="of training")
     parser.add_argument("--learning_rate", type=float, help="of training; by default chosen by the loss on other rows")
     parser.add_argument("--equal_cost", action="store_true", help="train halves at the cost of all rows, too")

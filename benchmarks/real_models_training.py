@@ -32,6 +32,7 @@ from resofilter_trainer.config import InputError
 from resofilter_trainer.selecting.results import FLOPS
 
 RATES = (3e-5, 1e-4, 3e-4)
+RATES_OF_LORA = (1e-4, 3e-4, 1e-3)
 DETECTORS = (0.6, 0.7, 0.8, 0.9, 1.0)  # AUROC
 KEEP = 0.5
 NOT_MEASURED = (math.nan,) * 3
@@ -61,13 +62,14 @@ class Training:
         settings: fields of SFTConfig, beside `TRAINING`.
         seeds: the seeds.
         rate: the learning rate; by default it is chosen.
+        lora: fields of LoraConfig; by default all weights are trained.
     """
 
     def __init__(
         self, model: str, rows: TrainingRows, output: Path, settings: dict[str, Any], seeds: Sequence[int],
-        rate: float | None = None,
+        rate: float | None = None, lora: dict[str, Any] | None = None,
     ) -> None:  # fmt: skip
-        self.model, self.rows, self.seeds, self._rate = model, rows, seeds, rate
+        self.model, self.rows, self.seeds, self._rate, self._lora = model, rows, seeds, rate, lora
         self.output, self.settings = output / "training" / named(model), settings
         self.files = {name: self._file(name, getattr(rows, name)) for name in ("validation", "held_out", "test")}
 
@@ -76,15 +78,15 @@ class Training:
         """The learning rate at which a training on all rows has the least loss on the rows for validation."""
         if self._rate is not None:
             return self._rate
-        losses = {}
-        for rate in RATES:
+        losses, rates = {}, RATES if self._lora is None else RATES_OF_LORA
+        for rate in rates:
             cells = self._compare(f"rate-{rate:g}", self.rows.as_is, ["full"], seeds=[0], rate=rate, test="validation")
             losses[rate] = cells[0].held_out_loss if cells[0].held_out_loss is not None else float("inf")
-        print("loss on rows for validation, by learning rate:", {f"{rate:g}": losses[rate] for rate in RATES})
+        print("loss on rows for validation, by learning rate:", {f"{rate:g}": losses[rate] for rate in rates})
         best = min(losses, key=lambda rate: losses[rate])
         if math.isinf(losses[best]):
             raise InputError(
-                f"Every training at a learning rate of {', '.join(f'{rate:g}' for rate in RATES)} diverged."
+                f"Every training at a learning rate of {', '.join(f'{rate:g}' for rate in rates)} diverged."
             )
         return best
 
@@ -134,6 +136,7 @@ class Training:
                 "seeds": list(self.seeds if seeds is None else seeds),
                 "max_new_tokens": ANSWER,
                 "training": {**TRAINING, **self.settings, "learning_rate": chosen},
+                "lora": self._lora,
                 "output": str(self.output / name),
                 **settings,
             }

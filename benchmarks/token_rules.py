@@ -109,10 +109,10 @@ class Task:
     def config(self, arms: Sequence[str]) -> ComparisonConfig:
         """The comparison. Writes the rows first, and tunes the models that it needs unless they are there."""
         self._write()
+        comparison_run.save_settings(Path(self.plain.output), self.plain)  # before anything is in the folder
         if self.args.tuned_rows:
             self._tune(self.comes, "tuned", Path(self.model))
         selectors = [SelectorConfig.of(ARMS[name]) for name in arms if name != "unplanted" or self.kind != "clean"]
-        comparison_run.save_settings(Path(self.plain.output), self.plain)  # before anything is in the folder
         by_trusted = {"token_cleaning", "rho"} & {*arms}
         reference = self._tune(self.model, "reference", self.folder / "trusted") if by_trusted else None
         return dataclasses.replace(self.plain, selectors=selectors, reference_model=reference)

@@ -152,6 +152,8 @@ class ComparisonConfig:
         loss_dataset, loss_split: rows with the same columns, on which the loss of every trained model is measured.
         max_new_tokens: the longest answer, in tokens.
         training: fields of SFTConfig.
+        lora: fields of peft.LoraConfig, such as `{r: 16, target_modules: all-linear}`: every training is one of an
+            adapter on the model. By default, all weights are trained.
         output: a folder for everything.
     """
 
@@ -183,6 +185,7 @@ class ComparisonConfig:
     loss_split: str = "test"
     max_new_tokens: int = 256
     training: Mapping[str, Any] = field(default_factory=dict)
+    lora: Mapping[str, Any] | None = None
     output: str = "comparison"
 
     def __post_init__(self) -> None:
@@ -286,11 +289,14 @@ class ComparisonConfig:
         if "selectors" not in found:
             raise InputError("The comparison has no selectors: name at least one.")
         found["selectors"] = tuple(SelectorConfig.of(each) for each in found["selectors"])
-        for name in ("demo", "training"):
+        if found.get("lora") is None:
+            found.pop("lora", None)
+        for name in ("demo", "training", "lora"):
             if name in found and not isinstance(found[name], Mapping):
                 raise InputError(f"{name} must be a mapping, got {found[name]!r}.")
-        if "training" in found:
-            found["training"] = _with_numbers(found["training"])
+        for name in ("training", "lora"):
+            if name in found:
+                found[name] = _with_numbers(found[name])
         if "demo" in found:
             _check_names("demo", found["demo"], DemoProblems)
             found["demo"] = DemoProblems(**found["demo"])

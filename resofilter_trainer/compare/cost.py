@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
+from torch.nn import Parameter
 from transformers import PreTrainedModel
 
 from ..config import InputError
@@ -23,9 +24,18 @@ def parameters_of(model: PreTrainedModel) -> int:
 
     All experts of a mixture of experts count, although a token meets only some of them.
     """
+    return sum(each.numel() for each in _multiplied(model))
+
+
+def trained_flops(model: PreTrainedModel) -> int:
+    """The FLOPs of training on a token: of a forward, its gradient, and that of the weights that are trained."""
+    return sum((6 if each.requires_grad else 4) * each.numel() for each in _multiplied(model))
+
+
+def _multiplied(model: PreTrainedModel) -> list[Parameter]:
     inner, outer = model.get_input_embeddings(), model.get_output_embeddings()
     tied = outer is not None and inner.weight is outer.weight
-    return sum(each.numel() for each in model.parameters()) - (0 if tied else inner.weight.numel())
+    return [each for each in model.parameters() if tied or each is not inner.weight]
 
 
 def longer_by(left: float, cost: float, epochs: float, first: float) -> float:

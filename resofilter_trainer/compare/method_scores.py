@@ -18,6 +18,7 @@ import numpy as np
 import torch
 import xxhash
 from datasets import Dataset
+from peft import PeftConfig
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import SFTConfig
 
@@ -67,6 +68,7 @@ class Request:
         validation: `prompt` and `completion` of the validation rows; None if there are none.
         reference: the name or folder of the reference model; None for methods without one.
         path: the name or folder that the scoring model was loaded from.
+        adapter: the adapter that methods train which train something; None where all weights are.
     """
 
     model: PreTrainedModel
@@ -78,6 +80,7 @@ class Request:
     validation: Dataset | None = None
     reference: str | None = None
     path: str = ""
+    adapter: PeftConfig | None = None
 
     @cached_property
     def validation_tokens(self) -> PreparedRows:
@@ -262,5 +265,5 @@ def tune_reference(request: Request, folder: Path) -> None:
     if args.max_steps > 0:
         args.max_steps = max(1, round(REFERENCE_SHARE * args.max_steps))
     dataset = first.dataset.select_columns(["input_ids", "labels"])
-    trained = fine_tune(request.model, dataset, args, request.tokenizer, None, folder / "trainer")
+    trained = fine_tune(request.model, dataset, args, request.tokenizer, request.adapter, folder / "trainer")
     save_model(trained, request.tokenizer, folder / "model")

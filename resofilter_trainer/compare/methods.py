@@ -123,12 +123,17 @@ def less_cost(config: LessConfig) -> float:
 
 def token_cost(config: ComparisonConfig, epochs: float) -> float:
     """A forward of every row by two models, and the tuning of the reference model, in forwards per row."""
-    return 2 if config.reference_model else tuned_cost(epochs)
+    return 2 if config.reference_model else tuned_cost(config, epochs)
 
 
-def tuned_cost(epochs: float) -> float:
+def tuned_cost(config: ComparisonConfig, epochs: float) -> float:
     """The same, where the reference model is always tuned."""
-    return 2 + 3 * REFERENCE_SHARE * epochs
+    return 2 + trained_cost(config) * REFERENCE_SHARE * epochs
+
+
+def trained_cost(config: ComparisonConfig) -> float:
+    """A training on a row, in forwards: a forward and a backward, which without a gradient of weights costs half."""
+    return 3 if config.lora is None else 2
 
 
 def _less_settings(selector: SelectorConfig) -> LessConfig:
@@ -173,7 +178,7 @@ def _of_rule(selector: SelectorConfig) -> dict[str, Any]:
     if own.of_progress:
         name = "token_progress_attention" if PROMPT_ATTENTION in own.needs else "token_progress"
         found |= {"score": by_token_progress, "scores": name, "tunes": True}
-        found["forwards"] = lambda config, selector, epochs: tuned_cost(epochs)
+        found["forwards"] = lambda config, selector, epochs: tuned_cost(config, epochs)
     if not own.measures:
         found |= {"score": by_criterion("length"), "scores": "length", "forwards": 0, "needs": SELECT}
     return found
@@ -281,7 +286,7 @@ METHODS = {
         score=by_dynamics,
         policy=lambda keep, seed, selector: _dynamics_settings(selector).policy(keep),
         scores="dynamics",
-        forwards=lambda config, selector, epochs: 3 * epochs,  # a forward and a backward in every epoch
+        forwards=lambda config, selector, epochs: trained_cost(config) * epochs,
         needs=Needs(1, 3, model_free=False),
         trains=True,
         settings=DynamicsSettings,

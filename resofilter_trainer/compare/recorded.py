@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import xxhash
 from datasets import Dataset
+from peft import PeftConfig
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer_utils import SaveStrategy
 from trl import SFTConfig, SFTTrainer
@@ -29,7 +30,7 @@ from ..scoring.output import Measured, PassOutput
 from ..scoring.run_pass import run_pass
 from ..training.callback import ResonanceCallback
 from ..training.checkpoints import last_complete
-from ..training.fine_tuning import training_settings
+from ..training.fine_tuning import to_train, training_settings
 from .method_scores import Request
 
 TRAINER = "trainer"  # the folder of the training, in that of the scores
@@ -37,13 +38,14 @@ TRAINER = "trainer"  # the folder of the training, in that of the scores
 
 def by_dynamics(request: Request) -> ScoreTable:
     """All criteria of learning dynamics, each a column."""
-    settings = json.dumps(as_json(training_settings(request.args, None)), sort_keys=True)
+    settings = json.dumps(as_json(training_settings(request.args, request.adapter)), sort_keys=True)
     config = {"criterion": "dynamics", "training": xxhash.xxh3_64_hexdigest(settings.encode())}
 
     def measure(model: PreTrainedModel, opened: Opened, target: PassOutput) -> Measured:
         rows = opened.prepared.dataset.select_columns(["input_ids", "labels"])
         folder = request.folder / TRAINER
-        found = measured(train_with_ledger(model, rows, request.tokenizer, request.args, folder))
+        trained = train_with_ledger(model, rows, request.tokenizer, request.args, folder, request.adapter)
+        found = measured(trained)
         for checkpoint in folder.glob(
             "checkpoint-*"
         ):  # that of a training that has diverged stays: it ends again there
@@ -57,7 +59,12 @@ def by_dynamics(request: Request) -> ScoreTable:
 
 
 def train_with_ledger(
-    model: PreTrainedModel, rows: Dataset, tokenizer: PreTrainedTokenizerBase, args: SFTConfig, folder: Path
+    model: PreTrainedModel,
+    rows: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    args: SFTConfig,
+    folder: Path,
+    adapter: PeftConfig | None = None,
 ) -> Ledger:
     """The ledger of a training on all rows. A training that was killed resumes after its last whole epoch.
 
@@ -67,12 +74,16 @@ def train_with_ledger(
         tokenizer: the model's tokenizer.
         args: the training arguments.
         folder: the folder of the training, with its last checkpoint.
+        adapter: the adapter to train; by default all weights are trained.
     """
     args = copy.copy(args)
     args.output_dir, args.assistant_only_loss = str(folder), False  # the labels are set already
     args.save_strategy, args.save_total_limit, args.save_only_model = SaveStrategy.EPOCH, 1, False
     callback = ResonanceCallback(keep=1.0, dataset=rows)
-    trainer = SFTTrainer(model, args, train_dataset=rows, processing_class=tokenizer, callbacks=[callback])
+    trainer = SFTTrainer(
+        model, args, train_dataset=rows, processing_class=tokenizer, callbacks=[callback],
+        peft_config=to_train(adapter, args),
+    )  # fmt: skip
     trainer.train(resume_from_checkpoint=last_complete(folder))
     return Ledger.load(folder)
 

@@ -21,13 +21,23 @@ from ..selecting.results import FLOPS
 from .cells import Cell
 from .choosing import Chosen, choose
 from .config import ComparisonConfig, SelectorConfig
-from .cost import longer_by, parameters_of
+from .cost import longer_by, trained_flops
 from .data import Data
 from .held_out_loss import held_out_loss, held_out_tokens
 from .insight import relations, wrong_kept
 from .methods import method_of
 from .selector_scores import SelectorScores
-from .training import Trained, epochs_of, held_out_metrics, lengthened, model_path, sft_config, train, try_tasks
+from .training import (
+    Trained,
+    epochs_of,
+    held_out_metrics,
+    lengthened,
+    lora_config,
+    model_path,
+    sft_config,
+    train,
+    try_tasks,
+)
 
 ROUNDING = 1e-6  # of a budget
 COSTS = ("selection_seconds", "selection_flops", "training_seconds", "training_flops")
@@ -48,7 +58,7 @@ class Round:
 
     def __init__(self, config: ComparisonConfig, model: str, seed: int, data: Data) -> None:
         self.config, self.model, self.seed, self.data = config, model, seed, data
-        self.args = sft_config(config, model, seed)
+        self.args, self.adapter = sft_config(config, model, seed), lora_config(config)
         self.scores = SelectorScores(config, model, seed, data)
         self.scores.check_epochs()
         self._tasks_tried = False
@@ -91,7 +101,7 @@ class Round:
         chosen = choose(selector, keep, scored.table, rows, args, self.model)
         if chosen.values is not None:
             _ = self.scores.of_trained_model  # may load another model, for which there is memory before the training
-        trained = train(self.model, chosen.rows, chosen.callback, args)
+        trained = train(self.model, chosen.rows, chosen.callback, args, self.adapter)
         chosen = chosen.decided(trained.epochs)
         epochs = trained.epochs if method.in_run else epochs_of(self.args, len(rows))
         cost = method.cost(self.config, selector, epochs)
@@ -109,7 +119,7 @@ class Round:
             selection_seconds=scored.seconds if cost and not method.in_run else 0.0,
             selection_flops=2 * cost * scored.parameters * float(np.nansum(seen.column("length"))) + scored.flops,
             training_seconds=trained.seconds,
-            training_flops=6 * parameters_of(trained.model) * trained.tokens,
+            training_flops=trained_flops(trained.model) * trained.tokens,
             model=self.model,
             scored_by=self.scores.scorer(selector) if cost else "",
             method=_described(selector),

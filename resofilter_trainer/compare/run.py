@@ -31,7 +31,7 @@ from .config import ComparisonConfig, SelectorConfig, slug
 from .data import make_data
 from .methods import check, method_of
 from .round import Round
-from .training import model_path, sft_config
+from .training import check_adapter, model_path, sft_config
 
 SETTINGS = "settings.json"
 EXTENSIBLE = ("selectors", "keep", "seeds", "model", "output", "equal_flops", "unsafe_code")  # may change later
@@ -55,6 +55,7 @@ def run(config: ComparisonConfig) -> list[Cell]:
     if config.tasks:
         check_tasks(config.tasks, config.task_folder)
     together(*(partial(_check_model, config, each) for each in config.models()))
+    together(*(partial(check_adapter, config, each) for each in config.model))
     output = Path(config.output)
     cells = []
     with folder_lock(output):
@@ -126,6 +127,7 @@ def save_settings(output: Path, config: ComparisonConfig) -> None:
         there = read_json(path, "Choose another output, or remove that one.")
         if not isinstance(there, dict):
             raise InputError(f"'{path}' is damaged, it has no mapping. Choose another output, or remove that one.")
+        there = {"lora": None, **there}  # which earlier versions lack
         check_made_from(there, settings, f"'{output}' has a comparison that was", ANOTHER_OUTPUT, settings)
         return
     taken = [name for name in ("cells", "scores", "trainer") if (output / name).exists()]

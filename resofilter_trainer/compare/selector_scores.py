@@ -21,7 +21,7 @@ from .cost import COST, parameters_of, seconds_of, timed
 from .data import Data, hash_files
 from .method_scores import Request, tune_reference
 from .methods import Method, method_of
-from .training import epochs_of, model_path, sft_config
+from .training import epochs_of, lora_config, model_path, sft_config
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,8 @@ class SelectorScores:
         model, tokenizer = load_model(model_path(scorer), None, args)
         parameters = parameters_of(model)
         own = model_path(scorer)
-        request = Request(model, tokenizer, data.rows, args, folder, selector, data.validation, reference, own)
+        adapter = lora_config(self.config)
+        request = Request(model, tokenizer, data.rows, args, folder, selector, data.validation, reference, own, adapter)
         flops = method.flops(model, len(data.rows), selector)
         table, seconds = timed(folder, lambda: method.score(request), resumes=True)
         flops += 6 * parameters * table.provenance.warmup.get("tokens", 0)
@@ -140,7 +141,8 @@ class SelectorScores:
             args = sft_config(self.config, self.model, self.seed)
             model, tokenizer = load_model(model_path(self.model), None, args)
             selector = SelectorConfig("token_fixed")
-            tune_reference(Request(model, tokenizer, self.data.rows, args, folder, selector), folder)
+            adapter = lora_config(self.config)
+            tune_reference(Request(model, tokenizer, self.data.rows, args, folder, selector, adapter=adapter), folder)
 
         if not (folder / COST).exists():
             timed(folder, tune, resumes=False)

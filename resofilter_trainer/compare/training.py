@@ -14,6 +14,7 @@ from typing import cast
 import numpy as np
 import torch
 from datasets import Dataset
+from peft import LoraConfig, get_peft_model
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
@@ -21,11 +22,13 @@ from ..config import InputError, TokenCleaning, number
 from ..config.compatibility import training_arguments
 from ..data.files import first_line
 from ..data.loading import load_model
+from ..data.models import load_weights
 from ..demo.run import BASE, TRAINING
 from ..evaluation.generate import exact_match
 from ..evaluation.tasks import evaluate_tasks
 from ..selecting.weighted_rows import TOKEN_WEIGHTS
 from ..training.callback import ResonanceCallback
+from ..training.fine_tuning import to_train
 from ..training.token_weighting import TokenWeights
 from .config import DEMO, ComparisonConfig
 from .data import Data
@@ -90,6 +93,38 @@ def sft_config(config: ComparisonConfig, model: str, seed: int) -> SFTConfig:
     return args
 
 
+def lora_config(config: ComparisonConfig) -> LoraConfig | None:
+    """The adapter that is trained; None where all weights are. Raises InputError for what peft.LoraConfig refuses."""
+    if config.lora is None:
+        return None
+    known = {each.name for each in dataclasses.fields(LoraConfig)}
+    unknown = sorted(set(config.lora) - known)
+    if unknown:
+        raise InputError(f"In lora, '{unknown[0]}' is not a field of peft.LoraConfig.")
+    if "task_type" in config.lora:
+        raise InputError("In lora, leave task_type out: a comparison trains language models.")
+    try:
+        return LoraConfig(task_type="CAUSAL_LM", **config.lora)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"peft.LoraConfig refuses these settings of lora: {first_line(error)}") from error
+
+
+def check_adapter(config: ComparisonConfig, model: str) -> None:
+    """Raise InputError, before anything is trained, where PEFT refuses the adapter for a model."""
+    adapter = lora_config(config)
+    if adapter is None:
+        return
+    name, args = model_path(model), sft_config(config, model, config.seeds[0])
+    try:
+        structure = load_weights(name, args, without_numbers=True)
+    except InputError:  # some models cannot be had without their numbers, nor any before transformers 5
+        structure = load_weights(name, args)
+    try:
+        get_peft_model(structure, adapter)
+    except Exception as error:  # PEFT and the model's own code each raise their own
+        raise InputError(f"PEFT refuses the settings of lora for '{model}': {first_line(error)}") from error
+
+
 def steps_per_epoch(args: SFTConfig, rows: int) -> int:
     """The number of steps of an epoch on all rows, in one process."""
     return math.ceil(rows / (args.per_device_train_batch_size * args.gradient_accumulation_steps))
@@ -122,7 +157,13 @@ def lengthened(args: SFTConfig, factor: float, rows: int, in_stages: bool) -> SF
     return args
 
 
-def train(model: str, rows: Dataset, callback: ResonanceCallback | None, args: SFTConfig) -> Trained:
+def train(
+    model: str,
+    rows: Dataset,
+    callback: ResonanceCallback | None,
+    args: SFTConfig,
+    adapter: LoraConfig | None = None,
+) -> Trained:
     """Train a fresh copy of a model.
 
     Args:
@@ -130,6 +171,7 @@ def train(model: str, rows: Dataset, callback: ResonanceCallback | None, args: S
         rows: the rows to train on, as text or as tokens.
         callback: the callback that selects rows or tokens during the training; None to train on all of them.
         args: the training arguments.
+        adapter: the adapter to train; by default all weights are trained.
     """
     started = time.perf_counter()
     shutil.rmtree(str(args.output_dir), ignore_errors=True)  # or the callback would resume from what it finds there
@@ -140,7 +182,10 @@ def train(model: str, rows: Dataset, callback: ResonanceCallback | None, args: S
     callbacks: list[TrainerCallback] = [] if callback is None else [callback]
     if TOKEN_WEIGHTS in rows.column_names:
         callbacks.append(TokenWeights())
-    trainer = SFTTrainer(loaded, args, train_dataset=rows, processing_class=tokenizer, callbacks=callbacks)
+    trainer = SFTTrainer(
+        loaded, args, train_dataset=rows, processing_class=tokenizer, callbacks=callbacks,
+        peft_config=to_train(adapter, args),
+    )  # fmt: skip
     trainer.train()
     history = trainer.state.log_history
     logged = [entry[name] for name in ("train_loss", "loss") for entry in history if name in entry]

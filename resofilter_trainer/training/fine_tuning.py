@@ -15,7 +15,7 @@ from accelerate import PartialState
 from datasets import Dataset
 from peft import PeftConfig, PeftModel
 from torch.utils.data import Sampler, SequentialSampler
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, set_seed
 from trl import SFTConfig, SFTTrainer
 
 from ..config import InputError
@@ -68,6 +68,16 @@ def training_settings(args: SFTConfig, peft_config: PeftConfig | None) -> dict[s
     return {"training": training, "LoRA": None if peft_config is None else peft_config.to_dict()}
 
 
+def to_train(adapter: PeftConfig | None, args: SFTConfig) -> PeftConfig | None:
+    """The settings of an adapter for an SFTTrainer that is made next: a copy, which PEFT fills in.
+
+    Sets the seed, by which the adapter's first weights are drawn: TRL before 1.15 does so only after drawing them.
+    """
+    if adapter is not None:
+        set_seed(args.seed)
+    return copy.deepcopy(adapter)
+
+
 def fine_tune(
     model: PreTrainedModel,
     rows: Dataset,
@@ -97,10 +107,10 @@ def fine_tune(
     if "input_ids" in rows.column_names:
         args.assistant_only_loss = False  # the labels are masked already
     report = _ReportKeptTokens(kept_tokens)
-    peft_config = copy.deepcopy(peft_config)  # PEFT fills it in
     trainer = _InOrder(
-        model, args, train_dataset=rows, processing_class=tokenizer, peft_config=peft_config, callbacks=[report]
-    )
+        model, args, train_dataset=rows, processing_class=tokenizer, peft_config=to_train(peft_config, args),
+        callbacks=[report],
+    )  # fmt: skip
     report.trainer = trainer
     trainer.train()
     trained = trainer.accelerator.unwrap_model(trainer.model)
