@@ -209,3 +209,16 @@ def _fault(found: np.ndarray, tokens: int, some: bool) -> str | None:
     if some and not found.any():
         return f"gives each of the {tokens} tokens the weight 0, so nothing would be learnt: choose another bound"
     return None
+
+
+def ends_of_rows(tokens: np.ndarray, offsets: np.ndarray, end: int | None) -> np.ndarray:
+    """The place of the last end token of each row that has one among its learnt tokens.
+
+    Args:
+        tokens: (N,) the learnt tokens, row after row.
+        offsets: (R + 1,) the start of each row, and the end.
+        end: the end token; a chat's template may put it in every turn. None where there is none.
+    """
+    places = np.flatnonzero(tokens == end) if end is not None else np.empty(0, np.int64)
+    rows = np.searchsorted(offsets, places, side="right")
+    return places[np.append(np.diff(rows) != 0, True)[: len(places)]]

@@ -26,6 +26,7 @@ from ..io.files import check_folder, writing
 from ..model.losses import IGNORE
 from ..scores.row_record import as_html
 from ..selecting.results import SUMMARY_FILE
+from ..selecting.token_rules import ends_of_rows
 from ..selecting.token_selection import TokenSelection
 from ..selecting.weighted_rows import TOKEN_WEIGHTS
 
@@ -158,10 +159,7 @@ def summarise(
 
 def _row_ends(selection: TokenSelection, end: int | None) -> dict[str, int]:
     """How many rows have an end token to learn, and of how many it is masked: these do not teach a model to stop."""
-    scores = selection.scores
-    places = np.flatnonzero(scores.token == end) if end is not None else np.empty(0, np.int64)
-    rows = np.searchsorted(scores.offsets, places, side="right")
-    last = places[np.append(np.diff(rows) != 0, True)[: len(places)]]  # the template of a chat may put it in every turn
+    last = ends_of_rows(selection.scores.token, selection.scores.offsets, end)
     return {"row_ends": len(last), "row_ends_masked": int((~selection.keep[last]).sum())}
 
 

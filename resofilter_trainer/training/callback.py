@@ -146,6 +146,7 @@ class ResonanceCallback(TrainerCallback):
         self._results = Results()
         self._mean_weights: list[float] = []
         self._run: Run | StreamRun | None = None
+        self._rule: RuleWeights | None = None  # what weighs tokens in the run
         self._lock = contextlib.ExitStack()  # of the run's folder
 
     @property
@@ -205,7 +206,7 @@ class ResonanceCallback(TrainerCallback):
     def _run_of(self, trainer: Trainer, loader: Any) -> Run | StreamRun:
         spikes = SpikeWatch(trainer, self.on_spike, self.skip_update, RunLog(trainer, self._results.log))
         recording = Recording(trainer, self.ledger, spikes)
-        rule = RuleWeights(trainer, loader, self.token_rule, self._mean_weights)
+        rule = self._rule = RuleWeights(trainer, loader, self.token_rule, self._mean_weights)
         if not access.is_stream(trainer):
             if self.id_column is not None:
                 raise InputError("id_column is for a stream, whose rows have no number of their own: leave it out.")
@@ -269,6 +270,8 @@ class ResonanceCallback(TrainerCallback):
         run, self._run = self._running, None
         with self._lock:
             run.end()
+            if self._rule is not None:
+                self._rule.tell_of_ends()
             if self.report:
                 from .report import report_run  # charts take a second to import
 

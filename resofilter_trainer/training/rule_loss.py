@@ -14,6 +14,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 from transformers import Trainer
 
 from ..config import InputError, share
@@ -23,7 +24,9 @@ from ..model.gradients import segments_of
 from ..model.losses import learnt_positions, vocabulary_of
 from ..model.modes import at_least_float32
 from ..selecting.named_rules import RULES, rule_of, token_rule
-from ..selecting.token_rules import ENTROPY, KNOWN, OF_OTHERS, TOP_ENTROPY, TokenInputs, TokenRule
+from ..selecting.results import NAME
+from ..selecting.token_rules import ENTROPY, KNOWN, OF_OTHERS, TOP_ENTROPY, TokenInputs, TokenRule, ends_of_rows
+from . import trainer_access as access
 from .refused_uses import check_rule
 from .resuming import TOKEN_RULE
 from .step_weights import StepWeights
@@ -33,6 +36,7 @@ RuleLike = str | TokenRule | Callable[[TokenInputs], Any]
 NOT_IN_A_RUN = dict.fromkeys(KNOWN, "SFTTrainer's forward does not compute it. Clean first (clean_dataset)")
 NOT_IN_A_RUN |= dict.fromkeys(OF_OTHERS, "a run has one model. Clean first (clean_dataset)")
 del NOT_IN_A_RUN[ENTROPY], NOT_IN_A_RUN[TOP_ENTROPY]
+SOON = 100  # rows after which it is told that most of their end tokens are masked
 NO_LOSSES = (
     "The trainer computes its loss without the log-probabilities of SFTTrainer's model, so the token rule '{}' cannot "
     "act. Clean first (clean_dataset), or leave the loss to SFTTrainer."
@@ -73,7 +77,7 @@ class RuleWeights:
     """
 
     def __init__(self, trainer: Trainer, train_dataloader: Any, rule: TokenRule | None, means: list[float]) -> None:
-        self._rule, self._loss = rule, None
+        self._trainer, self._rule, self._loss, self._told = trainer, rule, None, False
         if rule is not None:
             check_rule(trainer, train_dataloader)
             self._step = StepWeights(trainer, f"The token rule '{rule.name}'", means)
@@ -108,6 +112,19 @@ class RuleWeights:
         if self._loss is not None:
             self._step.end_step()
             self._loss.end_step()
+            if SOON <= self._step.ends < 2 * self._step.ends_masked:
+                self.tell_of_ends()
+
+    def tell_of_ends(self) -> None:
+        """Say in the console, once, in how many rows the end token was not learnt, if in any."""
+        if self._loss is None or self._told or not self._step.ends_masked:
+            return
+        self._told = True
+        if self._trainer.args.process_index == 0:
+            masked = f"masked the end token in {self._step.ends_masked:,} of {self._step.ends:,} rows so far"
+            tqdm.write(
+                f"{NAME}: the token rule '{self._loss.rule.name}' {masked}, which do not teach the model to stop"
+            )
 
 
 class RuleLoss:
@@ -120,7 +137,7 @@ class RuleLoss:
     """
 
     def __init__(self, trainer: Trainer, rule: TokenRule, step: StepWeights) -> None:
-        self._trainer, self._rule, self._step = trainer, rule, step
+        self._trainer, self.rule, self._step = trainer, rule, step
         self._model = cast(nn.Module, trainer.model)
         self._vocabulary = vocabulary_of(self._model)
         self._top = TopTiles(self._vocabulary) if TOP_ENTROPY in rule.needs else None
@@ -141,7 +158,7 @@ class RuleLoss:
             for each in handles:
                 each.remove()
         if model.training and not self._seen:
-            raise InputError(NO_LOSSES.format(self._rule.name))
+            raise InputError(NO_LOSSES.format(self.rule.name))
 
     def end_step(self) -> None:
         """The next micro-batch is the first of a step."""
@@ -169,14 +186,16 @@ class RuleLoss:
             return
         weights = self._of_batch(len(inputs)).weights(inputs, some=False)
         self._number += 1
-        self._step.add(float(weights.sum()), len(weights))
+        tokens = batch["input_ids"][:, 1:].to(learnt.device)[learnt].cpu().numpy()
+        last = ends_of_rows(tokens, inputs.offsets, access.end_token(self._trainer))
+        self._step.add(float(weights.sum()), len(weights), (len(last), int((weights[last] == 0).sum())))
         found = torch.zeros_like(output.log_probs)
         found[learnt] = torch.from_numpy(weights).to(found)
         output.log_probs = output.log_probs * found
 
     def _of_batch(self, tokens: int) -> TokenRule:
         """The rule for a micro-batch: of a share, at least one token stays; random tokens are drawn anew."""
-        rule, settings = self._rule, dict(self._rule.settings or {})
+        rule, settings = self.rule, dict(self.rule.settings or {})
         if getattr(rule.weigh, "__module__", None) != token_rule.__module__ or rule.name not in RULES:
             return rule  # of the user's own
         changed: dict[str, Any] = {}
@@ -194,7 +213,7 @@ class RuleLoss:
         marks = learnt.cpu().numpy()
         counts = [int(marks[each.row, max(each.tokens.start - 1, 0) : each.tokens.stop - 1].sum()) for each in samples]
         found = [output.log_probs.detach()[learnt]]
-        names = [name for name in (ENTROPY, TOP_ENTROPY) if name in self._rule.needs]
+        names = [name for name in (ENTROPY, TOP_ENTROPY) if name in self.rule.needs]
         if ENTROPY in names:
             found.append(output.entropy.detach()[learnt])
         if self._top is not None:

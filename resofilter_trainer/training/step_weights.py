@@ -30,17 +30,23 @@ class StepWeights:
     def __init__(self, trainer: Trainer, of: str, means: list[float]) -> None:
         self._trainer, self._of, self._means = trainer, of, means
         self._update = UpdatePatch(trainer)
-        self._added: list[tuple[float | Tensor, float | Tensor]] = []
+        self._added: list[tuple[float | Tensor, ...]] = []
         self._weight, self._tokens = 0.0, 0.0  # the sums of the present step, of all processes
+        self._ends = (0.0, 0.0)  # of the present step: rows with an end token to learn, and those where its weight is 0
+        self.ends = self.ends_masked = 0  # of all steps
         self._told = False
 
-    def add(self, weight: float | Tensor, tokens: float | Tensor) -> None:
-        """Add the sum of the weights of a micro-batch's learnt tokens, and their number; NaN where it is not known."""
-        self._added.append((weight, tokens))
+    def add(self, weight: float | Tensor, tokens: float | Tensor, ends: tuple[int, int] = (0, 0)) -> None:
+        """Add the sum of the weights of a micro-batch's learnt tokens, and their number; NaN where it is not known.
+
+        With `ends`, how many rows have an end token to learn, and in how many its weight is 0.
+        """
+        self._added.append((weight, tokens, *ends))
 
     def leaves_out(self) -> bool:
         """Before the optimizer's step: whether no token of the step has a weight above 0, in any process."""
-        self._weight, self._tokens = self._of_all()
+        self._weight, self._tokens, *ends = self._of_all()
+        self._ends = (ends[0], ends[1])
         return self._is_empty
 
     @property
@@ -71,15 +77,16 @@ class StepWeights:
         self._update.restore()
 
     def end_step(self) -> None:
-        """Note the mean weight of the step that the trainer has made."""
+        """Note the mean weight of the step that the trainer has made, and its rows' ends."""
         self._added = []
+        self.ends, self.ends_masked = self.ends + int(self._ends[0]), self.ends_masked + int(self._ends[1])
         if self._tokens and math.isfinite(self._weight):
             self._means.append(self._weight / self._tokens)
 
-    def _of_all(self) -> tuple[float, float]:
-        """The sum of the weights, and the number of tokens, of the present step in all processes."""
-        own = [sum(float(each[place]) for each in self._added) for place in (0, 1)]
+    def _of_all(self) -> list[float]:
+        """The sums of the present step in all processes, in the order of `add`."""
+        own = [sum(float(each[place]) for each in self._added) for place in range(4)]
         if self._trainer.args.world_size > 1:
             mine: Any = torch.tensor([own], dtype=torch.float64, device=self._trainer.args.device)
             own = self._trainer.accelerator.gather(mine).sum(0).tolist()
-        return own[0], own[1]
+        return own

@@ -116,6 +116,8 @@ class TokenWeights(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Leave the trainer as it was found."""
+        if isinstance(self._step, RuleWeights):
+            self._step.tell_of_ends()
         self._release()
 
     def _end_update(self) -> None:

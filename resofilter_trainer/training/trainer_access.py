@@ -184,6 +184,13 @@ def rows_of(trainer: Trainer) -> TrainerRows:
     return TrainerRows(rows, total, no_token(trainer))
 
 
+def end_token(trainer: Trainer) -> int | None:
+    """The end token of a trainer's tokenizer; None where it has none."""
+    processor: Any = trainer.processing_class
+    found: int | None = getattr(getattr(processor, "tokenizer", processor), "eos_token_id", None)
+    return found
+
+
 def no_token(trainer: Trainer) -> str:
     """Why a row without a token to learn has none."""
     length = getattr(trainer.args, "max_length", None)

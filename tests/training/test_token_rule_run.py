@@ -234,3 +234,45 @@ def test_weights_of_rows_and_of_tokens_act_together(tmp_path, tokenizer):
     second = own[own["epoch"] == 1]
     assert (second["weight"] / second["num_tokens"]).round(6).nunique() > 1
     assert max(seen) - min(seen) < 0.3  # at rest: not multiplied by a row's weight
+
+
+# ---- the ends of rows
+
+
+def without_ends(tokens: Any) -> np.ndarray:
+    weights = np.ones(len(tokens))
+    weights[tokens.offsets[1:][tokens.num_tokens > 0] - 1] = 0
+    return weights
+
+
+AS_RULES = {"TokenWeights": TokenWeights, "ResonanceCallback": lambda rule: ResonanceCallback(token_rule=rule)}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("callback", AS_RULES)
+def test_a_run_says_where_the_ends_of_rows_are_not_learnt(callback, way, stream, tmp_path, tokenizer, capsys):
+    data = rows(COUNT).to_iterable_dataset() if stream else rows(COUNT)
+    settings = {**WAYS[way], "max_steps": 4, "dataset": data, "dataloader_num_workers": 0}
+    if stream and way == "padding-free":
+        settings["padding_free"] = False
+    train(tmp_path, tokenizer, AS_RULES[callback](without_ends), **settings)
+    said = [line for line in capsys.readouterr().out.splitlines() if "end token" in line]
+    (line,) = said
+    assert "token rule 'without_ends' masked the end token in" in line
+    masked, seen = line.split(" in ")[1].split(" rows")[0].split(" of ")
+    assert masked == seen
+    assert int(seen) >= 14
+
+
+def test_it_says_nothing_where_they_are_learnt(tmp_path, tokenizer, capsys):
+    train(tmp_path, tokenizer, TokenWeights(by_loss), dataset=rows(COUNT), **WAYS["accumulation"])
+    assert "end token" not in capsys.readouterr().out
+
+
+def test_it_says_so_soon_and_once(tmp_path, tokenizer, capsys, monkeypatch):
+    monkeypatch.setattr("resofilter_trainer.training.rule_loss.SOON", 5)
+    settings = {**WAYS["accumulation"], "num_train_epochs": 2, "dataset": rows(COUNT)}
+    train(tmp_path, tokenizer, TokenWeights(without_ends), **settings)
+    (line,) = [each for each in capsys.readouterr().out.splitlines() if "end token" in each]
+    assert "in 7 of 7 rows so far" in line
