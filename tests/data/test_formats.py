@@ -434,7 +434,12 @@ def written(rows: list[dict[str, Any]], folder: Path, flat: bool) -> list[str]:
     return [*found, str(folder / "a.parquet")]
 
 
-@pytest.mark.parametrize("name", FORMATS)
+OFTEN = ("pairs", "conversational pairs", "tokens")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(each, marks=[pytest.mark.slow] * (each not in OFTEN)) for each in FORMATS]
+)
 def test_tokens_of_files_are_those_that_are_trained_on(name, tmp_path, tokenizer, tiny_llama):
     make, columns = FORMATS[name]
     source, mapping = random.Random(name), ColumnMapping(**columns)

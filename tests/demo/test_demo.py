@@ -39,7 +39,7 @@ def scored() -> tuple[ScoreTable, np.ndarray]:
     return score(0)
 
 
-@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(1, 5))])
+@pytest.mark.parametrize("seed", [pytest.param(seed, marks=pytest.mark.slow) for seed in range(5)])
 def test_the_kept_half_has_at_most_a_quarter_of_the_wrong_share(seed: int) -> None:
     scores, wrong = score(seed, rows=ROWS if seed else 300)
     kept = DataSelector(keep=KEEP).select(scores).keep

@@ -44,7 +44,8 @@ from resofilter_trainer.training.fine_tuning import check_settings
 from resofilter_trainer.training.measurements import FILE as MEASUREMENTS_FILE
 from resofilter_trainer.training.measurements import Measurements
 
-EXAMPLES = settings(deadline=None, derandomize=True, database=None, max_examples=250,
+HOW_MANY = pytest.mark.parametrize("examples", [25, pytest.param(250, marks=pytest.mark.slow)])
+EXAMPLES = settings(deadline=None, derandomize=True, database=None,
                     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])  # fmt: skip
 SCORES = make_scores([3.0, 1.0, None, 2.0, 5.0, 4.0])
 SUMMARY = {"keep_tokens": 0.5, "ranking": "global"}
@@ -207,9 +208,10 @@ def test_sound_files_are_read(name, folder):
         READERS[name][1](folder)
 
 
+@HOW_MANY
 @pytest.mark.parametrize("name", READERS)
-def test_random_bytes_are_refused_in_one_line(name, folder):
-    @EXAMPLES
+def test_random_bytes_are_refused_in_one_line(name, examples, folder):
+    @settings(EXAMPLES, max_examples=examples)
     @given(st.one_of(st.binary(max_size=200), st.text(max_size=60).map(lambda text: text.encode(errors="replace"))))
     def check(content):
         survives(folder, name, content)
@@ -217,11 +219,12 @@ def test_random_bytes_are_refused_in_one_line(name, folder):
     check()
 
 
+@HOW_MANY
 @pytest.mark.parametrize("name", READERS)
-def test_mutated_files_are_read_or_refused_in_one_line(name, folder):
+def test_mutated_files_are_read_or_refused_in_one_line(name, examples, folder):
     whole = target(folder, name).read_bytes()
 
-    @EXAMPLES
+    @settings(EXAMPLES, max_examples=examples)
     @given(st.lists(MUTATION, min_size=1, max_size=4))
     def check(changes):
         survives(folder, name, mutated(whole, changes))
@@ -254,9 +257,10 @@ JSON = st.recursive(
 )  # fmt: skip
 
 
+@HOW_MANY
 @pytest.mark.parametrize("name", [name for name in READERS if name not in [*TABLES, "part"]])
-def test_any_sound_json_is_read_or_refused_in_one_line(name, folder):
-    @EXAMPLES
+def test_any_sound_json_is_read_or_refused_in_one_line(name, examples, folder):
+    @settings(EXAMPLES, max_examples=examples)
     @given(JSON)
     def check(value):
         survives(folder, name, json.dumps(value).encode())
@@ -288,14 +292,15 @@ def rewritten(table: pa.Table, path: Path, metadata: dict[bytes, bytes]) -> byte
         return other.read_bytes()
 
 
+@HOW_MANY
 @pytest.mark.parametrize("name", [name for name in TABLES if not name.startswith("report")])
-def test_tables_with_other_columns_or_metadata_are_read_or_refused_in_one_line(name, folder):
+def test_tables_with_other_columns_or_metadata_are_read_or_refused_in_one_line(name, examples, folder):
     path = target(folder, name)
     sound = (pq.read_table(path) if path.suffix == ".parquet" else pa.ipc.open_file(str(path)).read_all()).slice(0, 6)
     key, text = next(item for item in sound.schema.metadata.items() if item[0] != table_digest.DIGEST)
     values = json.loads(text)
 
-    @EXAMPLES
+    @settings(EXAMPLES, max_examples=examples)
     @given(st.data())
     def check(data):
         table = sound

@@ -208,7 +208,7 @@ def test_a_pass_names_a_full_disk_and_resumes_when_there_is_room(name, runs, und
     assert (tmp_path / file).read_bytes() == undisturbed[name]
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", names(slow=("resonance", "clean")))
 @pytest.mark.parametrize(("where", "what"), [(os, "replace"), (os, "fsync"), (pq, "write_table"), (Path, "write_text")])
 def test_whatever_the_disk_refuses_a_pass_resumes_when_there_is_room(
     where, what, name, runs, undisturbed, tmp_path, monkeypatch
@@ -365,7 +365,7 @@ def test_of_two_runs_to_one_folder_the_second_is_refused_and_the_first_ends(
     assert (tmp_path / file).read_bytes() == undisturbed[name]
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", names(slow=("resonance", "clean")))
 @pytest.mark.parametrize("at", [1, 4])
 def test_a_killed_run_leaves_no_lock(at, name, runs, undisturbed, tmp_path, monkeypatch):
     run, file = runs[name]

@@ -118,7 +118,7 @@ def test_ifd_is_that_of_the_criterion(start, score, build, tokenizer):
     np.testing.assert_allclose(found.column("ifd"), expected.column("ifd"), rtol=1e-9)
 
 
-@pytest.mark.parametrize("tokens", [1, 70])
+@pytest.mark.parametrize("tokens", [70, pytest.param(1, marks=pytest.mark.slow)])
 def test_the_batch_size_changes_nothing(tokens, whole, score):
     found = score([*FURTHER], tokens_per_batch=tokens)
     assert found.table.column_names[-1 - len(FURTHER) : -1] == [*FURTHER]
@@ -172,7 +172,7 @@ def test_the_precision_is_that_of_the_pass(score, build, monkeypatch):
         assert np.corrcoef(*pair)[0, 1] > 0.98, name
 
 
-@pytest.mark.parametrize("share", [0.1, 0.4, 0.7, 0.95])
+@pytest.mark.parametrize("share", [0.4, *(pytest.param(each, marks=pytest.mark.slow) for each in (0.1, 0.7, 0.95))])
 def test_an_interrupted_pass_resumes_in_whichever_forward(share, score, tmp_path, monkeypatch):
     monkeypatch.setattr(passes, "LEAST_LOST", 0.0)
     monkeypatch.setattr(passes, "LOST_SHARE", 0.0)

@@ -36,7 +36,7 @@ def test_scores_are_the_literal_procedures_on_the_trainers_tokens(dataset, tiny_
     assert scores.to_pandas()["score"].dtype == np.float64
 
 
-@pytest.mark.parametrize("tokens", [1, 70, 100_000])
+@pytest.mark.parametrize("tokens", [70, *(pytest.param(each, marks=pytest.mark.slow) for each in (1, 100_000))])
 def test_the_batch_size_changes_nothing(tokens, dataset, tiny_llama, tokenizer) -> None:
     model = tiny_llama(dtype=torch.float64)
     whole = score_dataset(model, dataset, tokenizer, arguments(), **COLUMNS)

@@ -111,7 +111,7 @@ def test_signals_that_cannot_be_measured_are_said_or_refused(tiny_llama, dataset
     assert "left out" not in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("tokens", [1, 70])
+@pytest.mark.parametrize("tokens", [70, pytest.param(1, marks=pytest.mark.slow)])
 def test_the_batch_size_changes_no_signal(tokens, whole, model, dataset, tokenizer):
     options = {"signals": HERE, "tokens_per_batch": tokens, **COLUMNS}
     found = score_dataset(model, dataset, tokenizer, arguments(), **options)

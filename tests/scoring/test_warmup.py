@@ -139,7 +139,7 @@ def test_the_scores_are_those_of_the_model_tuned_by_hand(score, cold, tiny_llama
     assert np.abs(cold.column("loss") / expected.column("loss") - 1).max() > 0.01
 
 
-@pytest.mark.parametrize("method", ["full", "lora"])
+@pytest.mark.parametrize("method", [pytest.param("full", marks=pytest.mark.slow), "lora"])
 def test_the_model_is_not_changed_and_its_scores_neither(method, score, cold, tiny_llama):
     model, settings = tiny_llama(), dataclasses.replace(SHORT, method=method)
     modules = [type(each) for each in model.modules()]
@@ -153,7 +153,7 @@ def test_the_model_is_not_changed_and_its_scores_neither(method, score, cold, ti
     assert (warm.column("loss") < cold.column("loss")).all()
 
 
-@pytest.mark.parametrize("method", ["full", "lora"])
+@pytest.mark.parametrize("method", ["full", pytest.param("lora", marks=pytest.mark.slow)])
 def test_the_scores_are_those_of_the_saved_tuned_model(method, score, tiny_llama, tokenizer, tmp_path, monkeypatch):
     """Tune, save, score by the path without a warm-up: the same, bit for bit."""
     tuned, own = [], warmup.with_weights
@@ -232,7 +232,12 @@ def stop(*args: Any) -> None:
 
 @pytest.mark.parametrize(
     ("family", "method", "at"),
-    [("llama", "full", 5), ("gpt2", "lora", 2), ("mixtral", "full", 2), ("gpt_neox", "full", 2)],
+    [
+        ("llama", "full", 5),
+        pytest.param("gpt2", "lora", 2, marks=pytest.mark.slow),
+        pytest.param("mixtral", "full", 2, marks=pytest.mark.slow),
+        pytest.param("gpt_neox", "full", 2, marks=pytest.mark.slow),
+    ],
 )
 def test_an_interrupted_warm_up_resumes_to_the_same_weights(family, method, at, score, tmp_path, monkeypatch):
     """The Trainer's own checkpoints lack Mixtral's experts and GPT-NeoX's head when they are read."""
