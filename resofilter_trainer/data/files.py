@@ -175,10 +175,12 @@ def _builder(source: str, name: str | None, split: str) -> DatasetBuilder:
 def _convert(builder: DatasetBuilder) -> None:
     """Write the rows as Arrow files unless they are there: in as many processes as were launched on this machine.
 
-    One of these converts the rows while the others wait, so that their cores are free.
+    One of these converts the rows while the others wait, so that their cores are free. Files of which each could have
+    other types than the first, or that are not rows alone, are converted in one process.
     """
-    files = builder.config.data_files or {"": [""]}
-    processes = min(int(os.environ.get("LOCAL_WORLD_SIZE", 1)), *map(len, files.values()))
+    launched, processes = os.environ.get("LOCAL_WORLD_SIZE", ""), 1
+    if launched.isdecimal() and isinstance(builder, Parquet | RowFiles):
+        processes = min(int(launched), max(map(len, builder.config.data_files.values())))
     if processes > 1:
         with contextlib.suppress(DatasetGenerationError):  # whose cause another process cannot hand over
             builder.download_and_prepare(num_proc=processes)

@@ -79,6 +79,22 @@ def test_launched_processes_convert_files_together(kind, tmp_path, monkeypatch):
     assert together.features == alone.features
 
 
+def test_a_split_of_one_file_beside_one_of_many_is_converted_alone(tmp_path, monkeypatch):
+    source = Path(as_three_files(tmp_path / "rows", "parquet"))
+    for number, path in enumerate(sorted(source.iterdir())):
+        path.rename(source / f"train-{number:05d}-of-00003.parquet")
+    Dataset.from_list([{"question": "?", "answer": "0"}]).to_parquet(source / "test-00000-of-00001.parquet")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert [len(load_rows(str(source), split).cache_files) for split in ("train", "test")] == [2, 1]
+    assert len(load_rows(str(source))) == 12
+
+
+@pytest.mark.parametrize("launched", ["", "many", "0"])
+def test_one_process_converts_files_where_no_number_was_launched(launched, tmp_path, monkeypatch):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", launched)
+    assert len(load_rows(as_three_files(tmp_path / "rows", "json")).cache_files) == 1
+
+
 @pytest.mark.parametrize("kind", ["json", "csv", "parquet"])
 def test_what_processes_cannot_convert_together_is_told_as_by_one(kind, tmp_path, monkeypatch):
     source = as_three_files(tmp_path / "rows", kind)
