@@ -153,7 +153,7 @@ class ComparisonConfig:
         max_new_tokens: the longest answer, in tokens.
         training: fields of SFTConfig.
         lora: fields of peft.LoraConfig, such as `{r: 16, target_modules: all-linear}`: every training is one of an
-            adapter on the model. By default, all weights are trained.
+            adapter on the model, but for a warm-up, which has its own settings. By default, all weights are trained.
         output: a folder for everything.
     """
 

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
+from peft.utils import ModulesToSaveWrapper
 from torch.nn import Parameter
 from transformers import PreTrainedModel
 
@@ -24,18 +25,29 @@ def parameters_of(model: PreTrainedModel) -> int:
 
     All experts of a mixture of experts count, although a token meets only some of them.
     """
-    return sum(each.numel() for each in _multiplied(model))
+    return sum(_multiplied(model).values())
 
 
 def trained_flops(model: PreTrainedModel) -> int:
     """The FLOPs of training on a token: of a forward, its gradient, and that of the weights that are trained."""
-    return sum((6 if each.requires_grad else 4) * each.numel() for each in _multiplied(model))
+    return sum((6 if each.requires_grad else 4) * count for each, count in _multiplied(model).items())
 
 
-def _multiplied(model: PreTrainedModel) -> list[Parameter]:
-    inner, outer = model.get_input_embeddings(), model.get_output_embeddings()
-    tied = outer is not None and inner.weight is outer.weight
-    return [each for each in model.parameters() if tied or each is not inner.weight]
+def _multiplied(model: PreTrainedModel) -> dict[Parameter, int]:
+    """The parameters that a token is multiplied by, each with its number of entries.
+
+    Without those that only the input embedding has, and those of a module of which PEFT trains a copy.
+    """
+    beside = [each.original_module for each in model.modules() if isinstance(each, ModulesToSaveWrapper)]
+    apart = {module for each in (model.get_input_embeddings(), *beside) for module in each.modules()}
+    used = [module for module in model.modules() if module not in apart]
+    return {each: _entries(each) for module in used for each in module.parameters(recurse=False)}
+
+
+def _entries(parameter: Parameter) -> int:
+    """The entries of a parameter, of which bitsandbytes packs two in a byte in its 4 bits."""
+    packed = type(parameter).__name__ == "Params4bit"
+    return 2 * parameter.nbytes if packed else parameter.numel()
 
 
 def longer_by(left: float, cost: float, epochs: float, first: float) -> float:

@@ -30,6 +30,7 @@ from .cells import Cell
 from .config import ComparisonConfig, SelectorConfig, slug
 from .data import make_data
 from .methods import check, method_of
+from .recorded import by_dynamics
 from .round import Round
 from .training import check_adapter, model_path, sft_config
 
@@ -55,7 +56,7 @@ def run(config: ComparisonConfig) -> list[Cell]:
     if config.tasks:
         check_tasks(config.tasks, config.task_folder)
     together(*(partial(_check_model, config, each) for each in config.models()))
-    together(*(partial(check_adapter, config, each) for each in config.model))
+    together(*(partial(check_adapter, config, each) for each in _trained(config)))
     output = Path(config.output)
     cells = []
     with folder_lock(output):
@@ -67,6 +68,12 @@ def run(config: ComparisonConfig) -> list[Cell]:
             for one in rounds:
                 cells += _cells_of(one, output / "cells" / slug(one.model))
     return cells
+
+
+def _trained(config: ComparisonConfig) -> list[str]:
+    """The models that are trained: those that are compared, and those whose training tells how rows are learnt."""
+    tell = [each.score_model or config.score_model for each in config.selectors if method_of(each).score is by_dynamics]
+    return list(dict.fromkeys([*config.model, *(each for each in tell if each is not None)]))
 
 
 def _check_model(config: ComparisonConfig, model: str) -> None:

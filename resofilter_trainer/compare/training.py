@@ -14,7 +14,8 @@ from typing import cast
 import numpy as np
 import torch
 from datasets import Dataset
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
@@ -105,24 +106,33 @@ def lora_config(config: ComparisonConfig) -> LoraConfig | None:
         raise InputError("In lora, leave task_type out: a comparison trains language models.")
     try:
         return LoraConfig(task_type="CAUSAL_LM", **config.lora)
-    except (TypeError, ValueError) as error:
+    except (ImportError, TypeError, ValueError) as error:
         raise InputError(f"peft.LoraConfig refuses these settings of lora: {first_line(error)}") from error
 
 
 def check_adapter(config: ComparisonConfig, model: str) -> None:
-    """Raise InputError, before anything is trained, where PEFT refuses the adapter for a model."""
+    """Raise InputError, before anything is trained, where PEFT or SFTTrainer refuses the adapter for a model."""
     adapter = lora_config(config)
     if adapter is None:
         return
     name, args = model_path(model), sft_config(config, model, config.seeds[0])
     try:
-        structure = load_weights(name, args, without_numbers=True)
-    except InputError:  # some models cannot be had without their numbers, nor any before transformers 5
-        structure = load_weights(name, args)
+        adapted = _adapted(load_weights(name, args, without_numbers=True), adapter, model)
+    except InputError:  # some models and adapters cannot be had without numbers, nor any model before transformers 5
+        adapted = _adapted(load_weights(name, args), adapter, model)
+    if isinstance(adapted.get_output_embeddings(), BaseTunerLayer):
+        raise InputError(
+            f"In lora, leave the output layer of '{model}' out of target_modules, as SFTTrainer trains no adapter of "
+            "it; or name it in modules_to_save, which trains all of it."
+        )
+
+
+def _adapted(model: PreTrainedModel, adapter: LoraConfig, name: str) -> PeftModel:
+    """A model with the adapter. Raises InputError where PEFT refuses it."""
     try:
-        get_peft_model(structure, adapter)
+        return cast(PeftModel, get_peft_model(model, copy.deepcopy(adapter)))
     except Exception as error:  # PEFT and the model's own code each raise their own
-        raise InputError(f"PEFT refuses the settings of lora for '{model}': {first_line(error)}") from error
+        raise InputError(f"PEFT refuses the settings of lora for '{name}': {first_line(error)}") from error
 
 
 def steps_per_epoch(args: SFTConfig, rows: int) -> int:

@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 import copy
+import json
+from types import SimpleNamespace
 
 import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    set_seed,
+)
 from trl import SFTTrainer
 
 from resofilter_trainer import InputError
@@ -74,6 +84,59 @@ def test_costs_count_a_gradient_for_what_is_trained(compare, tiny_settings):
     )
 
 
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("saved", [["lm_head"], ["embed_tokens"], ["lm_head", "embed_tokens"]])
+def test_costs_count_a_copy_that_is_trained_and_not_its_original(saved, tied, compare, tiny_llama):
+    config = tiny_llama().config
+    head = config.vocab_size * config.hidden_size
+
+    def flops(**settings) -> int:
+        model = LlamaForCausalLM(LlamaConfig(**{**config.to_dict(), "tie_word_embeddings": tied}))
+        return trained_flops(get_peft_model(model, lora_config(compare(lora={**LORA, **settings}))).get_base_model())
+
+    assert flops(modules_to_save=saved) - flops() == (2 * head if "lm_head" in saved else 0)
+
+
+def test_costs_count_every_weight_that_four_bits_pack():
+    class Params4bit(torch.nn.Parameter):  # as bitsandbytes names it: two entries in a byte
+        bnb_quantized = True
+
+    layer = torch.nn.Linear(8, 4, bias=False)
+    layer.weight = Params4bit(torch.zeros(16, 1, dtype=torch.uint8), requires_grad=False)
+    layer.weight.quant_state = SimpleNamespace(shape=(4, 8))
+    layer.get_input_embeddings = lambda: torch.nn.Embedding(2, 2)
+    assert parameters_of(layer) == 32
+    assert trained_flops(layer) == 4 * 32
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_an_adapter_may_begin_with_the_weights(init, compare):
+    (cell,) = run(compare(lora={**LORA, "init_lora_weights": init}))
+    assert cell.failure == ""
+
+
+def test_a_comparison_of_a_version_without_adapters_is_resumed(compare, tmp_path):
+    cells = run(compare(lora=None))
+    path = tmp_path / "out" / "settings.json"
+    settings = json.loads(path.read_text())
+    assert settings.pop("lora") is None
+    path.write_text(json.dumps(settings))
+    assert run(compare(lora=None)) == cells
+    with pytest.raises(InputError, match="they differ in lora"):
+        run(compare())
+
+
+def test_the_model_whose_training_tells_how_rows_are_learnt_must_take_it(compare, tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr("resofilter_trainer.compare.run.make_data", lambda *args: pytest.fail("it went on"))
+    other = GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), n_embd=8, n_layer=1, n_head=1, n_positions=128))
+    other.save_pretrained(tmp_path / "other")
+    tokenizer.save_pretrained(tmp_path / "other")
+    selectors = [{"dynamics": "mean_loss", "score_model": str(tmp_path / "other")}]
+    with pytest.raises(InputError, match=r"PEFT refuses the settings of lora for '.*other'"):
+        run(compare(selectors=selectors, lora={"target_modules": ["up_proj"]}))
+
+
 def test_it_is_another_comparison_than_one_of_all_weights(compare):
     run(compare())
     with pytest.raises(InputError, match=r"they differ in lora "):
@@ -89,6 +152,7 @@ def test_it_is_another_comparison_than_one_of_all_weights(compare):
         ({"r": 0}, "PEFT refuses the settings of lora for .*: `r` should be a positive"),
         ({"target_modules": ["nothing"]}, "PEFT refuses the settings of lora for .*nothing"),
         ({"task_type": "SEQ_CLS"}, "leave task_type out"),
+        ({"target_modules": ["up_proj", "lm_head"]}, "leave the output layer of .* out of target_modules"),
         ([1], "lora must be a mapping"),
     ],
 )
