@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import os
 import resource
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -48,11 +49,12 @@ def write(folder: Path, rows: int) -> Path:
     """Write rows of random tokens into several files, as datasets of this size are, unless they are there."""
     if folder.exists():
         return folder
-    folder.mkdir()
-    each = -(-rows // FILES)
-    for number in range(FILES):
-        write_file(folder / f"rows-{number:02d}.parquet", min(each, rows - number * each), number)
-    return folder
+    each, part = -(-rows // FILES), folder.with_name(f"{folder.name}.part")
+    shutil.rmtree(part, ignore_errors=True)  # of a start that was killed
+    part.mkdir()
+    for number, start in enumerate(range(0, rows, each)):
+        write_file(part / f"rows-{number:02d}.parquet", min(each, rows - start), number)
+    return part.rename(folder)
 
 
 def write_file(path: Path, rows: int, seed: int) -> None:

@@ -18,14 +18,15 @@ Two references are compared with: *trusted* is tuned on clean rows apart from th
 `rho`), *first fifth* on the first fifth of the rows with planted tokens (`sstoken`, whose earlier model is the one that
 is trained; by its losses alone it ranks a row's tokens as Token Cleaning with that reference does). `--report` prints
 the tables of what is there, also while others are made. Several processes can share the work, each with other seeds or
-kinds; they must not share a seed and a kind. Needs `--shared` (GSM8K, SVAMP), but for the demo. Intervals are 95 %, by
-Student's t over the seeds; differences are paired by seed.
+kinds; they must not share a seed and a kind, nor a seed whose model is not tuned yet. Needs `--shared` (GSM8K, SVAMP),
+but for the demo. Intervals are 95 %, by Student's t over the seeds; differences are paired by seed.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import hashlib
 import json
 import statistics
 import sys
@@ -162,12 +163,16 @@ class Task:
 
     def _tune(self, model: str, rows: str, folder: Path) -> str:
         """The folder of a model that was tuned on some clean rows, once."""
-        if not (folder / "done").exists():
-            found = datasets.Dataset.from_json(str(self.folder / f"{rows}.jsonl"))
+        path, done = self.folder / f"{rows}.jsonl", folder / "done"
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        if done.exists() and done.read_text() not in ("", digest):  # these may be the rows that another task trains on
+            sys.exit(f"'{folder}' was tuned on other rows: choose another output")
+        if not done.exists():
+            found = datasets.Dataset.from_json(str(path))
             arguments = sft_config(self.plain, model, self.seed)
             tuned = train(model, found.select_columns(["prompt", "completion"]), None, arguments)
             save_model(tuned.model, tuned.tokenizer, folder)
-            (folder / "done").touch()
+            done.write_text(digest)
         return str(folder)
 
     def detect(self) -> dict[str, Any]:
@@ -358,6 +363,8 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--report", action="store_true", help="print the tables of what is there")
     args = parser.parse_args()
+    if args.tuned_rows and "demo" in args.kinds:
+        sys.exit("the demo's rows have none to tune on first: leave --tuned_rows out")
     if not args.report and set(args.kinds) != {DEMO} and not (args.shared / "data").is_dir():
         sys.exit(f"skipped: there is no data at '{args.shared / 'data'}'; pass --shared")
     return args
