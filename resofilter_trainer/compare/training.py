@@ -24,6 +24,7 @@ from ..config.compatibility import training_arguments
 from ..data.files import first_line
 from ..data.loading import load_model
 from ..data.models import load_weights
+from ..data.shared_loading import CHANGES
 from ..demo.run import BASE, TRAINING
 from ..evaluation.generate import exact_match
 from ..evaluation.tasks import evaluate_tasks
@@ -116,8 +117,9 @@ def check_adapter(config: ComparisonConfig, model: str) -> None:
     if adapter is None:
         return
     name, args = model_path(model), sft_config(config, model, config.seeds[0])
+    changing = any(each in CHANGES for each in args.model_init_kwargs or {})
     try:
-        adapted = _adapted(load_weights(name, args, without_numbers=True), adapter, model)
+        adapted = _adapted(load_weights(name, args, without_numbers=not changing), adapter, model)
     except InputError:  # some models and adapters cannot be had without numbers, nor any model before transformers 5
         adapted = _adapted(load_weights(name, args), adapter, model)
     if isinstance(adapted.get_output_embeddings(), BaseTunerLayer):

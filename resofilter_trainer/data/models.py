@@ -19,6 +19,7 @@ from transformers import (
     PreTrainedTokenizerBase,
     ProcessorMixin,
 )
+from transformers.quantizers import AutoQuantizationConfig
 from trl import SFTConfig
 
 from ..config import InputError
@@ -96,6 +97,8 @@ def load_weights(name: str, args: SFTConfig, *, without_numbers: bool = False) -
     if without_numbers:
         settings["device_map"] = {"": "meta"}
     try:
+        if isinstance(given.get("quantization_config"), Mapping):  # which no model takes that is quantised already
+            settings["quantization_config"] = AutoQuantizationConfig.from_dict(dict(given["quantization_config"]))
         model, found = _class_of(name, settings).from_pretrained(name, **settings)
     except Exception as error:  # transformers, safetensors and the hub each raise their own
         _refuse(name, error)

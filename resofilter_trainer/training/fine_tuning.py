@@ -99,7 +99,8 @@ def fine_tune(
         kept_tokens: what a cleaning kept of the rows' tokens, for the logs.
 
     Returns:
-        The model in evaluation mode, with every weight trainable if an adapter was merged.
+        The model in evaluation mode, with every weight trainable if an adapter was merged, but those that are
+        quantised.
     """
     args = copy.copy(args)
     args.output_dir, args.model_init_kwargs = str(output), None  # the model is loaded already
@@ -115,8 +116,10 @@ def fine_tune(
     trainer.train()
     trained = trainer.accelerator.unwrap_model(trainer.model)
     if isinstance(trained, PeftModel):
-        trained = trained.merge_and_unload().requires_grad_(True)
+        trained = trained.merge_and_unload()
         forget_adapter(trained)
+        for each in trained.parameters():
+            each.requires_grad_(each.is_floating_point())
     return trained.eval()
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -26,6 +25,7 @@ from resofilter_trainer.compare.config import ComparisonConfig
 from resofilter_trainer.compare.cost import parameters_of, trained_flops
 from resofilter_trainer.compare.run import run
 from resofilter_trainer.compare.training import lora_config, sft_config, train
+from resofilter_trainer.training.fine_tuning import fine_tune
 
 LORA = {"r": 2, "lora_alpha": "8e0", "target_modules": "all-linear"}  # YAML 1.1 reads such a number as text
 
@@ -71,6 +71,29 @@ def test_every_method_that_trains_takes_it(compare, tiny_settings):
     assert run(config) == cells
 
 
+@pytest.mark.filterwarnings("ignore:You passed `quantization_config`")
+@pytest.mark.filterwarnings("ignore:Merge lora module to .-bit linear")
+@pytest.mark.parametrize("bits", ["load_in_4bit", "load_in_8bit"])
+def test_the_model_under_it_may_be_quantised(bits, compare, tiny_settings):
+    pytest.importorskip("bitsandbytes", reason="quantised bases need bitsandbytes")
+    (plain,) = run(compare(output="plain"))
+    quantised = {**tiny_settings["training"], "model_init_kwargs": {"quantization_config": {bits: True}}}
+    cells = run(compare(selectors=["full", "token_fixed", {"dynamics": "mean_loss"}], training=quantised))
+    assert [cell.failure for cell in cells] == [""] * 3
+    assert cells[0].training_flops == plain.training_flops
+
+
+def test_what_has_no_gradient_stays_so_after_merging(compare, tiny_llama, tokenizer, tmp_path):
+    model, config = tiny_llama(), compare()
+    packed = torch.nn.Parameter(torch.ones(2, dtype=torch.uint8), requires_grad=False)  # as quantised weights are
+    model.model.register_parameter("packed", packed)
+    rows = Dataset.from_list([{"prompt": "1 +", "completion": " 1"}] * 4)
+    with torch.enable_grad():
+        args = sft_config(config, config.model[0], 0)
+        trained = fine_tune(model, rows, args, tokenizer, lora_config(config), tmp_path / "trainer")
+    assert [name for name, each in trained.named_parameters() if not each.requires_grad] == ["model.packed"]
+
+
 def test_costs_count_a_gradient_for_what_is_trained(compare, tiny_settings):
     (adapted,) = run(compare())
     (whole,) = run(compare(lora=None, output="whole"))
@@ -100,11 +123,10 @@ def test_costs_count_a_copy_that_is_trained_and_not_its_original(saved, tied, co
 
 def test_costs_count_every_weight_that_four_bits_pack():
     class Params4bit(torch.nn.Parameter):  # as bitsandbytes names it: two entries in a byte
-        bnb_quantized = True
+        pass
 
     layer = torch.nn.Linear(8, 4, bias=False)
     layer.weight = Params4bit(torch.zeros(16, 1, dtype=torch.uint8), requires_grad=False)
-    layer.weight.quant_state = SimpleNamespace(shape=(4, 8))
     layer.get_input_embeddings = lambda: torch.nn.Embedding(2, 2)
     assert parameters_of(layer) == 32
     assert trained_flops(layer) == 4 * 32
