@@ -160,7 +160,10 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--bf16", action="store_true", help="bfloat16 autocast")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--plan", action="store_true", help="only say how long each part would take")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if BATCH % args.batch_size:
+        sys.exit(f"--batch_size {args.batch_size} does not divide the {BATCH} rows of a step")
+    return args
 
 
 if __name__ == "__main__":

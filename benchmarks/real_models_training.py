@@ -49,7 +49,7 @@ TRAINING = {
 
 def memory(batch: int) -> dict[str, int]:
     """The fields of SFTConfig for steps of `BATCH` rows, of which so many are in memory at a time."""
-    return {"per_device_train_batch_size": batch, "gradient_accumulation_steps": max(BATCH // batch, 1)}
+    return {"per_device_train_batch_size": batch, "gradient_accumulation_steps": BATCH // batch}
 
 
 class Training:

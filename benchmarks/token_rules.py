@@ -141,7 +141,7 @@ class Task:
         own = {"num_train_epochs": self.args.epochs, "learning_rate": self.args.learning_rate, "bf16": self.args.bf16}
         if self.model != DEMO:
             batch = self.args.batch_size
-            own |= {"per_device_train_batch_size": batch, "gradient_accumulation_steps": max(STEP // batch, 1)}
+            own |= {"per_device_train_batch_size": batch, "gradient_accumulation_steps": STEP // batch}
             if self.args.attn_implementation:
                 own["model_init_kwargs"] = {"attn_implementation": self.args.attn_implementation}
         return {**defaults, **{name: value for name, value in own.items() if value is not None}}
@@ -291,7 +291,7 @@ def training_report(tasks: Sequence[Task]) -> list[str]:
     lines = []
     for kind in dict.fromkeys(task.kind for task in tasks):
         cells = [
-            cell
+            dataclasses.replace(cell, model=task.comes)  # which each seed tunes for itself
             for task in tasks
             if task.kind == kind
             for path in sorted(task.folder.glob("comparison/cells/*/*.json"))
@@ -363,6 +363,8 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--report", action="store_true", help="print the tables of what is there")
     args = parser.parse_args()
+    if STEP % args.batch_size:
+        sys.exit(f"--batch_size {args.batch_size} does not divide the {STEP} rows of a step")
     if args.tuned_rows and "demo" in args.kinds:
         sys.exit("the demo's rows have none to tune on first: leave --tuned_rows out")
     if not args.report and set(args.kinds) != {DEMO} and not (args.shared / "data").is_dir():

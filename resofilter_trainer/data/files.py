@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import glob
 import itertools
-import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -32,6 +31,7 @@ from datasets.packaged_modules.json.json import Json as JsonFiles
 from datasets.packaged_modules.parquet.parquet import Parquet
 
 from ..config import FILE_FORMATS, InputError, check_kind, with_known_keywords
+from ..config.environment import launched_here
 from ..io.hub import CARD, KIND, check_reachable
 from ..scores.shards import Shard
 from .folders import check_all_read, check_parquet
@@ -178,9 +178,9 @@ def _convert(builder: DatasetBuilder) -> None:
     One of these converts the rows while the others wait, so that their cores are free. Files of which each could have
     other types than the first, or that are not rows alone, are converted in one process.
     """
-    launched, processes = os.environ.get("LOCAL_WORLD_SIZE", ""), 1
-    if launched.isdecimal() and isinstance(builder, Parquet | RowFiles):
-        processes = min(int(launched), max(map(len, builder.config.data_files.values())))
+    processes = launched_here() if isinstance(builder, Parquet | RowFiles) else 1
+    if processes > 1:
+        processes = min(processes, max(map(len, builder.config.data_files.values())))
     if processes > 1:
         with contextlib.suppress(DatasetGenerationError):  # whose cause another process cannot hand over
             builder.download_and_prepare(num_proc=processes)
