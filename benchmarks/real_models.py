@@ -30,7 +30,7 @@ import torch
 from real_models_detection import STATES, detect
 from real_models_detection import table as detection_table
 from real_models_rows import DATA, named, training_rows
-from real_models_training import BATCH, Training, memory
+from real_models_training import BATCH, Training, lora_of, memory
 from real_models_training import table as training_table
 
 from resofilter_trainer.config import InputError
@@ -121,8 +121,7 @@ def _training(model: str, data: Path, args: argparse.Namespace) -> Training:
     if args.attn_implementation:
         settings["model_init_kwargs"] = {"attn_implementation": args.attn_implementation}
     rows = training_rows(data, args.training_rows, args.test_rows)
-    lora = {"r": args.lora_r, "lora_alpha": 2 * args.lora_r, "target_modules": "all-linear"} if args.lora_r else None
-    return Training(model, rows, args.output, settings, args.seeds, args.learning_rate, lora)
+    return Training(model, rows, args.output, settings, args.seeds, args.learning_rate, lora_of(args.lora_r))
 
 
 def _device() -> dict[str, Any]:

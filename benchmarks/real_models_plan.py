@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import LoraConfig, get_peft_model
 from real_models_detection import first_questions
 from real_models_rows import DATA, Rows, named, training_rows
-from real_models_training import ANSWER, DETECTORS, KEEP, RATES
+from real_models_training import ANSWER, DETECTORS, KEEP, RATES, lora_of
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 ROWS, NEW_TOKENS, PROMPTS = 8, 16, 32
@@ -26,6 +27,8 @@ def plan(model: str, data: Path, args: argparse.Namespace) -> list[str]:
     """What each part would take, in hours."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).to(device)
+    if (lora := lora_of(args.lora_r)) is not None:
+        loaded = get_peft_model(loaded, LoraConfig(task_type="CAUSAL_LM", **lora))
     tokenizer = AutoTokenizer.from_pretrained(model)
     rows = training_rows(data, args.training_rows, args.test_rows)
     tokens = {name: _tokens(tokenizer, getattr(rows, name)) for name in ("as_is", "noisy")}

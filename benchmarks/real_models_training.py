@@ -47,6 +47,11 @@ TRAINING = {
 }
 
 
+def lora_of(rank: int | None) -> dict[str, Any] | None:
+    """The fields of LoraConfig for an adapter of a rank on all linear layers; None for none."""
+    return None if rank is None else {"r": rank, "lora_alpha": 2 * rank, "target_modules": "all-linear"}
+
+
 def memory(batch: int) -> dict[str, int]:
     """The fields of SFTConfig for steps of `BATCH` rows, of which so many are in memory at a time."""
     return {"per_device_train_batch_size": batch, "gradient_accumulation_steps": BATCH // batch}
