@@ -264,8 +264,8 @@ class ComparisonConfig:
         return [*self.model, *(each for each in others if each is not None)]
 
     def to_json(self) -> dict[str, Any]:
-        """The settings by name; those of a held-out loss, which earlier versions lack, only where it is measured."""
-        without = () if self.loss_dataset is not None else OF_LOSS
+        """The settings by name; those that earlier versions lack only where they are used."""
+        without = [*(OF_LOSS if self.loss_dataset is None else ()), *(["lora"] if self.lora is None else [])]
         return {name: value for name, value in dataclasses.asdict(self).items() if name not in without}
 
     @classmethod

@@ -67,11 +67,16 @@ class Data:
         return xxhash.xxh3_128_hexdigest(json.dumps(made_from, default=str).encode())
 
 
-def make_data(config: ComparisonConfig, seed: int) -> Data:
-    """The user's rows, which are the same for every seed, or the demo's problems, which each seed makes."""
+def make_data(config: ComparisonConfig, seed: int, between: str = "") -> Data:
+    """The user's rows, which are the same for every seed, or the demo's problems, which each seed makes.
+
+    Args:
+        config, seed: the comparison and the seed.
+        between: the text between prompts and completions under TRL's names.
+    """
     if config.dataset == DEMO:
         return _demo_data(config, seed)
-    columns = _columns(config)
+    columns = _columns(config, between)
     own = _load(config, config.dataset, config.split)
     rows = map_columns(own, columns)
     for name in {config.wrong_column, *(each.column for each in config.selectors)} - {None, *rows.column_names}:
@@ -100,11 +105,11 @@ def make_data(config: ComparisonConfig, seed: int) -> Data:
     return Data(rows, wrong, tests["prompt"][:], tests["completion"][:], validation, files, loss_rows)
 
 
-def _columns(config: ComparisonConfig) -> ColumnMapping:
-    """The columns of prompts and completions. TRL's own follow each other as SFTTrainer trains on them."""
+def _columns(config: ComparisonConfig, between: str) -> ColumnMapping:
+    """The columns of prompts and completions. TRL's own follow each other as SFTTrainer trains on them, with ""."""
     prompt, completion = config.prompt_column, config.completion_column
     if [prompt, completion] == TEXTS:
-        return ColumnMapping(prompt_column=prompt, completion_column=completion, separator="")
+        return ColumnMapping(prompt_column=prompt, completion_column=completion, separator=between)
     return ColumnMapping(prompt_column=prompt, completion_column=completion)
 
 

@@ -35,6 +35,7 @@ from .round import Round
 from .training import check_adapter, model_path, sft_config
 
 SETTINGS = "settings.json"
+BETWEEN, NEW_LINE = "between_prompt_and_completion", "\n"  # in the settings; in those of earlier versions without it
 EXTENSIBLE = ("selectors", "keep", "seeds", "model", "output", "equal_flops", "unsafe_code")  # may change later
 OF_SOME_CELLS = (  # settings that are saved with the cells that depend on them
     *("proxy_model", "score_model", "reference_model"),
@@ -60,11 +61,12 @@ def run(config: ComparisonConfig) -> list[Cell]:
     output = Path(config.output)
     cells = []
     with folder_lock(output):
+        between = _between(output)
         for seed in config.seeds:
-            data = make_data(config, seed)
+            data = make_data(config, seed, between)
             rounds = [Round(config, model, seed, data) for model in config.model]
             if seed == config.seeds[0]:  # the settings are known to work
-                save_settings(output, config)
+                save_settings(output, config, between)
             for one in rounds:
                 cells += _cells_of(one, output / "cells" / slug(one.model))
     return cells
@@ -120,13 +122,23 @@ def _once(
     return read_cell(path, origin)
 
 
-def save_settings(output: Path, config: ComparisonConfig) -> None:
+def _between(output: Path) -> str:
+    """The text between prompts and completions under TRL's names: none, but in comparisons of earlier versions."""
+    there = read_json(output / SETTINGS, ANOTHER_OUTPUT) if (output / SETTINGS).exists() else {BETWEEN: ""}
+    return str(there.get(BETWEEN, NEW_LINE)) if isinstance(there, dict) else ""
+
+
+def save_settings(output: Path, config: ComparisonConfig, between: str = "") -> None:
     """Save the settings that every cell depends on, or check them against those of the comparison in the folder.
+
+    Args:
+        output, config: the folder and the comparison.
+        between: what stands between prompts and completions under TRL's names.
 
     Raises:
         InputError: the folder has another comparison, or something else.
     """
-    settings = config.to_json()
+    settings = {"lora": None, **config.to_json(), BETWEEN: between}
     for name in (*EXTENSIBLE, *OF_SOME_CELLS):
         settings.pop(name)
     path = output / SETTINGS
@@ -134,7 +146,7 @@ def save_settings(output: Path, config: ComparisonConfig) -> None:
         there = read_json(path, "Choose another output, or remove that one.")
         if not isinstance(there, dict):
             raise InputError(f"'{path}' is damaged, it has no mapping. Choose another output, or remove that one.")
-        there = {"lora": None, **there}  # which earlier versions lack
+        there = {"lora": None, BETWEEN: NEW_LINE, **there}  # which earlier versions lack
         check_made_from(there, settings, f"'{output}' has a comparison that was", ANOTHER_OUTPUT, settings)
         return
     taken = [name for name in ("cells", "scores", "trainer") if (output / name).exists()]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 from datasets import Dataset
@@ -9,6 +11,7 @@ from datasets import Dataset
 from resofilter_trainer import InputError
 from resofilter_trainer.compare.config import ComparisonConfig, SelectorConfig
 from resofilter_trainer.compare.data import make_data
+from resofilter_trainer.compare.run import _between, save_settings
 
 ROWS = [{"q": f"what is {i} + 1 ?", "a": f"#### {i + 1}"} for i in range(4)]
 TESTS = [{"q": f"what is {i} + 2 ?", "a": f"#### {i + 2}"} for i in range(2)]
@@ -62,3 +65,17 @@ def test_rows_under_trls_names_are_trained_on_as_they_are(columns, between, data
     found = data(renamed(ROWS), **settings)
     assert found.rows["prompt"][0] == ROWS[0]["q"] + between
     assert found.prompts[0] == found.loss_rows["prompt"][0] == TESTS[0]["q"] + between
+
+
+def test_a_comparison_of_an_earlier_version_goes_on_with_its_new_line(tmp_path):
+    assert _between(tmp_path) == ""
+    path, config = tmp_path / "settings.json", ComparisonConfig([SelectorConfig("random")])
+    save_settings(tmp_path, config, "\n")
+    assert _between(tmp_path) == "\n"
+    settings = json.loads(path.read_text())
+    path.write_text(json.dumps({name: settings[name] for name in settings if name != "between_prompt_and_completion"}))
+    assert _between(tmp_path) == "\n"
+    save_settings(tmp_path, config, "\n")
+    path.unlink()
+    save_settings(tmp_path, config)
+    assert _between(tmp_path) == ""
