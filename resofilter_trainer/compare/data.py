@@ -108,9 +108,8 @@ def make_data(config: ComparisonConfig, seed: int, between: str = "") -> Data:
 def _columns(config: ComparisonConfig, between: str) -> ColumnMapping:
     """The columns of prompts and completions. TRL's own follow each other as SFTTrainer trains on them, with ""."""
     prompt, completion = config.prompt_column, config.completion_column
-    if [prompt, completion] == TEXTS:
-        return ColumnMapping(prompt_column=prompt, completion_column=completion, separator=between)
-    return ColumnMapping(prompt_column=prompt, completion_column=completion)
+    separator = between if [prompt, completion] == TEXTS else ColumnMapping.separator
+    return ColumnMapping(prompt_column=prompt, completion_column=completion, separator=separator)
 
 
 def hash_files(folder: Path, files: Iterable[Path]) -> str:

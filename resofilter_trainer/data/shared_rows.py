@@ -315,8 +315,9 @@ class Remapped:
 
 
 def under_trls_names(reader: Reader, positions: np.ndarray, start: int, form: Any) -> Dataset:
-    """Some rows in memory, with the columns that TRL reads and `ROW_POSITION`; the reader's first row is at `start`."""
-    near = reader.over(_stretch(reader.dataset, positions - start))
+    """Some rows in memory, with the columns that TRL reads and `ROW_POSITION`; the reader has a block, from `start`."""
+    all_of_them = len(positions) == len(reader.dataset)
+    near = reader if all_of_them else reader.over(_stretch(reader.dataset, positions - start))
     renamed = near.under_trls_names(np.arange(len(positions)), form)
     names = [name for name in reader.layout.passed if name in renamed.column_names]
     table = next(tables_of(renamed, len(renamed), names)).append_column(ROW_POSITION, pa.array(positions, pa.int64()))
@@ -326,8 +327,6 @@ def under_trls_names(reader: Reader, positions: np.ndarray, start: int, form: An
 
 def _stretch(dataset: Dataset, positions: np.ndarray) -> Dataset:
     """Some rows in memory, at least one."""
-    if len(positions) == len(dataset) and not dataset.cache_files:
-        return dataset
     first, last = int(positions[0]), int(positions[-1])
     together = last - first == len(positions) - 1
     if together and dataset._indices is None:

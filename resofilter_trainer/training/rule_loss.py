@@ -186,7 +186,7 @@ class RuleLoss:
             return
         weights = self._of_batch(len(inputs)).weights(inputs, some=False)
         self._number += 1
-        tokens = batch["input_ids"][:, 1:].to(learnt.device)[learnt].cpu().numpy()
+        tokens = batch["labels"][:, 1:].to(learnt.device)[learnt].cpu().numpy()
         last = ends_of_rows(tokens, inputs.offsets, access.end_token(self._trainer))
         self._step.add(float(weights.sum()), len(weights), (len(last), int((weights[last] == 0).sum())))
         found = torch.zeros_like(output.log_probs)
