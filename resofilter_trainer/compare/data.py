@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import warnings
@@ -107,9 +108,8 @@ def make_data(config: ComparisonConfig, seed: int, between: str = "") -> Data:
 
 def _columns(config: ComparisonConfig, between: str) -> ColumnMapping:
     """The columns of prompts and completions. TRL's own follow each other as SFTTrainer trains on them, with ""."""
-    prompt, completion = config.prompt_column, config.completion_column
-    separator = between if [prompt, completion] == TEXTS else ColumnMapping.separator
-    return ColumnMapping(prompt_column=prompt, completion_column=completion, separator=separator)
+    found = ColumnMapping(prompt_column=config.prompt_column, completion_column=config.completion_column)
+    return dataclasses.replace(found, separator=between) if found.columns == TEXTS else found
 
 
 def hash_files(folder: Path, files: Iterable[Path]) -> str:

@@ -34,10 +34,11 @@ from ..config import FILE_FORMATS, InputError, check_kind, with_known_keywords
 from ..config.environment import launched_here
 from ..io.hub import CARD, KIND, check_reachable
 from ..scores.shards import Shard
-from .folders import check_all_read, check_parquet
+from .folders import begins_empty, check_all_read, check_parquet
 from .row_files import VERSION, RowFiles
 
 SPLITS = "dataset_dict.json"  # in a folder of several splits
+ROWS_AT_A_TIME = 1000
 CSV_OPTIONS = ("sep", "column_names", "encoding", "quotechar", "escapechar", "doublequote", "quoting")
 
 
@@ -139,7 +140,7 @@ def _builder(source: str, name: str | None, split: str) -> DatasetBuilder:
         _check_split(source, split, ["train"])
         files = {"train": glob.escape(source)}  # datasets takes it for a pattern
         if kind == "parquet":
-            return load_dataset_builder(kind, data_files=files)
+            return _reading_empty_parts(load_dataset_builder(kind, data_files=files), [source])
         return RowFiles(data_files=files, hash=VERSION, dataset_name=kind, kind=kind)
     if not path.is_dir() and (looks_local(source) or path.suffix.lower() in FILE_FORMATS):
         raise InputError(f"There is no dataset at '{source}'. Pass a file, a folder, or a name on the hub.")
@@ -156,6 +157,7 @@ def _builder(source: str, name: str | None, split: str) -> DatasetBuilder:
     if isinstance(builder, Parquet):
         chosen = [each for name, found in files.items() if name in wanted or "all" in wanted for each in found]
         check_parquet([next(iter(files.values()))[0], *chosen])
+        return _reading_empty_parts(builder, chosen)
     if not isinstance(builder, Csv | JsonFiles):
         return builder
     return RowFiles(
@@ -170,6 +172,13 @@ def _builder(source: str, name: str | None, split: str) -> DatasetBuilder:
         token=builder.token,
         storage_options=builder.storage_options,
     )
+
+
+def _reading_empty_parts(builder: DatasetBuilder, files: Sequence[str]) -> DatasetBuilder:
+    """The builder, which without a number reads as many rows at a time as a file's first part has, be it none."""
+    if any(map(begins_empty, files)):
+        builder.config.batch_size = ROWS_AT_A_TIME
+    return builder
 
 
 def _convert(builder: DatasetBuilder) -> None:

@@ -55,13 +55,15 @@ def test_a_split_of_a_single_file_that_was_asked_for_is_refused(data):
     assert list(data(ROWS, test_split="train[:1]").answers) == ["#### 2"]
 
 
+@pytest.mark.parametrize("listed", [False, True])
 @pytest.mark.parametrize(("columns", "between"), [(("prompt", "completion"), ""), (("q", "a"), "\n")])
-def test_rows_under_trls_names_are_trained_on_as_they_are(columns, between, data, tmp_path):
+def test_rows_under_trls_names_are_trained_on_as_they_are(columns, between, listed, data, tmp_path):
     def renamed(rows: list[dict]) -> list[dict]:
         return [dict(zip(columns, row.values(), strict=True)) for row in rows]
 
     Dataset.from_list(renamed(TESTS)).to_csv("tests.csv")
-    settings = {"prompt_column": columns[0], "completion_column": columns[1], "loss_dataset": "tests.csv"}
+    prompt = [columns[0]] if listed else columns[0]
+    settings = {"prompt_column": prompt, "completion_column": columns[1], "loss_dataset": "tests.csv"}
     found = data(renamed(ROWS), **settings)
     assert found.rows["prompt"][0] == ROWS[0]["q"] + between
     assert found.prompts[0] == found.loss_rows["prompt"][0] == TESTS[0]["q"] + between

@@ -304,6 +304,24 @@ def test_a_folder_of_parquet_changes_no_value(tmp_path, first, second, values):
             load(source)
 
 
+@pytest.mark.parametrize("load", [load_rows, load_stream])
+def test_parts_of_parquet_without_rows_are_read_as_none(load, tmp_path):
+    none, some = pa.array([], pa.int64()), pa.array([1, 2])
+    for name, parts in {"first": {"a": none, "b": some}, "last": {"a": some, "b": none}}.items():
+        assert [row["a"] for row in load(parquet_folder(tmp_path / name, **parts))] == [1, 2]
+    with pq.ParquetWriter(tmp_path / "groups.parquet", pa.schema({"a": pa.int64()})) as writer:
+        for values in (none, some):
+            writer.write_table(pa.table({"a": values}))
+    assert [row["a"] for row in load(str(tmp_path / "groups.parquet"))] == [1, 2]
+
+
+def test_parquet_without_any_row_is_refused(tmp_path):
+    source = parquet_folder(tmp_path / "none", a=pa.array([], pa.int64()), b=pa.array([], pa.int64()))
+    for each in (source, str(Path(source, "a.parquet"))):
+        with pytest.raises(InputError, match=f"The dataset '{each}' has no rows."):
+            load_rows(each)
+
+
 def test_every_split_of_parquet_has_the_columns_of_the_first_file(tmp_path):
     source = parquet_folder(tmp_path / "p", train=pa.array([1]), test=pa.array(["007"]))
     assert load_rows(source)["a"][:] == [1]
