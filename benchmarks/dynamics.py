@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 import torch
 from real_models_detection import aurocs
-from real_models_rows import Rows, training_rows
+from real_models_rows import Rows, data_folder, training_rows
 from real_models_training import ANSWER, KEEP, TRAINING
 
 from resofilter_trainer import Ledger, ScoreTable
@@ -78,7 +78,7 @@ def demo_comparison(args: argparse.Namespace) -> ComparisonConfig:
 
 def model_comparison(args: argparse.Namespace) -> ComparisonConfig:
     """A model on the rows of `real_models.py`, tested on SVAMP."""
-    rows = training_rows(args.shared / "data")
+    rows = training_rows(data_folder(args.shared))
     return _comparison(
         args,
         model=args.model,

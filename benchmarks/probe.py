@@ -13,14 +13,13 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from datasets import Dataset
-from real_models_rows import DATA, Rows, named, training_rows
+from real_models_rows import DATA, Rows, data_folder, named, training_rows
 from trl import SFTConfig
 
 from resofilter_trainer import ProbeResult, ScoreTable, probe_dataset
@@ -46,9 +45,7 @@ HEADER = (
 
 def main() -> None:
     args = _arguments()
-    data = args.shared / "data"
-    if not data.is_dir():
-        sys.exit(f"skipped: there is no data at '{data}'; pass --shared")
+    data = data_folder(args.shared)
     torch.set_num_threads(args.threads)
     found = []
     print("\n".join(HEADER))

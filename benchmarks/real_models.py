@@ -12,7 +12,8 @@ Parts, each of which resumes where it was interrupted:
     detectors   how good a detector must be for half of the rows to beat all: true labels with noise put in
 
 `--plan` measures the model's tokens a second and says how long each part would take. The data are expected in
-`--shared` (GSM8K, LLM-Adapters' labelled solutions, SVAMP); without them, or without a model, it says so and goes on.
+`--shared` (GSM8K, LLM-Adapters' labelled solutions, SVAMP; `real_models_data.py` makes it); without them, or without a
+model, it says so and goes on.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ import real_models_plan
 import torch
 from real_models_detection import STATES, detect
 from real_models_detection import table as detection_table
-from real_models_rows import DATA, named, training_rows
+from real_models_rows import DATA, data_folder, named, training_rows
 from real_models_training import BATCH, Training, lora_of, memory
 from real_models_training import table as training_table
 
@@ -42,9 +43,7 @@ SHARED = Path(__file__).resolve().parents[2] / "shared"
 def main() -> None:
     args = _arguments()
     torch.set_num_threads(args.threads)
-    data = args.shared / "data"
-    if not data.is_dir():
-        sys.exit(f"skipped: there is no data at '{data}'; pass --shared")
+    data = data_folder(args.shared)
     failed: list[str] = []
     for model in args.models:
         if not Path(model, "config.json").is_file():

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,14 @@ from resofilter_trainer.compare.config import slug
 SOLVERS = ("6b_finetuning", "6b_verification", "175b_finetuning", "175b_verification")
 VALIDATION = 100  # right rows, on whose loss the learning rate is chosen
 Rows = list[dict[str, Any]]
+
+
+def data_folder(shared: Path) -> Path:
+    """The folder of data in another one. Exits with a line that says how to make it, where it is not there."""
+    data = shared / "data"
+    if not data.is_dir():
+        sys.exit(f"skipped: there is no data at '{data}'; pass --shared, or build it by real_models_data.py")
+    return data
 
 
 def gsm8k_solutions(data: Path) -> Rows:

@@ -39,7 +39,7 @@ from typing import Any, cast
 import datasets
 import numpy as np
 import torch
-from real_models_rows import Rows, named
+from real_models_rows import Rows, data_folder, named
 from token_noise import auroc_or_nan, with_interval
 from token_rule_detectors import DETECTORS, Detector
 from token_rule_rows import KINDS, Sets, Sizes, make_sets
@@ -367,8 +367,8 @@ def _arguments() -> argparse.Namespace:
         sys.exit(f"--batch_size {args.batch_size} does not divide the {STEP} rows of a step")
     if args.tuned_rows and "demo" in args.kinds:
         sys.exit("the demo's rows have none to tune on first: leave --tuned_rows out")
-    if not args.report and set(args.kinds) != {DEMO} and not (args.shared / "data").is_dir():
-        sys.exit(f"skipped: there is no data at '{args.shared / 'data'}'; pass --shared")
+    if not args.report and set(args.kinds) != {DEMO}:
+        data_folder(args.shared)
     return args
 
 
