@@ -33,17 +33,16 @@ def plan(model: str, data: Path, args: argparse.Namespace) -> list[str]:
     rows = training_rows(data, args.training_rows, args.test_rows)
     tokens = {name: _tokens(tokenizer, getattr(rows, name)) for name in ("as_is", "noisy")}
     detected = {name: _tokens(tokenizer, first_questions(DATA[name](data), args.rows)) for name in args.data}
-    with torch.autocast(device, dtype=torch.bfloat16, enabled=args.bf16):
-        forward, training, writing = _speeds(loaded, tokenizer, rows.as_is[:ROWS], rows.test[:PROMPTS])
-    tests = len(rows.test) * ANSWER / writing
+    forward, training, writing, plain = _speeds(loaded, tokenizer, rows.as_is[:ROWS], rows.test[:PROMPTS], args.bf16)
+    tests = len(rows.test) * ANSWER / writing + _tokens(tokenizer, rows.held_out) / plain
     right = {name: sum(not row["wrong"] for row in getattr(rows, name)) / len(getattr(rows, name)) for name in tokens}
     trained = KEEP + (1 if args.equal_cost else 0)  # epochs of a half
     arms = {name: 1 + (ARMS + 1) * trained + right[name] for name in tokens}
     tested = 2 + (ARMS + 1) * (2 if args.equal_cost else 1)
     row = sum(detected.values()) / args.rows / len(args.data)  # tokens
-    probes = args.probe_rows * PLANTED * row * SCORING / forward + WRITING
+    probes = args.probe_rows * PLANTED * row * SCORING / forward + (0 if args.no_self_made else WRITING)
     seeds = len(args.seeds)
-    rates = len(RATES) * args.epochs * tokens["as_is"] / training
+    rates = 0 if args.learning_rate else len(RATES) * args.epochs * tokens["as_is"] / training
     seconds = {
         "detection": sum(detected.values()) * (SCORING + EVERY_LAYER) * len(args.states) / forward,
         "probe": len(args.data) * probes,
@@ -63,8 +62,12 @@ def plan(model: str, data: Path, args: argparse.Namespace) -> list[str]:
     return lines + [f"  {part:10} about {seconds[part] / 3600:.1f} hours" for part in args.parts]
 
 
-def _speeds(model: PreTrainedModel, tokenizer: Any, rows: Rows, prompts: Rows) -> tuple[float, float, float]:
-    """Tokens a second: of a forward, of a step of training, and written in a batch of prompts."""
+def _speeds(
+    model: PreTrainedModel, tokenizer: Any, rows: Rows, prompts: Rows, bf16: bool
+) -> tuple[float, float, float, float]:
+    """Tokens a second: of a forward, of a step of training, written in a batch of prompts, and of a forward without
+    autocast, as it measures a held-out loss.
+    """
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     texts = [row["prompt"] + row["completion"] for row in rows]
     batch = tokenizer(texts, return_tensors="pt", padding=True).to(model.device)
@@ -86,7 +89,9 @@ def _speeds(model: PreTrainedModel, tokenizer: Any, rows: Rows, prompts: Rows) -
         with torch.no_grad():
             model.generate(**asked, max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS, do_sample=False)
 
-    return count / _seconds(forward), count / _seconds(train), len(prompts) * NEW_TOKENS / _seconds(write)
+    with torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=bf16):
+        speeds = count / _seconds(forward), count / _seconds(train), len(prompts) * NEW_TOKENS / _seconds(write)
+    return *speeds, count / _seconds(forward)
 
 
 def _seconds(work: Callable[[], None]) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -112,6 +113,27 @@ def test_the_first_questions_come_with_all_their_rows(module):
     found = module("real_models_detection").first_questions(rows, 10)
     assert [row["question"] for row in found] == [i // 4 for i in range(12)]
     assert module("real_models_detection").first_questions(rows, 50) == rows
+
+
+def test_a_plan_counts_what_is_asked_for(module, shared, monkeypatch):
+    plan = module("real_models_plan")
+    monkeypatch.setattr(plan, "_seconds", lambda work: 100.0)
+    main = module("real_models")
+
+    def hours(*options: str) -> dict[str, float]:
+        command = ["real_models.py", "--models", str(BASE), "--shared", str(shared), "--test_rows", "4", *options]
+        monkeypatch.setattr(sys, "argv", command)
+        first, *parts = plan.plan(str(BASE), shared / "data", main._arguments())
+        assert re.match(r"demo-base on (cpu|cuda): .* tokens a second in a forward", first)
+        return {name: float(each) for name, _, each, _ in map(str.split, parts)}
+
+    monkeypatch.setattr(plan, "WRITING", 36_000)
+    whole = hours()
+    assert [*whole] == ["detection", "probe", "training", "detectors"]
+    without = hours("--no_self_made")
+    assert whole["probe"] - without["probe"] == whole["training"] - without["training"] == pytest.approx(20, abs=0.2)
+    assert hours("--learning_rate", "1e-4")["training"] < whole["training"]
+    assert hours("--parts", "detectors").keys() == {"detectors"}
 
 
 @pytest.mark.slow
