@@ -25,7 +25,7 @@ FENCE = re.compile(
     r"^( *)(?:<!-- (not run|only parsed): (.+?) -->\n\1)?```([\w{}-]*)[^\n]*\n(.*?)^\1```$", re.MULTILINE | re.DOTALL
 )
 # Programs that are no part of this package. That the files they name exist is tested.
-OTHERS = {"pip", "pytest", "accelerate", "torchrun", "llamafactory-cli", "axolotl", "srun", "export"}
+OTHERS = {"git", "pip", "python", "pytest", "accelerate", "torchrun", "llamafactory-cli", "axolotl", "srun", "export"}
 MODULE = "resofilter_trainer.cli"  # what a launcher runs
 
 
