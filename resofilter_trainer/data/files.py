@@ -34,11 +34,11 @@ from ..config import FILE_FORMATS, InputError, check_kind, with_known_keywords
 from ..config.environment import launched_here
 from ..io.hub import CARD, KIND, check_reachable
 from ..scores.shards import Shard
-from .folders import begins_empty, check_all_read, check_parquet
+from .folders import check_all_read, check_parquet
 from .row_files import VERSION, RowFiles
 
 SPLITS = "dataset_dict.json"  # in a folder of several splits
-ROWS_AT_A_TIME = 1000
+PARQUET_ROWS = 10_000  # at a time; datasets takes the number of a file's first row group, and fails where that is 0
 CSV_OPTIONS = ("sep", "column_names", "encoding", "quotechar", "escapechar", "doublequote", "quoting")
 
 
@@ -140,7 +140,7 @@ def _builder(source: str, name: str | None, split: str) -> DatasetBuilder:
         _check_split(source, split, ["train"])
         files = {"train": glob.escape(source)}  # datasets takes it for a pattern
         if kind == "parquet":
-            return _reading_empty_parts(load_dataset_builder(kind, data_files=files), [source])
+            return _by_so_many_rows(load_dataset_builder(kind, data_files=files))
         return RowFiles(data_files=files, hash=VERSION, dataset_name=kind, kind=kind)
     if not path.is_dir() and (looks_local(source) or path.suffix.lower() in FILE_FORMATS):
         raise InputError(f"There is no dataset at '{source}'. Pass a file, a folder, or a name on the hub.")
@@ -157,7 +157,7 @@ def _builder(source: str, name: str | None, split: str) -> DatasetBuilder:
     if isinstance(builder, Parquet):
         chosen = [each for name, found in files.items() if name in wanted or "all" in wanted for each in found]
         check_parquet([next(iter(files.values()))[0], *chosen])
-        return _reading_empty_parts(builder, chosen)
+        return _by_so_many_rows(builder)
     if not isinstance(builder, Csv | JsonFiles):
         return builder
     return RowFiles(
@@ -174,10 +174,9 @@ def _builder(source: str, name: str | None, split: str) -> DatasetBuilder:
     )
 
 
-def _reading_empty_parts(builder: DatasetBuilder, files: Sequence[str]) -> DatasetBuilder:
-    """The builder, which without a number reads as many rows at a time as a file's first part has, be it none."""
-    if any(map(begins_empty, files)):
-        builder.config.batch_size = ROWS_AT_A_TIME
+def _by_so_many_rows(builder: DatasetBuilder) -> DatasetBuilder:
+    """A builder of Parquet, which now reads `PARQUET_ROWS` at a time, unless a dataset's card says how many."""
+    builder.config.batch_size = builder.config.batch_size or PARQUET_ROWS
     return builder
 
 

@@ -43,14 +43,6 @@ def check_parquet(files: Sequence[str]) -> None:
                 )
 
 
-def begins_empty(file: str) -> bool:
-    """Whether the first row group of a Parquet file on this machine has no rows, as in an empty part of a dataset."""
-    if not Path(file).is_file():
-        return False
-    found = pq.read_metadata(file)
-    return bool(found.num_row_groups and found.row_group(0).num_rows == 0)
-
-
 def _keeps(kind: pa.DataType, own: pa.DataType) -> bool:
     """Whether values of the second type are the same in the first; of whole numbers, too large ones cannot be cast."""
     kind, own = _plain(kind), _plain(own)

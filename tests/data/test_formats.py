@@ -310,9 +310,9 @@ def test_parts_of_parquet_without_rows_are_read_as_none(load, tmp_path):
     for name, parts in {"first": {"a": none, "b": some}, "last": {"a": some, "b": none}}.items():
         assert [row["a"] for row in load(parquet_folder(tmp_path / name, **parts))] == [1, 2]
     with pq.ParquetWriter(tmp_path / "groups.parquet", pa.schema({"a": pa.int64()})) as writer:
-        for values in (none, some):
+        for values in (none, some, none, some, none):
             writer.write_table(pa.table({"a": values}))
-    assert [row["a"] for row in load(str(tmp_path / "groups.parquet"))] == [1, 2]
+    assert [row["a"] for row in load(str(tmp_path / "groups.parquet"))] == [1, 2, 1, 2]
 
 
 def test_parquet_without_any_row_is_refused(tmp_path):
